@@ -1,0 +1,33 @@
+"""Nonlinear least squares over data larger than memory, on Dask and JAX."""
+
+from importlib.metadata import version as _version
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
+from nlsq_dask.curve_fit import curve_fit
+from nlsq_dask.errors import DataError, FitInProgressError, ModelError, NonFiniteDataError
+from nlsq_dask.observers.telemetry import (
+    DefenseLayerTelemetry,
+    get_defense_telemetry,
+    reset_defense_telemetry,
+)
+from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
+from nlsq_dask.result import FitResult
+
+__version__ = _version("nlsq-dask")
+
+__all__ = [
+    "AdaptiveHybridStreamingOptimizer",
+    "DataError",
+    "DefenseLayerTelemetry",
+    "FitInProgressError",
+    "FitResult",
+    "HybridStreamingConfig",
+    "ModelError",
+    "NonFiniteDataError",
+    "NormalizedModelWrapper",
+    "ParameterNormalizer",
+    "curve_fit",
+    "get_defense_telemetry",
+    "reset_defense_telemetry",
+]

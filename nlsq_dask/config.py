@@ -1,0 +1,402 @@
+"""``HybridStreamingConfig``: every option of a fit, each with one home for default, rule and doc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, Self
+
+# A rule is the sentence that says what is allowed, and the test for it.
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
+def _int(low: int, high: int | None = None) -> Rule:
+    if high is None:
+        return f"an integer >= {low}", lambda v: _is_int(v) and v >= low
+    return f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high
+
+
+def _or(other: Rule, *values: object) -> Rule:
+    """Extend a rule by special values such as None or "auto"."""
+    text, test = other
+    names = ", ".join(map(repr, values))
+
+    def is_special(value: Any) -> bool:
+        return any(value is x or (isinstance(value, str) and value == x) for x in values)
+
+    return f"{text}, or {names}", lambda v: is_special(v) or test(v)
+
+
+def _one_of(*values: str) -> Rule:
+    return f"one of {', '.join(map(repr, values))}", lambda v: isinstance(v, str) and v in values
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _criteria(value: Any) -> bool:
+    allowed = {"plateau", "gradient", "max_iter"}
+    return _is_sequence(value) and len(value) > 0 and set(value) <= allowed
+
+
+def _index_ranges(value: Any) -> bool:
+    return _is_sequence(value) and all(
+        _is_sequence(pair) and len(pair) == 2 and all(map(_is_int, pair)) and 0 <= pair[0] < pair[1]
+        for pair in value
+    )
+
+
+_BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
+_POSITIVE: Rule = ("a number > 0", lambda v: _is_real(v) and v > 0)
+_NON_NEGATIVE: Rule = ("a number >= 0", lambda v: _is_real(v) and v >= 0)
+_TOLERANCE: Rule = ("a number > 0 and < 1", lambda v: _is_real(v) and 0 < v < 1)
+_FRACTION: Rule = ("a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
+_PATH: Rule = ("a path (str or os.PathLike)", lambda v: isinstance(v, str | os.PathLike))
+_CRITERIA: Rule = ("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
+_RANGES: Rule = ("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
+_WEIGHTS: Rule = (
+    "a sequence of numbers > 0, one a group",
+    lambda v: hasattr(v, "__len__") and len(v) > 0 and all(_is_real(x) and x > 0 for x in v),
+)
+
+
+def _option(default: Any, rule: Rule, doc: str) -> Any:
+    """Declare one option: its default, what is allowed, and what it does."""
+    metadata = {"rule": rule, "doc": doc}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class HybridStreamingConfig:
+    """Options of a fit, as flat keyword arguments.
+
+    Every value is checked at construction; a fit checks and copies the options
+    once more when it starts, so that changing them meanwhile changes nothing.
+    """
+
+    # --- phase 0: normalization
+    normalize: bool = _option(True, _BOOL, "Normalize the parameters for the warm-up.")
+    normalization_strategy: str = _option(
+        "auto",
+        _one_of("auto", "bounds", "p0", "none"),
+        "'auto' (by bounds if all are finite, else by p0), 'bounds' (to [0, 1]), "
+        "'p0' (by |p0|, 1 where it is 0) or 'none'.",
+    )
+
+    # --- phase 1: L-BFGS warm-up on a sample
+    warmup_iterations: int = _option(
+        200, _int(0), "Iterations before the switching criteria are tested."
+    )
+    max_warmup_iterations: int = _option(500, _int(0), "Most iterations of the warm-up.")
+    loss_plateau_threshold: float = _option(
+        1e-4, _POSITIVE, "'plateau': relative change of the loss below this ends the warm-up."
+    )
+    gradient_norm_threshold: float = _option(
+        1e-3,
+        _POSITIVE,
+        "'gradient': a norm below this ends the warm-up; gradient of the relative loss with "
+        "respect to the normalized parameters.",
+    )
+    active_switching_criteria: Sequence[str] = _option(
+        ["plateau", "gradient", "max_iter"], _CRITERIA, "The criteria in force; any one switches."
+    )
+    lbfgs_history_size: int = _option(10, _int(1), "Pairs that L-BFGS remembers.")
+    lbfgs_line_search: str = _option(
+        "wolfe",
+        _one_of("wolfe", "strong_wolfe", "backtracking"),
+        "'wolfe' (optax's zoom search), 'strong_wolfe' (without its approximate-decrease test) or "
+        "'backtracking'.",
+    )
+    lbfgs_initial_step_size: float = _option(
+        0.1, _POSITIVE, "First step size when the relative loss is below 1 ('careful')."
+    )
+    lbfgs_exploration_step_size: float = _option(
+        0.1, _POSITIVE, "First step size when the relative loss is 1 or more ('exploration')."
+    )
+    lbfgs_refinement_step_size: float = _option(
+        1.0, _POSITIVE, "First step size when the relative loss is below 0.1 ('refinement')."
+    )
+    gradient_clip_value: float | None = _option(
+        None, _or(_POSITIVE, None), "Largest norm of a warm-up gradient; None for no clipping."
+    )
+
+    # --- the four defence layers of the warm-up
+    enable_warm_start_detection: bool = _option(
+        True, _BOOL, "Layer 1: skip the warm-up when p0 already fits."
+    )
+    warm_start_threshold: float = _option(
+        0.01,
+        _POSITIVE,
+        "Layer 1: relative loss below which the warm-up is skipped. On noisy data the relative "
+        "loss of a perfect fit is noise / signal variance, so this can never fire there.",
+    )
+    enable_adaptive_warmup_lr: bool = _option(
+        True, _BOOL, "Layer 2: choose the first step size by the relative loss."
+    )
+    enable_cost_guard: bool = _option(
+        True, _BOOL, "Layer 3: abort when the loss grows, back to the best point."
+    )
+    cost_increase_tolerance: float = _option(
+        0.05, _NON_NEGATIVE, "Layer 3: relative growth over the first loss that aborts."
+    )
+    enable_step_clipping: bool = _option(True, _BOOL, "Layer 4: limit the length of an update.")
+    max_warmup_step_size: float = _option(
+        0.1, _POSITIVE, "Layer 4: largest L2 norm of an update, in normalized space."
+    )
+
+    # --- phase 2: Gauss-Newton
+    gauss_newton_max_iterations: int = _option(
+        100, _int(1), "Most trial points, for the sample and for all rows alike."
+    )
+    gauss_newton_tol: float = _option(
+        1e-8,
+        _TOLERANCE,
+        "Converged when sqrt(predicted reduction / cost), or the scaled step against the scaled "
+        "parameters, is below this.",
+    )
+    trust_region_initial: float = _option(
+        1.0, _POSITIVE, "First trust radius, as a multiple of the scaled length of the start."
+    )
+    regularization_factor: float = _option(
+        1e-10,
+        _TOLERANCE,
+        "Singular values of the column-scaled Jacobian below this fraction of the largest are "
+        "damped as if they were that large.",
+    )
+    cg_param_threshold: int = _option(
+        2000, _int(1), "Parameters from which on conjugate gradients solve the step."
+    )
+    cg_max_iterations: int = _option(100, _int(1), "Most conjugate-gradient iterations a step.")
+    cg_relative_tolerance: float = _option(1e-4, _TOLERANCE, "Relative residual that ends them.")
+    cg_absolute_tolerance: float = _option(1e-10, _NON_NEGATIVE, "Absolute residual, likewise.")
+
+    # --- penalties and weights by group
+    enable_group_variance_regularization: bool = _option(
+        False, _BOOL, "Penalize the variance within groups of parameters."
+    )
+    group_variance_lambda: float = _option(0.01, _NON_NEGATIVE, "Strength of that penalty.")
+    group_variance_indices: Sequence[tuple[int, int]] | None = _option(
+        None, _or(_RANGES, None), "The groups, as (start, end) ranges of parameters."
+    )
+    enable_residual_weighting: bool = _option(
+        False, _BOOL, "Weight residuals by group; the group is x[:, 0]."
+    )
+    residual_weights: Sequence[float] | None = _option(
+        None, _or(_WEIGHTS, None), "One weight a group."
+    )
+
+    # --- arithmetic and memory
+    precision: str = _option(
+        "auto",
+        _one_of("auto", "float64", "float32"),
+        "Arithmetic of model and Jacobian; sums are always float64. 'auto' is float64.",
+    )
+    chunk_size: int | str = _option(
+        "auto",
+        _or(_int(1), "auto"),
+        "Most rows that one kernel call is given; a larger chunk is taken in pieces. 'auto' is "
+        "2**20.",
+    )
+    cache: int | str = _option(
+        "auto",
+        _or(_int(0), "auto"),
+        "Bytes of the workers' memory in which blocks may stay between passes; 0 for none.",
+    )
+
+    # --- surviving
+    enable_checkpoints: bool = _option(True, _BOOL, "Write checkpoints to checkpoint_dir.")
+    checkpoint_dir: str | os.PathLike[str] | None = _option(
+        None, _or(_PATH, None), "Folder of the checkpoints; None writes no files."
+    )
+    checkpoint_frequency: int = _option(100, _int(1), "Iterations between checkpoints.")
+    resume_from_checkpoint: str | os.PathLike[str] | None = _option(
+        None, _or(_PATH, None), "A checkpoint, or a folder of them, to go on from."
+    )
+    validate_numerics: bool = _option(
+        True, _BOOL, "Test gradient, parameters and cost for NaN and infinity."
+    )
+    enable_fault_tolerance: bool = _option(True, _BOOL, "Retry blocks that could not be read.")
+    max_retries_per_batch: int = _option(2, _int(0), "Retries of one block.")
+    min_success_rate: float = _option(
+        1.0, _FRACTION, "Below 1: blocks that stay unreadable may be left out, down to this share."
+    )
+    max_walltime: float | None = _option(
+        None, _or(_POSITIVE, None), "Seconds after which the fit ends with a checkpoint."
+    )
+    enable_multi_device: bool = _option(
+        False, _BOOL, "Share a worker's blocks among its local devices."
+    )
+
+    # --- watching
+    callback_frequency: int = _option(10, _int(1), "Iterations between calls of the callback.")
+    verbose: int = _option(1, _int(0), "0 prints nothing, 1 phases and iterations.")
+    log_frequency: int = _option(1, _int(1), "Iterations between printed lines.")
+    log_file: str | os.PathLike[str] | None = _option(
+        None, _or(_PATH, None), "File for a JSON-lines record of the fit."
+    )
+    dashboard: bool = _option(True, _BOOL, "Serve a page on a cluster's dashboard.")
+
+    # --- starts and the sample
+    enable_multistart: bool = _option(False, _BOOL, "Hold a tournament of starts first.")
+    n_starts: int = _option(10, _int(1), "Candidates of the tournament.")
+    multistart_sampler: str = _option(
+        "lhs", _one_of("lhs", "sobol", "halton"), "How the candidates are drawn."
+    )
+    elimination_rounds: int = _option(3, _int(1), "Rounds of the tournament.")
+    elimination_fraction: float = _option(0.5, _TOLERANCE, "Share that leaves in a round.")
+    batches_per_round: int = _option(50, _int(1), "Minibatches that a round is judged on.")
+    center_on_p0: bool = _option(True, _BOOL, "Draw the candidates around p0.")
+    scale_factor: float = _option(1.0, _POSITIVE, "Width of the draw, as a multiple of |p0|.")
+    sample_rows: int | str = _option(
+        "auto",
+        _or(_int(1), "auto"),
+        "Rows of the in-memory sample that phase 1 and the first Gauss-Newton work on. 'auto' is "
+        "2**15.",
+    )
+    random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample.")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            allowed, is_allowed = option.metadata["rule"]
+            if not is_allowed(value):
+                raise ValueError(f"{option.name} must be {allowed}; got {value!r}.")
+        if self.warmup_iterations > self.max_warmup_iterations:
+            raise ValueError(
+                f"warmup_iterations must be at most max_warmup_iterations "
+                f"({self.max_warmup_iterations}); got {self.warmup_iterations}."
+            )
+
+    def validated_copy(self) -> Self:
+        """Return a copy whose values have all been checked again."""
+        return replace(self)
+
+    # --- presets: what differs from the defaults
+
+    @classmethod
+    def _preset(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Self:
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def aggressive(cls, **overrides: Any) -> Self:
+        """Speed first: large pieces, a short warm-up, a looser tolerance."""
+        values = {
+            "chunk_size": 2**21,
+            "warmup_iterations": 50,
+            "max_warmup_iterations": 100,
+            "loss_plateau_threshold": 5e-4,
+            "gradient_norm_threshold": 5e-3,
+            "gauss_newton_tol": 1e-7,
+        }
+        return cls._preset(values, overrides)
+
+    @classmethod
+    def conservative(cls, **overrides: Any) -> Self:
+        """Precision first: a tighter tolerance, more iterations, smaller first steps."""
+        values = {
+            "warmup_iterations": 30,
+            "max_warmup_iterations": 80,
+            "loss_plateau_threshold": 1e-5,
+            "gradient_norm_threshold": 1e-4,
+            "gauss_newton_tol": 1e-10,
+            "gauss_newton_max_iterations": 200,
+            "trust_region_initial": 0.5,
+        }
+        return cls._preset(values, overrides)
+
+    @classmethod
+    def memory_optimized(cls, **overrides: Any) -> Self:
+        """Small pieces, float32 arithmetic with float64 sums, nothing kept between passes."""
+        values = {
+            "chunk_size": 2**17,
+            "precision": "float32",
+            "cache": 0,
+            "warmup_iterations": 40,
+            "max_warmup_iterations": 100,
+            "checkpoint_frequency": 50,
+            "cg_param_threshold": 1000,
+        }
+        return cls._preset(values, overrides)
+
+    @classmethod
+    def with_multistart(cls, n_starts: int = 10, **overrides: Any) -> Self:
+        """Hold a tournament over ``n_starts`` starts first."""
+        return cls._preset({"enable_multistart": True, "n_starts": n_starts}, overrides)
+
+    @classmethod
+    def defense_strict(cls, **overrides: Any) -> Self:
+        """Defence layers that act early: for starts that are already close."""
+        values = {
+            "warm_start_threshold": 0.01,
+            "cost_increase_tolerance": 0.05,
+            "max_warmup_step_size": 0.05,
+            "warmup_iterations": 25,
+            "max_warmup_iterations": 60,
+        }
+        return cls._preset(values, overrides)
+
+    @classmethod
+    def defense_relaxed(cls, **overrides: Any) -> Self:
+        """Defence layers that act late: for starts that are far off."""
+        values = {
+            "warm_start_threshold": 0.5,
+            "cost_increase_tolerance": 0.5,
+            "max_warmup_step_size": 0.5,
+            "warmup_iterations": 50,
+            "max_warmup_iterations": 120,
+        }
+        return cls._preset(values, overrides)
+
+    @classmethod
+    def defense_disabled(cls, **overrides: Any) -> Self:
+        """All four defence layers off."""
+        values = {
+            "enable_warm_start_detection": False,
+            "enable_adaptive_warmup_lr": False,
+            "enable_cost_guard": False,
+            "enable_step_clipping": False,
+        }
+        return cls._preset(values, overrides)
+
+    @classmethod
+    def scientific_default(cls, **overrides: Any) -> Self:
+        """For results that will be published: a tight tolerance and a patient Gauss-Newton."""
+        values = {
+            "warm_start_threshold": 0.05,
+            "cost_increase_tolerance": 0.2,
+            "max_warmup_step_size": 0.1,
+            "warmup_iterations": 35,
+            "max_warmup_iterations": 100,
+            "gauss_newton_tol": 1e-10,
+            "gauss_newton_max_iterations": 200,
+            "checkpoint_frequency": 100,
+        }
+        return cls._preset(values, overrides)
+
+
+def _parameters_section() -> str:
+    """Write the numpydoc section of the options from their own metadata."""
+    lines = ["", "    Parameters", "    ----------"]
+    for option in fields(HybridStreamingConfig):
+        default = option.default_factory() if callable(option.default_factory) else option.default
+        allowed, _ = option.metadata["rule"]
+        lines.append(f"    {option.name} : {allowed}, default {default!r}")
+        lines.append(f"        {option.metadata['doc']}")
+    return "\n".join(lines) + "\n"
+
+
+if HybridStreamingConfig.__doc__ is not None:  # python -OO strips docstrings
+    HybridStreamingConfig.__doc__ += _parameters_section()

@@ -1,0 +1,1 @@
+"""The mathematics: pure functions on small immutable records; no Dask, files, clocks or logging."""

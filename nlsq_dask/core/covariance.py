@@ -1,0 +1,81 @@
+"""The covariance of the parameters from ``J^T J`` at the solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from nlsq_dask.core.sums import NormalEquations
+
+Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """What phase 3 finds out.
+
+    Attributes
+    ----------
+    pcov : ndarray, shape (p, p)
+        Infinite where the data do not determine the parameters.
+    sigma_sq : float
+        Variance of a residual, ``2 cost / dof``; infinite without degrees of freedom.
+    condition_number : float
+        Of the column-scaled Jacobian.
+    undetermined : ndarray of bool, shape (p,)
+        Parameters that take part in a direction that the data do not determine.
+    """
+
+    pcov: Matrix
+    sigma_sq: float
+    condition_number: float
+    undetermined: NDArray[np.bool_]
+
+
+def correlation_form(jtj: Matrix, scale: Vector) -> Matrix | None:
+    """Invert ``J^T J`` with its columns scaled; None if it is not positive definite."""
+    try:
+        factor = linalg.cho_factor(jtj / np.outer(scale, scale))
+    except linalg.LinAlgError:
+        return None
+    return np.asarray(linalg.cho_solve(factor, np.eye(len(scale))))
+
+
+def covariance(
+    sums: NormalEquations, scales: Vector, absolute_sigma: bool, epsilon: float
+) -> Covariance:
+    """Invert ``J^T J`` in normalized space and transform back: ``Cov = D C D^T``.
+
+    Parameters
+    ----------
+    sums : NormalEquations
+        At the solution.
+    scales : ndarray, shape (p,)
+        Diagonal D of the normalization's Jacobian.
+    absolute_sigma : bool
+        Whether sigma is meant in absolute terms; if not, the covariance is scaled by the variance
+        of the residuals, as in ``scipy.optimize.curve_fit``.
+    epsilon : float
+        Machine epsilon of the arithmetic that made the sums.
+    """
+    p = len(scales)
+    dof = sums.n_used - p
+    sigma_sq = 2.0 * sums.cost / dof if dof > 0 else np.inf
+    normalized = sums.jtj * np.outer(scales, scales)
+    norms = np.sqrt(np.diag(normalized))
+    columns = np.where(norms > 0.0, norms, 1.0)
+    values, vectors = np.linalg.eigh(normalized / np.outer(columns, columns))
+    lost = values <= 4 * p * epsilon * max(values[-1], 0.0)
+    condition = float(np.sqrt(values[-1] / values[0])) if values[0] > 0.0 else np.inf
+    undetermined = (np.abs(vectors[:, lost]) > 1e-3).any(axis=1)
+    if lost.any() or (dof <= 0 and not absolute_sigma):
+        return Covariance(np.full((p, p), np.inf), sigma_sq, condition, undetermined)
+    inverse = (vectors / values) @ vectors.T / np.outer(columns, columns)
+    pcov = inverse * np.outer(scales, scales)
+    if not absolute_sigma:
+        pcov = pcov * sigma_sq
+    return Covariance((pcov + pcov.T) / 2, sigma_sq, condition, undetermined)

@@ -1,0 +1,306 @@
+"""Gauss-Newton as ask and tell: ``propose`` a trial, reduce over the rows, ``judge`` it.
+
+A state holds the accepted point with its sums, so one reduction is all that an iteration costs and
+the sums of an accepted trial are never computed again. The solver does not know where the sums
+come from: the sample in memory and the whole data set are fitted by the same lines.
+
+It works on the parameters themselves, not on normalized ones: the columns' norms scale every step,
+which makes it independent of the units of the parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.covariance import correlation_form
+from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.trust_region import Quadratic, Vector, restricted_step
+from nlsq_dask.stopping import StopReason
+
+_ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least
+_SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
+_SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
+_FAST = 0.1  # a contraction below this is one to extrapolate from
+_COVARIANCE_RTOL = 3e-7  # change of the covariance that a last step without a pass may leave out
+_NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stays the same during a solve.
+
+    Attributes
+    ----------
+    low, high : ndarray, shape (p,)
+        Bounds of the parameters, infinite where there are none.
+    tol : float
+    max_iterations : int
+    regularization : float
+        See ``HybridStreamingConfig.regularization_factor``.
+    initial_radius : float
+        As a multiple of the scaled length of the start.
+    epsilon : float
+        Machine epsilon of the arithmetic in which the model is evaluated.
+    """
+
+    low: Vector
+    high: Vector
+    tol: float
+    max_iterations: int
+    regularization: float
+    initial_radius: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """Parameters with their sums, and what these say of the way still to go.
+
+    Attributes
+    ----------
+    params : ndarray, shape (p,)
+    sums : NormalEquations
+    scale : ndarray, shape (p,)
+        Norms of the Jacobian's columns (with a short memory); lengths are measured by them.
+    settings : Settings
+    """
+
+    params: Vector
+    sums: NormalEquations
+    scale: Vector
+    settings: Settings
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The quadratic model of the cost in scaled variables."""
+        p = len(self.params)
+        # J^T J carries rounding of this size: flatter directions cannot be told from flat ones.
+        floor = max(self.settings.regularization**2, 4 * p * self.settings.epsilon)
+        hessian = self.sums.jtj / np.outer(self.scale, self.scale)
+        return Quadratic.of(hessian, self.sums.jtr / self.scale, floor)
+
+    @property
+    def room(self) -> tuple[Vector, Vector]:
+        """How far the scaled variables may move to either side."""
+        s = self.settings
+        return (s.low - self.params) * self.scale, (s.high - self.params) * self.scale
+
+    def moved(self, step: Vector) -> Vector:
+        """Return the parameters a scaled step away; one that meets a bound lies on it exactly."""
+        low, high = self.room
+        s = self.settings
+        params = np.clip(self.params + step / self.scale, s.low, s.high)
+        params = np.where(step <= low, s.low, np.where(step >= high, s.high, params))
+        return np.asarray(params)
+
+    @cached_property
+    def full_step(self) -> Vector:
+        """The step that minimizes the quadratic inside the bounds."""
+        return self.quadratic.minimizer(0.0, *self.room)
+
+    @cached_property
+    def reduction(self) -> float:
+        """The reduction of the cost that the full step promises."""
+        return max(self.quadratic.reduction(self.full_step), 0.0)
+
+    @cached_property
+    def measure(self) -> float:
+        """``sqrt(reduction / cost)``: the step in units of the residual; 0 for a perfect fit."""
+        if self.reduction == 0.0:
+            return 0.0
+        return float(np.sqrt(self.reduction / self.sums.cost))
+
+    @property
+    def is_negligible(self) -> bool:
+        """Whether the full step is a small fraction of a standard error."""
+        dof = max(self.sums.n_used - len(self.params), 1)
+        return self.measure * float(np.sqrt(dof)) <= _NEGLIGIBLE
+
+    @property
+    def cost_noise(self) -> float:
+        """Differences of the cost below this are rounding."""
+        cost, eps = self.sums.cost, self.settings.epsilon
+        return 32 * eps * cost + eps * float(np.sqrt(2 * cost * self.sums.signal))
+
+    @property
+    def rounding_cost(self) -> float:
+        """The cost that rounding of the model alone would give, at most."""
+        return 0.5 * (8 * self.settings.epsilon) ** 2 * self.sums.signal
+
+    def converged(self) -> StopReason | None:
+        """Return the criterion that this point meets, if any."""
+        if self.measure <= self.settings.tol:
+            return StopReason.REDUCTION
+        n = max(self.sums.n_used, 1)
+        if self.reduction <= self.rounding_cost * len(self.params) / n:
+            return StopReason.FLOOR
+        length = float(np.linalg.norm(self.scale * self.params))
+        tol = self.settings.tol
+        small = np.linalg.norm(self.full_step) <= tol * (tol + length)
+        if small and (self.is_negligible or self.reduction <= self.rounding_cost):
+            return StopReason.STEP
+        return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point to evaluate.
+
+    Attributes
+    ----------
+    params : ndarray, shape (p,)
+    step : ndarray, shape (p,)
+        Scaled step from the accepted point.
+    reduction : float
+        Reduction of the cost that the quadratic promises.
+    full : bool
+        Whether the trust region left the step as long as it wanted to be.
+    """
+
+    params: Vector
+    step: Vector
+    reduction: float
+    full: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """An accepted point, the trust radius and what is remembered of the way here.
+
+    Attributes
+    ----------
+    point : Point
+    radius : float
+    iteration : int
+        Trials judged so far.
+    contraction : float
+        Ratio of the last two measures if a full step lies between them, else infinity.
+    covariance_change : float
+        Relative change of the covariance along that step.
+    stop : StopReason or None
+    solution : ndarray, shape (p,), or None
+        Where the solve ended; a last step beyond ``point`` if one was taken without a pass.
+    """
+
+    point: Point
+    radius: float
+    iteration: int = 0
+    contraction: float = np.inf
+    covariance_change: float = np.inf
+    stop: StopReason | None = None
+    solution: Vector | None = None
+
+
+def _column_scale(jtj: NDArray[np.float64], previous: Vector | None) -> Vector:
+    norms = np.sqrt(np.diag(jtj))
+    if previous is not None:
+        return np.asarray(np.maximum(norms, _SCALE_MEMORY * previous))
+    return np.asarray(np.where(norms > 0.0, norms, 1.0))
+
+
+def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
+    """Begin at parameters whose sums are known."""
+    if not sums.is_finite:
+        point = Point(params, sums, np.ones_like(params), settings)
+        return State(point, 0.0, stop=StopReason.NON_FINITE_START, solution=params)
+    point = Point(params, sums, _column_scale(sums.jtj, None), settings)
+    length = float(np.linalg.norm(point.scale * params)) or float(np.linalg.norm(point.scale))
+    return _check(State(point, settings.initial_radius * length))
+
+
+def propose(state: State) -> Trial:
+    """Return the trial that minimizes the quadratic inside bounds and trust region."""
+    point = state.point
+    step, full = restricted_step(point.quadratic, *point.room, state.radius)
+    return Trial(point.moved(step), step, point.quadratic.reduction(step), full)
+
+
+def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
+    """Accept or reject a trial whose sums are known, and say whether to go on."""
+    state = replace(state, iteration=state.iteration + 1)
+    length = float(np.linalg.norm(trial.step))
+    if not sums.is_finite:
+        return _rejected(state, length, StopReason.NON_FINITE_STEP)
+    old = state.point
+    new = Point(trial.params, sums, _column_scale(sums.jtj, old.scale), old.settings)
+    gain = old.sums.cost - sums.cost
+    if trial.reduction <= old.cost_noise:
+        # The costs cannot be told apart any more, but the gradients still can.
+        if new.measure <= 0.5 * old.measure:
+            return _accepted(state, trial, new, state.radius)
+        better = new if new.measure < old.measure else old
+        sure = better.is_negligible or better.reduction <= better.rounding_cost
+        reason = StopReason.FLOOR if sure else StopReason.STALLED
+        return replace(state, point=better, stop=reason, solution=better.params)
+    if gain < _ACCEPT * trial.reduction:
+        return _rejected(state, length, StopReason.STALLED)
+    radius = state.radius
+    if gain < _SHRINK_BELOW * trial.reduction:
+        radius = 0.5 * length
+    elif gain > _GROW_ABOVE * trial.reduction:
+        radius = max(radius, 2.0 * length)
+    return _accepted(state, trial, new, radius)
+
+
+def _rejected(state: State, length: float, if_exhausted: StopReason) -> State:
+    point = state.point
+    radius = 0.25 * length
+    state = replace(state, radius=radius)
+    size = float(np.linalg.norm(point.scale * point.params)) or float(np.linalg.norm(point.scale))
+    if radius <= point.settings.epsilon * size:
+        return replace(state, stop=if_exhausted, solution=point.params)
+    return _limit(state)
+
+
+def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
+    old = state.point
+    contraction = change = np.inf
+    if trial.full and old.measure > 0.0:
+        contraction = new.measure / old.measure
+        change = _covariance_change(old, new)
+    return _check(
+        replace(
+            state,
+            point=new,
+            radius=radius,
+            contraction=contraction,
+            covariance_change=change,
+        )
+    )
+
+
+def _covariance_change(old: Point, new: Point) -> float:
+    """Return the largest change of the covariance, relative to the variances."""
+    before, after = (
+        correlation_form(old.sums.jtj, new.scale),
+        correlation_form(new.sums.jtj, new.scale),
+    )
+    if before is None or after is None:
+        return np.inf
+    deviation = np.sqrt(np.diag(after))
+    return float(np.abs((after - before) / np.outer(deviation, deviation)).max())
+
+
+def _check(state: State) -> State:
+    """Stop if the accepted point is a solution or the step from it surely leads to one."""
+    point = state.point
+    reason = point.converged()
+    extrapolates = state.contraction <= _FAST
+    if reason is not None:
+        solution = point.moved(point.full_step) if extrapolates else point.params
+        return replace(state, stop=reason, solution=solution)
+    left = state.contraction * point.measure
+    missed = state.contraction * state.covariance_change
+    if extrapolates and left <= point.settings.tol and missed <= _COVARIANCE_RTOL:
+        return replace(state, stop=StopReason.LAST_STEP, solution=point.moved(point.full_step))
+    return _limit(state)
+
+
+def _limit(state: State) -> State:
+    if state.iteration < state.point.settings.max_iterations:
+        return state
+    return replace(state, stop=StopReason.ITERATION_LIMIT, solution=state.point.params)

@@ -1,0 +1,106 @@
+"""``Program``: a traced function that travels as bytes and is compiled once a process.
+
+The model is traced on the caller's side, once, and sent to the workers as a portable StableHLO
+program (``jax.export``). So a worker needs neither the caller's module nor his closures, and two
+definitions of one model are the same program: the fingerprint is made of what the program
+computes, its constants by value, not of the identity of a Python function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+from jax import export
+
+from nlsq_dask.core.precision import x64
+from nlsq_dask.errors import ModelError
+
+_CACHE_SIZE = 64
+_compiled: OrderedDict[str, Callable[..., Any]] = OrderedDict()
+_n_compiled = 0
+_lock = threading.RLock()
+
+# Where a line of the caller's file stands must not count: source locations are left out.
+_LOCATION_LINES = re.compile(r"^#loc.*$", re.MULTILINE)
+_LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
+
+
+class Program:
+    """A function of arrays of fixed shapes, independent of the Python code that it came from.
+
+    Parameters
+    ----------
+    fingerprint : str
+        Identifies what the program computes.
+    serialized : bytes
+        The program as ``jax.export`` writes it.
+    """
+
+    __slots__ = ("fingerprint", "serialized")
+
+    def __init__(self, fingerprint: str, serialized: bytes) -> None:
+        self.fingerprint = fingerprint
+        self.serialized = serialized
+
+    @classmethod
+    def trace(cls, function: Callable[..., Any], *specs: Any) -> Self:
+        """Trace ``function`` for arguments of these shapes and dtypes."""
+
+        def program(*args: Any) -> Any:  # a fixed name: it is part of the text
+            return function(*args)
+
+        with x64():
+            exported = export.export(jax.jit(program), platforms=["cpu"])(*specs)
+            try:
+                serialized = bytes(exported.serialize())
+            except (NotImplementedError, ValueError) as error:
+                raise ModelError(
+                    f"The model cannot be sent to workers, because it uses something that JAX "
+                    f"cannot export ({error}). Use jax.numpy operations only; callbacks into "
+                    f"Python, jax.debug.print included, are not possible."
+                ) from error
+        text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
+        return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the program; the arguments must have the shapes and dtypes it was traced for."""
+        with x64():
+            return compiled_once(self.fingerprint, self._compile)(*args)
+
+    def _compile(self) -> Callable[..., Any]:
+        exported = export.deserialize(bytearray(self.serialized))
+        specs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        args, kwargs = specs
+        compiled: Callable[..., Any] = jax.jit(exported.call).lower(*args, **kwargs).compile()
+        return compiled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.fingerprint, self.serialized)
+
+
+def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """Return what ``compile_()`` gave for this key, calling it at most once a process.
+
+    The least recently used program leaves when there are too many.
+    """
+    global _n_compiled
+    with _lock:
+        if key not in _compiled:
+            _compiled[key] = compile_()
+            _n_compiled += 1
+            if len(_compiled) > _CACHE_SIZE:
+                _compiled.popitem(last=False)
+        _compiled.move_to_end(key)
+        return _compiled[key]
+
+
+def compile_count() -> int:
+    """Return how many programs this process has compiled so far."""
+    with _lock:
+        return _n_compiled

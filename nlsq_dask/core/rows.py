@@ -1,0 +1,137 @@
+"""``Layout`` and ``Rows``: what one row consists of, and some rows held in memory.
+
+x is kept as a flat tuple of arrays; the layout knows how the model wants them put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a row consists of: dtypes and feature shapes, without any number of rows.
+
+    Attributes
+    ----------
+    x_names : None, int or tuple of str
+        How the model receives x: one array (None), a tuple of so many arrays (int), or a dict.
+    x_features : tuple of tuple of int
+        Shape of a row of each x array: ``()`` or ``(k,)``.
+    x_dtypes, y_dtype, sigma_dtype : str
+        NumPy dtype strings as stored; ``sigma_dtype`` is None without sigma.
+    has_mask : bool
+        Whether rows can be masked by the caller.
+    """
+
+    x_names: None | int | tuple[str, ...]
+    x_features: tuple[tuple[int, ...], ...]
+    x_dtypes: tuple[str, ...]
+    y_dtype: str
+    sigma_dtype: str | None
+    has_mask: bool
+
+    def assemble(self, x: Sequence[Any]) -> Any:
+        """Put the flat x arrays together as the model receives them."""
+        if self.x_names is None:
+            return x[0]
+        if isinstance(self.x_names, int):
+            return tuple(x)
+        return dict(zip(self.x_names, x, strict=True))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory."""
+        x = sum(
+            int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+            for shape, dtype in zip(self.x_features, self.x_dtypes, strict=True)
+        )
+        sigma = np.dtype(self.sigma_dtype).itemsize if self.sigma_dtype else 0
+        return x + np.dtype(self.y_dtype).itemsize + sigma + self.has_mask
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in memory, the first axis of every array running over them.
+
+    Attributes
+    ----------
+    y : ndarray, shape (n,)
+    x : tuple of ndarray, each of shape (n,) or (n, k)
+    sigma : ndarray, shape (n,), or None
+    mask : ndarray of bool, shape (n,), or None
+        True where the caller wants the row left out.
+    """
+
+    y: Array
+    x: tuple[Array, ...]
+    sigma: Array | None = None
+    mask: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, where: slice | NDArray[Any]) -> Self:
+        """Return some of the rows, by slice, index or boolean array."""
+        return type(self)(
+            self.y[where],
+            tuple(leaf[where] for leaf in self.x),
+            None if self.sigma is None else self.sigma[where],
+            None if self.mask is None else self.mask[where],
+        )
+
+    def padded(self, n_rows: int) -> Self:
+        """Return ``n_rows`` rows, the missing ones zero; no copy if there are as many."""
+        if len(self) == n_rows:
+            return self
+
+        def pad(array: Array) -> Array:
+            out = np.zeros((n_rows, *array.shape[1:]), array.dtype)
+            out[: len(array)] = array
+            return out
+
+        return type(self)(
+            pad(self.y),
+            tuple(map(pad, self.x)),
+            None if self.sigma is None else pad(self.sigma),
+            None if self.mask is None else pad(self.mask),
+        )
+
+    def pieces(self, n_rows: int) -> Iterator[tuple[Self, int]]:
+        """Yield pieces of exactly ``n_rows`` rows, the last one padded, with their true counts."""
+        for start in range(0, len(self), n_rows):
+            piece = self.take(slice(start, start + n_rows))
+            yield piece.padded(n_rows), len(piece)
+
+    def usable(self) -> Self:
+        """Return the rows that are finite in y, x and sigma and not masked."""
+        keep = np.isfinite(self.y)
+        for leaf in self.x:
+            keep &= np.isfinite(leaf) if leaf.ndim == 1 else np.isfinite(leaf).all(axis=1)
+        if self.sigma is not None:
+            keep &= np.isfinite(self.sigma)
+        if self.mask is not None:
+            keep &= ~self.mask
+        return self.take(keep)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Join rows of one layout."""
+        first = parts[0]
+        return cls(
+            np.concatenate([part.y for part in parts]),
+            tuple(np.concatenate([part.x[i] for part in parts]) for i in range(len(first.x))),
+            None
+            if first.sigma is None
+            else np.concatenate([p.sigma for p in parts if p.sigma is not None]),
+            None
+            if first.mask is None
+            else np.concatenate([p.mask for p in parts if p.mask is not None]),
+        )

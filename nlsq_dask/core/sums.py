@@ -1,0 +1,107 @@
+"""``NormalEquations``: what one pass over rows brings back, and how two of them combine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_BLOCK = -1
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """Sums over rows that determine a Gauss-Newton step, all in float64.
+
+    With residuals ``r = (model - y) / sigma`` and their Jacobian ``J``.
+
+    Attributes
+    ----------
+    jtj : ndarray, shape (p, p)
+        ``J^T J``.
+    jtr : ndarray, shape (p,)
+        ``J^T r``, the gradient of the cost.
+    cost : float
+        ``1/2 sum r^2``.
+    weight, y_sum, y_square : float
+        Sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2`` with ``w = 1 / sigma^2`` and a reference
+        value y0 that keeps the variance free of cancellation.
+    signal : float
+        Sum of ``w y^2``: together with the machine's epsilon it says what rounding can hide.
+    n_used, n_masked, n_bad : int
+        Rows in the sums; rows masked by the caller; rows with a NaN or infinity in y, x or sigma.
+    n_nonfinite : int
+        Rows of finite data at which model or Jacobian are not finite.
+    n_bad_sigma : int
+        Rows whose sigma is not positive.
+    first_bad_block : int
+        Flat index of the first block with a bad row, or ``NO_BLOCK``.
+    rows_read, bytes_read : int
+        What was read from the source to make these sums.
+    """
+
+    jtj: NDArray[np.float64]
+    jtr: NDArray[np.float64]
+    cost: float
+    weight: float = 0.0
+    y_sum: float = 0.0
+    y_square: float = 0.0
+    signal: float = 0.0
+    n_used: int = 0
+    n_masked: int = 0
+    n_bad: int = 0
+    n_nonfinite: int = 0
+    n_bad_sigma: int = 0
+    first_bad_block: int = NO_BLOCK
+    rows_read: int = 0
+    bytes_read: int = 0
+
+    @classmethod
+    def zero(cls, n_params: int) -> Self:
+        """Return the sums over no rows."""
+        return cls(np.zeros((n_params, n_params)), np.zeros(n_params), 0.0)
+
+    def combine(self, other: Self) -> Self:
+        """Return the sums over the rows of both."""
+        blocks = [b for b in (self.first_bad_block, other.first_bad_block) if b != NO_BLOCK]
+        return type(self)(
+            jtj=self.jtj + other.jtj,
+            jtr=self.jtr + other.jtr,
+            cost=self.cost + other.cost,
+            weight=self.weight + other.weight,
+            y_sum=self.y_sum + other.y_sum,
+            y_square=self.y_square + other.y_square,
+            signal=self.signal + other.signal,
+            n_used=self.n_used + other.n_used,
+            n_masked=self.n_masked + other.n_masked,
+            n_bad=self.n_bad + other.n_bad,
+            n_nonfinite=self.n_nonfinite + other.n_nonfinite,
+            n_bad_sigma=self.n_bad_sigma + other.n_bad_sigma,
+            first_bad_block=min(blocks, default=NO_BLOCK),
+            rows_read=self.rows_read + other.rows_read,
+            bytes_read=self.bytes_read + other.bytes_read,
+        )
+
+    @property
+    def n_omitted(self) -> int:
+        """Rows that are not in the sums, masked or bad."""
+        return self.n_masked + self.n_bad
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model and its Jacobian were finite at every row that counts."""
+        return (
+            self.n_nonfinite == 0
+            and bool(np.isfinite(self.cost))
+            and bool(np.isfinite(self.jtr).all())
+            and bool(np.isfinite(self.jtj).all())
+        )
+
+    @property
+    def total_variation(self) -> float:
+        """Weighted sum of squares of y about its weighted mean."""
+        if self.weight == 0.0:
+            return 0.0
+        return max(self.y_square - self.y_sum**2 / self.weight, 0.0)

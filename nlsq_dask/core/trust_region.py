@@ -1,0 +1,107 @@
+"""The step: a small bounded least-squares problem inside a trust region, solved in float64.
+
+The quadratic model of the cost is ``g^T s + 1/2 s^T H s`` in variables scaled by the columns'
+norms (Moré 1978), where H has a unit diagonal. It is minimized over ``low <= s <= high`` and
+``|s|_2 <= radius``: the Levenberg-Marquardt parameter that gives the radius is a root of a
+monotone function, with the bounds kept exactly at each trial of it (Stark and Parker's BVLS).
+
+References
+----------
+J. J. Moré, "The Levenberg-Marquardt algorithm: implementation and theory", Numerical Analysis,
+Lecture Notes in Mathematics 630, 105-116 (1978).
+P. B. Stark and R. L. Parker, "Bounded-variable least squares", Computational Statistics 10,
+129-141 (1995).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+Vector = NDArray[np.float64]
+
+_LOG_DAMPING_TOL = 0.05  # a radius is a rough idea; Moré asks for 10 % of it too
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """A positive semidefinite quadratic, as eigenvalues, eigenvectors and gradient.
+
+    Directions flatter than ``floor`` times the steepest are taken to be as curved as that.
+    """
+
+    gradient: Vector
+    eigenvalues: Vector
+    eigenvectors: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, hessian: NDArray[np.float64], gradient: Vector, floor: float) -> Quadratic:
+        """Decompose the Hessian of a scaled problem."""
+        values, vectors = np.linalg.eigh(hessian)
+        return cls(gradient, np.maximum(values, floor * max(values[-1], 0.0)), vectors)
+
+    def reduction(self, step: Vector) -> float:
+        """Return by how much the quadratic falls along ``step``."""
+        along = self.eigenvectors.T @ step
+        return float(-(self.gradient @ step) - 0.5 * (along**2 @ self.eigenvalues))
+
+    def minimizer(self, damping: float, low: Vector, high: Vector) -> Vector:
+        """Minimize the quadratic plus ``damping / 2 |s|^2`` over ``low <= s <= high``."""
+        curvature = self.eigenvalues + damping
+        determined = curvature > 0.0
+        along = self.eigenvectors.T @ self.gradient
+        inverse = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=determined)
+        step: Vector = -self.eigenvectors @ (along * inverse)
+        if ((low <= step) & (step <= high)).all():
+            return step
+        root = np.sqrt(np.where(determined, curvature, 0.0))
+        inverse_root = np.divide(1.0, root, out=np.zeros_like(root), where=determined)
+        return _bounded(root[:, None] * self.eigenvectors.T, -along * inverse_root, low, high)
+
+
+def _bounded(matrix: NDArray[np.float64], target: Vector, low: Vector, high: Vector) -> Vector:
+    """Solve a bounded least-squares problem; variables without room are taken out first."""
+    step = np.clip(np.zeros_like(low), low, high)
+    free = low < high
+    if free.any():
+        solution = optimize.lsq_linear(
+            matrix[:, free],
+            target - matrix[:, ~free] @ step[~free],
+            (low[free], high[free]),
+            method="bvls",
+            tol=1e-15,
+        )
+        step[free] = solution.x
+    return step
+
+
+def restricted_step(
+    quadratic: Quadratic, low: Vector, high: Vector, radius: float
+) -> tuple[Vector, bool]:
+    """Minimize the quadratic inside bounds and trust region.
+
+    Returns
+    -------
+    step : ndarray, shape (p,)
+    full : bool
+        Whether the trust region left the step as long as it wanted to be.
+    """
+    step = quadratic.minimizer(0.0, low, high)
+    if np.linalg.norm(step) <= radius:
+        return step, True
+
+    def excess(log_damping: float) -> float:
+        return float(np.linalg.norm(quadratic.minimizer(np.exp(log_damping), low, high)) - radius)
+
+    # |s(damping)| falls monotonically, and |s| <= 2 |g| / damping because s = 0 is allowed.
+    highest = float(np.log(2.0 * np.linalg.norm(quadratic.gradient) / radius)) + 0.1
+    lowest = highest - 5.0
+    while excess(lowest) < 0.0 and lowest > highest - 80.0:
+        lowest -= 10.0
+    if excess(lowest) < 0.0:  # the radius differs from the full step by rounding alone
+        return step, True
+    log_damping = optimize.brentq(excess, lowest, highest, xtol=_LOG_DAMPING_TOL)
+    return quadratic.minimizer(float(np.exp(log_damping)), low, high), False

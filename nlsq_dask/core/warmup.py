@@ -1,0 +1,356 @@
+"""Phase 1: L-BFGS on the sample, in normalized parameters, the whole loop in one program.
+
+The loss is the relative loss (mean squared weighted residual over the weighted variance of y), so
+its thresholds do not depend on the units of y. The program runs a burst of iterations and hands
+back its state, which the driver may look at, report and store before it asks for the next burst.
+
+The minimizer is optax's L-BFGS with its line searches. Bounds are kept by projection: the loss is
+evaluated at the nearest point inside, and parameters on a bound do not move outwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from numpy.typing import NDArray
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.defense import clip_step, cost_increased
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.precision import x64
+from nlsq_dask.core.program import compiled_once
+from nlsq_dask.core.rows import Rows
+
+_LINE_SEARCH_STEPS = 20
+_ROUNDING = 4 * np.finfo(np.float64).eps  # relative change of the loss that is no change
+# Without "max_iter" among the criteria the warm-up still has to end some time.
+_UNLIMITED_FACTOR = 10
+
+
+class WarmupEnd(IntEnum):
+    """Why the loop ended; the names are those of ``active_switching_criteria`` where one fits."""
+
+    RUNNING = 0
+    PLATEAU = 1
+    GRADIENT = 2
+    MAX_ITER = 3
+    CONVERGED = 4
+    LINE_SEARCH = 5
+    COST_GUARD = 6
+    NON_FINITE = 7
+
+
+class Problem(NamedTuple):
+    """Everything that differs from fit to fit, as arguments of the program."""
+
+    y: Any
+    x: Any
+    inverse_sigma: Any
+    n_rows: Any
+    scales: Any
+    offsets: Any
+    low: Any
+    high: Any
+    variance: Any
+    first_step: Any
+    max_step: Any
+    max_gradient: Any
+    cost_tolerance: Any
+    plateau: Any
+    gradient: Any
+    min_iterations: Any
+    max_iterations: Any
+
+
+class WarmupState(NamedTuple):
+    """The whole state of the loop.
+
+    ``params`` and ``best_params`` are normalized, shape (p,); losses are relative losses.
+    """
+
+    params: Any
+    loss: Any
+    gradient: Any
+    optimizer: Any
+    initial_loss: Any
+    best_params: Any
+    best_loss: Any
+    iteration: Any
+    line_search_failures: Any
+    end: Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """What changes the program itself, and so makes another one."""
+
+    history_size: int
+    line_search: str
+    has_bounds: bool
+    clips_gradient: bool
+    guards_cost: bool
+    clips_step: bool
+
+
+class _FirstStepState(NamedTuple):
+    count: Any
+
+
+def _scale_first_step(size: Any) -> optax.GradientTransformationExtraArgs:
+    """Scale the very first update, which L-BFGS makes without knowledge of the curvature."""
+
+    def init(params: Any) -> _FirstStepState:
+        return _FirstStepState(jnp.zeros((), jnp.int64))
+
+    def update(
+        updates: Any, state: _FirstStepState, params: Any = None, **extra: Any
+    ) -> tuple[Any, _FirstStepState]:
+        factor = jnp.where(state.count == 0, size, 1.0)
+        return updates * factor, _FirstStepState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
+    """Take out of an update what would leave the bounds from a parameter that lies on one."""
+
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        outward = ((params <= low) & (updates < 0)) | ((params >= high) & (updates > 0))
+        return jnp.where(outward, 0.0, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _optimizer(problem: Problem, options: Options) -> optax.GradientTransformationExtraArgs:
+    """Chain L-BFGS, the defence layers that act on a step, and the line search."""
+    parts = [
+        optax.scale_by_lbfgs(options.history_size),
+        optax.scale(-1.0),
+        _scale_first_step(problem.first_step),
+    ]
+    if options.clips_gradient:
+        parts.insert(0, optax.clip_by_global_norm(problem.max_gradient))
+    if options.has_bounds:
+        parts.append(_hold_at_bounds(problem.low, problem.high))
+    if options.clips_step:
+        parts.append(clip_step(problem.max_step))
+    if options.line_search == "backtracking":
+        search = optax.scale_by_backtracking_linesearch(_LINE_SEARCH_STEPS)
+    else:
+        search = optax.scale_by_zoom_linesearch(
+            _LINE_SEARCH_STEPS,
+            max_learning_rate=1.0 if options.clips_step else None,
+            approx_dec_rtol=None if options.line_search == "strong_wolfe" else 1e-6,
+            initial_guess_strategy="one",
+        )
+    return optax.chain(*parts, search)
+
+
+def _loss(model: Model, problem: Problem) -> Callable[[Any], Any]:
+    """Return the relative loss as a function of normalized parameters."""
+    counts = jnp.arange(problem.y.shape[0]) < problem.n_rows
+
+    def loss(q: Any) -> Any:
+        inside = jnp.where(
+            q < problem.low, problem.low, jnp.where(q > problem.high, problem.high, q)
+        )
+        params = (inside * problem.scales + problem.offsets).astype(model.dtype)
+        residual = model(problem.x, params).astype(jnp.float64) - problem.y
+        weighted = jnp.where(counts, residual * problem.inverse_sigma, 0.0)
+        return (weighted @ weighted) / (problem.n_rows * problem.variance)
+
+    return loss
+
+
+def _step(model: Model, options: Options, problem: Problem, state: WarmupState) -> WarmupState:
+    """One iteration of L-BFGS."""
+    loss = _loss(model, problem)
+    optimizer = _optimizer(problem, options)
+    updates, optimizer_state = optimizer.update(
+        state.gradient,
+        state.optimizer,
+        state.params,
+        value=state.loss,
+        grad=state.gradient,
+        value_fn=loss,
+    )
+    params = jnp.clip(state.params + updates, problem.low, problem.high)
+    value, gradient = jax.value_and_grad(loss)(params)
+    failed = optimizer_state[-1].info.decrease_error > 0.0
+    better = value < state.best_loss
+    iteration = state.iteration + 1
+    held = ((params <= problem.low) & (gradient > 0)) | ((params >= problem.high) & (gradient < 0))
+    gradient_norm = jnp.linalg.norm(jnp.where(held, 0.0, gradient))
+    change = jnp.abs(value - state.loss) / (jnp.abs(state.loss) + jnp.finfo(jnp.float64).tiny)
+    ready = iteration >= problem.min_iterations
+    ends = [  # the first that holds is the reason
+        (~jnp.isfinite(value), WarmupEnd.NON_FINITE),
+        (
+            cost_increased(value, state.initial_loss, problem.cost_tolerance) & options.guards_cost,
+            WarmupEnd.COST_GUARD,
+        ),
+        ((change <= _ROUNDING) | (gradient_norm == 0.0), WarmupEnd.CONVERGED),
+        (failed, WarmupEnd.LINE_SEARCH),
+        (ready & (change < problem.plateau), WarmupEnd.PLATEAU),
+        (ready & (gradient_norm < problem.gradient), WarmupEnd.GRADIENT),
+        (iteration >= problem.max_iterations, WarmupEnd.MAX_ITER),
+    ]
+    end = jnp.select([condition for condition, _ in ends], [int(e) for _, e in ends], 0)
+    return WarmupState(
+        params=params,
+        loss=value,
+        gradient=gradient,
+        optimizer=optimizer_state,
+        initial_loss=state.initial_loss,
+        best_params=jnp.where(better, params, state.best_params),
+        best_loss=jnp.where(better, value, state.best_loss),
+        iteration=iteration,
+        line_search_failures=state.line_search_failures + failed,
+        end=end.astype(jnp.int64),
+    )
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A warm-up that is ready to run.
+
+    Attributes
+    ----------
+    model : Model
+    problem : Problem
+    options : Options
+    key : str
+        Identifies the program in the process's cache.
+    """
+
+    model: Model
+    problem: Problem
+    options: Options
+    key: str
+
+    @classmethod
+    def prepare(
+        cls,
+        model: Model,
+        rows: Rows,
+        n_rows: int,
+        affine: tuple[NDArray[np.float64], NDArray[np.float64]],
+        bounds: tuple[NDArray[np.float64], NDArray[np.float64]],
+        variance: float,
+        first_step: float,
+        config: HybridStreamingConfig,
+        fingerprint: str,
+    ) -> Warmup:
+        """Gather arguments and options.
+
+        Parameters
+        ----------
+        model : Model
+        rows : Rows
+            The sample; all rows finite, the first ``n_rows`` count.
+        n_rows : int
+        affine : tuple of ndarray, each of shape (p,)
+            Scales and offsets of the normalization.
+        bounds : tuple of ndarray, each of shape (p,)
+            Lower and upper bounds, normalized.
+        variance : float
+            Weighted variance of y, by which the loss is divided.
+        first_step : float
+            Size of the first step, as layer 2 chose it.
+        config : HybridStreamingConfig
+        fingerprint : str
+            Of the model and its rows.
+        """
+        criteria = config.active_switching_criteria
+        limit = config.max_warmup_iterations
+        options = Options(
+            history_size=config.lbfgs_history_size,
+            line_search=config.lbfgs_line_search,
+            has_bounds=bool(np.isfinite(bounds[0]).any() or np.isfinite(bounds[1]).any()),
+            clips_gradient=config.gradient_clip_value is not None,
+            guards_cost=config.enable_cost_guard,
+            clips_step=config.enable_step_clipping,
+        )
+        problem = Problem(
+            y=rows.y.astype(np.float64),
+            x=rows.x,
+            inverse_sigma=np.ones(1) if rows.sigma is None else 1.0 / rows.sigma.astype(np.float64),
+            n_rows=np.int64(n_rows),
+            scales=affine[0],
+            offsets=affine[1],
+            low=bounds[0],
+            high=bounds[1],
+            variance=np.float64(variance),
+            first_step=np.float64(first_step),
+            max_step=np.float64(config.max_warmup_step_size),
+            max_gradient=np.float64(config.gradient_clip_value or np.inf),
+            cost_tolerance=np.float64(config.cost_increase_tolerance),
+            # A threshold of zero is never met: the criterion is off.
+            plateau=np.float64(config.loss_plateau_threshold if "plateau" in criteria else 0.0),
+            gradient=np.float64(config.gradient_norm_threshold if "gradient" in criteria else 0.0),
+            min_iterations=np.int64(config.warmup_iterations),
+            max_iterations=np.int64(limit if "max_iter" in criteria else limit * _UNLIMITED_FACTOR),
+        )
+        with x64():
+            problem = jax.tree.map(jnp.asarray, problem)
+        return cls(model, problem, options, f"warm-up {fingerprint} {len(rows)} {options}")
+
+    def start(self, q0: NDArray[np.float64]) -> WarmupState:
+        """Return the state before the first iteration."""
+        with x64():
+            params = jnp.asarray(q0)
+            loss, gradient = self._program("start", self._value_and_grad, params)(
+                self.problem, params
+            )
+            zero = jnp.zeros((), jnp.int64)
+            return WarmupState(
+                params=params,
+                loss=loss,
+                gradient=gradient,
+                optimizer=_optimizer(self.problem, self.options).init(params),
+                initial_loss=loss,
+                best_params=params,
+                best_loss=loss,
+                iteration=zero,
+                line_search_failures=zero,
+                end=zero,
+            )
+
+    def run(self, state: WarmupState, until: int) -> WarmupState:
+        """Iterate until a criterion ends the warm-up or iteration ``until`` is reached."""
+        with x64():
+            limit = jnp.asarray(until, jnp.int64)
+            result: WarmupState = self._program("run", self._burst, state, limit)(
+                self.problem, state, limit
+            )
+            return result
+
+    def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        return compiled_once(
+            f"{self.key} {name}",
+            lambda: jax.jit(function).lower(self.problem, *args).compile(),
+        )
+
+    def _value_and_grad(self, problem: Problem, params: Any) -> Any:
+        return jax.value_and_grad(_loss(self.model, problem))(params)
+
+    def _burst(self, problem: Problem, state: WarmupState, until: Any) -> WarmupState:
+        result: WarmupState = lax.while_loop(
+            lambda s: (s.end == WarmupEnd.RUNNING) & (s.iteration < until),
+            lambda s: _step(self.model, self.options, problem, s),
+            state,
+        )
+        return result
+
+
+def clip_count(state: WarmupState, options: Options) -> int:
+    """Return how many updates layer 4 has shortened."""
+    return int(state.optimizer[-2].count) if options.clips_step else 0

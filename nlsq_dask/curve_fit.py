@@ -1,0 +1,105 @@
+"""``curve_fit``: SciPy's call, for data of any size."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import DataError
+from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
+
+
+def curve_fit(
+    f: Callable[..., Any],
+    xdata: Any,
+    ydata: Any,
+    p0: Any = None,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    bounds: Any = (-np.inf, np.inf),
+    *,
+    full_output: bool = False,
+    config: HybridStreamingConfig | None = None,
+    **fit_options: Any,
+) -> Any:
+    """Fit ``f`` to data as ``scipy.optimize.curve_fit`` does.
+
+    Parameters
+    ----------
+    f : callable
+        ``f(x, *params)``, written in jax.numpy; x has SciPy's layout, ``(M,)`` or ``(k, M)``.
+    xdata : array or sequence of arrays
+        Of shape (M,), or (k, M) for k independent variables.
+    ydata : array, shape (M,)
+    p0 : sequence or dict by name, optional
+    sigma : array or scalar, optional
+        Standard deviations of ydata.
+    absolute_sigma : bool
+    bounds : (low, high)
+    full_output : bool
+        Return infodict, message and ier as well.
+    config : HybridStreamingConfig, optional
+    **fit_options
+        Further arguments of ``AdaptiveHybridStreamingOptimizer.fit``.
+
+    Returns
+    -------
+    popt : ndarray, shape (p,)
+    pcov : ndarray, shape (p, p)
+    infodict : dict
+        Only with ``full_output``: nfev, fvec (None: residuals are never all in memory) and the
+        FitResult as "result".
+    message : str
+        Only with ``full_output``.
+    ier : int
+        Only with ``full_output``: 1 to 4 for a solution.
+
+    Raises
+    ------
+    RuntimeError
+        If no solution was found, as in SciPy; the message says what to try.
+    """
+    x_data, model = _from_scipy_layout(f, xdata)
+    optimizer = AdaptiveHybridStreamingOptimizer(config)
+    fit_options.setdefault("verbose", 0 if config is None else None)
+    result = optimizer.fit(
+        model,
+        x_data,
+        ydata,
+        p0,
+        bounds,
+        sigma=sigma,
+        absolute_sigma=absolute_sigma,
+        **fit_options,
+    )
+    if not result.success:
+        raise RuntimeError(f"Optimal parameters not found: {result.message}")
+    if not full_output:
+        return result.popt, result.pcov
+    infodict = {"nfev": result.nfev, "fvec": None, "result": result}
+    return result.popt, result.pcov, infodict, result.message, result.status
+
+
+def _from_scipy_layout(f: Callable[..., Any], xdata: Any) -> tuple[Any, Callable[..., Any]]:
+    """Turn k rows of M values into k arrays, which the model sees stacked again."""
+    if isinstance(xdata, tuple | list) and xdata and np.ndim(xdata[0]) > 0:
+        variables = tuple(xdata)
+    elif getattr(xdata, "ndim", 1) == 2:
+        variables = tuple(xdata[i] for i in range(xdata.shape[0]))
+    elif getattr(xdata, "ndim", 1) > 2:
+        raise DataError(f"xdata has shape {xdata.shape}; expected (M,) or (k, M).")
+    else:
+        return xdata, f
+
+    @functools.wraps(f)
+    def stacked(x: Any, *params: Any) -> Any:
+        return f(jnp.stack(x), *params)
+
+    stacked.__signature__ = inspect.signature(f)  # type: ignore[attr-defined]
+    return variables, stacked

@@ -1,0 +1,111 @@
+"""``Block``: one block in memory, and how its entries become flat rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.rows import Array, Layout, Rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """The arrays of one block as they were read, in their N-d shapes.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the block of y; every array broadcasts against it.
+    y : ndarray
+    x : tuple of ndarray
+    sigma, mask : ndarray or None
+    """
+
+    shape: tuple[int, ...]
+    y: Array
+    x: tuple[Array, ...]
+    sigma: Array | None
+    mask: Array | None
+
+    @classmethod
+    def of(cls, arrays: list[Any], layout: Layout) -> Self:
+        """Sort out arrays that come in the order of ``RowBlocks.arrays``."""
+        queue = list(arrays)
+        y = np.asarray(queue.pop(0), layout.y_dtype)
+        x = tuple(np.asarray(queue.pop(0), dtype) for dtype in layout.x_dtypes)
+        sigma = np.asarray(queue.pop(0), layout.sigma_dtype) if layout.sigma_dtype else None
+        mask = np.asarray(queue.pop(0), bool) if layout.has_mask else None
+        return cls(y.shape, y, x, sigma, mask)
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were read for this block."""
+        optional = (self.sigma, self.mask)
+        arrays = (self.y, *self.x, *(array for array in optional if array is not None))
+        return sum(array.nbytes for array in arrays)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Return a range of rows, counted in C order over the block."""
+
+        def cut(array: Array) -> Array:
+            return flat_range(array, self.shape, start, stop)
+
+        return Rows(
+            cut(self.y),
+            tuple(map(cut, self.x)),
+            None if self.sigma is None else cut(self.sigma),
+            None if self.mask is None else cut(self.mask),
+        )
+
+    def take(self, index: NDArray[np.int64]) -> Rows:
+        """Return single rows, by their flat positions."""
+        position = np.unravel_index(index, self.shape)
+
+        def pick(array: Array) -> Array:
+            features = array.shape[len(self.shape) :]
+            return np.broadcast_to(array, self.shape + features)[position]
+
+        return Rows(
+            pick(self.y),
+            tuple(map(pick, self.x)),
+            None if self.sigma is None else pick(self.sigma),
+            None if self.mask is None else pick(self.mask),
+        )
+
+    def pieces(self, n_rows: int) -> Iterator[tuple[Rows, int]]:
+        """Yield padded pieces of ``n_rows`` rows with their true counts."""
+        for start in range(0, len(self), n_rows):
+            stop = min(start + n_rows, len(self))
+            yield self.rows(start, stop).padded(n_rows), stop - start
+
+
+def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:
+    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding that range only.
+
+    Trailing dimensions beyond ``shape`` are features and stay.
+    """
+    features = array.shape[len(shape) :]
+    if array.shape == shape + features and array.flags.c_contiguous:
+        return array.reshape(-1, *features)[start:stop]
+    view = np.broadcast_to(array, shape + features)
+    if len(shape) == 1:
+        return view[start:stop]
+    inner = math.prod(shape[1:])
+    first, last = start // inner, (stop - 1) // inner
+    if first == last:
+        return flat_range(view[first], shape[1:], start - first * inner, stop - first * inner)
+    return np.concatenate(
+        [
+            flat_range(view[first], shape[1:], start - first * inner, inner),
+            view[first + 1 : last].reshape(-1, *features),
+            flat_range(view[last], shape[1:], 0, stop - last * inner),
+        ]
+    )

@@ -1,0 +1,199 @@
+"""``RowBlocks``: y, x and sigma aligned into one grid of lazy blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from nlsq_dask.core.rows import Layout
+from nlsq_dask.data.from_array import as_dask, is_in_memory, split_mask
+from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
+from nlsq_dask.errors import DataError
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """The data set: every entry of y is a row, every block of y's grid a unit of reading.
+
+    All arrays have the dimensions of y, of size 1 where they do not vary, in chunks that agree
+    with the grid; an x of shape (n, k) has one more, in a single chunk. Nothing is reshaped or
+    expanded before a block is in memory.
+
+    Attributes
+    ----------
+    y : dask.array.Array
+    x : tuple of dask.array.Array
+    sigma, mask : dask.array.Array or None
+    layout : Layout
+    in_memory : bool
+        Whether nothing has to be read from anywhere.
+    """
+
+    y: da.Array
+    x: tuple[da.Array, ...]
+    sigma: da.Array | None
+    mask: da.Array | None
+    layout: Layout
+    in_memory: bool
+
+    @property
+    def arrays(self) -> tuple[da.Array, ...]:
+        """All arrays, in the order y, x..., sigma, mask."""
+        optional = (self.sigma, self.mask)
+        return (self.y, *self.x, *(array for array in optional if array is not None))
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return int(self.y.size)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of blocks along each dimension of y."""
+        return tuple(map(len, self.y.chunks))
+
+    def block_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the number of rows of every block, in the shape of the grid."""
+        rows = np.ones((), np.int64)
+        for sizes in self.y.chunks:
+            rows = np.multiply.outer(rows, np.asarray(sizes, np.int64))
+        return rows
+
+    def keys(self, block: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        """Return the graph's keys of one block of every array, in the order of ``arrays``."""
+        return [_block_key(array, block) for array in self.arrays]
+
+
+def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
+    index = [0 if n == 1 else i for i, n in zip(block, array.numblocks[: len(block)], strict=True)]
+    features = [0] * (array.ndim - len(block))
+    return (array.name, *index, *features)
+
+
+def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
+    """Make one grid of blocks of x, y and sigma, reading nothing.
+
+    Parameters
+    ----------
+    x_data : array, tuple or dict of arrays, or names of coordinates of ``y_data``
+    y_data : array
+    sigma : array, optional
+
+    Raises
+    ------
+    DataError
+        If the arrays cannot be matched; the message shows shapes and chunks.
+    """
+    x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
+    given = [y_data, *leaves, *([] if sigma is None else [sigma])]
+    # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
+    cut = all(map(is_in_memory, given))
+    values = _values(y_data, "y_data", cut)
+    if values.ndim == 0:
+        raise DataError("y_data is a single number; expected an array with at least one dimension.")
+    y, mask = split_mask(values)
+    if y.size == 0:
+        raise DataError(f"y_data has no rows (shape {y.shape}).")
+    x = [
+        _matched(value, y_data, y, name, cut)
+        for value, name in zip(leaves, _leaf_names(x_names), strict=True)
+    ]
+    features = tuple(array.shape[y.ndim :] for array in x)
+    deviation = [] if sigma is None else [_matched(sigma, y_data, y, "sigma", cut)]
+    masks = [] if mask is None else [mask]
+    y, *others = _unify([y, *x, *deviation, *masks], y.ndim)
+    x = others[: len(x)]
+    deviation = others[len(x) : len(x) + len(deviation)]
+    masks = others[len(x) + len(deviation) :]
+    layout = Layout(
+        x_names,
+        features,
+        tuple(map(_stored_dtype, x)),
+        _stored_dtype(y),
+        _stored_dtype(deviation[0]) if deviation else None,
+        bool(masks),
+    )
+    return RowBlocks(
+        y,
+        tuple(x),
+        deviation[0] if deviation else None,
+        masks[0] if masks else None,
+        layout,
+        cut,
+    )
+
+
+def _leaves(x_data: Any) -> tuple[None | int | tuple[str, ...], list[Any]]:
+    if isinstance(x_data, tuple):
+        if not x_data:
+            raise DataError("x_data is an empty tuple; expected at least one array.")
+        return len(x_data), list(x_data)
+    if isinstance(x_data, dict):
+        if not x_data:
+            raise DataError("x_data is an empty dict; expected at least one array.")
+        return tuple(x_data), list(x_data.values())
+    return None, [x_data]
+
+
+def _leaf_names(x_names: None | int | tuple[str, ...]) -> list[str]:
+    if x_names is None:
+        return ["x_data"]
+    keys = range(x_names) if isinstance(x_names, int) else x_names
+    return [f"x_data[{key!r}]" for key in keys]
+
+
+def _values(value: Any, name: str, cut: bool) -> da.Array:
+    return lazy_data(value, name, cut) if is_xarray(value) else as_dask(value, name, cut)
+
+
+def _matched(value: Any, y_data: Any, y: da.Array, name: str, cut: bool) -> da.Array:
+    """Bring one array to the dimensions of y: by name where both have names, else by position."""
+    allows_features = y.ndim == 1 and name != "sigma"
+    if is_xarray(value) and is_xarray(y_data):
+        array = like_dims(value, y_data, name, cut, allows_features)
+    else:
+        array = _values(value, name, cut)
+    if isinstance(array._meta, np.ma.MaskedArray):
+        raise DataError(f"{name} is a masked array; mask y_data instead, or use NaN with 'omit'.")
+    if name == "sigma" and array.shape == y.shape * 2:
+        raise DataError(
+            f"sigma has shape {array.shape} and y_data {y.shape}: a covariance matrix of the data "
+            f"is not supported. Pass one standard deviation a row, or transform the data."
+        )
+    rows = array.shape[:1] if allows_features and array.ndim == 2 else array.shape
+    if allows_features:
+        fits = rows == y.shape
+    else:
+        fits = len(rows) <= y.ndim and all(
+            size in (1, n) for size, n in zip(rows[::-1], y.shape[::-1], strict=False)
+        )
+    if not fits:
+        raise DataError(
+            f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not match "
+            f"(chunks {array.chunks} and {y.chunks}). For a 1-d y_data pass x of shape (n,) or "
+            f"(n, k), or a tuple of (n,); for an N-d y_data arrays that broadcast against it."
+        )
+    missing = y.ndim - len(rows)
+    return array[(None,) * missing] if missing else array
+
+
+def _unify(arrays: list[da.Array], ndim: int) -> list[da.Array]:
+    """Split chunks until they agree along the dimensions of y, but never merge any."""
+    rows = list(range(ndim))
+    arguments: list[Any] = []
+    for i, array in enumerate(arrays):
+        features = [ndim + i] * (array.ndim - ndim)
+        if features:
+            array = array.rechunk({ndim: -1})
+        arguments += [array, (*rows, *features)]
+    _, unified = da.core.unify_chunks(*arguments, warn=False)
+    return list(unified)
+
+
+def _stored_dtype(array: da.Array) -> str:
+    """Return the dtype in which a block reaches the kernel: native, at most 64 bits."""
+    dtype = array.dtype.newbyteorder("=")
+    return str(np.dtype(np.float64) if dtype.itemsize > 8 else dtype)

@@ -1,0 +1,98 @@
+"""xarray: dimensions by name and labels that match become positions in the grid of y."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import xarray as xr
+
+from nlsq_dask.data.from_array import as_dask
+from nlsq_dask.errors import DataError
+
+
+def lazy_data(array: xr.DataArray, name: str, cut: bool = False) -> da.Array:
+    """Return the values as a Dask array; a variable that is still on disk stays there."""
+    if array.chunks is None and not isinstance(array.variable, xr.IndexVariable):
+        preferred = array.encoding.get("preferred_chunks")
+        if preferred:
+            array = array.chunk({dim: preferred[dim] for dim in array.dims if dim in preferred})
+    return as_dask(array.data, name, cut)
+
+
+def resolve_coordinates(x_data: Any, y: Any) -> Any:
+    """Replace names of coordinates of ``y`` by the coordinates themselves."""
+    if isinstance(x_data, str):
+        return _coordinate(x_data, y)
+    if isinstance(x_data, tuple | list) and x_data and all(isinstance(v, str) for v in x_data):
+        return tuple(_coordinate(name, y) for name in x_data)
+    if isinstance(x_data, dict):
+        return {k: _coordinate(v, y) if isinstance(v, str) else v for k, v in x_data.items()}
+    return x_data
+
+
+def _coordinate(name: str, y: Any) -> xr.DataArray:
+    if not isinstance(y, xr.DataArray):
+        raise DataError(
+            f"x_data names the coordinate {name!r}, but y_data is a {type(y).__name__}; names need "
+            f"an xarray.DataArray as y_data."
+        )
+    if name not in y.coords:
+        raise DataError(
+            f"x_data names the coordinate {name!r}; y_data has {sorted(map(str, y.coords))}."
+        )
+    return y.coords[name]
+
+
+def like_dims(
+    array: xr.DataArray, y: xr.DataArray, name: str, cut: bool, allows_features: bool
+) -> da.Array:
+    """Return the values of ``array`` in the order of y's dimensions, size 1 where it has none.
+
+    Parameters
+    ----------
+    array, y : xarray.DataArray
+    name : str
+        What the caller calls ``array``, for messages.
+    cut : bool
+        See ``as_dask``.
+    allows_features : bool
+        Whether one dimension that y does not have may stay, as the last.
+
+    Raises
+    ------
+    DataError
+        If it has a dimension that y does not have, or labels that differ from y's.
+    """
+    extra = [dim for dim in array.dims if dim not in y.dims]
+    if len(extra) > allows_features:
+        raise DataError(
+            f"{name} has dimensions {array.dims}, y_data has {y.dims}; {extra} cannot be matched. "
+            f"Select or rename so that every dimension is one of y_data's."
+        )
+    shared = [dim for dim in y.dims if dim in array.dims]
+    for dim in shared:
+        if array.sizes[dim] != y.sizes[dim]:
+            raise DataError(
+                f"{name} has size {array.sizes[dim]} along {dim!r}, y_data has {y.sizes[dim]} "
+                f"(shapes {array.shape} and {y.shape})."
+            )
+        if dim in array.indexes and dim in y.indexes:
+            if not array.indexes[dim].equals(y.indexes[dim]):
+                raise DataError(
+                    f"the labels of {name} along {dim!r} differ from those of y_data. Align them "
+                    f"first, for instance with xarray.align(..., join='inner')."
+                )
+    values = lazy_data(array.transpose(*shared, *extra), name, cut)
+    missing = [slice(None) if dim in shared else None for dim in y.dims]
+    return values[tuple(missing)] if None in missing else values
+
+
+def is_xarray(value: Any) -> bool:
+    """Whether dimensions can be matched by name."""
+    if isinstance(value, xr.Dataset):
+        raise DataError(
+            f"got an xarray.Dataset with the variables {sorted(map(str, value.data_vars))}; pass "
+            f"DataArrays, such as dataset['name']."
+        )
+    return isinstance(value, xr.DataArray)

@@ -1,0 +1,70 @@
+"""Which blocks and rows make the sample: seeded, spread over the data set, bounded in both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import qmc
+
+
+# Reading is what sampling costs: so many blocks at most, and this share of a smaller data set.
+_MAX_BLOCKS = 8
+_MAX_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Blocks to read and how many rows to take from each.
+
+    Attributes
+    ----------
+    blocks : tuple of tuple of int
+        Positions in the grid.
+    counts : tuple of int
+    seed : int
+    """
+
+    blocks: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+    seed: int
+
+    def rows_of(self, i: int, n_rows: int) -> NDArray[np.int64]:
+        """Return the positions of the rows to take from block ``i``: one in each equal stratum."""
+        count = min(self.counts[i], n_rows)
+        if count == n_rows:
+            return np.arange(n_rows)
+        random = np.random.default_rng([self.seed, i])
+        strata = np.arange(count) + random.random(count)
+        return np.minimum((strata * (n_rows / count)).astype(np.int64), n_rows - 1)
+
+
+def plan_sample(
+    block_rows: NDArray[np.int64], sample_rows: int, seed: int, in_memory: bool
+) -> SamplePlan:
+    """Choose blocks by a Latin hypercube over the grid, so that each dimension is covered.
+
+    Parameters
+    ----------
+    block_rows : ndarray of int
+        Rows of every block, in the shape of the grid.
+    sample_rows : int
+        Rows wanted; a data set that is not larger is taken whole.
+    seed : int
+    in_memory : bool
+        Whether blocks cost nothing to read, so that all may be used.
+    """
+    filled = [index for index in np.ndindex(block_rows.shape) if block_rows[index]]
+    if int(block_rows.sum()) <= sample_rows:
+        counts = [int(block_rows[index]) for index in filled]
+        return SamplePlan(tuple(filled), tuple(counts), seed)
+    share = 1.0 if in_memory else _MAX_SHARE
+    n_blocks = min(len(filled), _MAX_BLOCKS, max(1, math.floor(share * len(filled))))
+    hypercube = qmc.LatinHypercube(d=block_rows.ndim, rng=np.random.default_rng(seed))
+    cells = (hypercube.random(n_blocks) * np.array(block_rows.shape)).astype(int)
+    chosen = sorted({tuple(map(int, cell)) for cell in cells} & set(filled)) or filled[:1]
+    each, rest = divmod(sample_rows, len(chosen))
+    counts = [each + (i < rest) for i in range(len(chosen))]
+    return SamplePlan(tuple(chosen), tuple(counts), seed)

@@ -1,0 +1,123 @@
+"""``DataSet``: the two things that are ever done with the rows, reducing them and sampling them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.kernel import NormalEquationsKernel
+from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.data.blocks import RowBlocks
+from nlsq_dask.data.sampling import SamplePlan, plan_sample
+from nlsq_dask.engine.scheduling import TaskGraph, group_blocks
+from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows taken from a few blocks, and what it took to read them.
+
+    Attributes
+    ----------
+    rows : Rows
+    rows_read, bytes_read : int
+    n_blocks : int
+    """
+
+    rows: Rows
+    rows_read: int
+    bytes_read: int
+    n_blocks: int
+
+
+class DataSet:
+    """Row blocks, ready to be reduced and sampled on the active Dask scheduler.
+
+    The graph is analysed once; a pass adds little more than its names and the parameters.
+
+    Parameters
+    ----------
+    blocks : RowBlocks
+    """
+
+    def __init__(self, blocks: RowBlocks) -> None:
+        self.blocks = blocks
+        self._block_rows = blocks.block_rows()
+        self._source = SourceGraph(blocks)
+        self._readers, self._shared = self._source.readers(group_blocks(self._block_rows))
+
+    @property
+    def longest_block(self) -> int:
+        """Rows of the largest block."""
+        return int(self._block_rows.max())
+
+    @property
+    def n_tasks(self) -> int:
+        """Tasks that read and compute, a pass."""
+        return len(self._readers)
+
+    def reduce(self, kernel: NormalEquationsKernel, params: NDArray[np.float64]) -> NormalEquations:
+        """Sum over all rows: one pass."""
+        graph = TaskGraph(self._shared)
+        kernel_ref = graph.constant("kernel", kernel)
+        params_ref = graph.constant("parameters", params)
+        leaves = [
+            graph.task(
+                "normal-equations",
+                i,
+                _reduce_group,
+                reader,
+                kernel_ref,
+                params_ref,
+                inputs=reader.inputs,
+            )
+            for i, reader in enumerate(self._readers)
+        ]
+        sums: NormalEquations = graph.run(graph.tree("combine", leaves, _combine))
+        return sums
+
+    def sample(self, sample_rows: int, seed: int) -> Sample:
+        """Read a few blocks and take rows from each."""
+        plan = plan_sample(self._block_rows, sample_rows, seed, self.blocks.in_memory)
+        readers, shared = self._source.readers([[block] for block in plan.blocks])
+        graph = TaskGraph(shared)
+        leaves = [
+            graph.task("sample", i, _sample_block, reader, plan, i, inputs=reader.inputs)
+            for i, reader in enumerate(readers)
+        ]
+        sample: Sample = graph.run(graph.task("sample-join", 0, _join_samples, *leaves))
+        return sample
+
+
+def _reduce_group(
+    reader: GroupReader, kernel: NormalEquationsKernel, params: NDArray[np.float64], *inputs: Any
+) -> NormalEquations:
+    total = NormalEquations.zero(kernel.n_params)
+    for index, block in reader.read(inputs):
+        sums = kernel(block.pieces(kernel.piece_rows), params, index)
+        total = total.combine(replace(sums, rows_read=len(block), bytes_read=block.nbytes))
+    return total
+
+
+def _combine(*sums: NormalEquations) -> NormalEquations:
+    return reduce(NormalEquations.combine, sums)
+
+
+def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
+    ((_, block),) = reader.read(inputs)
+    rows = block.take(plan.rows_of(i, len(block)))
+    return Sample(rows, len(block), block.nbytes, 1)
+
+
+def _join_samples(*parts: Sample) -> Sample:
+    return Sample(
+        Rows.concatenate([part.rows for part in parts]),
+        sum(part.rows_read for part in parts),
+        sum(part.bytes_read for part in parts),
+        len(parts),
+    )

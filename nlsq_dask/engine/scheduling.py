@@ -1,0 +1,86 @@
+"""What is one task, in which tree the sums combine, and how a graph reaches the scheduler.
+
+Groups and tree follow from the grid of blocks alone, never from the number of workers or from who
+was first, so the sums have the same bits on every cluster.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from dask._task_spec import DataNode, Task, TaskRef
+from dask.delayed import Delayed
+from numpy.typing import NDArray
+
+# A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
+# one. The limits keep a group's reading bounded and leave tasks for many workers.
+_GROUP_ROWS = 2**18
+_GROUP_BLOCKS = 128
+_TREE_WIDTH = 16
+
+
+def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
+    """Put consecutive blocks into groups, in C order of the grid; empty blocks are left out."""
+    groups: list[list[tuple[int, ...]]] = []
+    rows = 0
+    for index in np.ndindex(block_rows.shape):
+        size = int(block_rows[index])
+        if not size:
+            continue
+        if not groups or rows + size > _GROUP_ROWS or len(groups[-1]) >= _GROUP_BLOCKS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(index)
+        rows += size
+    return groups
+
+
+class TaskGraph:
+    """A graph under construction, with names that no other graph has.
+
+    A name is never used twice, so that a scheduler cannot mistake the sums of one pass for those of
+    another. The names begin with what the dashboard should show.
+    """
+
+    def __init__(self, shared: dict[Any, Any]) -> None:
+        self._tasks: dict[Any, Any] = dict(shared)
+        self._token = uuid.uuid4().hex
+
+    def constant(self, name: str, value: Any) -> TaskRef:
+        """Add a value that many tasks need, so that it is sent to a worker once."""
+        key = f"nlsq-{name}-{self._token}"
+        self._tasks[key] = DataNode(key, value)
+        return TaskRef(key)
+
+    def task(
+        self,
+        name: str,
+        index: int,
+        function: Callable[..., Any],
+        *args: Any,
+        inputs: Iterable[Any] = (),
+    ) -> TaskRef:
+        """Add a call; arguments that are TaskRef, and the keys ``inputs``, become results."""
+        key = (f"nlsq-{name}-{self._token}", index)
+        self._tasks[key] = Task(key, function, *args, *map(TaskRef, inputs))
+        return TaskRef(key)
+
+    def tree(self, name: str, leaves: Sequence[TaskRef], combine: Callable[..., Any]) -> TaskRef:
+        """Combine results pairwise in order, in a tree of fixed width."""
+        count = 0
+        level = list(leaves)
+        while len(level) > 1:
+            parts = [level[i : i + _TREE_WIDTH] for i in range(0, len(level), _TREE_WIDTH)]
+            level = [
+                self.task(name, count + i, combine, *part) if len(part) > 1 else part[0]
+                for i, part in enumerate(parts)
+            ]
+            count += len(parts)
+        return level[0]
+
+    def run(self, result: TaskRef) -> Any:
+        """Run on the active scheduler: a distributed client, Dask's configuration, or threads."""
+        return Delayed(result.key, self._tasks).compute(optimize_graph=False)

@@ -1,0 +1,108 @@
+"""What happens during a fit, as records; observers receive them and never change the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all records."""
+
+
+@dataclass(frozen=True)
+class FitStarted(Event):
+    """The arguments were understood; ``n_rows`` rows in ``n_blocks`` blocks will be fitted."""
+
+    n_rows: int
+    n_blocks: int
+    param_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """A phase began; ``start_time`` in seconds since the epoch."""
+
+    phase: int
+    name: str
+    start_time: float
+
+
+@dataclass(frozen=True)
+class PhaseEnded(Event):
+    """A phase ended after ``duration`` seconds; ``details`` says what it did."""
+
+    phase: int
+    name: str
+    duration: float
+    failed: bool
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WarmupStarted(Event):
+    """Layers 1 and 2 have decided.
+
+    ``mode`` is None when the warm-up is skipped because the start already fits.
+    """
+
+    relative_loss: float
+    mode: str | None
+    is_warm_start: bool
+
+
+@dataclass(frozen=True)
+class WarmupEnded(Event):
+    """The L-BFGS loop ended; what layers 3 and 4 and the line search did."""
+
+    reason: str
+    iterations: int
+    loss: float
+    cost_guard: bool
+    clipped: int
+    line_search_failures: int
+    history_filled: bool
+
+
+@dataclass(frozen=True)
+class IterationFinished(Event):
+    """An iteration of any phase.
+
+    ``loss`` is the mean squared weighted residual over the rows that ``stage`` works on, and
+    ``accepted`` whether the trial became the current point.
+    """
+
+    stage: str
+    iteration: int
+    params: NDArray[np.float64]
+    loss: float
+    gradient_norm: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class PassFinished(Event):
+    """All rows were read and reduced once, at ``params`` with the result ``cost``."""
+
+    number: int
+    params: NDArray[np.float64]
+    cost: float
+    seconds: float
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FitEnded(Event):
+    """The fit is over."""
+
+    success: bool
+    message: str
+
+
+Observer = Callable[[Event], None]

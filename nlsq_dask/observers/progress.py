@@ -1,0 +1,68 @@
+"""Progress in words: phases and iterations, one line each."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from nlsq_dask.events import (
+    Event,
+    FitEnded,
+    FitStarted,
+    IterationFinished,
+    PassFinished,
+    PhaseStarted,
+    WarmupEnded,
+    WarmupStarted,
+)
+
+
+class Progress:
+    """Prints what happens to ``stream``.
+
+    Parameters
+    ----------
+    log_frequency : int
+        Iterations between printed lines.
+    stream : file-like, optional
+        Standard output if not given.
+    """
+
+    def __init__(self, log_frequency: int = 1, stream: TextIO | None = None) -> None:
+        self._log_frequency = log_frequency
+        self._stream = stream
+
+    def __call__(self, event: Event) -> None:
+        """Print the event if it is one of those that are shown."""
+        line = self._line(event)
+        if line is not None:
+            print(line, file=self._stream or sys.stdout, flush=True)
+
+    def _line(self, event: Event) -> str | None:
+        match event:
+            case FitStarted():
+                names = ", ".join(event.param_names)
+                return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
+            case PhaseStarted():
+                return f"Phase {event.phase}: {event.name}"
+            case WarmupStarted(is_warm_start=True):
+                return f"  skipped: the start fits (relative loss {event.relative_loss:.3g})"
+            case WarmupStarted():
+                return f"  relative loss {event.relative_loss:.3g}, first step: {event.mode}"
+            case WarmupEnded():
+                return f"  {event.iterations} iterations, ended by {event.reason}"
+            case IterationFinished() if event.iteration % self._log_frequency == 0:
+                verdict = "" if event.accepted else "  (rejected)"
+                return (
+                    f"  {event.stage:>9} {event.iteration:4d}: loss {event.loss:.8g}, "
+                    f"|gradient| {event.gradient_norm:.3g}{verdict}"
+                )
+            case PassFinished():
+                rate = event.rows / max(event.seconds, 1e-9) / 1e6
+                return (
+                    f"  pass {event.number}: {event.rows:,} rows in {event.seconds:.2f} s "
+                    f"({rate:.1f} million rows/s)"
+                )
+            case FitEnded():
+                return event.message
+        return None

@@ -1,0 +1,227 @@
+"""``AdaptiveHybridStreamingOptimizer``: the public call; it parses, wires observers and wraps."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
+from nlsq_dask.data.blocks import align
+from nlsq_dask.driver import Callback, Driver
+from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.errors import FitInProgressError
+from nlsq_dask.events import (
+    Event,
+    FitEnded,
+    IterationFinished,
+    Observer,
+    PassFinished,
+    PhaseEnded,
+    PhaseStarted,
+)
+from nlsq_dask.observers.progress import Progress
+from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
+from nlsq_dask.parameters import parse_parameters
+from nlsq_dask.outcome import make_result
+from nlsq_dask.result import FitResult
+from nlsq_dask.unbuilt import refuse_many_parameters, refuse_unbuilt
+
+_PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
+
+
+class AdaptiveHybridStreamingOptimizer:
+    """Weighted nonlinear least squares over data larger than memory.
+
+    Parameters
+    ----------
+    config : HybridStreamingConfig, optional
+
+    Attributes
+    ----------
+    current_phase : int
+        0 before a fit, then the phase that runs or ran last.
+    phase_history : list of dict
+        A record a phase: phase, name, start_time (s since the epoch), duration (s), what it did.
+    phase_status : dict of int to str
+        By phase: "pending", "running", "done" or "failed".
+    normalizer : ParameterNormalizer or None
+    normalized_model : NormalizedModelWrapper or None
+    normalized_bounds : tuple of ndarray, or None
+    normalization_jacobian : ndarray, shape (p, p), or None
+    best_params_global : ndarray, shape (p,), or None
+        The best parameters so far.
+    best_cost_global : float
+        Their cost over all rows; infinite before the first pass.
+    """
+
+    def __init__(self, config: HybridStreamingConfig | None = None) -> None:
+        if config is not None and not isinstance(config, HybridStreamingConfig):
+            raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
+        self.config = HybridStreamingConfig() if config is None else config
+        self._running = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.current_phase = 0
+        self.phase_history: list[dict[str, Any]] = []
+        self.phase_status = dict.fromkeys(range(len(_PHASES)), "pending")
+        self.normalizer: ParameterNormalizer | None = None
+        self.normalized_model: NormalizedModelWrapper | None = None
+        self.normalized_bounds: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        self.normalization_jacobian: NDArray[np.float64] | None = None
+        self.best_params_global: NDArray[np.float64] | None = None
+        self.best_cost_global = float("inf")
+
+    def fit(
+        self,
+        model: Callable[..., Any],
+        x_data: Any,
+        y_data: Any,
+        p0: Any = None,
+        bounds: Any = None,
+        *,
+        sigma: Any = None,
+        absolute_sigma: bool = False,
+        loss: str = "linear",
+        f_scale: float = 1.0,
+        nan_policy: str = "raise",
+        param_names: Sequence[str] | None = None,
+        callback: Callback | None = None,
+        verbose: int | None = None,
+    ) -> FitResult:
+        """Fit ``model`` to all rows.
+
+        Runs on the active ``distributed.Client``, else on the scheduler of Dask's configuration,
+        else on threads.
+
+        Parameters
+        ----------
+        model : callable
+            ``model(x, *params)``, written in jax.numpy, row-wise: it is called with blocks of b
+            rows, x of shape (b,), (b, k), or a tuple or dict of (b,), and returns (b,).
+        x_data : array, tuple or dict of arrays, or names of coordinates of ``y_data``
+            NumPy, Dask, Zarr or xarray; of shape (n,) or (n, k), or broadcasting against an
+            N-d ``y_data``.
+        y_data : array
+            Real, 1-d or N-d; masked entries are left out.
+        p0 : sequence or dict by name, optional
+            Start; what is missing comes from the model's signature, then 1.0.
+        bounds : (low, high) or dict by name of (low, high), optional
+        sigma : array or scalar, optional
+            Positive standard deviations of y, in anything that broadcasts against it.
+        absolute_sigma : bool
+            Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
+        loss : {"linear"}
+            Others are not built yet.
+        f_scale : float
+            Scale of a robust loss; "linear" does not depend on it.
+        nan_policy : {"raise", "omit"}
+            What to do with rows that hold NaN or infinity in y, x or sigma.
+        param_names : sequence of str, optional
+        callback : callable, optional
+            ``callback(params, loss, iteration)`` with the parameters, shape (p,), and the mean
+            squared weighted residual, every ``callback_frequency`` iterations; StopIteration ends
+            the fit.
+        verbose : int, optional
+            Overrides the configuration's.
+
+        Returns
+        -------
+        FitResult
+
+        Raises
+        ------
+        DataError, ModelError, ValueError, TypeError
+            For arguments that cannot be used.
+        NotImplementedError
+            For options that are not built yet.
+        FitInProgressError
+            If this optimizer is running a fit already.
+        """
+        if not self._running.acquire(blocking=False):
+            raise FitInProgressError(
+                "this optimizer is running a fit already; make another optimizer for a second fit."
+            )
+        try:
+            self._forget()
+            config = self.config.validated_copy()
+            refuse_unbuilt(config, loss, f_scale)
+            _check_choices(nan_policy, callback, verbose)
+            parameters = parse_parameters(model, p0, bounds, param_names)
+            refuse_many_parameters(len(parameters.names), config)
+            data = DataSet(align(x_data, y_data, sigma))
+            dtype = "float32" if config.precision == "float32" else "float64"
+            traced = Model(model, len(parameters.names), data.blocks.layout, dtype)
+            _warn_of_float32(traced)
+            own = DefenseLayerTelemetry()
+            observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
+            if config.verbose if verbose is None else verbose:
+                observers.append(Progress(config.log_frequency))
+
+            def emit(event: Event) -> None:
+                for observer in observers:
+                    observer(event)
+
+            driver = Driver(
+                traced, parameters, data, config, nan_policy, absolute_sigma, emit, callback
+            )
+            self._publish(driver.normalizer, model)
+            outcome = driver.run()
+            outcome.diagnostics["defense"] = own.get_summary()
+            result = make_result(outcome, traced, parameters, self.phase_history)
+            emit(FitEnded(result.success, result.message))
+            return result
+        finally:
+            self._running.release()
+
+    def plan(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not built yet: blocks, tasks, bytes and memory of a fit, without reading."""
+        raise NotImplementedError("plan() is not built yet in this version of nlsq_dask.")
+
+    def _publish(self, normalizer: ParameterNormalizer, model: Callable[..., Any]) -> None:
+        self.normalizer = normalizer
+        self.normalized_model = NormalizedModelWrapper(model, normalizer)
+        self.normalized_bounds = normalizer.transform_bounds()
+        self.normalization_jacobian = normalizer.normalization_jacobian
+
+    def _observe(self, event: Event) -> None:
+        """Keep the attributes that can be read while a fit runs."""
+        if isinstance(event, PhaseStarted):
+            self.current_phase = event.phase
+            self.phase_status[event.phase] = "running"
+            record = {"phase": event.phase, "name": event.name, "start_time": event.start_time}
+            self.phase_history.append({**record, "duration": 0.0})
+        elif isinstance(event, PhaseEnded):
+            self.phase_status[event.phase] = "failed" if event.failed else "done"
+            self.phase_history[-1].update(duration=event.duration, **event.details)
+        elif isinstance(event, PassFinished):
+            if self.best_params_global is None or event.cost < self.best_cost_global:
+                self.best_params_global, self.best_cost_global = event.params, event.cost
+        elif isinstance(event, IterationFinished) and not np.isfinite(self.best_cost_global):
+            self.best_params_global = event.params
+
+
+def _check_choices(nan_policy: str, callback: Callback | None, verbose: int | None) -> None:
+    if nan_policy not in ("raise", "omit"):
+        raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
+    if verbose is not None and (not isinstance(verbose, int) or verbose < 0):
+        raise ValueError(f"verbose must be an integer >= 0 or None; got {verbose!r}.")
+
+
+def _warn_of_float32(model: Model) -> None:
+    names = model.float32_constants() if model.dtype == "float64" else []
+    if names:
+        warnings.warn(
+            f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "
+            f"have 7 digits only. Make them NumPy arrays, or create them inside the model.",
+            stacklevel=3,
+        )

@@ -1,0 +1,110 @@
+"""From what the phases found to the verdict that a person reads."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeWarning
+
+from nlsq_dask.core.gauss_newton import Point
+from nlsq_dask.core.model import Model
+from nlsq_dask.driver import Outcome
+from nlsq_dask.parameters import Parameters
+from nlsq_dask.result import FitResult
+from nlsq_dask.stopping import StopReason
+
+Vector = NDArray[np.float64]
+
+
+def make_result(
+    outcome: Outcome,
+    model: Model,
+    parameters: Parameters,
+    phase_history: list[dict[str, Any]],
+) -> FitResult:
+    """Make the public result, and warn where the covariance cannot be trusted."""
+    n_params = len(parameters.names)
+    point, found = outcome.point, outcome.covariance
+    active = _active_mask(outcome.params, parameters)
+    sums = None if point is None else point.sums
+    gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
+    n_used = 0 if sums is None else sums.n_used
+    undetermined = [] if found is None else _names(parameters, found.undetermined)
+    at_bounds = _names(parameters, active != 0)
+    pcov = np.full((n_params, n_params), np.inf) if found is None else found.pcov
+    if found is not None and not np.isfinite(pcov).all():
+        _warn_of_covariance(undetermined, n_used, n_params)
+    message = outcome.stop.sentence
+    if at_bounds:
+        message += f" At a bound: {', '.join(at_bounds)}."
+    if undetermined:
+        message += f" The data do not determine: {', '.join(undetermined)}."
+    outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
+    return FitResult(
+        x=outcome.params,
+        success=outcome.stop.is_success,
+        status=outcome.stop.status,
+        message=message,
+        cost=np.nan if sums is None else sums.cost,
+        grad=gradient,
+        optimality=float(np.abs(np.where(outward, 0.0, gradient)).max()),
+        active_mask=active,
+        nfev=outcome.n_passes,
+        njev=outcome.n_passes,
+        nit=outcome.iterations,
+        pcov=pcov,
+        sigma_sq=np.nan if found is None else found.sigma_sq,
+        dof=n_used - n_params,
+        n_points=n_used,
+        n_omitted=0 if sums is None else sums.n_omitted,
+        r_squared=_r_squared(point),
+        condition_number=np.nan if found is None else found.condition_number,
+        param_names=parameters.names,
+        p0=parameters.start,
+        bounds=(parameters.low, parameters.high),
+        n_passes=outcome.n_passes,
+        rows_read=outcome.rows_read,
+        bytes_read=outcome.bytes_read,
+        rows_cached=0,
+        phase_history=phase_history,
+        diagnostics={
+            **outcome.diagnostics,
+            "parameters_at": outcome.params,
+            "sums_at": None if point is None else point.params,
+            "last_step_without_pass": outcome.stop is StopReason.LAST_STEP,
+            "active_bounds": at_bounds,
+            "undetermined": undetermined,
+        },
+        _model=model,
+    )
+
+
+def _active_mask(params: Vector, parameters: Parameters) -> NDArray[np.int64]:
+    at_low = (params <= parameters.low).astype(np.int64)
+    at_high = (params >= parameters.high).astype(np.int64)
+    return at_high - at_low
+
+
+def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
+    return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
+
+
+def _r_squared(point: Point | None) -> float:
+    if point is None or point.sums.total_variation <= 0.0:
+        return float("nan")
+    return 1.0 - 2.0 * point.sums.cost / point.sums.total_variation
+
+
+def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:
+    if undetermined:
+        reason = f"the data do not determine {', '.join(undetermined)}"
+    else:
+        reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
+    warnings.warn(
+        f"Covariance of the parameters could not be estimated: {reason}.",
+        OptimizeWarning,
+        stacklevel=4,
+    )

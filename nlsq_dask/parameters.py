@@ -1,0 +1,224 @@
+"""Names, start and bounds of the parameters, from whatever form the caller gives them in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a fit.
+
+    Attributes
+    ----------
+    names : tuple of str
+    start : ndarray, shape (p,)
+    low, high : ndarray, shape (p,)
+        Bounds; infinite where there are none.
+    """
+
+    names: tuple[str, ...]
+    start: Vector
+    low: Vector
+    high: Vector
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether any bound is finite."""
+        return bool(np.isfinite(self.low).any() or np.isfinite(self.high).any())
+
+
+@dataclass(frozen=True)
+class _Signature:
+    names: tuple[str, ...]
+    defaults: Mapping[str, float]
+    is_open: bool  # takes *params, so the number is not known
+
+
+def parse_parameters(
+    model: Callable[..., Any],
+    p0: Any,
+    bounds: Any,
+    param_names: Sequence[str] | None,
+) -> Parameters:
+    """Bring names, start and bounds together.
+
+    Parameters
+    ----------
+    model : callable
+        ``model(x, *params)``.
+    p0 : sequence, dict by name, or None
+        What is missing comes from the signature's defaults, then 1.0, moved inside the bounds.
+    bounds : (low, high), dict by name of (low, high), or None
+        Each of low and high a scalar, a sequence or a dict by name.
+    param_names : sequence of str, optional
+        Names to use instead of those of the signature.
+
+    Raises
+    ------
+    ValueError
+        The message names the parameter or the number that does not fit.
+    """
+    signature = _read_signature(model)
+    names = _names(signature, p0, param_names)
+    low, high = _bounds(bounds, names)
+    start = np.ones(len(names))
+    given = np.zeros(len(names), bool)
+    # The signature's own names count for its defaults, whatever the caller calls the parameters.
+    for i, original in enumerate(signature.names[: len(names)]):
+        if original in signature.defaults:
+            start[i] = signature.defaults[original]
+    if isinstance(p0, Mapping):
+        _reject_unknown(p0, names, "p0")
+        for name, value in p0.items():
+            start[names.index(name)] = _real(value, f"p0[{name!r}]")
+            given[names.index(name)] = True
+    elif p0 is not None:
+        start = _vector(p0, "p0")
+        given[:] = True
+    for i, name in enumerate(names):
+        if not np.isfinite(start[i]):
+            raise ValueError(f"p0 of parameter {name!r} is {start[i]}; expected a finite number.")
+        if given[i] and not low[i] <= start[i] <= high[i]:
+            raise ValueError(
+                f"p0 of parameter {name!r} is {start[i]:g}, outside its bounds [{low[i]:g}, "
+                f"{high[i]:g}]. Move p0 inside or widen the bounds."
+            )
+    start = np.where(given, start, _inside(start, low, high))
+    return Parameters(names, start, low, high)
+
+
+def _inside(start: Vector, low: Vector, high: Vector) -> Vector:
+    """Move values that the caller did not choose inside the bounds, off the bound if possible."""
+    finite_low, finite_high = np.isfinite(low), np.isfinite(high)
+    below, above = np.where(finite_low, low, 0.0), np.where(finite_high, high, 0.0)
+    middle = np.select(
+        [finite_low & finite_high, finite_low, finite_high],
+        [0.5 * (below + above), below + 1.0, above - 1.0],
+        start,
+    )
+    return np.where((low < start) & (start < high), start, middle)
+
+
+def _read_signature(model: Callable[..., Any]) -> _Signature:
+    if not callable(model):
+        raise TypeError(f"model must be a callable model(x, *params); got {model!r}.")
+    try:
+        parameters = list(inspect.signature(model).parameters.values())
+    except ValueError:  # builtins have no signature
+        return _Signature((), {}, True)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    fitted = positional[1:]
+    defaults = {
+        p.name: float(p.default)
+        for p in fitted
+        if p.default is not p.empty and isinstance(p.default, int | float | np.number)
+    }
+    required = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
+    if required:
+        raise ValueError(
+            f"the model has keyword-only arguments without default ({', '.join(required)}); bind "
+            f"them first, for instance with functools.partial."
+        )
+    return _Signature(tuple(p.name for p in fitted), defaults, is_open)
+
+
+def _names(signature: _Signature, p0: Any, param_names: Sequence[str] | None) -> tuple[str, ...]:
+    known = signature.names
+    if p0 is None or isinstance(p0, Mapping):
+        if signature.is_open and param_names is None:
+            raise ValueError(
+                "the model takes *params, so their number is not known: pass p0 as a sequence, or "
+                "param_names."
+            )
+        n = len(known) if not signature.is_open else len(param_names or ())
+    else:
+        n = len(_vector(p0, "p0"))
+        # Trailing arguments with a default may be left out and then are not fitted, as in SciPy.
+        optional = [name in signature.defaults for name in known]
+        least = max((i + 1 for i, is_optional in enumerate(optional) if not is_optional), default=0)
+        if not signature.is_open and not least <= n <= len(known):
+            raise ValueError(
+                f"p0 has {n} values, but the model takes {len(known)} parameters "
+                f"({', '.join(known)})."
+            )
+    if n == 0:
+        raise ValueError("the model has no parameters to fit: expected model(x, a, b, ...).")
+    if param_names is not None:
+        names = tuple(map(str, param_names))
+        if len(names) != n:
+            raise ValueError(f"param_names has {len(names)} names for {n} parameters.")
+    else:
+        names = (*known[:n], *(f"p{i}" for i in range(len(known), n)))
+    if len(set(names)) != n:
+        raise ValueError(f"the parameter names {names} are not all different.")
+    return names
+
+
+def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
+    n = len(names)
+    if bounds is None:
+        return np.full(n, -np.inf), np.full(n, np.inf)
+    if isinstance(bounds, Mapping):
+        _reject_unknown(bounds, names, "bounds")
+        pairs = [bounds.get(name, (-np.inf, np.inf)) for name in names]
+        bounds = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    elif hasattr(bounds, "lb") and hasattr(bounds, "ub"):  # scipy.optimize.Bounds
+        bounds = (bounds.lb, bounds.ub)
+    if len(bounds) != 2:
+        raise ValueError(
+            f"bounds must be (low, high) or a dict of (low, high) by name; got {len(bounds)} "
+            f"entries."
+        )
+    low = _side(bounds[0], names, -np.inf, "lower bounds")
+    high = _side(bounds[1], names, np.inf, "upper bounds")
+    for name, a, b in zip(names, low, high, strict=True):
+        if not a < b:
+            raise ValueError(
+                f"the lower bound {a:g} of parameter {name!r} must be less than its upper bound "
+                f"{b:g}."
+            )
+    return low, high
+
+
+def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vector:
+    if isinstance(value, Mapping):
+        _reject_unknown(value, names, what)
+        value = [value.get(name, missing) for name in names]
+    values = _vector(value, what)
+    if values.shape not in ((1,), (len(names),)):
+        raise ValueError(f"the {what} have {len(values)} values for {len(names)} parameters.")
+    return np.broadcast_to(values, (len(names),)).copy()
+
+
+def _vector(values: Any, what: str) -> Vector:
+    array = np.atleast_1d(np.asarray(values))
+    if array.ndim != 1 or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{what} must be a sequence of real numbers; got shape {array.shape} and dtype "
+            f"{array.dtype}."
+        )
+    return array.astype(np.float64)
+
+
+def _real(value: Any, what: str) -> float:
+    if np.ndim(value) != 0 or np.asarray(value).dtype.kind not in "biuf":
+        raise ValueError(f"{what} must be a real number; got {value!r}.")
+    return float(value)
+
+
+def _reject_unknown(given: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(
+            f"{what} names {', '.join(map(repr, unknown))}; the parameters are {', '.join(names)}."
+        )

@@ -1,0 +1,106 @@
+"""The model at given parameters: at once for x in memory, lazily for lazy x."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from nlsq_dask.core.kernel import PredictionKernel
+from nlsq_dask.core.model import Model
+from nlsq_dask.data.block import Block
+from nlsq_dask.data.blocks import RowBlocks, align
+from nlsq_dask.data.from_array import is_in_memory
+from nlsq_dask.errors import DataError
+
+
+def predict(model: Model, x: Any, params: NDArray[np.float64]) -> Any:
+    """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``."""
+    leaves = _leaves(model, x)
+    template = _template(leaves)
+    blocks = align(x, template)
+    layout = replace(
+        blocks.layout,
+        x_names=model.layout.x_names,
+        x_dtypes=("float64",) * len(leaves),
+        y_dtype="bool",
+        sigma_dtype=None,
+        has_mask=False,
+    )
+    if layout.x_features != model.layout.x_features:
+        raise DataError(
+            f"a row of x has the shape {layout.x_features}, the model was fitted with "
+            f"{model.layout.x_features}."
+        )
+    kernel = PredictionKernel.trace(replace(model, layout=layout))
+    values = _lazy_values(blocks, kernel, params)
+    if all(is_in_memory(leaf) for leaf in leaves):
+        values = values.compute()
+    if isinstance(template, xr.DataArray):
+        return template.copy(data=values)
+    return values
+
+
+def _leaves(model: Model, x: Any) -> list[Any]:
+    names = model.layout.x_names
+    if isinstance(names, int):
+        if not isinstance(x, tuple | list) or len(x) != names:
+            raise DataError(f"the model was fitted with a tuple of {names} arrays as x.")
+        return list(x)
+    if isinstance(names, tuple):
+        if not isinstance(x, dict) or set(x) != set(names):
+            raise DataError(f"the model was fitted with a dict of {', '.join(names)} as x.")
+        return [x[name] for name in names]
+    return [x]
+
+
+def _template(leaves: list[Any]) -> Any:
+    """Return something with the shape, chunks and dimensions that the result will have."""
+    if all(isinstance(leaf, xr.DataArray) for leaf in leaves):
+        result = leaves[0] * 0.0
+        for leaf in leaves[1:]:
+            result = result + leaf * 0.0
+        return result
+    arrays = [np.asarray(leaf) if is_in_memory(leaf) else da.asanyarray(leaf) for leaf in leaves]
+    if len(arrays) == 1 and arrays[0].ndim == 2:
+        return arrays[0][:, 0] * 0.0
+    result = arrays[0] * 0.0
+    for array in arrays[1:]:
+        result = result + array * 0.0
+    return result
+
+
+def _lazy_values(
+    blocks: RowBlocks, kernel: PredictionKernel, params: NDArray[np.float64]
+) -> da.Array:
+    rows = tuple(range(blocks.y.ndim))
+    arguments: list[Any] = [blocks.y, rows]
+    for i, array in enumerate(blocks.x):
+        axes = [
+            axis if array.shape[axis] == blocks.y.shape[axis] else blocks.y.ndim + axis
+            for axis in rows
+        ]
+        features = [2 * blocks.y.ndim + i] * (array.ndim - blocks.y.ndim)
+        arguments += [array, (*axes, *features)]
+    return da.blockwise(
+        _predict_block,
+        rows,
+        *arguments,
+        kernel=kernel,
+        params=params,
+        concatenate=True,
+        align_arrays=False,
+        dtype=np.float64,
+        meta=np.empty((0,) * blocks.y.ndim),
+    )
+
+
+def _predict_block(
+    y: NDArray[Any], *x: NDArray[Any], kernel: PredictionKernel, params: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    block = Block(y.shape, np.empty(y.shape, bool), x, None, None)
+    return kernel(block.pieces(kernel.piece_rows), params).reshape(y.shape)

@@ -1,0 +1,193 @@
+"""``FitResult``: what a fit returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask import report
+from nlsq_dask.core.model import Model
+from nlsq_dask.predict import predict
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Vector = NDArray[np.float64]
+
+_ALIASES = {"popt": "x"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FitResult:
+    """Result of a fit; every value by attribute and by item, ``result.pcov`` or ``result["pcov"]``.
+
+    With residuals ``r = (model - y) / sigma`` and their Jacobian ``J``, p parameters, n points.
+
+    Attributes
+    ----------
+    x, popt : ndarray, shape (p,)
+        The parameters.
+    success : bool
+        Whether they are a solution.
+    status : int
+        Positive for success; see ``message``.
+    message : str
+        Why the fit ended, and what to try if it is not a solution.
+    cost : float
+        ``1/2 sum r^2`` over all rows.
+    grad : ndarray, shape (p,)
+        ``J^T r``.
+    optimality : float
+        Largest component of the gradient, without those that push against an active bound.
+    active_mask : ndarray of int, shape (p,)
+        -1 at a lower bound, 1 at an upper bound, else 0.
+    nfev, njev : int
+        Evaluations over all rows; every one brings the Jacobian with it.
+    nit : int
+        Gauss-Newton iterations over all rows.
+    pcov : ndarray, shape (p, p)
+        Covariance; infinite where the data do not determine the parameters.
+    perr : ndarray, shape (p,)
+        Standard errors.
+    sigma_sq, reduced_chi2 : float
+        ``chi2 / dof``.
+    chi2 : float
+        ``2 cost``.
+    dof : int
+        ``n_points - p``.
+    n_points, n_omitted : int
+        Rows used; rows left out because they are masked or not finite.
+    r_squared : float
+        ``1 - chi2 / (weighted sum of squares of y about its mean)``.
+    condition_number : float
+        Of the Jacobian with its columns scaled to unit length.
+    param_names : tuple of str
+    p0 : ndarray, shape (p,)
+        The start.
+    bounds : tuple of ndarray, each of shape (p,)
+    n_passes : int
+        Reductions over all rows.
+    rows_read, bytes_read, rows_cached : int
+        From the source, sampling included; rows that did not have to be read again.
+    phase_history : list of dict
+        Each with phase, name, start_time (s since the epoch), duration (s) and what it did.
+    diagnostics : dict
+        ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
+        ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``.
+    """
+
+    x: Vector
+    success: bool
+    status: int
+    message: str
+    cost: float
+    grad: Vector
+    optimality: float
+    active_mask: NDArray[np.int64]
+    nfev: int
+    njev: int
+    nit: int
+    pcov: NDArray[np.float64]
+    sigma_sq: float
+    dof: int
+    n_points: int
+    n_omitted: int
+    r_squared: float
+    condition_number: float
+    param_names: tuple[str, ...]
+    p0: Vector
+    bounds: tuple[Vector, Vector]
+    n_passes: int
+    rows_read: int
+    bytes_read: int
+    rows_cached: int
+    phase_history: list[dict[str, Any]]
+    diagnostics: dict[str, Any]
+    _model: Model | None = field(default=None)
+
+    @property
+    def popt(self) -> Vector:
+        """The parameters, under SciPy's other name."""
+        return self.x
+
+    @property
+    def perr(self) -> Vector:
+        """Standard errors, shape (p,)."""
+        return np.sqrt(np.diag(self.pcov))
+
+    @property
+    def chi2(self) -> float:
+        """Sum of the squared weighted residuals."""
+        return 2.0 * self.cost
+
+    @property
+    def reduced_chi2(self) -> float:
+        """``chi2 / dof``."""
+        return self.sigma_sq
+
+    def keys(self) -> list[str]:
+        """Return the names of all values."""
+        names = [f.name for f in fields(self) if not f.name.startswith("_")]
+        return [*names, "popt", "perr", "chi2", "reduced_chi2"]
+
+    def __getitem__(self, name: str) -> Any:
+        if not isinstance(name, str):
+            self._refuse_unpacking()
+        if name not in self.keys():
+            raise KeyError(f"{name!r}; a FitResult has {', '.join(self.keys())}")
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> NoReturn:
+        self._refuse_unpacking()
+
+    def _refuse_unpacking(self) -> NoReturn:
+        raise TypeError(
+            "a FitResult cannot be unpacked; use result.popt and result.pcov, or call "
+            "nlsq_dask.curve_fit, which returns (popt, pcov)."
+        )
+
+    def fit_report(self, min_correlation: float = 0.1) -> str:
+        """Return a report in the layout of lmfit's.
+
+        Parameters
+        ----------
+        min_correlation : float
+            Smallest absolute correlation that is listed.
+        """
+        return report.fit_report(self, min_correlation)
+
+    def __repr__(self) -> str:
+        return self.fit_report()
+
+    def _repr_html_(self) -> str:
+        return report.html(self)
+
+    def to_xarray(self) -> xr.Dataset:
+        """Return parameters, errors and covariance as a Dataset along ``param``, ``cov_i``, ``cov_j``.
+
+        The names are xarray's own for ``curvefit``; the scalars are attributes.
+        """
+        return report.dataset(self)
+
+    def predict(self, x: Any) -> Any:
+        """Evaluate the model at the solution.
+
+        Parameters
+        ----------
+        x : array, tuple or dict of arrays
+            As in ``fit``; arrays of several dimensions broadcast against each other.
+
+        Returns
+        -------
+        ndarray, dask.array.Array or xarray.DataArray
+            Lazy for lazy x.
+        """
+        if self._model is None:
+            raise ValueError("this result does not hold its model, so it cannot predict.")
+        return predict(self._model, x, self.x)

@@ -1,0 +1,53 @@
+"""``StopReason``: every way in which a fit can end, with the sentence that the user reads."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class StopReason(Enum):
+    """Why a fit ended: a status as SciPy counts (positive for success) and a sentence."""
+
+    REDUCTION = (2, "Converged: the reduction of the cost that is left is below gauss_newton_tol.")
+    STEP = (3, "Converged: the step that is left is below gauss_newton_tol.")
+    LAST_STEP = (
+        4,
+        "Converged: the last step was taken without another pass, because the error that it "
+        "leaves is below gauss_newton_tol; cost, grad and pcov stand at the point before it.",
+    )
+    FLOOR = (
+        1,
+        "Converged: reduction and step that are left are below what floating point can resolve "
+        "for this number of rows.",
+    )
+    ITERATION_LIMIT = (
+        0,
+        "Not converged: gauss_newton_max_iterations was reached. Start closer to the solution, or "
+        "raise the limit.",
+    )
+    STALLED = (
+        -1,
+        "Not converged: no step reduces the cost any more, though the gradient says that one "
+        "should. Check that the model is smooth, that its parameters can be told apart by the "
+        "data, and try another start.",
+    )
+    NON_FINITE_START = (
+        -2,
+        "Not converged: the model or its derivative is not finite at the start. Choose another "
+        "p0, or bounds that keep the parameters where the model is defined.",
+    )
+    NON_FINITE_STEP = (
+        -3,
+        "Not converged: the model or its derivative is not finite at every point that was tried "
+        "from here. Set bounds that keep the parameters where the model is defined.",
+    )
+    USER_STOP = (-4, "Stopped by the callback; the parameters are the best ones so far.")
+
+    def __init__(self, status: int, sentence: str) -> None:
+        self.status = status
+        self.sentence = sentence
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the parameters are a solution."""
+        return self.status > 0

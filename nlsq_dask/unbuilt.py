@@ -1,0 +1,53 @@
+"""What the contract names and is not built yet: refused, never accepted and ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nlsq_dask.config import HybridStreamingConfig
+
+_NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
+    (
+        "enable_group_variance_regularization",
+        lambda c: c.enable_group_variance_regularization,
+    ),
+    ("enable_residual_weighting", lambda c: c.enable_residual_weighting),
+    ("a cache of a given size", lambda c: c.cache not in ("auto", 0)),
+    ("checkpoint_dir", lambda c: c.enable_checkpoints and c.checkpoint_dir is not None),
+    ("resume_from_checkpoint", lambda c: c.resume_from_checkpoint is not None),
+    ("validate_numerics=False", lambda c: not c.validate_numerics),
+    ("enable_fault_tolerance=False", lambda c: not c.enable_fault_tolerance),
+    ("max_retries_per_batch other than 2", lambda c: c.max_retries_per_batch != 2),
+    ("min_success_rate below 1", lambda c: c.min_success_rate < 1.0),
+    ("max_walltime", lambda c: c.max_walltime is not None),
+    ("enable_multi_device", lambda c: c.enable_multi_device),
+    ("log_file", lambda c: c.log_file is not None),
+    ("enable_multistart", lambda c: c.enable_multistart),
+)
+
+
+def refuse_unbuilt(config: HybridStreamingConfig, loss: str, f_scale: float) -> None:
+    """Raise NotImplementedError if something is asked for that is not built yet."""
+    losses = ("linear", "soft_l1", "huber", "cauchy", "arctan")
+    if loss not in losses:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, losses))}; got {loss!r}.")
+    if not f_scale > 0:
+        raise ValueError(f"f_scale must be a number > 0; got {f_scale!r}.")
+    asked = [name for name, is_asked in _NOT_BUILT if is_asked(config)]
+    if loss != "linear":
+        asked.append(f"loss={loss!r}")
+    if asked:
+        raise NotImplementedError(
+            f"{', '.join(asked)}: not built yet in this version of nlsq_dask. Leave it at its "
+            f"default."
+        )
+
+
+def refuse_many_parameters(n_params: int, config: HybridStreamingConfig) -> None:
+    """Raise NotImplementedError where conjugate gradients would be needed."""
+    if n_params >= config.cg_param_threshold:
+        raise NotImplementedError(
+            f"{n_params} parameters with cg_param_threshold={config.cg_param_threshold}: conjugate "
+            f"gradients are not built yet in this version of nlsq_dask. Raise cg_param_threshold to "
+            f"solve the step with the full matrix ({8 * n_params**2 / 2**20:.0f} MiB a task)."
+        )
