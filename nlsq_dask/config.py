@@ -1,4 +1,4 @@
-"""``HybridStreamingConfig``: every option of a fit, each with one home for default, rule and doc."""
+"""``HybridStreamingConfig``: every option of a fit, one home each for default, rule and doc."""
 
 from __future__ import annotations
 

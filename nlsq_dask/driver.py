@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ _AUTO_CHUNK_SIZE = 2**20
 _AUTO_SAMPLE_ROWS = 2**15
 
 
-class _StoppedByCallback(Exception):
+class _StoppedByCallbackError(Exception):
     """The callback raised StopIteration while the sample was being fitted."""
 
     def __init__(self, params: Vector) -> None:
@@ -153,11 +153,12 @@ class Driver:
                 start = self._solve_on_sample(solver, start, details)
                 kernel = replace(kernel, y_reference=solver.y_reference)
                 state = self._solve_on_all_rows(kernel, solver, start, details)
-        except _StoppedByCallback as stopped:
+        except _StoppedByCallbackError as stopped:
             return self._outcome(stopped.params, StopReason.USER_STOP, None, None)
         with self._phase(3, "covariance") as details:
             found = self._find_covariance(state, details)
-        assert state.stop is not None and state.solution is not None
+        assert state.stop is not None
+        assert state.solution is not None
         return self._outcome(state.solution, state.stop, state, found)
 
     def _trace_kernel(self) -> NormalEquationsKernel:
@@ -205,22 +206,18 @@ class Driver:
         warmup = solver.prepare_warmup(self.normalizer, step, config)
         state = self._run_warmup(warmup, solver.variance)
         end = WarmupEnd(int(state.end))
-        summary = {
-            "reason": end.name.lower(),
-            "iterations": int(state.iteration),
-            "clipped": clip_count(state, warmup.options),
-            "line_search_failures": int(state.line_search_failures),
-        }
-        details |= summary
-        self._diagnostics["warm_up"] = dict(details)
-        self._emit(
-            WarmupEnded(
-                **summary,
-                loss=float(state.best_loss) * solver.variance,
-                cost_guard=end is WarmupEnd.COST_GUARD,
-                history_filled=int(state.iteration) >= config.lbfgs_history_size,
-            )
+        summary = WarmupEnded(
+            reason=end.name.lower(),
+            iterations=int(state.iteration),
+            loss=float(state.best_loss) * solver.variance,
+            cost_guard=end is WarmupEnd.COST_GUARD,
+            clipped=clip_count(state, warmup.options),
+            line_search_failures=int(state.line_search_failures),
+            history_filled=int(state.iteration) >= config.lbfgs_history_size,
         )
+        self._emit(summary)
+        details |= asdict(summary)
+        self._diagnostics["warm_up"] = dict(details)
         return self._inside(self.normalizer.denormalize(np.asarray(state.best_params)))
 
     def _run_warmup(self, warmup: Warmup, variance: float) -> WarmupState:
@@ -235,7 +232,7 @@ class Driver:
             try:
                 self._report("warm-up", params, float(state.best_loss) * variance, norm, True)
             except StopIteration:
-                raise _StoppedByCallback(params) from None
+                raise _StoppedByCallbackError(params) from None
         return state
 
     def _solve_on_sample(
@@ -247,9 +244,10 @@ class Driver:
         state = gn.start(start, solver.reduce(start), self._settings)
         state = self._iterate(state, solver.reduce, "sample")
         details["sample_iterations"] = state.iteration
-        assert state.stop is not None and state.solution is not None
+        assert state.stop is not None
+        assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
-            raise _StoppedByCallback(state.solution)
+            raise _StoppedByCallbackError(state.solution)
         # A sample that leaves no finite point says nothing; what it started from is as good.
         return state.solution if state.point.sums.is_finite else start
 

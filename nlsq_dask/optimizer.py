@@ -28,8 +28,8 @@ from nlsq_dask.events import (
 )
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
-from nlsq_dask.parameters import parse_parameters
 from nlsq_dask.outcome import make_result
+from nlsq_dask.parameters import parse_parameters
 from nlsq_dask.result import FitResult
 from nlsq_dask.unbuilt import refuse_many_parameters, refuse_unbuilt
 

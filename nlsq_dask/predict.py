@@ -86,7 +86,7 @@ def _lazy_values(
         ]
         features = [2 * blocks.y.ndim + i] * (array.ndim - blocks.y.ndim)
         arguments += [array, (*axes, *features)]
-    return da.blockwise(
+    values: da.Array = da.blockwise(
         _predict_block,
         rows,
         *arguments,
@@ -97,6 +97,7 @@ def _lazy_values(
         dtype=np.float64,
         meta=np.empty((0,) * blocks.y.ndim),
     )
+    return values
 
 
 def _predict_block(

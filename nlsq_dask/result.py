@@ -169,7 +169,7 @@ class FitResult:
         return report.html(self)
 
     def to_xarray(self) -> xr.Dataset:
-        """Return parameters, errors and covariance as a Dataset along ``param``, ``cov_i``, ``cov_j``.
+        """Return parameters, errors (along ``param``) and covariance as a Dataset.
 
         The names are xarray's own for ``curvefit``; the scalars are attributes.
         """

@@ -48,6 +48,6 @@ def refuse_many_parameters(n_params: int, config: HybridStreamingConfig) -> None
     if n_params >= config.cg_param_threshold:
         raise NotImplementedError(
             f"{n_params} parameters with cg_param_threshold={config.cg_param_threshold}: conjugate "
-            f"gradients are not built yet in this version of nlsq_dask. Raise cg_param_threshold to "
-            f"solve the step with the full matrix ({8 * n_params**2 / 2**20:.0f} MiB a task)."
+            f"gradients are not built yet in this version of nlsq_dask. Raise cg_param_threshold "
+            f"to solve the step with the full matrix ({8 * n_params**2 / 2**20:.0f} MiB a task)."
         )

@@ -31,12 +31,13 @@ Carry = tuple[Any, Any, Any]
 
 
 def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
-    """Return how many rows one kernel call is given: a power of two, at least ``BLOCK_ROWS``."""
-    wanted = min(longest_block, chunk_size, _MAX_PIECE_BYTES // row_bytes)
-    rows = BLOCK_ROWS
-    while rows < wanted:
-        rows *= 2
-    return rows if rows <= max(chunk_size, BLOCK_ROWS) else rows // 2
+    """Return how many rows one kernel call is given: a power of two, at most ``chunk_size``.
+
+    No larger than the longest block needs, and smaller for very wide rows.
+    """
+    most = max(min(chunk_size, _MAX_PIECE_BYTES // row_bytes), 1)
+    wanted = max(longest_block, BLOCK_ROWS)
+    return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
 def _is_usable(rows: Rows) -> Any:
@@ -51,13 +52,14 @@ def _is_usable(rows: Rows) -> Any:
     return usable
 
 
-def _accumulate(model: Model) -> Callable[..., Carry]:
+def _accumulate(model: Model, piece_rows: int) -> Callable[..., Carry]:
     """Return the function that adds a piece of rows to running sums."""
+    block_rows = min(BLOCK_ROWS, piece_rows)
 
     def add_block(i: Any, carry: Carry, params: Any, y0: Any, n_rows: Any, arrays: Any) -> Carry:
-        first = i * BLOCK_ROWS
-        rows = Rows(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, BLOCK_ROWS), arrays))
-        in_piece = first + jnp.arange(BLOCK_ROWS) < n_rows
+        first = i * block_rows
+        rows = Rows(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, block_rows), arrays))
+        in_piece = first + jnp.arange(block_rows) < n_rows
         usable = in_piece & _is_usable(rows)
 
         values, push_forward = jax.linearize(lambda p: model(rows.x, p), params)
@@ -65,7 +67,7 @@ def _accumulate(model: Model) -> Callable[..., Carry]:
         residual = values - rows.y.astype(model.dtype)
         stacked = jnp.concatenate([jacobian, residual[None]])
         offset = rows.y.astype(jnp.float64) - y0
-        weight = jnp.ones(BLOCK_ROWS)
+        weight: Any = jnp.ones(block_rows)
         if rows.sigma is not None:
             stacked = stacked / rows.sigma.astype(model.dtype)
             weight = 1 / rows.sigma.astype(jnp.float64) ** 2
@@ -83,20 +85,22 @@ def _accumulate(model: Model) -> Callable[..., Carry]:
         plain = usable.all() & jnp.isfinite(values.sum())
         if rows.sigma is not None:
             plain &= (rows.sigma > 0).all()
-        all_used = jnp.array([BLOCK_ROWS, 0, 0, 0], jnp.int64)
+        all_used = jnp.array([block_rows, 0, 0, 0], jnp.int64)
         terms, counts = lax.cond(plain, lambda t: (t, all_used), count_and_mask, terms)
 
-        stacked, *moments = terms
-        gram = (stacked @ stacked.T).astype(jnp.float64)
+        rows_of_gram, *moments = terms
+        gram = (rows_of_gram @ rows_of_gram.T).astype(jnp.float64)
         sums = (gram, jnp.stack([m.sum() for m in moments]), counts)
-        return jax.tree.map(jnp.add, carry, sums)
+        total: Carry = jax.tree.map(jnp.add, carry, sums)
+        return total
 
     def accumulate(carry: Carry, params: Any, y0: Any, n_rows: Any, arrays: Any) -> Carry:
         params = params.astype(model.dtype)
-        n_blocks = (n_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-        return lax.fori_loop(
+        n_blocks = (n_rows + block_rows - 1) // block_rows
+        total: Carry = lax.fori_loop(
             0, n_blocks, lambda i, c: add_block(i, c, params, y0, n_rows, arrays), carry
         )
+        return total
 
     return accumulate
 
@@ -138,10 +142,10 @@ class NormalEquationsKernel:
         """Trace the kernel of this model for pieces of this length."""
         p = model.n_params
         f64, i64 = np.dtype("f8"), np.dtype("i8")
-        spec = jax.ShapeDtypeStruct
+        spec: Any = jax.ShapeDtypeStruct
         carry = (spec((p + 1, p + 1), f64), spec((3,), f64), spec((4,), i64))
         program = Program.trace(
-            _accumulate(model),
+            _accumulate(model, piece_rows),
             carry,
             spec((p,), f64),
             spec((), f64),

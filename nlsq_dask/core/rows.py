@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
@@ -31,7 +31,7 @@ class Layout:
         Whether rows can be masked by the caller.
     """
 
-    x_names: None | int | tuple[str, ...]
+    x_names: int | tuple[str, ...] | None
     x_features: tuple[tuple[int, ...], ...]
     x_dtypes: tuple[str, ...]
     y_dtype: str

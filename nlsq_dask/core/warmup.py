@@ -30,7 +30,7 @@ from nlsq_dask.core.program import compiled_once
 from nlsq_dask.core.rows import Rows
 
 _LINE_SEARCH_STEPS = 20
-_ROUNDING = 4 * np.finfo(np.float64).eps  # relative change of the loss that is no change
+_ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that is no change
 # Without "max_iter" among the criteria the warm-up still has to end some time.
 _UNLIMITED_FACTOR = 10
 
@@ -189,7 +189,7 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
     iteration = state.iteration + 1
     held = ((params <= problem.low) & (gradient > 0)) | ((params >= problem.high) & (gradient < 0))
     gradient_norm = jnp.linalg.norm(jnp.where(held, 0.0, gradient))
-    change = jnp.abs(value - state.loss) / (jnp.abs(state.loss) + jnp.finfo(jnp.float64).tiny)
+    change = jnp.abs(value - state.loss) / (jnp.abs(state.loss) + np.finfo(np.float64).tiny)
     ready = iteration >= problem.min_iterations
     ends = [  # the first that holds is the reason
         (~jnp.isfinite(value), WarmupEnd.NON_FINITE),

@@ -126,7 +126,7 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     )
 
 
-def _leaves(x_data: Any) -> tuple[None | int | tuple[str, ...], list[Any]]:
+def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
     if isinstance(x_data, tuple):
         if not x_data:
             raise DataError("x_data is an empty tuple; expected at least one array.")
@@ -138,7 +138,7 @@ def _leaves(x_data: Any) -> tuple[None | int | tuple[str, ...], list[Any]]:
     return None, [x_data]
 
 
-def _leaf_names(x_names: None | int | tuple[str, ...]) -> list[str]:
+def _leaf_names(x_names: int | tuple[str, ...] | None) -> list[str]:
     if x_names is None:
         return ["x_data"]
     keys = range(x_names) if isinstance(x_names, int) else x_names

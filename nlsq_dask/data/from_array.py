@@ -71,7 +71,8 @@ def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
     chunks = list(value.shape)
     if cut and value.size:
         chunks[:1] = [max(_MEMORY_BLOCK_ROWS * n // value.size, 1) for n in value.shape[:1]]
-    return da.from_array(value, chunks=tuple(chunks), name=False)
+    array: da.Array = da.from_array(value, chunks=tuple(chunks), name=False)
+    return array
 
 
 def _check_dtype(dtype: np.dtype[Any], name: str) -> None:

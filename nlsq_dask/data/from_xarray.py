@@ -41,7 +41,8 @@ def _coordinate(name: str, y: Any) -> xr.DataArray:
         raise DataError(
             f"x_data names the coordinate {name!r}; y_data has {sorted(map(str, y.coords))}."
         )
-    return y.coords[name]
+    coordinate: xr.DataArray = y.coords[name]
+    return coordinate
 
 
 def like_dims(
@@ -77,15 +78,16 @@ def like_dims(
                 f"{name} has size {array.sizes[dim]} along {dim!r}, y_data has {y.sizes[dim]} "
                 f"(shapes {array.shape} and {y.shape})."
             )
-        if dim in array.indexes and dim in y.indexes:
-            if not array.indexes[dim].equals(y.indexes[dim]):
-                raise DataError(
-                    f"the labels of {name} along {dim!r} differ from those of y_data. Align them "
-                    f"first, for instance with xarray.align(..., join='inner')."
-                )
+        both_labelled = dim in array.indexes and dim in y.indexes
+        if both_labelled and not array.indexes[dim].equals(y.indexes[dim]):
+            raise DataError(
+                f"the labels of {name} along {dim!r} differ from those of y_data. Align them "
+                f"first, for instance with xarray.align(..., join='inner')."
+            )
     values = lazy_data(array.transpose(*shared, *extra), name, cut)
     missing = [slice(None) if dim in shared else None for dim in y.dims]
-    return values[tuple(missing)] if None in missing else values
+    expanded: da.Array = values[tuple(missing)] if None in missing else values
+    return expanded
 
 
 def is_xarray(value: Any) -> bool:

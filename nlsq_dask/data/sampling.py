@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-
 # Reading is what sampling costs: so many blocks at most, and this share of a smaller data set.
 _MAX_BLOCKS = 8
 _MAX_SHARE = 0.3

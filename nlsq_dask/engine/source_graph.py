@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dask
 import numpy as np
+from dask import optimize  # type: ignore[attr-defined]
 from dask._task_spec import DataNode, GraphNode, convert_legacy_graph
 
 from nlsq_dask.core.rows import Layout
@@ -83,7 +83,7 @@ class SourceGraph:
     def __init__(self, blocks: RowBlocks) -> None:
         self._blocks = blocks
         graph: dict[Key, Any] = {}
-        for array in dask.optimize(*blocks.arrays):
+        for array in optimize(*blocks.arrays):
             graph.update(array.__dask_graph__())
         self._nodes: dict[Key, GraphNode] = convert_legacy_graph(graph)
         # Arrays that the caller has persisted: their keys are futures of the cluster.
@@ -111,6 +111,8 @@ class SourceGraph:
         """
         owners = self._owners(groups)
         shared = {key: self._nodes[key] for key, owner in owners.items() if owner == _SHARED}
+        needed = {dep for node in shared.values() for dep in node.dependencies}
+        shared |= {key: self._nodes[key] for key in needed if key in self._nodes}
         readers = [self._reader(group, i, owners) for i, group in enumerate(groups)]
         return readers, {**shared, **self._futures}
 

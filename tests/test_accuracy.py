@@ -1,0 +1,139 @@
+"""The same answers as SciPy, whatever the model, the kind of array and the scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import nlsq_dask as nd
+from tests.problems import (
+    PROBLEMS,
+    SEPARABLE_START,
+    Problem,
+    scipy_fit,
+    separable,
+    separable_data,
+)
+
+KINDS = ["numpy", "dask", "zarr", "xarray"]
+
+
+def assert_same(result: nd.FitResult, popt: np.ndarray, pcov: np.ndarray) -> None:
+    assert result.success, result.message
+    perr = np.sqrt(np.diag(pcov))
+    allowed = 1e-8 * np.abs(popt) + 1e-6 * perr
+    assert (np.abs(result.popt - popt) <= allowed).all(), (result.popt - popt) / allowed
+    scale = np.outer(perr, perr)
+    np.testing.assert_allclose(result.pcov / scale, pcov / scale, atol=1e-6)
+
+
+_references: dict[Any, Any] = {}
+
+
+def reference(problem: Problem, with_sigma: bool) -> tuple[np.ndarray, np.ndarray]:
+    key = problem.name, with_sigma
+    if key not in _references:
+        options = {"sigma": problem.sigma, "absolute_sigma": True} if with_sigma else {}
+        _references[key] = scipy_fit(problem.model, problem.x, problem.y, problem.start, **options)
+    return _references[key]
+
+
+@pytest.mark.parametrize("with_sigma", [False, True], ids=["unweighted", "sigma"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_agrees_with_scipy(
+    problem: Problem, kind: str, with_sigma: bool, scheduler: str, as_kind: Any
+) -> None:
+    sigma = as_kind(kind, problem.sigma) if with_sigma else None
+    result = nd.AdaptiveHybridStreamingOptimizer().fit(
+        problem.model,
+        as_kind(kind, problem.x),
+        as_kind(kind, problem.y),
+        problem.start,
+        sigma=sigma,
+        absolute_sigma=with_sigma,
+        verbose=0,
+    )
+    assert_same(result, *reference(problem, with_sigma))
+    assert result.n_points == len(problem.y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_separable_model_with_broadcast_coordinates(
+    kind: str, scheduler: str, as_kind: Any
+) -> None:
+    time, latitude, longitude, y = separable_data()
+    grid = np.broadcast_arrays(
+        time[:, None, None], latitude[None, :, None], longitude[None, None, :]
+    )
+    expected = scipy_fit(separable, tuple(g.ravel() for g in grid), y.ravel(), SEPARABLE_START)
+    x_data: Any
+    y_data: Any
+    if kind == "xarray":
+        coords = {"time": time, "latitude": latitude, "longitude": longitude}
+        y_data = xr.DataArray(y, coords=coords, dims=list(coords)).chunk(
+            time=17, latitude=10, longitude=29
+        )
+        x_data = ("time", "latitude", "longitude")
+    else:
+        x_data = (time[:, None, None], latitude[:, None], longitude)
+        y_data = as_kind(kind, y)
+    result = nd.AdaptiveHybridStreamingOptimizer().fit(
+        separable, x_data, y_data, SEPARABLE_START, verbose=0
+    )
+    assert_same(result, *expected)
+
+
+@pytest.mark.parametrize("with_sigma", [False, True], ids=["unweighted", "sigma"])
+@pytest.mark.parametrize("kind", ["numpy", "zarr"])
+def test_a_bound_that_is_active(
+    kind: str, with_sigma: bool, scheduler: str, as_kind: Any
+) -> None:
+    problem = PROBLEMS[2]
+    low = [0.0, 0.0, 0.0, -5.0, 0.25]  # the slope's truth is 0.2
+    high = [10.0, 10.0, 5.0, 5.0, 1.0]
+    start = (3.0, 2.6, 0.9, 0.5, 0.5)
+    options = {"sigma": problem.sigma, "absolute_sigma": True} if with_sigma else {}
+    popt, _ = scipy_fit(problem.model, problem.x, problem.y, start, bounds=(low, high), **options)
+    if with_sigma:
+        options["sigma"] = as_kind(kind, problem.sigma)
+    result = nd.AdaptiveHybridStreamingOptimizer().fit(
+        problem.model,
+        as_kind(kind, problem.x),
+        as_kind(kind, problem.y),
+        start,
+        (low, high),
+        verbose=0,
+        **options,
+    )
+    assert result.success
+    assert result.popt[4] == 0.25
+    np.testing.assert_array_equal(result.active_mask, [0, 0, 0, 0, -1])
+    assert "b" in result.message
+    np.testing.assert_allclose(result.popt[:4], popt[:4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "bounds", "p0", "none"])
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_parameters_over_twelve_orders_of_magnitude(strategy: str, factor: float) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 10, 40_000)
+    truth = np.array([1e6, 1e-6, 3.0, 20.0])
+
+    def model(x: Any, height: Any, slope: Any, rate: Any, floor: Any) -> Any:
+        import jax.numpy as jnp
+
+        return height * jnp.exp(-rate * x) + slope * 1e9 * x + floor
+
+    y = truth[0] * np.exp(-truth[2] * x) + truth[1] * 1e9 * x + truth[3]
+    y = y + 10.0 * rng.standard_normal(len(x))
+    bounds = ([0, 0, 0, -1e3], [1e7, 1e-4, 50, 1e3]) if strategy in ("auto", "bounds") else None
+    config = nd.HybridStreamingConfig(normalization_strategy=strategy, verbose=0)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    result = optimizer.fit(model, x, y, truth * factor, bounds)
+    assert_same(result, *scipy_fit(model, x, y, truth * factor))
+    assert optimizer.normalizer is not None
+    assert optimizer.normalizer.strategy == (strategy if strategy != "auto" else "bounds")
