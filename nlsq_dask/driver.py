@@ -47,6 +47,8 @@ Callback = Callable[[Vector, float, int], Any]
 
 _AUTO_CHUNK_SIZE = 2**20
 _AUTO_SAMPLE_ROWS = 2**15
+# How far, in normalized parameters, the sample may take what it does not determine.
+_ANCHOR_LENGTH = 10.0
 
 
 class _StoppedByCallbackError(Exception):
@@ -241,8 +243,17 @@ class Driver:
         """Converge on the sample, which costs no reading."""
         if not solver.is_informative:
             return start
-        state = gn.start(start, solver.reduce(start), self._settings)
-        state = self._iterate(state, solver.reduce, "sample")
+        # The sample may say nothing of some parameters (a peak that it missed). A weak pull towards
+        # where they are keeps those in place, and moves the others by far less than their errors.
+        at_start = solver.reduce(start)
+        variance = 2.0 * at_start.cost / at_start.n_used
+        weights = variance / (_ANCHOR_LENGTH * self.normalizer.scales) ** 2
+
+        def reduce(params: Vector) -> NormalEquations:
+            return solver.reduce(params).anchored(weights, params - start)
+
+        state = gn.start(start, reduce(start), self._settings)
+        state = self._iterate(state, reduce, "sample")
         details["sample_iterations"] = state.iteration
         assert state.stop is not None
         assert state.solution is not None

@@ -89,9 +89,7 @@ def test_separable_model_with_broadcast_coordinates(
 
 @pytest.mark.parametrize("with_sigma", [False, True], ids=["unweighted", "sigma"])
 @pytest.mark.parametrize("kind", ["numpy", "zarr"])
-def test_a_bound_that_is_active(
-    kind: str, with_sigma: bool, scheduler: str, as_kind: Any
-) -> None:
+def test_a_bound_that_is_active(kind: str, with_sigma: bool, scheduler: str, as_kind: Any) -> None:
     problem = PROBLEMS[2]
     low = [0.0, 0.0, 0.0, -5.0, 0.25]  # the slope's truth is 0.2
     high = [10.0, 10.0, 5.0, 5.0, 1.0]

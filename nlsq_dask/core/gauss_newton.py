@@ -110,7 +110,7 @@ class Point:
     @cached_property
     def measure(self) -> float:
         """``sqrt(reduction / cost)``: the step in units of the residual; 0 for a perfect fit."""
-        if self.reduction == 0.0:
+        if self.reduction == 0.0 or self.sums.cost == 0.0:
             return 0.0
         return float(np.sqrt(self.reduction / self.sums.cost))
 
@@ -234,6 +234,8 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
             return _accepted(state, trial, new, state.radius)
         better = new if new.measure < old.measure else old
         sure = better.is_negligible or better.reduction <= better.rounding_cost
+        # In a flat valley, what is left of the way cannot be known from J^T J.
+        sure = sure and not better.quadratic.is_flat
         reason = StopReason.FLOOR if sure else StopReason.STALLED
         return replace(state, point=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * trial.reduction:

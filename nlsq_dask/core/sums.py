@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -82,6 +82,23 @@ class NormalEquations:
             first_bad_block=min(blocks, default=NO_BLOCK),
             rows_read=self.rows_read + other.rows_read,
             bytes_read=self.bytes_read + other.bytes_read,
+        )
+
+    def anchored(self, weights: NDArray[np.float64], offset: NDArray[np.float64]) -> Self:
+        """Return the sums with the penalty ``1/2 sum weights * offset^2`` added.
+
+        Parameters
+        ----------
+        weights : ndarray, shape (p,)
+        offset : ndarray, shape (p,)
+            Parameters minus those to which they are anchored.
+        """
+        pull = weights * offset
+        return replace(
+            self,
+            jtj=self.jtj + np.diag(weights),
+            jtr=self.jtr + pull,
+            cost=self.cost + 0.5 * float(pull @ offset),
         )
 
     @property

@@ -36,12 +36,14 @@ class Quadratic:
     gradient: Vector
     eigenvalues: Vector
     eigenvectors: NDArray[np.float64]
+    is_flat: bool  # whether there are such directions
 
     @classmethod
     def of(cls, hessian: NDArray[np.float64], gradient: Vector, floor: float) -> Quadratic:
         """Decompose the Hessian of a scaled problem."""
         values, vectors = np.linalg.eigh(hessian)
-        return cls(gradient, np.maximum(values, floor * max(values[-1], 0.0)), vectors)
+        least = floor * max(values[-1], 0.0)
+        return cls(gradient, np.maximum(values, least), vectors, bool(values[0] <= least))
 
     def reduction(self, step: Vector) -> float:
         """Return by how much the quadratic falls along ``step``."""

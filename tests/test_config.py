@@ -1,0 +1,187 @@
+"""Options: defaults, rules, presets."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nlsq_dask as nd
+from nlsq_dask import HybridStreamingConfig as Config
+
+PRESETS = {
+    "aggressive": dict(
+        chunk_size=2**21,
+        warmup_iterations=50,
+        max_warmup_iterations=100,
+        loss_plateau_threshold=5e-4,
+        gradient_norm_threshold=5e-3,
+        gauss_newton_tol=1e-7,
+    ),
+    "conservative": dict(
+        warmup_iterations=30,
+        max_warmup_iterations=80,
+        loss_plateau_threshold=1e-5,
+        gradient_norm_threshold=1e-4,
+        gauss_newton_tol=1e-10,
+        gauss_newton_max_iterations=200,
+        trust_region_initial=0.5,
+    ),
+    "memory_optimized": dict(
+        chunk_size=2**17,
+        precision="float32",
+        cache=0,
+        warmup_iterations=40,
+        max_warmup_iterations=100,
+        checkpoint_frequency=50,
+        cg_param_threshold=1000,
+    ),
+    "with_multistart": dict(enable_multistart=True),
+    "defense_strict": dict(
+        max_warmup_step_size=0.05, warmup_iterations=25, max_warmup_iterations=60
+    ),
+    "defense_relaxed": dict(
+        warm_start_threshold=0.5,
+        cost_increase_tolerance=0.5,
+        max_warmup_step_size=0.5,
+        warmup_iterations=50,
+        max_warmup_iterations=120,
+    ),
+    "defense_disabled": dict(
+        enable_warm_start_detection=False,
+        enable_adaptive_warmup_lr=False,
+        enable_cost_guard=False,
+        enable_step_clipping=False,
+    ),
+    "scientific_default": dict(
+        warm_start_threshold=0.05,
+        cost_increase_tolerance=0.2,
+        warmup_iterations=35,
+        max_warmup_iterations=100,
+        gauss_newton_tol=1e-10,
+        gauss_newton_max_iterations=200,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_differ_by_their_row_alone(name: str) -> None:
+    preset, default = getattr(Config, name)(), Config()
+    differing = {
+        f.name: getattr(preset, f.name)
+        for f in fields(Config)
+        if getattr(preset, f.name) != getattr(default, f.name)
+    }
+    assert differing == PRESETS[name]
+
+
+def test_presets_take_overrides() -> None:
+    assert Config.with_multistart(n_starts=3, verbose=0).n_starts == 3
+    assert Config.aggressive(random_seed=4).random_seed == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("warmup_iterations", -1),
+        ("warmup_iterations", 2.5),
+        ("warmup_iterations", True),
+        ("normalize", 1),
+        ("normalization_strategy", "magic"),
+        ("gauss_newton_tol", 0.0),
+        ("gauss_newton_tol", float("nan")),
+        ("active_switching_criteria", []),
+        ("active_switching_criteria", ["sometimes"]),
+        ("active_switching_criteria", "plateau"),
+        ("chunk_size", 0),
+        ("chunk_size", "large"),
+        ("cache", -1),
+        ("precision", "float16"),
+        ("min_success_rate", 0.0),
+        ("group_variance_indices", [(3, 1)]),
+        ("residual_weights", [1.0, -1.0]),
+        ("checkpoint_dir", 3),
+        ("verbose", -1),
+    ],
+)
+def test_errors_name_field_value_and_rule(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be .*; got ") as caught:
+        Config(**{field: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_unknown_names_and_contradictions() -> None:
+    with pytest.raises(TypeError, match="learning_rate"):
+        Config(learning_rate=1)
+    with pytest.raises(ValueError, match="at most max_warmup_iterations"):
+        Config(warmup_iterations=50, max_warmup_iterations=10)
+
+
+def test_the_docstring_describes_every_option() -> None:
+    doc = inspect.getdoc(Config) or ""
+    assert all(f"\n{f.name} : " in doc for f in fields(Config))
+
+
+def test_a_fit_checks_and_copies_its_options() -> None:
+    config = Config(verbose=0)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    config.gauss_newton_tol = -1.0
+    with pytest.raises(ValueError, match="gauss_newton_tol"):
+        optimizer.fit(lambda x, a: a * x, np.ones(3), np.ones(3))
+    with pytest.raises(TypeError, match="HybridStreamingConfig"):
+        nd.AdaptiveHybridStreamingOptimizer({"verbose": 0})  # type: ignore[arg-type]
+
+
+X = np.linspace(0, 4, 2_000)
+Y = 2 * np.exp(-0.8 * X) + 0.1 + 0.01 * np.random.default_rng(0).standard_normal(len(X))
+
+
+def model(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"with_multistart"}))
+def test_every_preset_fits(name: str) -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(getattr(Config, name)(verbose=0))
+    result = optimizer.fit(model, X, Y, [1.0, 1.0, 0.0])
+    assert result.success
+    exact = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0)).fit(model, X, Y)
+    single = name == "memory_optimized"
+    np.testing.assert_allclose(result.popt, exact.popt, rtol=1e-4 if single else 1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(enable_multistart=True),
+        dict(enable_group_variance_regularization=True),
+        dict(enable_residual_weighting=True),
+        dict(checkpoint_dir="here"),
+        dict(resume_from_checkpoint="there"),
+        dict(cache=10**9),
+        dict(max_walltime=3.0),
+        dict(min_success_rate=0.5),
+        dict(enable_multi_device=True),
+        dict(log_file="log"),
+        dict(max_retries_per_batch=3),
+        dict(cg_param_threshold=3),
+    ],
+    ids=str,
+)
+def test_what_is_not_built_is_refused(options: dict[str, Any]) -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, **options))
+    with pytest.raises(NotImplementedError, match="not built yet"):
+        optimizer.fit(model, X, Y)
+    with pytest.raises(NotImplementedError, match="not built yet"):
+        optimizer.plan(model, X, Y)
+
+
+def test_checkpoints_without_a_folder_ask_for_nothing() -> None:
+    config = Config(enable_checkpoints=True, checkpoint_dir=None, verbose=0)
+    assert nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, Y).success
+    off = Config(enable_checkpoints=False, checkpoint_dir="unused", verbose=0)
+    assert nd.AdaptiveHybridStreamingOptimizer(off).fit(model, X, Y).success

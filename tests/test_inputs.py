@@ -1,0 +1,294 @@
+"""Every way to hand over data and parameters, right and wrong, with the sentence it gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import nlsq_dask as nd
+
+N = 4_000
+RNG = np.random.default_rng(3)
+X = RNG.uniform(0, 4, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * RNG.standard_normal(N)
+
+
+def model(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def fit(function: Any = model, x: Any = X, y: Any = Y, *args: Any, **options: Any) -> nd.FitResult:
+    options.setdefault("verbose", 0)
+    return nd.AdaptiveHybridStreamingOptimizer().fit(function, x, y, *args, **options)
+
+
+EXPECTED = fit().popt
+
+
+# --- data that work
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_zarr_formats_and_shards(tmp_path: Any, zarr_format: int, sharded: bool) -> None:
+    if sharded and zarr_format == 2:
+        pytest.skip("format 2 has no shards")
+    shards = (1500,) if sharded else None
+    stores = []
+    for name, values in (("x", X), ("y", Y.astype(">f8"))):
+        store = zarr.create_array(
+            str(tmp_path / name),
+            shape=(N,),
+            chunks=(500,),
+            shards=shards,
+            dtype=values.dtype,
+            zarr_format=zarr_format,
+        )
+        store[:] = values
+        stores.append(store)
+    result = fit(model, *stores)
+    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-10)
+
+
+def test_lists_integers_and_float32() -> None:
+    x = np.arange(1, 40)
+    y = 3 * x + 1
+    result = fit(lambda x, a, b: a * x + b, list(map(int, x)), y.astype(np.float32), [1, 1])
+    np.testing.assert_allclose(result.popt, [3, 1], rtol=1e-10)
+
+
+def test_x_of_features_tuple_and_dict_agree() -> None:
+    x2 = RNG.uniform(0, 1, N)
+    y = Y + 0.5 * x2
+    features = fit(lambda x, a, b, c, d: model(x[:, 0], a, b, c) + d * x[:, 1], np.c_[X, x2], y)
+    pair = fit(lambda x, a, b, c, d: model(x[0], a, b, c) + d * x[1], (X, x2), y)
+    named = fit(lambda x, a, b, c, d: model(x["t"], a, b, c) + d * x["u"], {"t": X, "u": x2}, y)
+    np.testing.assert_allclose(pair.popt, features.popt, rtol=1e-10)
+    np.testing.assert_allclose(named.popt, features.popt, rtol=1e-10)
+
+
+def test_features_in_several_chunks() -> None:
+    x = da.from_array(np.c_[X, X**2], chunks=(900, 1))
+    result = fit(lambda x, a, b, c: a * jnp.exp(-b * x[:, 0]) + c + 0 * x[:, 1], x, Y)
+    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
+
+
+@pytest.mark.parametrize("sigma", [0.02, np.full(N, 0.02), da.full(N, 0.02, chunks=777)])
+def test_constant_sigma_changes_nothing_but_the_scale(sigma: Any) -> None:
+    result = fit(sigma=sigma)
+    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-10)
+    np.testing.assert_allclose(result.perr, fit().perr, rtol=1e-6)
+    np.testing.assert_allclose(result.chi2, fit().chi2 / 0.02**2, rtol=1e-10)
+
+
+def test_masked_entries_are_left_out() -> None:
+    y = np.ma.masked_array(Y.copy(), mask=np.arange(N) % 7 == 0)
+    y.data[y.mask] = np.nan
+    kept = ~y.mask
+    expected = fit(model, X[kept], Y[kept])
+    for masked in (y, da.from_array(y, chunks=999)):
+        result = fit(model, X, masked)
+        np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-10)
+        assert result.n_omitted == y.mask.sum()
+        assert result.n_points == kept.sum()
+
+
+@pytest.mark.parametrize("where", ["y", "x", "sigma"])
+def test_nan_is_omitted_on_request(where: str) -> None:
+    bad = np.array([0, 17, 3999])
+    arrays = {"y": Y.copy(), "x": X.copy(), "sigma": np.full(N, 0.1)}
+    arrays[where][bad] = [np.nan, np.inf, np.nan]
+    kept = np.delete(np.arange(N), bad)
+    expected = fit(model, X[kept], Y[kept])
+    result = fit(model, arrays["x"], arrays["y"], sigma=arrays["sigma"], nan_policy="omit")
+    assert result.success
+    assert (result.n_omitted, result.n_points) == (3, N - 3)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
+
+
+def test_nan_where_the_model_has_no_value() -> None:
+    x = X.copy()
+    x[5] = np.nan
+    result = fit(
+        lambda x, a, k: a * jnp.log(x + k), x, np.log(X + 1), [2.0, 0.5], nan_policy="omit"
+    )
+    np.testing.assert_allclose(result.popt, [1, 1], rtol=1e-8)
+
+
+def test_xarray_dimensions_in_any_order_and_lazy_store(tmp_path: Any) -> None:
+    time, height = np.linspace(0, 3, 40), np.linspace(0, 1, 25)
+    y = 2.0 * np.exp(-0.7 * time[:, None]) + 0.3 * height + 0.01 * RNG.standard_normal((40, 25))
+    dataset = xr.Dataset(
+        {"y": (("time", "height"), y), "s": (("height",), 0.01 + 0.01 * height)},
+        coords={"time": time, "height": height, "tilt": (("height", "time"), np.ones((25, 40)))},
+    )
+    dataset.chunk(time=7, height=25).to_zarr(tmp_path / "s.zarr", consolidated=False)
+
+    def tilted(x: Any, a: Any, b: Any, c: Any) -> Any:
+        return a * jnp.exp(-b * x[0]) + c * x[1] * x[2]
+
+    names = ("time", "height", "tilt")
+    expected = fit(tilted, names, dataset.y, sigma=dataset.s)
+    np.testing.assert_allclose(expected.popt, [2.0, 0.7, 0.3], rtol=0.02)
+    for chunks in (None, {}, {"time": 14, "height": 25}):
+        store = xr.open_zarr(tmp_path / "s.zarr", chunks=chunks, consolidated=False)
+        assert fit(tilted, names, store.y, sigma=store.s).popt == pytest.approx(expected.popt)
+        turned = store.y.transpose("height", "time")
+        arrays = tuple(store[name] for name in names)
+        assert fit(tilted, arrays, turned, sigma=store.s).popt == pytest.approx(expected.popt)
+
+
+# --- starts and bounds that work
+
+
+def test_starts_by_name_by_signature_and_as_integers() -> None:
+    def with_default(x: Any, a: Any, b: float = 0.5, c: Any = 0) -> Any:
+        return model(x, a, b, c)
+
+    for p0 in (None, [1, 1, 1], {"b": 2}, np.array([2.0, 1.0, 0.0]), (1, 2, 3)):
+        result = fit(with_default, X, Y, p0)
+        np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
+    np.testing.assert_array_equal(fit(with_default, X, Y, {"c": 0.1}).p0, [1.0, 0.5, 0.1])
+    held = fit(with_default, X, Y, [1.0, 1.0])  # c is not fitted, as in SciPy
+    assert held.param_names == ("a", "b")
+
+
+def test_open_signature_and_names() -> None:
+    result = fit(lambda x, *p: model(x, *p), X, Y, [1, 1, 1], param_names=["A", "B", "C"])
+    assert result.param_names == ("A", "B", "C")
+    assert fit(lambda x, *p: model(x, *p), X, Y, [1, 1, 1]).param_names == ("p0", "p1", "p2")
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        (0, 5),
+        ([0, 0, -np.inf], [np.inf, 9, 9]),
+        {"b": (0.0, 3.0)},
+        ({"a": 0.0}, {"c": 4.0}),
+    ],
+)
+def test_bounds_in_every_form(bounds: Any) -> None:
+    np.testing.assert_allclose(fit(model, X, Y, None, bounds).popt, EXPECTED, rtol=1e-8)
+
+
+def test_a_default_start_is_moved_inside_the_bounds() -> None:
+    result = fit(model, X, Y, None, ([1.5, 0, 0], [2.5, np.inf, 0.5]))
+    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
+    assert result.p0[0] == 2.0
+
+
+# --- what is refused, and how
+
+WRONG_ARGUMENTS = {
+    "p0 outside": (dict(p0=[9, 1, 1], bounds=(0, 5)), ValueError, "'a' is 9, outside"),
+    "p0 too short": (dict(p0=[1, 1]), ValueError, "p0 has 2 values, but the model takes 3"),
+    "p0 unknown name": (dict(p0={"z": 1}), ValueError, "'z'; the parameters are a, b, c"),
+    "p0 NaN": (dict(p0=[1, np.nan, 1]), ValueError, "'b' is nan"),
+    "p0 complex": (dict(p0=[1j, 1, 1]), ValueError, "real numbers"),
+    "bounds crossed": (dict(bounds=(1, 0)), ValueError, "must be less than"),
+    "bounds of 4": (dict(bounds=([0] * 4, [1] * 4)), ValueError, "4 values for 3"),
+    "lengths differ": (dict(x=X[:-1]), nd.DataError, r"\(3999,\).*\(4000,\).*chunks"),
+    "empty": (dict(x=X[:0], y=Y[:0]), nd.DataError, "no rows"),
+    "complex y": (dict(y=Y * 1j), nd.DataError, "complex"),
+    "datetime x": (
+        dict(x=np.datetime64("2000-01-01") + np.arange(N)),
+        nd.DataError,
+        "np.timedelta64",
+    ),
+    "text x": (dict(x=np.full(N, "a")), nd.DataError, "dtype"),
+    "sigma matrix": (dict(sigma=np.ones((N, N), np.int8)), nd.DataError, "covariance matrix"),
+    "sigma zero": (dict(sigma=np.r_[0.0, np.ones(N - 1)]), nd.DataError, "zero or negative at 1 "),
+    "nan_policy": (dict(nan_policy="ignore"), ValueError, "'raise' or 'omit'"),
+    "callback": (dict(callback=1), TypeError, "callable"),
+    "loss unknown": (dict(loss="l7"), ValueError, "one of 'linear'"),
+    "loss unbuilt": (dict(loss="huber"), NotImplementedError, "not built yet"),
+    "names twice": (dict(param_names=["a", "a", "b"]), ValueError, "not all different"),
+    "NumPy model": (
+        dict(function=lambda x, a, b: a * np.exp(np.asarray(-b * x))),
+        nd.ModelError,
+        "jax.numpy",
+    ),
+    "branching model": (
+        dict(function=lambda x, a, b: a * x if b > 0 else x),
+        nd.ModelError,
+        "jnp.where",
+    ),
+    "wrong shape": (
+        dict(function=lambda x, a, b: jnp.stack([a * x, b * x])),
+        nd.ModelError,
+        r"returned shape \(2, 7\), expected \(7,\)",
+    ),
+    "scalar model": (dict(function=lambda x, a: a), nd.ModelError, r"returned shape \(\)"),
+    "mean of rows": (
+        dict(function=lambda x, a, b: a * (x - x.mean()) + b),
+        nd.ModelError,
+        "not row-wise",
+    ),
+    "cumulative": (dict(function=lambda x, a: a * jnp.cumsum(x)), nd.ModelError, "not row-wise"),
+    "no parameters": (dict(function=lambda x: x), ValueError, "no parameters"),
+    "open signature": (dict(function=lambda x, *p: x * p[0]), ValueError, "pass p0"),
+    "names without xarray": (dict(x=("time",)), nd.DataError, "xarray.DataArray as y_data"),
+    "not callable": (dict(function=3), TypeError, "callable"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS, ids=str)
+def test_one_clear_sentence(case: str) -> None:
+    options, error, sentence = WRONG_ARGUMENTS[case]
+    with pytest.raises(error, match=f"(?s){sentence}"):
+        fit(**options)
+
+
+def test_unknown_chunks() -> None:
+    x = da.from_array(X, chunks=500)
+    with pytest.raises(nd.DataError, match="compute_chunk_sizes"):
+        fit(model, x[x > 1], Y)
+
+
+def test_nan_is_counted_and_found() -> None:
+    y = Y.copy()
+    y[[1234, 1235, 3999]] = np.nan
+    with pytest.raises(nd.NonFiniteDataError, match="3 of 4,000 rows") as caught:
+        fit(model, X, da.from_array(y, chunks=500))
+    assert (caught.value.n_rows, caught.value.first_block) == (3, (2,))
+
+
+def test_nan_that_the_sample_misses_is_found() -> None:
+    n = 400_000
+    x = np.linspace(0, 1, n)
+    y = 2 * x + 1
+    y[123_456] = np.inf
+    lazy = da.from_array(y, chunks=50_000)
+    with pytest.raises(nd.NonFiniteDataError, match="1 of 400,000 rows"):
+        fit(lambda x, a, b: a * x + b, da.from_array(x, chunks=50_000), lazy)
+
+
+def test_all_nan() -> None:
+    with pytest.raises(nd.DataError, match="none of the 4,000 rows"):
+        fit(model, X, np.full(N, np.nan), nan_policy="omit")
+
+
+def test_labels_must_match() -> None:
+    y = xr.DataArray(Y, coords={"t": X}, dims="t")
+    shifted = xr.DataArray(X, coords={"t": X + 1}, dims="t")
+    with pytest.raises(nd.DataError, match="labels of x_data along 't'"):
+        fit(model, shifted, y)
+    with pytest.raises(nd.DataError, match=r"names the coordinate 'u'; y_data has \['t'\]"):
+        fit(model, "u", y)
+    np.testing.assert_allclose(fit(model, "t", y).popt, EXPECTED, rtol=1e-10)
+
+
+@pytest.mark.parametrize("value", ["group", "dataset"])
+def test_containers_are_refused_by_name(value: str, tmp_path: Any) -> None:
+    group = zarr.create_group(str(tmp_path / "g"))
+    group.create_array("t", shape=(3,), dtype="f8")
+    container = group if value == "group" else xr.Dataset({"t": ("row", X)})
+    with pytest.raises(nd.DataError, match="'t'"):
+        fit(model, container, Y)

@@ -1,0 +1,212 @@
+"""What the result says, and that it is true: success only for solutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import OptimizeWarning
+
+import nlsq_dask as nd
+
+RNG = np.random.default_rng(11)
+
+
+def exponential(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def data(n: int = 3_000, noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    x = rng.uniform(0, 5, n)
+    return x, 2.5 * np.exp(-1.3 * x) + 0.5 + noise * rng.standard_normal(n)
+
+
+def fit(model: Any, x: Any, y: Any, *args: Any, **options: Any) -> nd.FitResult:
+    config = nd.HybridStreamingConfig(verbose=0, **options.pop("config", {}))
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, *args, **options)
+
+
+def test_iteration_limit() -> None:
+    x, y = data()
+    # The warm-up would solve this one alone, so it is not given any iterations.
+    config = dict(gauss_newton_max_iterations=1, warmup_iterations=0, max_warmup_iterations=0)
+    result = fit(exponential, x, y, [20.0, 0.1, 5.0], config=config)
+    assert not result.success
+    assert result.status == 0
+    assert "gauss_newton_max_iterations" in result.message
+    with pytest.raises(RuntimeError, match="gauss_newton_max_iterations"):
+        nd.curve_fit(
+            exponential,
+            x,
+            y,
+            [20.0, 0.1, 5.0],
+            config=nd.HybridStreamingConfig(verbose=0, **config),
+        )
+
+
+def test_model_that_is_not_finite_at_the_start() -> None:
+    x, y = data()
+    result = fit(lambda x, a, b: a * jnp.log(x - b), x, y, [1.0, 1.0])
+    assert not result.success
+    assert "not finite at the start" in result.message
+    assert np.isinf(result.pcov).all()
+
+
+def test_model_that_is_not_finite_nearby_is_a_bad_trial_point_only() -> None:
+    x = np.linspace(0.1, 4, 500)
+    y = np.sqrt(x + 0.5) * 2
+    result = fit(lambda x, a, b: a * jnp.sqrt(x + b), x, y, [1.0, 3.0])
+    assert result.success
+    np.testing.assert_allclose(result.popt, [2, 0.5], rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize(
+    ("start", "is_solved"),
+    [
+        ([1e-8, 50.0, 0.0], True),
+        ([0, 0, 0], True),
+        ([1e6, 1e-6, -1e6], False),  # a straight line: a flat valley with no end
+        ([-3, -2, 40], False),
+    ],
+)
+def test_wrong_start_ends_in_the_solution_or_says_so(start: list[float], is_solved: bool) -> None:
+    x, y = data()
+    best = fit(exponential, x, y, [2, 1, 0])
+    result = fit(exponential, x, y, start)
+    assert result.success == is_solved
+    if is_solved:
+        np.testing.assert_allclose(result.popt, best.popt, rtol=1e-8)
+    else:
+        assert result.cost > 2 * best.cost
+        assert "try" in result.message or "raise" in result.message
+
+
+def test_exact_data() -> None:
+    x = np.linspace(0, 4, 200)
+    y = 2.5 * np.exp(-1.3 * x) + 0.5
+    result = fit(exponential, x, y, [2, 1, 0])
+    assert result.success
+    np.testing.assert_allclose(result.popt, [2.5, 1.3, 0.5], rtol=1e-11)
+
+
+def test_data_of_zeros() -> None:
+    result = fit(lambda x, a, b: a * x + b, np.arange(10.0), np.zeros(10), [1, 1])
+    assert result.success
+    np.testing.assert_allclose(result.popt, 0, atol=1e-12)
+
+
+def test_parameters_that_the_data_do_not_determine() -> None:
+    x, y = data()
+    with pytest.warns(OptimizeWarning, match="do not determine a, d"):
+        result = fit(lambda x, a, b, c, d: (a + d) * jnp.exp(-b * x) + c, x, y, [1, 1, 0, 1])
+    assert np.isinf(result.pcov).all()
+    assert result.diagnostics["undetermined"] == ["a", "d"]
+    np.testing.assert_allclose(result.popt[0] + result.popt[3], 2.5, rtol=0.02)
+
+
+def test_no_degrees_of_freedom() -> None:
+    x, y = np.array([0.0, 1.0]), np.array([1.0, 3.0])
+    with pytest.warns(OptimizeWarning, match="no degrees of freedom"):
+        result = fit(lambda x, a, b: a * x + b, x, y, [1, 1])
+    np.testing.assert_allclose(result.popt, [2, 1])
+    assert np.isinf(result.pcov).all()
+    known = fit(lambda x, a, b: a * x + b, x, y, [1, 1], sigma=1.0, absolute_sigma=True)
+    np.testing.assert_allclose(known.pcov, [[2, -1], [-1, 1]])
+
+
+@pytest.mark.parametrize("chunks", [40, 1_000])
+def test_a_feature_that_the_sample_misses(chunks: int) -> None:
+    """One block of many holds the peak; the fit must not stop at the sample's solution."""
+    n = 100_000
+    x = np.linspace(0, 100, n)
+    y = 3 * np.exp(-0.5 * ((x - 42.5) / 0.2) ** 2) + 1 + 0.01 * RNG.standard_normal(n)
+    lazy = [da.from_array(v, chunks=n // chunks) for v in (x, y)]
+
+    def peak(x: Any, h: Any, m: Any, w: Any, c: Any) -> Any:
+        return h * jnp.exp(-0.5 * ((x - m) / w) ** 2) + c
+
+    start = [2.0, 42.4, 0.25, 0.5]
+    result = fit(peak, *lazy, start, config={"sample_rows": 1000})
+    expected = fit(peak, x, y, start, config={"sample_rows": n})
+    assert result.success
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
+
+
+def test_result_is_read_by_attribute_and_item_but_not_unpacked() -> None:
+    x, y = data()
+    result = fit(exponential, x, y)
+    for name in result.keys():  # noqa: SIM118  a result is not iterable
+        assert result[name] is getattr(result, name) or name in (
+            "popt",
+            "perr",
+            "chi2",
+            "reduced_chi2",
+        )
+    assert "pcov" in result
+    with pytest.raises(TypeError, match="curve_fit"):
+        popt, pcov = result  # type: ignore[misc]
+    with pytest.raises(TypeError, match="curve_fit"):
+        result[0]
+    with pytest.raises(KeyError, match="has x, success"):
+        result["nothing"]
+
+
+def test_statistics_against_their_definitions() -> None:
+    x, y = data()
+    sigma = RNG.uniform(0.5, 2, len(x))
+    result = fit(exponential, x, y + 1e6, [2, 1, 1e6], sigma=sigma)
+    residual = (y + 1e6 - np.asarray(result.predict(x))) / sigma
+    weight = 1 / sigma**2
+    mean = np.average(y, weights=weight)
+    assert result.chi2 == pytest.approx(residual @ residual, rel=1e-6)
+    assert result.reduced_chi2 == pytest.approx(result.chi2 / (len(x) - 3))
+    variation = weight @ (y - mean) ** 2
+    assert result.r_squared == pytest.approx(1 - result.chi2 / variation, rel=1e-6)
+    assert result.rows_read == len(x) * (1 + result.n_passes)
+
+
+def test_reports() -> None:
+    x, y = data()
+    result = fit(exponential, x, y)
+    report = result.fit_report()
+    for part in ("[[Fit Statistics]]", "[[Variables]]", "[[Correlations]]", "C(", "init = 1"):
+        assert part in report
+    assert "<table>" in result._repr_html_()
+    dataset = result.to_xarray()
+    assert float(dataset.curvefit_errors.sel(param="b")) == result.perr[1]
+    assert dataset.curvefit_covariance.shape == (3, 3)
+
+
+def test_predict_is_lazy_for_lazy_x() -> None:
+    import xarray as xr
+
+    x, y = data()
+    result = fit(exponential, x, y)
+    new = np.linspace(0, 1, 50_001)
+    with np.errstate(all="ignore"):
+        expected = result.x[0] * np.exp(-result.x[1] * new) + result.x[2]
+    np.testing.assert_allclose(result.predict(new), expected, rtol=1e-12)
+    lazy = result.predict(da.from_array(new, chunks=12_345))
+    assert isinstance(lazy, da.Array)
+    np.testing.assert_allclose(lazy.compute(), expected, rtol=1e-12)
+    named = result.predict(xr.DataArray(new, dims="t", coords={"t": new}))
+    assert named.dims == ("t",)
+    np.testing.assert_allclose(named, expected, rtol=1e-12)
+
+
+def test_predict_on_a_grid() -> None:
+    import xarray as xr
+
+    t, h = np.linspace(0, 1, 30), np.linspace(0, 1, 20)
+    y = 2 * t[:, None] + 3 * h
+    result = fit(lambda x, a, b: a * x[0] + b * x[1], (t[:, None], h), y)
+    np.testing.assert_allclose(result.predict((t[:, None], h)), y, rtol=1e-10)
+    named = result.predict((xr.DataArray(t, dims="t"), xr.DataArray(h, dims="h").chunk(h=7)))
+    assert named.dims == ("t", "h")
+    assert named.chunks is not None
+    np.testing.assert_allclose(named.compute(), y, rtol=1e-10)
