@@ -149,7 +149,7 @@ def test_result_is_read_by_attribute_and_item_but_not_unpacked() -> None:
         )
     assert "pcov" in result
     with pytest.raises(TypeError, match="curve_fit"):
-        popt, pcov = result  # type: ignore[misc]
+        _, _ = result  # type: ignore[misc]
     with pytest.raises(TypeError, match="curve_fit"):
         result[0]
     with pytest.raises(KeyError, match="has x, success"):

@@ -56,10 +56,10 @@ class Program:
             return function(*args)
 
         with x64():
-            exported = export.export(jax.jit(program), platforms=["cpu"])(*specs)
             try:
+                exported = export.export(jax.jit(program), platforms=["cpu"])(*specs)
                 serialized = bytes(exported.serialize())
-            except (NotImplementedError, ValueError) as error:
+            except NotImplementedError as error:
                 raise ModelError(
                     f"The model cannot be sent to workers, because it uses something that JAX "
                     f"cannot export ({error}). Use jax.numpy operations only; callbacks into "

@@ -35,9 +35,8 @@ class SamplePlan:
         count = min(self.counts[i], n_rows)
         if count == n_rows:
             return np.arange(n_rows)
-        random = np.random.default_rng([self.seed, i])
-        strata = np.arange(count) + random.random(count)
-        return np.minimum((strata * (n_rows / count)).astype(np.int64), n_rows - 1)
+        edges = np.arange(count + 1) * n_rows // count
+        return np.random.default_rng([self.seed, i]).integers(edges[:-1], edges[1:])
 
 
 def plan_sample(

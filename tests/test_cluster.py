@@ -1,0 +1,187 @@
+"""On a cluster of processes: any model, one compile a worker, nothing left behind."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import time
+from typing import Any
+
+import dask.array as da
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client
+
+import nlsq_dask as nd
+from nlsq_dask.core.program import compile_count
+
+N = 60_000
+X = np.random.default_rng(0).uniform(0, 4, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(N)
+START = [1.0, 1.0, 0.1]
+
+
+def named(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+class Callable:
+    """A model with a state."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Any, a: Any, b: Any, c: Any) -> Any:
+        return a * jnp.exp(-self.factor * b * x) + c
+
+
+def fit(client: Client, model: Any, **options: Any) -> nd.FitResult:
+    x, y = da.from_array(X, chunks=9_999), da.from_array(Y, chunks=9_999)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    with client.as_current():
+        return optimizer.fit(model, x, y, START, **options)
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    return optimizer.fit(named, X, Y, START).popt
+
+
+def closure(table: np.ndarray) -> Any:
+    def model(x: Any, a: Any, b: Any, c: Any) -> Any:
+        return a * jnp.exp(-b * x) + c + jnp.interp(x, table, 0.0 * table)
+
+    return model
+
+
+MODELS = {
+    "named": named,
+    "lambda": lambda x, a, b, c: a * jnp.exp(-b * x) + c,
+    "closure": closure(np.linspace(0, 4, 1000)),
+    "partial": functools.partial(lambda k, x, a, b, c: a * jnp.exp(-b * x) + c * k, 1.0),
+    "jitted": jax.jit(named),
+    "object": Callable(1.0),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_function(kind: str, process_client: Client, expected: np.ndarray) -> None:
+    model = MODELS[kind]
+    options = {"param_names": ["a", "b", "c"]}
+    result = fit(process_client, model, **options)
+    assert result.success
+    np.testing.assert_allclose(result.popt, expected, rtol=1e-9)
+
+
+def test_a_local_module_that_the_workers_do_not_have(
+    tmp_path: Any, process_client: Client, expected: np.ndarray
+) -> None:
+    (tmp_path / "my_helpers.py").write_text(
+        "import jax.numpy as jnp\n\ndef decay(x, b):\n    return jnp.exp(-b * x)\n"
+    )
+    (tmp_path / "my_models.py").write_text(
+        "import my_helpers\n\ndef model(x, a, b, c):\n    return a * my_helpers.decay(x, b) + c\n"
+    )
+    modules = {}
+    try:
+        for name in ("my_helpers", "my_models"):
+            spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            modules[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[name])
+        result = fit(process_client, modules["my_models"].model)
+    finally:
+        for name in modules:
+            del sys.modules[name]
+    np.testing.assert_allclose(result.popt, expected, rtol=1e-9)
+
+
+def test_a_function_of_main(process_client: Client, expected: np.ndarray) -> None:
+    """What a notebook or a script defines lives in ``__main__``, which workers do not share."""
+    namespace: dict[str, Any] = {"__name__": "__main__", "jnp": jnp}
+    exec("def model(x, a, b, c):\n    return a * jnp.exp(-b * x) + c\n", namespace)
+    assert namespace["model"].__module__ == "__main__"
+    result = fit(process_client, namespace["model"])
+    np.testing.assert_allclose(result.popt, expected, rtol=1e-9)
+
+
+def test_one_compile_a_worker_and_none_in_a_second_fit(process_client: Client) -> None:
+    def counts() -> list[int]:
+        return sorted(process_client.run(compile_count).values())
+
+    rows = (1, 7_000, 13_333, 2_048, 20_000, N - 42_382)  # ragged
+    x, y = da.from_array(X, chunks=(rows,)), da.from_array(Y, chunks=(rows,))
+
+    def run() -> nd.FitResult:
+        # Every time a new function object, as when a notebook cell runs again.
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+        with process_client.as_current():
+            return optimizer.fit(lambda x, a, b, c: a * jnp.exp2(-b * x) + c, x, y, START)
+
+    before, here = counts(), compile_count()
+    first = run()
+    after_one, here_one = counts(), compile_count()
+    assert [b - a for a, b in zip(before, after_one, strict=True)] == [1, 1]
+    assert first.n_passes > 1
+    assert here_one > here
+    second = run()
+    assert counts() == after_one
+    assert compile_count() == here_one
+    np.testing.assert_array_equal(first.popt, second.popt)
+
+
+def test_nothing_is_left_behind(process_client: Client) -> None:
+    fit(process_client, named)
+
+    def held() -> int:
+        on_scheduler = process_client.run_on_scheduler(
+            lambda dask_scheduler: len(dask_scheduler.tasks)
+        )
+        return len(process_client.futures) + int(on_scheduler)
+
+    deadline = time.monotonic() + 20  # distributed releases in the background
+    while held() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert held() == 0
+
+
+def test_persisted_and_derived_arrays(process_client: Client, expected: np.ndarray) -> None:
+    with process_client.as_current():
+        x = da.from_array(X, chunks=9_999).persist()
+        y = da.from_array(Y, chunks=7_777)
+        y = (y - y.mean()).persist() + y.mean()
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+        result = optimizer.fit(named, x, y, START)
+        np.testing.assert_allclose(result.popt, expected, rtol=1e-8)
+        assert len(x.__dask_graph__()) == 7
+        assert float(x.sum().compute()) == pytest.approx(X.sum())
+
+
+def test_task_names(process_client: Client) -> None:
+    process_client.run_on_scheduler(_clear_transitions)
+    fit(process_client, named)
+    names = process_client.run_on_scheduler(_seen_prefixes)
+    assert {"nlsq-sample", "nlsq-normal-equations"} <= names
+
+
+def _clear_transitions(dask_scheduler: Any) -> None:
+    dask_scheduler.transition_log.clear()
+
+
+def _seen_prefixes(dask_scheduler: Any) -> set[str]:
+    from dask.utils import key_split
+
+    return {key_split(entry[0]) for entry in dask_scheduler.transition_log}
+
+
+def test_model_errors_arrive_as_they_are(process_client: Client) -> None:
+    with pytest.raises(nd.ModelError, match="callbacks"):
+        fit(
+            process_client,
+            lambda x, a, b, c: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
+        )

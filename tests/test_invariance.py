@@ -1,0 +1,191 @@
+"""Chunks, scheduler and number of workers change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import nlsq_dask as nd
+from nlsq_dask.core.rows import Layout, Rows
+from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.data.block import Block, flat_range
+from nlsq_dask.data.blocks import align
+from nlsq_dask.data.sampling import plan_sample
+from nlsq_dask.engine.scheduling import group_blocks
+
+N = 3_000
+X = np.random.default_rng(0).uniform(0, 4, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(N)
+
+
+def model(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def fit(x: Any, y: Any, **options: Any) -> nd.FitResult:
+    config = nd.HybridStreamingConfig(verbose=0, **options)
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, [1.0, 1.0, 0.1])
+
+
+EXPECTED = fit(X, Y)
+
+
+def cuts(n: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Chunk sizes that add up to n, empty ones among them."""
+    points = st.lists(st.integers(0, n), max_size=12).map(sorted)
+    return points.map(lambda p: tuple(np.diff([0, *p, n]).tolist()))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(x_chunks=cuts(N), y_chunks=cuts(N))
+def test_any_chunking(x_chunks: tuple[int, ...], y_chunks: tuple[int, ...]) -> None:
+    result = fit(
+        da.from_array(X, chunks=(x_chunks,), name=False),
+        da.from_array(Y, chunks=(y_chunks,), name=False),
+    )
+    assert result.success
+    np.testing.assert_allclose(result.popt, EXPECTED.popt, rtol=1e-9)
+    np.testing.assert_allclose(result.pcov, EXPECTED.pcov, rtol=1e-6)
+    assert result.n_points == N
+
+
+@pytest.mark.parametrize("chunk_size", [1, 100, 1024, 5000, "auto"])
+def test_any_chunk_size(chunk_size: Any) -> None:
+    if chunk_size == 1:
+        x, y = X[:200], Y[:200]
+        result, expected = fit(x, y, chunk_size=1), fit(x, y)
+    else:
+        result, expected = fit(X, Y, chunk_size=chunk_size), EXPECTED
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
+
+
+def test_same_bits_whoever_computes(process_client: Client) -> None:
+    x, y = da.from_array(X, chunks=97), da.from_array(Y, chunks=97)
+    results = []
+    for scheduler in ("sync", "threads"):
+        with dask.config.set(scheduler=scheduler):
+            results.append(fit(x, y))
+    with dask.config.set(scheduler="threads", num_workers=7):
+        results.append(fit(x, y))
+    with process_client.as_current():
+        results.append(fit(x, y))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.popt, results[0].popt)
+        np.testing.assert_array_equal(result.pcov, results[0].pcov)
+        assert result.cost == results[0].cost
+
+
+@pytest.mark.slow
+def test_multiprocessing_scheduler() -> None:
+    with dask.config.set(scheduler="processes", num_workers=2):
+        result = fit(da.from_array(X, chunks=1500), da.from_array(Y, chunks=1500))
+    np.testing.assert_allclose(result.popt, EXPECTED.popt, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_seed_of_the_sample_changes_the_way_not_the_answer(seed: int) -> None:
+    x, y = da.from_array(X, chunks=100), da.from_array(Y, chunks=100)
+    results = [fit(x, y, sample_rows=200, random_seed=s) for s in (seed, seed, seed + 1)]
+    np.testing.assert_array_equal(results[0].popt, results[1].popt)
+    np.testing.assert_allclose(results[0].popt, results[2].popt, rtol=1e-8)
+    assert results[0].diagnostics["sample"]["rows"] == 200
+
+
+# --- the pieces that make it so
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
+    data=st.data(),
+)
+def test_flat_range_is_a_slice_of_the_broadcast_array(shape: tuple[int, ...], data: Any) -> None:
+    own = tuple(n if data.draw(st.booleans()) else 1 for n in shape)
+    features = data.draw(st.sampled_from([(), (2,)]))
+    array = np.arange(np.prod(own + features)).reshape(own + features)
+    if data.draw(st.booleans()):
+        array = np.asfortranarray(array)
+    size = int(np.prod(shape))
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    expected = np.broadcast_to(array, shape + features).reshape(-1, *features)[start:stop]
+    np.testing.assert_array_equal(flat_range(array, shape, start, stop), expected)
+    layout = Layout(None, (features,), (str(array.dtype),), "float64", None, False)
+    block = Block.of([np.zeros(shape), array], layout)
+    taken = block.take(np.arange(start, stop)).x[0]
+    np.testing.assert_array_equal(taken, expected)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 10**6), min_size=1, max_size=300),
+)
+def test_groups_hold_every_block_once_in_order(sizes: list[int]) -> None:
+    groups = group_blocks(np.array(sizes))
+    flat = [index[0] for group in groups for index in group]
+    assert flat == [i for i, size in enumerate(sizes) if size]
+    for group in groups:
+        assert len(group) == 1 or sum(sizes[i] for (i,) in group) <= 2**18
+
+
+@given(
+    grid=st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple),
+    seed=st.integers(0, 5),
+)
+def test_the_sample_is_bounded_and_seeded(grid: tuple[int, ...], seed: int) -> None:
+    rows = np.full(grid, 1000)
+    plan = plan_sample(rows, 5_000, seed, False)
+    assert plan == plan_sample(rows, 5_000, seed, False)
+    assert len(set(plan.blocks)) == len(plan.blocks)
+    if rows.sum() <= 5_000:
+        assert sum(plan.counts) == rows.sum()
+    else:
+        assert len(plan.blocks) <= max(1, min(8, 0.3 * rows.size))
+        assert sum(plan.counts) == 5_000
+    positions = plan.rows_of(0, 1000)
+    assert (np.diff(positions) > 0).all()
+    assert positions[0] >= 0
+    assert positions[-1] < 1000
+
+
+def test_combining_sums_is_summing() -> None:
+    parts = [
+        NormalEquations(
+            np.full((2, 2), i),
+            np.full(2, i),
+            i,
+            n_used=i,
+            n_bad=i % 2,
+            first_bad_block=i if i % 2 else -1,
+        )
+        for i in range(4)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.combine(part)
+    assert (total.cost, total.n_used, total.n_bad, total.first_bad_block) == (6, 6, 2, 1)
+    np.testing.assert_array_equal(total.jtj, np.full((2, 2), 6))
+    same = NormalEquations.zero(2).combine(total)
+    assert (same.cost, same.first_bad_block) == (6, 1)
+
+
+def test_padding_costs_no_copy_where_none_is_needed() -> None:
+    rows = Rows(np.arange(6.0), (np.ones((6, 2)),))
+    ((piece, count),) = rows.pieces(6)
+    assert count == 6
+    assert np.shares_memory(piece.y, rows.y)
+    (_, first), (padded, second) = rows.pieces(4)
+    assert (first, second, padded.x[0].shape) == (4, 2, (4, 2))
+
+
+def test_coordinates_are_sliced_never_expanded() -> None:
+    y = da.zeros((1000, 800, 600), chunks=(100, 400, 600))
+    blocks = align((np.arange(1000.0)[:, None, None], np.arange(600.0)), y)
+    assert [array.shape for array in blocks.x] == [(1000, 1, 1), (1, 1, 600)]
+    assert blocks.grid == (10, 2, 1)

@@ -1,0 +1,180 @@
+"""The examples of the public contract, in its own spelling; and the shapes of its calls."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nlsq_dask import (
+    AdaptiveHybridStreamingOptimizer,
+    HybridStreamingConfig,
+    NormalizedModelWrapper,
+    ParameterNormalizer,
+    curve_fit,
+    get_defense_telemetry,
+    reset_defense_telemetry,
+)
+
+rng = np.random.default_rng(0)
+x = np.linspace(0, 5, 5_000)
+y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * rng.standard_normal(len(x))
+lower, upper = [0.0, 0.0, 0.0], [10.0, 5.0, 5.0]
+
+
+def exponential(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def test_bounds_normalization() -> None:
+    config = HybridStreamingConfig(normalize=True, normalization_strategy="bounds")
+    optimizer = AdaptiveHybridStreamingOptimizer(config)
+    result = optimizer.fit(
+        model=exponential, x_data=x, y_data=y, p0=[2.0, 0.5, 0.3], bounds=(lower, upper)
+    )
+    assert result.success
+    assert optimizer.current_phase == 3
+    first = optimizer.phase_history[0]
+    assert first["phase"] == 0
+    assert {"start_time", "duration"} <= set(first)
+
+
+def test_criteria() -> None:
+    config = HybridStreamingConfig(
+        warmup_iterations=300,
+        max_warmup_iterations=800,
+        loss_plateau_threshold=1e-5,
+        gradient_norm_threshold=1e-4,
+        active_switching_criteria=["plateau", "gradient"],
+    )
+    assert AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y, [2.0, 0.5, 0.3]).success
+
+
+def test_fault_tolerance_options_can_be_made_and_are_refused_until_built(tmp_path: Any) -> None:
+    config = HybridStreamingConfig(
+        enable_checkpoints=True,
+        checkpoint_frequency=50,
+        checkpoint_dir=tmp_path,
+        validate_numerics=True,
+        enable_fault_tolerance=True,
+        max_retries_per_batch=3,
+    )
+    with pytest.raises(NotImplementedError, match="checkpoint_dir"):
+        AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y)
+    config = HybridStreamingConfig(resume_from_checkpoint=tmp_path)
+    with pytest.raises(NotImplementedError, match="resume_from_checkpoint"):
+        AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y)
+
+
+def test_telemetry() -> None:
+    reset_defense_telemetry()
+    optimizer = AdaptiveHybridStreamingOptimizer()
+    for start in ([2.0, 0.5, 0.3], [4.0, 2.0, 1.0]):
+        optimizer.fit(exponential, x, y, start, verbose=0)
+    telemetry = get_defense_telemetry()
+    assert telemetry.get_summary()["total_warmup_calls"] == 2
+    assert telemetry.get_trigger_rates()["layer1_warm_start_rate"] == 0.0
+    assert telemetry.export_metrics()["nlsq_defense_warmup_calls_total"] == 2
+
+
+def test_normalizer() -> None:
+    normalizer = ParameterNormalizer([2.0, 0.0, -4.0])
+    assert normalizer.strategy == "p0"
+    np.testing.assert_array_equal(normalizer.scales, [2, 1, 4])
+    np.testing.assert_array_equal(normalizer.normalize([2.0, 3.0, -4.0]), [1, 3, -1])
+    np.testing.assert_array_equal(normalizer.denormalize([1, 3, -1]), [2, 3, -4])
+    np.testing.assert_array_equal(normalizer.normalization_jacobian, np.diag([2, 1, 4]))
+    bounded = ParameterNormalizer([1.0, 1.0], bounds=([0, -1], [4, 3]), strategy="auto")
+    assert bounded.strategy == "bounds"
+    np.testing.assert_array_equal(bounded.offsets, [0, -1])
+    np.testing.assert_array_equal(bounded.transform_bounds(), [[0, 0], [1, 1]])
+    half_open = ParameterNormalizer([2.0], bounds=([0], [np.inf]))
+    assert half_open.strategy == "p0"
+    with pytest.raises(ValueError, match="finite"):
+        ParameterNormalizer([2.0], bounds=([0], [np.inf]), strategy="bounds")
+    with pytest.raises(ValueError, match="'auto', 'bounds'"):
+        ParameterNormalizer([2.0], strategy="log")
+    wrapped = NormalizedModelWrapper(lambda x, a, b: a * x + b, bounded)
+    assert wrapped(2.0, 0.5, 0.5) == 2.0 * 2.0 + 1.0
+    with pytest.raises(TypeError, match="expected 2"):
+        wrapped(2.0, 0.5)
+
+
+def test_signatures() -> None:
+    fit = inspect.signature(AdaptiveHybridStreamingOptimizer.fit)
+    assert list(fit.parameters)[1:] == [
+        "model",
+        "x_data",
+        "y_data",
+        "p0",
+        "bounds",
+        "sigma",
+        "absolute_sigma",
+        "loss",
+        "f_scale",
+        "nan_policy",
+        "param_names",
+        "callback",
+        "verbose",
+    ]
+    scipy_like = list(inspect.signature(curve_fit).parameters)
+    assert scipy_like == [
+        "f",
+        "xdata",
+        "ydata",
+        "p0",
+        "sigma",
+        "absolute_sigma",
+        "bounds",
+        "full_output",
+        "config",
+        "fit_options",
+    ]
+
+
+# --- curve_fit as SciPy's
+
+
+def test_curve_fit() -> None:
+    from scipy import optimize
+
+    popt, pcov = curve_fit(exponential, x, y)
+    expected, covariance = optimize.curve_fit(
+        lambda x, a, b, c: a * np.exp(-b * x) + c, x, y, xtol=1e-14, ftol=1e-14
+    )
+    np.testing.assert_allclose(popt, expected, rtol=1e-6)
+    np.testing.assert_allclose(pcov, covariance, rtol=1e-4)
+    popt, _, info, message, ier = curve_fit(
+        exponential, x, y, [1, 1, 1], np.full(len(x), 0.1), True, (0, 9), full_output=True
+    )
+    assert info["result"].success
+    assert info["nfev"] >= 1
+    assert "Converged" in message
+    assert ier in (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("form", ["array", "tuple", "list"])
+def test_curve_fit_with_scipys_layout_of_several_variables(form: str) -> None:
+    import dask.array as da
+
+    u = rng.uniform(0, 1, (2, 3_000))
+    z = 2 * u[0] + 3 * u[1] + 1
+
+    def plane(x: Any, a: Any, b: Any, c: Any) -> Any:
+        first, second = x
+        return a * first + b * second + c * jnp.ones(x.shape[1])
+
+    xdata = {"array": u, "tuple": (u[0], u[1]), "list": [u[0], u[1]]}[form]
+    popt, _ = curve_fit(plane, xdata, z)
+    np.testing.assert_allclose(popt, [2, 3, 1], rtol=1e-9)
+    if form == "array":
+        popt, _ = curve_fit(plane, da.from_array(u, chunks=(1, 700)), da.from_array(z, chunks=900))
+        np.testing.assert_allclose(popt, [2, 3, 1], rtol=1e-9)
+
+
+def test_curve_fit_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    curve_fit(exponential, x, y)
+    assert capsys.readouterr().out == ""

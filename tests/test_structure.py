@@ -1,0 +1,100 @@
+"""The table of rooms and imports in CONTRIBUTING, kept true by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
+
+# What a room may import of the package, and of the libraries that are not for every room.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "errors": set(),
+    "stopping": set(),
+    "events": set(),
+    "unbuilt": {"config"},
+    "parameters": set(),
+    "core": {"config", "core", "errors", "stopping", "jax", "optax"},
+    "data": {"core", "data", "errors", "dask", "xarray", "zarr"},
+    "engine": {"core", "data", "engine", "dask"},
+    "observers": {"events"},
+    "driver": {
+        "config",
+        "core",
+        "engine",
+        "errors",
+        "events",
+        "parameters",
+        "stopping",
+    },
+    "report": {"result", "xarray"},
+    "predict": {"core", "data", "errors", "dask", "xarray"},
+    "result": {"core", "predict", "report", "xarray"},
+    "outcome": {"core", "driver", "parameters", "result", "stopping"},
+    "optimizer": {
+        "config",
+        "core",
+        "data",
+        "driver",
+        "engine",
+        "errors",
+        "events",
+        "observers",
+        "outcome",
+        "parameters",
+        "result",
+        "unbuilt",
+    },
+    "curve_fit": {"config", "errors", "optimizer", "jax"},
+}
+WATCHED = {"jax", "optax", "dask", "distributed", "xarray", "zarr"}
+NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms() -> list[tuple[str, Path]]:
+    files = [
+        path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem[0] != "_"
+    ]
+    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in files]
+
+
+@pytest.mark.parametrize(("room", "path"), rooms(), ids=lambda v: getattr(v, "stem", v))
+def test_imports_follow_the_arrows(room: str, path: Path) -> None:
+    used = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "nlsq_dask":
+            used.add(parts[1])
+        elif parts[0] in WATCHED:
+            used.add(parts[0])
+    assert used <= ALLOWED[room], used - ALLOWED[room]
+
+
+def test_the_core_knows_no_dask_files_or_clocks() -> None:
+    for path in (PACKAGE / "core").glob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & NOT_IN_CORE, path
+
+
+def test_print_is_for_the_progress_observer() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+        ]
+        assert not calls or path.stem == "progress", path
