@@ -57,6 +57,9 @@ def _index_ranges(value: Any) -> bool:
     )
 
 
+_AUTO_CHUNK_SIZE = 2**20
+_AUTO_SAMPLE_ROWS = 2**15
+
 _BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
 _POSITIVE: Rule = ("a number > 0", lambda v: _is_real(v) and v > 0)
 _NON_NEGATIVE: Rule = ("a number >= 0", lambda v: _is_real(v) and v >= 0)
@@ -242,7 +245,11 @@ class HybridStreamingConfig:
 
     # --- watching
     callback_frequency: int = _option(10, _int(1), "Iterations between calls of the callback.")
-    verbose: int = _option(1, _int(0), "0 prints nothing, 1 phases and iterations.")
+    verbose: int = _option(
+        1,
+        _int(0),
+        "0 prints nothing, 1 phases and iterations over all rows, 2 those on the sample, too.",
+    )
     log_frequency: int = _option(1, _int(1), "Iterations between printed lines.")
     log_file: str | os.PathLike[str] | None = _option(
         None, _or(_PATH, None), "File for a JSON-lines record of the fit."
@@ -279,6 +286,23 @@ class HybridStreamingConfig:
                 f"warmup_iterations must be at most max_warmup_iterations "
                 f"({self.max_warmup_iterations}); got {self.warmup_iterations}."
             )
+
+    # --- what "auto" means
+
+    @property
+    def piece_rows(self) -> int:
+        """The number of rows that ``chunk_size`` stands for."""
+        return _AUTO_CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
+
+    @property
+    def sample_size(self) -> int:
+        """The number of rows that ``sample_rows`` stands for."""
+        return _AUTO_SAMPLE_ROWS if isinstance(self.sample_rows, str) else self.sample_rows
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the arithmetic that ``precision`` stands for."""
+        return "float64" if self.precision == "auto" else self.precision
 
     def validated_copy(self) -> Self:
         """Return a copy whose values have all been checked again."""

@@ -70,6 +70,14 @@ class WarmupEnded(Event):
 
 
 @dataclass(frozen=True)
+class SampleSolved(Event):
+    """Gauss-Newton on the sample ended, with this mean squared weighted residual."""
+
+    iterations: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class IterationFinished(Event):
     """An iteration of any phase.
 

@@ -157,13 +157,13 @@ class AdaptiveHybridStreamingOptimizer:
             parameters = parse_parameters(model, p0, bounds, param_names)
             refuse_many_parameters(len(parameters.names), config)
             data = DataSet(align(x_data, y_data, sigma))
-            dtype = "float32" if config.precision == "float32" else "float64"
-            traced = Model(model, len(parameters.names), data.blocks.layout, dtype)
+            traced = Model(model, len(parameters.names), data.blocks.layout, config.dtype)
             _warn_of_float32(traced)
             own = DefenseLayerTelemetry()
             observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
-            if config.verbose if verbose is None else verbose:
-                observers.append(Progress(config.log_frequency))
+            level = config.verbose if verbose is None else verbose
+            if level:
+                observers.append(Progress(config.log_frequency, shows_sample=level > 1))
 
             def emit(event: Event) -> None:
                 for observer in observers:

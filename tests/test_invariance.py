@@ -146,8 +146,10 @@ def test_the_sample_is_bounded_and_seeded(grid: tuple[int, ...], seed: int) -> N
     if rows.sum() <= 5_000:
         assert sum(plan.counts) == rows.sum()
     else:
-        assert len(plan.blocks) <= max(1, min(8, 0.3 * rows.size))
+        assert len(plan.blocks) <= 16
         assert sum(plan.counts) == 5_000
+    long = plan_sample(rows * 10**6, 5_000, seed, False)
+    assert len(long.blocks) <= max(1, min(16, 0.3 * rows.size))
     positions = plan.rows_of(0, 1000)
     assert (np.diff(positions) > 0).all()
     assert positions[0] >= 0

@@ -136,10 +136,10 @@ def warm_up(result: nd.FitResult) -> dict[str, Any]:
 def test_layer_1_skips_the_warm_up() -> None:
     clean = 2.5 * np.exp(-1.3 * X) + 0.5
     near = fit([2.5, 1.31, 0.5], clean)
-    assert warm_up(near)["warm_start"]
+    assert warm_up(near)["is_warm_start"]
     assert near.diagnostics["defense"]["layer1"]["triggers"] == 1
     off = fit([2.5, 1.31, 0.5], clean, enable_warm_start_detection=False)
-    assert not warm_up(off)["warm_start"]
+    assert not warm_up(off)["is_warm_start"]
     assert warm_up(off)["iterations"] > 0
     np.testing.assert_allclose(near.x, off.x, rtol=1e-8)
 

@@ -25,6 +25,7 @@ _ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings 
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
 _SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
 _FAST = 0.1  # a contraction below this is one to extrapolate from
+_SHRINKING = 0.5  # below this, one more step leads closer
 _COVARIANCE_RTOL = 3e-7  # change of the covariance that a last step without a pass may leave out
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
 
@@ -115,6 +116,16 @@ class Point:
         return float(np.sqrt(self.reduction / self.sums.cost))
 
     @property
+    def mean_square(self) -> float:
+        """The mean squared weighted residual."""
+        return 2.0 * self.sums.cost / max(self.sums.n_used, 1)
+
+    def relative_slope(self, scales: Vector) -> float:
+        """Return the norm of the gradient of the relative loss in normalized parameters."""
+        size = self.sums.total_variation or float(max(self.sums.n_used, 1))
+        return 2.0 / size * float(np.linalg.norm(self.sums.jtr * scales))
+
+    @property
     def is_negligible(self) -> bool:
         """Whether the full step is a small fraction of a standard error."""
         dof = max(self.sums.n_used - len(self.params), 1)
@@ -138,10 +149,10 @@ class Point:
         n = max(self.sums.n_used, 1)
         if self.reduction <= self.rounding_cost * len(self.params) / n:
             return StopReason.FLOOR
-        length = float(np.linalg.norm(self.scale * self.params))
         tol = self.settings.tol
-        small = np.linalg.norm(self.full_step) <= tol * (tol + length)
-        if small and (self.is_negligible or self.reduction <= self.rounding_cost):
+        # Parameter by parameter: one large contribution must not hide that another still moves.
+        small = np.abs(self.full_step / self.scale) <= tol * (tol + np.abs(self.params))
+        if small.all() and (self.is_negligible or self.reduction <= self.rounding_cost):
             return StopReason.STEP
         return None
 
@@ -291,13 +302,14 @@ def _check(state: State) -> State:
     """Stop if the accepted point is a solution or the step from it surely leads to one."""
     point = state.point
     reason = point.converged()
-    extrapolates = state.contraction <= _FAST
     if reason is not None:
-        solution = point.moved(point.full_step) if extrapolates else point.params
+        # The step is known, so taking it costs nothing where the steps have been shrinking.
+        shrinks = state.contraction <= _SHRINKING
+        solution = point.moved(point.full_step) if shrinks else point.params
         return replace(state, stop=reason, solution=solution)
     left = state.contraction * point.measure
     missed = state.contraction * state.covariance_change
-    if extrapolates and left <= point.settings.tol and missed <= _COVARIANCE_RTOL:
+    if state.contraction <= _FAST and left <= point.settings.tol and missed <= _COVARIANCE_RTOL:
         return replace(state, stop=StopReason.LAST_STEP, solution=point.moved(point.full_step))
     return _limit(state)
 

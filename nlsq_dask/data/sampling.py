@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-# Reading is what sampling costs: so many blocks at most, and this share of a smaller data set.
-_MAX_BLOCKS = 8
+# Reading is what sampling costs: so many blocks at most, and rows either of this number, which are
+# read in no time, or of this share of the data set.
+_MAX_BLOCKS = 16
+_FREE_ROWS = 2**20
 _MAX_SHARE = 0.3
 
 
@@ -58,11 +60,16 @@ def plan_sample(
     if int(block_rows.sum()) <= sample_rows:
         counts = [int(block_rows[index]) for index in filled]
         return SamplePlan(tuple(filled), tuple(counts), seed)
-    share = 1.0 if in_memory else _MAX_SHARE
-    n_blocks = min(len(filled), _MAX_BLOCKS, max(1, math.floor(share * len(filled))))
-    hypercube = qmc.LatinHypercube(d=block_rows.ndim, rng=np.random.default_rng(seed))
-    cells = (hypercube.random(n_blocks) * np.array(block_rows.shape)).astype(int)
-    chosen = sorted({tuple(map(int, cell)) for cell in cells} & set(filled)) or filled[:1]
+    n_rows = int(block_rows.sum())
+    readable = n_rows if in_memory else max(_MAX_SHARE * n_rows, _FREE_ROWS)
+    n_blocks = max(1, min(len(filled), _MAX_BLOCKS, math.floor(readable * len(filled) / n_rows)))
+    random = np.random.default_rng(seed)
+    points = qmc.LatinHypercube(d=block_rows.ndim, rng=random).random(n_blocks)
+    cells = [tuple(map(int, cell)) for cell in points * np.array(block_rows.shape)]
+    # Cells that coincide or hold no rows are made up for by blocks taken at random.
+    others = [filled[i] for i in random.permutation(len(filled))]
+    candidates = dict.fromkeys([cell for cell in cells if block_rows[cell]] + others)
+    chosen = sorted(list(candidates)[:n_blocks])
     each, rest = divmod(sample_rows, len(chosen))
     counts = [each + (i < rest) for i in range(len(chosen))]
     return SamplePlan(tuple(chosen), tuple(counts), seed)

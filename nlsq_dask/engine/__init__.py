@@ -1,1 +1,1 @@
-"""The engine: the only place where Dask runs. One task a block group, a fixed tree of sums."""
+"""The engine: where a fit runs Dask. One task a block group, a fixed tree of sums."""

@@ -12,6 +12,7 @@ from nlsq_dask.events import (
     IterationFinished,
     PassFinished,
     PhaseStarted,
+    SampleSolved,
     WarmupEnded,
     WarmupStarted,
 )
@@ -24,12 +25,17 @@ class Progress:
     ----------
     log_frequency : int
         Iterations between printed lines.
+    shows_sample : bool
+        Whether iterations on the sample are shown, too.
     stream : file-like, optional
         Standard output if not given.
     """
 
-    def __init__(self, log_frequency: int = 1, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, log_frequency: int = 1, shows_sample: bool = False, stream: TextIO | None = None
+    ) -> None:
         self._log_frequency = log_frequency
+        self._shows_sample = shows_sample
         self._stream = stream
 
     def __call__(self, event: Event) -> None:
@@ -51,7 +57,9 @@ class Progress:
                 return f"  relative loss {event.relative_loss:.3g}, first step: {event.mode}"
             case WarmupEnded():
                 return f"  {event.iterations} iterations, ended by {event.reason}"
-            case IterationFinished() if event.iteration % self._log_frequency == 0:
+            case SampleSolved():
+                return f"  sample: loss {event.loss:.8g} after {event.iterations} iterations"
+            case IterationFinished() if self._is_shown(event):
                 verdict = "" if event.accepted else "  (rejected)"
                 return (
                     f"  {event.stage:>9} {event.iteration:4d}: loss {event.loss:.8g}, "
@@ -66,3 +74,7 @@ class Progress:
             case FitEnded():
                 return event.message
         return None
+
+    def _is_shown(self, event: IterationFinished) -> bool:
+        wanted = self._shows_sample or event.stage == "all rows"
+        return wanted and event.iteration % self._log_frequency == 0

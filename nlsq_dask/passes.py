@@ -1,0 +1,89 @@
+"""``Passes``: reductions over all rows, counted, reported and checked."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.kernel import NormalEquationsKernel
+from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.engine.reduce import DataSet, Sample
+from nlsq_dask.errors import DataError, NonFiniteDataError
+from nlsq_dask.events import Observer, PassFinished
+
+
+class Passes:
+    """Reads the data set for a fit and keeps count of it.
+
+    Parameters
+    ----------
+    data : DataSet
+    omits_nan : bool
+        Whether rows with NaN or infinity are left out; if not, they are an error.
+    emit : callable
+        Receives a ``PassFinished`` a pass.
+
+    Attributes
+    ----------
+    n_passes, rows_read, bytes_read : int
+    """
+
+    def __init__(self, data: DataSet, omits_nan: bool, emit: Observer) -> None:
+        self._data = data
+        self._omits_nan = omits_nan
+        self._emit = emit
+        self.n_passes = 0
+        self.rows_read = 0
+        self.bytes_read = 0
+
+    def sample(self, rows: int, seed: int) -> Sample:
+        """Read a few blocks and take rows from each."""
+        sample = self._data.sample(rows, seed)
+        self.rows_read += sample.rows_read
+        self.bytes_read += sample.bytes_read
+        return sample
+
+    def reduce(self, kernel: NormalEquationsKernel, params: NDArray[np.float64]) -> NormalEquations:
+        """Sum over all rows, and raise a DataError if they cannot be used."""
+        began = time.perf_counter()
+        sums = self._data.reduce(kernel, params)
+        self.n_passes += 1
+        self.rows_read += sums.rows_read
+        self.bytes_read += sums.bytes_read
+        self._emit(
+            PassFinished(
+                self.n_passes,
+                params.copy(),
+                sums.cost if sums.is_finite else np.inf,
+                time.perf_counter() - began,
+                sums.rows_read,
+                sums.bytes_read,
+            )
+        )
+        self._check(sums)
+        return sums
+
+    def must_report(self, sums: NormalEquations) -> bool:
+        """Whether sums over a part of the rows show that the data cannot be used as they are."""
+        return bool(sums.n_bad_sigma or (sums.n_bad and not self._omits_nan))
+
+    def _check(self, sums: NormalEquations) -> None:
+        n_rows, grid = self._data.blocks.n_rows, self._data.blocks.grid
+        if sums.n_bad_sigma:
+            raise DataError(
+                f"sigma is zero or negative at {sums.n_bad_sigma:,} of {n_rows:,} rows; it must be "
+                f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
+            )
+        if sums.n_bad and not self._omits_nan:
+            block = tuple(map(int, np.unravel_index(sums.first_bad_block, grid)))
+            raise NonFiniteDataError(
+                f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or "
+                f"sigma; the first of them is in block {block} of the grid {grid}. Use "
+                f"nan_policy='omit' to leave such rows out.",
+                sums.n_bad,
+                block,
+            )
+        if not sums.n_used:
+            raise DataError(f"none of the {n_rows:,} rows can be used: all are masked or NaN.")
