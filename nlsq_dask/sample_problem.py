@@ -8,7 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.kernel import NormalEquationsKernel, check_row_wise
+from nlsq_dask.core.kernel import (
+    BLOCK_ROWS,
+    NormalEquationsKernel,
+    PredictionKernel,
+    check_row_wise,
+)
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.rows import Rows
@@ -46,8 +51,11 @@ class SampleProblem:
         y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
         self.kernel = replace(kernel, y_reference=y_reference)
         self._pieces = list(rows.pieces(kernel.piece_rows))
+        prediction = PredictionKernel.trace(model, BLOCK_ROWS)
+        # Not the other kernel's, which depends on the chunks, too.
+        self._fingerprint = prediction.program.fingerprint
         if len(self._rows):
-            check_row_wise(model, self._rows, start)
+            check_row_wise(model, prediction, self._rows, start)
         self.at_start = self.reduce(start)
 
     @property
@@ -80,5 +88,5 @@ class SampleProblem:
             self.variance,
             first_step,
             config,
-            self.kernel.program.fingerprint,
+            self._fingerprint,
         )

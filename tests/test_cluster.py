@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import dask
 import dask.array as da
 import jax
 import jax.numpy as jnp
@@ -135,8 +136,14 @@ def test_one_compile_a_worker_and_none_in_a_second_fit(process_client: Client) -
     np.testing.assert_array_equal(first.popt, second.popt)
 
 
-def test_nothing_is_left_behind(process_client: Client) -> None:
-    fit(process_client, named)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_nothing_is_left_behind(process_client: Client, in_memory: bool) -> None:
+    if in_memory:
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+        with process_client.as_current():
+            optimizer.fit(named, X, Y, START)
+    else:
+        fit(process_client, named)
 
     def held() -> int:
         on_scheduler = process_client.run_on_scheduler(
@@ -160,6 +167,16 @@ def test_persisted_and_derived_arrays(process_client: Client, expected: np.ndarr
         np.testing.assert_allclose(result.popt, expected, rtol=1e-8)
         assert len(x.__dask_graph__()) == 7
         assert float(x.sum().compute()) == pytest.approx(X.sum())
+
+
+def test_large_arrays_in_memory_are_sent_once(process_client: Client) -> None:
+    # distributed warns of a large graph, and warnings are errors here.
+    n = 1_000_000
+    x = np.random.default_rng(0).uniform(0, 4, n)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    with process_client.as_current(), dask.config.set(scheduler="dask.distributed"):
+        result = optimizer.fit(named, x, 2.0 * np.exp(-0.7 * x) + 0.3, START)
+    np.testing.assert_allclose(result.popt, [2, 0.7, 0.3], rtol=1e-9)
 
 
 def test_task_names(process_client: Client) -> None:

@@ -26,7 +26,9 @@ _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
 _SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
 _FAST = 0.1  # a contraction below this is one to extrapolate from
 _SHRINKING = 0.5  # below this, one more step leads closer
-_COVARIANCE_RTOL = 3e-7  # change of the covariance that a last step without a pass may leave out
+# Estimated change of the covariance that a last step without a pass may leave out. The estimate
+# follows the step before, which has another direction: it has been seen 5 times too small.
+_COVARIANCE_RTOL = 2e-8
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
 
 

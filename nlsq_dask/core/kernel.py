@@ -226,7 +226,9 @@ class PredictionKernel:
 _verified: set[str] = set()
 
 
-def check_row_wise(model: Model, rows: Rows, params: NDArray[np.float64]) -> None:
+def check_row_wise(
+    model: Model, kernel: PredictionKernel, rows: Rows, params: NDArray[np.float64]
+) -> None:
     """Raise a ModelError if the value at a row depends on the other rows of its block.
 
     The model is evaluated at the same rows in two blocks that have different other rows. A model
@@ -235,11 +237,12 @@ def check_row_wise(model: Model, rows: Rows, params: NDArray[np.float64]) -> Non
     Parameters
     ----------
     model : Model
+    kernel : PredictionKernel
+        Of this model, for pieces of ``BLOCK_ROWS`` rows.
     rows : Rows
         Some rows of the data, all finite.
     params : ndarray, shape (p,)
     """
-    kernel = PredictionKernel.trace(model, BLOCK_ROWS)
     if kernel.program.fingerprint in _verified:
         return
     half = BLOCK_ROWS // 2

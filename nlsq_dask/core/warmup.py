@@ -267,7 +267,7 @@ class Warmup:
             Size of the first step, as layer 2 chose it.
         config : HybridStreamingConfig
         fingerprint : str
-            Of the model and its rows.
+            Of the model and its x.
         """
         criteria = config.active_switching_criteria
         limit = config.max_warmup_iterations
@@ -301,7 +301,8 @@ class Warmup:
         )
         with x64():
             problem = jax.tree.map(jnp.asarray, problem)
-        return cls(model, problem, options, f"warm-up {fingerprint} {len(rows)} {options}")
+        shapes = f"{len(rows)} rows, sigma {rows.sigma is not None}"
+        return cls(model, problem, options, f"warm-up {fingerprint} {shapes} {options}")
 
     def start(self, q0: NDArray[np.float64]) -> WarmupState:
         """Return the state before the first iteration."""

@@ -14,7 +14,7 @@ from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.blocks import RowBlocks
 from nlsq_dask.data.sampling import SamplePlan, plan_sample
-from nlsq_dask.engine.scheduling import TaskGraph, group_blocks
+from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
 
 
@@ -49,6 +49,7 @@ class DataSet:
         self.blocks = blocks
         self._block_rows = blocks.block_rows()
         self._source = SourceGraph(blocks)
+        self._source.replace(send_once(self._source.large_literals))
         self._readers, self._shared = self._source.readers(group_blocks(self._block_rows))
 
     @property

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
+from dask.base import get_scheduler
 from dask.delayed import Delayed
+from distributed import Client
 from numpy.typing import NDArray
 
 # A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
@@ -36,6 +38,23 @@ def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
         groups[-1].append(index)
         rows += size
     return groups
+
+
+def send_once(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Send large values to the active cluster, if there is one, for as long as the result lives.
+
+    Otherwise every pass would carry them in its graph.
+
+    Returns
+    -------
+    dict
+        A future for every key; empty where tasks run in this process's memory anyway.
+    """
+    client = getattr(get_scheduler(), "__self__", None)
+    if not values or not isinstance(client, Client):
+        return {}
+    futures: dict[Any, Any] = client.scatter(values, hash=False)
+    return futures
 
 
 class TaskGraph:

@@ -94,6 +94,20 @@ class SourceGraph:
             if key not in self._nodes and getattr(value, "key", None) == key
         }
 
+    @property
+    def large_literals(self) -> dict[Key, Any]:
+        """Arrays in memory that stand in the graph itself."""
+        return {
+            key: node.value
+            for key, node in self._nodes.items()
+            if isinstance(node, DataNode) and self._is_large_literal(key)
+        }
+
+    def replace(self, futures: dict[Key, Any]) -> None:
+        """Take these futures for the literals of the same keys."""
+        self._futures |= futures
+        self._nodes = {k: node for k, node in self._nodes.items() if k not in futures}
+
     def readers(
         self, groups: Sequence[Sequence[Index]]
     ) -> tuple[list[GroupReader], dict[Key, Any]]:
