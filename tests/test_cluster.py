@@ -115,8 +115,10 @@ def test_one_compile_a_worker_and_none_in_a_second_fit(process_client: Client) -
     def counts() -> list[int]:
         return sorted(process_client.run(compile_count).values())
 
-    rows = (1, 7_000, 13_333, 2_048, 20_000, N - 42_382)  # ragged
-    x, y = da.from_array(X, chunks=(rows,)), da.from_array(Y, chunks=(rows,))
+    rows = (200_001, 7_000, 250_000, 2_048, 255_555, 100_000, 190_000, 262_144, 1, 199_999)
+    n = sum(rows)
+    x = da.linspace(0, 4, n, chunks=(rows,))
+    y = 2.0 * da.exp2(-0.7 * x) + 0.3 + 0.01 * da.sin(1e6 * x)
 
     def run() -> nd.FitResult:
         # Every time a new function object, as when a notebook cell runs again.

@@ -53,8 +53,9 @@ def send_once(values: dict[Any, Any]) -> dict[Any, Any]:
     client = getattr(get_scheduler(), "__self__", None)
     if not values or not isinstance(client, Client):
         return {}
-    futures: dict[Any, Any] = client.scatter(values, hash=False)
-    return futures
+    # Under names of their own: a name that was used before could still be on its way out.
+    futures = client.scatter(list(values.values()), hash=False)
+    return dict(zip(values, futures, strict=True))
 
 
 class TaskGraph:

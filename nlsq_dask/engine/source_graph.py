@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from dask import optimize  # type: ignore[attr-defined]
-from dask._task_spec import DataNode, GraphNode, convert_legacy_graph
+from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
 
 from nlsq_dask.core.rows import Layout
 from nlsq_dask.data.block import Block
@@ -104,9 +104,10 @@ class SourceGraph:
         }
 
     def replace(self, futures: dict[Key, Any]) -> None:
-        """Take these futures for the literals of the same keys."""
-        self._futures |= futures
-        self._nodes = {k: node for k, node in self._nodes.items() if k not in futures}
+        """Let these futures stand for the literals of the given keys."""
+        for key, future in futures.items():
+            self._nodes[key] = Alias(key, future.key)
+            self._futures[future.key] = future
 
     def readers(
         self, groups: Sequence[Sequence[Index]]
@@ -158,6 +159,8 @@ class SourceGraph:
 
     def _is_literal(self, key: Key) -> bool:
         node = self._nodes[key]
+        if isinstance(node, Alias):
+            return node.target in self._futures
         return isinstance(node, DataNode) and not self._is_large_literal(key)
 
     def _is_large_literal(self, key: Key) -> bool:
