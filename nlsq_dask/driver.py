@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.covariance import Covariance, covariance
-from nlsq_dask.core.defense import first_step_size, is_warm_start, relative_loss
+from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.core.kernel import NormalEquationsKernel, piece_rows_for
+from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.sums import NormalEquations
-from nlsq_dask.core.warmup import Warmup, WarmupEnd, WarmupState, clip_count
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.events import (
     FitStarted,

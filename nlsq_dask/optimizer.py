@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
-from nlsq_dask.data.blocks import align
+from nlsq_dask.data.alignment import align
 from nlsq_dask.driver import Callback, Driver
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import FitInProgressError
@@ -26,12 +26,12 @@ from nlsq_dask.events import (
     PhaseEnded,
     PhaseStarted,
 )
+from nlsq_dask.not_built_yet import refuse_many_parameters, refuse_unbuilt
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
-from nlsq_dask.outcome import make_result
 from nlsq_dask.parameters import parse_parameters
 from nlsq_dask.result import FitResult
-from nlsq_dask.unbuilt import refuse_many_parameters, refuse_unbuilt
+from nlsq_dask.verdict import make_result
 
 _PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.kernel import PredictionKernel
 from nlsq_dask.core.model import Model
+from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.block import Block
-from nlsq_dask.data.blocks import RowBlocks, align
 from nlsq_dask.data.from_array import is_in_memory
 from nlsq_dask.errors import DataError
 

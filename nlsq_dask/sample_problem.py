@@ -14,11 +14,11 @@ from nlsq_dask.core.kernel import (
     PredictionKernel,
     check_row_wise,
 )
+from nlsq_dask.core.lbfgs_warmup import Warmup
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
-from nlsq_dask.core.warmup import Warmup
 
 Vector = NDArray[np.float64]
 

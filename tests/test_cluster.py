@@ -17,7 +17,7 @@ import pytest
 from distributed import Client
 
 import nlsq_dask as nd
-from nlsq_dask.core.program import compile_count
+from nlsq_dask.core.compiled_program import compile_count
 
 N = 60_000
 X = np.random.default_rng(0).uniform(0, 4, N)

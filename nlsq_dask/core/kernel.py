@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from nlsq_dask.core.compiled_program import Program
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.program import Program
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 from nlsq_dask.errors import ModelError

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
-from nlsq_dask.data.blocks import RowBlocks
+from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import SamplePlan, plan_sample
 from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph

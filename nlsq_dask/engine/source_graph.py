@@ -18,8 +18,8 @@ from dask import optimize  # type: ignore[attr-defined]
 from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
 
 from nlsq_dask.core.rows import Layout
+from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
-from nlsq_dask.data.blocks import RowBlocks
 
 Key = Any
 Index = tuple[int, ...]

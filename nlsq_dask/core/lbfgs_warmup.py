@@ -23,10 +23,10 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.defense import clip_step, cost_increased
+from nlsq_dask.core.compiled_program import compiled_once
+from nlsq_dask.core.defense_layers import clip_step, cost_increased
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.program import compiled_once
 from nlsq_dask.core.rows import Rows
 
 _LINE_SEARCH_STEPS = 20
