@@ -47,7 +47,9 @@ def _is_sequence(value: Any) -> bool:
 
 def _criteria(value: Any) -> bool:
     allowed = {"plateau", "gradient", "max_iter"}
-    return _is_sequence(value) and len(value) > 0 and set(value) <= allowed
+    if not _is_sequence(value) or len(value) == 0:
+        return False
+    return all(isinstance(name, str) and name in allowed for name in value)
 
 
 def _index_ranges(value: Any) -> bool:
@@ -101,9 +103,12 @@ class HybridStreamingConfig:
 
     # --- phase 1: L-BFGS warm-up on a sample
     warmup_iterations: int = _option(
-        200, _int(0), "Iterations before the switching criteria are tested."
+        200,
+        _int(0),
+        "Iterations before 'plateau' and 'gradient' are tested; never more than "
+        "max_warmup_iterations.",
     )
-    max_warmup_iterations: int = _option(500, _int(0), "Most iterations of the warm-up.")
+    max_warmup_iterations: int = _option(500, _int(0), "Its most iterations; 0 for no warm-up.")
     loss_plateau_threshold: float = _option(
         1e-4, _POSITIVE, "'plateau': relative change of the loss below this ends the warm-up."
     )
@@ -281,11 +286,8 @@ class HybridStreamingConfig:
             allowed, is_allowed = option.metadata["rule"]
             if not is_allowed(value):
                 raise ValueError(f"{option.name} must be {allowed}; got {value!r}.")
-        if self.warmup_iterations > self.max_warmup_iterations:
-            raise ValueError(
-                f"warmup_iterations must be at most max_warmup_iterations "
-                f"({self.max_warmup_iterations}); got {self.warmup_iterations}."
-            )
+            if _is_int(value):  # NumPy's integers, too
+                setattr(self, option.name, int(value))
 
     # --- what "auto" means
 

@@ -13,6 +13,7 @@ import numpy as np
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import DataError
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
+from nlsq_dask.stopping import StopReason
 
 
 def curve_fit(
@@ -65,6 +66,13 @@ def curve_fit(
     RuntimeError
         If no solution was found, as in SciPy; the message says what to try.
     """
+    known = inspect.signature(AdaptiveHybridStreamingOptimizer.fit).parameters
+    unknown = [name for name in fit_options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"curve_fit() got unexpected keyword arguments: {', '.join(unknown)}. Derivatives come "
+            f"from JAX; tolerances and limits are set by config=HybridStreamingConfig(...)."
+        )
     x_data, model = _from_scipy_layout(f, xdata)
     optimizer = AdaptiveHybridStreamingOptimizer(config)
     fit_options.setdefault("verbose", 0 if config is None else None)
@@ -78,7 +86,7 @@ def curve_fit(
         absolute_sigma=absolute_sigma,
         **fit_options,
     )
-    if not result.success:
+    if not result.success and result.status != StopReason.USER_STOP.status:
         raise RuntimeError(f"Optimal parameters not found: {result.message}")
     if not full_output:
         return result.popt, result.pcov

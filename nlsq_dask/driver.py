@@ -24,6 +24,7 @@ from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relati
 from nlsq_dask.core.kernel import NormalEquationsKernel, piece_rows_for
 from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_check import check_trace
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.engine.reduce import DataSet
@@ -165,7 +166,7 @@ class Driver:
 
     def _trace_kernel(self, details: dict[str, Any]) -> NormalEquationsKernel:
         details["strategy"] = self.normalizer.strategy
-        self._model.check()
+        check_trace(self._model)
         row_bytes = self._model.layout.row_bytes
         rows = piece_rows_for(self._data.longest_block, self._config.piece_rows, row_bytes)
         return NormalEquationsKernel.trace(self._model, rows)
@@ -192,7 +193,7 @@ class Driver:
         mode, step = first_step_size(loss, config)
         began = WarmupStarted(loss, None if skip else mode, is_warm)
         self._emit(began)
-        details |= asdict(began)
+        summary = asdict(began)
         if not skip:
             warmup = sample.prepare_warmup(self.normalizer, step, config)
             state = self._run_warmup(warmup, sample.variance)
@@ -208,8 +209,9 @@ class Driver:
                 history_filled=int(state.iteration) >= config.lbfgs_history_size,
             )
             self._emit(ended)
-            details |= asdict(ended)
-        self._diagnostics["warm_up"] = dict(details)
+            summary |= asdict(ended)
+        details |= summary
+        self._diagnostics["warm_up"] = summary
         return start
 
     def _run_warmup(self, warmup: Warmup, variance: float) -> WarmupState:
@@ -219,7 +221,8 @@ class Driver:
             state = warmup.run(state, before + self._config.callback_frequency)
             self._iteration += int(state.iteration) - before
             loss = float(state.best_loss) * variance
-            slope = float(np.linalg.norm(np.asarray(state.gradient)))
+            with np.errstate(over="ignore"):
+                slope = float(np.linalg.norm(np.asarray(state.gradient)))
             if self._report("warm-up", self._original(state), loss, slope, True):
                 raise _StoppedByCallbackError(self._original(state))
         return state
@@ -338,6 +341,9 @@ class Driver:
         try:
             yield details
             failed = False
+        except _StoppedByCallbackError:
+            failed = False
+            raise
         finally:
             self._emit(PhaseEnded(number, name, time.perf_counter() - began, failed, details))
 

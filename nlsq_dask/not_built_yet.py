@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 
 from nlsq_dask.config import HybridStreamingConfig
 
@@ -12,6 +13,9 @@ _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
         lambda c: c.enable_group_variance_regularization,
     ),
     ("enable_residual_weighting", lambda c: c.enable_residual_weighting),
+    ("residual_weights", lambda c: c.residual_weights is not None),
+    ("group_variance_indices", lambda c: c.group_variance_indices is not None),
+    ('precision="float32"', lambda c: c.dtype == "float32"),
     ("a cache of a given size", lambda c: c.cache not in ("auto", 0)),
     ("checkpoint_dir", lambda c: c.enable_checkpoints and c.checkpoint_dir is not None),
     ("resume_from_checkpoint", lambda c: c.resume_from_checkpoint is not None),
@@ -31,7 +35,7 @@ def refuse_unbuilt(config: HybridStreamingConfig, loss: str, f_scale: float) -> 
     losses = ("linear", "soft_l1", "huber", "cauchy", "arctan")
     if loss not in losses:
         raise ValueError(f"loss must be one of {', '.join(map(repr, losses))}; got {loss!r}.")
-    if not f_scale > 0:
+    if not isinstance(f_scale, Real) or not f_scale > 0:
         raise ValueError(f"f_scale must be a number > 0; got {f_scale!r}.")
     asked = [name for name, is_asked in _NOT_BUILT if is_asked(config)]
     if loss != "linear":

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.data.alignment import align
 from nlsq_dask.driver import Callback, Driver
@@ -153,7 +154,7 @@ class AdaptiveHybridStreamingOptimizer:
             self._forget()
             config = self.config.validated_copy()
             refuse_unbuilt(config, loss, f_scale)
-            _check_choices(nan_policy, callback, verbose)
+            _check_choices(nan_policy, absolute_sigma, callback, verbose)
             parameters = parse_parameters(model, p0, bounds, param_names)
             refuse_many_parameters(len(parameters.names), config)
             data = DataSet(align(x_data, y_data, sigma))
@@ -208,17 +209,21 @@ class AdaptiveHybridStreamingOptimizer:
             self.best_params_global = event.params
 
 
-def _check_choices(nan_policy: str, callback: Callback | None, verbose: int | None) -> None:
+def _check_choices(
+    nan_policy: str, absolute_sigma: bool, callback: Callback | None, verbose: int | None
+) -> None:
     if nan_policy not in ("raise", "omit"):
         raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
+    if not isinstance(absolute_sigma, bool | np.bool_):
+        raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     if verbose is not None and (not isinstance(verbose, int) or verbose < 0):
         raise ValueError(f"verbose must be an integer >= 0 or None; got {verbose!r}.")
 
 
 def _warn_of_float32(model: Model) -> None:
-    names = model.float32_constants() if model.dtype == "float64" else []
+    names = float32_constants(model) if model.dtype == "float64" else []
     if names:
         warnings.warn(
             f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "

@@ -170,10 +170,15 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
         return np.full(n, -np.inf), np.full(n, np.inf)
     if isinstance(bounds, Mapping):
         _reject_unknown(bounds, names, "bounds")
+        for name, pair in bounds.items():
+            if not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
+                raise ValueError(f"bounds[{name!r}] must be (low, high); got {pair!r}.")
         pairs = [bounds.get(name, (-np.inf, np.inf)) for name in names]
         bounds = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     elif hasattr(bounds, "lb") and hasattr(bounds, "ub"):  # scipy.optimize.Bounds
         bounds = (bounds.lb, bounds.ub)
+    if not isinstance(bounds, Sequence | np.ndarray):
+        raise ValueError(f"bounds must be (low, high) or a dict by name; got {bounds!r}.")
     if len(bounds) != 2:
         raise ValueError(
             f"bounds must be (low, high) or a dict of (low, high) by name; got {len(bounds)} "

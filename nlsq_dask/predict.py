@@ -41,7 +41,7 @@ def predict(model: Model, x: Any, params: NDArray[np.float64]) -> Any:
     if all(is_in_memory(leaf) for leaf in leaves):
         values = values.compute()
     if isinstance(template, xr.DataArray):
-        return template.copy(data=values)
+        return xr.DataArray(values, coords=template.coords, dims=template.dims)
     return values
 
 

@@ -12,10 +12,10 @@ from nlsq_dask.core.kernel import (
     BLOCK_ROWS,
     NormalEquationsKernel,
     PredictionKernel,
-    check_row_wise,
 )
 from nlsq_dask.core.lbfgs_warmup import Warmup
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_check import check_row_wise
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations

@@ -31,6 +31,17 @@ class StopReason(Enum):
         "should. Check that the model is smooth, that its parameters can be told apart by the "
         "data, and try another start.",
     )
+    NO_SENSITIVITY = (
+        -5,
+        "Not converged: at this point the model does not react to some of its parameters, so "
+        "nothing can be said of them. Start them closer to the solution, or leave them out.",
+    )
+    FLAT_VALLEY = (
+        -6,
+        "Not converged: the parameters lie in a valley so flat that float64 cannot tell where its "
+        "lowest point is. Fix or leave out one of the parameters that are not determined, or "
+        "measure x from its mean and in units of its spread.",
+    )
     NON_FINITE_START = (
         -2,
         "Not converged: the model or its derivative is not finite at the start. Choose another "

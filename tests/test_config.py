@@ -97,6 +97,7 @@ def test_presets_take_overrides() -> None:
         ("active_switching_criteria", []),
         ("active_switching_criteria", ["sometimes"]),
         ("active_switching_criteria", "plateau"),
+        ("active_switching_criteria", [["plateau"]]),
         ("chunk_size", 0),
         ("chunk_size", "large"),
         ("cache", -1),
@@ -114,11 +115,15 @@ def test_errors_name_field_value_and_rule(field: str, value: Any) -> None:
     assert repr(value) in str(caught.value)
 
 
-def test_unknown_names_and_contradictions() -> None:
+def test_unknown_names() -> None:
     with pytest.raises(TypeError, match="learning_rate"):
         Config(learning_rate=1)
-    with pytest.raises(ValueError, match="at most max_warmup_iterations"):
-        Config(warmup_iterations=50, max_warmup_iterations=10)
+
+
+def test_numpy_integers_are_integers() -> None:
+    config = Config(chunk_size=np.int64(2000), n_starts=np.int32(3))
+    assert type(config.chunk_size) is int
+    assert type(config.n_starts) is int
 
 
 def test_the_docstring_describes_every_option() -> None:
@@ -144,20 +149,21 @@ def model(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(-b * x) + c
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"with_multistart"}))
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"with_multistart", "memory_optimized"}))
 def test_every_preset_fits(name: str) -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer(getattr(Config, name)(verbose=0))
     result = optimizer.fit(model, X, Y, [1.0, 1.0, 0.0])
     assert result.success
     exact = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0)).fit(model, X, Y)
-    single = name == "memory_optimized"
-    np.testing.assert_allclose(result.popt, exact.popt, rtol=1e-4 if single else 1e-8)
+    np.testing.assert_allclose(result.popt, exact.popt, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         dict(enable_multistart=True),
+        dict(precision="float32"),
+        dict(residual_weights=[1.0]),
         dict(enable_group_variance_regularization=True),
         dict(enable_residual_weighting=True),
         dict(checkpoint_dir="here"),

@@ -118,7 +118,7 @@ def test_flat_range_is_a_slice_of_the_broadcast_array(shape: tuple[int, ...], da
     expected = np.broadcast_to(array, shape + features).reshape(-1, *features)[start:stop]
     np.testing.assert_array_equal(flat_range(array, shape, start, stop), expected)
     layout = Layout(None, (features,), (str(array.dtype),), "float64", None, False)
-    block = Block.of([np.zeros(shape), array], layout)
+    block = Block.of([np.zeros(shape), array], layout, [shape, array.shape])
     taken = block.take(np.arange(start, stop)).x[0]
     np.testing.assert_array_equal(taken, expected)
 

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "parameters": set(),
     "core": {"config", "core", "errors", "stopping", "jax", "optax"},
     "data": {"core", "data", "errors", "dask", "xarray", "zarr"},
-    "engine": {"core", "data", "engine", "dask"},
+    "engine": {"core", "data", "engine", "errors", "dask", "distributed"},
     "observers": {"events"},
     "passes": {"core", "engine", "errors", "events"},
     "sample_problem": {"config", "core"},
@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "result",
         "not_built_yet",
     },
-    "curve_fit": {"config", "errors", "optimizer", "jax"},
+    "curve_fit": {"config", "errors", "optimizer", "stopping", "jax"},
 }
 WATCHED = {"jax", "optax", "dask", "distributed", "xarray", "zarr"}
 NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}

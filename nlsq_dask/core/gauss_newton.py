@@ -125,7 +125,8 @@ class Point:
     def relative_slope(self, scales: Vector) -> float:
         """Return the norm of the gradient of the relative loss in normalized parameters."""
         size = self.sums.total_variation or float(max(self.sums.n_used, 1))
-        return 2.0 / size * float(np.linalg.norm(self.sums.jtr * scales))
+        with np.errstate(over="ignore"):  # infinite says enough
+            return 2.0 / size * float(np.linalg.norm(self.sums.jtr * scales))
 
     @property
     def is_negligible(self) -> bool:
@@ -143,6 +144,26 @@ class Point:
     def rounding_cost(self) -> float:
         """The cost that rounding of the model alone would give, at most."""
         return 0.5 * (8 * self.settings.epsilon) ** 2 * self.sums.signal
+
+    @property
+    def has_dead_parameters(self) -> bool:
+        """Whether doubling some parameter would change the model by less than its rounding."""
+        norms = np.sqrt(np.diag(self.sums.jtj))
+        rounding = self.settings.epsilon * float(np.sqrt(self.sums.signal))
+        hidden = (self.params != 0.0) & (norms * np.abs(self.params) <= rounding)
+        return bool(((norms == 0.0) | hidden).any())
+
+    @property
+    def is_in_a_valley(self) -> bool:
+        """Whether the cost still falls along directions in which ``J^T J`` sees no curvature."""
+        rounding = 64 * len(self.params) * self.settings.epsilon
+        return self.quadratic.flat_slope > rounding * float(np.sqrt(2 * self.sums.cost))
+
+    def verdict(self, reason: StopReason) -> StopReason:
+        """Return the reason to stop here, or why it is no success."""
+        if self.has_dead_parameters:
+            return StopReason.NO_SENSITIVITY
+        return StopReason.FLAT_VALLEY if self.is_in_a_valley else reason
 
     def converged(self) -> StopReason | None:
         """Return the criterion that this point meets, if any."""
@@ -247,9 +268,9 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
             return _accepted(state, trial, new, state.radius)
         better = new if new.measure < old.measure else old
         sure = better.is_negligible or better.reduction <= better.rounding_cost
-        # In a flat valley, what is left of the way cannot be known from J^T J.
-        sure = sure and not better.quadratic.is_flat
-        reason = StopReason.FLOOR if sure else StopReason.STALLED
+        reason = better.verdict(StopReason.FLOOR if sure else StopReason.STALLED)
+        if better.quadratic.is_flat and reason is StopReason.FLOOR:
+            reason = StopReason.FLAT_VALLEY  # what is left of the way cannot be known from J^T J
         return replace(state, point=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * trial.reduction:
         return _rejected(state, length, StopReason.STALLED)
@@ -308,10 +329,11 @@ def _check(state: State) -> State:
         # The step is known, so taking it costs nothing where the steps have been shrinking.
         shrinks = state.contraction <= _SHRINKING
         solution = point.moved(point.full_step) if shrinks else point.params
-        return replace(state, stop=reason, solution=solution)
+        return replace(state, stop=point.verdict(reason), solution=solution)
     left = state.contraction * point.measure
     missed = state.contraction * state.covariance_change
-    if state.contraction <= _FAST and left <= point.settings.tol and missed <= _COVARIANCE_RTOL:
+    fast = state.contraction <= _FAST and not point.quadratic.is_flat
+    if fast and left <= point.settings.tol and missed <= _COVARIANCE_RTOL:
         return replace(state, stop=StopReason.LAST_STEP, solution=point.moved(point.full_step))
     return _limit(state)
 

@@ -21,7 +21,6 @@ from nlsq_dask.core.compiled_program import Program
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
-from nlsq_dask.errors import ModelError
 
 BLOCK_ROWS = 1024  # rows in one matrix product; 1,000 to 2,000 were equally fast
 _MAX_PIECE_BYTES = 64 * 2**20  # a piece of very wide rows is cut shorter than chunk_size
@@ -221,42 +220,3 @@ class PredictionKernel:
             )
             values.append(np.asarray(self.program(x, params), np.float64)[:n_rows])
         return np.concatenate(values) if values else np.empty(0)
-
-
-_verified: set[str] = set()
-
-
-def check_row_wise(
-    model: Model, kernel: PredictionKernel, rows: Rows, params: NDArray[np.float64]
-) -> None:
-    """Raise a ModelError if the value at a row depends on the other rows of its block.
-
-    The model is evaluated at the same rows in two blocks that have different other rows. A model
-    that was found row-wise is not checked again in this process.
-
-    Parameters
-    ----------
-    model : Model
-    kernel : PredictionKernel
-        Of this model, for pieces of ``BLOCK_ROWS`` rows.
-    rows : Rows
-        Some rows of the data, all finite.
-    params : ndarray, shape (p,)
-    """
-    if kernel.program.fingerprint in _verified:
-        return
-    half = BLOCK_ROWS // 2
-    first = np.arange(BLOCK_ROWS) % len(rows)
-    second = np.concatenate([first[:half][::-1], np.zeros(BLOCK_ROWS - half, np.int64)])
-    together, apart = (kernel([(rows.take(i), BLOCK_ROWS)], params) for i in (first, second))
-    together, apart = together[:half], apart[:half][::-1]
-    scale = np.abs(together[np.isfinite(together)]).max(initial=0.0)
-    tolerance = float(np.sqrt(np.finfo(model.dtype).eps))
-    if not np.allclose(together, apart, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
-        raise ModelError(
-            f"The model {model.name!r} is not row-wise: its value at a row depends on the other "
-            f"rows of the block. It is called with blocks of rows in any size and order, so "
-            f"operations across rows (mean, cumsum, sort, indexing by position) are not possible; "
-            f"compute such quantities beforehand and pass them as another x."
-        )
-    _verified.add(kernel.program.fingerprint)

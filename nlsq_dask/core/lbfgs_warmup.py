@@ -28,6 +28,7 @@ from nlsq_dask.core.defense_layers import clip_step, cost_increased
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Rows
+from nlsq_dask.errors import ModelError
 
 _LINE_SEARCH_STEPS = 20
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that is no change
@@ -308,9 +309,15 @@ class Warmup:
         """Return the state before the first iteration."""
         with x64():
             params = jnp.asarray(q0)
-            loss, gradient = self._program("start", self._value_and_grad, params)(
-                self.problem, params
-            )
+            try:
+                program = self._program("start", self._value_and_grad, params)
+            except ValueError as error:
+                raise ModelError(
+                    f"The model {self.model.name!r} has no reverse-mode derivative, which the "
+                    f"warm-up needs ({error}). Use lax.scan or a lax.fori_loop with fixed limits "
+                    f"instead of lax.while_loop, or max_warmup_iterations=0."
+                ) from error
+            loss, gradient = program(self.problem, params)
             zero = jnp.zeros((), jnp.int64)
             return WarmupState(
                 params=params,

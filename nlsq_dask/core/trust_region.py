@@ -37,13 +37,16 @@ class Quadratic:
     eigenvalues: Vector
     eigenvectors: NDArray[np.float64]
     is_flat: bool  # whether there are such directions
+    flat_slope: float  # norm of the gradient along them
 
     @classmethod
     def of(cls, hessian: NDArray[np.float64], gradient: Vector, floor: float) -> Quadratic:
         """Decompose the Hessian of a scaled problem."""
         values, vectors = np.linalg.eigh(hessian)
         least = floor * max(values[-1], 0.0)
-        return cls(gradient, np.maximum(values, least), vectors, bool(values[0] <= least))
+        flat = values <= least
+        slope = float(np.linalg.norm(vectors[:, flat].T @ gradient))
+        return cls(gradient, np.maximum(values, least), vectors, bool(flat.any()), slope)
 
     def reduction(self, step: Vector) -> float:
         """Return by how much the quadratic falls along ``step``."""

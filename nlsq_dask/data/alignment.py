@@ -66,6 +66,13 @@ class RowBlocks:
         """Return the graph's keys of one block of every array, in the order of ``arrays``."""
         return [_block_key(array, block) for array in self.arrays]
 
+    def shapes(self, block: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return the shapes of one block of every array, in the order of ``arrays``."""
+        return [
+            tuple(sizes[i] for sizes, i in zip(array.chunks, key[1:], strict=True))
+            for array, key in zip(self.arrays, self.keys(block), strict=True)
+        ]
+
 
 def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
     index = [0 if n == 1 else i for i, n in zip(block, array.numblocks[: len(block)], strict=True)]
@@ -87,6 +94,9 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     DataError
         If the arrays cannot be matched; the message shows shapes and chunks.
     """
+    given_mask = None
+    if isinstance(y_data, np.ma.MaskedArray):
+        y_data, given_mask = np.ma.getdata(y_data), np.ma.getmaskarray(y_data)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
@@ -95,6 +105,8 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     if values.ndim == 0:
         raise DataError("y_data is a single number; expected an array with at least one dimension.")
     y, mask = split_mask(values)
+    if given_mask is not None:
+        mask = as_dask(given_mask, "the mask of y_data", cut)
     if y.size == 0:
         raise DataError(f"y_data has no rows (shape {y.shape}).")
     x = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.rows import Array, Layout, Rows
+from nlsq_dask.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,29 @@ class Block:
     mask: Array | None
 
     @classmethod
-    def of(cls, arrays: list[Any], layout: Layout) -> Self:
-        """Sort out arrays that come in the order of ``RowBlocks.arrays``."""
-        queue = list(arrays)
-        y = np.asarray(queue.pop(0), layout.y_dtype)
-        x = tuple(np.asarray(queue.pop(0), dtype) for dtype in layout.x_dtypes)
-        sigma = np.asarray(queue.pop(0), layout.sigma_dtype) if layout.sigma_dtype else None
-        mask = np.asarray(queue.pop(0), bool) if layout.has_mask else None
+    def of(cls, arrays: list[Any], layout: Layout, shapes: Sequence[tuple[int, ...]]) -> Self:
+        """Sort out arrays that come in the order of ``RowBlocks.arrays``.
+
+        Parameters
+        ----------
+        arrays : list of array
+        layout : Layout
+        shapes : sequence of tuple of int
+            What Dask says of their shapes.
+
+        Raises
+        ------
+        DataError
+            If an array is not what Dask says of it.
+        """
+        queue = [
+            (f"array {i} of (y, x, sigma, mask)", array, shape)
+            for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
+        ]
+        y = _as_declared(*queue.pop(0), layout.y_dtype)
+        x = tuple(_as_declared(*queue.pop(0), dtype) for dtype in layout.x_dtypes)
+        sigma = _as_declared(*queue.pop(0), layout.sigma_dtype) if layout.sigma_dtype else None
+        mask = _as_declared(*queue.pop(0), "bool") if layout.has_mask else None
         return cls(y.shape, y, x, sigma, mask)
 
     def __len__(self) -> int:
@@ -85,6 +102,16 @@ class Block:
         for start in range(0, len(self), n_rows):
             stop = min(start + n_rows, len(self))
             yield self.rows(start, stop).padded(n_rows), stop - start
+
+
+def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
+    array = np.asarray(value)
+    if array.shape != shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise DataError(
+            f"a block of {name} has shape {array.shape} and dtype {array.dtype}, but Dask was told "
+            f"{shape} and {np.dtype(dtype)}. Give map_blocks or from_delayed the true ones."
+        )
+    return np.asarray(array, dtype)
 
 
 def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:

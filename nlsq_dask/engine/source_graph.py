@@ -36,8 +36,8 @@ class GroupReader:
     Attributes
     ----------
     layout : Layout
-    blocks : tuple of (int, list of key)
-        Flat index of each block, and the keys of its arrays.
+    blocks : tuple of (int, list of key, list of shape)
+        Flat index of each block, with the keys and shapes of its arrays.
     steps : dict of key to GraphNode
         What to run, in topological order.
     inputs : tuple of key
@@ -45,7 +45,7 @@ class GroupReader:
     """
 
     layout: Layout
-    blocks: tuple[tuple[int, list[Key]], ...]
+    blocks: tuple[tuple[int, list[Key], list[Index]], ...]
     steps: dict[Key, GraphNode]
     inputs: tuple[Key, ...]
 
@@ -53,7 +53,7 @@ class GroupReader:
         """Yield the blocks, each as soon as it is read; nothing is kept longer than needed."""
         values: dict[Key, Any] = dict(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in self.steps.values() for dep in node.dependencies)
-        uses.update(key for _, keys in self.blocks for key in keys)
+        uses.update(key for _, keys, _ in self.blocks for key in keys)
 
         def release(keys: Iterable[Key]) -> None:
             for key in keys:
@@ -62,12 +62,12 @@ class GroupReader:
                     del values[key]
 
         pending = iter(self.steps.items())
-        for index, keys in self.blocks:
+        for index, keys, shapes in self.blocks:
             while not all(key in values for key in keys):
                 key, node = next(pending)
                 values[key] = node(values)
                 release(node.dependencies)
-            block = Block.of([values[key] for key in keys], self.layout)
+            block = Block.of([values[key] for key in keys], self.layout, shapes)
             release(keys)
             yield index, block
 
@@ -193,5 +193,6 @@ class SourceGraph:
             keys = self._blocks.keys(block)
             for key in keys:
                 add(key)
-            blocks.append((int(np.ravel_multi_index(block, self._blocks.grid)), keys))
+            index = int(np.ravel_multi_index(block, self._blocks.grid))
+            blocks.append((index, keys, self._blocks.shapes(block)))
         return GroupReader(self._blocks.layout, tuple(blocks), steps, tuple(inputs))
