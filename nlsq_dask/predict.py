@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.from_array import is_in_memory
 from nlsq_dask.errors import DataError
+
+_MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
 
 
 def predict(model: Model, x: Any, params: NDArray[np.float64]) -> Any:
@@ -38,7 +41,7 @@ def predict(model: Model, x: Any, params: NDArray[np.float64]) -> Any:
         )
     kernel = PredictionKernel.trace(replace(model, layout=layout))
     values = _lazy_values(blocks, kernel, params)
-    if all(is_in_memory(leaf) for leaf in leaves):
+    if all(is_in_memory(leaf) for leaf in (template, *leaves)):
         values = values.compute()
     if isinstance(template, xr.DataArray):
         return xr.DataArray(values, coords=template.coords, dims=template.dims)
@@ -61,17 +64,42 @@ def _leaves(model: Model, x: Any) -> list[Any]:
 def _template(leaves: list[Any]) -> Any:
     """Return something with the shape, chunks and dimensions that the result will have."""
     if all(isinstance(leaf, xr.DataArray) for leaf in leaves):
-        result = leaves[0] * 0.0
-        for leaf in leaves[1:]:
-            result = result + leaf * 0.0
-        return result
+        return _named_template(leaves)
     arrays = [np.asarray(leaf) if is_in_memory(leaf) else da.asanyarray(leaf) for leaf in leaves]
+    for array in arrays:
+        if array.dtype.kind not in "biuf":
+            raise DataError(
+                f"x has dtype {array.dtype}; predict needs numbers as in the fit, not names or "
+                f"dates."
+            )
+        if array.ndim == 0:
+            raise DataError("x holds a single number; pass arrays of at least one dimension.")
     if len(arrays) == 1 and arrays[0].ndim == 2:
         return arrays[0][:, 0] * 0.0
     result = arrays[0] * 0.0
     for array in arrays[1:]:
         result = result + array * 0.0
     return result
+
+
+def _named_template(leaves: list[xr.DataArray]) -> xr.DataArray:
+    """Broadcast by name; a result too large to be made at once is lazy whatever its x are."""
+    is_table = len(leaves) == 1 and leaves[0].ndim == 2
+    sizes: dict[Any, int] = {}
+    chunks: dict[Any, Any] = {}
+    coords: dict[Any, Any] = {}
+    for leaf in leaves:
+        for dim in leaf.dims[:1] if is_table else leaf.dims:
+            sizes.setdefault(dim, leaf.sizes[dim])
+            if leaf.chunks is not None and not isinstance(chunks.get(dim), tuple):
+                chunks[dim] = leaf.chunksizes[dim]
+            if dim in leaf.coords:
+                coords.setdefault(dim, leaf.coords[dim])
+    lazy = bool(chunks) or math.prod(sizes.values()) > _MAX_AT_ONCE
+    values = da.zeros(
+        tuple(sizes.values()), chunks=tuple(chunks.get(dim, "auto") for dim in sizes), dtype=float
+    )
+    return xr.DataArray(values if lazy else values.compute(), coords=coords, dims=list(sizes))
 
 
 def _lazy_values(

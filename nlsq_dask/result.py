@@ -186,7 +186,7 @@ class FitResult:
         Returns
         -------
         ndarray, dask.array.Array or xarray.DataArray
-            Lazy for lazy x.
+            Lazy for lazy x, and for named coordinates whose product is large.
         """
         if self._model is None:
             raise ValueError("this result does not hold its model, so it cannot predict.")

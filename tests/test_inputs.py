@@ -34,11 +34,8 @@ EXPECTED = fit().popt
 # --- data that work
 
 
-@pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("zarr_format", "sharded"), [(2, False), (3, False), (3, True)])
 def test_zarr_formats_and_shards(tmp_path: Any, zarr_format: int, sharded: bool) -> None:
-    if sharded and zarr_format == 2:
-        pytest.skip("format 2 has no shards")
     shards = (1500,) if sharded else None
     stores = []
     for name, values in (("x", X), ("y", Y.astype(">f8"))):

@@ -289,3 +289,31 @@ def test_blocks_that_are_not_what_dask_was_told() -> None:
     short = da.from_delayed(delayed(y[:100]), shape=(3000,), dtype="f8")
     with pytest.raises(nd.DataError, match=r"shape \(100,\).*\(3000,\)"):
         fit(exponential, x, short)
+
+
+def test_predict_of_a_large_grid_is_lazy() -> None:
+    import xarray as xr
+
+    t, h = np.linspace(0, 1, 30), np.linspace(0, 1, 20)
+    y = xr.DataArray(2 * t[:, None] + 3 * h, {"t": t, "h": h}, ("t", "h"))
+    result = fit(lambda x, a, b: a * x[0] + b * x[1], ("t", "h"), y)
+    long = xr.DataArray(np.linspace(0, 1, 10**6), dims="t")
+    wide = xr.DataArray(np.linspace(0, 1, 10**5), dims="h")
+    lazy = result.predict((long, wide))  # 800 GB
+    assert lazy.shape == (10**6, 10**5)
+    np.testing.assert_allclose(lazy[-1, -1].compute(), 5, rtol=1e-9)
+    small = result.predict((y.t, y.h))
+    assert small.chunks is None
+    assert small.name is None
+    np.testing.assert_allclose(small, y, rtol=1e-9, atol=1e-9)
+    with pytest.raises(nd.DataError, match="single number"):
+        result.predict((0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    "model", [lambda x, a: a * x.year, lambda x, a: a * x["year"], lambda x, a: a * x[0].item()]
+)
+def test_models_that_raise(model: Any) -> None:
+    x, y = data()
+    with pytest.raises(nd.ModelError, match=r"jax\.numpy"):
+        fit(model, (x, x), y, [1.0])

@@ -37,7 +37,23 @@ def check_trace(model: Model) -> None:
                     f"jax.numpy instead of numpy or math, and with jnp.where instead of "
                     f"'if' on values of x or of the parameters."
                 ) from error
+            except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                raise ModelError(
+                    f"The model {model.name!r} raised {type(error).__name__}: {error} It was "
+                    f"called as model(x, *params) with {_describe_x(model)} of some rows, here {n_rows}, "
+                    f"and {model.n_params} single numbers. Write it with jax.numpy instead of "
+                    f"numpy or math, and with jnp.where instead of 'if' on values."
+                ) from error
             _check_output(model, out, n_rows)
+
+
+def _describe_x(model: Model) -> str:
+    names = model.layout.x_names
+    if names is None:
+        return "x as one array"
+    if isinstance(names, int):
+        return f"x as a tuple of {names} arrays, in the order of x_data,"
+    return f"x as a dict of {', '.join(map(repr, names))}"
 
 
 def _check_output(model: Model, out: object, n_rows: int) -> None:

@@ -186,7 +186,8 @@ def _matched(value: Any, y_data: Any, y: da.Array, name: str, cut: bool) -> da.A
         raise DataError(
             f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not match "
             f"(chunks {array.chunks} and {y.chunks}). For a 1-d y_data pass x of shape (n,) or "
-            f"(n, k), or a tuple of (n,); for an N-d y_data arrays that broadcast against it."
+            f"(n, k), or a tuple of (n,); for an N-d y_data arrays that broadcast against it, such "
+            f"as t[:, None, None], or xarray.DataArrays, which are matched by name."
         )
     missing = y.ndim - len(rows)
     return array[(None,) * missing] if missing else array

@@ -35,7 +35,8 @@ def _coordinate(name: str, y: Any) -> xr.DataArray:
     if not isinstance(y, xr.DataArray):
         raise DataError(
             f"x_data names the coordinate {name!r}, but y_data is a {type(y).__name__}; names need "
-            f"an xarray.DataArray as y_data."
+            f"an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name']. (For a path, "
+            f"open it first.)"
         )
     if name not in y.coords:
         raise DataError(
