@@ -40,9 +40,9 @@ def check_trace(model: Model) -> None:
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
                 raise ModelError(
                     f"The model {model.name!r} raised {type(error).__name__}: {error} It was "
-                    f"called as model(x, *params) with {_describe_x(model)} of some rows, here {n_rows}, "
-                    f"and {model.n_params} single numbers. Write it with jax.numpy instead of "
-                    f"numpy or math, and with jnp.where instead of 'if' on values."
+                    f"called as model(x, *params) with {_describe_x(model)} of some rows, here "
+                    f"{n_rows}, and {model.n_params} single numbers. Write it with jax.numpy "
+                    f"instead of numpy or math, and with jnp.where instead of 'if' on values."
                 ) from error
             _check_output(model, out, n_rows)
 
