@@ -259,7 +259,9 @@ class HybridStreamingConfig:
     log_file: str | os.PathLike[str] | None = _option(
         None, _or(_PATH, None), "File for a JSON-lines record of the fit."
     )
-    dashboard: bool = _option(True, _BOOL, "Serve a page on a cluster's dashboard.")
+    dashboard: bool = _option(
+        True, _BOOL, "Serve a page on a cluster's dashboard; not built yet, none is served."
+    )
 
     # --- starts and the sample
     enable_multistart: bool = _option(False, _BOOL, "Hold a tournament of starts first.")

@@ -57,11 +57,6 @@ class DataSet:
         """Rows of the largest block."""
         return int(self._block_rows.max())
 
-    @property
-    def n_tasks(self) -> int:
-        """Tasks that read and compute, a pass."""
-        return len(self._readers)
-
     def reduce(self, kernel: NormalEquationsKernel, params: NDArray[np.float64]) -> NormalEquations:
         """Sum over all rows: one pass."""
         graph = TaskGraph(self._shared)
