@@ -60,7 +60,7 @@ def _index_ranges(value: Any) -> bool:
 
 
 _AUTO_CHUNK_SIZE = 2**20
-_AUTO_SAMPLE_ROWS = 2**15
+_AUTO_SAMPLE_ROWS = 2**17
 
 _BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
 _POSITIVE: Rule = ("a number > 0", lambda v: _is_real(v) and v > 0)
@@ -277,8 +277,9 @@ class HybridStreamingConfig:
     sample_rows: int | str = _option(
         "auto",
         _or(_int(1), "auto"),
-        "Rows of the in-memory sample that phase 1 and the first Gauss-Newton work on. 'auto' is "
-        "2**15.",
+        "Rows of the in-memory sample on which Gauss-Newton is solved before the first pass and "
+        "that forecasts the steps between passes; the warm-up takes at most 2**15 of them. 'auto' "
+        "is 2**17.",
     )
     random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample.")
 

@@ -27,6 +27,7 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.events import (
     FitStarted,
@@ -116,6 +117,7 @@ class Driver:
         callback: Callback | None,
     ) -> None:
         self._model = model
+        self._exact_model = replace(model, dtype="float64")
         self._parameters = parameters
         self._data = data
         self._config = config
@@ -146,7 +148,7 @@ class Driver:
         n_blocks = int(np.prod(blocks.grid))
         self._emit(FitStarted(blocks.n_rows, n_blocks, self._parameters.names))
         with self._phase(0, "normalization") as details:
-            kernel = self._trace_kernel(details)
+            kernel = self._trace_kernels(details)
         try:
             with self._phase(1, "L-BFGS warm-up") as details:
                 sample = self._read_sample(kernel, details)
@@ -164,21 +166,26 @@ class Driver:
 
     # --- phases 0 and 1
 
-    def _trace_kernel(self, details: dict[str, Any]) -> NormalEquationsKernel:
+    def _trace_kernels(self, details: dict[str, Any]) -> NormalEquationsKernel:
+        """Trace the kernel for all rows, and return that of the sample, always in float64."""
         details["strategy"] = self.normalizer.strategy
         check_trace(self._model)
         row_bytes = self._model.layout.row_bytes
         rows = piece_rows_for(self._data.longest_block, self._config.piece_rows, row_bytes)
-        return NormalEquationsKernel.trace(self._model, rows)
+        kernel = NormalEquationsKernel.trace(self._exact_model, rows)
+        self._kernel = kernel
+        if self._model.dtype != self._exact_model.dtype:
+            self._kernel = NormalEquationsKernel.trace(self._model, rows)
+        return kernel
 
     def _read_sample(self, kernel: NormalEquationsKernel, details: dict[str, Any]) -> SampleProblem:
         read = self._passes.sample(self._config.sample_size, self._config.random_seed)
         details["sample"] = {"rows": len(read.rows), "blocks": read.n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
         start = self._parameters.start
-        sample = SampleProblem(self._model, kernel, read.rows, start)
+        sample = SampleProblem(self._exact_model, kernel, read.rows, start)
         if self._passes.must_report(sample.at_start):
-            self._passes.reduce(kernel, start)  # counts all rows that are bad, and raises
+            self._passes.reduce(kernel, start)  # counts all bad rows, and raises
         return sample
 
     def _warm_up(self, sample: SampleProblem, details: dict[str, Any]) -> Vector:
@@ -249,7 +256,13 @@ class Driver:
         def reduce(params: Vector) -> NormalEquations:
             return sample.reduce(params).anchored(weights, params - start)
 
-        state = self._iterate(gn.start(start, reduce(start), self._settings), reduce, "sample")
+        settings = replace(self._settings, epsilon=float(np.finfo(np.float64).eps))
+        state = gn.start(start, reduce(start), settings)
+        while state.stop is None:
+            trial = gn.propose(state)
+            state = gn.take_last_step(state, trial)
+            if state.stop is None:
+                state = self._judged(state, trial, reduce(trial.params), "sample")
         details["sample_iterations"] = state.iteration
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
@@ -260,12 +273,18 @@ class Driver:
     def _solve_on_all_rows(
         self, sample: SampleProblem, start: Vector, details: dict[str, Any]
     ) -> gn.State:
-        def reduce(params: Vector) -> NormalEquations:
-            return self._passes.reduce(sample.kernel, params)
-
-        params, sums = self._better_start(reduce, sample, start)
-        state = self._iterate(gn.start(params, sums, self._settings), reduce, "all rows")
-        assert state.stop is not None
+        """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
+        is_exact = self._model.dtype == self._exact_model.dtype
+        factors = self._kernel.factors if is_exact else sample.factors(start)
+        self._kernel = replace(self._kernel, y_reference=sample.kernel.y_reference, factors=factors)
+        state = gn.start(*self._first_pass(sample, start), self._settings)
+        while state.stop is None:
+            trial = forecast(state, sample.reduce) or gn.propose(state)
+            state = gn.take_last_step(state, trial)
+            if state.stop is None:
+                further = gn.candidates(state, trial)
+                sums = self._passes.reduce(self._kernel, trial.params, further)
+                state = self._judged(state, trial, sums, "all rows")
         details |= {
             "iterations": state.iteration,
             "passes": self._passes.n_passes,
@@ -273,23 +292,23 @@ class Driver:
         }
         return state
 
-    def _better_start(
-        self, reduce: Callable[[Vector], NormalEquations], sample: SampleProblem, start: Vector
-    ) -> tuple[Vector, NormalEquations]:
+    def _first_pass(self, sample: SampleProblem, start: Vector) -> tuple[Vector, NormalEquations]:
         """Return the sample's solution with its sums, or p0 with its own if that is better.
 
-        The sample may have missed what matters. Then its solution fits all rows worse than p0
-        fitted the sample, by more than chance explains, and p0 gets a pass of its own.
+        The sample may have missed what matters, and its solution then be worse than p0. The rows
+        that the pass brings back are from all blocks, so that the sample misses less from now on.
         """
-        sums, p0 = reduce(start), self._parameters.start
-        if np.array_equal(start, p0):
+        p0, config = self._parameters.start, self._config
+        others = None if np.array_equal(start, p0) else p0[None]
+        result = self._passes.first(
+            self._kernel, start, others, config.sample_size, config.random_seed
+        )
+        sums = result.sums
+        if result.sample is not None:
+            sample.exchange(result.sample)
+        if others is None or (sums.is_finite and not sums.candidate_costs[0] < sums.cost):
             return start, sums
-        n_sample = max(sample.at_start.n_used, 1)
-        chance = 1.0 + 5.0 * float(np.sqrt(2.0 / n_sample))
-        expected = sample.at_start.cost / n_sample * chance
-        if sums.is_finite and not sums.cost / sums.n_used > expected:
-            return start, sums
-        other = reduce(p0)
+        other = self._passes.reduce(self._kernel, p0)
         if other.is_finite and not (sums.is_finite and sums.cost <= other.cost):
             return p0, other
         return start, sums
@@ -298,25 +317,26 @@ class Driver:
         if not state.point.sums.is_finite:
             return None
         found = covariance(
-            state.point.sums, self.normalizer.scales, self._absolute_sigma, self._settings.epsilon
+            state.sums_at_solution,
+            self.normalizer.scales,
+            self._absolute_sigma,
+            self._settings.epsilon,
         )
         details["condition_number"] = found.condition_number
         return found
 
     # --- what the phases share
 
-    def _iterate(
-        self, state: gn.State, reduce: Callable[[Vector], NormalEquations], stage: str
+    def _judged(
+        self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
     ) -> gn.State:
-        """Gauss-Newton: propose, reduce, judge, until there is a reason to stop."""
-        while state.stop is None:
-            trial = gn.propose(state)
-            state = gn.judge(state, trial, reduce(trial.params))
-            self._iteration += 1
-            point, accepted = state.point, state.point.params is trial.params
-            slope = point.relative_slope(self.normalizer.scales)
-            if self._report(stage, point.params, point.mean_square, slope, accepted):
-                state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
+        """Judge a trial and report it; the callback may end the solve."""
+        state = gn.judge(state, trial, sums)
+        self._iteration += 1
+        point, accepted = state.point, state.point.params is trial.params
+        slope = point.relative_slope(self.normalizer.scales)
+        if self._report(stage, point.params, point.mean_square, slope, accepted):
+            state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
         return state
 
     def _report(

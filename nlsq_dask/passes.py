@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.sums import NormalEquations
-from nlsq_dask.engine.reduce import DataSet, Sample
+from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample
 from nlsq_dask.errors import DataError, NonFiniteDataError
 from nlsq_dask.events import Observer, PassFinished
 
@@ -37,6 +37,7 @@ class Passes:
         self.n_passes = 0
         self.rows_read = 0
         self.bytes_read = 0
+        self._first: NormalEquations | None = None
 
     def sample(self, rows: int, seed: int) -> Sample:
         """Read a few blocks and take rows from each."""
@@ -45,17 +46,52 @@ class Passes:
         self.bytes_read += sample.bytes_read
         return sample
 
-    def reduce(self, kernel: NormalEquationsKernel, params: NDArray[np.float64]) -> NormalEquations:
-        """Sum over all rows, and raise a DataError if they cannot be used."""
+    def first(
+        self,
+        kernel: NormalEquationsKernel,
+        params: NDArray[np.float64],
+        candidates: NDArray[np.float64] | None,
+        sample_rows: int,
+        seed: int,
+    ) -> PassResult:
+        """Sum over all rows as ``reduce`` does, and bring back rows from all blocks."""
+        share = min(1.0, sample_rows / self._data.blocks.n_rows)
+        result = self._run(kernel, PassRequest(params, candidates, True, share, seed))
+        self._first = result.sums
+        return result
+
+    def reduce(
+        self,
+        kernel: NormalEquationsKernel,
+        params: NDArray[np.float64],
+        candidates: NDArray[np.float64] | None = None,
+    ) -> NormalEquations:
+        """Sum over all rows, and raise a DataError if they cannot be used.
+
+        Parameters
+        ----------
+        kernel : NormalEquationsKernel
+        params : ndarray, shape (p,)
+        candidates : ndarray, shape (k, p), optional
+            Points at which the cost is wanted, too.
+        """
+        request = PassRequest(params, candidates, is_first=self._first is None)
+        sums = self._run(kernel, request).sums
+        if self._first is None:
+            self._first = sums
+        return sums.with_moments_of(self._first)
+
+    def _run(self, kernel: NormalEquationsKernel, request: PassRequest) -> PassResult:
         began = time.perf_counter()
-        sums = self._data.reduce(kernel, params)
+        result = self._data.reduce(kernel, request)
+        sums = result.sums
         self.n_passes += 1
         self.rows_read += sums.rows_read
         self.bytes_read += sums.bytes_read
         self._emit(
             PassFinished(
                 self.n_passes,
-                params.copy(),
+                request.params.copy(),
                 sums.cost if sums.is_finite else np.inf,
                 time.perf_counter() - began,
                 sums.rows_read,
@@ -63,7 +99,7 @@ class Passes:
             )
         )
         self._check(sums)
-        return sums
+        return result
 
     def must_report(self, sums: NormalEquations) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""

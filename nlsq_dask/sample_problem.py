@@ -22,6 +22,8 @@ from nlsq_dask.core.sums import NormalEquations
 
 Vector = NDArray[np.float64]
 
+_WARMUP_ROWS = 2**15  # enough for a start, and L-BFGS evaluates them some hundred times
+
 
 class SampleProblem:
     """Rows in memory that can be reduced and handed to the warm-up.
@@ -29,7 +31,9 @@ class SampleProblem:
     Parameters
     ----------
     model : Model
+        In float64, whatever the arithmetic over all rows.
     kernel : NormalEquationsKernel
+        Of this model.
     rows : Rows
         As they were read, unusable ones among them.
     start : ndarray, shape (p,)
@@ -73,15 +77,30 @@ class SampleProblem:
         """Sum over the sample."""
         return self.kernel(self._pieces, params)
 
+    def exchange(self, rows: Rows) -> None:
+        """Go on with other rows, which are spread better over the data set."""
+        self._rows = rows.usable()
+        self._pieces = list(rows.pieces(self.kernel.piece_rows))
+
+    def factors(self, params: Vector) -> tuple[float, ...]:
+        """Return powers of two that bring Jacobian and residual at ``params`` near one."""
+        sums = self.reduce(params)
+        squares = np.append(np.diag(sums.jtj), 2.0 * sums.cost) / max(sums.n_used, 1)
+        usable = np.isfinite(squares) & (squares > 0.0)
+        exponents = -np.round(0.5 * np.log2(np.where(usable, squares, 1.0)))
+        return tuple(np.exp2(exponents).tolist())
+
     def prepare_warmup(
         self, normalizer: ParameterNormalizer, first_step: float, config: HybridStreamingConfig
     ) -> Warmup:
         """Make the L-BFGS problem of the usable rows, padded by repetition to a power of two."""
-        n_rows = len(self._rows)
+        n_usable = len(self._rows)
+        n_rows = min(n_usable, _WARMUP_ROWS)
         capacity = 1 << (n_rows - 1).bit_length()
+        spread = np.arange(n_rows) * n_usable // n_rows
         return Warmup.prepare(
             self._model,
-            self._rows.take(np.arange(capacity) % n_rows),
+            self._rows.take(spread[np.arange(capacity) % n_rows]),
             n_rows,
             (normalizer.scales, normalizer.offsets),
             normalizer.transform_bounds(),

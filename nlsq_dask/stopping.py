@@ -13,7 +13,7 @@ class StopReason(Enum):
     LAST_STEP = (
         4,
         "Converged: the last step was taken without another pass, because the error that it "
-        "leaves is below gauss_newton_tol; cost, grad and pcov stand at the point before it.",
+        "leaves is below gauss_newton_tol; cost and grad stand at the point before it.",
     )
     FLOOR = (
         1,

@@ -26,9 +26,15 @@ _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
 _SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
 _FAST = 0.1  # a contraction below this is one to extrapolate from
 _SHRINKING = 0.5  # below this, one more step leads closer
-# Estimated change of the covariance that a last step without a pass may leave out. The estimate
-# follows the step before, which has another direction: it has been seen 5 times too small.
-_COVARIANCE_RTOL = 2e-8
+# What a last step without a pass may leave out: a change of the covariance, relative to the
+# variances.
+_COVARIANCE_RTOL = 1e-7
+_CARRIED_RTOL = 5e-6  # of which a sample foresees all but a few percent
+_LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol |p|
+# The change of the covariance as extrapolated from the step before, which has another direction,
+# has been seen 5 times too small.
+_EXTRAPOLATION_MARGIN = 5.0
+_FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a trial's step: shorter, longer
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
 
 
@@ -193,12 +199,28 @@ class Trial:
         Reduction of the cost that the quadratic promises.
     full : bool
         Whether the trust region left the step as long as it wanted to be.
+    covariance_change : float
+        Change of the covariance along the step, relative to the variances, as far as it can be
+        foreseen; else infinity.
+    jtj : ndarray, shape (p, p), or None
+        ``J^T J`` at the trial, as a sample of the rows foresees it; None for a trial that comes
+        from the sums alone.
+    further : tuple of float
+        Multiples of the step at which the cost alone is worth knowing.
     """
 
     params: Vector
     step: Vector
     reduction: float
     full: bool
+    covariance_change: float = np.inf
+    jtj: NDArray[np.float64] | None = None
+    further: tuple[float, ...] = ()
+
+    @property
+    def is_forecast(self) -> bool:
+        """Whether it comes from a sample of the rows, and not from the sums alone."""
+        return self.jtj is not None
 
 
 @dataclass(frozen=True)
@@ -215,9 +237,15 @@ class State:
         Ratio of the last two measures if a full step lies between them, else infinity.
     covariance_change : float
         Relative change of the covariance along that step.
+    rejected : int
+        Trials rejected since the last accepted one.
+    forecasts_rejected : int
+        Forecasts rejected so far.
     stop : StopReason or None
     solution : ndarray, shape (p,), or None
         Where the solve ended; a last step beyond ``point`` if one was taken without a pass.
+    carried_jtj : ndarray, shape (p, p), or None
+        ``J^T J`` there as it was foreseen.
     """
 
     point: Point
@@ -225,8 +253,17 @@ class State:
     iteration: int = 0
     contraction: float = np.inf
     covariance_change: float = np.inf
+    rejected: int = 0
+    forecasts_rejected: int = 0
     stop: StopReason | None = None
     solution: Vector | None = None
+    carried_jtj: NDArray[np.float64] | None = None
+
+    @property
+    def sums_at_solution(self) -> NormalEquations:
+        """The point's sums, with J^T J carried along a last step where that was foreseen."""
+        jtj = self.point.sums.jtj if self.carried_jtj is None else self.carried_jtj
+        return replace(self.point.sums, jtj=jtj)
 
 
 def _column_scale(jtj: NDArray[np.float64], previous: Vector | None) -> Vector:
@@ -250,7 +287,48 @@ def propose(state: State) -> Trial:
     """Return the trial that minimizes the quadratic inside bounds and trust region."""
     point = state.point
     step, full = restricted_step(point.quadratic, *point.room, state.radius)
-    return Trial(point.moved(step), step, point.quadratic.reduction(step), full)
+    further: tuple[float, ...] = ()
+    if state.rejected or not full:
+        shorter, longer = _FURTHER
+        further = shorter if state.rejected else longer
+    return Trial(
+        point.moved(step),
+        step,
+        point.quadratic.reduction(step),
+        full,
+        _EXTRAPOLATION_MARGIN * state.contraction * state.covariance_change,
+        further=further,
+    )
+
+
+def candidates(state: State, trial: Trial) -> Vector:
+    """Return the points at which the cost alone is wanted, shape (k, p)."""
+    points = [state.point.moved(factor * trial.step) for factor in trial.further]
+    return np.array(points).reshape(len(points), len(trial.params))
+
+
+def take_last_step(state: State, trial: Trial) -> State:
+    """Stop with the trial as solution if the error that it leaves is surely below the tolerance.
+
+    The error is extrapolated from the contraction that the last step has shown, and must be below
+    the tolerance for the residuals as a whole and for each parameter.
+    """
+    point, tol = state.point, state.point.settings.tol
+    if not (trial.full and state.contraction <= _FAST):
+        return state
+    left = state.contraction * np.abs(trial.params - point.params)
+    dof = max(point.sums.n_used - len(point.params), 1)
+    # Of each parameter with the others held, which is less than its standard error.
+    deviation = float(np.sqrt(2.0 * point.sums.cost / dof)) / point.scale
+    is_sure = (
+        not point.quadratic.is_flat
+        and state.contraction * point.measure <= tol
+        and bool((left <= tol * np.abs(trial.params) + _LAST_ERROR * deviation).all())
+        and trial.covariance_change <= (_CARRIED_RTOL if trial.is_forecast else _COVARIANCE_RTOL)
+    )
+    if not is_sure:
+        return state
+    return replace(state, stop=StopReason.LAST_STEP, solution=trial.params, carried_jtj=trial.jtj)
 
 
 def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
@@ -258,7 +336,7 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
     state = replace(state, iteration=state.iteration + 1)
     length = float(np.linalg.norm(trial.step))
     if not sums.is_finite:
-        return _rejected(state, length, StopReason.NON_FINITE_STEP)
+        return _rejected(state, trial, sums, StopReason.NON_FINITE_STEP)
     old = state.point
     new = Point(trial.params, sums, _column_scale(sums.jtj, old.scale), old.settings)
     gain = old.sums.cost - sums.cost
@@ -273,19 +351,32 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
             reason = StopReason.FLAT_VALLEY  # what is left of the way cannot be known from J^T J
         return replace(state, point=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * trial.reduction:
-        return _rejected(state, length, StopReason.STALLED)
+        return _rejected(state, trial, sums, StopReason.STALLED)
     radius = state.radius
     if gain < _SHRINK_BELOW * trial.reduction:
         radius = 0.5 * length
     elif gain > _GROW_ABOVE * trial.reduction:
-        radius = max(radius, 2.0 * length)
+        radius = max(radius, 2.0 * length, _longest_good(state, trial, sums) * length)
     return _accepted(state, trial, new, radius)
 
 
-def _rejected(state: State, length: float, if_exhausted: StopReason) -> State:
+def _longest_good(state: State, trial: Trial, sums: NormalEquations) -> float:
+    """Return the largest multiple of the step at which the cost fell as the quadratic promises."""
+    good = [0.0]
+    for factor, cost in zip(trial.further, sums.candidate_costs, strict=False):
+        promised = state.point.quadratic.reduction(factor * trial.step)
+        if np.isfinite(cost) and state.point.sums.cost - cost > _SHRINK_BELOW * promised > 0.0:
+            good.append(factor)
+    return max(good)
+
+
+def _rejected(state: State, trial: Trial, sums: NormalEquations, if_exhausted: StopReason) -> State:
     point = state.point
-    radius = 0.25 * length
-    state = replace(state, radius=radius)
+    if trial.is_forecast:  # which says nothing of the radius
+        return _limit(replace(state, forecasts_rejected=state.forecasts_rejected + 1))
+    shorter = _longest_good(state, trial, sums) or min((0.25, *trial.further))
+    radius = shorter * float(np.linalg.norm(trial.step))
+    state = replace(state, radius=radius, rejected=state.rejected + 1)
     size = float(np.linalg.norm(point.scale * point.params)) or float(np.linalg.norm(point.scale))
     if radius <= point.settings.epsilon * size:
         return replace(state, stop=if_exhausted, solution=point.params)
@@ -297,7 +388,7 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
     contraction = change = np.inf
     if trial.full and old.measure > 0.0:
         contraction = new.measure / old.measure
-        change = _covariance_change(old, new)
+        change = covariance_change(old.sums.jtj, new.sums.jtj, new.scale)
     return _check(
         replace(
             state,
@@ -305,16 +396,14 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
             radius=radius,
             contraction=contraction,
             covariance_change=change,
+            rejected=0,
         )
     )
 
 
-def _covariance_change(old: Point, new: Point) -> float:
-    """Return the largest change of the covariance, relative to the variances."""
-    before, after = (
-        correlation_form(old.sums.jtj, new.scale),
-        correlation_form(new.sums.jtj, new.scale),
-    )
+def covariance_change(old: NDArray[np.float64], new: NDArray[np.float64], scale: Vector) -> float:
+    """Return the largest change of the covariance between two J^T J, relative to the variances."""
+    before, after = correlation_form(old, scale), correlation_form(new, scale)
     if before is None or after is None:
         return np.inf
     deviation = np.sqrt(np.diag(after))
@@ -322,7 +411,7 @@ def _covariance_change(old: Point, new: Point) -> float:
 
 
 def _check(state: State) -> State:
-    """Stop if the accepted point is a solution or the step from it surely leads to one."""
+    """Stop if the accepted point is a solution."""
     point = state.point
     reason = point.converged()
     if reason is not None:
@@ -330,11 +419,6 @@ def _check(state: State) -> State:
         shrinks = state.contraction <= _SHRINKING
         solution = point.moved(point.full_step) if shrinks else point.params
         return replace(state, stop=point.verdict(reason), solution=solution)
-    left = state.contraction * point.measure
-    missed = state.contraction * state.covariance_change
-    fast = state.contraction <= _FAST and not point.quadratic.is_flat
-    if fast and left <= point.settings.tol and missed <= _COVARIANCE_RTOL:
-        return replace(state, stop=StopReason.LAST_STEP, solution=point.moved(point.full_step))
     return _limit(state)
 
 

@@ -1,15 +1,14 @@
 """The kernels: what a worker computes from rows, traced once and run on every piece.
 
-The Jacobian is made in forward mode: ``jax.linearize`` once a block of rows, pushed forward along
-every parameter. Stacked with the residual it needs one matrix product for ``J^T J``, ``J^T r``
-and ``r^T r`` together. Blocks are small enough to stay in a core's cache.
+Jacobian and residual of a block of rows are stacked, so that one matrix product gives ``J^T J``,
+``J^T r`` and ``r^T r`` together. Blocks are small enough to stay in a core's cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,20 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.core.compiled_program import Program
+from nlsq_dask.core.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 
+_STRETCH = 16  # blocks after which the sums are looked at
 BLOCK_ROWS = 1024  # rows in one matrix product; 1,000 to 2,000 were equally fast
+MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
 _MAX_PIECE_BYTES = 64 * 2**20  # a piece of very wide rows is cut shorter than chunk_size
 
-# gram (p+1, p+1), moments (weight, y_sum, y_square), counts (used, nonfinite, masked, bad_sigma)
-Carry = tuple[Any, Any, Any]
+# gram (p+1, p+1), counts (used, nonfinite, masked, bad_sigma), moments (weight, y_sum, y_square),
+# costs (candidates,)
+Carry = tuple[Any, Any, Any, Any]
 
 
 def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
@@ -39,67 +43,144 @@ def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
     return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
-def _is_usable(rows: Rows) -> Any:
-    """Return, a row, whether it is neither masked nor has a NaN or infinity."""
-    usable = jnp.isfinite(rows.y)
-    for leaf in rows.x:
-        usable &= jnp.isfinite(leaf) if leaf.ndim == 1 else jnp.isfinite(leaf).all(axis=1)
-    if rows.sigma is not None:
-        usable &= jnp.isfinite(rows.sigma)
-    if rows.mask is not None:
-        usable &= ~rows.mask
-    return usable
+def _sum(array: Any) -> Any:
+    """Sum all entries, side by side in lanes, which XLA does not do of its own accord."""
+    lanes = 32
+    if array.size % lanes == 0:
+        array = array.reshape(-1, lanes).sum(0)
+    return array.sum()
 
 
-def _accumulate(model: Model, piece_rows: int) -> Callable[..., Carry]:
-    """Return the function that adds a piece of rows to running sums."""
-    block_rows = min(BLOCK_ROWS, piece_rows)
+class _Loops:
+    """The loops over the blocks of a piece, all of which one program runs one after the other."""
 
-    def add_block(i: Any, carry: Carry, params: Any, y0: Any, n_rows: Any, arrays: Any) -> Carry:
-        first = i * block_rows
-        rows = Rows(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, block_rows), arrays))
-        in_piece = first + jnp.arange(block_rows) < n_rows
-        usable = in_piece & _is_usable(rows)
+    def __init__(self, model: Model, block_rows: int, mode: Mode, n_rows: Any, arrays: Any) -> None:
+        self._model = model
+        self._block_rows = block_rows
+        self._linearized = residual_and_jacobian(model, mode)
+        self._n_rows = n_rows
+        self._arrays = arrays
+        self._n_full = n_rows // block_rows
+        self._n_blocks = (n_rows + block_rows - 1) // block_rows
 
-        values, push_forward = jax.linearize(lambda p: model(rows.x, p), params)
-        jacobian = jax.vmap(push_forward)(jnp.eye(model.n_params, dtype=model.dtype))
-        residual = values - rows.y.astype(model.dtype)
-        stacked = jnp.concatenate([jacobian, residual[None]])
-        offset = rows.y.astype(jnp.float64) - y0
-        weight: Any = jnp.ones(block_rows)
-        if rows.sigma is not None:
-            stacked = stacked / rows.sigma.astype(model.dtype)
-            weight = 1 / rows.sigma.astype(jnp.float64) ** 2
-        terms = (stacked, weight, weight * offset, weight * offset**2)
+    def normal_equations(self, gram: Any, counts: Any, params: Any, factors: Any) -> Any:
+        """Add to Gram matrix and counts, without masks up to the stretch that needs the first.
 
-        def count_and_mask(terms: Any) -> Any:
+        Most pieces need none, and to find that out afterwards costs less than the masks.
+        """
+
+        def stacked(rows: Rows, target: Any) -> Any:
+            values, stacked = self._linearized(rows.x, target, params, factors)
+            if rows.sigma is not None:
+                stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
+            return values, stacked
+
+        def product(stacked: Any) -> Any:
+            return (stacked @ stacked.T).astype(jnp.float64)
+
+        def plain(i: Any, gram: Any) -> Any:
+            rows = self._rows(i)
+            return gram + product(stacked(rows, self._poisoned(rows))[1])
+
+        def stretch(state: Any) -> Any:
+            i, _, gram = state
+            end = jnp.minimum(i + _STRETCH, self._n_full)
+            new = lax.fori_loop(i, end, plain, gram)
+            is_plain = jnp.isfinite(new).all()
+            return jnp.where(is_plain, end, i), is_plain, jnp.where(is_plain, new, gram)
+
+        def masked(i: Any, state: Any) -> Any:
+            gram, counts = state
+            rows = self._rows(i)
+            values, unmasked = stacked(rows, rows.y.astype(self._model.dtype))
+            usable = self._usable(i, rows)
+            nothing = jnp.zeros((), bool)
+            left_out = nothing if rows.mask is None else self._in_piece(i) & rows.mask
+            bad_sigma = nothing if rows.sigma is None else usable & (rows.sigma <= 0)
+            flags = (usable, usable & ~jnp.isfinite(values), left_out, bad_sigma)
+            counted = jnp.stack([jnp.sum(flag, dtype=jnp.int64) for flag in flags])
             # Masked after it was computed, not before: a NaN in a row left out must not spread.
-            masked = jnp.zeros((), bool) if rows.mask is None else in_piece & rows.mask
-            bad_sigma = jnp.zeros((), bool) if rows.sigma is None else usable & (rows.sigma <= 0)
-            flags = (usable, usable & ~jnp.isfinite(values), masked, bad_sigma)
-            counts = jnp.stack([jnp.sum(flag, dtype=jnp.int64) for flag in flags])
-            return jax.tree.map(lambda a: jnp.where(usable, a, 0), terms), counts
+            return gram + product(jnp.where(usable, unmasked, 0)), counts + counted
 
-        # Most blocks need no mask, and a branch costs less than the mask.
-        plain = usable.all() & jnp.isfinite(values.sum())
-        if rows.sigma is not None:
-            plain &= (rows.sigma > 0).all()
-        all_used = jnp.array([block_rows, 0, 0, 0], jnp.int64)
-        terms, counts = lax.cond(plain, lambda t: (t, all_used), count_and_mask, terms)
+        start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), gram)
+        n_plain, _, gram = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
+        counts = counts.at[0].add(n_plain * self._block_rows)
+        return lax.fori_loop(n_plain, self._n_blocks, masked, (gram, counts))
 
-        rows_of_gram, *moments = terms
-        gram = (rows_of_gram @ rows_of_gram.T).astype(jnp.float64)
-        sums = (gram, jnp.stack([m.sum() for m in moments]), counts)
-        total: Carry = jax.tree.map(jnp.add, carry, sums)
-        return total
+    def moments(self, moments: Any, y0: Any, is_wanted: Any) -> Any:
+        """Add to the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
 
-    def accumulate(carry: Carry, params: Any, y0: Any, n_rows: Any, arrays: Any) -> Carry:
-        params = params.astype(model.dtype)
-        n_blocks = (n_rows + block_rows - 1) // block_rows
-        total: Carry = lax.fori_loop(
-            0, n_blocks, lambda i, c: add_block(i, c, params, y0, n_rows, arrays), carry
+        def add(i: Any, moments: Any) -> Any:
+            rows = self._rows(i)
+            usable = self._usable(i, rows)
+            weight: Any = 1.0 if rows.sigma is None else 1 / rows.sigma.astype(jnp.float64) ** 2
+            weight = jnp.where(usable, weight, 0)
+            offset = jnp.where(usable, rows.y.astype(jnp.float64) - y0, 0)
+            sums = (_sum(weight), _sum(weight * offset), _sum(weight * offset**2))
+            return moments + jnp.stack(sums)
+
+        return lax.fori_loop(0, jnp.where(is_wanted, self._n_blocks, 0), add, moments)
+
+    def costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
+        """Add to ``sum r^2`` at the first so many candidates."""
+
+        def add(step: Any, costs: Any) -> Any:
+            i, k = step // n_candidates, step % n_candidates
+            rows = self._rows(i)
+            residual = self._model(rows.x, candidates[k]).astype(jnp.float64) - rows.y
+            if rows.sigma is not None:
+                residual = residual / rows.sigma
+            residual = jnp.where(self._usable(i, rows), residual, 0)
+            return costs.at[k].add(_sum(residual**2))
+
+        return lax.fori_loop(0, self._n_blocks * n_candidates, add, costs)
+
+    def _rows(self, i: Any) -> Rows:
+        size = self._block_rows
+        return Rows(
+            *jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * size, size), self._arrays)
         )
-        return total
+
+    def _in_piece(self, i: Any) -> Any:
+        return i * self._block_rows + jnp.arange(self._block_rows) < self._n_rows
+
+    def _usable(self, i: Any, rows: Rows) -> Any:
+        """Return, a row, whether it is neither masked nor has a NaN or infinity."""
+        usable = self._in_piece(i) & jnp.isfinite(rows.y)
+        for leaf in rows.x:
+            usable &= jnp.isfinite(leaf) if leaf.ndim == 1 else jnp.isfinite(leaf).all(axis=1)
+        if rows.sigma is not None:
+            usable &= jnp.isfinite(rows.sigma)
+        if rows.mask is not None:
+            usable &= ~rows.mask
+        return usable
+
+    def _poisoned(self, rows: Rows) -> Any:
+        """Return y, with NaN at each row that must not be used."""
+        dtype = self._model.dtype
+        poison: Any = rows.y.astype(dtype)
+        for leaf in rows.x:
+            nothing = 0 * leaf.astype(dtype)  # NaN for NaN and infinity
+            poison += nothing if leaf.ndim == 1 else nothing.sum(axis=1)
+        if rows.sigma is not None:
+            is_good = (rows.sigma > 0) & (rows.sigma < jnp.inf)
+            poison = jnp.where(is_good, poison, jnp.nan)
+        if rows.mask is not None:
+            poison = jnp.where(rows.mask, jnp.nan, poison)
+        return poison
+
+
+def _accumulate(model: Model, piece_rows: int, mode: Mode) -> Callable[..., Carry]:
+    """Return the function that adds a piece of rows to running sums."""
+
+    def accumulate(carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any) -> Carry:
+        params, factors, candidates = (array.astype(model.dtype) for array in point)
+        y0, wants_moments, n_candidates = options
+        gram, counts, moments, costs = carry
+        loops = _Loops(model, min(BLOCK_ROWS, piece_rows), mode, n_rows, arrays)
+        gram, counts = loops.normal_equations(gram, counts, params, factors)
+        moments = loops.moments(moments, y0, wants_moments)
+        return gram, counts, moments, loops.costs(costs, candidates, n_candidates)
 
     return accumulate
 
@@ -126,6 +207,9 @@ class NormalEquationsKernel:
     n_params : int
     piece_rows : int
         Rows that one call of the program is given.
+    factors : tuple of float
+        Powers of two, one a column of the Jacobian and one for the residual, by which these are
+        multiplied before their products are summed; they keep float32 away from its limits.
     y_reference : float
         The y0 of ``NormalEquations``.
     """
@@ -134,42 +218,86 @@ class NormalEquationsKernel:
     layout: Layout
     n_params: int
     piece_rows: int
+    factors: tuple[float, ...]
     y_reference: float = 0.0
 
     @classmethod
-    def trace(cls, model: Model, piece_rows: int) -> NormalEquationsKernel:
-        """Trace the kernel of this model for pieces of this length."""
+    def trace(cls, model: Model, piece_rows: int, mode: Mode | None = None) -> Self:
+        """Trace the kernel of this model for pieces of this length.
+
+        The mode of the Jacobian is chosen by ``choose_mode`` unless it is given.
+        """
         p = model.n_params
-        f64, i64 = np.dtype("f8"), np.dtype("i8")
-        spec: Any = jax.ShapeDtypeStruct
-        carry = (spec((p + 1, p + 1), f64), spec((3,), f64), spec((4,), i64))
+
+        def spec(dtype: str, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+
+        carry = (
+            spec("f8", p + 1, p + 1),
+            spec("i8", 4),
+            spec("f8", 3),
+            spec("f8", MOST_CANDIDATES),
+        )
+        point = (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p))
+        options = (spec("f8"), spec("bool"), spec("i8"))
+        with x64():
+            mode = mode or choose_mode(model)
         program = Program.trace(
-            _accumulate(model, piece_rows),
+            _accumulate(model, piece_rows, mode),
             carry,
-            spec((p,), f64),
-            spec((), f64),
-            spec((), i64),
+            point,
+            options,
+            spec("i8"),
             _rows_spec(model, piece_rows),
         )
-        return cls(program, model.layout, p, piece_rows)
+        return cls(program, model.layout, p, piece_rows, (1.0,) * (p + 1))
 
     def __call__(
-        self, pieces: Iterable[tuple[Rows, int]], params: NDArray[np.float64], block: int = NO_BLOCK
+        self,
+        pieces: Iterable[tuple[Rows, int]],
+        params: NDArray[np.float64],
+        block: int = NO_BLOCK,
+        *,
+        candidates: NDArray[np.float64] | None = None,
+        wants_moments: bool = True,
     ) -> NormalEquations:
         """Sum over padded pieces, each with its true number of rows.
 
         The running sums are carried from piece to piece, so where a block is cut has no
         influence on the bits of the result.
+
+        Parameters
+        ----------
+        pieces : iterable of (Rows, int)
+        params : ndarray, shape (p,)
+        block : int
+            Flat index of the block, to name it where rows are bad.
+        candidates : ndarray, shape (k, p), optional
+            At most ``MOST_CANDIDATES`` points at which the cost is wanted, too.
+        wants_moments : bool
+            Whether to sum what depends on the data alone.
         """
         p = self.n_params
-        carry: Carry = (np.zeros((p + 1, p + 1)), np.zeros(3), np.zeros(4, np.int64))
-        y0 = self.y_reference
+        points = np.empty((0, p)) if candidates is None else candidates
+        n_candidates = len(points)
+        padded = np.zeros((MOST_CANDIDATES, p))
+        padded[:n_candidates] = points
+        carry: Carry = (
+            np.zeros((p + 1, p + 1)),
+            np.zeros(4, np.int64),
+            np.zeros(3),
+            np.zeros(MOST_CANDIDATES),
+        )
+        y0, factors = self.y_reference, np.array(self.factors)
+        point = (params, factors, padded)
+        options = (np.float64(y0), np.bool_(wants_moments), np.int64(n_candidates))
         n_present = 0
         for rows, n_rows in pieces:
             arrays = (rows.y, rows.x, rows.sigma, rows.mask)
             n_present += n_rows
-            carry = self.program(carry, params, np.float64(y0), np.int64(n_rows), arrays)
-        gram, moments, counts = (np.asarray(part) for part in carry)
+            carry = self.program(carry, point, options, np.int64(n_rows), arrays)
+        scaled, counts, moments, costs = (np.asarray(part) for part in carry)
+        gram = scaled / factors[:, None] / factors
         weight, y_sum, y_square = map(float, moments)
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
         n_bad = n_present - n_masked - n_used
@@ -187,6 +315,7 @@ class NormalEquationsKernel:
             n_nonfinite=n_nonfinite,
             n_bad_sigma=n_bad_sigma,
             first_bad_block=block if n_bad else NO_BLOCK,
+            candidate_costs=0.5 * costs[:n_candidates],
         )
 
 

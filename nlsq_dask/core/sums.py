@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -40,6 +40,8 @@ class NormalEquations:
         Flat index of the first block with a bad row, or ``NO_BLOCK``.
     rows_read, bytes_read : int
         What was read from the source to make these sums.
+    candidate_costs : ndarray, shape (k,)
+        ``1/2 sum r^2`` at further points.
     """
 
     jtj: NDArray[np.float64]
@@ -57,11 +59,7 @@ class NormalEquations:
     first_bad_block: int = NO_BLOCK
     rows_read: int = 0
     bytes_read: int = 0
-
-    @classmethod
-    def zero(cls, n_params: int) -> Self:
-        """Return the sums over no rows."""
-        return cls(np.zeros((n_params, n_params)), np.zeros(n_params), 0.0)
+    candidate_costs: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def combine(self, other: Self) -> Self:
         """Return the sums over the rows of both."""
@@ -82,6 +80,7 @@ class NormalEquations:
             first_bad_block=min(blocks, default=NO_BLOCK),
             rows_read=self.rows_read + other.rows_read,
             bytes_read=self.bytes_read + other.bytes_read,
+            candidate_costs=self.candidate_costs + other.candidate_costs,
         )
 
     def anchored(self, weights: NDArray[np.float64], offset: NDArray[np.float64]) -> Self:
@@ -99,6 +98,16 @@ class NormalEquations:
             jtj=self.jtj + np.diag(weights),
             jtr=self.jtr + pull,
             cost=self.cost + 0.5 * float(pull @ offset),
+        )
+
+    def with_moments_of(self, other: Self) -> Self:
+        """Return these sums with those of the data alone taken from others over the same rows."""
+        return replace(
+            self,
+            weight=other.weight,
+            y_sum=other.y_sum,
+            y_square=other.y_square,
+            signal=other.signal,
         )
 
     @property

@@ -13,7 +13,7 @@ from scipy.stats import qmc
 # read in no time, or of this share of the data set.
 _MAX_BLOCKS = 16
 _FREE_ROWS = 2**20
-_MAX_SHARE = 0.3
+_MAX_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,26 @@ class SamplePlan:
 
     def rows_of(self, i: int, n_rows: int) -> NDArray[np.int64]:
         """Return the positions of the rows to take from block ``i``: one in each equal stratum."""
-        count = min(self.counts[i], n_rows)
-        if count == n_rows:
-            return np.arange(n_rows)
-        edges = np.arange(count + 1) * n_rows // count
-        return np.random.default_rng([self.seed, i]).integers(edges[:-1], edges[1:])
+        return _stratified(n_rows, self.counts[i], np.random.default_rng([self.seed, i]))
+
+
+def _stratified(n_rows: int, count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return so many positions, if there are as many rows: one in each equal stratum."""
+    if count >= n_rows:
+        return np.arange(n_rows)
+    edges = np.arange(count + 1) * n_rows // max(count, 1)
+    return random.integers(edges[:-1], edges[1:])
+
+
+def thin_out(n_rows: int, share: float, seed: int, block: int) -> NDArray[np.int64]:
+    """Return the positions of a share of a block's rows, spread over it.
+
+    The number is rounded at random, so that the share is met over many small blocks.
+    """
+    if not share:
+        return np.arange(0)
+    random = np.random.default_rng([seed, block])
+    return _stratified(n_rows, int(n_rows * share + random.random()), random)
 
 
 def plan_sample(

@@ -13,7 +13,8 @@ from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.data.sampling import SamplePlan, plan_sample
+from nlsq_dask.data.block import Block
+from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
 from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
 
@@ -33,6 +34,38 @@ class Sample:
     rows_read: int
     bytes_read: int
     n_blocks: int
+
+
+@dataclass(frozen=True)
+class PassRequest:
+    """What is wanted of a pass.
+
+    Attributes
+    ----------
+    params : ndarray, shape (p,)
+        Where the sums are wanted.
+    candidates : ndarray, shape (k, p), or None
+        Where the cost alone is wanted.
+    is_first : bool
+        Whether to sum what depends on the data alone.
+    sample_share : float
+        Share of the rows to bring back, taken evenly from all blocks.
+    seed : int
+    """
+
+    params: NDArray[np.float64]
+    candidates: NDArray[np.float64] | None = None
+    is_first: bool = True
+    sample_share: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass, or a part of one, brings back: sums, and perhaps some rows."""
+
+    sums: NormalEquations
+    sample: Rows | None
 
 
 class DataSet:
@@ -57,11 +90,11 @@ class DataSet:
         """Rows of the largest block."""
         return int(self._block_rows.max())
 
-    def reduce(self, kernel: NormalEquationsKernel, params: NDArray[np.float64]) -> NormalEquations:
+    def reduce(self, kernel: NormalEquationsKernel, request: PassRequest) -> PassResult:
         """Sum over all rows: one pass."""
         graph = TaskGraph(self._shared)
         kernel_ref = graph.constant("kernel", kernel)
-        params_ref = graph.constant("parameters", params)
+        request_ref = graph.constant("request", request)
         leaves = [
             graph.task(
                 "normal-equations",
@@ -69,13 +102,13 @@ class DataSet:
                 _reduce_group,
                 reader,
                 kernel_ref,
-                params_ref,
+                request_ref,
                 inputs=reader.inputs,
             )
             for i, reader in enumerate(self._readers)
         ]
-        sums: NormalEquations = graph.run(graph.tree("combine", leaves, _combine))
-        return sums
+        result: PassResult = graph.run(graph.tree("combine", leaves, _combine))
+        return result
 
     def sample(self, sample_rows: int, seed: int) -> Sample:
         """Read a few blocks and take rows from each."""
@@ -91,17 +124,33 @@ class DataSet:
 
 
 def _reduce_group(
-    reader: GroupReader, kernel: NormalEquationsKernel, params: NDArray[np.float64], *inputs: Any
-) -> NormalEquations:
-    total = NormalEquations.zero(kernel.n_params)
-    for index, block in reader.read(inputs):
-        sums = kernel(block.pieces(kernel.piece_rows), params, index)
-        total = total.combine(replace(sums, rows_read=len(block), bytes_read=block.nbytes))
-    return total
+    reader: GroupReader, kernel: NormalEquationsKernel, request: PassRequest, *inputs: Any
+) -> PassResult:
+    parts = (_reduce_block(kernel, request, i, block) for i, block in reader.read(inputs))
+    return reduce(_combine, parts)
 
 
-def _combine(*sums: NormalEquations) -> NormalEquations:
-    return reduce(NormalEquations.combine, sums)
+def _reduce_block(
+    kernel: NormalEquationsKernel, request: PassRequest, index: int, block: Block
+) -> PassResult:
+    sums = kernel(
+        block.pieces(kernel.piece_rows),
+        request.params,
+        index,
+        candidates=request.candidates,
+        wants_moments=request.is_first,
+    )
+    sums = replace(sums, rows_read=len(block), bytes_read=block.nbytes)
+    taken = thin_out(len(block), request.sample_share, request.seed, index)
+    return PassResult(sums, block.take(taken) if len(taken) else None)
+
+
+def _combine(*parts: PassResult) -> PassResult:
+    rows = [part.sample for part in parts if part.sample is not None]
+    return PassResult(
+        reduce(NormalEquations.combine, (part.sums for part in parts)),
+        Rows.concatenate(rows) if rows else None,
+    )
 
 
 def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
