@@ -295,18 +295,20 @@ class Driver:
     def _first_pass(self, sample: SampleProblem, start: Vector) -> tuple[Vector, NormalEquations]:
         """Return the sample's solution with its sums, or p0 with its own if that is better.
 
-        The sample may have missed what matters, and its solution then be worse than p0. The rows
-        that the pass brings back are from all blocks, so that the sample misses less from now on.
+        The sample may have missed what matters. Then its solution fits all rows worse than p0
+        fitted the sample, by more than chance explains, and p0 gets a pass of its own. The rows
+        that the pass brings back are from all blocks, so the sample misses less from now on.
         """
         p0, config = self._parameters.start, self._config
-        others = None if np.array_equal(start, p0) else p0[None]
-        result = self._passes.first(
-            self._kernel, start, others, config.sample_size, config.random_seed
-        )
+        n_sample = max(sample.at_start.n_used, 1)
+        chance = 1.0 + 5.0 * float(np.sqrt(2.0 / n_sample))
+        expected = sample.at_start.cost / n_sample * chance
+        result = self._passes.first(self._kernel, start, config.sample_size, config.random_seed)
         sums = result.sums
         if result.sample is not None:
             sample.exchange(result.sample)
-        if others is None or (sums.is_finite and not sums.candidate_costs[0] < sums.cost):
+        is_plausible = sums.is_finite and not sums.cost / sums.n_used > expected
+        if is_plausible or np.array_equal(start, p0):
             return start, sums
         other = self._passes.reduce(self._kernel, p0)
         if other.is_finite and not (sums.is_finite and sums.cost <= other.cost):

@@ -50,13 +50,12 @@ class Passes:
         self,
         kernel: NormalEquationsKernel,
         params: NDArray[np.float64],
-        candidates: NDArray[np.float64] | None,
         sample_rows: int,
         seed: int,
     ) -> PassResult:
         """Sum over all rows as ``reduce`` does, and bring back rows from all blocks."""
         share = min(1.0, sample_rows / self._data.blocks.n_rows)
-        result = self._run(kernel, PassRequest(params, candidates, True, share, seed))
+        result = self._run(kernel, PassRequest(params, None, True, share, seed))
         self._first = result.sums
         return result
 

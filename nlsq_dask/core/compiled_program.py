@@ -13,13 +13,16 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 from jax import export
 
 from nlsq_dask.core.precision import x64
 from nlsq_dask.errors import ModelError
+
+T = TypeVar("T")
 
 _CACHE_SIZE = 64
 _compiled: OrderedDict[str, Callable[..., Any]] = OrderedDict()
@@ -29,6 +32,11 @@ _lock = threading.RLock()
 # Where a line of the caller's file stands must not count: source locations are left out.
 _LOCATION_LINES = re.compile(r"^#loc.*$", re.MULTILINE)
 _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
+
+# What a printed jaxpr contains where it does not say all: addresses of functions, cut arrays.
+_INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
+_TRACED_SIZE = 32
+_traced: OrderedDict[Any, Any] = OrderedDict()
 
 
 class Program:
@@ -98,6 +106,30 @@ def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Calla
                 _compiled.popitem(last=False)
         _compiled.move_to_end(key)
         return _compiled[key]
+
+
+def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
+    """Return what ``trace()`` gave for the same ``what`` and an equal jaxpr, if that is known.
+
+    Lowering takes longer than tracing, and a person who fits again has mostly changed the data.
+    A jaxpr counts as equal if it prints the same and its constants have the same bytes.
+    """
+    text = str(jaxpr)
+    if _INEXACT.search(text):
+        return trace()
+    digest = hashlib.sha256(text.encode())
+    for constant in map(np.asarray, jaxpr.consts):
+        digest.update(f"{constant.dtype}{constant.shape}".encode())
+        digest.update(np.ascontiguousarray(constant).tobytes())
+    key = (what, digest.digest())
+    with _lock:
+        if key not in _traced:
+            _traced[key] = trace()
+            if len(_traced) > _TRACED_SIZE:
+                _traced.popitem(last=False)
+        _traced.move_to_end(key)
+        found: T = _traced[key]
+        return found
 
 
 def compile_count() -> int:

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask.core.model import Model
+from nlsq_dask.core.model import TRACED_ROWS, Model
 
 _MOST_FORWARD = 5  # parameters; up to there forward mode was never the slower one, see below
-_PROBE_ROWS = 64
 # Calls into a scalar library, ten times as dear as a vectorized exponential.
 _DEAR = {"sin", "cos", "tan"}
 # Up to this many rows XLA fuses the stacking with all that it stacks, once for each row.
@@ -33,8 +32,8 @@ class Mode(Enum):
     REVERSE = "reverse"
 
 
-def choose_mode(model: Model) -> Mode:
-    """Return the mode in which the Jacobian of this model is made.
+def choose_mode(model: Model, jaxpr: Any) -> Mode:
+    """Return the mode in which the Jacobian of this model, traced as ``jaxpr``, is made.
 
     Forward mode for at most five parameters, if all that depends on them is one number a row and
     there is no sine, cosine or tangent; otherwise reverse mode. A model that can be differentiated
@@ -42,19 +41,17 @@ def choose_mode(model: Model) -> Mode:
 
     The rule looks at the traced model and never at a clock, because the two modes differ in bits.
     """
-    probe = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
-    traced = jax.make_jaxpr(lambda x, params: model(x, params))(model.x_specs(_PROBE_ROWS), probe)
     n_leaves = len(model.layout.x_features)
     depends = [False] * n_leaves + [True] * model.n_params
     names, widest = set(), 0
-    for name, size in _dependent(traced.jaxpr, depends):
+    for name, size in _dependent(jaxpr.jaxpr, depends):
         names.add(name)
         widest = max(widest, size)
     if "while" in names:
         return Mode.FORWARD
     if any(name.startswith("custom_vjp") for name in names):
         return Mode.REVERSE
-    is_narrow = widest <= _PROBE_ROWS and not names & _DEAR
+    is_narrow = widest <= TRACED_ROWS and not names & _DEAR
     return Mode.FORWARD if is_narrow and model.n_params <= _MOST_FORWARD else Mode.REVERSE
 
 

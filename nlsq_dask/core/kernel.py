@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from nlsq_dask.core.compiled_program import Program
+from nlsq_dask.core.compiled_program import Program, traced_once
 from nlsq_dask.core.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
@@ -26,7 +26,8 @@ from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 _STRETCH = 16  # blocks after which the sums are looked at
 BLOCK_ROWS = 1024  # rows in one matrix product; 1,000 to 2,000 were equally fast
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
-_MAX_PIECE_BYTES = 64 * 2**20  # a piece of very wide rows is cut shorter than chunk_size
+# Larger pieces take new pages from the system for every copy, smaller ones more calls.
+_MAX_PIECE_BYTES = 4 * 2**20
 
 # gram (p+1, p+1), counts (used, nonfinite, masked, bad_sigma), moments (weight, y_sum, y_square),
 # costs (candidates,)
@@ -36,7 +37,7 @@ Carry = tuple[Any, Any, Any, Any]
 def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
     """Return how many rows one kernel call is given: a power of two, at most ``chunk_size``.
 
-    No larger than the longest block needs, and smaller for very wide rows.
+    No larger than the longest block needs, and few enough to be copied into JAX's memory cheaply.
     """
     most = max(min(chunk_size, _MAX_PIECE_BYTES // row_bytes), 1)
     wanted = max(longest_block, BLOCK_ROWS)
@@ -66,7 +67,8 @@ class _Loops:
     def normal_equations(self, gram: Any, counts: Any, params: Any, factors: Any) -> Any:
         """Add to Gram matrix and counts, without masks up to the stretch that needs the first.
 
-        Most pieces need none, and to find that out afterwards costs less than the masks.
+        Most pieces need none, and to find that out afterwards costs less than the masks. Returned
+        with the sums is the number of blocks that needed no mask.
         """
 
         def stacked(rows: Rows, target: Any) -> Any:
@@ -105,21 +107,25 @@ class _Loops:
         start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), gram)
         n_plain, _, gram = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
         counts = counts.at[0].add(n_plain * self._block_rows)
-        return lax.fori_loop(n_plain, self._n_blocks, masked, (gram, counts))
+        return *lax.fori_loop(n_plain, self._n_blocks, masked, (gram, counts)), n_plain
 
-    def moments(self, moments: Any, y0: Any, is_wanted: Any) -> Any:
+    def moments(self, moments: Any, y0: Any, n_plain: Any) -> Any:
         """Add to the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
 
-        def add(i: Any, moments: Any) -> Any:
+        def add(i: Any, moments: Any, is_masked: bool) -> Any:
             rows = self._rows(i)
-            usable = self._usable(i, rows)
-            weight: Any = 1.0 if rows.sigma is None else 1 / rows.sigma.astype(jnp.float64) ** 2
-            weight = jnp.where(usable, weight, 0)
-            offset = jnp.where(usable, rows.y.astype(jnp.float64) - y0, 0)
-            sums = (_sum(weight), _sum(weight * offset), _sum(weight * offset**2))
-            return moments + jnp.stack(sums)
+            offset = rows.y.astype(jnp.float64) - y0
+            weight: Any = jnp.ones(self._block_rows)
+            if rows.sigma is not None:
+                weight = 1 / rows.sigma.astype(jnp.float64) ** 2
+            terms: Any = (weight, weight * offset, weight * offset**2)
+            if is_masked:
+                usable = self._usable(i, rows)
+                terms = tuple(jnp.where(usable, term, 0) for term in terms)
+            return moments + jnp.stack([_sum(term) for term in terms])
 
-        return lax.fori_loop(0, jnp.where(is_wanted, self._n_blocks, 0), add, moments)
+        moments = lax.fori_loop(0, n_plain, lambda i, m: add(i, m, False), moments)
+        return lax.fori_loop(n_plain, self._n_blocks, lambda i, m: add(i, m, True), moments)
 
     def costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
         """Add to ``sum r^2`` at the first so many candidates."""
@@ -178,8 +184,10 @@ def _accumulate(model: Model, piece_rows: int, mode: Mode) -> Callable[..., Carr
         y0, wants_moments, n_candidates = options
         gram, counts, moments, costs = carry
         loops = _Loops(model, min(BLOCK_ROWS, piece_rows), mode, n_rows, arrays)
-        gram, counts = loops.normal_equations(gram, counts, params, factors)
-        moments = loops.moments(moments, y0, wants_moments)
+        gram, counts, n_plain = loops.normal_equations(gram, counts, params, factors)
+        moments = lax.cond(
+            wants_moments, lambda: loops.moments(moments, y0, n_plain), lambda: moments
+        )
         return gram, counts, moments, loops.costs(costs, candidates, n_candidates)
 
     return accumulate
@@ -194,6 +202,22 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
 
     mask = "bool" if layout.has_mask else None
     return spec(layout.y_dtype), model.x_specs(n_rows), spec(layout.sigma_dtype), spec(mask)
+
+
+def _trace_sums(model: Model, piece_rows: int, mode: Mode) -> Program:
+    p = model.n_params
+
+    def spec(dtype: str, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+
+    return Program.trace(
+        _accumulate(model, piece_rows, mode),
+        (spec("f8", p + 1, p + 1), spec("i8", 4), spec("f8", 3), spec("f8", MOST_CANDIDATES)),
+        (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
+        (spec("f8"), spec("bool"), spec("i8")),
+        spec("i8"),
+        _rows_spec(model, piece_rows),
+    )
 
 
 @dataclass(frozen=True)
@@ -227,30 +251,13 @@ class NormalEquationsKernel:
 
         The mode of the Jacobian is chosen by ``choose_mode`` unless it is given.
         """
-        p = model.n_params
-
-        def spec(dtype: str, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
-
-        carry = (
-            spec("f8", p + 1, p + 1),
-            spec("i8", 4),
-            spec("f8", 3),
-            spec("f8", MOST_CANDIDATES),
-        )
-        point = (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p))
-        options = (spec("f8"), spec("bool"), spec("i8"))
         with x64():
-            mode = mode or choose_mode(model)
-        program = Program.trace(
-            _accumulate(model, piece_rows, mode),
-            carry,
-            point,
-            options,
-            spec("i8"),
-            _rows_spec(model, piece_rows),
-        )
-        return cls(program, model.layout, p, piece_rows, (1.0,) * (p + 1))
+            jaxpr = model.jaxpr()
+            mode = mode or choose_mode(model, jaxpr)
+        what = (cls, model.layout, model.dtype, model.n_params, piece_rows, mode)
+        program = traced_once(what, jaxpr, lambda: _trace_sums(model, piece_rows, mode))
+        factors = (1.0,) * (model.n_params + 1)
+        return cls(program, model.layout, model.n_params, piece_rows, factors)
 
     def __call__(
         self,
@@ -330,11 +337,18 @@ class PredictionKernel:
     @classmethod
     def trace(cls, model: Model, piece_rows: int = BLOCK_ROWS * 16) -> PredictionKernel:
         """Trace the evaluation of this model for pieces of this length."""
-        program = Program.trace(
-            lambda x, params: model(x, params.astype(model.dtype)),
-            model.x_specs(piece_rows),
-            jax.ShapeDtypeStruct((model.n_params,), np.dtype("f8")),
-        )
+
+        def trace() -> Program:
+            return Program.trace(
+                lambda x, params: model(x, params.astype(model.dtype)),
+                model.x_specs(piece_rows),
+                jax.ShapeDtypeStruct((model.n_params,), np.dtype("f8")),
+            )
+
+        with x64():
+            jaxpr = model.jaxpr()
+        what = (cls, model.layout, model.dtype, model.n_params, piece_rows)
+        program = traced_once(what, jaxpr, trace)
         return cls(program, model.layout, piece_rows)
 
     def __call__(

@@ -12,6 +12,8 @@ import numpy as np
 
 from nlsq_dask.core.rows import Layout
 
+TRACED_ROWS = 1024  # in a jaxpr; more than a model would have of anything else
+
 
 @dataclass(frozen=True)
 class Model:
@@ -42,6 +44,11 @@ class Model:
             jax.ShapeDtypeStruct((n_rows, *shape), np.dtype(dtype))
             for shape, dtype in zip(self.layout.x_features, self.layout.x_dtypes, strict=True)
         )
+
+    def jaxpr(self) -> Any:
+        """Trace the function with its parameters as single numbers; to be called in 64 bits."""
+        params = [jax.ShapeDtypeStruct((), np.dtype(self.dtype)) for _ in range(self.n_params)]
+        return jax.make_jaxpr(self.__call__)(self.x_specs(TRACED_ROWS), params)
 
     def __call__(self, x: Sequence[Any], params: Any) -> Any:
         """Evaluate the function on flat x arrays; ``params`` is one array of shape (p,)."""

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 # Reading is what sampling costs: so many blocks at most, and rows either of this number, which are
-# read in no time, or of this share of the data set.
+# read in no time, or of this share of the data set; of a larger one where the share would not
+# reach for two blocks.
 _MAX_BLOCKS = 16
 _FREE_ROWS = 2**20
-_MAX_SHARE = 0.2
+_SHARE, _LARGEST_SHARE = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ def plan_sample(
         counts = [int(block_rows[index]) for index in filled]
         return SamplePlan(tuple(filled), tuple(counts), seed)
     n_rows = int(block_rows.sum())
-    readable = n_rows if in_memory else max(_MAX_SHARE * n_rows, _FREE_ROWS)
-    n_blocks = max(1, min(len(filled), _MAX_BLOCKS, math.floor(readable * len(filled) / n_rows)))
+    n_blocks = _MAX_BLOCKS
+    if not in_memory:
+        share = _SHARE if len(filled) * _SHARE >= 2 else _LARGEST_SHARE
+        readable = max(share * n_rows, _FREE_ROWS)
+        n_blocks = min(n_blocks, math.floor(readable * len(filled) / n_rows))
+    n_blocks = max(1, min(len(filled), n_blocks))
     random = np.random.default_rng(seed)
     points = qmc.LatinHypercube(d=block_rows.ndim, rng=random).random(n_blocks)
     cells = [tuple(map(int, cell)) for cell in points * np.array(block_rows.shape)]
