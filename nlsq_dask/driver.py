@@ -72,7 +72,7 @@ class Outcome:
     iterations : int
         Gauss-Newton iterations over all rows.
     covariance : Covariance or None
-    n_passes, rows_read, bytes_read : int
+    n_passes, rows_read, bytes_read, rows_cached : int
     diagnostics : dict
         Of warm-up and sample.
     """
@@ -85,6 +85,7 @@ class Outcome:
     n_passes: int
     rows_read: int
     bytes_read: int
+    rows_cached: int
     diagnostics: dict[str, Any]
 
 
@@ -385,5 +386,6 @@ class Driver:
             n_passes=self._passes.n_passes,
             rows_read=self._passes.rows_read,
             bytes_read=self._passes.bytes_read,
+            rows_cached=self._passes.rows_cached,
             diagnostics=self._diagnostics,
         )

@@ -16,7 +16,6 @@ _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
     ("residual_weights", lambda c: c.residual_weights is not None),
     ("group_variance_indices", lambda c: c.group_variance_indices is not None),
     ('precision="float32"', lambda c: c.dtype == "float32"),
-    ("a cache of a given size", lambda c: c.cache not in ("auto", 0)),
     ("checkpoint_dir", lambda c: c.enable_checkpoints and c.checkpoint_dir is not None),
     ("resume_from_checkpoint", lambda c: c.resume_from_checkpoint is not None),
     ("validate_numerics=False", lambda c: not c.validate_numerics),

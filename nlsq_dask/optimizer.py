@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any, NoReturn
 
 import numpy as np
@@ -157,8 +158,8 @@ class AdaptiveHybridStreamingOptimizer:
             _check_choices(nan_policy, absolute_sigma, callback, verbose)
             parameters = parse_parameters(model, p0, bounds, param_names)
             refuse_many_parameters(len(parameters.names), config)
-            data = DataSet(align(x_data, y_data, sigma))
-            traced = Model(model, len(parameters.names), data.blocks.layout, config.dtype)
+            blocks = align(x_data, y_data, sigma)
+            traced = Model(model, len(parameters.names), blocks.layout, config.dtype)
             _warn_of_float32(traced)
             own = DefenseLayerTelemetry()
             observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
@@ -170,11 +171,12 @@ class AdaptiveHybridStreamingOptimizer:
                 for observer in observers:
                     observer(event)
 
-            driver = Driver(
-                traced, parameters, data, config, nan_policy, absolute_sigma, emit, callback
-            )
-            self._publish(driver.normalizer, model)
-            outcome = driver.run()
+            with closing(DataSet(blocks, config.cache)) as data:
+                driver = Driver(
+                    traced, parameters, data, config, nan_policy, absolute_sigma, emit, callback
+                )
+                self._publish(driver.normalizer, model)
+                outcome = driver.run()
             outcome.diagnostics["defense"] = own.get_summary()
             result = make_result(outcome, traced, parameters, self.phase_history)
             emit(FitEnded(result.success, result.message))

@@ -27,7 +27,7 @@ class Passes:
 
     Attributes
     ----------
-    n_passes, rows_read, bytes_read : int
+    n_passes, rows_read, bytes_read, rows_cached : int
     """
 
     def __init__(self, data: DataSet, omits_nan: bool, emit: Observer) -> None:
@@ -37,6 +37,7 @@ class Passes:
         self.n_passes = 0
         self.rows_read = 0
         self.bytes_read = 0
+        self.rows_cached = 0
         self._first: NormalEquations | None = None
 
     def sample(self, rows: int, seed: int) -> Sample:
@@ -87,6 +88,7 @@ class Passes:
         self.n_passes += 1
         self.rows_read += sums.rows_read
         self.bytes_read += sums.bytes_read
+        self.rows_cached += sums.rows_cached
         self._emit(
             PassFinished(
                 self.n_passes,

@@ -68,7 +68,7 @@ def make_result(
         n_passes=outcome.n_passes,
         rows_read=outcome.rows_read,
         bytes_read=outcome.bytes_read,
-        rows_cached=0,
+        rows_cached=outcome.rows_cached,
         phase_history=phase_history,
         diagnostics={
             **outcome.diagnostics,

@@ -18,7 +18,7 @@ def process_client() -> Iterator[Client]:
     """A real cluster of two worker processes, not the default client of anyone."""
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

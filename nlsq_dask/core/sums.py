@@ -40,6 +40,8 @@ class NormalEquations:
         Flat index of the first block with a bad row, or ``NO_BLOCK``.
     rows_read, bytes_read : int
         What was read from the source to make these sums.
+    rows_cached : int
+        What was in a worker's memory from an earlier pass.
     candidate_costs : ndarray, shape (k,)
         ``1/2 sum r^2`` at further points.
     """
@@ -59,6 +61,7 @@ class NormalEquations:
     first_bad_block: int = NO_BLOCK
     rows_read: int = 0
     bytes_read: int = 0
+    rows_cached: int = 0
     candidate_costs: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def combine(self, other: Self) -> Self:
@@ -80,6 +83,7 @@ class NormalEquations:
             first_bad_block=min(blocks, default=NO_BLOCK),
             rows_read=self.rows_read + other.rows_read,
             bytes_read=self.bytes_read + other.bytes_read,
+            rows_cached=self.rows_cached + other.rows_cached,
             candidate_costs=self.candidate_costs + other.candidate_costs,
         )
 

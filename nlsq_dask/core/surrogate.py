@@ -64,13 +64,15 @@ class Surrogate:
         jtj = weight * new.jtj + curvature
         if (np.diag(jtj) < _LEAST_CURVATURE * np.diag(exact.jtj)).any():
             jtj = exact.jtj
+        cost = weight * (new.cost - old.cost) + exact.cost
+        cost += float((slope + 0.5 * curvature @ step) @ step)
+        if cost < 0.0:  # by rounding where the fit is perfect, else because S ends here
+            cost = 0.0 if cost >= -self.point.cost_noise else np.inf
         return replace(
             exact,
             jtj=jtj,
             jtr=weight * new.jtr + slope + curvature @ step,
-            cost=weight * new.cost
-            + (exact.cost - weight * old.cost)
-            + float((slope + 0.5 * curvature @ step) @ step),
+            cost=cost,
             n_nonfinite=new.n_nonfinite,
             candidate_costs=np.zeros(0),
         )

@@ -62,6 +62,18 @@ class RowBlocks:
             rows = np.multiply.outer(rows, np.asarray(sizes, np.int64))
         return rows
 
+    def block_bytes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the bytes of every block of all arrays, in the shape of the grid."""
+        total = np.zeros(self.grid, np.int64)
+        for array in self.arrays:
+            n_bytes = np.full((), array.dtype.itemsize, np.int64)
+            for axis, sizes in enumerate(array.chunks):
+                n_bytes = np.multiply.outer(n_bytes, np.asarray(sizes, np.int64))
+                if axis >= len(self.grid):
+                    n_bytes = n_bytes.sum(axis=-1)
+            total += n_bytes
+        return total
+
     def keys(self, block: tuple[int, ...]) -> list[tuple[Any, ...]]:
         """Return the graph's keys of one block of every array, in the order of ``arrays``."""
         return [_block_key(array, block) for array in self.arrays]

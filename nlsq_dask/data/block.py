@@ -69,6 +69,16 @@ class Block:
         arrays = (self.y, *self.x, *(array for array in optional if array is not None))
         return sum(array.nbytes for array in arrays)
 
+    def compact(self) -> Self:
+        """Return the block with arrays that keep no larger ones alive."""
+
+        def own(array: Array | None) -> Any:
+            is_part = array is not None and getattr(array.base, "nbytes", 0) > array.nbytes
+            return array.copy() if array is not None and is_part else array
+
+        x = tuple(map(own, self.x))
+        return type(self)(self.shape, own(self.y), x, own(self.sigma), own(self.mask))
+
     def rows(self, start: int, stop: int) -> Rows:
         """Return a range of rows, counted in C order over the block."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -15,8 +16,11 @@ from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
-from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, send_once
+from nlsq_dask.engine.group import CacheBudget, Group
+from nlsq_dask.engine.memory import MemoryPlan
+from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, hold, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
+from nlsq_dask.engine.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,43 @@ class DataSet:
 
     The graph is analysed once; a pass adds little more than its names and the parameters.
 
+    It holds its groups on the workers until it is closed.
+
     Parameters
     ----------
     blocks : RowBlocks
+    cache : int or "auto"
+        Bytes of blocks that may stay in the workers' memory between passes.
+
+    Raises
+    ------
+    DataError
+        If a block is too large for the memory of a worker.
     """
 
-    def __init__(self, blocks: RowBlocks) -> None:
+    def __init__(self, blocks: RowBlocks, cache: int | str) -> None:
         self.blocks = blocks
         self._block_rows = blocks.block_rows()
+        self._workers = Workers.active()
+        groups = group_blocks(self._block_rows)
+        self.memory = MemoryPlan.of(blocks, groups, self._workers, cache)
+        self.memory.check()
         self._source = SourceGraph(blocks)
-        self._source.replace(send_once(self._source.large_literals))
-        self._readers, self._shared = self._source.readers(group_blocks(self._block_rows))
+        self._source.replace(send_once(self._source.large_literals, self._workers.client))
+        readers, self._shared = self._source.readers(groups)
+        budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
+        self._inputs = [reader.inputs for reader in readers]
+        held = [
+            Group(reader, n_bytes, budget)
+            for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
+        ]
+        self._groups = hold("group", held, self._workers)
+        self._kernel: tuple[NormalEquationsKernel, Any] | None = None
+
+    def close(self) -> None:
+        """Let go of what is held on the workers."""
+        self._groups, self._kernel, self._shared = [], None, {}
+        del self._source
 
     @property
     def longest_block(self) -> int:
@@ -93,19 +123,22 @@ class DataSet:
     def reduce(self, kernel: NormalEquationsKernel, request: PassRequest) -> PassResult:
         """Sum over all rows: one pass."""
         graph = TaskGraph(self._shared)
-        kernel_ref = graph.constant("kernel", kernel)
-        request_ref = graph.constant("request", request)
+        if self._kernel is None or self._kernel[0] is not kernel:
+            self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]
+        constants = (
+            graph.constant("kernel", self._kernel[1]),
+            graph.constant("request", request),
+        )
         leaves = [
             graph.task(
                 "normal-equations",
                 i,
                 _reduce_group,
-                reader,
-                kernel_ref,
-                request_ref,
-                inputs=reader.inputs,
+                graph.constant(f"group-{i}", group),
+                *constants,
+                inputs=inputs,
             )
-            for i, reader in enumerate(self._readers)
+            for i, (group, inputs) in enumerate(zip(self._groups, self._inputs, strict=True))
         ]
         result: PassResult = graph.run(graph.tree("combine", leaves, _combine))
         return result
@@ -124,14 +157,14 @@ class DataSet:
 
 
 def _reduce_group(
-    reader: GroupReader, kernel: NormalEquationsKernel, request: PassRequest, *inputs: Any
+    group: Group, kernel: NormalEquationsKernel, request: PassRequest, *inputs: Any
 ) -> PassResult:
-    parts = (_reduce_block(kernel, request, i, block) for i, block in reader.read(inputs))
+    parts = (_reduce_block(kernel, request, *block) for block in group.blocks(inputs))
     return reduce(_combine, parts)
 
 
 def _reduce_block(
-    kernel: NormalEquationsKernel, request: PassRequest, index: int, block: Block
+    kernel: NormalEquationsKernel, request: PassRequest, index: int, block: Block, is_kept: bool
 ) -> PassResult:
     sums = kernel(
         block.pieces(kernel.piece_rows),
@@ -140,7 +173,10 @@ def _reduce_block(
         candidates=request.candidates,
         wants_moments=request.is_first,
     )
-    sums = replace(sums, rows_read=len(block), bytes_read=block.nbytes)
+    if is_kept:
+        sums = replace(sums, rows_cached=len(block))
+    else:
+        sums = replace(sums, rows_read=len(block), bytes_read=block.nbytes)
     taken = thin_out(len(block), request.sample_share, request.seed, index)
     return PassResult(sums, block.take(taken) if len(taken) else None)
 

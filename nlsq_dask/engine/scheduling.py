@@ -12,27 +12,31 @@ from typing import Any
 
 import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
-from dask.base import get_scheduler
 from dask.delayed import Delayed
-from distributed import Client
+from distributed import Client, Future
 from numpy.typing import NDArray
 
+from nlsq_dask.engine.workers import Workers
+
 # A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
-# one. The limits keep a group's reading bounded and leave tasks for many workers.
-_GROUP_ROWS = 2**18
-_GROUP_BLOCKS = 128
+# one, and with many blocks groups grow, so that there are never many more tasks than these.
+_LEAST_GROUP_ROWS = 2**18
+_LEAST_GROUP_BLOCKS = 128
+_MOST_GROUPS = 8192
 _TREE_WIDTH = 16
 
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
     """Put consecutive blocks into groups, in C order of the grid; empty blocks are left out."""
+    most_rows = max(_LEAST_GROUP_ROWS, int(block_rows.sum()) // _MOST_GROUPS)
+    most_blocks = max(_LEAST_GROUP_BLOCKS, int((block_rows > 0).sum()) // _MOST_GROUPS)
     groups: list[list[tuple[int, ...]]] = []
     rows = 0
     for index in np.ndindex(block_rows.shape):
         size = int(block_rows[index])
         if not size:
             continue
-        if not groups or rows + size > _GROUP_ROWS or len(groups[-1]) >= _GROUP_BLOCKS:
+        if not groups or rows + size > most_rows or len(groups[-1]) >= most_blocks:
             groups.append([])
             rows = 0
         groups[-1].append(index)
@@ -40,8 +44,8 @@ def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
     return groups
 
 
-def send_once(values: dict[Any, Any]) -> dict[Any, Any]:
-    """Send large values to the active cluster, if there is one, for as long as the result lives.
+def send_once(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
+    """Send large values to a cluster, if there is one, for as long as the result lives.
 
     Otherwise every pass would carry them in its graph.
 
@@ -50,12 +54,43 @@ def send_once(values: dict[Any, Any]) -> dict[Any, Any]:
     dict
         A future for every key; empty where tasks run in this process's memory anyway.
     """
-    client = getattr(get_scheduler(), "__self__", None)
-    if not values or not isinstance(client, Client):
+    if not values or client is None:
         return {}
     # Under names of their own: a name that was used before could still be on its way out.
     futures = client.scatter(list(values.values()), hash=False)
     return dict(zip(values, futures, strict=True))
+
+
+def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
+    """Place values on the workers, evenly, for as long as the results live.
+
+    They are results of tasks, so that a scheduler can make them again if a worker is lost.
+
+    Returns
+    -------
+    list
+        Futures on a cluster, else the values themselves.
+    """
+    if workers.client is None:
+        return values
+    token = uuid.uuid4().hex
+    futures: dict[int, Any] = {}
+    for address, share in workers.share_out(list(enumerate(values))).items():
+        if not share:
+            continue
+        placed = workers.client.map(
+            _itself,
+            [value for _, value in share],
+            key=[f"nlsq-{name}-{token}-{i}" for i, _ in share],
+            workers=[address],
+            allow_other_workers=True,
+        )
+        futures.update(zip((i for i, _ in share), placed, strict=True))
+    return [futures[i] for i in range(len(values))]
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class TaskGraph:
@@ -71,6 +106,9 @@ class TaskGraph:
 
     def constant(self, name: str, value: Any) -> TaskRef:
         """Add a value that many tasks need, so that it is sent to a worker once."""
+        if isinstance(value, Future):
+            self._tasks[value.key] = value
+            return TaskRef(value.key)
         key = f"nlsq-{name}-{self._token}"
         self._tasks[key] = DataNode(key, value)
         return TaskRef(key)

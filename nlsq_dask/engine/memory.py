@@ -1,0 +1,93 @@
+"""``MemoryPlan``: what a pass needs of a worker's memory, computed before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dask.utils import format_bytes
+
+from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.engine.workers import Workers
+from nlsq_dask.errors import DataError
+
+# Python with its libraries, compiled programs, the scheduler's own needs; measured.
+_BASE_BYTES = 350 * 2**20
+# While a chunk is decoded, encoded and decoded bytes are in memory together.
+_COPIES = 2
+_MOST_FILLED = 0.8  # of a worker's memory, where distributed pauses it
+_AUTO_CACHE = 0.2  # of a worker's memory
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that the blocks take.
+
+    Attributes
+    ----------
+    group_bytes : tuple of int
+        Of all blocks of each group.
+    task_bytes : int
+        That one running task needs at most.
+    threads : int
+        Tasks that run at once in a worker.
+    cache_bytes : int
+        That blocks may take in a worker between passes.
+    limit : int
+        Memory of a worker.
+    """
+
+    group_bytes: tuple[int, ...]
+    task_bytes: int
+    threads: int
+    cache_bytes: int
+    limit: int
+
+    @classmethod
+    def of(
+        cls,
+        blocks: RowBlocks,
+        groups: Sequence[Sequence[tuple[int, ...]]],
+        workers: Workers,
+        cache: int | str,
+    ) -> MemoryPlan:
+        """Compute it from the grid of blocks and the option ``cache``."""
+        block_bytes = blocks.block_bytes()
+        group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)
+        at_once = 2 if max(map(len, groups)) > 1 else 1  # the next block is read ahead
+        task_bytes = 0 if blocks.in_memory else _COPIES * at_once * int(block_bytes.max())
+        threads, limit = workers.most_threads, workers.memory_limit
+        free = int(_MOST_FILLED * limit) - _BASE_BYTES - threads * task_bytes
+        wanted = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
+        is_useful = workers.is_persistent and not blocks.in_memory
+        cache_bytes = max(min(int(wanted), free), 0) if is_useful else 0
+        return cls(group_bytes, task_bytes, threads, cache_bytes, limit)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes of all blocks."""
+        return sum(self.group_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a worker needs at most, cache included."""
+        cached = min(self.cache_bytes, self.bytes_per_pass)
+        return _BASE_BYTES + self.threads * self.task_bytes + cached
+
+    @property
+    def problem(self) -> str | None:
+        """Why a worker would not have enough memory, or None."""
+        needed = _BASE_BYTES + self.threads * self.task_bytes
+        if needed <= _MOST_FILLED * self.limit:
+            return None
+        return (
+            f"a worker would need {format_bytes(needed)} and has {format_bytes(self.limit)}: each "
+            f"of its {self.threads} threads reads a block of up to "
+            f"{format_bytes(self.task_bytes // _COPIES)}. Use smaller chunks (rechunk the arrays, "
+            f"or open them with chunks=...), fewer threads a worker, or workers with more memory."
+        )
+
+    def check(self) -> None:
+        """Raise a DataError if a worker would not have enough memory."""
+        if self.problem is not None:
+            raise DataError(self.problem)

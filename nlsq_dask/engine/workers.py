@@ -1,0 +1,69 @@
+"""``Workers``: on what a fit runs, as far as memory and number of tasks depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+from dask.base import get_scheduler
+from dask.local import get_sync
+from dask.system import CPU_COUNT
+from dask.threaded import get as get_threaded
+from distributed import Client
+from distributed.system import MEMORY_LIMIT
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that run tasks.
+
+    Attributes
+    ----------
+    client : distributed.Client or None
+    threads : dict of str to int
+        Threads of each process by its address, "local" without a cluster.
+    memory_limit : int
+        Bytes that the smallest process may use.
+    is_persistent : bool
+        Whether a process that ran a task may find what it kept at the next one.
+    """
+
+    client: Client | None
+    threads: dict[str, int]
+    memory_limit: int
+    is_persistent: bool
+
+    @classmethod
+    def active(cls) -> Workers:
+        """Return the workers of the active client, else those of Dask's configuration."""
+        get = get_scheduler()
+        client = getattr(get, "__self__", None)
+        if isinstance(client, Client):
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            limits = [info["memory_limit"] or MEMORY_LIMIT for info in workers.values()]
+            threads = {address: int(info["nthreads"]) for address, info in workers.items()}
+            return cls(client, threads, int(min(limits, default=MEMORY_LIMIT)), True)
+        if get is get_sync:
+            return cls(None, {"local": 1}, MEMORY_LIMIT, True)
+        pool = dask.config.get("pool", None)
+        count = dask.config.get("num_workers", None) or getattr(pool, "_max_workers", CPU_COUNT)
+        return cls(None, {"local": int(count)}, MEMORY_LIMIT, get in (None, get_threaded))
+
+    @property
+    def n_processes(self) -> int:
+        """Number of processes; at least one, as a cluster may still be starting."""
+        return max(len(self.threads), 1)
+
+    @property
+    def most_threads(self) -> int:
+        """Threads of the process that has most of them."""
+        return max(self.threads.values(), default=1)
+
+    def share_out(self, items: list[Any]) -> dict[str, list[Any]]:
+        """Deal items to the processes in turn, as many to each as it has threads."""
+        turns = [address for address, count in self.threads.items() for _ in range(count)]
+        return {
+            address: [item for i, item in enumerate(items) if turns[i % len(turns)] == address]
+            for address in self.threads
+        }
