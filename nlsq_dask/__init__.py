@@ -12,6 +12,7 @@ from nlsq_dask.observers.telemetry import (
     reset_defense_telemetry,
 )
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
+from nlsq_dask.plan import Plan
 from nlsq_dask.result import FitResult
 
 __version__ = _version("nlsq-dask")
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteDataError",
     "NormalizedModelWrapper",
     "ParameterNormalizer",
+    "Plan",
     "curve_fit",
     "get_defense_telemetry",
     "reset_defense_telemetry",

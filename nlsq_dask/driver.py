@@ -173,11 +173,11 @@ class Driver:
         check_trace(self._model)
         row_bytes = self._model.layout.row_bytes
         rows = piece_rows_for(self._data.longest_block, self._config.piece_rows, row_bytes)
-        kernel = NormalEquationsKernel.trace(self._exact_model, rows)
-        self._kernel = kernel
-        if self._model.dtype != self._exact_model.dtype:
-            self._kernel = NormalEquationsKernel.trace(self._model, rows)
-        return kernel
+        platforms = self._data.platforms
+        details["platforms"] = platforms
+        kernel = NormalEquationsKernel.trace(self._model, rows, platforms=platforms)
+        self._kernel = replace(kernel, uses_all_devices=self._config.enable_multi_device)
+        return NormalEquationsKernel.trace(self._exact_model, rows)
 
     def _read_sample(self, kernel: NormalEquationsKernel, details: dict[str, Any]) -> SampleProblem:
         read = self._passes.sample(self._config.sample_size, self._config.random_seed)

@@ -15,7 +15,6 @@ _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
     ("enable_residual_weighting", lambda c: c.enable_residual_weighting),
     ("residual_weights", lambda c: c.residual_weights is not None),
     ("group_variance_indices", lambda c: c.group_variance_indices is not None),
-    ('precision="float32"', lambda c: c.dtype == "float32"),
     ("checkpoint_dir", lambda c: c.enable_checkpoints and c.checkpoint_dir is not None),
     ("resume_from_checkpoint", lambda c: c.resume_from_checkpoint is not None),
     ("validate_numerics=False", lambda c: not c.validate_numerics),
@@ -23,7 +22,6 @@ _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
     ("max_retries_per_batch other than 2", lambda c: c.max_retries_per_batch != 2),
     ("min_success_rate below 1", lambda c: c.min_success_rate < 1.0),
     ("max_walltime", lambda c: c.max_walltime is not None),
-    ("enable_multi_device", lambda c: c.enable_multi_device),
     ("log_file", lambda c: c.log_file is not None),
     ("enable_multistart", lambda c: c.enable_multistart),
 )

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
-from nlsq_dask.data.alignment import align
+from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Callback, Driver
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import FitInProgressError
@@ -31,7 +31,8 @@ from nlsq_dask.events import (
 from nlsq_dask.not_built_yet import refuse_many_parameters, refuse_unbuilt
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
-from nlsq_dask.parameters import parse_parameters
+from nlsq_dask.parameters import Parameters, parse_parameters
+from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
 from nlsq_dask.verdict import make_result
 
@@ -153,14 +154,10 @@ class AdaptiveHybridStreamingOptimizer:
             )
         try:
             self._forget()
-            config = self.config.validated_copy()
-            refuse_unbuilt(config, loss, f_scale)
             _check_choices(nan_policy, absolute_sigma, callback, verbose)
+            config = self._checked_config(loss, f_scale)
             parameters = parse_parameters(model, p0, bounds, param_names)
-            refuse_many_parameters(len(parameters.names), config)
-            blocks = align(x_data, y_data, sigma)
-            traced = Model(model, len(parameters.names), blocks.layout, config.dtype)
-            _warn_of_float32(traced)
+            blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
             own = DefenseLayerTelemetry()
             observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
             level = config.verbose if verbose is None else verbose
@@ -184,9 +181,45 @@ class AdaptiveHybridStreamingOptimizer:
         finally:
             self._running.release()
 
-    def plan(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not built yet: blocks, tasks, bytes and memory of a fit, without reading."""
-        raise NotImplementedError("plan() is not built yet in this version of nlsq_dask.")
+    def plan(
+        self,
+        model: Callable[..., Any],
+        x_data: Any,
+        y_data: Any,
+        p0: Any = None,
+        bounds: Any = None,
+        *,
+        sigma: Any = None,
+        absolute_sigma: bool = False,
+        loss: str = "linear",
+        f_scale: float = 1.0,
+        nan_policy: str = "raise",
+        param_names: Sequence[str] | None = None,
+        callback: Callback | None = None,
+        verbose: int | None = None,
+    ) -> Plan:
+        """Say what ``fit`` would do with the same arguments; only metadata is read.
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        DataError, ModelError, ValueError, TypeError, NotImplementedError
+            As ``fit`` would, except for what only the values of the data can tell and for blocks
+            too large for a worker, which are among the plan's ``problems``.
+        """
+        _check_choices(nan_policy, absolute_sigma, callback, verbose)
+        config = self._checked_config(loss, f_scale)
+        parameters = parse_parameters(model, p0, bounds, param_names)
+        blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
+        return make_plan(blocks, traced, config)
+
+    def _checked_config(self, loss: str, f_scale: float) -> HybridStreamingConfig:
+        config = self.config.validated_copy()
+        refuse_unbuilt(config, loss, f_scale)
+        return config
 
     def _publish(self, normalizer: ParameterNormalizer, model: Callable[..., Any]) -> None:
         self.normalizer = normalizer
@@ -224,11 +257,27 @@ def _check_choices(
         raise ValueError(f"verbose must be an integer >= 0 or None; got {verbose!r}.")
 
 
+def _align(
+    model: Callable[..., Any],
+    parameters: Parameters,
+    x_data: Any,
+    y_data: Any,
+    sigma: Any,
+    config: HybridStreamingConfig,
+) -> tuple[RowBlocks, Model]:
+    n_params = len(parameters.names)
+    refuse_many_parameters(n_params, config)
+    blocks = align(x_data, y_data, sigma)
+    traced = Model(model, n_params, blocks.layout, config.dtype)
+    _warn_of_float32(traced)
+    return blocks, traced
+
+
 def _warn_of_float32(model: Model) -> None:
     names = float32_constants(model) if model.dtype == "float64" else []
     if names:
         warnings.warn(
             f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "
             f"have 7 digits only. Make them NumPy arrays, or create them inside the model.",
-            stacklevel=3,
+            stacklevel=4,
         )

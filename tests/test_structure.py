@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"result", "xarray"},
     "predict": {"core", "data", "errors", "dask", "xarray"},
+    "plan": {"config", "core", "data", "engine", "dask"},
     "result": {"core", "predict", "report", "xarray"},
     "verdict": {"core", "driver", "parameters", "result", "stopping"},
     "optimizer": {
@@ -48,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "observers",
         "verdict",
         "parameters",
+        "plan",
         "result",
         "not_built_yet",
     },

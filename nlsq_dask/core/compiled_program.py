@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax import export
 
+from nlsq_dask.core.devices import CPU
 from nlsq_dask.core.precision import x64
 from nlsq_dask.errors import ModelError
 
@@ -57,7 +58,7 @@ class Program:
         self.serialized = serialized
 
     @classmethod
-    def trace(cls, function: Callable[..., Any], *specs: Any) -> Self:
+    def trace(cls, function: Callable[..., Any], *specs: Any, platform: str = CPU) -> Self:
         """Trace ``function`` for arguments of these shapes and dtypes."""
 
         def program(*args: Any) -> Any:  # a fixed name: it is part of the text
@@ -65,7 +66,7 @@ class Program:
 
         with x64():
             try:
-                exported = export.export(jax.jit(program), platforms=["cpu"])(*specs)
+                exported = export.export(jax.jit(program), platforms=[platform])(*specs)
                 serialized = bytes(exported.serialize())
             except NotImplementedError as error:
                 raise ModelError(
@@ -76,10 +77,14 @@ class Program:
         text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
         return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
 
-    def __call__(self, *args: Any) -> Any:
-        """Run the program; the arguments must have the shapes and dtypes it was traced for."""
-        with x64():
-            return compiled_once(self.fingerprint, self._compile)(*args)
+    def __call__(self, *args: Any, device: jax.Device | None = None) -> Any:
+        """Run the program; the arguments must have the shapes and dtypes it was traced for.
+
+        It runs on the given device, else on the CPU.
+        """
+        key = self.fingerprint if device is None else f"{self.fingerprint}-{device.id}"
+        with x64(device):
+            return compiled_once(key, self._compile)(*args)
 
     def _compile(self) -> Callable[..., Any]:
         exported = export.deserialize(bytearray(self.serialized))

@@ -30,6 +30,7 @@ _SHRINKING = 0.5  # below this, one more step leads closer
 # variances.
 _COVARIANCE_RTOL = 1e-7
 _CARRIED_RTOL = 5e-6  # of which a sample foresees all but a few percent
+_MEMORY = 3  # accepted points
 _LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol |p|
 # The change of the covariance as extrapolated from the step before, which has another direction,
 # has been seen 5 times too small.
@@ -237,6 +238,8 @@ class State:
         Ratio of the last two measures if a full step lies between them, else infinity.
     covariance_change : float
         Relative change of the covariance along that step.
+    earlier : tuple of Point
+        The last points accepted before this one, the newest first.
     rejected : int
         Trials rejected since the last accepted one.
     forecasts_rejected : int
@@ -253,6 +256,7 @@ class State:
     iteration: int = 0
     contraction: float = np.inf
     covariance_change: float = np.inf
+    earlier: tuple[Point, ...] = ()
     rejected: int = 0
     forecasts_rejected: int = 0
     stop: StopReason | None = None
@@ -396,6 +400,7 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
             radius=radius,
             contraction=contraction,
             covariance_change=change,
+            earlier=(old, *state.earlier)[:_MEMORY],
             rejected=0,
         )
     )

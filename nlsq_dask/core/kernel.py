@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.core.compiled_program import Program, traced_once
+from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
@@ -24,6 +26,7 @@ from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 
 _STRETCH = 16  # blocks after which the sums are looked at
+_GPU_BLOCK_ROWS = 2**18
 BLOCK_ROWS = 1024  # rows in one matrix product; 1,000 to 2,000 were equally fast
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
 # Larger pieces take new pages from the system for every copy, smaller ones more calls.
@@ -176,14 +179,15 @@ class _Loops:
         return poison
 
 
-def _accumulate(model: Model, piece_rows: int, mode: Mode) -> Callable[..., Carry]:
+def _accumulate(model: Model, piece_rows: int, mode: Mode, platform: str) -> Callable[..., Carry]:
     """Return the function that adds a piece of rows to running sums."""
+    block_rows = min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
 
     def accumulate(carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any) -> Carry:
         params, factors, candidates = (array.astype(model.dtype) for array in point)
         y0, wants_moments, n_candidates = options
         gram, counts, moments, costs = carry
-        loops = _Loops(model, min(BLOCK_ROWS, piece_rows), mode, n_rows, arrays)
+        loops = _Loops(model, block_rows, mode, n_rows, arrays)
         gram, counts, n_plain = loops.normal_equations(gram, counts, params, factors)
         moments = lax.cond(
             wants_moments, lambda: loops.moments(moments, y0, n_plain), lambda: moments
@@ -204,19 +208,20 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
     return spec(layout.y_dtype), model.x_specs(n_rows), spec(layout.sigma_dtype), spec(mask)
 
 
-def _trace_sums(model: Model, piece_rows: int, mode: Mode) -> Program:
+def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Program:
     p = model.n_params
 
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     return Program.trace(
-        _accumulate(model, piece_rows, mode),
+        _accumulate(model, piece_rows, mode, platform),
         (spec("f8", p + 1, p + 1), spec("i8", 4), spec("f8", 3), spec("f8", MOST_CANDIDATES)),
         (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
         (spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
         _rows_spec(model, piece_rows),
+        platform=platform,
     )
 
 
@@ -226,7 +231,8 @@ class NormalEquationsKernel:
 
     Attributes
     ----------
-    program : Program
+    programs : dict of str to Program
+        By platform; a process takes the one for its best devices.
     layout : Layout
     n_params : int
     piece_rows : int
@@ -236,17 +242,26 @@ class NormalEquationsKernel:
         multiplied before their products are summed; they keep float32 away from its limits.
     y_reference : float
         The y0 of ``NormalEquations``.
+    uses_all_devices : bool
+        Whether a process shares its pieces among its devices; else it takes the first.
     """
 
-    program: Program
+    programs: dict[str, Program]
     layout: Layout
     n_params: int
     piece_rows: int
     factors: tuple[float, ...]
     y_reference: float = 0.0
+    uses_all_devices: bool = False
 
     @classmethod
-    def trace(cls, model: Model, piece_rows: int, mode: Mode | None = None) -> Self:
+    def trace(
+        cls,
+        model: Model,
+        piece_rows: int,
+        mode: Mode | None = None,
+        platforms: tuple[str, ...] = (CPU,),
+    ) -> Self:
         """Trace the kernel of this model for pieces of this length.
 
         The mode of the Jacobian is chosen by ``choose_mode`` unless it is given.
@@ -255,9 +270,14 @@ class NormalEquationsKernel:
             jaxpr = model.jaxpr()
             mode = mode or choose_mode(model, jaxpr)
         what = (cls, model.layout, model.dtype, model.n_params, piece_rows, mode)
-        program = traced_once(what, jaxpr, lambda: _trace_sums(model, piece_rows, mode))
+        programs = {
+            platform: traced_once(
+                (*what, platform), jaxpr, partial(_trace_sums, model, piece_rows, mode, platform)
+            )
+            for platform in platforms
+        }
         factors = (1.0,) * (model.n_params + 1)
-        return cls(program, model.layout, model.n_params, piece_rows, factors)
+        return cls(programs, model.layout, model.n_params, piece_rows, factors)
 
     def __call__(
         self,
@@ -289,21 +309,23 @@ class NormalEquationsKernel:
         n_candidates = len(points)
         padded = np.zeros((MOST_CANDIDATES, p))
         padded[:n_candidates] = points
-        carry: Carry = (
-            np.zeros((p + 1, p + 1)),
-            np.zeros(4, np.int64),
-            np.zeros(3),
-            np.zeros(MOST_CANDIDATES),
-        )
         y0, factors = self.y_reference, np.array(self.factors)
         point = (params, factors, padded)
         options = (np.float64(y0), np.bool_(wants_moments), np.int64(n_candidates))
         n_present = 0
-        for rows, n_rows in pieces:
-            arrays = (rows.y, rows.x, rows.sigma, rows.mask)
+        devices = usable_devices(tuple(self.programs), self.uses_all_devices)
+        carries = [self._nothing() for _ in devices]
+        for i, (rows, n_rows) in enumerate(pieces):
             n_present += n_rows
-            carry = self.program(carry, point, options, np.int64(n_rows), arrays)
-        scaled, counts, moments, costs = (np.asarray(part) for part in carry)
+            arrays = (rows.y, rows.x, rows.sigma, rows.mask)
+            device, carry = devices[i % len(devices)], carries[i % len(devices)]
+            if i >= 2 * len(devices):  # one piece computes, one is on its way; no more
+                jax.block_until_ready(carry)
+            carries[i % len(devices)] = self.programs[platform_of(device)](
+                carry, point, options, np.int64(n_rows), arrays, device=device
+            )
+        parts = zip(*carries, strict=True)
+        scaled, counts, moments, costs = (np.sum(part, axis=0) for part in parts)
         gram = scaled / factors[:, None] / factors
         weight, y_sum, y_square = map(float, moments)
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
@@ -324,6 +346,11 @@ class NormalEquationsKernel:
             first_bad_block=block if n_bad else NO_BLOCK,
             candidate_costs=0.5 * costs[:n_candidates],
         )
+
+    def _nothing(self) -> Carry:
+        p = self.n_params
+        gram = np.zeros((p + 1, p + 1))
+        return gram, np.zeros(4, np.int64), np.zeros(3), np.zeros(MOST_CANDIDATES)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The scope in which the library uses JAX: 64-bit, on the CPU, on this thread and nowhere else."""
+"""The scope in which the library uses JAX: 64-bit, on one device, on this thread alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax
 
 
 @contextmanager
-def x64() -> Iterator[None]:
-    """Enter a scope of 64-bit JAX values, local to the calling thread.
+def x64(device: jax.Device | None = None) -> Iterator[None]:
+    """Enter a scope of 64-bit JAX values on a device, local to the calling thread.
 
     The settings of the caller's own program are left as they are. Every task has to
     enter the scope itself, because it does not pass from thread to thread.
     """
-    cpu = jax.local_devices(backend="cpu")[0]
-    with jax.enable_x64(True), jax.default_device(cpu):
+    device = device or jax.local_devices(backend="cpu")[0]
+    with jax.enable_x64(True), jax.default_device(device):
         yield

@@ -11,8 +11,13 @@ least as good as a Gauss-Newton step where the sample says nothing, and its erro
 relative error of the sample's means where it does. It needs no reading. It remains a trial: the
 sums over all rows decide whether it is accepted.
 
+What the sample gets wrong of the curvature shows in the gradients over all rows at points accepted
+earlier; secant updates (symmetric rank one) put it right.
+
 References
 ----------
+J. E. Dennis, D. M. Gay and R. E. Welsch, "An adaptive nonlinear least-squares algorithm", ACM
+Transactions on Mathematical Software 7, 348-368 (1981), for the secant updates.
 M. I. Jordan, J. D. Lee and Y. Yang, "Communication-efficient distributed statistical inference",
 Journal of the American Statistical Association 114, 668-681 (2019).
 """
@@ -23,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.sums import NormalEquations
@@ -33,6 +39,7 @@ Reduce = Callable[[Vector], NormalEquations]
 _MOST_ITERATIONS = 60  # evaluations of the sample; large residuals converge linearly
 _TOL_SHARE = 0.01  # of the fit's tolerance
 _LEAST_CURVATURE = 0.1  # of J^T J's diagonal over all rows, below which the correction is doubted
+_MOST_SECANT = 0.5  # of the curvature
 _MOST_REJECTED = 2  # forecasts; a sample that misled so often is not asked again
 
 
@@ -48,18 +55,21 @@ class Surrogate:
         The sample's sums there.
     reduce : callable
         Sums over the sample.
+    secant : ndarray, shape (p, p)
+        What is added to the curvature.
     """
 
     point: gn.Point
     at_point: NormalEquations
     reduce: Reduce
+    secant: NDArray[np.float64]
 
     def __call__(self, params: Vector) -> NormalEquations:
         """Return what the sums over all rows should be at ``params``."""
         exact, old, new = self.point.sums, self.at_point, self.reduce(params)
         weight = exact.n_used / old.n_used
         step = params - self.point.params
-        curvature = exact.jtj - weight * old.jtj
+        curvature = exact.jtj - weight * old.jtj + self.secant
         slope = exact.jtr - weight * old.jtr
         jtj = weight * new.jtj + curvature
         if (np.diag(jtj) < _LEAST_CURVATURE * np.diag(exact.jtj)).any():
@@ -76,6 +86,20 @@ class Surrogate:
             n_nonfinite=new.n_nonfinite,
             candidate_costs=np.zeros(0),
         )
+
+    def reproducing(self, earlier: gn.Point) -> Surrogate:
+        """Return S with its curvature updated so that it has the gradient known of a point."""
+        scale = self.point.scale
+        step = (earlier.params - self.point.params) * scale
+        missed = (earlier.sums.jtr - self(earlier.params).jtr) / scale
+        along = float(missed @ step)
+        largest = _MOST_SECANT * abs(along)
+        curved = float(step @ (self.point.sums.jtj / np.outer(scale, scale)) @ step)
+        # An update is a small correction, or the point is too far away to learn from.
+        if not (0.0 < missed @ missed <= largest and abs(along) <= _MOST_SECANT * curved):
+            return self
+        update = np.outer(missed, missed) / along * np.outer(scale, scale)
+        return replace(self, secant=self.secant + update)
 
 
 def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
@@ -95,7 +119,9 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
         return None
     if at_point.n_used <= n_params or at_point.n_used >= point.sums.n_used:
         return None
-    surrogate = Surrogate(point, at_point, reduce)
+    surrogate = Surrogate(point, at_point, reduce, np.zeros_like(point.sums.jtj))
+    for earlier in reversed(state.earlier):
+        surrogate = surrogate.reproducing(earlier)
     settings = replace(
         point.settings, tol=_TOL_SHARE * point.settings.tol, max_iterations=_MOST_ITERATIONS
     )
@@ -111,5 +137,7 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
         reduction = point.quadratic.reduction(step)
     if not (there.is_finite and reduction > 0.0):
         return None
-    change = gn.covariance_change(point.sums.jtj, there.jtj, point.scale)
-    return gn.Trial(inner.solution, step, reduction, inner.stop.is_success, change, there.jtj)
+    # The secant updates are second derivatives of the residuals, which are no part of J^T J.
+    jtj = replace(surrogate, secant=np.zeros_like(point.sums.jtj))(inner.solution).jtj
+    change = gn.covariance_change(point.sums.jtj, jtj, point.scale)
+    return gn.Trial(inner.solution, step, reduction, inner.stop.is_success, change, jtj)

@@ -30,6 +30,8 @@ class RowBlocks:
     layout : Layout
     in_memory : bool
         Whether nothing has to be read from anywhere.
+    realigned : tuple of str
+        Arrays whose chunks were split to agree with the others, and how.
     """
 
     y: da.Array
@@ -38,6 +40,7 @@ class RowBlocks:
     mask: da.Array | None
     layout: Layout
     in_memory: bool
+    realigned: tuple[str, ...]
 
     @property
     def arrays(self) -> tuple[da.Array, ...]:
@@ -128,7 +131,14 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     features = tuple(array.shape[y.ndim :] for array in x)
     deviation = [] if sigma is None else [_matched(sigma, y_data, y, "sigma", cut)]
     masks = [] if mask is None else [mask]
-    y, *others = _unify([y, *x, *deviation, *masks], y.ndim)
+    before = [y, *x, *deviation, *masks]
+    names = ["y_data", *_leaf_names(x_names), *(["sigma"] if deviation else []), "mask"]
+    y, *others = after = _unify(before, y.ndim)
+    realigned = tuple(
+        f"{name}: {_blocks_text(old)} become {_blocks_text(new)}"
+        for name, old, new in zip(names, before, after, strict=False)
+        if old.numblocks != new.numblocks and not cut
+    )
     x = others[: len(x)]
     deviation = others[len(x) : len(x) + len(deviation)]
     masks = others[len(x) + len(deviation) :]
@@ -147,7 +157,12 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
         masks[0] if masks else None,
         layout,
         cut,
+        realigned,
     )
+
+
+def _blocks_text(array: da.Array) -> str:
+    return f"{' x '.join(map(str, array.numblocks))} blocks"
 
 
 def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:

@@ -120,6 +120,11 @@ class DataSet:
         """Rows of the largest block."""
         return int(self._block_rows.max())
 
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Platforms of the processes that will run kernels."""
+        return self._workers.platforms()
+
     def reduce(self, kernel: NormalEquationsKernel, request: PassRequest) -> PassResult:
         """Sum over all rows: one pass."""
         graph = TaskGraph(self._shared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
@@ -17,6 +17,8 @@ from distributed import Client, Future
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.workers import Workers
+
+T = TypeVar("T")
 
 # A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
 # one, and with many blocks groups grow, so that there are never many more tasks than these.
@@ -93,6 +95,20 @@ def _itself(value: Any) -> Any:
     return value
 
 
+def count_tree(n_leaves: int) -> int:
+    """Return the number of tasks that combine so many results."""
+    level: list[Any] = [None] * n_leaves
+    count = 0
+    while len(level) > 1:
+        level = _tree_parts(level)
+        count += sum(len(part) > 1 for part in level)
+    return count
+
+
+def _tree_parts(level: list[T]) -> list[list[T]]:
+    return [level[i : i + _TREE_WIDTH] for i in range(0, len(level), _TREE_WIDTH)]
+
+
 class TaskGraph:
     """A graph under construction, with names that no other graph has.
 
@@ -127,11 +143,11 @@ class TaskGraph:
         return TaskRef(key)
 
     def tree(self, name: str, leaves: Sequence[TaskRef], combine: Callable[..., Any]) -> TaskRef:
-        """Combine results pairwise in order, in a tree of fixed width."""
+        """Combine results in order, in a tree of fixed width."""
         count = 0
         level = list(leaves)
         while len(level) > 1:
-            parts = [level[i : i + _TREE_WIDTH] for i in range(0, len(level), _TREE_WIDTH)]
+            parts = _tree_parts(level)
             level = [
                 self.task(name, count + i, combine, *part) if len(part) > 1 else part[0]
                 for i, part in enumerate(parts)

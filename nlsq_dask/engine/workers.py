@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,15 @@ from dask.system import CPU_COUNT
 from dask.threaded import get as get_threaded
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
+
+from nlsq_dask.core.devices import CPU, local_platforms
+
+
+def _prepare(client_process: int) -> tuple[str, ...]:
+    """Return a worker's platforms; where JAX has not started, let it take no whole card."""
+    if os.getpid() != client_process:  # not in the caller's own process
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return local_platforms()
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,14 @@ class Workers:
     def most_threads(self) -> int:
         """Threads of the process that has most of them."""
         return max(self.threads.values(), default=1)
+
+    def platforms(self) -> tuple[str, ...]:
+        """Return the platforms of all processes, each of which wants a program of its own."""
+        if self.client is None:
+            return local_platforms()
+        answers = self.client.run(_prepare, os.getpid()).values()
+        found = {platform for answer in answers for platform in answer}
+        return tuple(sorted(found)) or (CPU,)
 
     def share_out(self, items: list[Any]) -> dict[str, list[Any]]:
         """Deal items to the processes in turn, as many to each as it has threads."""

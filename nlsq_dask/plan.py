@@ -1,0 +1,146 @@
+"""``Plan``: what a fit would do, from metadata alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from dask.utils import format_bytes
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.jacobian import choose_mode
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_check import check_trace
+from nlsq_dask.core.precision import x64
+from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.data.sampling import plan_sample
+from nlsq_dask.engine.memory import MemoryPlan
+from nlsq_dask.engine.scheduling import count_tree, group_blocks
+from nlsq_dask.engine.workers import Workers
+
+_SMALL_BLOCK = 2**16  # bytes; reading one takes as long as asking for it
+_MANY_BLOCKS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit would do; nothing but metadata was read to find it out.
+
+    Attributes
+    ----------
+    n_rows : int
+    grid : tuple of int
+        Number of blocks along each dimension of ``y_data``.
+    n_blocks : int
+    n_tasks : int
+        Tasks of a pass: one a group of blocks, and those that combine their sums.
+    bytes_per_pass : int
+        Bytes of all blocks in memory, decoded.
+    sample_rows_read : int
+        Rows that are read for the sample before the first pass.
+    n_workers, threads : int
+        Processes, and the most threads that one of them has.
+    peak_memory : int
+        Bytes that a worker needs at most, ``cache_per_worker`` and Python with its libraries
+        included.
+    memory_limit : int
+        Bytes that the smallest worker has.
+    cache_per_worker : int
+        Bytes of blocks that may stay in a worker between passes.
+    jacobian : {"forward", "reverse"}
+        Mode of differentiation.
+    realigned : tuple of str
+        Arrays whose chunks are split to agree with the others, and how.
+    problems : tuple of str
+        What would stop the fit or make it slow.
+    """
+
+    n_rows: int
+    grid: tuple[int, ...]
+    n_blocks: int
+    n_tasks: int
+    bytes_per_pass: int
+    sample_rows_read: int
+    n_workers: int
+    threads: int
+    peak_memory: int
+    memory_limit: int
+    cache_per_worker: int
+    jacobian: str
+    realigned: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        grid = " x ".join(map(str, self.grid))
+        return [
+            ("rows", f"{self.n_rows:,}"),
+            ("blocks", f"{self.n_blocks:,} ({grid})"),
+            ("tasks a pass", f"{self.n_tasks:,}"),
+            ("bytes a pass", format_bytes(self.bytes_per_pass)),
+            ("rows read for the sample", f"{self.sample_rows_read:,}"),
+            ("workers", f"{self.n_workers}, with up to {self.threads} threads"),
+            (
+                "peak memory a worker",
+                f"{format_bytes(self.peak_memory)} of {format_bytes(self.memory_limit)}",
+            ),
+            ("cache a worker", format_bytes(self.cache_per_worker)),
+            ("Jacobian", f"{self.jacobian} mode"),
+            ("realigned", "; ".join(self.realigned) or "nothing"),
+            ("problems", "; ".join(self.problems) or "none"),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name)}</th>"
+            f"<td style='text-align:left'>{escape(text)}</td></tr>"
+            for name, text in self._lines()
+        )
+        return f"<table>{rows}</table>"
+
+
+def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) -> Plan:
+    """Say what a fit of this model to these blocks would do on the active workers."""
+    check_trace(model)
+    block_rows = blocks.block_rows()
+    groups = group_blocks(block_rows)
+    workers = Workers.active()
+    memory = MemoryPlan.of(blocks, groups, workers, config.cache)
+    sample = plan_sample(block_rows, config.sample_size, config.random_seed, blocks.in_memory)
+    with x64():
+        mode = choose_mode(model, model.jaxpr())
+    return Plan(
+        n_rows=blocks.n_rows,
+        grid=blocks.grid,
+        n_blocks=block_rows.size,
+        n_tasks=len(groups) + count_tree(len(groups)),
+        bytes_per_pass=memory.bytes_per_pass,
+        sample_rows_read=int(sum(block_rows[block] for block in sample.blocks)),
+        n_workers=workers.n_processes,
+        threads=workers.most_threads,
+        peak_memory=memory.peak_bytes,
+        memory_limit=memory.limit,
+        cache_per_worker=memory.cache_bytes,
+        jacobian=mode.value,
+        realigned=blocks.realigned,
+        problems=tuple(_problems(blocks, memory, workers)),
+    )
+
+
+def _problems(blocks: RowBlocks, memory: MemoryPlan, workers: Workers) -> list[str]:
+    problems = [] if memory.problem is None else [memory.problem]
+    n_blocks = int(blocks.block_rows().size)
+    mean = memory.bytes_per_pass // n_blocks
+    if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK and not blocks.in_memory:
+        problems.append(
+            f"{n_blocks:,} blocks of {format_bytes(mean)} on average: asking for them takes "
+            f"longer than reading them. Chunks of 10 to 100 MB are read faster"
+        )
+    if len(memory.group_bytes) < sum(workers.threads.values()):
+        problems.append(
+            f"{len(memory.group_bytes)} tasks for {sum(workers.threads.values())} threads: some "
+            f"would have nothing to do. Smaller chunks give more tasks"
+        )
+    return problems

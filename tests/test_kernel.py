@@ -1,0 +1,211 @@
+"""The kernel against NumPy's extended precision: both modes, masks, both precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import nlsq_dask as nd
+from nlsq_dask.core.jacobian import Mode, choose_mode
+from nlsq_dask.core.kernel import NormalEquationsKernel
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.precision import x64
+from nlsq_dask.core.rows import Layout, Rows
+from nlsq_dask.core.sums import NormalEquations
+
+N_ROWS = 20_000
+RNG = np.random.default_rng(8)
+X = RNG.uniform(0.1, 4.0, N_ROWS)
+Y = RNG.normal(size=N_ROWS)
+SIGMA = RNG.uniform(0.5, 2.0, N_ROWS)
+
+
+def exponentials(n_params: int) -> Callable[..., Any]:
+    def model(x: Any, *p: Any) -> Any:
+        total = p[-1] if n_params % 2 else 0.0
+        for i in range(n_params // 2):
+            total = total + p[2 * i] * jnp.exp(-p[2 * i + 1] * x)
+        return total
+
+    return model
+
+
+def model_of(function: Any, n_params: int, dtype: str = "float64", stored: str = "f8") -> Model:
+    return Model(function, n_params, Layout(None, ((),), (stored,), stored, "f8", True), dtype)
+
+
+def exact(n_params: int, params: Any, rows: np.ndarray) -> tuple[Any, Any, Any]:
+    """Return J^T J, J^T r and cost of ``exponentials``, in extended precision."""
+    x, y, sigma = (a[rows].astype(np.longdouble) for a in (X, Y, SIGMA))
+    p = params.astype(np.longdouble)
+    value, columns = np.zeros(len(x), np.longdouble), []
+    for i in range(n_params // 2):
+        decay = np.exp(-p[2 * i + 1] * x)
+        value += p[2 * i] * decay
+        columns += [decay, -x * p[2 * i] * decay]
+    if n_params % 2:
+        value += p[-1]
+        columns.append(np.ones(len(x), np.longdouble))
+    residual = (value - y) / sigma
+    jacobian = np.array(columns) / sigma
+    return jacobian @ jacobian.T, jacobian @ residual, residual @ residual / 2
+
+
+def agree(sums: NormalEquations, expected: tuple[Any, Any, Any], rtol: float) -> None:
+    jtj, jtr, cost = expected
+    norms = np.sqrt(np.diag(jtj)).astype(float)
+    assert abs(sums.cost / float(cost) - 1) < rtol
+    assert np.abs((sums.jtj - jtj) / np.outer(norms, norms)).max() < rtol
+    assert np.abs((sums.jtr - jtr) / norms).max() < rtol * np.sqrt(2 * float(cost))
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("n_params", [2, 3, 6, 7, 12, 21])
+def test_both_modes_against_extended_precision(n_params: int, mode: Mode) -> None:
+    params = RNG.uniform(0.5, 1.5, n_params)
+    model = model_of(exponentials(n_params), n_params)
+    kernel = NormalEquationsKernel.trace(model, 4096, mode)
+    rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
+    sums = kernel(rows.pieces(4096), params)
+    agree(sums, exact(n_params, params, np.arange(N_ROWS)), 1e-13)
+    assert (sums.n_used, sums.n_bad, sums.n_masked) == (N_ROWS, 0, 0)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("first", [0, 5_000, 16_400, 19_999])
+def test_rows_left_out_from_some_row_on(first: int, mode: Mode) -> None:
+    """The unmasked loop must stop before the first row that is masked, NaN or infinite."""
+    y, x, sigma, mask = Y.copy(), X.copy(), SIGMA.copy(), np.zeros(N_ROWS, bool)
+    y[first::7], x[first::11], sigma[first::13], mask[first::5] = np.nan, np.inf, np.nan, True
+    rows = Rows(y, (x,), sigma, mask)
+    params = np.array([1.2, 0.7, 0.3])
+    kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 32_768, mode)
+    sums = kernel(rows.pieces(32_768), params, candidates=np.array([params, 2 * params]))
+    bad = ~np.isfinite(y) | ~np.isfinite(x) | ~np.isfinite(sigma)
+    used = np.flatnonzero(~bad & ~mask)
+    agree(sums, exact(3, params, used), 1e-13)
+    assert (sums.n_used, sums.n_masked) == (len(used), mask.sum())
+    assert sums.n_bad == (bad & ~mask).sum()
+    np.testing.assert_allclose(sums.weight, (1 / sigma[used] ** 2).sum(), rtol=1e-12)
+    np.testing.assert_allclose(sums.signal, ((y / sigma)[used] ** 2).sum(), rtol=1e-12)
+    costs = [float(exact(3, q, used)[2]) for q in (params, 2 * params)]
+    np.testing.assert_allclose(sums.candidate_costs, costs, rtol=1e-12)
+
+
+def test_a_model_that_swallows_nan_in_x_does_not_hide_the_row() -> None:
+    x = X.copy()
+    x[77] = np.nan
+    model = model_of(lambda x, a, b: jnp.where(x > 1, a * x, b), 2)
+    rows = Rows(Y, (x,), SIGMA, np.zeros(N_ROWS, bool))
+    sums = NormalEquationsKernel.trace(model, 4096)(rows.pieces(4096), np.ones(2))
+    assert (sums.n_bad, sums.n_nonfinite) == (1, 0)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0])
+def test_sigma_that_is_not_positive_is_counted(bad: float) -> None:
+    sigma = SIGMA.copy()
+    sigma[[5, 12_000]] = bad
+    rows = Rows(Y, (X,), sigma, np.zeros(N_ROWS, bool))
+    model = model_of(exponentials(3), 3)
+    sums = NormalEquationsKernel.trace(model, 4096)(rows.pieces(4096), np.ones(3))
+    assert sums.n_bad_sigma == 2
+
+
+def test_where_a_block_is_cut_changes_no_bit() -> None:
+    rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
+    params = np.array([1.2, 0.7, 0.3])
+    sums = []
+    for piece_rows in (1024, 4096, 32_768):
+        kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), piece_rows)
+        sums.append(kernel(rows.pieces(piece_rows), params))
+    for other in sums[1:]:
+        np.testing.assert_array_equal(other.jtj, sums[0].jtj)
+        assert other.cost == sums[0].cost
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_float32_arithmetic_with_float64_sums(scale: float) -> None:
+    """Factors keep products of very small and very large numbers inside float32."""
+    y = (2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * Y) * scale
+
+    def fit(precision: str) -> nd.FitResult:
+        config = nd.HybridStreamingConfig(precision=precision, sample_rows=2_000, verbose=0)
+        start = [2 * scale, 1.0, 0.4 * scale]
+        return nd.AdaptiveHybridStreamingOptimizer(config).fit(exponentials(3), X, y, start)
+
+    single, double = fit("float32"), fit("float64")
+    assert single.success
+    assert np.abs((single.x - double.x) / double.perr).max() < 1e-2
+    np.testing.assert_allclose(single.perr, double.perr, rtol=1e-4)
+    assert not np.array_equal(single.x, double.x)
+
+
+def test_memory_optimized_is_a_fit_in_float32() -> None:
+    y = 2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * Y
+    config = nd.HybridStreamingConfig.memory_optimized(verbose=0)
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(exponentials(3), X, y, [2, 1, 0.4])
+    assert result.success
+    assert result.rows_cached == 0
+
+
+# --- the rule
+
+
+def mode_of(function: Any, n_params: int) -> Mode:
+    model = model_of(function, n_params)
+    with x64():
+        return choose_mode(model, model.jaxpr())
+
+
+def wide(x: Any, *p: Any) -> Any:
+    centres = jnp.stack(p)
+    return jnp.exp(-((x[:, None] - centres) ** 2)).sum(axis=1)
+
+
+def with_while(x: Any, *p: Any) -> Any:
+    """Kepler's equation, for instance, has no closed form."""
+
+    def step(state: Any) -> Any:
+        i, e = state
+        return i + 1, e - (e - p[1] * e**2 - x) / (1 - 2 * p[1] * e)
+
+    return p[0] * lax.while_loop(lambda s: s[0] < 5, step, (0, x))[1] + sum(p[2:])
+
+
+@jax.custom_vjp
+def squared(v: Any) -> Any:
+    return v * v
+
+
+squared.defvjp(lambda v: (v * v, v), lambda v, g: (2 * v * g,))
+
+
+@pytest.mark.parametrize(
+    ("function", "n_params", "mode"),
+    [
+        (exponentials(5), 5, Mode.FORWARD),
+        (exponentials(6), 6, Mode.REVERSE),
+        (lambda x, a, b: a * jnp.cos(b * x), 2, Mode.REVERSE),
+        (lambda x, a, b: a * b + jnp.cos(x), 2, Mode.FORWARD),
+        (wide, 3, Mode.REVERSE),
+        (wide, 1, Mode.FORWARD),
+        (with_while, 8, Mode.FORWARD),
+        (lambda x, a, b: squared(a * x) + b, 2, Mode.REVERSE),
+    ],
+)
+def test_the_rule(function: Any, n_params: int, mode: Mode) -> None:
+    assert mode_of(function, n_params) is mode
+
+
+def test_models_that_have_one_mode_only() -> None:
+    y = 3.0 * X + 0.1 * Y
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    result = optimizer.fit(lambda x, a, b: squared(a) * x + b, X, y, [1.0, 0.1])
+    assert result.success
+    assert result.x[0] ** 2 == pytest.approx(3.0, rel=1e-2)

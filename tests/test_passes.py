@@ -1,0 +1,142 @@
+"""How often the data are read: forecasts, last steps, and what the sample may not decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+
+import nlsq_dask as nd
+from tests.problems import PROBLEMS, Problem, scipy_fit
+
+Config = nd.HybridStreamingConfig
+
+
+def fit(model: Any, x: Any, y: Any, start: Any, **options: Any) -> nd.FitResult:
+    config = Config(**{"verbose": 0, "cache": 0, **options})
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, start)
+
+
+def exponential(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def test_two_passes_and_a_last_step_are_exact() -> None:
+    n = 600_000
+    rng = np.random.default_rng(4)
+    x = rng.uniform(0, 5, n)
+    y = exponential_data(x, rng)
+    result = fit(
+        exponential,
+        da.from_array(x, chunks=50_000),
+        da.from_array(y, chunks=50_000),
+        [5.0, 3.0, 1.0],
+    )
+    popt, pcov = scipy_fit(exponential, x, y, [2.0, 1.0, 0.0])
+    perr = np.sqrt(np.diag(pcov))
+    assert result.n_passes == 2
+    assert result.diagnostics["last_step_without_pass"]
+    assert (np.abs(result.x - popt) <= 1e-8 * np.abs(popt) + 1e-6 * perr).all()
+    assert (np.abs(result.pcov - pcov) <= 1e-6 * np.outer(perr, perr)).all()
+
+
+def exponential_data(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * rng.standard_normal(len(x))
+
+
+def test_a_feature_in_one_chunk_that_the_sample_missed() -> None:
+    """The peak is in 1 of 200 chunks; the first sample takes 16 of them."""
+    n, chunk = 1_000_000, 5_000
+    rng = np.random.default_rng(1)
+    x = np.linspace(0, 100, n, endpoint=False)
+    y = 0.3 + 0.02 * x + 4.0 * np.exp(-0.5 * ((x - 33.27) / 0.1) ** 2) + 0.1 * rng.normal(size=n)
+
+    def model(x: Any, a: Any, b: Any, height: Any, centre: Any) -> Any:
+        return a + b * x + height * jnp.exp(-0.5 * ((x - centre) / 0.1) ** 2)
+
+    arrays = [da.from_array(array, chunks=chunk) for array in (x, y)]
+    start = [0.0, 0.0, 1.0, 33.2]
+    result = fit(model, *arrays, start, sample_rows=4_000)
+    popt, pcov = scipy_fit(model, x, y, start)
+    perr = np.sqrt(np.diag(pcov))
+    assert result.success
+    assert (np.abs(result.x - popt) <= 1e-8 * np.abs(popt) + 1e-5 * perr).all()
+    assert result.n_passes > 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_answer_does_not_depend_on_the_sample(seed: int) -> None:
+    n = 400_000
+    rng = np.random.default_rng(4)
+    x = np.sort(rng.uniform(0, 5, n))  # a chunk shows a small part of the curve
+    y = exponential_data(x, rng)
+    arrays = [da.from_array(array, chunks=10_000) for array in (x, y)]
+    result = fit(
+        exponential, *arrays, [5.0, 3.0, 1.0], random_seed=seed, sample_rows=3_000 + 1000 * seed
+    )
+    popt, pcov = scipy_fit(exponential, x, y, [2.0, 1.0, 0.0])
+    assert result.success
+    assert (np.abs(result.x - popt) <= 1e-8 * np.abs(popt) + 1e-6 * np.sqrt(np.diag(pcov))).all()
+
+
+def test_large_structured_residuals_need_few_passes() -> None:
+    """Gauss-Newton alone converges linearly here, by a factor of 2 a pass."""
+    n = 300_000
+    rng = np.random.default_rng(2)
+    x = rng.uniform(0, 3, n)
+    y = np.exp(0.9 * x) + 8.0 * np.sin(3.0 * x) + 0.1 * rng.normal(size=n)
+    arrays = [da.from_array(array, chunks=10_000) for array in (x, y)]
+    result = fit(lambda x, a, b: a * jnp.exp(b * x), *arrays, [0.5, 0.5], sample_rows=20_000)
+    popt, pcov = scipy_fit(lambda x, a, b: a * jnp.exp(b * x), x, y, [1.0, 0.9])
+    assert result.success
+    assert result.n_passes <= 6
+    assert (np.abs(result.x - popt) <= 1e-5 * np.sqrt(np.diag(pcov))).all()
+
+
+def test_counts_are_what_was_read(tmp_path: Any) -> None:
+    n, chunk = 3_000_000, 100_000
+    rng = np.random.default_rng(4)
+    x, y = (
+        zarr.create_array(tmp_path / name, shape=(n,), chunks=(chunk,), dtype="f8") for name in "xy"
+    )
+    x[:] = rng.uniform(0, 5, n)
+    y[:] = exponential_data(x[:], rng)
+    result = fit(exponential, x, y, [5.0, 3.0, 1.0])
+    sampled = result.diagnostics["sample"]["blocks"] * chunk
+    assert result.rows_read == result.n_passes * n + sampled
+    assert result.bytes_read == 16 * result.rows_read
+    assert result.rows_cached == 0
+    kept = fit(exponential, x, y, [5.0, 3.0, 1.0], cache="auto")
+    assert kept.rows_read == n + sampled
+    assert kept.rows_cached == (kept.n_passes - 1) * n
+    np.testing.assert_array_equal(kept.x, result.x)
+
+
+STANDARD = [problem for problem in PROBLEMS if problem.n_variables == 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", STANDARD, ids=lambda p: p.name)
+def test_rows_read_of_ten_million(problem: Problem, tmp_path: Any) -> None:
+    n, chunk = 10_000_000, 1_000_000
+    x, y = (
+        zarr.create_array(tmp_path / name, shape=(n,), chunks=(chunk,), dtype="f8") for name in "xy"
+    )
+    for start in range(0, n, chunk):
+        rng = np.random.default_rng(start)
+        values = rng.uniform(*problem.x_range, chunk)
+        with jax.enable_x64(True):
+            clean = np.asarray(problem.model(jnp.asarray(values), *problem.truth))
+        x[start : start + chunk] = values
+        y[start : start + chunk] = clean + problem.noise * rng.standard_normal(chunk)
+    start_at = [2.0 * value for value in problem.truth]
+    if problem.name == "damped sine":  # twice the frequency leads to another minimum
+        start_at[2] = 1.05 * problem.truth[2]
+    result = fit(problem.model, x, y, start_at)
+    assert result.success
+    assert result.rows_read <= 2.3 * n
