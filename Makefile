@@ -3,8 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+NLSQ_VENV := .venv-nlsq
+# The nlsq package needs Python 3.12 or newer; the first of these that is one makes its environment.
+NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench bench-nlsq-env clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python notebooks/climate_record.py --output demo-output
@@ -20,8 +23,15 @@ lint: $(VENV)/dev.stamp
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
+# `make bench BENCH="--quick"` tries the suite out; `make bench BENCH=kernel` runs one part of it.
+bench: $(VENV)/test.stamp
+	$(RUN) benchmarks.run $(BENCH)
+
+# Optional, large: what in_memory.py compares with. Without it that comparison is left out.
+bench-nlsq-env: $(NLSQ_VENV)/nlsq.stamp
+
 clean:
-	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NLSQ_VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -31,3 +41,17 @@ $(VENV)/bin/python:
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
 	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	touch $@
+
+$(NLSQ_VENV)/nlsq.stamp:
+	@for python in $(NLSQ_PYTHON); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+			set -ex; \
+			$$python -m venv $(NLSQ_VENV); \
+			echo '*' > $(NLSQ_VENV)/.gitignore; \
+			$(NLSQ_VENV)/bin/pip install --quiet --disable-pip-version-check nlsq==0.7.6; \
+			touch $@; \
+			exit 0; \
+		fi; \
+	done; \
+	echo "No Python 3.12 or newer found: make bench-nlsq-env NLSQ_PYTHON=/path/to/python3.12"; \
+	exit 1

@@ -95,7 +95,10 @@ class IterationFinished(Event):
 
 @dataclass(frozen=True)
 class PassFinished(Event):
-    """All rows were read and reduced once, at ``params`` with the result ``cost``."""
+    """All rows were reduced once, at ``params`` with the result ``cost``.
+
+    ``rows`` and ``bytes`` were read for it; ``rows_cached`` were in the workers' memory.
+    """
 
     number: int
     params: NDArray[np.float64]
@@ -103,6 +106,7 @@ class PassFinished(Event):
     seconds: float
     rows: int
     bytes: int
+    rows_cached: int
 
 
 @dataclass(frozen=True)

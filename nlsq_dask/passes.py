@@ -97,6 +97,7 @@ class Passes:
                 time.perf_counter() - began,
                 sums.rows_read,
                 sums.bytes_read,
+                sums.rows_cached,
             )
         )
         self._check(sums)

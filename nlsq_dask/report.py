@@ -26,6 +26,7 @@ _SCALARS = (
     "n_passes",
     "rows_read",
     "bytes_read",
+    "rows_cached",
 )
 
 

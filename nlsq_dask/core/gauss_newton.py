@@ -377,7 +377,9 @@ def _longest_good(state: State, trial: Trial, sums: NormalEquations) -> float:
 def _rejected(state: State, trial: Trial, sums: NormalEquations, if_exhausted: StopReason) -> State:
     point = state.point
     if trial.is_forecast:  # which says nothing of the radius
-        return _limit(replace(state, forecasts_rejected=state.forecasts_rejected + 1))
+        forecasts_rejected = state.forecasts_rejected + 1
+        rejected = state.rejected + 1
+        return _limit(replace(state, rejected=rejected, forecasts_rejected=forecasts_rejected))
     shorter = _longest_good(state, trial, sums) or min((0.25, *trial.further))
     radius = shorter * float(np.linalg.norm(trial.step))
     state = replace(state, radius=radius, rejected=state.rejected + 1)

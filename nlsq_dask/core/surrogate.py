@@ -12,7 +12,7 @@ relative error of the sample's means where it does. It needs no reading. It rema
 sums over all rows decide whether it is accepted.
 
 What the sample gets wrong of the curvature shows in the gradients over all rows at points accepted
-earlier; secant updates (symmetric rank one) put it right.
+earlier; secant updates put it right.
 
 References
 ----------
@@ -39,7 +39,7 @@ Reduce = Callable[[Vector], NormalEquations]
 _MOST_ITERATIONS = 60  # evaluations of the sample; large residuals converge linearly
 _TOL_SHARE = 0.01  # of the fit's tolerance
 _LEAST_CURVATURE = 0.1  # of J^T J's diagonal over all rows, below which the correction is doubted
-_MOST_SECANT = 0.5  # of the curvature
+_MOST_SECANT = 0.5  # of the gradient's change that J^T J promises
 _MOST_REJECTED = 2  # forecasts; a sample that misled so often is not asked again
 
 
@@ -90,16 +90,18 @@ class Surrogate:
     def reproducing(self, earlier: gn.Point) -> Surrogate:
         """Return S with its curvature updated so that it has the gradient known of a point."""
         scale = self.point.scale
+        hessian = self.point.sums.jtj / np.outer(scale, scale)
         step = (earlier.params - self.point.params) * scale
         missed = (earlier.sums.jtr - self(earlier.params).jtr) / scale
-        along = float(missed @ step)
-        largest = _MOST_SECANT * abs(along)
-        curved = float(step @ (self.point.sums.jtj / np.outer(scale, scale)) @ step)
+        flow = hessian @ step
+        curved = float(flow @ step)
+        size = float(missed @ np.linalg.lstsq(hessian, missed)[0])
         # An update is a small correction, or the point is too far away to learn from.
-        if not (0.0 < missed @ missed <= largest and abs(along) <= _MOST_SECANT * curved):
+        if not 0.0 < size <= _MOST_SECANT**2 * curved:
             return self
-        update = np.outer(missed, missed) / along * np.outer(scale, scale)
-        return replace(self, secant=self.secant + update)
+        crossed = np.outer(missed, flow) / curved
+        update = crossed + crossed.T - float(missed @ step) * np.outer(flow, flow) / curved**2
+        return replace(self, secant=self.secant + update * np.outer(scale, scale))
 
 
 def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
@@ -112,10 +114,12 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
     reduce : callable
         Sums over the sample.
     """
+    if state.rejected or state.forecasts_rejected >= _MOST_REJECTED:
+        return None
     point = state.point
     at_point = reduce(point.params)
     n_params = len(point.params)
-    if state.forecasts_rejected >= _MOST_REJECTED or not at_point.is_finite:
+    if not at_point.is_finite:
         return None
     if at_point.n_used <= n_params or at_point.n_used >= point.sums.n_used:
         return None

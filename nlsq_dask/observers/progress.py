@@ -66,9 +66,11 @@ class Progress:
                     f"|gradient| {event.gradient_norm:.3g}{verdict}"
                 )
             case PassFinished():
-                rate = event.rows / max(event.seconds, 1e-9) / 1e6
+                rows = event.rows + event.rows_cached
+                rate = rows / max(event.seconds, 1e-9) / 1e6
+                cached = f", {event.rows_cached:,} of them from memory" if event.rows_cached else ""
                 return (
-                    f"  pass {event.number}: {event.rows:,} rows in {event.seconds:.2f} s "
+                    f"  pass {event.number}: {rows:,} rows{cached} in {event.seconds:.2f} s "
                     f"({rate:.1f} million rows/s)"
                 )
             case FitEnded():
