@@ -132,12 +132,12 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     deviation = [] if sigma is None else [_matched(sigma, y_data, y, "sigma", cut)]
     masks = [] if mask is None else [mask]
     before = [y, *x, *deviation, *masks]
-    names = ["y_data", *_leaf_names(x_names), *(["sigma"] if deviation else []), "mask"]
+    names = ["y_data", *_leaf_names(x_names), *(["sigma"] if deviation else [])]
     y, *others = after = _unify(before, y.ndim)
     realigned = tuple(
         f"{name}: {_blocks_text(old)} become {_blocks_text(new)}"
-        for name, old, new in zip(names, before, after, strict=False)
-        if old.numblocks != new.numblocks and not cut
+        for name, value, old, new in zip(names, given, before, after, strict=False)
+        if old.npartitions > 1 and old.numblocks != new.numblocks and not is_in_memory(value)
     )
     x = others[: len(x)]
     deviation = others[len(x) : len(x) + len(deviation)]
