@@ -94,13 +94,17 @@ def package_kernel(
     which only the first pass makes, are left out.
     """
     layout = Layout(None, ((),), (stored,), stored, None, False)
-    rows = replace(rows, y=rows.y.astype(stored), x=tuple(x.astype(stored) for x in rows.x))
+    rows = replace(
+        rows,
+        y=rows.y.astype(stored, copy=False),
+        x=tuple(x.astype(stored, copy=False) for x in rows.x),
+    )
     traced, params = Model(model, p, layout, dtype), start(p)
     with jax.enable_x64(True):
         chosen = choose_mode(traced, traced.jaxpr()) if mode == "rule" else Mode(mode)
     n_rows = piece_rows_for(len(rows), 2**20, layout.row_bytes)
     kernel = NormalEquationsKernel.trace(traced, n_rows, None if mode == "rule" else chosen)
-    return lambda: kernel(rows.pieces(n_rows), params, wants_moments=False), chosen.value
+    return lambda: kernel(rows.windows(n_rows), params, wants_moments=False), chosen.value
 
 
 def textbook_kernel(model: Callable[..., Any], p: int, rows: Rows) -> Callable[[], object]:

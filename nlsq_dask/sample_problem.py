@@ -54,7 +54,7 @@ class SampleProblem:
         usable_y = self._rows.y.astype(np.float64)
         y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
         self.kernel = replace(kernel, y_reference=y_reference)
-        self._pieces = list(rows.pieces(kernel.piece_rows))
+        self._windows = list(rows.windows(kernel.piece_rows))
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = prediction.program.fingerprint
@@ -75,12 +75,12 @@ class SampleProblem:
 
     def reduce(self, params: Vector) -> NormalEquations:
         """Sum over the sample."""
-        return self.kernel(self._pieces, params)
+        return self.kernel(self._windows, params)
 
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
         self._rows = rows.usable()
-        self._pieces = list(rows.pieces(self.kernel.piece_rows))
+        self._windows = list(rows.windows(self.kernel.piece_rows))
 
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""

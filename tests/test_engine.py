@@ -19,8 +19,8 @@ from distributed import Client, LocalCluster
 import nlsq_dask as nd
 from nlsq_dask.engine.group import kept_bytes
 
-N_ROWS = 2_500_000  # of 16 bytes, in 10 groups
-CHUNK = 250_000
+N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
+CHUNK = 2**18
 START = [5.0, 3.0, 1.0]
 Config = nd.HybridStreamingConfig
 

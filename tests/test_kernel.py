@@ -72,7 +72,7 @@ def test_both_modes_against_extended_precision(n_params: int, mode: Mode) -> Non
     model = model_of(exponentials(n_params), n_params)
     kernel = NormalEquationsKernel.trace(model, 4096, mode)
     rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
-    sums = kernel(rows.pieces(4096), params)
+    sums = kernel(rows.windows(4096), params)
     agree(sums, exact(n_params, params, np.arange(N_ROWS)), 1e-13)
     assert (sums.n_used, sums.n_bad, sums.n_masked) == (N_ROWS, 0, 0)
 
@@ -86,7 +86,7 @@ def test_rows_left_out_from_some_row_on(first: int, mode: Mode) -> None:
     rows = Rows(y, (x,), sigma, mask)
     params = np.array([1.2, 0.7, 0.3])
     kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 32_768, mode)
-    sums = kernel(rows.pieces(32_768), params, candidates=np.array([params, 2 * params]))
+    sums = kernel(rows.windows(32_768), params, candidates=np.array([params, 2 * params]))
     bad = ~np.isfinite(y) | ~np.isfinite(x) | ~np.isfinite(sigma)
     used = np.flatnonzero(~bad & ~mask)
     agree(sums, exact(3, params, used), 1e-13)
@@ -103,7 +103,7 @@ def test_a_model_that_swallows_nan_in_x_does_not_hide_the_row() -> None:
     x[77] = np.nan
     model = model_of(lambda x, a, b: jnp.where(x > 1, a * x, b), 2)
     rows = Rows(Y, (x,), SIGMA, np.zeros(N_ROWS, bool))
-    sums = NormalEquationsKernel.trace(model, 4096)(rows.pieces(4096), np.ones(2))
+    sums = NormalEquationsKernel.trace(model, 4096)(rows.windows(4096), np.ones(2))
     assert (sums.n_bad, sums.n_nonfinite) == (1, 0)
 
 
@@ -113,7 +113,7 @@ def test_sigma_that_is_not_positive_is_counted(bad: float) -> None:
     sigma[[5, 12_000]] = bad
     rows = Rows(Y, (X,), sigma, np.zeros(N_ROWS, bool))
     model = model_of(exponentials(3), 3)
-    sums = NormalEquationsKernel.trace(model, 4096)(rows.pieces(4096), np.ones(3))
+    sums = NormalEquationsKernel.trace(model, 4096)(rows.windows(4096), np.ones(3))
     assert sums.n_bad_sigma == 2
 
 
@@ -123,7 +123,7 @@ def test_where_a_block_is_cut_changes_no_bit() -> None:
     sums = []
     for piece_rows in (1024, 4096, 32_768):
         kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), piece_rows)
-        sums.append(kernel(rows.pieces(piece_rows), params))
+        sums.append(kernel(rows.windows(piece_rows), params))
     for other in sums[1:]:
         np.testing.assert_array_equal(other.jtj, sums[0].jtj)
         assert other.cost == sums[0].cost

@@ -22,12 +22,12 @@ from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Layout, Rows
+from nlsq_dask.core.rows import FIRST_ROWS, SLACK, Layout, Rows, Window
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 
 _STRETCH = 16  # blocks after which the sums are looked at
 _GPU_BLOCK_ROWS = 2**18
-BLOCK_ROWS = 1024  # rows in one matrix product; 1,000 to 2,000 were equally fast
+BLOCK_ROWS = FIRST_ROWS  # rows in one matrix product; 1,000 to 2,000 were equally fast
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
 # Larger pieces take new pages from the system for every copy, smaller ones more calls.
 _MAX_PIECE_BYTES = 4 * 2**20
@@ -58,12 +58,15 @@ def _sum(array: Any) -> Any:
 class _Loops:
     """The loops over the blocks of a piece, all of which one program runs one after the other."""
 
-    def __init__(self, model: Model, block_rows: int, mode: Mode, n_rows: Any, arrays: Any) -> None:
+    def __init__(
+        self, model: Model, block_rows: int, mode: Mode, n_rows: Any, arrays: Any, offsets: Any
+    ) -> None:
         self._model = model
         self._block_rows = block_rows
         self._linearized = residual_and_jacobian(model, mode)
         self._n_rows = n_rows
         self._arrays = arrays
+        self._offsets = offsets
         self._n_full = n_rows // block_rows
         self._n_blocks = (n_rows + block_rows - 1) // block_rows
 
@@ -147,7 +150,11 @@ class _Loops:
     def _rows(self, i: Any) -> Rows:
         size = self._block_rows
         return Rows(
-            *jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * size, size), self._arrays)
+            *jax.tree.map(
+                lambda array, offset: lax.dynamic_slice_in_dim(array, offset + i * size, size),
+                self._arrays,
+                self._offsets,
+            )
         )
 
     def _in_piece(self, i: Any) -> Any:
@@ -183,11 +190,13 @@ def _accumulate(model: Model, piece_rows: int, mode: Mode, platform: str) -> Cal
     """Return the function that adds a piece of rows to running sums."""
     block_rows = min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
 
-    def accumulate(carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any) -> Carry:
+    def accumulate(
+        carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any, offsets: Any
+    ) -> Carry:
         params, factors, candidates = (array.astype(model.dtype) for array in point)
         y0, wants_moments, n_candidates = options
         gram, counts, moments, costs = carry
-        loops = _Loops(model, block_rows, mode, n_rows, arrays)
+        loops = _Loops(model, block_rows, mode, n_rows, arrays, offsets)
         gram, counts, n_plain = loops.normal_equations(gram, counts, params, factors)
         moments = lax.cond(
             wants_moments, lambda: loops.moments(moments, y0, n_plain), lambda: moments
@@ -210,6 +219,7 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
 
 def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Program:
     p = model.n_params
+    arrays = _rows_spec(model, piece_rows + SLACK)
 
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
@@ -220,7 +230,8 @@ def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Pro
         (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
         (spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
-        _rows_spec(model, piece_rows),
+        arrays,
+        jax.tree.map(lambda _: spec("i8"), arrays),
         platform=platform,
     )
 
@@ -281,21 +292,22 @@ class NormalEquationsKernel:
 
     def __call__(
         self,
-        pieces: Iterable[tuple[Rows, int]],
+        windows: Iterable[Window],
         params: NDArray[np.float64],
         block: int = NO_BLOCK,
         *,
         candidates: NDArray[np.float64] | None = None,
         wants_moments: bool = True,
     ) -> NormalEquations:
-        """Sum over padded pieces, each with its true number of rows.
+        """Sum over windows of ``piece_rows`` rows.
 
-        The running sums are carried from piece to piece, so where a block is cut has no
+        The running sums are carried from window to window, so where a block is cut has no
         influence on the bits of the result.
 
         Parameters
         ----------
-        pieces : iterable of (Rows, int)
+        windows : iterable of Window
+            From ``Rows.windows`` or ``Block.windows``.
         params : ndarray, shape (p,)
         block : int
             Flat index of the block, to name it where rows are bad.
@@ -315,14 +327,14 @@ class NormalEquationsKernel:
         n_present = 0
         devices = usable_devices(tuple(self.programs), self.uses_all_devices)
         carries = [self._nothing() for _ in devices]
-        for i, (rows, n_rows) in enumerate(pieces):
+        for i, (*pair, n_rows) in enumerate(windows):
             n_present += n_rows
-            arrays = (rows.y, rows.x, rows.sigma, rows.mask)
+            arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
             device, carry = devices[i % len(devices)], carries[i % len(devices)]
             if i >= 2 * len(devices):  # one piece computes, one is on its way; no more
                 jax.block_until_ready(carry)
             carries[i % len(devices)] = self.programs[platform_of(device)](
-                carry, point, options, np.int64(n_rows), arrays, device=device
+                carry, point, options, np.int64(n_rows), arrays, offsets, device=device
             )
         parts = zip(*carries, strict=True)
         scaled, counts, moments, costs = (np.sum(part, axis=0) for part in parts)

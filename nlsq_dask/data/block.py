@@ -10,7 +10,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.rows import Array, Layout, Rows
+from nlsq_dask.core.rows import (
+    SLACK,
+    Array,
+    Layout,
+    Rows,
+    Window,
+    aligned_copy,
+    cut_window,
+    window_counts,
+    window_of,
+)
 from nlsq_dask.errors import DataError
 
 
@@ -112,6 +122,19 @@ class Block:
         for start in range(0, len(self), n_rows):
             stop = min(start + n_rows, len(self))
             yield self.rows(start, stop).padded(n_rows), stop - start
+
+    def windows(self, n_rows: int) -> Iterator[Window]:
+        """Yield windows of ``n_rows`` rows, as ``Rows.windows`` does."""
+        for start, count in window_counts(len(self), n_rows):
+
+            def cut(array: Array, start: int = start, count: int = count) -> tuple[Array, Any]:
+                features = array.shape[len(self.shape) :]
+                if array.shape == self.shape + features and array.flags.c_contiguous:
+                    return cut_window(array.reshape(-1, *features), start, count, n_rows)
+                part = flat_range(array, self.shape, start, start + count)
+                return aligned_copy(part, n_rows + SLACK), np.int64(0)
+
+            yield window_of((self.y, *self.x, self.sigma, self.mask), cut, count)
 
 
 def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:

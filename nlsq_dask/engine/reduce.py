@@ -172,7 +172,7 @@ def _reduce_block(
     kernel: NormalEquationsKernel, request: PassRequest, index: int, block: Block, is_kept: bool
 ) -> PassResult:
     sums = kernel(
-        block.pieces(kernel.piece_rows),
+        block.windows(kernel.piece_rows),
         request.params,
         index,
         candidates=request.candidates,

@@ -30,15 +30,15 @@ _TREE_WIDTH = 16
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
     """Put consecutive blocks into groups, in C order of the grid; empty blocks are left out."""
-    most_rows = max(_LEAST_GROUP_ROWS, int(block_rows.sum()) // _MOST_GROUPS)
-    most_blocks = max(_LEAST_GROUP_BLOCKS, int((block_rows > 0).sum()) // _MOST_GROUPS)
+    enough_rows = max(_LEAST_GROUP_ROWS, -(int(block_rows.sum()) // -_MOST_GROUPS))
+    enough_blocks = max(_LEAST_GROUP_BLOCKS, -(int((block_rows > 0).sum()) // -_MOST_GROUPS))
     groups: list[list[tuple[int, ...]]] = []
     rows = 0
     for index in np.ndindex(block_rows.shape):
         size = int(block_rows[index])
         if not size:
             continue
-        if not groups or rows + size > most_rows or len(groups[-1]) >= most_blocks:
+        if not groups or rows >= enough_rows or len(groups[-1]) >= enough_blocks:
             groups.append([])
             rows = 0
         groups[-1].append(index)
