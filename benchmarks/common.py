@@ -186,7 +186,7 @@ def on_processes(n_workers: int = 2) -> Iterator[Client]:
     """Use a cluster of processes with one thread each."""
     with (
         LocalCluster(
-            n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
         Client(cluster) as client,
     ):
