@@ -238,6 +238,8 @@ class State:
         Ratio of the last two measures if a full step lies between them, else infinity.
     covariance_change : float
         Relative change of the covariance along that step.
+    was_forecast : bool
+        Whether a forecast led along it.
     earlier : tuple of Point
         The last points accepted before this one, the newest first.
     rejected : int
@@ -256,6 +258,7 @@ class State:
     iteration: int = 0
     contraction: float = np.inf
     covariance_change: float = np.inf
+    was_forecast: bool = False
     earlier: tuple[Point, ...] = ()
     rejected: int = 0
     forecasts_rejected: int = 0
@@ -318,7 +321,9 @@ def take_last_step(state: State, trial: Trial) -> State:
     the tolerance for the residuals as a whole and for each parameter.
     """
     point, tol = state.point, state.point.settings.tol
-    if not (trial.full and state.contraction <= _FAST):
+    # What forecasts have achieved says nothing of a step without one.
+    is_comparable = trial.is_forecast or not state.was_forecast
+    if not (trial.full and is_comparable and state.contraction <= _FAST):
         return state
     left = state.contraction * np.abs(trial.params - point.params)
     dof = max(point.sums.n_used - len(point.params), 1)
@@ -332,7 +337,8 @@ def take_last_step(state: State, trial: Trial) -> State:
     )
     if not is_sure:
         return state
-    return replace(state, stop=StopReason.LAST_STEP, solution=trial.params, carried_jtj=trial.jtj)
+    reason = point.verdict(StopReason.LAST_STEP)
+    return replace(state, stop=reason, solution=trial.params, carried_jtj=trial.jtj)
 
 
 def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
@@ -350,6 +356,8 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
             return _accepted(state, trial, new, state.radius)
         better = new if new.measure < old.measure else old
         sure = better.is_negligible or better.reduction <= better.rounding_cost
+        if trial.is_forecast and not sure:
+            return _rejected(state, trial, sums, StopReason.STALLED)
         reason = better.verdict(StopReason.FLOOR if sure else StopReason.STALLED)
         if better.quadratic.is_flat and reason is StopReason.FLOOR:
             reason = StopReason.FLAT_VALLEY  # what is left of the way cannot be known from J^T J
@@ -402,6 +410,7 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
             radius=radius,
             contraction=contraction,
             covariance_change=change,
+            was_forecast=trial.is_forecast,
             earlier=(old, *state.earlier)[:_MEMORY],
             rejected=0,
         )
