@@ -294,26 +294,33 @@ class Driver:
         return state
 
     def _first_pass(self, sample: SampleProblem, start: Vector) -> tuple[Vector, NormalEquations]:
-        """Return the sample's solution with its sums, or p0 with its own if that is better.
+        """Return a start for all rows with its sums: the sample's solution, or a better one.
 
-        The sample may have missed what matters. Then its solution fits all rows worse than p0
-        fitted the sample, by more than chance explains, and p0 gets a pass of its own. The rows
-        that the pass brings back are from all blocks, so the sample misses less from now on.
+        The rows that the pass brings back are from all blocks. Where the first sample was not like
+        them, because all rows fit its solution worse than it did by more than chance explains, the
+        fit starts once more on the new one; that costs a pass if it leads to a better point.
         """
-        p0, config = self._parameters.start, self._config
-        n_sample = max(sample.at_start.n_used, 1)
-        chance = 1.0 + 5.0 * float(np.sqrt(2.0 / n_sample))
-        expected = sample.at_start.cost / n_sample * chance
+        expected = 2.0 * sample.reduce(start).cost / max(sample.n_used, 1)
+        chance = 1.0 + 5.0 * float(np.sqrt(2.0 / max(sample.n_used, 1)))
+        config = self._config
         result = self._passes.first(self._kernel, start, config.sample_size, config.random_seed)
         sums = result.sums
         if result.sample is not None:
             sample.exchange(result.sample)
-        is_plausible = sums.is_finite and not sums.cost / sums.n_used > expected
-        if is_plausible or np.array_equal(start, p0):
+        if sums.is_finite and not 2.0 * sums.cost / sums.n_used > expected * chance:
             return start, sums
-        other = self._passes.reduce(self._kernel, p0)
+        again = self._solve_on_sample(sample, self._warm_up(sample, {}), {})
+        state = gn.start(start, sums, self._settings)
+        ahead = None if state.stop is not None else forecast(state, sample.reduce)
+        reached = sample.reduce(start if ahead is None else ahead.params)
+        there = sample.reduce(again)
+        if not there.is_finite:
+            again, there = self._parameters.start, sample.at_start
+        if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
+            return start, sums
+        other = self._passes.reduce(self._kernel, again)
         if other.is_finite and not (sums.is_finite and sums.cost <= other.cost):
-            return p0, other
+            return again, other
         return start, sums
 
     def _find_covariance(self, state: gn.State, details: dict[str, Any]) -> Covariance | None:

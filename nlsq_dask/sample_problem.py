@@ -50,6 +50,7 @@ class SampleProblem:
         self, model: Model, kernel: NormalEquationsKernel, rows: Rows, start: Vector
     ) -> None:
         self._model = model
+        self._start = start
         self._rows = rows.usable()
         usable_y = self._rows.y.astype(np.float64)
         y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
@@ -68,6 +69,11 @@ class SampleProblem:
         return len(self._rows) > self._model.n_params
 
     @property
+    def n_used(self) -> int:
+        """Number of usable rows."""
+        return len(self._rows)
+
+    @property
     def variance(self) -> float:
         """What the loss of the warm-up is divided by, positive in any case."""
         sums = self.at_start
@@ -81,6 +87,7 @@ class SampleProblem:
         """Go on with other rows, which are spread better over the data set."""
         self._rows = rows.usable()
         self._windows = list(rows.windows(self.kernel.piece_rows))
+        self.at_start = self.reduce(self._start)
 
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""

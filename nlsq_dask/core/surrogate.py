@@ -142,6 +142,8 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
     if not (there.is_finite and reduction > 0.0):
         return None
     # The secant updates are second derivatives of the residuals, which are no part of J^T J.
-    jtj = replace(surrogate, secant=np.zeros_like(point.sums.jtj))(inner.solution).jtj
+    jtj = there.jtj
+    if surrogate.secant.any():
+        jtj = replace(surrogate, secant=np.zeros_like(jtj))(inner.solution).jtj
     change = gn.covariance_change(point.sums.jtj, jtj, point.scale)
     return gn.Trial(inner.solution, step, reduction, inner.stop.is_success, change, jtj)
