@@ -121,8 +121,10 @@ STANDARD = [problem for problem in PROBLEMS if problem.n_variables == 1]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_ordered", [False, True], ids=["mixed", "ordered"])
 @pytest.mark.parametrize("problem", STANDARD, ids=lambda p: p.name)
-def test_rows_read_of_ten_million(problem: Problem, tmp_path: Any) -> None:
+def test_rows_read_of_ten_million(problem: Problem, is_ordered: bool, tmp_path: Any) -> None:
+    """With x ordered over the chunks, two of them, which are the sample, say little of the rest."""
     n, chunk = 10_000_000, 1_000_000
     x, y = (
         zarr.create_array(tmp_path / name, shape=(n,), chunks=(chunk,), dtype="f8") for name in "xy"
@@ -130,6 +132,9 @@ def test_rows_read_of_ten_million(problem: Problem, tmp_path: Any) -> None:
     for start in range(0, n, chunk):
         rng = np.random.default_rng(start)
         values = rng.uniform(*problem.x_range, chunk)
+        if is_ordered:
+            low, high = problem.x_range
+            values = low + (high - low) * (start + np.sort(rng.random(chunk)) * chunk) / n
         with jax.enable_x64(True):
             clean = np.asarray(problem.model(jnp.asarray(values), *problem.truth))
         x[start : start + chunk] = values
@@ -139,4 +144,4 @@ def test_rows_read_of_ten_million(problem: Problem, tmp_path: Any) -> None:
         start_at[2] = 1.05 * problem.truth[2]
     result = fit(problem.model, x, y, start_at)
     assert result.success
-    assert result.rows_read <= 2.3 * n
+    assert result.rows_read <= (3.2 if is_ordered else 2.3) * n
