@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
+from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.jacobian import Mode, choose_mode
-from nlsq_dask.core.kernel import BLOCK_ROWS, NormalEquationsKernel, piece_rows_for
+from nlsq_dask.core.kernel import NormalEquationsKernel, piece_rows_for
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.rows import Layout, Rows
 

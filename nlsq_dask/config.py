@@ -215,13 +215,15 @@ class HybridStreamingConfig:
     chunk_size: int | str = _option(
         "auto",
         _or(_int(1), "auto"),
-        "Most rows that one kernel call is given; a larger chunk is taken in pieces. 'auto' is "
-        "2**20.",
+        "Most rows that one kernel call is given; a larger chunk is taken in pieces, of 4 MB at "
+        "most. 'auto' is 2**20.",
     )
     cache: int | str = _option(
         "auto",
         _or(_int(0), "auto"),
-        "Bytes of the workers' memory in which blocks may stay between passes; 0 for none.",
+        "Bytes of memory, over all workers, in which blocks may stay between passes; 0 for none. "
+        "'auto' is 20 % of each worker's memory. Blocks stay by whole groups; arrays in memory are "
+        "not kept twice.",
     )
 
     # --- surviving

@@ -26,6 +26,7 @@ from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_cou
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
 from nlsq_dask.core.normalize import ParameterNormalizer
+from nlsq_dask.core.point import Point, Settings
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.engine.reduce import DataSet
@@ -79,7 +80,7 @@ class Outcome:
 
     params: Vector
     stop: StopReason
-    point: gn.Point | None
+    point: Point | None
     iterations: int
     covariance: Covariance | None
     n_passes: int
@@ -128,7 +129,7 @@ class Driver:
         self._passes = Passes(data, nan_policy == "omit", emit)
         self._iteration = 0
         self._diagnostics: dict[str, Any] = {}
-        self._settings = gn.Settings(
+        self._settings = Settings(
             low=parameters.low,
             high=parameters.high,
             tol=config.gauss_newton_tol,

@@ -8,11 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.kernel import (
-    BLOCK_ROWS,
-    NormalEquationsKernel,
-    PredictionKernel,
-)
+from nlsq_dask.core.block_loops import BLOCK_ROWS
+from nlsq_dask.core.kernel import NormalEquationsKernel, PredictionKernel
 from nlsq_dask.core.lbfgs_warmup import Warmup
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise

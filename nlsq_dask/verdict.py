@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
-from nlsq_dask.core.gauss_newton import Point
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.point import Point
 from nlsq_dask.driver import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.result import FitResult

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core import gauss_newton as gn
+from nlsq_dask.core.point import Point
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.trust_region import Vector
 
@@ -59,7 +60,7 @@ class Surrogate:
         What is added to the curvature.
     """
 
-    point: gn.Point
+    point: Point
     at_point: NormalEquations
     reduce: Reduce
     secant: NDArray[np.float64]
@@ -87,7 +88,7 @@ class Surrogate:
             candidate_costs=np.zeros(0),
         )
 
-    def reproducing(self, earlier: gn.Point) -> Surrogate:
+    def reproducing(self, earlier: Point) -> Surrogate:
         """Return S with its curvature updated so that it has the gradient known of a point."""
         scale = self.point.scale
         hessian = self.point.sums.jtj / np.outer(scale, scale)

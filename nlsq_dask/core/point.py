@@ -1,0 +1,162 @@
+"""``Point``: parameters with their sums, and what these say of the way still to go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.trust_region import Quadratic, Vector
+from nlsq_dask.stopping import StopReason
+
+_NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stays the same during a solve.
+
+    Attributes
+    ----------
+    low, high : ndarray, shape (p,)
+        Bounds of the parameters, infinite where there are none.
+    tol : float
+    max_iterations : int
+    regularization : float
+        See ``HybridStreamingConfig.regularization_factor``.
+    initial_radius : float
+        As a multiple of the scaled length of the start.
+    epsilon : float
+        Machine epsilon of the arithmetic in which the model is evaluated.
+    """
+
+    low: Vector
+    high: Vector
+    tol: float
+    max_iterations: int
+    regularization: float
+    initial_radius: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """Parameters with their sums, and what these say of the way still to go.
+
+    Attributes
+    ----------
+    params : ndarray, shape (p,)
+    sums : NormalEquations
+    scale : ndarray, shape (p,)
+        Norms of the Jacobian's columns (with a short memory); lengths are measured by them.
+    settings : Settings
+    """
+
+    params: Vector
+    sums: NormalEquations
+    scale: Vector
+    settings: Settings
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The quadratic model of the cost in scaled variables."""
+        p = len(self.params)
+        # J^T J carries rounding of this size: flatter directions cannot be told from flat ones.
+        floor = max(self.settings.regularization**2, 4 * p * self.settings.epsilon)
+        hessian = self.sums.jtj / np.outer(self.scale, self.scale)
+        return Quadratic.of(hessian, self.sums.jtr / self.scale, floor)
+
+    @property
+    def room(self) -> tuple[Vector, Vector]:
+        """How far the scaled variables may move to either side."""
+        s = self.settings
+        return (s.low - self.params) * self.scale, (s.high - self.params) * self.scale
+
+    def moved(self, step: Vector) -> Vector:
+        """Return the parameters a scaled step away; one that meets a bound lies on it exactly."""
+        low, high = self.room
+        s = self.settings
+        params = np.clip(self.params + step / self.scale, s.low, s.high)
+        params = np.where(step <= low, s.low, np.where(step >= high, s.high, params))
+        return np.asarray(params)
+
+    @cached_property
+    def full_step(self) -> Vector:
+        """The step that minimizes the quadratic inside the bounds."""
+        return self.quadratic.minimizer(0.0, *self.room)
+
+    @cached_property
+    def reduction(self) -> float:
+        """The reduction of the cost that the full step promises."""
+        return max(self.quadratic.reduction(self.full_step), 0.0)
+
+    @cached_property
+    def measure(self) -> float:
+        """``sqrt(reduction / cost)``: the step in units of the residual; 0 for a perfect fit."""
+        if self.reduction == 0.0 or self.sums.cost == 0.0:
+            return 0.0
+        return float(np.sqrt(self.reduction / self.sums.cost))
+
+    @property
+    def mean_square(self) -> float:
+        """The mean squared weighted residual."""
+        return 2.0 * self.sums.cost / max(self.sums.n_used, 1)
+
+    def relative_slope(self, scales: Vector) -> float:
+        """Return the norm of the gradient of the relative loss in normalized parameters."""
+        size = self.sums.total_variation or float(max(self.sums.n_used, 1))
+        with np.errstate(over="ignore"):  # infinite says enough
+            return 2.0 / size * float(np.linalg.norm(self.sums.jtr * scales))
+
+    @property
+    def is_negligible(self) -> bool:
+        """Whether the full step is a small fraction of a standard error."""
+        dof = max(self.sums.n_used - len(self.params), 1)
+        return self.measure * float(np.sqrt(dof)) <= _NEGLIGIBLE
+
+    @property
+    def cost_noise(self) -> float:
+        """Differences of the cost below this are rounding."""
+        cost, eps = self.sums.cost, self.settings.epsilon
+        return 32 * eps * cost + eps * float(np.sqrt(2 * cost * self.sums.signal))
+
+    @property
+    def rounding_cost(self) -> float:
+        """The cost that rounding of the model alone would give, at most."""
+        return 0.5 * (8 * self.settings.epsilon) ** 2 * self.sums.signal
+
+    @property
+    def has_dead_parameters(self) -> bool:
+        """Whether doubling some parameter would change the model by less than its rounding."""
+        norms = np.sqrt(np.diag(self.sums.jtj))
+        rounding = self.settings.epsilon * float(np.sqrt(self.sums.signal))
+        hidden = (self.params != 0.0) & (norms * np.abs(self.params) <= rounding)
+        return bool(((norms == 0.0) | hidden).any())
+
+    @property
+    def is_in_a_valley(self) -> bool:
+        """Whether the cost still falls along directions in which ``J^T J`` sees no curvature."""
+        rounding = 64 * len(self.params) * self.settings.epsilon
+        return self.quadratic.flat_slope > rounding * float(np.sqrt(2 * self.sums.cost))
+
+    def verdict(self, reason: StopReason) -> StopReason:
+        """Return the reason to stop here, or why it is no success."""
+        if self.has_dead_parameters:
+            return StopReason.NO_SENSITIVITY
+        return StopReason.FLAT_VALLEY if self.is_in_a_valley else reason
+
+    def converged(self) -> StopReason | None:
+        """Return the criterion that this point meets, if any."""
+        if self.measure <= self.settings.tol:
+            return StopReason.REDUCTION
+        n = max(self.sums.n_used, 1)
+        if self.reduction <= self.rounding_cost * len(self.params) / n:
+            return StopReason.FLOOR
+        tol = self.settings.tol
+        # Parameter by parameter: one large contribution must not hide that another still moves.
+        small = np.abs(self.full_step / self.scale) <= tol * (tol + np.abs(self.params))
+        if small.all() and (self.is_negligible or self.reduction <= self.rounding_cost):
+            return StopReason.STEP
+        return None
