@@ -61,6 +61,7 @@ def _index_ranges(value: Any) -> bool:
 
 _AUTO_CHUNK_SIZE = 2**20
 _AUTO_SAMPLE_ROWS = 2**17
+_AUTO_SAMPLE_BYTES = 64 * 2**20
 
 _BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
 _POSITIVE: Rule = ("a number > 0", lambda v: _is_real(v) and v > 0)
@@ -281,7 +282,7 @@ class HybridStreamingConfig:
         _or(_int(1), "auto"),
         "Rows of the in-memory sample on which Gauss-Newton is solved before the first pass and "
         "that forecasts the steps between passes; the warm-up takes at most 2**15 of them. 'auto' "
-        "is 2**17.",
+        "is 2**17, fewer where these would take more than 64 MB.",
     )
     random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample.")
 
@@ -301,10 +302,11 @@ class HybridStreamingConfig:
         """The number of rows that ``chunk_size`` stands for."""
         return _AUTO_CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 
-    @property
-    def sample_size(self) -> int:
-        """The number of rows that ``sample_rows`` stands for."""
-        return _AUTO_SAMPLE_ROWS if isinstance(self.sample_rows, str) else self.sample_rows
+    def sample_size(self, row_bytes: int) -> int:
+        """Return the number of rows that ``sample_rows`` stands for."""
+        if isinstance(self.sample_rows, str):
+            return min(_AUTO_SAMPLE_ROWS, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
+        return self.sample_rows
 
     @property
     def dtype(self) -> str:
@@ -323,7 +325,7 @@ class HybridStreamingConfig:
 
     @classmethod
     def aggressive(cls, **overrides: Any) -> Self:
-        """Speed first: large pieces, a short warm-up, a looser tolerance."""
+        """Speed first: a short warm-up, a looser tolerance, pieces as large as possible."""
         values = {
             "chunk_size": 2**21,
             "warmup_iterations": 50,

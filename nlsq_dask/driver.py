@@ -127,6 +127,7 @@ class Driver:
         self._emit = emit
         self._callback = callback
         self._passes = Passes(data, nan_policy == "omit", emit)
+        self._sample_size = config.sample_size(model.layout.row_bytes)
         self._iteration = 0
         self._diagnostics: dict[str, Any] = {}
         self._settings = Settings(
@@ -181,7 +182,7 @@ class Driver:
         return NormalEquationsKernel.trace(self._exact_model, rows)
 
     def _read_sample(self, kernel: NormalEquationsKernel, details: dict[str, Any]) -> SampleProblem:
-        read = self._passes.sample(self._config.sample_size, self._config.random_seed)
+        read = self._passes.sample(self._sample_size, self._config.random_seed)
         details["sample"] = {"rows": len(read.rows), "blocks": read.n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
         start = self._parameters.start
@@ -303,8 +304,9 @@ class Driver:
         """
         expected = 2.0 * sample.reduce(start).cost / max(sample.n_used, 1)
         chance = 1.0 + 5.0 * float(np.sqrt(2.0 / max(sample.n_used, 1)))
-        config = self._config
-        result = self._passes.first(self._kernel, start, config.sample_size, config.random_seed)
+        result = self._passes.first(
+            self._kernel, start, self._sample_size, self._config.random_seed
+        )
         sums = result.sums
         if result.sample is not None:
             sample.exchange(result.sample)

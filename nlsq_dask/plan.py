@@ -108,7 +108,12 @@ def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) ->
     groups = group_blocks(block_rows)
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
-    sample = plan_sample(block_rows, config.sample_size, config.random_seed, blocks.in_memory)
+    sample = plan_sample(
+        block_rows,
+        config.sample_size(blocks.layout.row_bytes),
+        config.random_seed,
+        blocks.in_memory,
+    )
     with x64():
         mode = choose_mode(model, model.jaxpr())
     return Plan(

@@ -93,6 +93,16 @@ def test_arrays_in_memory_are_not_kept_twice() -> None:
     assert (watch.peak, result.rows_cached) == (0, 0)
 
 
+def test_what_several_groups_share_is_counted_as_read() -> None:
+    """A chunk of x that is cut for two groups is read in every pass, so no cache is claimed."""
+    x, y = data()
+    config = Config(verbose=0)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    result = optimizer.fit(model, x.rechunk(2 * CHUNK), y, START)
+    assert result.success
+    assert result.rows_cached == 0
+
+
 def test_cache_on_a_cluster(process_client: Client, exact: nd.FitResult) -> None:
     on_workers: list[int] = []
 

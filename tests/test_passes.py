@@ -98,6 +98,22 @@ def test_large_structured_residuals_need_few_passes() -> None:
     assert (np.abs(result.x - popt) <= 1e-5 * np.sqrt(np.diag(pcov))).all()
 
 
+def test_forecasts_that_do_not_help_are_given_up() -> None:
+    """A row that outweighs all others is in no sample."""
+    n = 400_000
+    rng = np.random.default_rng(5)
+    x = rng.uniform(0, 3, n)
+    y = np.exp(0.9 * x) + 0.1 * rng.normal(size=n)
+    y[n // 3] = -3e5
+    arrays = [da.from_array(array, chunks=20_000) for array in (x, y)]
+    found = [
+        fit(lambda x, a, b: a * jnp.exp(b * x), *arrays, [0.5, 0.5], random_seed=seed)
+        for seed in range(2)
+    ]
+    assert all(result.success and result.n_passes <= 20 for result in found)
+    np.testing.assert_allclose(found[0].x, found[1].x, rtol=1e-6)
+
+
 def test_counts_are_what_was_read(tmp_path: Any) -> None:
     n, chunk = 3_000_000, 100_000
     rng = np.random.default_rng(4)

@@ -64,7 +64,8 @@ class BlockLoops:
             return values, stacked
 
         def product(stacked: Any) -> Any:
-            return (stacked @ stacked.T).astype(jnp.float64)
+            gram = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)
+            return gram.astype(jnp.float64)
 
         def plain(i: Any, gram: Any) -> Any:
             rows = self._rows(i)

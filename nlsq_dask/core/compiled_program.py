@@ -117,13 +117,14 @@ def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
     """Return what ``trace()`` gave for the same ``what`` and an equal jaxpr, if that is known.
 
     Lowering takes longer than tracing, and a person who fits again has mostly changed the data.
-    A jaxpr counts as equal if it prints the same and its constants have the same bytes.
+    A jaxpr counts as equal if it prints the same and all its constants have the same bytes.
     """
     text = str(jaxpr)
-    if _INEXACT.search(text):
+    constants = _constants(jaxpr)
+    if _INEXACT.search(text) or constants is None:
         return trace()
     digest = hashlib.sha256(text.encode())
-    for constant in map(np.asarray, jaxpr.consts):
+    for constant in constants:
         digest.update(f"{constant.dtype}{constant.shape}".encode())
         digest.update(np.ascontiguousarray(constant).tobytes())
     key = (what, digest.digest())
@@ -135,6 +136,29 @@ def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
         _traced.move_to_end(key)
         found: T = _traced[key]
         return found
+
+
+def _constants(closed: Any) -> list[Any] | None:
+    """Return the constants of a jaxpr and of those inside it, which its text leaves out.
+
+    None if there is something inside that is known by its name only: a rule of differentiation,
+    or an array among the parameters of an operation.
+    """
+    found = [np.asarray(constant) for constant in getattr(closed, "consts", ())]
+    for equation in getattr(closed, "jaxpr", closed).eqns:
+        if equation.primitive.name.startswith("custom_"):
+            return None
+        found += [np.asarray(v.val) for v in equation.invars if hasattr(v, "val")]
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(part, np.ndarray | jax.Array):
+                    return None
+                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                    inner = _constants(part)
+                    if inner is None:
+                        return None
+                    found += inner
+    return found
 
 
 def compile_count() -> int:

@@ -96,7 +96,7 @@ class State:
     rejected : int
         Trials rejected since the last accepted one.
     forecasts_rejected : int
-        Forecasts rejected so far.
+        Forecasts so far that were rejected or led hardly nearer.
     stop : StopReason or None
     solution : ndarray, shape (p,), or None
         Where the solve ended; a last step beyond ``point`` if one was taken without a pass.
@@ -207,7 +207,7 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
             return _accepted(state, trial, new, state.radius)
         better = new if new.measure < old.measure else old
         sure = better.is_negligible or better.reduction <= better.rounding_cost
-        if trial.is_forecast and not sure:
+        if trial.is_forecast and better.reduction > better.rounding_cost:
             return _rejected(state, trial, sums, StopReason.STALLED)
         reason = better.verdict(StopReason.FLOOR if sure else StopReason.STALLED)
         if better.quadratic.is_flat and reason is StopReason.FLOOR:
@@ -239,7 +239,8 @@ def _rejected(state: State, trial: Trial, sums: NormalEquations, if_exhausted: S
         forecasts_rejected = state.forecasts_rejected + 1
         rejected = state.rejected + 1
         return _limit(replace(state, rejected=rejected, forecasts_rejected=forecasts_rejected))
-    shorter = _longest_good(state, trial, sums) or min((0.25, *trial.further))
+    tried = trial.further[: len(sums.candidate_costs)]
+    shorter = _longest_good(state, trial, sums) or min((0.25, *tried))
     radius = shorter * float(np.linalg.norm(trial.step))
     state = replace(state, radius=radius, rejected=state.rejected + 1)
     size = float(np.linalg.norm(point.scale * point.params)) or float(np.linalg.norm(point.scale))
@@ -262,6 +263,9 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
             contraction=contraction,
             covariance_change=change,
             was_forecast=trial.is_forecast,
+            # One that leads hardly nearer costs a pass as one that is rejected does.
+            forecasts_rejected=state.forecasts_rejected
+            + (trial.is_forecast and new.measure > _SHRINKING * old.measure),
             earlier=(old, *state.earlier)[:_MEMORY],
             rejected=0,
         )

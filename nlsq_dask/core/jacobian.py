@@ -37,7 +37,8 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
 
     Forward mode for at most five parameters, if all that depends on them is one number a row and
     there is no sine, cosine or tangent; otherwise reverse mode. A model that can be differentiated
-    in one mode only (a ``while_loop``, a ``custom_vjp``) gets that one.
+    in one mode only gets that one: a ``while_loop`` or a model that one row is too few for the
+    forward mode, a ``custom_vjp`` the reverse mode.
 
     The rule looks at the traced model and never at a clock, because the two modes differ in bits.
     """
@@ -47,12 +48,22 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
     for name, size in _dependent(jaxpr.jaxpr, depends):
         names.add(name)
         widest = max(widest, size)
-    if "while" in names:
-        return Mode.FORWARD
     if any(name.startswith("custom_vjp") for name in names):
         return Mode.REVERSE
+    if "while" in names or not _takes_one_row(model):
+        return Mode.FORWARD
     is_narrow = widest <= TRACED_ROWS and not names & _DEAR
     return Mode.FORWARD if is_narrow and model.n_params <= _MOST_FORWARD else Mode.REVERSE
+
+
+def _takes_one_row(model: Model) -> bool:
+    """Return whether the model gives one value for a block of one row, as reverse mode needs."""
+    params = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
+    try:
+        out = jax.eval_shape(model.raw, model.x_specs(1), params)
+    except (TypeError, ValueError, IndexError):  # a squeeze, for instance, has taken the row away
+        return False
+    return bool(out.shape == (1,))
 
 
 def _dependent(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:
@@ -63,7 +74,10 @@ def _dependent(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]
         if not any(touched):
             continue
         reached.update(equation.outvars)
-        yield equation.primitive.name, max(v.aval.size for v in equation.outvars)
+        name = equation.primitive.name
+        yield name, max((v.aval.size for v in equation.outvars), default=0)
+        if name.startswith("custom_vjp"):  # whose inside is not differentiated
+            continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

@@ -13,6 +13,8 @@ from nlsq_dask.data.from_array import as_dask, is_in_memory, split_mask
 from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.errors import DataError
 
+_SMALL_CHUNK = 2**20  # bytes; coordinates, which are split without anyone noticing
+
 
 @dataclass(frozen=True)
 class RowBlocks:
@@ -32,6 +34,8 @@ class RowBlocks:
         Whether nothing has to be read from anywhere.
     realigned : tuple of str
         Arrays whose chunks were split to agree with the others, and how.
+    split_bytes : int
+        Bytes of the largest chunk that was split, which is read whole.
     """
 
     y: da.Array
@@ -41,6 +45,7 @@ class RowBlocks:
     layout: Layout
     in_memory: bool
     realigned: tuple[str, ...]
+    split_bytes: int
 
     @property
     def arrays(self) -> tuple[da.Array, ...]:
@@ -134,10 +139,15 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     before = [y, *x, *deviation, *masks]
     names = ["y_data", *_leaf_names(x_names), *(["sigma"] if deviation else [])]
     y, *others = after = _unify(before, y.ndim)
-    realigned = tuple(
-        f"{name}: {_blocks_text(old)} become {_blocks_text(new)}"
+    split = [
+        (name, old, new)
         for name, value, old, new in zip(names, given, before, after, strict=False)
-        if old.npartitions > 1 and old.numblocks != new.numblocks and not is_in_memory(value)
+        if old.numblocks != new.numblocks
+        and not is_in_memory(value)
+        and _chunk_bytes(old) > _SMALL_CHUNK
+    ]
+    realigned = tuple(
+        f"{name}: {_blocks_text(old)} become {_blocks_text(new)}" for name, old, new in split
     )
     x = others[: len(x)]
     deviation = others[len(x) : len(x) + len(deviation)]
@@ -158,7 +168,12 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
         layout,
         cut,
         realigned,
+        max((_chunk_bytes(old) for _, old, _ in split), default=0),
     )
+
+
+def _chunk_bytes(array: da.Array) -> int:
+    return int(np.prod([max(sizes) for sizes in array.chunks], dtype=np.int64)) * array.itemsize
 
 
 def _blocks_text(array: da.Array) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from nlsq_dask.engine.source_graph import GroupReader
 T = TypeVar("T")
 
 _kept_bytes: Counter[str] = Counter()
+_released: deque[tuple[str, int]] = deque()
 _lock = threading.Lock()
 
 
@@ -37,23 +38,30 @@ class CacheBudget:
     def reserve(self, n_bytes: int) -> bool:
         """Take some bytes out of the budget of this process, if there are so many left."""
         with _lock:
+            _settle()
             if _kept_bytes[self.fit] + n_bytes > self.process_bytes:
                 return False
             _kept_bytes[self.fit] += n_bytes
             return True
 
     def release(self, n_bytes: int) -> None:
-        """Give them back."""
-        with _lock:
-            _kept_bytes[self.fit] -= n_bytes
-            if not _kept_bytes[self.fit]:
-                del _kept_bytes[self.fit]
+        """Give them back; may be called by the garbage collector at any moment, so no lock."""
+        _released.append((self.fit, n_bytes))
 
 
 def kept_bytes() -> int:
     """Return how many bytes of blocks this process keeps, over all fits."""
     with _lock:
+        _settle()
         return _kept_bytes.total()
+
+
+def _settle() -> None:
+    while _released:
+        fit, n_bytes = _released.popleft()
+        _kept_bytes[fit] -= n_bytes
+        if not _kept_bytes[fit]:
+            del _kept_bytes[fit]
 
 
 class Group:
@@ -68,20 +76,24 @@ class Group:
     n_bytes : int
         Bytes of all its blocks.
     budget : CacheBudget
+    is_large : bool
+        Whether a scheduler should take it for as large as it may become, so that it is not moved.
     """
 
-    def __init__(self, reader: GroupReader, n_bytes: int, budget: CacheBudget) -> None:
+    def __init__(
+        self, reader: GroupReader, n_bytes: int, budget: CacheBudget, is_large: bool
+    ) -> None:
         self.reader = reader
         self._n_bytes = n_bytes
         self._budget = budget
+        self._is_large = is_large
         self._kept: list[tuple[int, Block]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reader, self._n_bytes, self._budget)
+        return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
 
     def __sizeof__(self) -> int:
-        """Return what the group may grow to, so that a scheduler knows what it would move."""
-        return object.__sizeof__(self) + (self._n_bytes if self._budget.process_bytes else 0)
+        return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(self, inputs: Sequence[Any]) -> Iterator[tuple[int, Block, bool]]:
         """Yield flat index and block, and whether it was kept from an earlier pass."""
@@ -89,7 +101,9 @@ class Group:
             for index, block in self._kept:
                 yield index, block, True
             return
-        is_kept = bool(self.reader.steps) and self._budget.reserve(self._n_bytes)
+        # What other tasks read for several groups would be read again all the same.
+        may_keep = bool(self.reader.steps) and not self.reader.inputs
+        is_kept = may_keep and self._budget.reserve(self._n_bytes)
         kept = []
         try:
             for index, block in _ahead(self.reader.read(inputs), len(self.reader.blocks)):

@@ -33,6 +33,8 @@ class MemoryPlan:
         Tasks that run at once in a worker.
     cache_bytes : int
         That blocks may take in a worker between passes.
+    all_fits : bool
+        Whether that is enough for all blocks.
     limit : int
         Memory of a worker.
     """
@@ -41,6 +43,7 @@ class MemoryPlan:
     task_bytes: int
     threads: int
     cache_bytes: int
+    all_fits: bool
     limit: int
 
     @classmethod
@@ -55,13 +58,16 @@ class MemoryPlan:
         block_bytes = blocks.block_bytes()
         group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)
         at_once = 2 if max(map(len, groups)) > 1 else 1  # the next block is read ahead
-        task_bytes = 0 if blocks.in_memory else _COPIES * at_once * int(block_bytes.max())
-        threads, limit = workers.most_threads, workers.memory_limit
+        task_bytes = 0
+        if not blocks.in_memory:
+            task_bytes = _COPIES * max(at_once * int(block_bytes.max()), blocks.split_bytes)
+        threads, limit = min(workers.most_threads, len(groups)), workers.memory_limit
         free = int(_MOST_FILLED * limit) - _BASE_BYTES - threads * task_bytes
         wanted = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
         cache_bytes = max(min(int(wanted), free), 0) if is_useful else 0
-        return cls(group_bytes, task_bytes, threads, cache_bytes, limit)
+        all_fits = sum(group_bytes) <= cache_bytes * workers.n_processes
+        return cls(group_bytes, task_bytes, threads, cache_bytes, all_fits, limit)
 
     @property
     def bytes_per_pass(self) -> int:

@@ -104,7 +104,7 @@ class DataSet:
         budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
         self._inputs = [reader.inputs for reader in readers]
         held = [
-            Group(reader, n_bytes, budget)
+            Group(reader, n_bytes, budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
         self._groups = hold("group", held, self._workers)

@@ -76,6 +76,9 @@ def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
     if workers.client is None:
         return values
     token = uuid.uuid4().hex
+    if not workers.threads:  # a cluster that is still starting
+        keys = [f"nlsq-{name}-{token}-{i}" for i in range(len(values))]
+        return list(workers.client.map(_itself, values, key=keys))
     futures: dict[int, Any] = {}
     for address, share in workers.share_out(list(enumerate(values))).items():
         if not share:
