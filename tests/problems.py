@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-N_ROWS = 50_000  # more than the default sample, so that sample and data differ
+N_ROWS = 50_000
 
 
 @dataclass(frozen=True)

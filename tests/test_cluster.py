@@ -41,7 +41,9 @@ class Callable:
 
 def fit(client: Client, model: Any, **options: Any) -> nd.FitResult:
     x, y = da.from_array(X, chunks=9_999), da.from_array(Y, chunks=9_999)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(
+        nd.HybridStreamingConfig(verbose=0, sample_rows=5_000)
+    )
     with client.as_current():
         return optimizer.fit(model, x, y, START, **options)
 
