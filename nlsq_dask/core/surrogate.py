@@ -6,10 +6,11 @@ approximation). What is beyond that, the curvature of the model, is much the sam
     S(p) = w F(p) + (c - w c_s) + (g - w g_s)^T d + 1/2 d^T (H - w H_s) d,    d = p - p_0
 
 with the sample's cost F, its sums c_s, g_s, H_s at p_0, those over all rows c, g, H, and the weight
-w of a row of the sample. At p_0 it has the gradient and J^T J of all rows, so a forecast is at
-least as good as a Gauss-Newton step where the sample says nothing, and its error is smaller by the
-relative error of the sample's means where it does. It needs no reading. It remains a trial: the
-sums over all rows decide whether it is accepted.
+w of a row of the sample. At p_0 it has the gradient and J^T J of all rows, so a forecast is a
+Gauss-Newton step where the sample says nothing, and its error is smaller by the relative error of
+the sample's means where the sample is like the rest. Where it is not, a forecast can be the worse
+step: it remains a trial, the sums over all rows decide, and after two that help little the sample
+is not asked again. It needs no reading.
 
 What the sample gets wrong of the curvature shows in the gradients over all rows at points accepted
 earlier; secant updates put it right.
