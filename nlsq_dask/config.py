@@ -60,7 +60,8 @@ def _index_ranges(value: Any) -> bool:
 
 
 _AUTO_CHUNK_SIZE = 2**20
-_AUTO_SAMPLE_ROWS = 2**17
+_AUTO_SAMPLE_ROWS = 2**16, 2**17
+_AUTO_SAMPLE_SHARE = 1 / 16
 _AUTO_SAMPLE_BYTES = 64 * 2**20
 
 _BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
@@ -281,8 +282,8 @@ class HybridStreamingConfig:
         "auto",
         _or(_int(1), "auto"),
         "Rows of the in-memory sample on which Gauss-Newton is solved before the first pass and "
-        "that forecasts the steps between passes; the warm-up takes at most 2**15 of them. 'auto' "
-        "is 2**17, fewer where these would take more than 64 MB.",
+        "that forecasts the steps between passes; the warm-up takes at most 2**14 of them. 'auto' "
+        "is a 16th of all rows, from 2**16 to 2**17, fewer where these would take more than 64 MB.",
     )
     random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample.")
 
@@ -302,10 +303,12 @@ class HybridStreamingConfig:
         """The number of rows that ``chunk_size`` stands for."""
         return _AUTO_CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 
-    def sample_size(self, row_bytes: int) -> int:
+    def sample_size(self, n_rows: int, row_bytes: int) -> int:
         """Return the number of rows that ``sample_rows`` stands for."""
         if isinstance(self.sample_rows, str):
-            return min(_AUTO_SAMPLE_ROWS, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
+            least, most = _AUTO_SAMPLE_ROWS
+            wanted = min(max(int(_AUTO_SAMPLE_SHARE * n_rows), least), most)
+            return min(wanted, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
         return self.sample_rows
 
     @property

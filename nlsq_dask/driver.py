@@ -127,7 +127,7 @@ class Driver:
         self._emit = emit
         self._callback = callback
         self._passes = Passes(data, nan_policy == "omit", emit)
-        self._sample_size = config.sample_size(model.layout.row_bytes)
+        self._sample_size = config.sample_size(data.blocks.n_rows, model.layout.row_bytes)
         self._iteration = 0
         self._diagnostics: dict[str, Any] = {}
         self._settings = Settings(
