@@ -105,7 +105,7 @@ def package_kernel(
         chosen = choose_mode(traced, traced.jaxpr()) if mode == "rule" else Mode(mode)
     n_rows = piece_rows_for(len(rows), 2**20, layout.row_bytes)
     kernel = NormalEquationsKernel.trace(traced, n_rows, None if mode == "rule" else chosen)
-    return lambda: kernel(rows.windows(n_rows), params, wants_moments=False), chosen.value
+    return lambda: kernel(rows, params, wants_moments=False), chosen.value
 
 
 def textbook_kernel(model: Callable[..., Any], p: int, rows: Rows) -> Callable[[], object]:

@@ -19,7 +19,7 @@ from nlsq_dask.core.sums import NormalEquations
 
 Vector = NDArray[np.float64]
 
-_WARMUP_ROWS = 2**15  # enough for a start, and L-BFGS evaluates them some hundred times
+_WARMUP_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
 
 
 class SampleProblem:
@@ -48,11 +48,10 @@ class SampleProblem:
     ) -> None:
         self._model = model
         self._start = start
-        self._rows = rows.usable()
+        self._all_rows, self._rows = rows, rows.usable()
         usable_y = self._rows.y.astype(np.float64)
         y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
         self.kernel = replace(kernel, y_reference=y_reference)
-        self._windows = list(rows.windows(kernel.piece_rows))
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = prediction.program.fingerprint
@@ -78,12 +77,11 @@ class SampleProblem:
 
     def reduce(self, params: Vector) -> NormalEquations:
         """Sum over the sample."""
-        return self.kernel(self._windows, params)
+        return self.kernel(self._all_rows, params)
 
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
-        self._rows = rows.usable()
-        self._windows = list(rows.windows(self.kernel.piece_rows))
+        self._all_rows, self._rows = rows, rows.usable()
         self.at_start = self.reduce(self._start)
 
     def factors(self, params: Vector) -> tuple[float, ...]:

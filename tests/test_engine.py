@@ -17,6 +17,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
+from nlsq_dask.core import kernel
 from nlsq_dask.engine.group import kept_bytes
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
@@ -67,6 +68,23 @@ def test_the_budget_is_honoured_and_given_back(n_groups: int, exact: nd.FitResul
     result = fit(watch, cache=n_groups * 16 * CHUNK + 100)
     assert watch.peak == n_groups * 16 * CHUNK
     assert result.rows_cached == (result.n_passes - 1) * n_groups * CHUNK
+    np.testing.assert_array_equal(result.x, exact.x)
+    np.testing.assert_array_equal(result.pcov, exact.pcov)
+    gc.collect()
+    assert kept_bytes() == 0
+
+
+@pytest.mark.parametrize("n_groups", [4, 10])
+def test_blocks_kept_in_the_memory_of_devices(
+    n_groups: int, exact: nd.FitResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: pieces stay where they are computed, and what that takes is what counts."""
+    monkeypatch.setattr(kernel, "_HOST_PLATFORMS", set())
+    watch = Watch()
+    budget = n_groups * 16 * CHUNK + 100
+    result = fit(watch, cache=budget)
+    assert 0 < watch.peak <= budget
+    assert 0 < result.rows_cached < (result.n_passes - 1) * n_groups * CHUNK
     np.testing.assert_array_equal(result.x, exact.x)
     np.testing.assert_array_equal(result.pcov, exact.pcov)
     gc.collect()

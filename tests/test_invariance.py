@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import nlsq_dask as nd
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.windows import flat_range
 from nlsq_dask.data.alignment import align
-from nlsq_dask.data.block import Block, flat_range
+from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.scheduling import group_blocks
 

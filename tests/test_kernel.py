@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.data.block import Block
 
 N_ROWS = 20_000
 RNG = np.random.default_rng(8)
@@ -72,7 +75,7 @@ def test_both_modes_against_extended_precision(n_params: int, mode: Mode) -> Non
     model = model_of(exponentials(n_params), n_params)
     kernel = NormalEquationsKernel.trace(model, 4096, mode)
     rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
-    sums = kernel(rows.windows(4096), params)
+    sums = kernel(rows, params)
     agree(sums, exact(n_params, params, np.arange(N_ROWS)), 1e-13)
     assert (sums.n_used, sums.n_bad, sums.n_masked) == (N_ROWS, 0, 0)
 
@@ -86,7 +89,7 @@ def test_rows_left_out_from_some_row_on(first: int, mode: Mode) -> None:
     rows = Rows(y, (x,), sigma, mask)
     params = np.array([1.2, 0.7, 0.3])
     kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 32_768, mode)
-    sums = kernel(rows.windows(32_768), params, candidates=np.array([params, 2 * params]))
+    sums = kernel(rows, params, candidates=np.array([params, 2 * params]))
     bad = ~np.isfinite(y) | ~np.isfinite(x) | ~np.isfinite(sigma)
     used = np.flatnonzero(~bad & ~mask)
     agree(sums, exact(3, params, used), 1e-13)
@@ -103,7 +106,7 @@ def test_a_model_that_swallows_nan_in_x_does_not_hide_the_row() -> None:
     x[77] = np.nan
     model = model_of(lambda x, a, b: jnp.where(x > 1, a * x, b), 2)
     rows = Rows(Y, (x,), SIGMA, np.zeros(N_ROWS, bool))
-    sums = NormalEquationsKernel.trace(model, 4096)(rows.windows(4096), np.ones(2))
+    sums = NormalEquationsKernel.trace(model, 4096)(rows, np.ones(2))
     assert (sums.n_bad, sums.n_nonfinite) == (1, 0)
 
 
@@ -113,7 +116,7 @@ def test_sigma_that_is_not_positive_is_counted(bad: float) -> None:
     sigma[[5, 12_000]] = bad
     rows = Rows(Y, (X,), sigma, np.zeros(N_ROWS, bool))
     model = model_of(exponentials(3), 3)
-    sums = NormalEquationsKernel.trace(model, 4096)(rows.windows(4096), np.ones(3))
+    sums = NormalEquationsKernel.trace(model, 4096)(rows, np.ones(3))
     assert sums.n_bad_sigma == 2
 
 
@@ -123,7 +126,7 @@ def test_where_a_block_is_cut_changes_no_bit() -> None:
     sums = []
     for piece_rows in (1024, 4096, 32_768):
         kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), piece_rows)
-        sums.append(kernel(rows.windows(piece_rows), params))
+        sums.append(kernel(rows, params))
     for other in sums[1:]:
         np.testing.assert_array_equal(other.jtj, sums[0].jtj)
         assert other.cost == sums[0].cost
@@ -248,3 +251,63 @@ def test_models_that_differ_in_hidden_constants_are_two_models() -> None:
         y = 2.0 * np.interp(X, grid, table) + 0.3
         result = optimizer.fit(instrument(table), X, y, [1.0, 0.0])
         np.testing.assert_allclose(result.x, [2.0, 0.3], rtol=1e-7)
+
+
+# --- memory of the rows
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "sigma_shape"), [((40, 1, 1), (1, 30, 25)), ((40, 30, 25), (1, 1, 25))]
+)
+def test_broadcast_rows_in_memory_that_is_used_again(
+    x_shape: tuple[int, ...], sigma_shape: tuple[int, ...]
+) -> None:
+    """Pieces are copied into memory of earlier ones, by two threads at once."""
+    shape = (40, 30, 25)
+    rng = np.random.default_rng(4)
+    x, sigma = rng.uniform(0, 5, x_shape), rng.uniform(0.5, 2, sigma_shape)
+    blocks = [Block(shape, rng.normal(size=shape), (x,), sigma, None) for _ in range(8)]
+    layout = Layout(None, ((),), ("float64",), "float64", "float64", False)
+    model = Model(exponentials(3), 3, layout, "float64")
+    params = np.array([1.2, 0.7, 0.3])
+    kernel = NormalEquationsKernel.trace(model, 2048)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda block: kernel(block, params), blocks))
+    for block, sums in zip(blocks, found, strict=True):
+        flat = Rows(
+            block.y.ravel(),
+            (np.broadcast_to(x, shape).ravel(),),
+            np.broadcast_to(sigma, shape).ravel(),
+        )
+        alone = NormalEquationsKernel.trace(model, 32_768)(flat, params)
+        np.testing.assert_array_equal(sums.jtj, alone.jtj)
+        np.testing.assert_array_equal(sums.jtr, alone.jtr)
+        assert (sums.cost, sums.weight, sums.y_square) == (alone.cost, alone.weight, alone.y_square)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("n_params", [2, 4, 5, 6, 7])
+def test_sums_in_lanes_and_as_matrix_product(n_params: int, mode: Mode) -> None:
+    """Both sides of the number of parameters from which a matrix product is used."""
+    params = np.linspace(0.5, 1.5, n_params)
+    kernel = NormalEquationsKernel.trace(model_of(exponentials(n_params), n_params), 4096, mode)
+    sums = kernel(Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool)), params)
+    agree(sums, exact(n_params, params, np.arange(N_ROWS)), 1e-13)
+    np.testing.assert_array_equal(sums.jtj, sums.jtj.T)
+
+
+@pytest.mark.parametrize("first", [None, 0, 9_000])
+def test_sums_of_the_data_alone(first: int | None) -> None:
+    """With and without rows left out, about a reference value that is far away."""
+    y = Y + 1e3
+    if first is not None:
+        y[first::101] = np.nan
+    kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 4096)
+    kernel = replace(kernel, y_reference=1e3)
+    sums = kernel(Rows(y, (X,), SIGMA, np.zeros(N_ROWS, bool)), np.ones(3))
+    used = np.isfinite(y)
+    offset, weight = y[used].astype(np.longdouble) - 1e3, 1 / SIGMA[used].astype(np.longdouble) ** 2
+    assert sums.n_used == used.sum()
+    assert sums.weight == pytest.approx(float(weight.sum()), rel=1e-13)
+    assert sums.y_sum == pytest.approx(float(weight @ offset), rel=1e-11)
+    assert sums.y_square == pytest.approx(float(weight @ offset**2), rel=1e-13)

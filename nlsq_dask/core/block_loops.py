@@ -1,38 +1,81 @@
 """The loops over blocks of rows that make the sums of a kernel, as JAX traces them.
 
-Jacobian and residual of a block are stacked, so that one matrix product gives ``J^T J``, ``J^T r``
-and ``r^T r`` together. Blocks are small enough to stay in a core's cache.
+Jacobian and residual of a block are stacked, so that one product gives ``J^T J``, ``J^T r`` and
+``r^T r`` together. Blocks are small enough to stay in a core's cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nlsq_dask.core.devices import CPU
 from nlsq_dask.core.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.rows import FIRST_ROWS, Rows
+from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.windows import FIRST_ROWS
 
 _STRETCH = 16  # blocks after which the sums are looked at
 _GPU_BLOCK_ROWS = 2**18
 BLOCK_ROWS = FIRST_ROWS  # rows in one matrix product; 1,000 to 2,000 were equally fast
 
-# gram (p+1, p+1), counts (used, nonfinite, masked, bad_sigma), moments (weight, y_sum, y_square),
-# costs (candidates,)
+# On a CPU sums run in so many lanes side by side. Of its own accord XLA does that only in a matrix
+# product, which spends more time on preparations than on sums where there are few columns.
+_LANES = 128
+_MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
+
+# gram (p+1, p+1, lanes; its upper triangle), counts (used, nonfinite, masked, bad_sigma),
+# moments (weight, y_sum, y_square; lanes), costs (candidates, lanes)
 Carry = tuple[Any, Any, Any, Any]
 
 
-def _sum(array: Any) -> Any:
-    """Sum all entries, side by side in lanes, which XLA does not do of its own accord."""
-    lanes = 32
-    if array.size % lanes == 0:
-        array = array.reshape(-1, lanes).sum(0)
-    return array.sum()
+def block_rows_for(piece_rows: int, platform: str) -> int:
+    """Return how many rows are one block of a piece."""
+    return min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
+
+
+def nothing(n_params: int, n_candidates: int, piece_rows: int, platform: str) -> Carry:
+    """Return the sums over no rows at all."""
+    n_rows = n_params + 1
+    n_lanes = min(_LANES, block_rows_for(piece_rows, platform)) if platform == CPU else 1
+    gram = np.zeros((n_rows, n_rows, n_lanes if n_rows <= _MOST_IN_LANES else 1))
+    return gram, np.zeros(4, np.int64), np.zeros((3, n_lanes)), np.zeros((n_candidates, n_lanes))
+
+
+def _lane_sums(n_parts: int, part: Callable[[int], Any]) -> Any:
+    """Add parts of a block. Each is to be cut out in one step before anything is done with it.
+
+    XLA then makes one loop of it all and keeps no products in memory.
+    """
+    return reduce(add, map(part, range(n_parts)))
+
+
+def _dot(a: Any, b: Any, n_lanes: int) -> Any:
+    """Sum ``a * b`` in lanes."""
+    if n_lanes == 1:
+        return (a * b).sum()[None]
+    a, b = (array.reshape(-1, n_lanes) for array in (a, b))
+    return _lane_sums(len(a), lambda k: a[k] * b[k])
+
+
+def _gram(stacked: Any, n_lanes: int) -> Any:
+    """Return the products of all pairs of rows; those below the diagonal are left at zero."""
+    if n_lanes == 1:
+        return jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
+    n_rows = len(stacked)
+    parts = stacked.reshape(n_rows, -1, n_lanes)
+
+    def row(i: int) -> Any:
+        return _lane_sums(parts.shape[1], lambda k: parts[i:, k] * parts[i, k])
+
+    return jnp.stack([jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows)])
 
 
 class BlockLoops:
@@ -63,19 +106,29 @@ class BlockLoops:
                 stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
             return values, stacked
 
+        n_lanes = gram.shape[-1]
+        # In float32 lanes are short enough for sums of their own, which saves conversions. In
+        # float64 blocks are added one by one, so that it does not matter where stretches begin.
+        sums_stretches = n_lanes > 1 and self._model.dtype != gram.dtype
+
         def product(stacked: Any) -> Any:
-            gram = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)
-            return gram.astype(jnp.float64)
+            return _gram(stacked, n_lanes)
 
         def plain(i: Any, gram: Any) -> Any:
             rows = self._rows(i)
-            return gram + product(stacked(rows, self._poisoned(rows))[1])
+            new = product(stacked(rows, self._poisoned(rows))[1])
+            return gram + new.astype(gram.dtype)
 
         def stretch(state: Any) -> Any:
             i, _, gram = state
             end = jnp.minimum(i + _STRETCH, self._n_full)
-            new = lax.fori_loop(i, end, plain, gram)
-            is_plain = jnp.isfinite(new).all()
+            if sums_stretches:
+                nothing = jnp.zeros(gram.shape, self._model.dtype)
+                new = gram + lax.fori_loop(i, end, plain, nothing).astype(gram.dtype)
+            else:
+                new = lax.fori_loop(i, end, plain, gram)
+            # Sums of squares, of which one at least is infinite or NaN if any product is.
+            is_plain = jnp.isfinite(jnp.trace(new)).all()
             return jnp.where(is_plain, end, i), is_plain, jnp.where(is_plain, new, gram)
 
         def masked(i: Any, state: Any) -> Any:
@@ -89,7 +142,8 @@ class BlockLoops:
             flags = (usable, usable & ~jnp.isfinite(values), left_out, bad_sigma)
             counted = jnp.stack([jnp.sum(flag, dtype=jnp.int64) for flag in flags])
             # Masked after it was computed, not before: a NaN in a row left out must not spread.
-            return gram + product(jnp.where(usable, unmasked, 0)), counts + counted
+            new = product(jnp.where(usable, unmasked, 0))
+            return gram + new.astype(gram.dtype), counts + counted
 
         start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), gram)
         n_plain, _, gram = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
@@ -101,15 +155,15 @@ class BlockLoops:
 
         def add(i: Any, moments: Any, is_masked: bool) -> Any:
             rows = self._rows(i)
-            offset = rows.y.astype(jnp.float64) - y0
+            offset: Any = rows.y.astype(jnp.float64) - y0
             weight: Any = jnp.ones(self._block_rows)
             if rows.sigma is not None:
                 weight = 1 / rows.sigma.astype(jnp.float64) ** 2
-            terms: Any = (weight, weight * offset, weight * offset**2)
             if is_masked:
                 usable = self._usable(i, rows)
-                terms = tuple(jnp.where(usable, term, 0) for term in terms)
-            return moments + jnp.stack([_sum(term) for term in terms])
+                offset, weight = (jnp.where(usable, array, 0) for array in (offset, weight))
+            pairs = (weight, jnp.ones_like(offset)), (weight, offset), (weight * offset, offset)
+            return moments + jnp.stack([_dot(a, b, moments.shape[-1]) for a, b in pairs])
 
         moments = lax.fori_loop(0, n_plain, lambda i, m: add(i, m, False), moments)
         return lax.fori_loop(n_plain, self._n_blocks, lambda i, m: add(i, m, True), moments)
@@ -124,7 +178,7 @@ class BlockLoops:
             if rows.sigma is not None:
                 residual = residual / rows.sigma
             residual = jnp.where(self._usable(i, rows), residual, 0)
-            return costs.at[k].add(_sum(residual**2))
+            return costs.at[k].add(_dot(residual, residual, costs.shape[-1]))
 
         return lax.fori_loop(0, self._n_blocks * n_candidates, add, costs)
 
@@ -169,7 +223,7 @@ class BlockLoops:
 
 def accumulator(model: Model, piece_rows: int, mode: Mode, platform: str) -> Callable[..., Carry]:
     """Return the function that adds a piece of rows to running sums."""
-    block_rows = min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
+    block_rows = block_rows_for(piece_rows, platform)
 
     def accumulate(
         carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any, offsets: Any

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import add
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import BLOCK_ROWS, Carry, accumulator
+from nlsq_dask.core.block_loops import BLOCK_ROWS, accumulator, nothing
 from nlsq_dask.core.compiled_program import Program, traced_once
 from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.jacobian import Mode, choose_mode
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.placed_rows import Piece, PlacedRows
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import SLACK, Layout, Rows, Window
+from nlsq_dask.core.rows import Array, Layout, Rows
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
+from nlsq_dask.core.windows import SLACK, Memory, MemoryPool, windows
 
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
 # Larger pieces take new pages from the system for every copy, smaller ones more calls.
 _MAX_PIECE_BYTES = 4 * 2**20
+_HOST_PLATFORMS = {CPU}  # whose devices have no memory of their own
+_IN_FLIGHT = 2  # pieces that a device has at once: one is computed, one is on its way
 
 
 def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
@@ -53,9 +61,10 @@ def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Pro
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
+    carry = nothing(p, MOST_CANDIDATES, piece_rows, platform)
     return Program.trace(
         accumulator(model, piece_rows, mode, platform),
-        (spec("f8", p + 1, p + 1), spec("i8", 4), spec("f8", 3), spec("f8", MOST_CANDIDATES)),
+        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), carry),
         (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
         (spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
@@ -63,6 +72,21 @@ def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Pro
         jax.tree.map(lambda _: spec("i8"), arrays),
         platform=platform,
     )
+
+
+class RowSource(Protocol):
+    """What a kernel can take its rows from, such as ``Rows`` or a block of an N-d array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape against which the arrays broadcast; its entries in C order are the rows."""
+
+    @property
+    def arrays(self) -> tuple[Array | None, ...]:
+        """All arrays, in the order y, x..., sigma, mask."""
+
+
+S = TypeVar("S", bound=RowSource)
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,8 @@ class NormalEquationsKernel:
         The y0 of ``NormalEquations``.
     uses_all_devices : bool
         Whether a process shares its pieces among its devices; else it takes the first.
+    memory : MemoryPool
+        For copies of rows, as long as the kernel lives.
     """
 
     programs: dict[str, Program]
@@ -93,6 +119,7 @@ class NormalEquationsKernel:
     factors: tuple[float, ...]
     y_reference: float = 0.0
     uses_all_devices: bool = False
+    memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
 
     @classmethod
     def trace(
@@ -121,22 +148,21 @@ class NormalEquationsKernel:
 
     def __call__(
         self,
-        windows: Iterable[Window],
+        source: RowSource | PlacedRows,
         params: NDArray[np.float64],
         block: int = NO_BLOCK,
         *,
         candidates: NDArray[np.float64] | None = None,
         wants_moments: bool = True,
     ) -> NormalEquations:
-        """Sum over windows of ``piece_rows`` rows.
+        """Sum over some rows, in pieces of ``piece_rows``.
 
         The running sums are carried from window to window, so where a block is cut has no
         influence on the bits of the result.
 
         Parameters
         ----------
-        windows : iterable of Window
-            From ``Rows.windows`` or ``Block.windows``.
+        source : RowSource or PlacedRows
         params : ndarray, shape (p,)
         block : int
             Flat index of the block, to name it where rows are bad.
@@ -153,21 +179,25 @@ class NormalEquationsKernel:
         y0, factors = self.y_reference, np.array(self.factors)
         point = (params, factors, padded)
         options = (np.float64(y0), np.bool_(wants_moments), np.int64(n_candidates))
-        n_present = 0
-        devices = usable_devices(tuple(self.programs), self.uses_all_devices)
-        carries = [self._nothing() for _ in devices]
-        for i, (*pair, n_rows) in enumerate(windows):
-            n_present += n_rows
-            arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
-            device, carry = devices[i % len(devices)], carries[i % len(devices)]
-            if i >= 2 * len(devices):  # one piece computes, one is on its way; no more
-                jax.block_until_ready(carry)
-            carries[i % len(devices)] = self.programs[platform_of(device)](
-                carry, point, options, np.int64(n_rows), arrays, offsets, device=device
-            )
-        parts = zip(*carries, strict=True)
-        scaled, counts, moments, costs = (np.sum(part, axis=0) for part in parts)
-        gram = scaled / factors[:, None] / factors
+        n_present = math.prod(source.shape)
+        devices, platform = self._devices()
+        carries = [nothing(p, MOST_CANDIDATES, self.piece_rows, platform)] * len(devices)
+        in_flight: deque[Any] = deque()
+        with self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
+            for turn, piece in enumerate(self._pieces(source, memory)):
+                i = turn % len(devices)
+                n_rows = np.int64(piece.n_rows)
+                carries[i] = self.programs[platform](
+                    carries[i], point, options, n_rows, *piece[:2], device=devices[i]
+                )
+                in_flight.append(carries[i])
+                if len(in_flight) > _IN_FLIGHT * len(devices):
+                    jax.block_until_ready(in_flight.popleft())
+            parts = [[np.asarray(array) for array in carry] for carry in carries]
+        lanes, counts, *others = (reduce(add, part) for part in zip(*parts, strict=True))
+        moments, costs = (array.sum(axis=-1) for array in others)
+        upper = lanes.sum(axis=-1) / factors[:, None] / factors
+        gram = np.where(np.tri(p + 1, k=-1, dtype=bool), upper.T, upper)
         weight, y_sum, y_square = map(float, moments)
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
         n_bad = n_present - n_masked - n_used
@@ -188,10 +218,31 @@ class NormalEquationsKernel:
             candidate_costs=0.5 * costs[:n_candidates],
         )
 
-    def _nothing(self) -> Carry:
-        p = self.n_params
-        gram = np.zeros((p + 1, p + 1))
-        return gram, np.zeros(4, np.int64), np.zeros(3), np.zeros(MOST_CANDIDATES)
+    def placed(self, source: S) -> S | PlacedRows:
+        """Return rows as they are best kept for later calls: in a GPU's memory if there is one."""
+        devices, platform = self._devices()
+        if platform in _HOST_PLATFORMS:
+            return source
+        pieces = []
+        with x64(), self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
+            for turn, piece in enumerate(self._pieces(source, memory)):
+                copy = partial(jnp.array, copy=True, device=devices[turn % len(devices)])
+                arrays = jax.block_until_ready(jax.tree.map(copy, piece.arrays))
+                pieces.append(piece._replace(arrays=arrays))
+        return PlacedRows(source.shape, tuple(pieces))
+
+    def _devices(self) -> tuple[list[jax.Device], str]:
+        """Return the devices that pieces are dealt to, and their platform."""
+        devices = usable_devices(tuple(self.programs), self.uses_all_devices)
+        return devices, platform_of(devices[0])
+
+    def _pieces(self, source: RowSource | PlacedRows, memory: Memory) -> Iterator[Piece]:
+        if isinstance(source, PlacedRows):
+            yield from source.pieces
+            return
+        for *pair, n_rows in windows(source.arrays, source.shape, self.piece_rows, memory):
+            arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
+            yield Piece(arrays, offsets, n_rows)
 
 
 @dataclass(frozen=True)

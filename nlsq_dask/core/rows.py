@@ -5,7 +5,7 @@ x is kept as a flat tuple of arrays; the layout knows how the model wants them p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,11 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-
-ALIGNMENT = 64  # bytes; XLA takes a NumPy array that begins at a multiple without copying it
-FIRST_ROWS = 1024  # in the first window; a multiple of the kernel's block
-SLACK = 64  # rows by which a window is longer than what is wanted of it
-Window = tuple["Rows", "Rows", int]
 
 
 @dataclass(frozen=True)
@@ -83,6 +78,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of y, along which the rows are counted."""
+        return self.y.shape
+
+    @property
+    def arrays(self) -> tuple[Array | None, ...]:
+        """All arrays, in the order y, x..., sigma, mask."""
+        return self.y, *self.x, self.sigma, self.mask
+
     def take(self, where: slice | NDArray[Any]) -> Self:
         """Return some of the rows, by slice, index or boolean array."""
         return type(self)(
@@ -115,25 +120,6 @@ class Rows:
             piece = self.take(slice(start, start + n_rows))
             yield piece.padded(n_rows), len(piece)
 
-    def windows(self, n_rows: int) -> Iterator[Window]:
-        """Yield windows of ``n_rows`` rows; see ``cut_window``.
-
-        Yields
-        ------
-        rows : Rows
-            Arrays of ``n_rows + SLACK`` rows.
-        offsets : Rows
-            In place of each array the place where the wanted rows begin in it.
-        count : int
-            How many rows are wanted.
-        """
-        for start, count in window_counts(len(self), n_rows):
-
-            def cut(array: Array, start: int = start, count: int = count) -> tuple[Array, Any]:
-                return cut_window(array, start, count, n_rows)
-
-            yield window_of((self.y, *self.x, self.sigma, self.mask), cut, count)
-
     def usable(self) -> Self:
         """Return the rows that are finite in y, x and sigma and not masked."""
         keep = np.isfinite(self.y)
@@ -159,54 +145,3 @@ class Rows:
             if first.mask is None
             else np.concatenate([p.mask for p in parts if p.mask is not None]),
         )
-
-
-def window_counts(n_rows: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield where windows begin and how many rows they hold.
-
-    The first is short, because it is the one that mostly has to be copied.
-    """
-    start, count = 0, min(FIRST_ROWS, most, n_rows)
-    while start < n_rows:
-        yield start, count
-        start, count = start + count, min(most, n_rows - start - count)
-
-
-def window_of(
-    arrays: Sequence[Array | None], cut: Callable[[Array], tuple[Array, Any]], count: int
-) -> Window:
-    """Put the windows of y, x..., sigma, mask together."""
-    cuts = [(None, None) if array is None else cut(array) for array in arrays]
-    rows, offsets = (
-        Rows(part[0], tuple(part[1:-2]), part[-2], part[-1]) for part in zip(*cuts, strict=True)
-    )
-    return rows, offsets, count
-
-
-def cut_window(array: Array, start: int, count: int, n_rows: int) -> tuple[Array, Any]:
-    """Return ``n_rows + SLACK`` rows and where among them row ``start`` of ``array`` is.
-
-    They are a view that begins at an aligned address at or before the row where there is one in
-    the array, and a copy where not. What they hold beside the wanted rows is of no meaning.
-    """
-    length = n_rows + SLACK
-    if array.flags.c_contiguous:
-        row_bytes = array.nbytes // len(array)
-        address = array.__array_interface__["data"][0] + start * row_bytes
-        back = np.arange(min(start, SLACK) + 1)
-        aligned = np.flatnonzero((address - back * row_bytes) % ALIGNMENT == 0)
-        if len(aligned) and start - aligned[0] + length <= len(array):
-            first = start - int(aligned[0])
-            return array[first : first + length], np.int64(aligned[0])
-    return aligned_copy(array[start : start + count], length), np.int64(0)
-
-
-def aligned_copy(array: Array, length: int) -> Array:
-    """Return a copy that begins at an aligned address, and has room for ``length`` rows."""
-    n_bytes = length * (array.nbytes // max(len(array), 1))
-    memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    first = -memory.__array_interface__["data"][0] % ALIGNMENT
-    copy = memory[first : first + n_bytes].view(array.dtype).reshape(length, *array.shape[1:])
-    copy[: len(array)] = array
-    copy[len(array) :] = 0  # a model with a loop of its own would take part of its time for them
-    return copy

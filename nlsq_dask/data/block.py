@@ -10,17 +10,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.rows import (
-    SLACK,
-    Array,
-    Layout,
-    Rows,
-    Window,
-    aligned_copy,
-    cut_window,
-    window_counts,
-    window_of,
-)
+from nlsq_dask.core.rows import Array, Layout, Rows
+from nlsq_dask.core.windows import flat_range
 from nlsq_dask.errors import DataError
 
 
@@ -73,11 +64,14 @@ class Block:
         return math.prod(self.shape)
 
     @property
+    def arrays(self) -> tuple[Array | None, ...]:
+        """All arrays, in the order y, x..., sigma, mask."""
+        return self.y, *self.x, self.sigma, self.mask
+
+    @property
     def nbytes(self) -> int:
         """Bytes that were read for this block."""
-        optional = (self.sigma, self.mask)
-        arrays = (self.y, *self.x, *(array for array in optional if array is not None))
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in self.arrays if array is not None)
 
     def compact(self) -> Self:
         """Return the block with arrays that keep no larger ones alive."""
@@ -123,19 +117,6 @@ class Block:
             stop = min(start + n_rows, len(self))
             yield self.rows(start, stop).padded(n_rows), stop - start
 
-    def windows(self, n_rows: int) -> Iterator[Window]:
-        """Yield windows of ``n_rows`` rows, as ``Rows.windows`` does."""
-        for start, count in window_counts(len(self), n_rows):
-
-            def cut(array: Array, start: int = start, count: int = count) -> tuple[Array, Any]:
-                features = array.shape[len(self.shape) :]
-                if array.shape == self.shape + features and array.flags.c_contiguous:
-                    return cut_window(array.reshape(-1, *features), start, count, n_rows)
-                part = flat_range(array, self.shape, start, start + count)
-                return aligned_copy(part, n_rows + SLACK), np.int64(0)
-
-            yield window_of((self.y, *self.x, self.sigma, self.mask), cut, count)
-
 
 def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
     array = np.asarray(value)
@@ -145,27 +126,3 @@ def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> A
             f"{shape} and {np.dtype(dtype)}. Give map_blocks or from_delayed the true ones."
         )
     return np.asarray(array, dtype)
-
-
-def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:
-    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding that range only.
-
-    Trailing dimensions beyond ``shape`` are features and stay.
-    """
-    features = array.shape[len(shape) :]
-    if array.shape == shape + features and array.flags.c_contiguous:
-        return array.reshape(-1, *features)[start:stop]
-    view = np.broadcast_to(array, shape + features)
-    if len(shape) == 1:
-        return view[start:stop]
-    inner = math.prod(shape[1:])
-    first, last = start // inner, (stop - 1) // inner
-    if first == last:
-        return flat_range(view[first], shape[1:], start - first * inner, stop - first * inner)
-    return np.concatenate(
-        [
-            flat_range(view[first], shape[1:], start - first * inner, inner),
-            view[first + 1 : last].reshape(-1, *features),
-            flat_range(view[last], shape[1:], 0, stop - last * inner),
-        ]
-    )

@@ -6,15 +6,17 @@ import contextvars
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.data.block import Block
 from nlsq_dask.engine.source_graph import GroupReader
 
 T = TypeVar("T")
+Kept = Block | PlacedRows
 
 _kept_bytes: Counter[str] = Counter()
 _released: deque[tuple[str, int]] = deque()
@@ -87,7 +89,7 @@ class Group:
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_large = is_large
-        self._kept: list[tuple[int, Block]] | None = None
+        self._kept: list[tuple[int, Kept]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
@@ -95,28 +97,44 @@ class Group:
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
-    def blocks(self, inputs: Sequence[Any]) -> Iterator[tuple[int, Block, bool]]:
-        """Yield flat index and block, and whether it was kept from an earlier pass."""
+    def blocks(
+        self, inputs: Sequence[Any], place: Callable[[Block], Kept]
+    ) -> Iterator[tuple[int, Kept, Block | None]]:
+        """Yield flat index and rows of each block, and the block itself if it was read now.
+
+        Parameters
+        ----------
+        inputs : sequence
+            Results of the tasks that the reader names.
+        place : callable
+            Puts a block where it is best kept.
+        """
         if self._kept is not None:
-            for index, block in self._kept:
-                yield index, block, True
+            yield from ((index, rows, None) for index, rows in self._kept)
             return
         # What other tasks read for several groups would be read again all the same.
         may_keep = bool(self.reader.steps) and not self.reader.inputs
-        is_kept = may_keep and self._budget.reserve(self._n_bytes)
-        kept = []
+        reserved = self._n_bytes if may_keep and self._budget.reserve(self._n_bytes) else 0
+        kept: list[tuple[int, Kept]] = []
         try:
             for index, block in _ahead(self.reader.read(inputs), len(self.reader.blocks)):
-                if is_kept:
-                    kept.append((index, block.compact()))
-                yield index, block, False
+                rows: Kept = block
+                if reserved:
+                    rows = place(block.compact())
+                    kept.append((index, rows))
+                    more = max(rows.nbytes - block.nbytes, 0)
+                    if self._budget.reserve(more):
+                        reserved += more
+                    else:
+                        self._budget.release(reserved)
+                        reserved, kept = 0, []
+                yield index, rows, block
         except BaseException:
-            if is_kept:
-                self._budget.release(self._n_bytes)
+            self._budget.release(reserved)
             raise
-        if is_kept:
+        if reserved:
             self._kept = kept
-            weakref.finalize(self, self._budget.release, self._n_bytes)
+            weakref.finalize(self, self._budget.release, reserved)
 
 
 def _ahead(items: Iterator[T], count: int) -> Iterator[T]:

@@ -16,7 +16,7 @@ from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
-from nlsq_dask.engine.group import CacheBudget, Group
+from nlsq_dask.engine.group import CacheBudget, Group, Kept
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, hold, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
@@ -53,7 +53,7 @@ class PassRequest:
     is_first : bool
         Whether to sum what depends on the data alone.
     sample_share : float
-        Share of the rows to bring back, taken evenly from all blocks.
+        Share of the rows to bring back, taken evenly from all blocks that are read.
     seed : int
     """
 
@@ -164,26 +164,30 @@ class DataSet:
 def _reduce_group(
     group: Group, kernel: NormalEquationsKernel, request: PassRequest, *inputs: Any
 ) -> PassResult:
-    parts = (_reduce_block(kernel, request, *block) for block in group.blocks(inputs))
+    blocks = group.blocks(inputs, kernel.placed)
+    parts = (_reduce_block(kernel, request, *block) for block in blocks)
     return reduce(_combine, parts)
 
 
 def _reduce_block(
-    kernel: NormalEquationsKernel, request: PassRequest, index: int, block: Block, is_kept: bool
+    kernel: NormalEquationsKernel,
+    request: PassRequest,
+    index: int,
+    rows: Kept,
+    read: Block | None,
 ) -> PassResult:
     sums = kernel(
-        block.windows(kernel.piece_rows),
+        rows,
         request.params,
         index,
         candidates=request.candidates,
         wants_moments=request.is_first,
     )
-    if is_kept:
-        sums = replace(sums, rows_cached=len(block))
-    else:
-        sums = replace(sums, rows_read=len(block), bytes_read=block.nbytes)
-    taken = thin_out(len(block), request.sample_share, request.seed, index)
-    return PassResult(sums, block.take(taken) if len(taken) else None)
+    if read is None:
+        return PassResult(replace(sums, rows_cached=len(rows)), None)
+    sums = replace(sums, rows_read=len(read), bytes_read=read.nbytes)
+    taken = thin_out(len(read), request.sample_share, request.seed, index)
+    return PassResult(sums, read.take(taken) if len(taken) else None)
 
 
 def _combine(*parts: PassResult) -> PassResult:
