@@ -188,3 +188,18 @@ def test_checkpoints_without_a_folder_ask_for_nothing() -> None:
     assert nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, Y).success
     off = Config(enable_checkpoints=False, checkpoint_dir="unused", verbose=0)
     assert nd.AdaptiveHybridStreamingOptimizer(off).fit(model, X, Y).success
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "row_bytes", "expected"),
+    [
+        (1_000, 16, 2**16),
+        (2**20, 16, 2**16),
+        (1_500_000, 16, 93_750),
+        (10**9, 16, 2**17),
+        (10**9, 10_000, 6710),
+    ],
+)
+def test_how_many_rows_are_sampled(n_rows: int, row_bytes: int, expected: int) -> None:
+    assert nd.HybridStreamingConfig().sample_size(n_rows, row_bytes) == expected
+    assert nd.HybridStreamingConfig(sample_rows=77).sample_size(n_rows, row_bytes) == 77

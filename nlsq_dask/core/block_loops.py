@@ -20,11 +20,10 @@ from nlsq_dask.core.devices import CPU
 from nlsq_dask.core.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.rows import Rows
-from nlsq_dask.core.windows import FIRST_ROWS
 
 _STRETCH = 16  # blocks after which the sums are looked at
 _GPU_BLOCK_ROWS = 2**18
-BLOCK_ROWS = FIRST_ROWS  # rows in one matrix product; 1,000 to 2,000 were equally fast
+BLOCK_ROWS = 1024  # whose columns are in a core's cache; 1,000 to 2,000 were equally fast
 
 # On a CPU sums run in so many lanes side by side. Of its own accord XLA does that only in a matrix
 # product, which spends more time on preparations than on sums where there are few columns.
@@ -41,7 +40,7 @@ def block_rows_for(piece_rows: int, platform: str) -> int:
     return min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
 
 
-def nothing(n_params: int, n_candidates: int, piece_rows: int, platform: str) -> Carry:
+def no_rows(n_params: int, n_candidates: int, piece_rows: int, platform: str) -> Carry:
     """Return the sums over no rows at all."""
     n_rows = n_params + 1
     n_lanes = min(_LANES, block_rows_for(piece_rows, platform)) if platform == CPU else 1

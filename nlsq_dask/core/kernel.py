@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import BLOCK_ROWS, accumulator, nothing
+from nlsq_dask.core.block_loops import BLOCK_ROWS, accumulator, block_rows_for, no_rows
 from nlsq_dask.core.compiled_program import Program, traced_once
 from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.jacobian import Mode, choose_mode
@@ -27,7 +27,7 @@ from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 from nlsq_dask.core.windows import SLACK, Memory, MemoryPool, windows
 
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
-# Larger pieces take new pages from the system for every copy, smaller ones more calls.
+# Larger pieces take more memory for copies, smaller ones more calls.
 _MAX_PIECE_BYTES = 4 * 2**20
 _HOST_PLATFORMS = {CPU}  # whose devices have no memory of their own
 _IN_FLIGHT = 2  # pieces that a device has at once: one is computed, one is on its way
@@ -61,7 +61,7 @@ def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Pro
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
-    carry = nothing(p, MOST_CANDIDATES, piece_rows, platform)
+    carry = no_rows(p, MOST_CANDIDATES, piece_rows, platform)
     return Program.trace(
         accumulator(model, piece_rows, mode, platform),
         jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), carry),
@@ -157,8 +157,8 @@ class NormalEquationsKernel:
     ) -> NormalEquations:
         """Sum over some rows, in pieces of ``piece_rows``.
 
-        The running sums are carried from window to window, so where a block is cut has no
-        influence on the bits of the result.
+        The running sums are carried from piece to piece. In float64, and without rows left out,
+        where the rows are cut has no influence on the bits of the result.
 
         Parameters
         ----------
@@ -181,10 +181,10 @@ class NormalEquationsKernel:
         options = (np.float64(y0), np.bool_(wants_moments), np.int64(n_candidates))
         n_present = math.prod(source.shape)
         devices, platform = self._devices()
-        carries = [nothing(p, MOST_CANDIDATES, self.piece_rows, platform)] * len(devices)
+        carries = [no_rows(p, MOST_CANDIDATES, self.piece_rows, platform)] * len(devices)
         in_flight: deque[Any] = deque()
         with self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
-            for turn, piece in enumerate(self._pieces(source, memory)):
+            for turn, piece in enumerate(self._pieces(source, memory, platform)):
                 i = turn % len(devices)
                 n_rows = np.int64(piece.n_rows)
                 carries[i] = self.programs[platform](
@@ -219,16 +219,21 @@ class NormalEquationsKernel:
         )
 
     def placed(self, source: S) -> S | PlacedRows:
-        """Return rows as they are best kept for later calls: in a GPU's memory if there is one."""
+        """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""
         devices, platform = self._devices()
         if platform in _HOST_PLATFORMS:
             return source
         pieces = []
-        with x64(), self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
-            for turn, piece in enumerate(self._pieces(source, memory)):
-                copy = partial(jnp.array, copy=True, device=devices[turn % len(devices)])
-                arrays = jax.block_until_ready(jax.tree.map(copy, piece.arrays))
-                pieces.append(piece._replace(arrays=arrays))
+        try:
+            with x64(), self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
+                for turn, piece in enumerate(self._pieces(source, memory, platform)):
+                    copy = partial(jnp.array, copy=True, device=devices[turn % len(devices)])
+                    arrays = jax.block_until_ready(jax.tree.map(copy, piece.arrays))
+                    pieces.append(piece._replace(arrays=arrays))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return source
         return PlacedRows(source.shape, tuple(pieces))
 
     def _devices(self) -> tuple[list[jax.Device], str]:
@@ -236,11 +241,14 @@ class NormalEquationsKernel:
         devices = usable_devices(tuple(self.programs), self.uses_all_devices)
         return devices, platform_of(devices[0])
 
-    def _pieces(self, source: RowSource | PlacedRows, memory: Memory) -> Iterator[Piece]:
+    def _pieces(
+        self, source: RowSource | PlacedRows, memory: Memory, platform: str
+    ) -> Iterator[Piece]:
         if isinstance(source, PlacedRows):
             yield from source.pieces
             return
-        for *pair, n_rows in windows(source.arrays, source.shape, self.piece_rows, memory):
+        rows = self.piece_rows, block_rows_for(self.piece_rows, platform)
+        for *pair, n_rows in windows(source.arrays, source.shape, *rows, memory):
             arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
             yield Piece(arrays, offsets, n_rows)
 

@@ -7,6 +7,7 @@ XLA wants them a window is a view; where not it is a copy, in memory that is use
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.rows import Rows
-
-Array = NDArray[Any]
+from nlsq_dask.core.rows import Array, Rows
 
 ALIGNMENT = 64  # bytes; XLA takes a NumPy array that begins at a multiple without copying it
-FIRST_ROWS = 1024  # in the first window; a multiple of the kernel's block
 SLACK = 64  # rows by which a window is longer than what is wanted of it
 # The arrays of ``n_rows + SLACK`` rows; in their place where in them the wanted rows begin; and how
 # many are wanted. What they hold beside these is of no meaning.
@@ -55,30 +53,32 @@ class MemoryPool:
     """
 
     def __init__(self) -> None:
-        self._free: list[Memory] = []
+        self._free: defaultdict[int, list[Memory]] = defaultdict(list)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
     @contextmanager
     def borrow(self, n_slots: int) -> Iterator[Memory]:
-        """Lend memory until the context ends; after an error it is not used again.
+        """Lend memory of so many slots until the context ends.
 
-        Parameters
-        ----------
-        n_slots : int
-            The same at every call.
+        After an error it is not used again: there may be computations that still read it.
         """
+        free = self._free[n_slots]
         try:
-            memory = self._free.pop()
+            memory = free.pop()
         except IndexError:
             memory = Memory(n_slots)
         yield memory
-        self._free.append(memory)
+        free.append(memory)
 
 
 def windows(
-    arrays: Sequence[Array | None], shape: tuple[int, ...], n_rows: int, memory: Memory
+    arrays: Sequence[Array | None],
+    shape: tuple[int, ...],
+    n_rows: int,
+    block_rows: int,
+    memory: Memory,
 ) -> Iterator[Window]:
     """Yield windows of ``n_rows`` rows over arrays that broadcast against ``shape``.
 
@@ -89,48 +89,54 @@ def windows(
     shape : tuple of int
         The entries of an array of this shape, in C order, are the rows.
     n_rows : int
+    block_rows : int
+        Rows of the kernel's blocks, at whose borders windows are cut; the last block of a window
+        is looked at as a whole, though masked, where it is not full.
     memory : Memory
         Of copies; a window is no longer valid when all slots have been used by later ones.
     """
     flat = [None if array is None else _flat(array, shape) for array in arrays]
-    for start, count in _window_counts(math.prod(shape), n_rows):
+    length = n_rows + SLACK
+    for start, count in _window_counts(math.prod(shape), n_rows, block_rows):
         slot = memory.next_slot()
+        stop = start - (count // -block_rows) * block_rows  # of what is looked at
         cuts: list[tuple[Any, Any]] = []
         for i, (array, rows) in enumerate(zip(arrays, flat, strict=True)):
             if array is None:
                 cuts.append((None, None))
                 continue
-            first = None if rows is None else _aligned_start(rows, start, count, n_rows)
+            first = None if rows is None else _aligned_start(rows, start, stop, length)
             if rows is not None and first is not None:
-                cuts.append((rows[first : first + n_rows + SLACK], np.int64(start - first)))
-            else:
-                cuts.append((_copy(array, shape, start, count, n_rows, i, slot), np.int64(0)))
+                cuts.append((rows[first : first + length], np.int64(start - first)))
+                continue
+            copy = _aligned_memory(slot, i, (length, *array.shape[len(shape) :]), array.dtype)
+            _fill(copy[:count], array, shape, start)
+            # A model with a loop of its own would take part of its time for what fills up a block.
+            copy[count : stop - start] = 0
+            cuts.append((copy, np.int64(0)))
         held, offsets = (
             Rows(part[0], tuple(part[1:-2]), part[-2], part[-1]) for part in zip(*cuts, strict=True)
         )
         yield held, offsets, count
 
 
-def _window_counts(n_rows: int, most: int) -> Iterator[tuple[int, int]]:
+def _window_counts(n_rows: int, most: int, block_rows: int) -> Iterator[tuple[int, int]]:
     """Yield where windows begin and how many rows they hold.
 
     The first and the last are short, because they are the ones that mostly have to be copied.
     """
-    unit = min(FIRST_ROWS, most)
     has_views = n_rows >= most + SLACK
-    start, count = 0, unit if has_views else min(most, n_rows)
+    start, count = 0, block_rows if has_views else min(most, n_rows)
     while start < n_rows:
         yield start, count
         start += count
         left = n_rows - start
-        whole = (left - SLACK) // unit * unit if has_views else left
+        whole = (left - SLACK) // block_rows * block_rows if has_views else left
         count = min(most, whole if whole > 0 else left)
 
 
-def _aligned_start(rows: Array, start: int, count: int, n_rows: int) -> int | None:
-    """Return the row at an aligned address at or before ``start`` where a window can begin."""
-    length, block = n_rows + SLACK, min(FIRST_ROWS, n_rows)
-    stop = start - (count // -block) * block  # the last block is looked at as a whole
+def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | None:
+    """Return the last row at an aligned address from which a window reaches from start to stop."""
     latest = min(start, len(rows) - length)
     row_bytes = rows.nbytes // max(len(rows), 1)
     address = rows.__array_interface__["data"][0]
@@ -140,31 +146,14 @@ def _aligned_start(rows: Array, start: int, count: int, n_rows: int) -> int | No
     return None
 
 
-def _copy(
-    array: Array,
-    shape: tuple[int, ...],
-    start: int,
-    count: int,
-    n_rows: int,
-    name: int,
-    slot: _Slot,
-) -> Array:
-    """Copy rows to an aligned address in the slot's memory, with room for a whole window."""
-    length, block = n_rows + SLACK, min(FIRST_ROWS, n_rows)
-    features = array.shape[len(shape) :]
-    n_bytes = length * math.prod(features) * array.itemsize
-    if name not in slot:
-        slot[name] = np.empty(0, np.uint8)
-    if len(slot[name]) < n_bytes + ALIGNMENT:
+def _aligned_memory(slot: _Slot, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an array at an aligned address in the memory of a slot."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if name not in slot or len(slot[name]) < n_bytes + ALIGNMENT:
         slot[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
     memory = slot[name]
     first = -memory.__array_interface__["data"][0] % ALIGNMENT
-    copy = memory[first : first + n_bytes].view(array.dtype).reshape(length, *features)
-    _fill(copy[:count], array, shape, start)
-    # A model with a loop of its own would take part of its time for the rows that fill up a block.
-    # The blocks after it are never looked at.
-    copy[count : -(count // -block) * block] = 0
-    return copy
+    return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:
@@ -190,10 +179,11 @@ def _flat(array: Array, shape: tuple[int, ...]) -> Array | None:
 def _fill(out: Array, array: Array, shape: tuple[int, ...], start: int) -> None:
     """Write ``broadcast(array, shape).reshape(-1)[start : start + len(out)]`` into ``out``."""
     features = array.shape[len(shape) :]
+    whole_shape = shape + features
+    view = array if array.shape == whole_shape else np.broadcast_to(array, whole_shape)
     if len(shape) == 1:
-        out[...] = array[start : start + len(out)] if len(array) > 1 else array
+        out[...] = view[start : start + len(out)]
         return
-    view = np.broadcast_to(array, shape + features)
     inner = math.prod(shape[1:])
     done = 0
     while done < len(out):

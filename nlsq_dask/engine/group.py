@@ -90,6 +90,8 @@ class Group:
         self._budget = budget
         self._is_large = is_large
         self._kept: list[tuple[int, Kept]] | None = None
+        # What other tasks read for several groups would be read again all the same.
+        self._may_keep = bool(reader.steps) and not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
@@ -112,9 +114,8 @@ class Group:
         if self._kept is not None:
             yield from ((index, rows, None) for index, rows in self._kept)
             return
-        # What other tasks read for several groups would be read again all the same.
-        may_keep = bool(self.reader.steps) and not self.reader.inputs
-        reserved = self._n_bytes if may_keep and self._budget.reserve(self._n_bytes) else 0
+        wants = self._may_keep and self._budget.reserve(self._n_bytes)
+        reserved = self._n_bytes if wants else 0
         kept: list[tuple[int, Kept]] = []
         try:
             for index, block in _ahead(self.reader.read(inputs), len(self.reader.blocks)):
@@ -127,7 +128,7 @@ class Group:
                         reserved += more
                     else:
                         self._budget.release(reserved)
-                        reserved, kept = 0, []
+                        reserved, kept, self._may_keep = 0, [], False
                 yield index, rows, block
         except BaseException:
             self._budget.release(reserved)

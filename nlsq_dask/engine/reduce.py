@@ -53,7 +53,7 @@ class PassRequest:
     is_first : bool
         Whether to sum what depends on the data alone.
     sample_share : float
-        Share of the rows to bring back, taken evenly from all blocks that are read.
+        Share of the rows to bring back, taken evenly from all blocks.
     seed : int
     """
 
@@ -184,10 +184,14 @@ def _reduce_block(
         wants_moments=request.is_first,
     )
     if read is None:
-        return PassResult(replace(sums, rows_cached=len(rows)), None)
-    sums = replace(sums, rows_read=len(read), bytes_read=read.nbytes)
-    taken = thin_out(len(read), request.sample_share, request.seed, index)
-    return PassResult(sums, read.take(taken) if len(taken) else None)
+        sums = replace(sums, rows_cached=len(rows))
+    else:
+        sums = replace(sums, rows_read=len(read), bytes_read=read.nbytes)
+    block = rows if read is None else read
+    taken = thin_out(len(block), request.sample_share, request.seed, index)
+    # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
+    sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
+    return PassResult(sums, sample)
 
 
 def _combine(*parts: PassResult) -> PassResult:
