@@ -86,7 +86,7 @@ def main() -> None:
     found = {name: timing.record() for name, timing in common.compare(calls, later).items()}
     for name, params in solution.items():
         found[name]["params"] = params
-    reference = None if args.quick else nlsq(x, y, later=2)
+    reference = None if args.quick else nlsq(x, y, later=1)
     if reference:
         found["nlsq, aggressive"] = reference
     base = found[names[0]]["median"]

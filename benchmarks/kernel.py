@@ -154,7 +154,7 @@ def measure(kind: str, p: int, quick: bool) -> dict[str, Any]:
             calls[name], modes[name] = package_kernel(model, p, dtype, mode, rows, dtype)
     calls[MIXED], modes[MIXED] = package_kernel(model, p, "float32", "rule", rows, "float64")
     slow = {TEXTBOOK: textbook_kernel(model, p, rows)}
-    timings = common.compare(calls, 2 if quick else 14) | common.compare(slow, 2 if quick else 3)
+    timings = common.compare(calls, 2 if quick else 9) | common.compare(slow, 2)
     found = {
         name: {**timing.record(), "rate": len(rows) / timing.median, "mode": modes.get(name)}
         for name, timing in timings.items()

@@ -23,11 +23,11 @@ from benchmarks import common
 
 # Seconds after which a suite is stopped: about twice what it takes on two cores.
 LIMITS = {
-    "kernel": 240,
+    "kernel": 400,
     "passes": 240,
     "out_of_core": 300,
     "in_memory": 300,
-    "small_chunks": 300,
+    "small_chunks": 400,
     "memory": 180,
     "scaling": 120,
     "scheduler": 240,

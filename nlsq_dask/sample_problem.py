@@ -19,6 +19,7 @@ from nlsq_dask.core.sums import NormalEquations
 
 Vector = NDArray[np.float64]
 
+_REMEMBERED = 8  # points; forecasts come back to those that they have tried
 _WARMUP_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
 
 
@@ -37,8 +38,6 @@ class SampleProblem:
 
     Attributes
     ----------
-    at_start : NormalEquations
-        The sums at ``start``; they also count the unusable rows.
     kernel : NormalEquationsKernel
         The one given, measuring y from its mean.
     """
@@ -48,6 +47,7 @@ class SampleProblem:
     ) -> None:
         self._model = model
         self._start = start
+        self._known: dict[bytes, NormalEquations] = {}
         self._all_rows, self._rows = rows, rows.usable()
         usable_y = self._rows.y.astype(np.float64)
         y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
@@ -57,7 +57,6 @@ class SampleProblem:
         self._fingerprint = prediction.program.fingerprint
         if len(self._rows):
             check_row_wise(model, prediction, self._rows, start)
-        self.at_start = self.reduce(start)
 
     @property
     def is_informative(self) -> bool:
@@ -75,14 +74,24 @@ class SampleProblem:
         sums = self.at_start
         return (sums.total_variation or sums.signal or sums.n_used) / max(sums.n_used, 1)
 
+    @property
+    def at_start(self) -> NormalEquations:
+        """The sums at ``start``; they also count the unusable rows."""
+        return self.reduce(self._start)
+
     def reduce(self, params: Vector) -> NormalEquations:
-        """Sum over the sample."""
-        return self.kernel(self._all_rows, params)
+        """Sum over the sample; the last few results are remembered."""
+        key = params.tobytes()
+        if key not in self._known:
+            if len(self._known) == _REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self.kernel(self._all_rows, params)
+        return self._known[key]
 
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
         self._all_rows, self._rows = rows, rows.usable()
-        self.at_start = self.reduce(self._start)
+        self._known.clear()
 
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""

@@ -7,15 +7,14 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.data.block import Block
 from nlsq_dask.engine.source_graph import GroupReader
 
-T = TypeVar("T")
 Kept = Block | PlacedRows
 
 _kept_bytes: Counter[str] = Counter()
@@ -89,12 +88,37 @@ class Group:
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_large = is_large
+        self._following: Group | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: _Reading | None = None
         self._kept: list[tuple[int, Kept]] | None = None
         # What other tasks read for several groups would be read again all the same.
         self._may_keep = bool(reader.steps) and not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
+
+    def read_ahead_of(self, following: Group, pool: ThreadPoolExecutor) -> None:
+        """Let this group start the reading of another while its own last block is computed.
+
+        Both must be in this process, and stay here.
+        """
+        self._following, self._pool = following, pool
+
+    def _start_reading(self, pool: ThreadPoolExecutor) -> None:
+        """Begin to read the first block, unless it is there or waits for other tasks."""
+        with _lock:
+            if self._kept is None and self._coming is None and not self.reader.inputs:
+                self._coming = _Reading.started(self.reader.read(()), pool)
+
+    def _start_following(self) -> None:
+        if self._following is not None and self._pool is not None:
+            self._following._start_reading(self._pool)
+
+    def _reading(self, inputs: Sequence[Any]) -> _Reading:
+        with _lock:
+            coming, self._coming = self._coming, None
+        return coming or _Reading(self.reader.read(inputs))
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
@@ -118,7 +142,8 @@ class Group:
         reserved = self._n_bytes if wants else 0
         kept: list[tuple[int, Kept]] = []
         try:
-            for index, block in _ahead(self.reader.read(inputs), len(self.reader.blocks)):
+            reading, count = self._reading(inputs), len(self.reader.blocks)
+            for index, block in _ahead(reading, count, self._start_following):
                 rows: Kept = block
                 if reserved:
                     rows = place(block.compact())
@@ -138,16 +163,41 @@ class Group:
             weakref.finalize(self, self._budget.release, reserved)
 
 
-def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield items while another thread gets the next one: computing overlaps with reading."""
-    if count < 2:
-        yield from items
-        return
-    context = contextvars.copy_context()
-    with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as thread:
-        coming = thread.submit(context.run, next, items)
+@dataclass(frozen=True)
+class _Reading:
+    """Blocks that come from an iterator, the next of which may be on its way already.
+
+    Attributes
+    ----------
+    items : iterator of (int, Block)
+    coming : Future or None
+    """
+
+    items: Iterator[tuple[int, Block]]
+    coming: Future[tuple[int, Block]] | None = None
+
+    @classmethod
+    def started(cls, items: Iterator[tuple[int, Block]], pool: ThreadPoolExecutor) -> _Reading:
+        """Let a thread of the pool get the next block."""
+        return cls(items, pool.submit(contextvars.copy_context().run, next, items))
+
+    def next(self) -> tuple[int, Block]:
+        """Return the next block as soon as it is there."""
+        return next(self.items) if self.coming is None else self.coming.result()
+
+
+def _ahead(
+    reading: _Reading, count: int, at_last: Callable[[], None]
+) -> Iterator[tuple[int, Block]]:
+    """Yield blocks while another thread gets the next one: computing overlaps with reading.
+
+    ``at_last`` is called before the last of them is given away.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as pool:
         for _ in range(count - 1):
-            item = coming.result()
-            coming = thread.submit(context.run, next, items)
+            item = reading.next()
+            reading = _Reading.started(reading.items, pool)
             yield item
-        yield coming.result()
+        item = reading.next()
+        at_last()
+        yield item

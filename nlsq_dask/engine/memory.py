@@ -57,7 +57,9 @@ class MemoryPlan:
         """Compute it from the grid of blocks and the option ``cache``."""
         block_bytes = blocks.block_bytes()
         group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)
-        at_once = 2 if max(map(len, groups)) > 1 else 1  # the next block is read ahead
+        # The next block is read ahead: of the same group, or in this process of another.
+        reads_ahead = max(map(len, groups)) > 1 or workers.shares_memory
+        at_once = 2 if reads_ahead else 1
         task_bytes = 0
         if not blocks.in_memory:
             task_bytes = _COPIES * max(at_once * int(block_bytes.max()), blocks.split_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -107,11 +108,20 @@ class DataSet:
             Group(reader, n_bytes, budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
+        self._pool: ThreadPoolExecutor | None = None
+        if self._workers.shares_memory and not blocks.in_memory:
+            # When a thread is done with its group, the one so many places further on is its next.
+            n_threads = self._workers.most_threads
+            self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="nlsq-read-ahead")
+            for group, following in zip(held, held[n_threads:], strict=False):
+                group.read_ahead_of(following, self._pool)
         self._groups = hold("group", held, self._workers)
         self._kernel: tuple[NormalEquationsKernel, Any] | None = None
 
     def close(self) -> None:
         """Let go of what is held on the workers."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         self._groups, self._kernel, self._shared = [], None, {}
         del self._source
 

@@ -61,6 +61,11 @@ class Workers:
         return cls(None, {"local": int(count)}, MEMORY_LIMIT, get in (None, get_threaded))
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether tasks run in this very process, on objects that they leave where they are."""
+        return self.client is None and self.is_persistent
+
+    @property
     def n_processes(self) -> int:
         """Number of processes; at least one, as a cluster may still be starting."""
         return max(len(self.threads), 1)
