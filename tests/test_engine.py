@@ -6,6 +6,8 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -250,3 +252,27 @@ def test_the_kernel_can_be_lowered_for_a_gpu() -> None:
     )
     assert set(kernel.programs) == {"cpu", "cuda"}
     assert kernel.programs["cpu"].fingerprint != kernel.programs["cuda"].fingerprint
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_threads_read_one_block_ahead_and_no_more(n_threads: int) -> None:
+    """Whatever order Dask runs the groups in, memory does not grow with their number."""
+    x = da.random.default_rng(0).uniform(0, 5, 60 * CHUNK, chunks=CHUNK)
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def read(x: np.ndarray) -> np.ndarray:
+        nonlocal most
+        array = 2.5 * np.exp(-1.3 * x) + 0.5
+        alive.append(weakref.ref(array))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return array
+
+    y = x.map_blocks(read, dtype="f8", meta=np.empty(0))
+    with dask.config.set(scheduler="threads", num_workers=n_threads):
+        config = Config(verbose=0, cache=0)
+        result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, START)
+    assert result.success
+    # Each thread has the block that it computes; one more is there or coming for each.
+    assert n_threads < most <= 2 * n_threads + 1
+    assert not [thread for thread in threading.enumerate() if "nlsq" in thread.name]

@@ -65,6 +65,31 @@ def _settle() -> None:
             del _kept_bytes[fit]
 
 
+class ReadAhead:
+    """Threads that read blocks before they are asked for: no more blocks than there are threads.
+
+    Parameters
+    ----------
+    n_threads : int
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="nlsq-read-ahead")
+        self._room = threading.Semaphore(n_threads)
+
+    def has_room(self) -> bool:
+        """Whether one more block may be read; if so, it is counted."""
+        return self._room.acquire(blocking=False)
+
+    def taken(self) -> None:
+        """Say that one of the blocks was asked for."""
+        self._room.release()
+
+    def close(self) -> None:
+        """Wait for what is being read, and read no more."""
+        self.pool.shutdown(cancel_futures=True)
+
+
 class Group:
     """What one task works on: how its blocks are read, and the blocks themselves if it keeps them.
 
@@ -89,7 +114,7 @@ class Group:
         self._budget = budget
         self._is_large = is_large
         self._following: Group | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads: ReadAhead | None = None
         self._coming: _Reading | None = None
         self._kept: list[tuple[int, Kept]] | None = None
         # What other tasks read for several groups would be read again all the same.
@@ -98,27 +123,31 @@ class Group:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
 
-    def read_ahead_of(self, following: Group, pool: ThreadPoolExecutor) -> None:
+    def read_ahead_of(self, following: Group | None, threads: ReadAhead) -> None:
         """Let this group start the reading of another while its own last block is computed.
 
         Both must be in this process, and stay here.
         """
-        self._following, self._pool = following, pool
-
-    def _start_reading(self, pool: ThreadPoolExecutor) -> None:
-        """Begin to read the first block, unless it is there or waits for other tasks."""
-        with _lock:
-            if self._kept is None and self._coming is None and not self.reader.inputs:
-                self._coming = _Reading.started(self.reader.read(()), pool)
+        self._following, self._threads = following, threads
 
     def _start_following(self) -> None:
-        if self._following is not None and self._pool is not None:
-            self._following._start_reading(self._pool)
+        if self._following is not None and self._threads is not None:
+            self._following._start_reading(self._threads)
+
+    def _start_reading(self, threads: ReadAhead) -> None:
+        """Begin to read the first block, unless it is there or waits for other tasks."""
+        with _lock:
+            wants = self._kept is None and self._coming is None and not self.reader.inputs
+            if wants and threads.has_room():
+                self._coming = _Reading.started(self.reader.read(()), threads.pool)
 
     def _reading(self, inputs: Sequence[Any]) -> _Reading:
         with _lock:
             coming, self._coming = self._coming, None
-        return coming or _Reading(self.reader.read(inputs))
+        if coming is None or self._threads is None:
+            return _Reading(self.reader.read(inputs))
+        self._threads.taken()
+        return coming
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
-from nlsq_dask.engine.group import CacheBudget, Group, Kept
+from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, hold, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
@@ -108,20 +108,16 @@ class DataSet:
             Group(reader, n_bytes, budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
-        self._pool: ThreadPoolExecutor | None = None
+        self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
-            # When a thread is done with its group, the one so many places further on is its next.
-            n_threads = self._workers.most_threads
-            self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="nlsq-read-ahead")
-            for group, following in zip(held, held[n_threads:], strict=False):
-                group.read_ahead_of(following, self._pool)
+            self._read_ahead = ReadAhead(self._workers.most_threads)
         self._groups = hold("group", held, self._workers)
         self._kernel: tuple[NormalEquationsKernel, Any] | None = None
 
     def close(self) -> None:
         """Let go of what is held on the workers."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         self._groups, self._kernel, self._shared = [], None, {}
         del self._source
 
@@ -155,7 +151,14 @@ class DataSet:
             )
             for i, (group, inputs) in enumerate(zip(self._groups, self._inputs, strict=True))
         ]
-        result: PassResult = graph.run(graph.tree("combine", leaves, _combine))
+        combined = graph.tree("combine", leaves, _combine)
+        if self._read_ahead is not None:
+            # When a thread is done with its group, the one so many places further on is its next.
+            turns = [self._groups[i] for i in graph.order_of(leaves)]
+            following = turns[self._workers.most_threads :]
+            for group, other in zip_longest(turns, following):
+                group.read_ahead_of(other, self._read_ahead)
+        result: PassResult = graph.run(combined)
         return result
 
     def sample(self, sample_rows: int, seed: int) -> Sample:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.delayed import Delayed
+from dask.order import order
 from distributed import Client, Future
 from numpy.typing import NDArray
 
@@ -157,6 +158,11 @@ class TaskGraph:
             ]
             count += len(parts)
         return level[0]
+
+    def order_of(self, tasks: Sequence[TaskRef]) -> list[int]:
+        """Return the positions of tasks in the order in which Dask's own schedulers run them."""
+        priorities = order(self._tasks)
+        return sorted(range(len(tasks)), key=lambda i: priorities[tasks[i].key])
 
     def run(self, result: TaskRef) -> Any:
         """Run on the active scheduler: a distributed client, Dask's configuration, or threads."""
