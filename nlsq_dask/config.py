@@ -193,6 +193,15 @@ class HybridStreamingConfig:
     cg_relative_tolerance: float = _option(1e-4, _TOLERANCE, "Relative residual that ends them.")
     cg_absolute_tolerance: float = _option(1e-10, _NON_NEGATIVE, "Absolute residual, likewise.")
 
+    # --- phase 3: covariance
+    cov_type: str = _option(
+        "nonrobust",
+        _one_of("nonrobust", "HC0", "HC1"),
+        "Covariance: 'nonrobust' relies on sigma being right in each row, or in proportion; 'HC0' "
+        "and 'HC1' (times n / (n - p)) are sandwich estimators that do not. They take one pass "
+        "more.",
+    )
+
     # --- penalties and weights by group
     enable_group_variance_regularization: bool = _option(
         False, _BOOL, "Penalize the variance within groups of parameters."

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
-from nlsq_dask.core.covariance import Covariance, covariance
+from nlsq_dask.core.covariance import Covariance, covariance, sandwich
 from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.core.kernel import NormalEquationsKernel, piece_rows_for
 from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
+from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
 from nlsq_dask.core.normalize import ParameterNormalizer
-from nlsq_dask.core.point import Point, Settings
+from nlsq_dask.core.point import Settings
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.engine.reduce import DataSet
@@ -40,6 +41,7 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
+from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import Passes
 from nlsq_dask.sample_problem import SampleProblem
@@ -60,36 +62,6 @@ class _StoppedByCallbackError(Exception):
         self.params = params
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the phases found.
-
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-    stop : StopReason
-    point : Point or None
-        The last accepted point over all rows; None if there was no pass over them.
-    iterations : int
-        Gauss-Newton iterations over all rows.
-    covariance : Covariance or None
-    n_passes, rows_read, bytes_read, rows_cached : int
-    diagnostics : dict
-        Of warm-up and sample.
-    """
-
-    params: Vector
-    stop: StopReason
-    point: Point | None
-    iterations: int
-    covariance: Covariance | None
-    n_passes: int
-    rows_read: int
-    bytes_read: int
-    rows_cached: int
-    diagnostics: dict[str, Any]
-
-
 class Driver:
     """One fit.
 
@@ -101,6 +73,7 @@ class Driver:
     config : HybridStreamingConfig
     nan_policy : {"raise", "omit"}
     absolute_sigma : bool
+    loss : Loss
     emit : callable
         Receives every event.
     callback : callable or None
@@ -115,6 +88,7 @@ class Driver:
         config: HybridStreamingConfig,
         nan_policy: str,
         absolute_sigma: bool,
+        loss: Loss,
         emit: Observer,
         callback: Callback | None,
     ) -> None:
@@ -124,6 +98,7 @@ class Driver:
         self._data = data
         self._config = config
         self._absolute_sigma = absolute_sigma
+        self._loss = loss
         self._emit = emit
         self._callback = callback
         self._passes = Passes(data, nan_policy == "omit", emit)
@@ -177,9 +152,11 @@ class Driver:
         rows = piece_rows_for(self._data.longest_block, self._config.piece_rows, row_bytes)
         platforms = self._data.platforms
         details["platforms"] = platforms
-        kernel = NormalEquationsKernel.trace(self._model, rows, platforms=platforms)
+        kernel = NormalEquationsKernel.trace(
+            self._model, rows, platforms=platforms, loss=self._loss
+        )
         self._kernel = replace(kernel, uses_all_devices=self._config.enable_multi_device)
-        return NormalEquationsKernel.trace(self._exact_model, rows)
+        return NormalEquationsKernel.trace(self._exact_model, rows, loss=self._loss)
 
     def _read_sample(self, kernel: NormalEquationsKernel, details: dict[str, Any]) -> SampleProblem:
         read = self._passes.sample(self._sample_size, self._config.random_seed)
@@ -329,14 +306,30 @@ class Driver:
     def _find_covariance(self, state: gn.State, details: dict[str, Any]) -> Covariance | None:
         if not state.point.sums.is_finite:
             return None
-        found = covariance(
-            state.sums_at_solution,
-            self.normalizer.scales,
-            self._absolute_sigma,
-            self._settings.epsilon,
-        )
+        sums, epsilon = state.sums_at_solution, self._settings.epsilon
+        cov_type = self._config.cov_type
+        details["cov_type"] = cov_type
+        is_classical = cov_type == "nonrobust"
+        absolute_sigma = self._absolute_sigma or not is_classical
+        found = covariance(sums, self.normalizer.scales, absolute_sigma, epsilon)
+        if not is_classical and np.isfinite(found.pcov).all():
+            assert state.solution is not None
+            found = sandwich(found, self._sum_of_scores(state.solution), sums.n_used, cov_type)
         details["condition_number"] = found.condition_number
         return found
+
+    def _sum_of_scores(self, params: Vector) -> NDArray[np.float64]:
+        """Return ``sum r^2 J^T J`` over all rows, by one more pass."""
+        kernel = self._kernel
+        scores = NormalEquationsKernel.trace(
+            self._model,
+            kernel.piece_rows,
+            platforms=tuple(kernel.programs),
+            loss=self._loss,
+            sums_scores=True,
+        )
+        kernel = replace(kernel, programs=scores.programs, sums_scores=True)
+        return self._passes.reduce(kernel, params).jtj
 
     # --- what the phases share
 
@@ -393,6 +386,7 @@ class Driver:
             point=None if state is None else state.point,
             iterations=0 if state is None else state.iteration,
             covariance=found,
+            absolute_sigma=self._absolute_sigma,
             n_passes=self._passes.n_passes,
             rows_read=self._passes.rows_read,
             bytes_read=self._passes.bytes_read,

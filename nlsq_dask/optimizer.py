@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.losses import Loss, check_loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
@@ -121,10 +122,12 @@ class AdaptiveHybridStreamingOptimizer:
             Positive standard deviations of y, in anything that broadcasts against it.
         absolute_sigma : bool
             Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
-        loss : {"linear"}
-            Others are not built yet.
+        loss : {"linear", "soft_l1", "huber", "cauchy", "arctan"}
+            SciPy's: the fit minimizes ``1/2 sum f_scale^2 rho((r / f_scale)^2)``. All but "linear"
+            give outliers less weight.
         f_scale : float
-            Scale of a robust loss; "linear" does not depend on it.
+            Weighted residuals ``(y - model) / sigma`` beyond this count as outliers; "linear" does
+            not depend on it.
         nan_policy : {"raise", "omit"}
             What to do with rows that hold NaN or infinity in y, x or sigma.
         param_names : sequence of str, optional
@@ -155,7 +158,8 @@ class AdaptiveHybridStreamingOptimizer:
         try:
             self._forget()
             _check_choices(nan_policy, absolute_sigma, callback, verbose)
-            config = self._checked_config(loss, f_scale)
+            check_loss(loss, f_scale)
+            config = self._checked_config()
             parameters = parse_parameters(model, p0, bounds, param_names)
             blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
             own = DefenseLayerTelemetry()
@@ -170,12 +174,20 @@ class AdaptiveHybridStreamingOptimizer:
 
             with closing(DataSet(blocks, config.cache)) as data:
                 driver = Driver(
-                    traced, parameters, data, config, nan_policy, absolute_sigma, emit, callback
+                    traced,
+                    parameters,
+                    data,
+                    config,
+                    nan_policy,
+                    absolute_sigma,
+                    Loss(loss, float(f_scale)),
+                    emit,
+                    callback,
                 )
                 self._publish(driver.normalizer, model)
                 outcome = driver.run()
             outcome.diagnostics["defense"] = own.get_summary()
-            result = make_result(outcome, traced, parameters, self.phase_history)
+            result = make_result(outcome, traced, parameters, blocks, self.phase_history)
             emit(FitEnded(result.success, result.message))
             return result
         finally:
@@ -211,14 +223,15 @@ class AdaptiveHybridStreamingOptimizer:
             too large for a worker, which are among the plan's ``problems``.
         """
         _check_choices(nan_policy, absolute_sigma, callback, verbose)
-        config = self._checked_config(loss, f_scale)
+        check_loss(loss, f_scale)
+        config = self._checked_config()
         parameters = parse_parameters(model, p0, bounds, param_names)
         blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
         return make_plan(blocks, traced, config)
 
-    def _checked_config(self, loss: str, f_scale: float) -> HybridStreamingConfig:
+    def _checked_config(self) -> HybridStreamingConfig:
         config = self.config.validated_copy()
-        refuse_unbuilt(config, loss, f_scale)
+        refuse_unbuilt(config)
         return config
 
     def _publish(self, normalizer: ParameterNormalizer, model: Callable[..., Any]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.core.kernel import PredictionKernel
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.from_array import is_in_memory
@@ -21,8 +21,16 @@ from nlsq_dask.errors import DataError
 _MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
 
 
-def predict(model: Model, x: Any, params: NDArray[np.float64]) -> Any:
-    """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``."""
+def predict(
+    model: Model,
+    x: Any,
+    params: NDArray[np.float64],
+    pcov: NDArray[np.float64] | None = None,
+) -> Any:
+    """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``.
+
+    With the covariance of the parameters a pair of values and their standard errors is returned.
+    """
     leaves = _leaves(model, x)
     template = _template(leaves)
     blocks = align(x, template)
@@ -39,13 +47,28 @@ def predict(model: Model, x: Any, params: NDArray[np.float64]) -> Any:
             f"a row of x has the shape {layout.x_features}, the model was fitted with "
             f"{model.layout.x_features}."
         )
-    kernel = PredictionKernel.trace(replace(model, layout=layout))
-    values = _lazy_values(blocks, kernel, params)
+    kernel = PredictionKernel.trace(replace(model, layout=layout), with_std=pcov is not None)
+    root = None if pcov is None else _root(pcov)
+    values = _lazy_values(blocks, kernel, params, root)
     if all(is_in_memory(leaf) for leaf in (template, *leaves)):
         values = values.compute()
-    if isinstance(template, xr.DataArray):
-        return xr.DataArray(values, coords=template.coords, dims=template.dims)
-    return values
+
+    def labelled(array: Any) -> Any:
+        if isinstance(template, xr.DataArray):
+            return xr.DataArray(array, coords=template.coords, dims=template.dims)
+        return array
+
+    return labelled(values[0]) if pcov is None else tuple(map(labelled, values))
+
+
+def _root(pcov: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a matrix whose product with its transpose is the covariance."""
+    if not np.isfinite(pcov).all():
+        return np.full_like(pcov, np.nan)
+    errors = np.sqrt(np.diag(pcov))
+    scale = np.where(errors > 0.0, errors, 1.0)
+    values, vectors = np.linalg.eigh(pcov / np.outer(scale, scale))
+    return np.asarray(scale[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def _leaves(model: Model, x: Any) -> list[Any]:
@@ -103,8 +126,12 @@ def _named_template(leaves: list[xr.DataArray]) -> xr.DataArray:
 
 
 def _lazy_values(
-    blocks: RowBlocks, kernel: PredictionKernel, params: NDArray[np.float64]
+    blocks: RowBlocks,
+    kernel: PredictionKernel,
+    params: NDArray[np.float64],
+    root: NDArray[np.float64] | None,
 ) -> da.Array:
+    """Return what the kernel gives, values and perhaps their errors, along a first axis."""
     rows = tuple(range(blocks.y.ndim))
     arguments: list[Any] = [blocks.y, rows]
     for i, array in enumerate(blocks.x):
@@ -114,22 +141,30 @@ def _lazy_values(
         ]
         features = [2 * blocks.y.ndim + i] * (array.ndim - blocks.y.ndim)
         arguments += [array, (*axes, *features)]
+    first = max(i for index in arguments[1::2] for i in index) + 1
     values: da.Array = da.blockwise(
         _predict_block,
-        rows,
+        (first, *rows),
         *arguments,
+        new_axes={first: 1 + kernel.with_std},
         kernel=kernel,
         params=params,
+        root=root,
         concatenate=True,
         align_arrays=False,
         dtype=np.float64,
-        meta=np.empty((0,) * blocks.y.ndim),
+        meta=np.empty((0,) * (1 + blocks.y.ndim)),
     )
     return values
 
 
 def _predict_block(
-    y: NDArray[Any], *x: NDArray[Any], kernel: PredictionKernel, params: NDArray[np.float64]
+    y: NDArray[Any],
+    *x: NDArray[Any],
+    kernel: PredictionKernel,
+    params: NDArray[np.float64],
+    root: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
     block = Block(y.shape, np.empty(y.shape, bool), x, None, None)
-    return kernel(block.pieces(kernel.piece_rows), params).reshape(y.shape)
+    found = kernel(block.pieces(kernel.piece_rows), params, root)
+    return found.reshape(-1, *y.shape)

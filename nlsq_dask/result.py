@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from nlsq_dask import report
 from nlsq_dask.core.model import Model
@@ -37,9 +38,10 @@ class FitResult:
     message : str
         Why the fit ended, and what to try if it is not a solution.
     cost : float
-        ``1/2 sum r^2`` over all rows.
+        ``1/2 sum C^2 rho((r / C)^2)`` over all rows, with the scale C of the loss; ``1/2 sum r^2``
+        with the linear loss.
     grad : ndarray, shape (p,)
-        ``J^T r``.
+        Gradient of the cost; ``J^T r`` with the linear loss.
     optimality : float
         Largest component of the gradient, without those that push against an active bound.
     active_mask : ndarray of int, shape (p,)
@@ -52,10 +54,12 @@ class FitResult:
         Covariance; infinite where the data do not determine the parameters.
     perr : ndarray, shape (p,)
         Standard errors.
-    sigma_sq, reduced_chi2 : float
-        ``chi2 / dof``.
-    chi2 : float
-        ``2 cost``.
+    absolute_sigma : bool
+        Whether sigma was meant in absolute terms.
+    sigma_sq : float
+        ``2 cost / dof``, by which pcov is scaled unless sigma is absolute.
+    chi2, reduced_chi2 : float
+        ``sum r^2`` and ``chi2 / dof``; with the linear loss, ``2 cost`` and ``sigma_sq``.
     dof : int
         ``n_points - p``.
     n_points, n_omitted : int
@@ -64,6 +68,10 @@ class FitResult:
         ``1 - chi2 / (weighted sum of squares of y about its mean)``.
     condition_number : float
         Of the Jacobian with its columns scaled to unit length.
+    block_statistics : xarray.Dataset or None
+        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
+        every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
+        the position of each block's first entry as coordinates. None if there was no pass.
     param_names : tuple of str
     p0 : ndarray, shape (p,)
         The start.
@@ -84,6 +92,7 @@ class FitResult:
     status: int
     message: str
     cost: float
+    chi2: float
     grad: Vector
     optimality: float
     active_mask: NDArray[np.int64]
@@ -91,12 +100,14 @@ class FitResult:
     njev: int
     nit: int
     pcov: NDArray[np.float64]
+    absolute_sigma: bool
     sigma_sq: float
     dof: int
     n_points: int
     n_omitted: int
     r_squared: float
     condition_number: float
+    block_statistics: xr.Dataset | None
     param_names: tuple[str, ...]
     p0: Vector
     bounds: tuple[Vector, Vector]
@@ -119,19 +130,14 @@ class FitResult:
         return np.sqrt(np.diag(self.pcov))
 
     @property
-    def chi2(self) -> float:
-        """Sum of the squared weighted residuals."""
-        return 2.0 * self.cost
-
-    @property
     def reduced_chi2(self) -> float:
-        """``chi2 / dof``."""
-        return self.sigma_sq
+        """``chi2 / dof``; infinite without degrees of freedom."""
+        return self.chi2 / self.dof if self.dof > 0 else float("inf")
 
     def keys(self) -> list[str]:
         """Return the names of all values."""
         names = [f.name for f in fields(self) if not f.name.startswith("_")]
-        return [*names, "popt", "perr", "chi2", "reduced_chi2"]
+        return [*names, "popt", "perr", "reduced_chi2"]
 
     def __getitem__(self, name: str) -> Any:
         if not isinstance(name, str):
@@ -175,19 +181,46 @@ class FitResult:
         """
         return report.dataset(self)
 
-    def predict(self, x: Any) -> Any:
+    def conf_interval(self, level: float = 0.95) -> NDArray[np.float64]:
+        """Return an interval for each parameter that covers the truth with probability ``level``.
+
+        It is symmetric, from standard errors: of Student's t distribution with ``dof`` degrees of
+        freedom, or of the normal distribution where sigma is absolute.
+
+        Parameters
+        ----------
+        level : float
+            Between 0 and 1.
+
+        Returns
+        -------
+        ndarray, shape (p, 2)
+            Lower and upper ends; infinite where the data do not determine a parameter.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must be between 0 and 1; got {level!r}.")
+        tail = 0.5 * (1.0 + level)
+        is_normal = self.absolute_sigma or self.dof <= 0
+        quantile = stats.norm.ppf(tail) if is_normal else stats.t.ppf(tail, self.dof)
+        half = quantile * self.perr
+        return np.stack([self.x - half, self.x + half], axis=1)
+
+    def predict(self, x: Any, return_std: bool = False) -> Any:
         """Evaluate the model at the solution.
 
         Parameters
         ----------
         x : array, tuple or dict of arrays
             As in ``fit``; arrays of several dimensions broadcast against each other.
+        return_std : bool
+            Whether to return standard errors of the values as well, ``sqrt(J pcov J^T)``: of the
+            curve that was fitted, not of a new measurement. NaN where pcov is infinite.
 
         Returns
         -------
-        ndarray, dask.array.Array or xarray.DataArray
+        ndarray, dask.array.Array or xarray.DataArray, or a pair of them
             Lazy for lazy x, and for named coordinates whose product is large.
         """
         if self._model is None:
             raise ValueError("this result does not hold its model, so it cannot predict.")
-        return predict(self._model, x, self.x)
+        return predict(self._model, x, self.x, self.pcov if return_std else None)

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.block_loops import BLOCK_ROWS
-from nlsq_dask.core.kernel import NormalEquationsKernel, PredictionKernel
+from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.lbfgs_warmup import Warmup
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise
 from nlsq_dask.core.normalize import ParameterNormalizer
+from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 
@@ -96,7 +97,7 @@ class SampleProblem:
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""
         sums = self.reduce(params)
-        squares = np.append(np.diag(sums.jtj), 2.0 * sums.cost) / max(sums.n_used, 1)
+        squares = np.append(np.diag(sums.jtj), sums.chi2) / max(sums.n_used, 1)
         usable = np.isfinite(squares) & (squares > 0.0)
         exponents = -np.round(0.5 * np.log2(np.where(usable, squares, 1.0)))
         return tuple(np.exp2(exponents).tolist())
@@ -118,5 +119,6 @@ class SampleProblem:
             self.variance,
             first_step,
             config,
+            self.kernel.loss,
             self._fingerprint,
         )

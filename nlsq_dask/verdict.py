@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
+from nlsq_dask.block_statistics import block_statistics
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.point import Point
-from nlsq_dask.driver import Outcome
+from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.result import FitResult
 from nlsq_dask.stopping import StopReason
@@ -23,6 +25,7 @@ def make_result(
     outcome: Outcome,
     model: Model,
     parameters: Parameters,
+    blocks: RowBlocks,
     phase_history: list[dict[str, Any]],
 ) -> FitResult:
     """Make the public result, and warn where the covariance cannot be trusted."""
@@ -49,6 +52,7 @@ def make_result(
         status=outcome.stop.status,
         message=message,
         cost=np.nan if sums is None else sums.cost,
+        chi2=np.nan if sums is None else sums.chi2,
         grad=gradient,
         optimality=float(np.abs(np.where(outward, 0.0, gradient)).max()),
         active_mask=active,
@@ -56,12 +60,16 @@ def make_result(
         njev=outcome.n_passes,
         nit=outcome.iterations,
         pcov=pcov,
+        absolute_sigma=outcome.absolute_sigma,
         sigma_sq=np.nan if found is None else found.sigma_sq,
         dof=n_used - n_params,
         n_points=n_used,
         n_omitted=0 if sums is None else sums.n_omitted,
         r_squared=_r_squared(point),
         condition_number=np.nan if found is None else found.condition_number,
+        block_statistics=None
+        if sums is None or sums.blocks is None
+        else block_statistics(sums.blocks, blocks),
         param_names=parameters.names,
         p0=parameters.start,
         bounds=(parameters.low, parameters.high),
@@ -95,7 +103,7 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
 def _r_squared(point: Point | None) -> float:
     if point is None or point.sums.total_variation <= 0.0:
         return float("nan")
-    return 1.0 - 2.0 * point.sums.cost / point.sums.total_variation
+    return 1.0 - point.sums.chi2 / point.sums.total_variation
 
 
 def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:

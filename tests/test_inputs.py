@@ -205,7 +205,7 @@ WRONG_ARGUMENTS = {
     "nan_policy": (dict(nan_policy="ignore"), ValueError, "'raise' or 'omit'"),
     "callback": (dict(callback=1), TypeError, "callable"),
     "loss unknown": (dict(loss="l7"), ValueError, "one of 'linear'"),
-    "loss unbuilt": (dict(loss="huber"), NotImplementedError, "not built yet"),
+    "f_scale": (dict(loss="huber", f_scale=0), ValueError, "f_scale must be"),
     "names twice": (dict(param_names=["a", "a", "b"]), ValueError, "not all different"),
     "NumPy model": (
         dict(function=lambda x, a, b: a * np.exp(np.asarray(-b * x))),

@@ -23,11 +23,13 @@ ALLOWED: dict[str, set[str]] = {
     "observers": {"events"},
     "passes": {"core", "engine", "errors", "events"},
     "sample_problem": {"config", "core"},
+    "outcome": {"core", "stopping"},
     "driver": {
         "config",
         "core",
         "engine",
         "events",
+        "outcome",
         "parameters",
         "passes",
         "sample_problem",
@@ -37,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "predict": {"core", "data", "errors", "dask", "xarray"},
     "plan": {"config", "core", "data", "engine", "dask"},
     "result": {"core", "predict", "report", "xarray"},
-    "verdict": {"core", "driver", "parameters", "result", "stopping"},
+    "block_statistics": {"core", "data", "xarray"},
+    "verdict": {"block_statistics", "core", "data", "outcome", "parameters", "result", "stopping"},
     "optimizer": {
         "config",
         "core",

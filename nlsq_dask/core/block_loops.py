@@ -18,6 +18,7 @@ from jax import lax
 
 from nlsq_dask.core.devices import CPU
 from nlsq_dask.core.jacobian import Mode, residual_and_jacobian
+from nlsq_dask.core.losses import LINEAR, rho, robust
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.rows import Rows
 
@@ -30,9 +31,15 @@ BLOCK_ROWS = 1024  # whose columns are in a core's cache; 1,000 to 2,000 were eq
 _LANES = 128
 _MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
 
-# gram (p+1, p+1, lanes; its upper triangle), counts (used, nonfinite, masked, bad_sigma),
-# moments (weight, y_sum, y_square; lanes), costs (candidates, lanes)
-Carry = tuple[Any, Any, Any, Any]
+# Running sums, most of them in lanes:
+# - gram (p+1, p+1, lanes): of Jacobian and residual, its upper triangle; the last row begins with
+#   the largest r^2;
+# - residuals (2, lanes): sums of rho(z) and of r^2, nothing with the linear loss, where the Gram
+#   matrix holds both;
+# - counts (4,): rows used, rows where the model is not finite, masked rows, rows with bad sigma;
+# - moments (3, lanes): sums of w, w (y - y0) and w (y - y0)^2;
+# - costs (candidates, lanes): sums of rho(z) at further points.
+Carry = tuple[tuple[Any, Any], Any, Any, Any]
 
 
 def block_rows_for(piece_rows: int, platform: str) -> int:
@@ -45,7 +52,25 @@ def no_rows(n_params: int, n_candidates: int, piece_rows: int, platform: str) ->
     n_rows = n_params + 1
     n_lanes = min(_LANES, block_rows_for(piece_rows, platform)) if platform == CPU else 1
     gram = np.zeros((n_rows, n_rows, n_lanes if n_rows <= _MOST_IN_LANES else 1))
-    return gram, np.zeros(4, np.int64), np.zeros((3, n_lanes)), np.zeros((n_candidates, n_lanes))
+    residuals, counts = np.zeros((2, n_lanes)), np.zeros(4, np.int64)
+    return (gram, residuals), counts, np.zeros((3, n_lanes)), np.zeros((n_candidates, n_lanes))
+
+
+def combined(one: Carry, other: Carry) -> Carry:
+    """Return the sums over the rows of both, in NumPy."""
+    (gram, residuals), *rest = one
+    (other_gram, other_residuals), *other_rest = other
+    counts, moments, costs = (a + b for a, b in zip(rest, other_rest, strict=True))
+    return (_add_gram(np, gram, other_gram), residuals + other_residuals), counts, moments, costs
+
+
+def _add_gram(library: Any, gram: Any, other: Any) -> Any:
+    """Add two Gram matrices, and take the larger of the two r^2 that they keep."""
+    n_rows = len(gram)
+    keeps_largest = np.zeros((n_rows, n_rows, 1), bool)
+    keeps_largest[-1, 0] = True
+    larger = library.where(gram > other, gram, other)
+    return library.where(keeps_largest, larger, gram + other)
 
 
 def _lane_sums(n_parts: int, part: Callable[[int], Any]) -> Any:
@@ -64,26 +89,44 @@ def _dot(a: Any, b: Any, n_lanes: int) -> Any:
     return _lane_sums(len(a), lambda k: a[k] * b[k])
 
 
-def _gram(stacked: Any, n_lanes: int) -> Any:
-    """Return the products of all pairs of rows; those below the diagonal are left at zero."""
-    if n_lanes == 1:
-        return jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
+def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
+    """Return the products of all pairs of rows, as ``Carry`` has them.
+
+    What is below the diagonal is of no meaning, except for the largest square of ``residual``.
+    """
     n_rows = len(stacked)
-    parts = stacked.reshape(n_rows, -1, n_lanes)
+    if n_lanes == 1:
+        product = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
+        return product.at[-1, 0, 0].set((residual**2).max())
+    parts, last = stacked.reshape(n_rows, -1, n_lanes), residual.reshape(-1, n_lanes)
 
     def row(i: int) -> Any:
         return _lane_sums(parts.shape[1], lambda k: parts[i:, k] * parts[i, k])
 
-    return jnp.stack([jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows)])
+    squares = (last[k] * last[k] for k in range(len(last)))
+    largest = reduce(lambda a, b: jnp.where(a > b, a, b), squares)
+    rows = [jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows - 1)]
+    between = jnp.zeros((n_rows - 2, n_lanes), stacked.dtype)
+    return jnp.stack([*rows, jnp.concatenate([largest[None], between, row(n_rows - 1)])])
 
 
 class BlockLoops:
     """The loops over the blocks of a piece, all of which one program runs one after the other."""
 
     def __init__(
-        self, model: Model, block_rows: int, mode: Mode, n_rows: Any, arrays: Any, offsets: Any
+        self,
+        model: Model,
+        loss: str,
+        sums_scores: bool,
+        block_rows: int,
+        mode: Mode,
+        n_rows: Any,
+        arrays: Any,
+        offsets: Any,
     ) -> None:
         self._model = model
+        self._loss = loss
+        self._sums_scores = sums_scores
         self._block_rows = block_rows
         self._linearized = residual_and_jacobian(model, mode)
         self._n_rows = n_rows
@@ -92,48 +135,71 @@ class BlockLoops:
         self._n_full = n_rows // block_rows
         self._n_blocks = (n_rows + block_rows - 1) // block_rows
 
-    def normal_equations(self, gram: Any, counts: Any, params: Any, factors: Any) -> Any:
-        """Add to Gram matrix and counts, without masks up to the stretch that needs the first.
+    def normal_equations(
+        self, sums: Any, counts: Any, params: Any, factors: Any, f_scale: Any
+    ) -> Any:
+        """Add to Gram matrix, residuals and counts, without masks as long as none is needed.
 
         Most pieces need none, and to find that out afterwards costs less than the masks. Returned
         with the sums is the number of blocks that needed no mask.
         """
+        dtype = self._model.dtype
+        gram_lanes, n_lanes = sums[0].shape[-1], sums[1].shape[-1]
+        # In float32 lanes are short enough for sums of their own, which saves conversions. In
+        # float64 blocks are added one by one, so that it does not matter where stretches begin.
+        sums_stretches = gram_lanes > 1 and dtype != sums[0].dtype
 
         def stacked(rows: Rows, target: Any) -> Any:
             values, stacked = self._linearized(rows.x, target, params, factors)
             if rows.sigma is not None:
-                stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
+                stacked = stacked * (1 / rows.sigma.astype(dtype))
             return values, stacked
 
-        n_lanes = gram.shape[-1]
-        # In float32 lanes are short enough for sums of their own, which saves conversions. In
-        # float64 blocks are added one by one, so that it does not matter where stretches begin.
-        sums_stretches = n_lanes > 1 and self._model.dtype != gram.dtype
+        def add(sums: Any, stacked: Any) -> Any:
+            gram, residuals = sums
+            residual = stacked[-1]
+            jacobian_scale: Any = 1
+            residual_scale: Any = 1
+            if self._loss != LINEAR:
+                unit = factors[-1] * f_scale
+                z = (residual * (1 / unit).astype(dtype)) ** 2
+                terms, jacobian_scale, residual_scale = robust(self._loss, z)
+                parts = (
+                    _dot(terms, jnp.ones_like(terms), n_lanes),
+                    _dot(residual, residual, n_lanes),
+                )
+                residuals = residuals + jnp.stack(parts).astype(residuals.dtype)
+            if self._sums_scores:
+                jacobian_scale = residual * (jacobian_scale * residual_scale)
+            if self._sums_scores or self._loss != LINEAR:
+                scaled = stacked[:-1] * jacobian_scale, (residual * residual_scale)[None]
+                stacked = jnp.concatenate(scaled)
+            new = _gram(stacked, residual, gram_lanes).astype(gram.dtype)
+            return _add_gram(jnp, gram, new), residuals
 
-        def product(stacked: Any) -> Any:
-            return _gram(stacked, n_lanes)
-
-        def plain(i: Any, gram: Any) -> Any:
+        def plain(i: Any, sums: Any) -> Any:
             rows = self._rows(i)
-            new = product(stacked(rows, self._poisoned(rows))[1])
-            return gram + new.astype(gram.dtype)
+            return add(sums, stacked(rows, self._poisoned(rows))[1])
 
         def stretch(state: Any) -> Any:
-            i, _, gram = state
+            i, _, sums = state
             end = jnp.minimum(i + _STRETCH, self._n_full)
             if sums_stretches:
-                nothing = jnp.zeros(gram.shape, self._model.dtype)
-                new = gram + lax.fori_loop(i, end, plain, nothing).astype(gram.dtype)
+                nothing = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
+                part = lax.fori_loop(i, end, plain, nothing)
+                gram, residuals = (array.astype(sums[0].dtype) for array in part)
+                new = _add_gram(jnp, sums[0], gram), sums[1] + residuals
             else:
-                new = lax.fori_loop(i, end, plain, gram)
+                new = lax.fori_loop(i, end, plain, sums)
             # Sums of squares, of which one at least is infinite or NaN if any product is.
-            is_plain = jnp.isfinite(jnp.trace(new)).all()
-            return jnp.where(is_plain, end, i), is_plain, jnp.where(is_plain, new, gram)
+            is_plain = jnp.isfinite(jnp.trace(new[0])).all()
+            kept = jax.tree.map(lambda new, old: jnp.where(is_plain, new, old), new, sums)
+            return jnp.where(is_plain, end, i), is_plain, kept
 
         def masked(i: Any, state: Any) -> Any:
-            gram, counts = state
+            sums, counts = state
             rows = self._rows(i)
-            values, unmasked = stacked(rows, rows.y.astype(self._model.dtype))
+            values, unmasked = stacked(rows, rows.y.astype(dtype))
             usable = self._usable(i, rows)
             nothing = jnp.zeros((), bool)
             left_out = nothing if rows.mask is None else self._in_piece(i) & rows.mask
@@ -141,13 +207,12 @@ class BlockLoops:
             flags = (usable, usable & ~jnp.isfinite(values), left_out, bad_sigma)
             counted = jnp.stack([jnp.sum(flag, dtype=jnp.int64) for flag in flags])
             # Masked after it was computed, not before: a NaN in a row left out must not spread.
-            new = product(jnp.where(usable, unmasked, 0))
-            return gram + new.astype(gram.dtype), counts + counted
+            return add(sums, jnp.where(usable, unmasked, 0)), counts + counted
 
-        start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), gram)
-        n_plain, _, gram = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
+        start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), sums)
+        n_plain, _, sums = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
         counts = counts.at[0].add(n_plain * self._block_rows)
-        return *lax.fori_loop(n_plain, self._n_blocks, masked, (gram, counts)), n_plain
+        return *lax.fori_loop(n_plain, self._n_blocks, masked, (sums, counts)), n_plain
 
     def moments(self, moments: Any, y0: Any, n_plain: Any) -> Any:
         """Add to the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
@@ -167,8 +232,8 @@ class BlockLoops:
         moments = lax.fori_loop(0, n_plain, lambda i, m: add(i, m, False), moments)
         return lax.fori_loop(n_plain, self._n_blocks, lambda i, m: add(i, m, True), moments)
 
-    def costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
-        """Add to ``sum r^2`` at the first so many candidates."""
+    def costs(self, costs: Any, candidates: Any, n_candidates: Any, f_scale: Any) -> Any:
+        """Add to ``sum rho(z)`` at the first so many candidates."""
 
         def add(step: Any, costs: Any) -> Any:
             i, k = step // n_candidates, step % n_candidates
@@ -177,7 +242,8 @@ class BlockLoops:
             if rows.sigma is not None:
                 residual = residual / rows.sigma
             residual = jnp.where(self._usable(i, rows), residual, 0)
-            return costs.at[k].add(_dot(residual, residual, costs.shape[-1]))
+            terms = rho(self._loss, (residual / f_scale) ** 2)
+            return costs.at[k].add(_dot(terms, jnp.ones_like(terms), costs.shape[-1]))
 
         return lax.fori_loop(0, self._n_blocks * n_candidates, add, costs)
 
@@ -220,21 +286,27 @@ class BlockLoops:
         return poison
 
 
-def accumulator(model: Model, piece_rows: int, mode: Mode, platform: str) -> Callable[..., Carry]:
-    """Return the function that adds a piece of rows to running sums."""
+def accumulator(
+    model: Model, loss: str, sums_scores: bool, piece_rows: int, mode: Mode, platform: str
+) -> Callable[..., Carry]:
+    """Return the function that adds a piece of rows to running sums.
+
+    With ``sums_scores`` the Gram matrix is not that of the Jacobian but that of the scores, which
+    are the Jacobian's rows times the derivative of the cost by the residual.
+    """
     block_rows = block_rows_for(piece_rows, platform)
 
     def accumulate(
         carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any, offsets: Any
     ) -> Carry:
         params, factors, candidates = (array.astype(model.dtype) for array in point)
-        y0, wants_moments, n_candidates = options
-        gram, counts, moments, costs = carry
-        loops = BlockLoops(model, block_rows, mode, n_rows, arrays, offsets)
-        gram, counts, n_plain = loops.normal_equations(gram, counts, params, factors)
+        y0, f_scale, wants_moments, n_candidates = options
+        sums, counts, moments, costs = carry
+        loops = BlockLoops(model, loss, sums_scores, block_rows, mode, n_rows, arrays, offsets)
+        sums, counts, n_plain = loops.normal_equations(sums, counts, params, factors, f_scale)
         moments = lax.cond(
             wants_moments, lambda: loops.moments(moments, y0, n_plain), lambda: moments
         )
-        return gram, counts, moments, loops.costs(costs, candidates, n_candidates)
+        return sums, counts, moments, loops.costs(costs, candidates, n_candidates, f_scale)
 
     return accumulate

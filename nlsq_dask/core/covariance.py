@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,3 +79,34 @@ def covariance(
     if not absolute_sigma:
         pcov = pcov * sigma_sq
     return Covariance((pcov + pcov.T) / 2, sigma_sq, condition, undetermined)
+
+
+def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:
+    """Return the covariance that does not rely on sigma being right in each row.
+
+    ``(J^T J)^-1 (sum r^2 J^T J) (J^T J)^-1``, times n / (n - p) for "HC1".
+
+    Parameters
+    ----------
+    found : Covariance
+        With pcov = ``(J^T J)^-1``.
+    scores : ndarray, shape (p, p)
+        ``sum r^2 J^T J`` over the rows.
+    n_rows : int
+    cov_type : {"HC0", "HC1"}
+
+    References
+    ----------
+    H. White, "A heteroskedasticity-consistent covariance matrix estimator and a direct test for
+    heteroskedasticity", Econometrica 48, 817-838 (1980).
+    J. G. MacKinnon and H. White, "Some heteroskedasticity-consistent covariance matrix estimators
+    with improved finite sample properties", Journal of Econometrics 29, 305-325 (1985).
+    """
+    errors = np.sqrt(np.diag(found.pcov))
+    scale = np.outer(errors, errors)
+    bread = found.pcov / scale
+    pcov = bread @ (scores * scale) @ bread * scale
+    if cov_type == "HC1":
+        dof = n_rows - len(errors)
+        pcov = pcov * (n_rows / dof if dof > 0 else np.inf)
+    return replace(found, pcov=(pcov + pcov.T) / 2)

@@ -27,7 +27,7 @@ def relative_loss(sums: NormalEquations) -> float:
     """
     if sums.total_variation <= 0.0 or not np.isfinite(sums.cost):
         return float("inf")
-    return 2.0 * sums.cost / sums.total_variation
+    return sums.chi2 / sums.total_variation
 
 
 def is_warm_start(loss: float, config: HybridStreamingConfig) -> bool:

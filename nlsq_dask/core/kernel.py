@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from operator import add
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
@@ -15,14 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import BLOCK_ROWS, accumulator, block_rows_for, no_rows
+from nlsq_dask.core.block_loops import (
+    BLOCK_ROWS,
+    accumulator,
+    block_rows_for,
+    combined,
+    no_rows,
+)
+from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.core.compiled_program import Program, traced_once
 from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.jacobian import Mode, choose_mode
+from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.placed_rows import Piece, PlacedRows
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Array, Layout, Rows
+from nlsq_dask.core.rows import Array, Layout
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
 from nlsq_dask.core.windows import SLACK, Memory, MemoryPool, windows
 
@@ -54,7 +61,14 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
     return spec(layout.y_dtype), model.x_specs(n_rows), spec(layout.sigma_dtype), spec(mask)
 
 
-def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Program:
+def _trace_sums(
+    model: Model,
+    loss: str,
+    sums_scores: bool,
+    piece_rows: int,
+    mode: Mode,
+    platform: str,
+) -> Program:
     p = model.n_params
     arrays = _rows_spec(model, piece_rows + SLACK)
 
@@ -63,10 +77,10 @@ def _trace_sums(model: Model, piece_rows: int, mode: Mode, platform: str) -> Pro
 
     carry = no_rows(p, MOST_CANDIDATES, piece_rows, platform)
     return Program.trace(
-        accumulator(model, piece_rows, mode, platform),
+        accumulator(model, loss, sums_scores, piece_rows, mode, platform),
         jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), carry),
         (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
-        (spec("f8"), spec("bool"), spec("i8")),
+        (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
         arrays,
         jax.tree.map(lambda _: spec("i8"), arrays),
@@ -106,6 +120,10 @@ class NormalEquationsKernel:
         multiplied before their products are summed; they keep float32 away from its limits.
     y_reference : float
         The y0 of ``NormalEquations``.
+    loss : Loss
+    sums_scores : bool
+        Whether ``jtj`` is ``sum r^2 J^T J`` over the rows, the middle of a sandwich covariance;
+        with a robust loss ``rho' r`` takes the place of r.
     uses_all_devices : bool
         Whether a process shares its pieces among its devices; else it takes the first.
     memory : MemoryPool
@@ -118,6 +136,8 @@ class NormalEquationsKernel:
     piece_rows: int
     factors: tuple[float, ...]
     y_reference: float = 0.0
+    loss: Loss = field(default_factory=Loss)
+    sums_scores: bool = False
     uses_all_devices: bool = False
     memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
 
@@ -128,6 +148,8 @@ class NormalEquationsKernel:
         piece_rows: int,
         mode: Mode | None = None,
         platforms: tuple[str, ...] = (CPU,),
+        loss: Loss | None = None,
+        sums_scores: bool = False,
     ) -> Self:
         """Trace the kernel of this model for pieces of this length.
 
@@ -136,15 +158,25 @@ class NormalEquationsKernel:
         with x64():
             jaxpr = model.jaxpr()
             mode = mode or choose_mode(model, jaxpr)
-        what = (cls, model.layout, model.dtype, model.n_params, piece_rows, mode)
+        loss = loss or Loss()
+        how = loss.name, sums_scores, piece_rows, mode
+        what = (cls, model.layout, model.dtype, model.n_params, *how)
         programs = {
             platform: traced_once(
-                (*what, platform), jaxpr, partial(_trace_sums, model, piece_rows, mode, platform)
+                (*what, platform), jaxpr, partial(_trace_sums, model, *how, platform)
             )
             for platform in platforms
         }
         factors = (1.0,) * (model.n_params + 1)
-        return cls(programs, model.layout, model.n_params, piece_rows, factors)
+        return cls(
+            programs,
+            model.layout,
+            model.n_params,
+            piece_rows,
+            factors,
+            loss=loss,
+            sums_scores=sums_scores,
+        )
 
     def __call__(
         self,
@@ -171,40 +203,31 @@ class NormalEquationsKernel:
         wants_moments : bool
             Whether to sum what depends on the data alone.
         """
-        p = self.n_params
+        p, y0, factors = self.n_params, self.y_reference, np.array(self.factors)
         points = np.empty((0, p)) if candidates is None else candidates
-        n_candidates = len(points)
         padded = np.zeros((MOST_CANDIDATES, p))
-        padded[:n_candidates] = points
-        y0, factors = self.y_reference, np.array(self.factors)
-        point = (params, factors, padded)
-        options = (np.float64(y0), np.bool_(wants_moments), np.int64(n_candidates))
-        n_present = math.prod(source.shape)
-        devices, platform = self._devices()
-        carries = [no_rows(p, MOST_CANDIDATES, self.piece_rows, platform)] * len(devices)
-        in_flight: deque[Any] = deque()
-        with self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
-            for turn, piece in enumerate(self._pieces(source, memory, platform)):
-                i = turn % len(devices)
-                n_rows = np.int64(piece.n_rows)
-                carries[i] = self.programs[platform](
-                    carries[i], point, options, n_rows, *piece[:2], device=devices[i]
-                )
-                in_flight.append(carries[i])
-                if len(in_flight) > _IN_FLIGHT * len(devices):
-                    jax.block_until_ready(in_flight.popleft())
-            parts = [[np.asarray(array) for array in carry] for carry in carries]
-        lanes, counts, *others = (reduce(add, part) for part in zip(*parts, strict=True))
-        moments, costs = (array.sum(axis=-1) for array in others)
+        padded[: len(points)] = points
+        numbers = np.float64(y0), np.float64(self.loss.f_scale)
+        options = (*numbers, np.bool_(wants_moments), np.int64(len(points)))
+        found = self._accumulate(source, (params, factors, padded), options)
+        (lanes, residuals), counts, moments, costs = found
         upper = lanes.sum(axis=-1) / factors[:, None] / factors
         gram = np.where(np.tri(p + 1, k=-1, dtype=bool), upper.T, upper)
-        weight, y_sum, y_square = map(float, moments)
+        rho, squares = residuals.sum(axis=-1)
+        # With the linear loss the Gram matrix holds the sum of squares.
+        twice_cost, chi2 = self.loss.f_scale**2 * rho, squares / factors[p] ** 2
+        if self.loss.is_linear:
+            twice_cost = chi2 = gram[p, p]
+        largest = np.sqrt(lanes[p, 0].max()) / factors[p]
+        weight, y_sum, y_square = map(float, moments.sum(axis=-1))
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
-        n_bad = n_present - n_masked - n_used
+        n_bad = math.prod(source.shape) - n_masked - n_used
         return NormalEquations(
-            jtj=gram[:p, :p],
+            jtj=gram[:p, :p] / factors[p] ** 2 if self.sums_scores else gram[:p, :p],
             jtr=gram[:p, p],
-            cost=0.5 * float(gram[p, p]),
+            cost=0.5 * float(twice_cost),
+            chi2=float(chi2),
+            blocks=None if block == NO_BLOCK else BlockSums.of(block, chi2, n_used, largest),
             weight=weight,
             y_sum=y_sum,
             y_square=y_square,
@@ -215,8 +238,27 @@ class NormalEquationsKernel:
             n_nonfinite=n_nonfinite,
             n_bad_sigma=n_bad_sigma,
             first_bad_block=block if n_bad else NO_BLOCK,
-            candidate_costs=0.5 * costs[:n_candidates],
+            candidate_costs=0.5 * self.loss.f_scale**2 * costs[: len(points)].sum(axis=-1),
         )
+
+    def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
+        """Run the program over all pieces; the carries of several devices are combined."""
+        devices, platform = self._devices()
+        start = no_rows(self.n_params, MOST_CANDIDATES, self.piece_rows, platform)
+        carries = [start] * len(devices)
+        most_in_flight = _IN_FLIGHT * len(devices)
+        in_flight: deque[Any] = deque()
+        with self.memory.borrow(most_in_flight + 1) as memory:
+            for turn, piece in enumerate(self._pieces(source, memory, platform)):
+                i = turn % len(devices)
+                n_rows = np.int64(piece.n_rows)
+                carries[i] = self.programs[platform](
+                    carries[i], point, options, n_rows, *piece[:2], device=devices[i]
+                )
+                in_flight.append(carries[i])
+                if len(in_flight) > most_in_flight:
+                    jax.block_until_ready(in_flight.popleft())
+            return reduce(combined, (jax.tree.map(np.asarray, carry) for carry in carries))
 
     def placed(self, source: S) -> S | PlacedRows:
         """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""
@@ -251,42 +293,3 @@ class NormalEquationsKernel:
         for *pair, n_rows in windows(source.arrays, source.shape, *rows, memory):
             arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
             yield Piece(arrays, offsets, n_rows)
-
-
-@dataclass(frozen=True)
-class PredictionKernel:
-    """Rows and parameters in, the model's values out; what ``predict`` runs."""
-
-    program: Program
-    layout: Layout
-    piece_rows: int
-
-    @classmethod
-    def trace(cls, model: Model, piece_rows: int = BLOCK_ROWS * 16) -> PredictionKernel:
-        """Trace the evaluation of this model for pieces of this length."""
-
-        def trace() -> Program:
-            return Program.trace(
-                lambda x, params: model(x, params.astype(model.dtype)),
-                model.x_specs(piece_rows),
-                jax.ShapeDtypeStruct((model.n_params,), np.dtype("f8")),
-            )
-
-        with x64():
-            jaxpr = model.jaxpr()
-        what = (cls, model.layout, model.dtype, model.n_params, piece_rows)
-        program = traced_once(what, jaxpr, trace)
-        return cls(program, model.layout, piece_rows)
-
-    def __call__(
-        self, pieces: Iterable[tuple[Rows, int]], params: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Evaluate the model at the x of padded pieces, each with its true number of rows."""
-        values = []
-        for rows, n_rows in pieces:
-            x = tuple(
-                np.asarray(leaf, dtype)
-                for leaf, dtype in zip(rows.x, self.layout.x_dtypes, strict=True)
-            )
-            values.append(np.asarray(self.program(x, params), np.float64)[:n_rows])
-        return np.concatenate(values) if values else np.empty(0)

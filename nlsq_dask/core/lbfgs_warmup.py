@@ -1,6 +1,6 @@
 """Phase 1: L-BFGS on the sample, in normalized parameters, the whole loop in one program.
 
-The loss is the relative loss (mean squared weighted residual over the weighted variance of y), so
+The loss is the relative loss (twice the mean cost of a row over the weighted variance of y), so
 its thresholds do not depend on the units of y. The program runs a burst of iterations and hands
 back its state, which the driver may look at, report and store before it asks for the next burst.
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.compiled_program import compiled_once
 from nlsq_dask.core.defense_layers import clip_step, cost_increased
+from nlsq_dask.core.losses import LINEAR, Loss, rho
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Rows
@@ -56,6 +57,7 @@ class Problem(NamedTuple):
     x: Any
     inverse_sigma: Any
     n_rows: Any
+    f_scale: Any
     scales: Any
     offsets: Any
     low: Any
@@ -99,6 +101,7 @@ class Options:
     clips_gradient: bool
     guards_cost: bool
     clips_step: bool
+    loss: str
 
 
 class _FirstStepState(NamedTuple):
@@ -155,7 +158,7 @@ def _optimizer(problem: Problem, options: Options) -> optax.GradientTransformati
     return optax.chain(*parts, search)
 
 
-def _loss(model: Model, problem: Problem) -> Callable[[Any], Any]:
+def _loss(model: Model, options: Options, problem: Problem) -> Callable[[Any], Any]:
     """Return the relative loss as a function of normalized parameters."""
     counts = jnp.arange(problem.y.shape[0]) < problem.n_rows
 
@@ -166,14 +169,20 @@ def _loss(model: Model, problem: Problem) -> Callable[[Any], Any]:
         params = (inside * problem.scales + problem.offsets).astype(model.dtype)
         residual = model(problem.x, params).astype(jnp.float64) - problem.y
         weighted = jnp.where(counts, residual * problem.inverse_sigma, 0.0)
-        return (weighted @ weighted) / (problem.n_rows * problem.variance)
+        if options.loss == LINEAR:
+            twice_cost = weighted @ weighted
+        else:
+            twice_cost = (
+                problem.f_scale**2 * rho(options.loss, (weighted / problem.f_scale) ** 2).sum()
+            )
+        return twice_cost / (problem.n_rows * problem.variance)
 
     return loss
 
 
 def _step(model: Model, options: Options, problem: Problem, state: WarmupState) -> WarmupState:
     """One iteration of L-BFGS."""
-    loss = _loss(model, problem)
+    loss = _loss(model, options, problem)
     optimizer = _optimizer(problem, options)
     updates, optimizer_state = optimizer.update(
         state.gradient,
@@ -248,6 +257,7 @@ class Warmup:
         variance: float,
         first_step: float,
         config: HybridStreamingConfig,
+        loss: Loss,
         fingerprint: str,
     ) -> Warmup:
         """Gather arguments and options.
@@ -267,6 +277,7 @@ class Warmup:
         first_step : float
             Size of the first step, as layer 2 chose it.
         config : HybridStreamingConfig
+        loss : Loss
         fingerprint : str
             Of the model and its x.
         """
@@ -279,12 +290,14 @@ class Warmup:
             clips_gradient=config.gradient_clip_value is not None,
             guards_cost=config.enable_cost_guard,
             clips_step=config.enable_step_clipping,
+            loss=loss.name,
         )
         problem = Problem(
             y=rows.y.astype(np.float64),
             x=rows.x,
             inverse_sigma=np.ones(1) if rows.sigma is None else 1.0 / rows.sigma.astype(np.float64),
             n_rows=np.int64(n_rows),
+            f_scale=np.float64(loss.f_scale),
             scales=affine[0],
             offsets=affine[1],
             low=bounds[0],
@@ -348,7 +361,7 @@ class Warmup:
         )
 
     def _value_and_grad(self, problem: Problem, params: Any) -> Any:
-        return jax.value_and_grad(_loss(self.model, problem))(params)
+        return jax.value_and_grad(_loss(self.model, self.options, problem))(params)
 
     def _burst(self, problem: Problem, state: WarmupState, until: Any) -> WarmupState:
         result: WarmupState = lax.while_loop(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.kernel import PredictionKernel
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
+from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.errors import ModelError
 
@@ -99,10 +99,10 @@ def check_row_wise(
     beside = params + 0.1 * np.where(params == 0.0, 1.0, params) * np.cos(np.arange(len(params)))
     tolerance = float(np.sqrt(np.finfo(model.dtype).eps))
     for point in (params, beside):
-        among_others = kernel([(rows.take(mixed), n)], point)
+        among_others = kernel([(rows.take(mixed), n)], point)[0]
         scale = float(np.abs(among_others[np.isfinite(among_others)]).max(initial=0.0))
         for place in places:
-            alone = kernel([(rows.take(np.full(n, mixed[place])), n)], point)
+            alone = kernel([(rows.take(np.full(n, mixed[place])), n)], point)[0]
             expected = np.full(n, among_others[place])
             if not np.allclose(alone, expected, tolerance, tolerance * scale, equal_nan=True):
                 raise ModelError(

@@ -8,7 +8,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.core.block_sums import BlockSums
+
 NO_BLOCK = -1
+
+
+def _joined(one: BlockSums | None, other: BlockSums | None) -> BlockSums | None:
+    return one.combine(other) if one and other else one or other
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,11 @@ class NormalEquations:
     jtr : ndarray, shape (p,)
         ``J^T r``, the gradient of the cost.
     cost : float
-        ``1/2 sum r^2``.
+        ``1/2 sum C^2 rho((r / C)^2)``, which is ``1/2 sum r^2`` with the linear loss.
+    chi2 : float
+        ``sum r^2``.
+    blocks : BlockSums or None
+        Of the residuals of each block; None where rows are in no block.
     weight, y_sum, y_square : float
         Sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2`` with ``w = 1 / sigma^2`` and a reference
         value y0 that keeps the variance free of cancellation.
@@ -49,6 +59,8 @@ class NormalEquations:
     jtj: NDArray[np.float64]
     jtr: NDArray[np.float64]
     cost: float
+    chi2: float = 0.0
+    blocks: BlockSums | None = None
     weight: float = 0.0
     y_sum: float = 0.0
     y_square: float = 0.0
@@ -71,6 +83,8 @@ class NormalEquations:
             jtj=self.jtj + other.jtj,
             jtr=self.jtr + other.jtr,
             cost=self.cost + other.cost,
+            chi2=self.chi2 + other.chi2,
+            blocks=_joined(self.blocks, other.blocks),
             weight=self.weight + other.weight,
             y_sum=self.y_sum + other.y_sum,
             y_square=self.y_square + other.y_square,

@@ -36,6 +36,8 @@ class RowBlocks:
         Arrays whose chunks were split to agree with the others, and how.
     split_bytes : int
         Bytes of the largest chunk that was split, which is read whole.
+    dims : tuple of str
+        Names of the dimensions of y.
     """
 
     y: da.Array
@@ -46,6 +48,7 @@ class RowBlocks:
     in_memory: bool
     realigned: tuple[str, ...]
     split_bytes: int
+    dims: tuple[str, ...]
 
     @property
     def arrays(self) -> tuple[da.Array, ...]:
@@ -169,7 +172,14 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
         cut,
         realigned,
         max((_chunk_bytes(old) for _, old, _ in split), default=0),
+        _dims(y_data, y.ndim),
     )
+
+
+def _dims(y_data: Any, ndim: int) -> tuple[str, ...]:
+    if is_xarray(y_data):
+        return tuple(map(str, y_data.dims))
+    return tuple(f"dim_{axis}" for axis in range(ndim))
 
 
 def _chunk_bytes(array: da.Array) -> int:

@@ -1,0 +1,114 @@
+"""Robust losses, with SciPy's definitions and its second-order scaling.
+
+The cost is ``1/2 sum C^2 rho(z)`` with ``z = (r / C)^2`` and the scale C (``f_scale``). With the
+Jacobian multiplied by ``s = sqrt(rho' + 2 rho'' z)`` and the residual by ``rho' / s``, ``J^T r`` is
+the gradient of the cost and ``J^T J`` its Hessian but for the second derivatives of the model.
+
+References
+----------
+B. Triggs, P. F. McLauchlan, R. I. Hartley and A. W. Fitzgibbon, "Bundle adjustment: a modern
+synthesis", Vision Algorithms: Theory and Practice, Lecture Notes in Computer Science 1883, 298-372
+(2000), section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+LINEAR = "linear"
+
+_Rho = Callable[[Any], tuple[Any, Any, Any]]
+
+
+def _huber(z: Any) -> tuple[Any, Any, Any]:
+    is_small = z <= 1
+    root = jnp.sqrt(jnp.where(is_small, 1, z))
+    return (
+        jnp.where(is_small, z, 2 * root - 1),
+        1 / root,
+        jnp.where(is_small, 0, -0.5 / root**3),
+    )
+
+
+def _soft_l1(z: Any) -> tuple[Any, Any, Any]:
+    root = jnp.sqrt(1 + z)
+    # 2 (sqrt(1 + z) - 1), without cancellation for small z.
+    return 2 * z / (root + 1), 1 / root, -0.5 / root**3
+
+
+def _cauchy(z: Any) -> tuple[Any, Any, Any]:
+    return jnp.log1p(z), 1 / (1 + z), -1 / (1 + z) ** 2
+
+
+def _arctan(z: Any) -> tuple[Any, Any, Any]:
+    t = 1 + z**2
+    return jnp.arctan(z), 1 / t, -2 * z / t**2
+
+
+_RHO: dict[str, _Rho] = {
+    "soft_l1": _soft_l1,
+    "huber": _huber,
+    "cauchy": _cauchy,
+    "arctan": _arctan,
+}
+LOSSES = (LINEAR, *_RHO)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and its scale.
+
+    Attributes
+    ----------
+    name : str
+        One of ``LOSSES``.
+    f_scale : float
+        Residuals much smaller than this count as in "linear".
+    """
+
+    name: str = LINEAR
+    f_scale: float = 1.0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the cost is half the sum of squares."""
+        return self.name == LINEAR
+
+
+def check_loss(loss: Any, f_scale: Any) -> None:
+    """Raise a ValueError for a loss that does not exist, or a scale that is none."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}; got {loss!r}.")
+    if not isinstance(f_scale, Real) or not 0.0 < float(f_scale) < np.inf:
+        raise ValueError(f"f_scale must be a finite number > 0; got {f_scale!r}.")
+
+
+def rho(name: str, z: Any) -> Any:
+    """Return ``rho(z)`` of each row, for any loss (traced)."""
+    return z if name == LINEAR else _RHO[name](z)[0]
+
+
+def robust(name: str, z: Any) -> tuple[Any, Any, Any]:
+    """Return ``rho(z)`` of each row and by what Jacobian and residual are multiplied (traced).
+
+    Parameters
+    ----------
+    name : str
+        Any of ``LOSSES`` but "linear".
+    z : array, shape (b,)
+        Squared residuals in units of ``f_scale``.
+
+    Returns
+    -------
+    rho, jacobian_scale, residual_scale : array, each of shape (b,)
+    """
+    value, first, second = _RHO[name](z)
+    # Where a loss is concave enough the Hessian would be negative; SciPy stops at epsilon, too.
+    scale = jnp.sqrt(jnp.maximum(first + 2 * second * z, np.finfo(z.dtype).eps))
+    return value, scale, first / scale

@@ -1,0 +1,99 @@
+"""``PredictionKernel``: the model's values and their standard errors at rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.block_loops import BLOCK_ROWS
+from nlsq_dask.core.compiled_program import Program, traced_once
+from nlsq_dask.core.jacobian import choose_mode, residual_and_jacobian
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.precision import x64
+from nlsq_dask.core.rows import Layout, Rows
+
+
+@dataclass(frozen=True)
+class PredictionKernel:
+    """Rows and parameters in, the model's values out; what ``predict`` runs.
+
+    Attributes
+    ----------
+    program : Program
+    layout : Layout
+    piece_rows : int
+    with_std : bool
+        Whether standard deviations come out, too.
+    """
+
+    program: Program
+    layout: Layout
+    piece_rows: int
+    with_std: bool = False
+
+    @classmethod
+    def trace(
+        cls, model: Model, piece_rows: int = BLOCK_ROWS * 16, with_std: bool = False
+    ) -> PredictionKernel:
+        """Trace the evaluation of this model for pieces of this length."""
+        p = model.n_params
+        with x64():
+            jaxpr = model.jaxpr()
+            mode = choose_mode(model, jaxpr)
+
+        def values(x: Any, params: Any, root: Any) -> Any:
+            return model(x, params.astype(model.dtype))[None]
+
+        def values_and_std(x: Any, params: Any, root: Any) -> Any:
+            ones = jnp.ones(p + 1, model.dtype)
+            linearized = residual_and_jacobian(model, mode)
+            out, stacked = linearized(x, jnp.zeros(piece_rows), params.astype(model.dtype), ones)
+            return jnp.stack([out, jnp.linalg.norm(root.T @ stacked[:p], axis=0)])
+
+        def trace() -> Program:
+            return Program.trace(
+                values_and_std if with_std else values,
+                model.x_specs(piece_rows),
+                jax.ShapeDtypeStruct((p,), np.dtype("f8")),
+                jax.ShapeDtypeStruct((p, p), np.dtype("f8")),
+            )
+
+        what = (cls, model.layout, model.dtype, p, piece_rows, with_std)
+        return cls(traced_once(what, jaxpr, trace), model.layout, piece_rows, with_std)
+
+    def __call__(
+        self,
+        pieces: Iterable[tuple[Rows, int]],
+        params: NDArray[np.float64],
+        root: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
+        """Evaluate the model at the x of padded pieces, each with its true number of rows.
+
+        Parameters
+        ----------
+        pieces : iterable of (Rows, int)
+        params : ndarray, shape (p,)
+        root : ndarray, shape (p, p), optional
+            ``root @ root.T`` is the covariance of the parameters.
+
+        Returns
+        -------
+        ndarray, shape (1, n) or (2, n)
+            Values, and their standard deviations.
+        """
+        p = len(params)
+        root = np.zeros((p, p)) if root is None else root
+        found = [np.empty((1 + self.with_std, 0))]
+        for rows, n_rows in pieces:
+            x = tuple(
+                np.asarray(leaf, dtype)
+                for leaf, dtype in zip(rows.x, self.layout.x_dtypes, strict=True)
+            )
+            found.append(np.asarray(self.program(x, params, root), np.float64)[:, :n_rows])
+        return np.concatenate(found, axis=1)
