@@ -92,18 +92,23 @@ def _dot(a: Any, b: Any, n_lanes: int) -> Any:
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
     """Return the products of all pairs of rows, as ``Carry`` has them.
 
-    What is below the diagonal is of no meaning, except for the largest square of ``residual``.
+    What is below the diagonal is of no meaning, except for the largest square of ``residual``; that
+    is the last row if it is None.
     """
     n_rows = len(stacked)
     if n_lanes == 1:
         product = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
-        return product.at[-1, 0, 0].set((residual**2).max())
-    parts, last = stacked.reshape(n_rows, -1, n_lanes), residual.reshape(-1, n_lanes)
+        last_row = stacked[-1] if residual is None else residual
+        return product.at[-1, 0, 0].set((last_row**2).max())
+    parts = stacked.reshape(n_rows, -1, n_lanes)
 
     def row(i: int) -> Any:
         return _lane_sums(parts.shape[1], lambda k: parts[i:, k] * parts[i, k])
 
-    squares = (last[k] * last[k] for k in range(len(last)))
+    def last(k: int) -> Any:
+        return parts[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
+
+    squares = (last(k) * last(k) for k in range(parts.shape[1]))
     largest = reduce(lambda a, b: jnp.where(a > b, a, b), squares)
     rows = [jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows - 1)]
     between = jnp.zeros((n_rows - 2, n_lanes), stacked.dtype)
@@ -174,7 +179,8 @@ class BlockLoops:
             if self._sums_scores or self._loss != LINEAR:
                 scaled = stacked[:-1] * jacobian_scale, (residual * residual_scale)[None]
                 stacked = jnp.concatenate(scaled)
-            new = _gram(stacked, residual, gram_lanes).astype(gram.dtype)
+            is_scaled = self._sums_scores or self._loss != LINEAR
+            new = _gram(stacked, residual if is_scaled else None, gram_lanes).astype(gram.dtype)
             return _add_gram(jnp, gram, new), residuals
 
         def plain(i: Any, sums: Any) -> Any:
