@@ -221,7 +221,8 @@ class HybridStreamingConfig:
     precision: str = _option(
         "auto",
         _one_of("auto", "float64", "float32"),
-        "Arithmetic of model and Jacobian; sums are always float64. 'auto' is float64.",
+        "Arithmetic of model and Jacobian; sums beyond some thousand rows are always float64. "
+        "'auto' is float64.",
     )
     chunk_size: int | str = _option(
         "auto",
