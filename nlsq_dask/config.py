@@ -186,6 +186,14 @@ class HybridStreamingConfig:
         "Singular values of the column-scaled Jacobian below this fraction of the largest are "
         "damped as if they were that large.",
     )
+    gauss_newton_solver: str = _option(
+        "auto",
+        _one_of("auto", "normal", "qr"),
+        "Sums from which the step is solved: 'normal', the normal equations, which square the "
+        "condition number of the Jacobian; 'qr', a tree of QR factorizations, which does not and "
+        "takes longer to compute; 'auto' goes over from the first to the second where the "
+        "condition number says that the first would lose half of the digits (float64 only).",
+    )
     cg_param_threshold: int = _option(
         2000, _int(1), "Parameters from which on conjugate gradients solve the step."
     )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
+from nlsq_dask.core.block_loops import Product
 from nlsq_dask.core.covariance import Covariance, covariance, sandwich
 from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.core.kernel import NormalEquationsKernel, piece_rows_for
@@ -45,13 +47,11 @@ from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import Passes
 from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.solve import SampleSolver, first_product, solve
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
 Callback = Callable[[Vector, float, int], Any]
-
-# How far, in normalized parameters, the sample may take what it does not determine.
-_ANCHOR_LENGTH = 10.0
 
 
 class _StoppedByCallbackError(Exception):
@@ -119,6 +119,8 @@ class Driver:
             (parameters.low, parameters.high),
             config.normalization_strategy if config.normalize else "none",
         )
+        in_float64 = replace(self._settings, epsilon=float(np.finfo(np.float64).eps))
+        self._sample_solver = SampleSolver(in_float64, self.normalizer.scales, config)
 
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
@@ -225,25 +227,17 @@ class Driver:
         self, sample: SampleProblem, start: Vector, details: dict[str, Any]
     ) -> Vector:
         """Converge on the sample; return its solution, or the start if it has none."""
-        at_start = sample.reduce(start)
-        if not sample.is_informative or not at_start.is_finite:
+        if not sample.is_informative:
             return start
-        # The sample may say nothing of some parameters (a peak that it missed). A weak pull towards
-        # where they are keeps those in place, and moves the others by far less than their errors.
-        variance = 2.0 * at_start.cost / at_start.n_used
-        weights = variance / (_ANCHOR_LENGTH * self.normalizer.scales) ** 2
-
-        def reduce(params: Vector) -> NormalEquations:
-            return sample.reduce(params).anchored(weights, params - start)
-
-        settings = replace(self._settings, epsilon=float(np.finfo(np.float64).eps))
-        state = gn.start(start, reduce(start), settings)
-        while state.stop is None:
-            trial = gn.propose(state)
-            state = gn.take_last_step(state, trial)
-            if state.stop is None:
-                state = self._judged(state, trial, reduce(trial.params), "sample")
+        starts = [start]
+        if (start != self._parameters.start).any():
+            starts.append(self._parameters.start)
+        solver = self._sample_solver
+        start = solver.best_start(sample.reduce_few, starts)
+        state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
         details["sample_iterations"] = state.iteration
+        if state.stop is StopReason.NON_FINITE_START:
+            return start
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise _StoppedByCallbackError(state.solution)
@@ -256,19 +250,33 @@ class Driver:
         """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
         is_exact = self._model.dtype == self._exact_model.dtype
         factors = self._kernel.factors if is_exact else sample.factors(start)
-        self._kernel = replace(self._kernel, y_reference=sample.kernel.y_reference, factors=factors)
-        state = gn.start(*self._first_pass(sample, start), self._settings)
-        while state.stop is None:
-            trial = forecast(state, sample.reduce) or gn.propose(state)
-            state = gn.take_last_step(state, trial)
-            if state.stop is None:
-                further = gn.candidates(state, trial)
-                sums = self._passes.reduce(self._kernel, trial.params, further)
-                state = self._judged(state, trial, sums, "all rows")
+        y_reference = sample.reduce.kernel.y_reference
+        kernel = replace(self._kernel, y_reference=y_reference, factors=factors)
+        product = sample.reduce.kernel.product if is_exact else first_product(self._config)
+        self._kernel = kernel.making(product, self._model)
+        may_change = self._config.gauss_newton_solver == "auto" and is_exact
+
+        def reduce(state: gn.State, trial: gn.Trial) -> NormalEquations:
+            further = gn.candidates(state, trial)
+            return self._passes.reduce(self._kernel, trial.params, further)
+
+        def reduce_by_qr(params: Vector) -> NormalEquations:
+            self._kernel = self._kernel.making(Product.TRIANGLE, self._model)
+            return self._passes.reduce(self._kernel, params)
+
+        state = solve(
+            gn.start(*self._first_pass(sample, start), self._settings),
+            lambda state: forecast(state, sample.reduce) or gn.propose(state),
+            reduce,
+            reduce_by_qr if may_change else None,
+            partial(self._judged, stage="all rows"),
+        )
+        assert state.stop is not None
         details |= {
             "iterations": state.iteration,
             "passes": self._passes.n_passes,
             "reason": state.stop.name.lower(),
+            "solver": "qr" if self._kernel.product.is_factorized else "normal",
         }
         return state
 
@@ -320,15 +328,7 @@ class Driver:
 
     def _sum_of_scores(self, params: Vector) -> NDArray[np.float64]:
         """Return ``sum r^2 J^T J`` over all rows, by one more pass."""
-        kernel = self._kernel
-        scores = NormalEquationsKernel.trace(
-            self._model,
-            kernel.piece_rows,
-            platforms=tuple(kernel.programs),
-            loss=self._loss,
-            sums_scores=True,
-        )
-        kernel = replace(kernel, programs=scores.programs, sums_scores=True)
+        kernel = self._kernel.making(Product.SCORES, self._model)
         return self._passes.reduce(kernel, params).jtj
 
     # --- what the phases share

@@ -15,13 +15,13 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.prediction import PredictionKernel
+from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 
 Vector = NDArray[np.float64]
 
-_REMEMBERED = 8  # points; forecasts come back to those that they have tried
-_WARMUP_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
+_FEW_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
 
 
 class SampleProblem:
@@ -39,8 +39,10 @@ class SampleProblem:
 
     Attributes
     ----------
-    kernel : NormalEquationsKernel
-        The one given, measuring y from its mean.
+    reduce : RowSums
+        Over all rows of the sample; with the kernel given, measuring y from its mean.
+    reduce_few : RowSums
+        Over no more of them than a choice between starts needs.
     """
 
     def __init__(
@@ -48,16 +50,26 @@ class SampleProblem:
     ) -> None:
         self._model = model
         self._start = start
-        self._known: dict[bytes, NormalEquations] = {}
-        self._all_rows, self._rows = rows, rows.usable()
-        usable_y = self._rows.y.astype(np.float64)
+        usable = self._take(rows, kernel)
+        usable_y = usable.y.astype(np.float64)
         y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
-        self.kernel = replace(kernel, y_reference=y_reference)
+        self._take(rows, replace(kernel, y_reference=y_reference))
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = prediction.program.fingerprint
-        if len(self._rows):
-            check_row_wise(model, prediction, self._rows, start)
+        if len(usable):
+            check_row_wise(model, prediction, usable, start)
+
+    def _take(self, rows: Rows, kernel: NormalEquationsKernel) -> Rows:
+        self._rows = rows.usable()
+        few = self._rows.take(self._spread(min(self.n_used, _FEW_ROWS)))
+        self.reduce = RowSums(self._model, kernel, rows)
+        self.reduce_few = RowSums(self._model, kernel, few)
+        return self._rows
+
+    def _spread(self, n_rows: int) -> NDArray[np.int64]:
+        """Return indices of so many usable rows, spread evenly."""
+        return np.arange(n_rows) * self.n_used // max(n_rows, 1)
 
     @property
     def is_informative(self) -> bool:
@@ -80,19 +92,9 @@ class SampleProblem:
         """The sums at ``start``; they also count the unusable rows."""
         return self.reduce(self._start)
 
-    def reduce(self, params: Vector) -> NormalEquations:
-        """Sum over the sample; the last few results are remembered."""
-        key = params.tobytes()
-        if key not in self._known:
-            if len(self._known) == _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = self.kernel(self._all_rows, params)
-        return self._known[key]
-
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
-        self._all_rows, self._rows = rows, rows.usable()
-        self._known.clear()
+        self._take(rows, self.reduce.kernel)
 
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""
@@ -106,19 +108,17 @@ class SampleProblem:
         self, normalizer: ParameterNormalizer, first_step: float, config: HybridStreamingConfig
     ) -> Warmup:
         """Make the L-BFGS problem of the usable rows, padded by repetition to a power of two."""
-        n_usable = len(self._rows)
-        n_rows = min(n_usable, _WARMUP_ROWS)
+        n_rows = min(self.n_used, _FEW_ROWS)
         capacity = 1 << (n_rows - 1).bit_length()
-        spread = np.arange(n_rows) * n_usable // n_rows
         return Warmup.prepare(
             self._model,
-            self._rows.take(spread[np.arange(capacity) % n_rows]),
+            self._rows.take(self._spread(n_rows)[np.arange(capacity) % n_rows]),
             n_rows,
             (normalizer.scales, normalizer.offsets),
             normalizer.transform_bounds(),
             self.variance,
             first_step,
             config,
-            self.kernel.loss,
+            self.reduce.kernel.loss,
             self._fingerprint,
         )

@@ -68,20 +68,39 @@ def test_any_chunk_size(chunk_size: Any) -> None:
     np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
 
 
-def test_same_bits_whoever_computes(process_client: Client) -> None:
-    x, y = da.from_array(X, chunks=97), da.from_array(Y, chunks=97)
+@pytest.mark.parametrize(
+    ("n", "chunk", "options"),
+    [
+        (N, 97, {}),  # many blocks, one group of them
+        (600_000, 50_000, {}),  # several groups
+        (600_000, 50_000, {"gauss_newton_solver": "qr", "sample_rows": 2_000}),
+    ],
+)
+def test_same_bits_whoever_computes(
+    process_client: Client, n: int, chunk: int, options: dict[str, Any]
+) -> None:
+    x, y = (da.from_array(np.resize(v, n), chunks=chunk) for v in (X, Y))
     results = []
     for scheduler in ("sync", "threads"):
         with dask.config.set(scheduler=scheduler):
-            results.append(fit(x, y))
+            results.append(fit(x, y, **options))
     with dask.config.set(scheduler="threads", num_workers=7):
-        results.append(fit(x, y))
+        results.append(fit(x, y, **options))
     with process_client.as_current():
-        results.append(fit(x, y))
+        results.append(fit(x, y, **options))
     for result in results[1:]:
         np.testing.assert_array_equal(result.popt, results[0].popt)
         np.testing.assert_array_equal(result.pcov, results[0].pcov)
         assert result.cost == results[0].cost
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(order=st.permutations(range(12)), solver=st.sampled_from(["normal", "qr"]))
+def test_any_order_of_blocks(order: list[int], solver: str) -> None:
+    x, y = (da.concatenate([da.from_array(v, chunks=250).blocks[i] for i in order]) for v in (X, Y))
+    result = fit(x, y, gauss_newton_solver=solver)
+    np.testing.assert_allclose(result.popt, EXPECTED.popt, rtol=1e-9)
+    np.testing.assert_allclose(result.pcov, EXPECTED.pcov, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "observers": {"events"},
     "passes": {"core", "engine", "errors", "events"},
     "sample_problem": {"config", "core"},
+    "solve": {"config", "core", "stopping"},
     "outcome": {"core", "stopping"},
     "driver": {
         "config",
@@ -33,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
         "parameters",
         "passes",
         "sample_problem",
+        "solve",
         "stopping",
     },
     "report": {"result", "xarray"},

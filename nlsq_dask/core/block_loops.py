@@ -7,6 +7,7 @@ Jacobian and residual of a block are stacked, so that one product gives ``J^T J`
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import reduce
 from operator import add
 from typing import Any
@@ -21,6 +22,7 @@ from nlsq_dask.core.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.core.losses import LINEAR, rho, robust
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.triangle import extended, merged, part_rows
 
 _STRETCH = 16  # blocks after which the sums are looked at
 _GPU_BLOCK_ROWS = 2**18
@@ -31,11 +33,29 @@ BLOCK_ROWS = 1024  # whose columns are in a core's cache; 1,000 to 2,000 were eq
 _LANES = 128
 _MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
 
+
+class Product(Enum):
+    """What is made of Jacobian and residual, a square matrix of p + 1 columns.
+
+    Only its upper triangle is of meaning; the largest r^2 is kept in the corner below. The last
+    column is J^T r and r^T r, but for ``TRIANGLE``, where it is a column like the others.
+    """
+
+    GRAM = "gram"  # [J r]^T [J r]
+    SCORES = "scores"  # likewise with J's rows times the derivative of the cost by the residual
+    TRIANGLE = "triangle"  # R of the QR factorization of [J r]
+    ROOT = "root"  # R of that of J; scaled by a robust loss, r spans too many orders for a column
+
+    @property
+    def is_factorized(self) -> bool:
+        """Whether it comes from QR factorizations."""
+        return self in {Product.TRIANGLE, Product.ROOT}
+
+
 # Running sums, most of them in lanes:
-# - gram (p+1, p+1, lanes): of Jacobian and residual, its upper triangle; the last row begins with
-#   the largest r^2;
+# - product (p+1, p+1, lanes): see ``Product``;
 # - residuals (2, lanes): sums of rho(z) and of r^2, nothing with the linear loss, where the Gram
-#   matrix holds both;
+#   product holds both;
 # - counts (4,): rows used, rows where the model is not finite, masked rows, rows with bad sigma;
 # - moments (3, lanes): sums of w, w (y - y0) and w (y - y0)^2;
 # - costs (candidates, lanes): sums of rho(z) at further points.
@@ -47,21 +67,30 @@ def block_rows_for(piece_rows: int, platform: str) -> int:
     return min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
 
 
-def no_rows(n_params: int, n_candidates: int, piece_rows: int, platform: str) -> Carry:
+def no_rows(
+    n_params: int, n_candidates: int, piece_rows: int, platform: str, product: Product
+) -> Carry:
     """Return the sums over no rows at all."""
     n_rows = n_params + 1
     n_lanes = min(_LANES, block_rows_for(piece_rows, platform)) if platform == CPU else 1
-    gram = np.zeros((n_rows, n_rows, n_lanes if n_rows <= _MOST_IN_LANES else 1))
+    is_in_lanes = n_rows <= _MOST_IN_LANES and not product.is_factorized
+    matrix = np.zeros((n_rows, n_rows, n_lanes if is_in_lanes else 1))
     residuals, counts = np.zeros((2, n_lanes)), np.zeros(4, np.int64)
-    return (gram, residuals), counts, np.zeros((3, n_lanes)), np.zeros((n_candidates, n_lanes))
+    return (matrix, residuals), counts, np.zeros((3, n_lanes)), np.zeros((n_candidates, n_lanes))
 
 
-def combined(one: Carry, other: Carry) -> Carry:
+def combined(one: Carry, other: Carry, product: Product) -> Carry:
     """Return the sums over the rows of both, in NumPy."""
-    (gram, residuals), *rest = one
-    (other_gram, other_residuals), *other_rest = other
+    (matrix, residuals), *rest = one
+    (other_matrix, other_residuals), *other_rest = other
     counts, moments, costs = (a + b for a, b in zip(rest, other_rest, strict=True))
-    return (_add_gram(np, gram, other_gram), residuals + other_residuals), counts, moments, costs
+    total = _add_gram(np, matrix, other_matrix)
+    if product.is_factorized:
+        end = None if product is Product.TRIANGLE else -1
+        largest = total[-1, 0, 0]
+        total[:end, :end, 0] = merged(matrix[:end, :end, 0], other_matrix[:end, :end, 0])
+        total[-1, 0, 0] = largest
+    return (total, residuals + other_residuals), counts, moments, costs
 
 
 def _add_gram(library: Any, gram: Any, other: Any) -> Any:
@@ -90,7 +119,7 @@ def _dot(a: Any, b: Any, n_lanes: int) -> Any:
 
 
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
-    """Return the products of all pairs of rows, as ``Carry`` has them.
+    """Return the products of all pairs of rows, as ``Product`` has them.
 
     What is below the diagonal is of no meaning, except for the largest square of ``residual``; that
     is the last row if it is None.
@@ -122,8 +151,9 @@ class BlockLoops:
         self,
         model: Model,
         loss: str,
-        sums_scores: bool,
+        product: Product,
         block_rows: int,
+        part_rows: int,
         mode: Mode,
         n_rows: Any,
         arrays: Any,
@@ -131,8 +161,9 @@ class BlockLoops:
     ) -> None:
         self._model = model
         self._loss = loss
-        self._sums_scores = sums_scores
+        self._product = product
         self._block_rows = block_rows
+        self._part_rows = part_rows
         self._linearized = residual_and_jacobian(model, mode)
         self._n_rows = n_rows
         self._arrays = arrays
@@ -143,7 +174,7 @@ class BlockLoops:
     def normal_equations(
         self, sums: Any, counts: Any, params: Any, factors: Any, f_scale: Any
     ) -> Any:
-        """Add to Gram matrix, residuals and counts, without masks as long as none is needed.
+        """Add to product, residuals and counts, without masks as long as none is needed.
 
         Most pieces need none, and to find that out afterwards costs less than the masks. Returned
         with the sums is the number of blocks that needed no mask.
@@ -161,7 +192,7 @@ class BlockLoops:
             return values, stacked
 
         def add(sums: Any, stacked: Any) -> Any:
-            gram, residuals = sums
+            matrix, residuals = sums
             residual = stacked[-1]
             jacobian_scale: Any = 1
             residual_scale: Any = 1
@@ -174,14 +205,17 @@ class BlockLoops:
                     _dot(residual, residual, n_lanes),
                 )
                 residuals = residuals + jnp.stack(parts).astype(residuals.dtype)
-            if self._sums_scores:
+            is_scores = self._product is Product.SCORES
+            if is_scores:
                 jacobian_scale = residual * (jacobian_scale * residual_scale)
-            if self._sums_scores or self._loss != LINEAR:
+            is_scaled = is_scores or self._loss != LINEAR
+            if is_scaled:
                 scaled = stacked[:-1] * jacobian_scale, (residual * residual_scale)[None]
                 stacked = jnp.concatenate(scaled)
-            is_scaled = self._sums_scores or self._loss != LINEAR
-            new = _gram(stacked, residual if is_scaled else None, gram_lanes).astype(gram.dtype)
-            return _add_gram(jnp, gram, new), residuals
+            if self._product.is_factorized:
+                return self._factorized(matrix, stacked, residual)[..., None], residuals
+            new = _gram(stacked, residual if is_scaled else None, gram_lanes).astype(matrix.dtype)
+            return _add_gram(jnp, matrix, new), residuals
 
         def plain(i: Any, sums: Any) -> Any:
             rows = self._rows(i)
@@ -219,6 +253,18 @@ class BlockLoops:
         n_plain, _, sums = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
         counts = counts.at[0].add(n_plain * self._block_rows)
         return *lax.fori_loop(n_plain, self._n_blocks, masked, (sums, counts)), n_plain
+
+    def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
+        """Return R of the rows so far, which are in ``matrix``, and of a block."""
+        triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
+        if self._product is Product.TRIANGLE:
+            new = extended(triangle, stacked, self._part_rows)
+        else:
+            root = extended(triangle[:-1, :-1], stacked[:-1], self._part_rows)
+            column = jnp.matmul(stacked, stacked[-1], precision=lax.Precision.HIGHEST)
+            new = jnp.pad(root, ((0, 1), (0, 1))).at[:, -1].set(triangle[:, -1] + column)
+        largest = jnp.maximum(matrix[-1, 0, 0], (residual**2).max())
+        return new.at[-1, 0].set(largest)
 
     def moments(self, moments: Any, y0: Any, n_plain: Any) -> Any:
         """Add to the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
@@ -293,14 +339,12 @@ class BlockLoops:
 
 
 def accumulator(
-    model: Model, loss: str, sums_scores: bool, piece_rows: int, mode: Mode, platform: str
+    model: Model, loss: str, product: Product, piece_rows: int, mode: Mode, platform: str
 ) -> Callable[..., Carry]:
-    """Return the function that adds a piece of rows to running sums.
-
-    With ``sums_scores`` the Gram matrix is not that of the Jacobian but that of the scores, which
-    are the Jacobian's rows times the derivative of the cost by the residual.
-    """
+    """Return the function that adds a piece of rows to running sums."""
     block_rows = block_rows_for(piece_rows, platform)
+    n_at_once = part_rows(model.n_params + 1, block_rows) if platform == CPU else block_rows
+    sizes = block_rows, n_at_once
 
     def accumulate(
         carry: Carry, point: Any, options: Any, n_rows: Any, arrays: Any, offsets: Any
@@ -308,7 +352,7 @@ def accumulator(
         params, factors, candidates = (array.astype(model.dtype) for array in point)
         y0, f_scale, wants_moments, n_candidates = options
         sums, counts, moments, costs = carry
-        loops = BlockLoops(model, loss, sums_scores, block_rows, mode, n_rows, arrays, offsets)
+        loops = BlockLoops(model, loss, product, *sizes, mode, n_rows, arrays, offsets)
         sums, counts, n_plain = loops.normal_equations(sums, counts, params, factors, f_scale)
         moments = lax.cond(
             wants_moments, lambda: loops.moments(moments, y0, n_plain), lambda: moments

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
 
+from nlsq_dask.core.spectrum import Spectrum
 from nlsq_dask.core.sums import NormalEquations
 
 Matrix = NDArray[np.float64]
@@ -36,15 +36,6 @@ class Covariance:
     undetermined: NDArray[np.bool_]
 
 
-def correlation_form(jtj: Matrix, scale: Vector) -> Matrix | None:
-    """Invert ``J^T J`` with its columns scaled; None if it is not positive definite."""
-    try:
-        factor = linalg.cho_factor(jtj / np.outer(scale, scale))
-    except linalg.LinAlgError:
-        return None
-    return np.asarray(linalg.cho_solve(factor, np.eye(len(scale))))
-
-
 def covariance(
     sums: NormalEquations, scales: Vector, absolute_sigma: bool, epsilon: float
 ) -> Covariance:
@@ -65,20 +56,18 @@ def covariance(
     p = len(scales)
     dof = sums.n_used - p
     sigma_sq = 2.0 * sums.cost / dof if dof > 0 else np.inf
-    normalized = sums.jtj * np.outer(scales, scales)
-    norms = np.sqrt(np.diag(normalized))
+    norms = np.sqrt(np.diag(sums.jtj)) * scales
     columns = np.where(norms > 0.0, norms, 1.0)
-    values, vectors = np.linalg.eigh(normalized / np.outer(columns, columns))
-    lost = values <= 4 * p * epsilon * max(values[-1], 0.0)
-    condition = float(np.sqrt(values[-1] / values[0])) if values[0] > 0.0 else np.inf
-    undetermined = (np.abs(vectors[:, lost]) > 1e-3).any(axis=1)
+    spectrum = Spectrum.of(sums, columns / scales, epsilon)
+    lost = spectrum.is_lost
+    undetermined = np.asarray((np.abs(spectrum.vectors[:, lost]) > 1e-3).any(axis=1))
     if lost.any() or (dof <= 0 and not absolute_sigma):
-        return Covariance(np.full((p, p), np.inf), sigma_sq, condition, undetermined)
-    inverse = (vectors / values) @ vectors.T / np.outer(columns, columns)
-    pcov = inverse * np.outer(scales, scales)
+        pcov = np.full((p, p), np.inf)
+        return Covariance(pcov, sigma_sq, spectrum.condition, undetermined)
+    pcov = spectrum.inverse * np.outer(scales / columns, scales / columns)
     if not absolute_sigma:
         pcov = pcov * sigma_sq
-    return Covariance((pcov + pcov.T) / 2, sigma_sq, condition, undetermined)
+    return Covariance((pcov + pcov.T) / 2, sigma_sq, spectrum.condition, undetermined)
 
 
 def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.covariance import correlation_form
 from nlsq_dask.core.point import Point, Settings
+from nlsq_dask.core.spectrum import Spectrum
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.trust_region import Vector, restricted_step
 from nlsq_dask.stopping import StopReason
@@ -35,6 +35,7 @@ _LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol
 # The change of the covariance as extrapolated from the step before, which has another direction,
 # has been seen 5 times too small.
 _EXTRAPOLATION_MARGIN = 5.0
+_ENDED = {StopReason.ITERATION_LIMIT, StopReason.USER_STOP}  # whatever the sums say
 _FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a trial's step: shorter, longer
 
 
@@ -141,6 +142,20 @@ def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
     return _check(State(point, settings.initial_radius * length))
 
 
+def loses_digits(state: State) -> bool:
+    """Whether the accepted point's J^T J has lost half of the digits of what it stands for."""
+    point = state.point
+    if state.stop in _ENDED or not point.sums.is_finite or point.sums.triangle is not None:
+        return False
+    return point.is_ill_conditioned
+
+
+def resumed(state: State, sums: NormalEquations) -> State:
+    """Begin anew at the accepted point, with better sums of it."""
+    point = state.point
+    return replace(start(point.params, sums, point.settings), iteration=state.iteration)
+
+
 def propose(state: State) -> Trial:
     """Return the trial that minimizes the quadratic inside bounds and trust region."""
     point = state.point
@@ -178,18 +193,20 @@ def take_last_step(state: State, trial: Trial) -> State:
         return state
     left = state.contraction * np.abs(trial.params - point.params)
     dof = max(point.sums.n_used - len(point.params), 1)
+    # A triangle holds more than could be carried along.
+    jtj = trial.jtj if point.sums.triangle is None else None
     # Of each parameter with the others held, which is less than its standard error.
     deviation = float(np.sqrt(2.0 * point.sums.cost / dof)) / point.scale
     is_sure = (
         not point.quadratic.is_flat
         and state.contraction * point.measure <= tol
         and bool((left <= tol * np.abs(trial.params) + _LAST_ERROR * deviation).all())
-        and trial.covariance_change <= (_CARRIED_RTOL if trial.is_forecast else _COVARIANCE_RTOL)
+        and trial.covariance_change <= (_COVARIANCE_RTOL if jtj is None else _CARRIED_RTOL)
     )
     if not is_sure:
         return state
     reason = point.verdict(StopReason.LAST_STEP)
-    return replace(state, stop=reason, solution=trial.params, carried_jtj=trial.jtj)
+    return replace(state, stop=reason, solution=trial.params, carried_jtj=jtj)
 
 
 def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
@@ -254,7 +271,7 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
     contraction = change = np.inf
     if trial.full and old.measure > 0.0:
         contraction = new.measure / old.measure
-        change = covariance_change(old.sums.jtj, new.sums.jtj, new.scale)
+        change = covariance_change(old.sums, new.sums, new)
     return _check(
         replace(
             state,
@@ -272,10 +289,14 @@ def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
     )
 
 
-def covariance_change(old: NDArray[np.float64], new: NDArray[np.float64], scale: Vector) -> float:
-    """Return the largest change of the covariance between two J^T J, relative to the variances."""
-    before, after = correlation_form(old, scale), correlation_form(new, scale)
-    if before is None or after is None:
+def covariance_change(old: NormalEquations, new: NormalEquations, point: Point) -> float:
+    """Return the largest change of the covariance between two sums, relative to the variances.
+
+    In the scale and with the rounding of ``point``.
+    """
+    scale, epsilon = point.scale, point.settings.epsilon
+    before, after = (Spectrum.of(sums, scale, epsilon).inverse for sums in (old, new))
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
         return np.inf
     deviation = np.sqrt(np.diag(after))
     return float(np.abs((after - before) / np.outer(deviation, deviation)).max())

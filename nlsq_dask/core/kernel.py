@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, Protocol, Self, TypeVar
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.block_loops import (
     BLOCK_ROWS,
+    Product,
     accumulator,
     block_rows_for,
     combined,
@@ -64,7 +65,7 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
 def _trace_sums(
     model: Model,
     loss: str,
-    sums_scores: bool,
+    product: Product,
     piece_rows: int,
     mode: Mode,
     platform: str,
@@ -75,9 +76,9 @@ def _trace_sums(
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
-    carry = no_rows(p, MOST_CANDIDATES, piece_rows, platform)
+    carry = no_rows(p, MOST_CANDIDATES, piece_rows, platform, product)
     return Program.trace(
-        accumulator(model, loss, sums_scores, piece_rows, mode, platform),
+        accumulator(model, loss, product, piece_rows, mode, platform),
         jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), carry),
         (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
         (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
@@ -121,9 +122,9 @@ class NormalEquationsKernel:
     y_reference : float
         The y0 of ``NormalEquations``.
     loss : Loss
-    sums_scores : bool
-        Whether ``jtj`` is ``sum r^2 J^T J`` over the rows, the middle of a sandwich covariance;
-        with a robust loss ``rho' r`` takes the place of r.
+    product : Product
+        With ``SCORES``, ``jtj`` is ``sum r^2 J^T J`` over the rows, the middle of a sandwich
+        covariance; with a robust loss ``rho' r`` takes the place of r.
     uses_all_devices : bool
         Whether a process shares its pieces among its devices; else it takes the first.
     memory : MemoryPool
@@ -137,7 +138,7 @@ class NormalEquationsKernel:
     factors: tuple[float, ...]
     y_reference: float = 0.0
     loss: Loss = field(default_factory=Loss)
-    sums_scores: bool = False
+    product: Product = Product.GRAM
     uses_all_devices: bool = False
     memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
 
@@ -149,7 +150,7 @@ class NormalEquationsKernel:
         mode: Mode | None = None,
         platforms: tuple[str, ...] = (CPU,),
         loss: Loss | None = None,
-        sums_scores: bool = False,
+        product: Product = Product.GRAM,
     ) -> Self:
         """Trace the kernel of this model for pieces of this length.
 
@@ -159,7 +160,7 @@ class NormalEquationsKernel:
             jaxpr = model.jaxpr()
             mode = mode or choose_mode(model, jaxpr)
         loss = loss or Loss()
-        how = loss.name, sums_scores, piece_rows, mode
+        how = loss.name, product, piece_rows, mode
         what = (cls, model.layout, model.dtype, model.n_params, *how)
         programs = {
             platform: traced_once(
@@ -175,8 +176,23 @@ class NormalEquationsKernel:
             piece_rows,
             factors,
             loss=loss,
-            sums_scores=sums_scores,
+            product=product,
         )
+
+    def making(self, product: Product, model: Model) -> Self:
+        """Return the kernel of the same model that makes another product.
+
+        With a robust loss, ``ROOT`` takes the place of ``TRIANGLE``.
+        """
+        if product is Product.TRIANGLE and not self.loss.is_linear:
+            product = Product.ROOT
+        if product is self.product:
+            return self
+        platforms = tuple(self.programs)
+        other = self.trace(
+            model, self.piece_rows, platforms=platforms, loss=self.loss, product=product
+        )
+        return replace(self, programs=other.programs, product=product)
 
     def __call__(
         self,
@@ -211,8 +227,16 @@ class NormalEquationsKernel:
         options = (*numbers, np.bool_(wants_moments), np.int64(len(points)))
         found = self._accumulate(source, (params, factors, padded), options)
         (lanes, residuals), counts, moments, costs = found
-        upper = lanes.sum(axis=-1) / factors[:, None] / factors
-        gram = np.where(np.tri(p + 1, k=-1, dtype=bool), upper.T, upper)
+        upper = np.triu(lanes.sum(axis=-1))
+        triangle = None
+        if self.product.is_factorized:
+            upper = upper / factors
+            triangle = upper if self.product is Product.TRIANGLE else upper[:p, :p]
+            gram = triangle.T @ triangle
+        else:
+            upper = upper / factors[:, None] / factors
+            gram = upper + np.triu(upper, 1).T
+        jtr = upper[:p, p] / factors[:p] if self.product is Product.ROOT else gram[:p, p]
         rho, squares = residuals.sum(axis=-1)
         # With the linear loss the Gram matrix holds the sum of squares.
         twice_cost, chi2 = self.loss.f_scale**2 * rho, squares / factors[p] ** 2
@@ -223,8 +247,9 @@ class NormalEquationsKernel:
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
         n_bad = math.prod(source.shape) - n_masked - n_used
         return NormalEquations(
-            jtj=gram[:p, :p] / factors[p] ** 2 if self.sums_scores else gram[:p, :p],
-            jtr=gram[:p, p],
+            jtj=gram[:p, :p] / (factors[p] ** 2 if self.product is Product.SCORES else 1.0),
+            jtr=jtr,
+            triangle=triangle,
             cost=0.5 * float(twice_cost),
             chi2=float(chi2),
             blocks=None if block == NO_BLOCK else BlockSums.of(block, chi2, n_used, largest),
@@ -244,7 +269,7 @@ class NormalEquationsKernel:
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
         """Run the program over all pieces; the carries of several devices are combined."""
         devices, platform = self._devices()
-        start = no_rows(self.n_params, MOST_CANDIDATES, self.piece_rows, platform)
+        start = no_rows(self.n_params, MOST_CANDIDATES, self.piece_rows, platform, self.product)
         carries = [start] * len(devices)
         most_in_flight = _IN_FLIGHT * len(devices)
         in_flight: deque[Any] = deque()
@@ -258,7 +283,8 @@ class NormalEquationsKernel:
                 in_flight.append(carries[i])
                 if len(in_flight) > most_in_flight:
                     jax.block_until_ready(in_flight.popleft())
-            return reduce(combined, (jax.tree.map(np.asarray, carry) for carry in carries))
+            join = partial(combined, product=self.product)
+            return reduce(join, (jax.tree.map(np.asarray, carry) for carry in carries))
 
     def placed(self, source: S) -> S | PlacedRows:
         """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""

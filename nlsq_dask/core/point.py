@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from nlsq_dask.core.spectrum import Spectrum
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.trust_region import Quadratic, Vector
 from nlsq_dask.stopping import StopReason
@@ -60,13 +61,19 @@ class Point:
     settings: Settings
 
     @cached_property
+    def spectrum(self) -> Spectrum:
+        """The singular values of the scaled Jacobian."""
+        return Spectrum.of(self.sums, self.scale, self.settings.epsilon)
+
+    @cached_property
     def quadratic(self) -> Quadratic:
         """The quadratic model of the cost in scaled variables."""
-        p = len(self.params)
-        # J^T J carries rounding of this size: flatter directions cannot be told from flat ones.
-        floor = max(self.settings.regularization**2, 4 * p * self.settings.epsilon)
-        hessian = self.sums.jtj / np.outer(self.scale, self.scale)
-        return Quadratic.of(hessian, self.sums.jtr / self.scale, floor)
+        return Quadratic.of(self.spectrum, self.settings.regularization)
+
+    @property
+    def is_ill_conditioned(self) -> bool:
+        """Whether squaring the condition number costs half of the digits or more."""
+        return self.spectrum.condition > float(self.settings.epsilon**-0.25)
 
     @property
     def room(self) -> tuple[Vector, Vector]:

@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.core import triangle
 from nlsq_dask.core.block_sums import BlockSums
 
 NO_BLOCK = -1
@@ -29,6 +30,9 @@ class NormalEquations:
         ``J^T J``.
     jtr : ndarray, shape (p,)
         ``J^T r``, the gradient of the cost.
+    triangle : ndarray, shape (p + 1, p + 1), or None
+        R of the QR factorization of ``[J r]``, where that was asked for; with a robust loss that of
+        J alone, shape (p, p).
     cost : float
         ``1/2 sum C^2 rho((r / C)^2)``, which is ``1/2 sum r^2`` with the linear loss.
     chi2 : float
@@ -59,6 +63,7 @@ class NormalEquations:
     jtj: NDArray[np.float64]
     jtr: NDArray[np.float64]
     cost: float
+    triangle: NDArray[np.float64] | None = None
     chi2: float = 0.0
     blocks: BlockSums | None = None
     weight: float = 0.0
@@ -79,9 +84,13 @@ class NormalEquations:
     def combine(self, other: Self) -> Self:
         """Return the sums over the rows of both."""
         blocks = [b for b in (self.first_bad_block, other.first_bad_block) if b != NO_BLOCK]
+        joined = None
+        if self.triangle is not None and other.triangle is not None:
+            joined = triangle.merged(self.triangle, other.triangle)
         return type(self)(
             jtj=self.jtj + other.jtj,
             jtr=self.jtr + other.jtr,
+            triangle=joined,
             cost=self.cost + other.cost,
             chi2=self.chi2 + other.chi2,
             blocks=_joined(self.blocks, other.blocks),
@@ -111,8 +120,12 @@ class NormalEquations:
             Parameters minus those to which they are anchored.
         """
         pull = weights * offset
+        joined = None
+        if self.triangle is not None:
+            joined = triangle.anchored(self.triangle, weights, offset)
         return replace(
             self,
+            triangle=joined,
             jtj=self.jtj + np.diag(weights),
             jtr=self.jtr + pull,
             cost=self.cost + 0.5 * float(pull @ offset),

@@ -42,6 +42,8 @@ _MOST_ITERATIONS = 60  # evaluations of the sample; large residuals converge lin
 _TOL_SHARE = 0.01  # of the fit's tolerance
 _LEAST_CURVATURE = 0.1  # of J^T J's diagonal over all rows, below which the correction is doubted
 _MOST_SECANT = 0.5  # of the gradient's change that J^T J promises
+# Times sqrt(1 / epsilon): the condition number up to which a difference of two J^T J says enough.
+_MOST_CONDITION = 0.1
 _MOST_REJECTED = 2  # forecasts; a sample that misled so often is not asked again
 
 
@@ -82,6 +84,7 @@ class Surrogate:
             cost = 0.0 if cost >= -self.point.cost_noise else np.inf
         return replace(
             exact,
+            triangle=None,
             jtj=jtj,
             jtr=weight * new.jtr + slope + curvature @ step,
             cost=cost,
@@ -119,6 +122,8 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
     if state.rejected or state.forecasts_rejected >= _MOST_REJECTED:
         return None
     point = state.point
+    if point.spectrum.condition > _MOST_CONDITION / np.sqrt(point.settings.epsilon):
+        return None
     at_point = reduce(point.params)
     n_params = len(point.params)
     if not at_point.is_finite:
@@ -131,7 +136,8 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
     settings = replace(
         point.settings, tol=_TOL_SHARE * point.settings.tol, max_iterations=_MOST_ITERATIONS
     )
-    inner = gn.start(point.params, point.sums, settings)
+    sums = replace(point.sums, triangle=None)
+    inner = gn.start(point.params, sums, settings)
     while inner.stop is None:
         trial = gn.propose(inner)
         inner = gn.judge(inner, trial, surrogate(trial.params))
@@ -147,5 +153,5 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
     jtj = there.jtj
     if surrogate.secant.any():
         jtj = replace(surrogate, secant=np.zeros_like(jtj))(inner.solution).jtj
-    change = gn.covariance_change(point.sums.jtj, jtj, point.scale)
+    change = gn.covariance_change(sums, replace(sums, jtj=jtj), point)
     return gn.Trial(inner.solution, step, reduction, inner.stop.is_success, change, jtj)

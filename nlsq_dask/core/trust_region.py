@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
+from nlsq_dask.core.spectrum import Spectrum
+
 Vector = NDArray[np.float64]
 
 _LOG_DAMPING_TOL = 0.05  # a radius is a rough idea; Moré asks for 10 % of it too
@@ -30,23 +32,33 @@ _LOG_DAMPING_TOL = 0.05  # a radius is a rough idea; Moré asks for 10 % of it t
 class Quadratic:
     """A positive semidefinite quadratic, as eigenvalues, eigenvectors and gradient.
 
-    Directions flatter than ``floor`` times the steepest are taken to be as curved as that.
+    Directions flatter than a floor are taken to be as curved as that.
     """
 
     gradient: Vector
     eigenvalues: Vector
     eigenvectors: NDArray[np.float64]
+    slopes: Vector  # the gradient along the eigenvectors
     is_flat: bool  # whether there are such directions
     flat_slope: float  # norm of the gradient along them
 
     @classmethod
-    def of(cls, hessian: NDArray[np.float64], gradient: Vector, floor: float) -> Quadratic:
-        """Decompose the Hessian of a scaled problem."""
-        values, vectors = np.linalg.eigh(hessian)
-        least = floor * max(values[-1], 0.0)
-        flat = values <= least
-        slope = float(np.linalg.norm(vectors[:, flat].T @ gradient))
-        return cls(gradient, np.maximum(values, least), vectors, bool(flat.any()), slope)
+    def of(cls, spectrum: Spectrum, floor: float) -> Quadratic:
+        """Make the quadratic model of the cost in scaled variables.
+
+        The floor is a multiple of the largest singular value.
+        """
+        least = max(floor, spectrum.rounding) * float(spectrum.values.max())
+        flat = spectrum.values <= least
+        slope = float(np.linalg.norm(spectrum.slopes[flat]))
+        return cls(
+            spectrum.gradient,
+            np.maximum(spectrum.values, least) ** 2,
+            spectrum.vectors,
+            spectrum.slopes,
+            bool(flat.any()),
+            slope,
+        )
 
     def reduction(self, step: Vector) -> float:
         """Return by how much the quadratic falls along ``step``."""
@@ -57,14 +69,13 @@ class Quadratic:
         """Minimize the quadratic plus ``damping / 2 |s|^2`` over ``low <= s <= high``."""
         curvature = self.eigenvalues + damping
         determined = curvature > 0.0
-        along = self.eigenvectors.T @ self.gradient
         inverse = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=determined)
-        step: Vector = -self.eigenvectors @ (along * inverse)
+        step: Vector = -self.eigenvectors @ (self.slopes * inverse)
         if ((low <= step) & (step <= high)).all():
             return step
         root = np.sqrt(np.where(determined, curvature, 0.0))
         inverse_root = np.divide(1.0, root, out=np.zeros_like(root), where=determined)
-        return _bounded(root[:, None] * self.eigenvectors.T, -along * inverse_root, low, high)
+        return _bounded(root[:, None] * self.eigenvectors.T, -self.slopes * inverse_root, low, high)
 
 
 def _bounded(matrix: NDArray[np.float64], target: Vector, low: Vector, high: Vector) -> Vector:

@@ -1,0 +1,65 @@
+"""R of the QR factorization of ``[J r]``: what ``J^T J`` and ``J^T r`` say, without squaring.
+
+``J^T J`` squares the condition number of J, so it knows nothing of directions in which J is smaller
+by ``sqrt(eps)``. R is made of orthogonal transformations of J alone and keeps them down to ``eps``.
+Factorizations of parts of the rows are joined by that of their R, one below the other, in a tree.
+
+References
+----------
+J. Demmel, L. Grigori, M. Hoemmen and J. Langou, "Communication-optimal parallel and sequential QR
+and LU factorizations", SIAM Journal on Scientific Computing 34, A206-A239 (2012).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
+
+# OpenBLAS shares larger matrices among its threads, whose number would then show in the bits.
+_MOST_ENTRIES = 2**13
+_LEAST_ROWS = 64
+
+
+def part_rows(n_columns: int, n_rows: int) -> int:
+    """Return how many rows, a power of two, are best factorized at once on a CPU."""
+    most = max(_MOST_ENTRIES // n_columns, _LEAST_ROWS)
+    return min(1 << (most.bit_length() - 1), n_rows)
+
+
+def extended(triangle: Any, columns: Any, n_at_once: int) -> Any:
+    """Return R of the rows behind ``triangle`` and further ones, in JAX.
+
+    Parameters
+    ----------
+    triangle : array, shape (k, k)
+        Upper triangular.
+    columns : array, shape (k, b)
+        The further rows, transposed.
+    n_at_once : int
+        Rows that are factorized at once; a divisor of b.
+    """
+
+    def add(i: Any, triangle: Any) -> Any:
+        part = lax.dynamic_slice_in_dim(columns, i * n_at_once, n_at_once, axis=1)
+        return jnp.linalg.qr(jnp.concatenate([triangle, part.T]), mode="r")
+
+    return lax.fori_loop(0, columns.shape[1] // n_at_once, add, triangle)
+
+
+def merged(one: Matrix, other: Matrix) -> Matrix:
+    """Return R of the rows behind both."""
+    return np.asarray(np.linalg.qr(np.vstack([np.triu(one), np.triu(other)]), mode="r"))
+
+
+def anchored(triangle: Matrix, weights: Vector, offset: Vector) -> Matrix:
+    """Return R with the rows of the penalty ``1/2 sum weights * offset^2`` added."""
+    roots = np.sqrt(weights)
+    penalty = np.column_stack([np.diag(roots), roots * offset])[:, : triangle.shape[1]]
+    return np.asarray(np.linalg.qr(np.vstack([triangle, penalty]), mode="r"))
