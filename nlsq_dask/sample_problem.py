@@ -50,22 +50,21 @@ class SampleProblem:
     ) -> None:
         self._model = model
         self._start = start
-        usable = self._take(rows, kernel)
-        usable_y = usable.y.astype(np.float64)
-        y_reference = float(usable_y.mean()) if len(usable_y) else 0.0
-        self._take(rows, replace(kernel, y_reference=y_reference))
+        usable = rows.usable()
+        y = usable.y.astype(np.float64)
+        y_reference = float(y.mean()) if len(y) else 0.0
+        self._hold(rows, usable, replace(kernel, y_reference=y_reference))
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = prediction.program.fingerprint
         if len(usable):
             check_row_wise(model, prediction, usable, start)
 
-    def _take(self, rows: Rows, kernel: NormalEquationsKernel) -> Rows:
-        self._rows = rows.usable()
-        few = self._rows.take(self._spread(min(self.n_used, _FEW_ROWS)))
+    def _hold(self, rows: Rows, usable: Rows, kernel: NormalEquationsKernel) -> None:
+        self._rows = usable
+        few = usable.take(self._spread(min(self.n_used, _FEW_ROWS)))
         self.reduce = RowSums(self._model, kernel, rows)
         self.reduce_few = RowSums(self._model, kernel, few)
-        return self._rows
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return indices of so many usable rows, spread evenly."""
@@ -94,7 +93,7 @@ class SampleProblem:
 
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
-        self._take(rows, self.reduce.kernel)
+        self._hold(rows, rows.usable(), self.reduce.kernel)
 
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ Judge = Callable[[gn.State, gn.Trial, NormalEquations], gn.State]
 _ANCHOR_LENGTH = 10.0
 _LESS_VARIANCE = 0.5  # than that by which the pull was chosen: then it was much too strong
 _NO_FURTHER = {StopReason.USER_STOP, StopReason.ITERATION_LIMIT}
-_SAME_COST = 1e-6  # relative difference, within which two ends are equally good
+_RACE_TOL = 1e-3  # close enough to know which of several starts is the best
+_SAME_COST = 1e-4  # relative difference, within which two ends are equally good
 
 
 def _variance(sums: NormalEquations) -> float:
@@ -134,8 +135,10 @@ class SampleSolver:
         the other way round. A few rows are enough to tell.
         """
         ends, costs = [], []
+        tol = max(self.settings.tol, _RACE_TOL)
+        rough = replace(self, settings=replace(self.settings, tol=tol))
         for start in starts:
-            state = self.solve(sums, start)
+            state = rough.solve(sums, start)
             end = start if state.solution is None else state.solution
             cost = sums(end).cost
             ends.append(end)

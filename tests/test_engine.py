@@ -20,6 +20,7 @@ from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
 from nlsq_dask.core import kernel
+from nlsq_dask.core.block_loops import Product
 from nlsq_dask.engine.group import kept_bytes
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
@@ -210,6 +211,7 @@ def test_plan_names_very_small_blocks() -> None:
 
 
 DEVICES = """
+import sys
 import jax, numpy as np, jax.numpy as jnp
 import nlsq_dask as nd
 from nlsq_dask.core.compiled_program import compile_count
@@ -219,9 +221,10 @@ y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * np.random.default_rng(1).normal(size=l
 found = []
 for several in (False, True):
     before = compile_count()
-    config = nd.HybridStreamingConfig(enable_multi_device=several, chunk_size=16_384, verbose=0)
+    config = nd.HybridStreamingConfig(enable_multi_device=several, chunk_size=16_384, verbose=0,
+                                      gauss_newton_solver=sys.argv[1])
     result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        lambda x, a, b, c: a * jnp.exp(-b * x) + c, x, y, [5.0, 3.0, 1.0])
+        lambda x, a, b, c: a * jnp.exp(-b * x) + c, x, y, [5.0, 3.0, 1.0], loss=sys.argv[2])
     assert result.success, result.message
     found.append((result, compile_count() - before))
 (one, _), (all_, compiled) = found
@@ -231,24 +234,32 @@ print(len(jax.devices()), compiled)
 """
 
 
-def test_several_devices_share_the_work() -> None:
+@pytest.mark.parametrize(
+    ("solver", "loss"), [("normal", "linear"), ("qr", "linear"), ("qr", "huber")]
+)
+def test_several_devices_share_the_work(solver: str, loss: str) -> None:
     """XLA shows one CPU as four devices; each compiles the kernel and gets some of the pieces."""
     flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(
-        [sys.executable, "-c", DEVICES], capture_output=True, text=True, env=flags, timeout=200
+        [sys.executable, "-c", DEVICES, solver, loss],
+        capture_output=True,
+        text=True,
+        env=flags,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["4", "3"]  # the first device had compiled it already
 
 
-def test_the_kernel_can_be_lowered_for_a_gpu() -> None:
+@pytest.mark.parametrize("product", list(Product))
+def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
     from nlsq_dask.core.kernel import NormalEquationsKernel
     from nlsq_dask.core.model import Model
     from nlsq_dask.core.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
     kernel = NormalEquationsKernel.trace(
-        Model(model, 3, layout, "float64"), 2**18, platforms=("cpu", "cuda")
+        Model(model, 3, layout, "float64"), 2**18, platforms=("cpu", "cuda"), product=product
     )
     assert set(kernel.programs) == {"cpu", "cuda"}
     assert kernel.programs["cpu"].fingerprint != kernel.programs["cuda"].fingerprint

@@ -25,6 +25,7 @@ _ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings 
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
 _SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
 _FAST = 0.1  # a contraction below this is one to extrapolate from
+_CRAWLING = 0.9  # from here on, full steps that lead along a flat valley lead nowhere
 _SHRINKING = 0.5  # below this, one more step leads closer
 # What a last step without a pass may leave out: a change of the covariance, relative to the
 # variances.
@@ -311,6 +312,8 @@ def _check(state: State) -> State:
         shrinks = state.contraction <= _SHRINKING
         solution = point.moved(point.full_step) if shrinks else point.params
         return replace(state, stop=point.verdict(reason), solution=solution)
+    if _CRAWLING <= state.contraction < np.inf and point.is_in_a_valley:
+        return replace(state, stop=StopReason.FLAT_VALLEY, solution=point.params)
     return _limit(state)
 
 

@@ -144,9 +144,16 @@ class Point:
 
     @property
     def is_in_a_valley(self) -> bool:
-        """Whether the cost still falls along directions in which ``J^T J`` sees no curvature."""
+        """Whether the cost still falls along directions that are too flat for a step."""
         rounding = 64 * len(self.params) * self.settings.epsilon
-        return self.quadratic.flat_slope > rounding * float(np.sqrt(2 * self.sums.cost))
+        if self.quadratic.lost_slope > rounding * float(np.sqrt(2 * self.sums.cost)):
+            return True
+        dof = max(self.sums.n_used - len(self.params), 1)
+        shortest = max(
+            _NEGLIGIBLE * float(np.sqrt(2 * self.sums.cost / dof)),
+            float(np.sqrt(2 * self.rounding_cost)),
+        )
+        return self.quadratic.flat_residual > shortest
 
     def verdict(self, reason: StopReason) -> StopReason:
         """Return the reason to stop here, or why it is no success."""

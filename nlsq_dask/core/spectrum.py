@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.sums import NormalEquations
 
 Vector = NDArray[np.float64]
@@ -41,11 +42,13 @@ class Spectrum:
         """Decompose; ``epsilon`` is that of the arithmetic which made the sums."""
         p, gradient = len(scale), sums.jtr / scale
         if sums.triangle is not None:
+            # Rounding adds up from block to block, as in a random walk.
+            rounding = (4.0 * p + float(np.sqrt(sums.n_used / BLOCK_ROWS))) * epsilon
             left, values, rows = np.linalg.svd(sums.triangle[:p, :p] / scale)
             slopes = rows @ gradient
             if sums.triangle.shape[1] > p:  # the residual's column gives them without squaring
                 slopes = values * (left.T @ sums.triangle[:p, p])
-            return cls(values, rows.T, gradient, slopes, 64.0 * p * epsilon)
+            return cls(values, rows.T, gradient, slopes, rounding)
         squares, vectors = np.linalg.eigh(sums.jtj / np.outer(scale, scale))
         values = np.sqrt(np.maximum(squares, 0.0))
         return cls(

@@ -40,7 +40,8 @@ class Quadratic:
     eigenvectors: NDArray[np.float64]
     slopes: Vector  # the gradient along the eigenvectors
     is_flat: bool  # whether there are such directions
-    flat_slope: float  # norm of the gradient along them
+    lost_slope: float  # norm of the gradient along those whose curvature is rounding alone
+    flat_residual: float  # how much shorter the residual would be at the end of the others
 
     @classmethod
     def of(cls, spectrum: Spectrum, floor: float) -> Quadratic:
@@ -49,15 +50,16 @@ class Quadratic:
         The floor is a multiple of the largest singular value.
         """
         least = max(floor, spectrum.rounding) * float(spectrum.values.max())
-        flat = spectrum.values <= least
-        slope = float(np.linalg.norm(spectrum.slopes[flat]))
+        flat, lost = spectrum.values <= least, spectrum.is_lost
+        damped = flat & ~lost
         return cls(
             spectrum.gradient,
             np.maximum(spectrum.values, least) ** 2,
             spectrum.vectors,
             spectrum.slopes,
             bool(flat.any()),
-            slope,
+            float(np.linalg.norm(spectrum.slopes[lost])),
+            float(np.linalg.norm(spectrum.slopes[damped] / spectrum.values[damped])),
         )
 
     def reduction(self, step: Vector) -> float:

@@ -1,0 +1,101 @@
+"""Every way in which a fit can end is reached, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import dask.array as da
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nlsq_dask as nd
+from nlsq_dask.stopping import StopReason
+
+N = 2_000
+LONG = 200_000
+X = np.random.default_rng(0).uniform(0, 5, N)
+NOISE = np.random.default_rng(1).standard_normal(N)
+
+
+def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+Y = 2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * NOISE
+
+
+@jax.custom_jvp
+def wrong(a: Any) -> Any:
+    return a
+
+
+@wrong.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[0], -tangents[0]
+
+
+def finite_at_one_only(x: Any, a: Any) -> Any:
+    return a * x + jnp.log(1.0 - 1e40 * (a - 1.0) ** 2)
+
+
+def stopping_callback(params: Any, loss: float, iteration: int) -> None:
+    raise StopIteration
+
+
+LONG_X = np.random.default_rng(3).uniform(0, 5, LONG)
+LONG_Y = 2.5 * np.exp(-1.3 * LONG_X) + 0.5
+LONG_Y += 0.05 * np.random.default_rng(4).standard_normal(LONG)
+SECONDS = 1.7e9 + 3.0 * np.arange(N)
+
+NO_WARMUP = {"warmup_iterations": 0, "max_warmup_iterations": 0}
+NO_SAMPLE = {**NO_WARMUP, "sample_rows": 1}
+Case = tuple[StopReason, Callable[..., Any], Any, Any, list[float], dict[str, Any]]
+CASES: list[Case] = [
+    (StopReason.REDUCTION, decay, X, Y, [2, 1, 0], {}),
+    (StopReason.STEP, lambda x, a: a + 0 * x, X, 1e6 + 1e-7 * NOISE, [1], {}),
+    (StopReason.LAST_STEP, decay, LONG_X, LONG_Y, [2, 1, 0], {"sample_rows": LONG // 100}),
+    (StopReason.FLOOR, decay, X, 2.5 * np.exp(-1.3 * X) + 0.5, [2, 1, 0], {}),
+    (
+        StopReason.ITERATION_LIMIT,
+        decay,
+        X,
+        Y,
+        [20, 0.1, 5],
+        {**NO_SAMPLE, "gauss_newton_max_iterations": 1},
+    ),
+    (StopReason.STALLED, lambda x, a: wrong(a) * x, X, 3 * X + NOISE, [1], NO_WARMUP),
+    (StopReason.NO_SENSITIVITY, decay, X, Y, [1, 1e9, 1], {}),
+    (
+        StopReason.FLAT_VALLEY,
+        lambda x, a, b, c: a + b * x + c * x**2,
+        SECONDS,
+        1e-5 * (SECONDS - SECONDS[0]) + NOISE,
+        [1, 1, 1],
+        {},
+    ),
+    (StopReason.NON_FINITE_START, lambda x, a: a * jnp.log(x - a), X, Y, [1], {}),
+    (StopReason.NON_FINITE_STEP, finite_at_one_only, X, 3 * X, [1], NO_WARMUP),
+    (StopReason.USER_STOP, decay, X, Y, [2, 1, 0], {"callback_frequency": 1}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].name.lower())
+def test_reason(case: Case) -> None:
+    reason, model, x, y, start, options = case
+    lazy = [da.from_array(v, chunks=len(x) // 10) for v in (x, y)]
+    config = nd.HybridStreamingConfig(verbose=0, **options)
+    callback = stopping_callback if reason is StopReason.USER_STOP else None
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, *lazy, start, callback=callback)
+    assert result.message.startswith(reason.sentence), result.message
+    assert result.status == reason.status
+    assert result.success == (reason.status > 0)
+    assert result.n_passes <= 12
+
+
+def test_all_reasons_are_here() -> None:
+    assert {case[0] for case in CASES} == set(StopReason)
+    assert len({reason.status for reason in StopReason}) == len(StopReason)
