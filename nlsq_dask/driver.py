@@ -320,7 +320,7 @@ class Driver:
         is_classical = cov_type == "nonrobust"
         absolute_sigma = self._absolute_sigma or not is_classical
         found = covariance(sums, self.normalizer.scales, absolute_sigma, epsilon)
-        if not is_classical and np.isfinite(found.pcov).all():
+        if not is_classical and np.isfinite(found.root).all():
             assert state.solution is not None
             found = sandwich(found, self._sum_of_scores(state.solution), sums.n_used, cov_type)
         details["condition_number"] = found.condition_number

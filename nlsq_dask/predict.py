@@ -25,11 +25,12 @@ def predict(
     model: Model,
     x: Any,
     params: NDArray[np.float64],
-    pcov: NDArray[np.float64] | None = None,
+    root: NDArray[np.float64] | None = None,
 ) -> Any:
     """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``.
 
-    With the covariance of the parameters a pair of values and their standard errors is returned.
+    With the root of the parameters' covariance (see ``Covariance``) a pair of values and their
+    standard errors is returned.
     """
     leaves = _leaves(model, x)
     template = _template(leaves)
@@ -47,8 +48,9 @@ def predict(
             f"a row of x has the shape {layout.x_features}, the model was fitted with "
             f"{model.layout.x_features}."
         )
-    kernel = PredictionKernel.trace(replace(model, layout=layout), with_std=pcov is not None)
-    root = None if pcov is None else _root(pcov)
+    kernel = PredictionKernel.trace(replace(model, layout=layout), with_std=root is not None)
+    if root is not None and not np.isfinite(root).all():
+        root = np.full_like(root, np.nan)
     values = _lazy_values(blocks, kernel, params, root)
     if all(is_in_memory(leaf) for leaf in (template, *leaves)):
         values = values.compute()
@@ -58,17 +60,7 @@ def predict(
             return xr.DataArray(array, coords=template.coords, dims=template.dims)
         return array
 
-    return labelled(values[0]) if pcov is None else tuple(map(labelled, values))
-
-
-def _root(pcov: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return a matrix whose product with its transpose is the covariance."""
-    if not np.isfinite(pcov).all():
-        return np.full_like(pcov, np.nan)
-    errors = np.sqrt(np.diag(pcov))
-    scale = np.where(errors > 0.0, errors, 1.0)
-    values, vectors = np.linalg.eigh(pcov / np.outer(scale, scale))
-    return np.asarray(scale[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
+    return labelled(values[0]) if root is None else tuple(map(labelled, values))
 
 
 def _leaves(model: Model, x: Any) -> list[Any]:

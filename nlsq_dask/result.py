@@ -118,6 +118,7 @@ class FitResult:
     phase_history: list[dict[str, Any]]
     diagnostics: dict[str, Any]
     _model: Model | None = field(default=None)
+    _root: NDArray[np.float64] | None = field(default=None)
 
     @property
     def popt(self) -> Vector:
@@ -223,4 +224,4 @@ class FitResult:
         """
         if self._model is None:
             raise ValueError("this result does not hold its model, so it cannot predict.")
-        return predict(self._model, x, self.x, self.pcov if return_std else None)
+        return predict(self._model, x, self.x, self._root if return_std else None)

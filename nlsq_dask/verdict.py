@@ -87,6 +87,7 @@ def make_result(
             "undetermined": undetermined,
         },
         _model=model,
+        _root=np.full((n_params, n_params), np.inf) if found is None else found.root,
     )
 
 

@@ -148,6 +148,25 @@ def simulate(n: int, count: int, interval: Callable[[Any, Any, Any], Any], **noi
     return hits / count
 
 
+def test_band_of_parameters_that_can_hardly_be_told_apart() -> None:
+    """The curve is known far better than its parameters, whose covariance has squared all that."""
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(0, 1, 400))
+    y = 1.0 + x + 1e-3 * rng.normal(size=400)
+
+    def polynomial(x: Any, *p: Any) -> Any:
+        return sum((q * x**k for k, q in enumerate(p)), jnp.zeros_like(x))
+
+    result = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0)).fit(
+        polynomial, x, y, np.zeros(11)
+    )
+    assert result.condition_number > 1e6
+    _, found = result.predict(x, return_std=True)
+    q = np.linalg.qr(np.vander(x, 11))[0]
+    expected = np.sqrt(result.sigma_sq * (q**2).sum(axis=1))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", ["sigma known", "sigma unknown", "heteroscedastic"])

@@ -20,8 +20,8 @@ class Covariance:
 
     Attributes
     ----------
-    pcov : ndarray, shape (p, p)
-        Infinite where the data do not determine the parameters.
+    root : ndarray, shape (p, p)
+        The covariance is ``root @ root.T``. It has what that loses by squaring.
     sigma_sq : float
         Variance of a residual, ``2 cost / dof``; infinite without degrees of freedom.
     condition_number : float
@@ -30,10 +30,18 @@ class Covariance:
         Parameters that take part in a direction that the data do not determine.
     """
 
-    pcov: Matrix
+    root: Matrix
     sigma_sq: float
     condition_number: float
     undetermined: NDArray[np.bool_]
+
+    @property
+    def pcov(self) -> Matrix:
+        """The covariance, shape (p, p); infinite where the data do not determine the parameters."""
+        if not np.isfinite(self.root).all():
+            return np.full_like(self.root, np.inf)
+        pcov = self.root @ self.root.T
+        return np.asarray((pcov + pcov.T) / 2)
 
 
 def covariance(
@@ -62,12 +70,12 @@ def covariance(
     lost = spectrum.is_lost
     undetermined = np.asarray((np.abs(spectrum.vectors[:, lost]) > 1e-3).any(axis=1))
     if lost.any() or (dof <= 0 and not absolute_sigma):
-        pcov = np.full((p, p), np.inf)
-        return Covariance(pcov, sigma_sq, spectrum.condition, undetermined)
-    pcov = spectrum.inverse * np.outer(scales / columns, scales / columns)
-    if not absolute_sigma:
-        pcov = pcov * sigma_sq
-    return Covariance((pcov + pcov.T) / 2, sigma_sq, spectrum.condition, undetermined)
+        root = np.full((p, p), np.inf)
+    else:
+        root = spectrum.inverse_root * (scales / columns)[:, None]
+        if not absolute_sigma:
+            root = root * np.sqrt(sigma_sq)
+    return Covariance(root, sigma_sq, spectrum.condition, undetermined)
 
 
 def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:
@@ -91,11 +99,12 @@ def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> C
     J. G. MacKinnon and H. White, "Some heteroskedasticity-consistent covariance matrix estimators
     with improved finite sample properties", Journal of Econometrics 29, 305-325 (1985).
     """
-    errors = np.sqrt(np.diag(found.pcov))
-    scale = np.outer(errors, errors)
-    bread = found.pcov / scale
-    pcov = bread @ (scores * scale) @ bread * scale
+    middle = found.root.T @ scores @ found.root
     if cov_type == "HC1":
-        dof = n_rows - len(errors)
-        pcov = pcov * (n_rows / dof if dof > 0 else np.inf)
-    return replace(found, pcov=(pcov + pcov.T) / 2)
+        dof = n_rows - len(scores)
+        middle = middle * (n_rows / dof if dof > 0 else np.inf)
+    if not np.isfinite(middle).all():
+        return replace(found, root=np.full_like(middle, np.inf))
+    values, vectors = np.linalg.eigh(middle)
+    half = vectors * np.sqrt(np.maximum(values, 0.0))
+    return replace(found, root=found.root @ half)

@@ -296,9 +296,10 @@ def covariance_change(old: NormalEquations, new: NormalEquations, point: Point) 
     In the scale and with the rounding of ``point``.
     """
     scale, epsilon = point.scale, point.settings.epsilon
-    before, after = (Spectrum.of(sums, scale, epsilon).inverse for sums in (old, new))
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+    roots = [Spectrum.of(sums, scale, epsilon).inverse_root for sums in (old, new)]
+    if not np.isfinite(roots).all():
         return np.inf
+    before, after = (root @ root.T for root in roots)
     deviation = np.sqrt(np.diag(after))
     return float(np.abs((after - before) / np.outer(deviation, deviation)).max())
 

@@ -67,9 +67,11 @@ class Spectrum:
         return np.asarray(self.values <= self.rounding * self.values.max())
 
     @property
-    def inverse(self) -> NDArray[np.float64]:
-        """The inverse of the scaled ``J^T J``; infinite where that has none."""
+    def inverse_root(self) -> NDArray[np.float64]:
+        """A matrix whose product with its transpose is the inverse of the scaled ``J^T J``.
+
+        Infinite where that has none.
+        """
         if not self.values.all():
             return np.full_like(self.vectors, np.inf)
-        half = self.vectors / self.values
-        return np.asarray(half @ half.T)
+        return np.asarray(self.vectors / self.values)
