@@ -39,7 +39,7 @@ def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
         "chi2": chi2,
         "n_points": counts,
         "reduced_chi2": reduced,
-        "largest_residual": on_grid(sums.largest),
+        "largest_residual": np.where(counts > 0, on_grid(sums.largest), np.nan),
     }
     starts = {
         dim: np.cumsum((0, *sizes[:-1]))

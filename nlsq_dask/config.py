@@ -174,8 +174,8 @@ class HybridStreamingConfig:
     gauss_newton_tol: float = _option(
         1e-8,
         _TOLERANCE,
-        "Converged when sqrt(predicted reduction / cost), or the scaled step against the scaled "
-        "parameters, is below this.",
+        "Converged when sqrt(predicted reduction / cost) is below this; or the step of each "
+        "parameter relative to it, and the whole step is negligible beside the standard errors.",
     )
     trust_region_initial: float = _option(
         1.0, _POSITIVE, "First trust radius, as a multiple of the scaled length of the start."
@@ -184,7 +184,7 @@ class HybridStreamingConfig:
         1e-10,
         _TOLERANCE,
         "Singular values of the column-scaled Jacobian below this fraction of the largest are "
-        "damped as if they were that large.",
+        "damped as if they were that large. Fractions below 1e-8 damp rounding only.",
     )
     gauss_newton_solver: str = _option(
         "auto",

@@ -53,6 +53,9 @@ from nlsq_dask.stopping import StopReason
 Vector = NDArray[np.float64]
 Callback = Callable[[Vector, float, int], Any]
 
+_PATIENCE = 15  # passes over all rows
+_SAMPLE_ITERATIONS = 10  # times those over all rows, because they cost no reading
+
 
 class _StoppedByCallbackError(Exception):
     """The callback raised StopIteration before there was anything known of all rows."""
@@ -105,21 +108,28 @@ class Driver:
         self._sample_size = config.sample_size(data.blocks.n_rows, model.layout.row_bytes)
         self._iteration = 0
         self._diagnostics: dict[str, Any] = {}
-        self._settings = Settings(
-            low=parameters.low,
-            high=parameters.high,
-            tol=config.gauss_newton_tol,
-            max_iterations=config.gauss_newton_max_iterations,
-            regularization=config.regularization_factor,
-            initial_radius=config.trust_region_initial,
-            epsilon=float(np.finfo(model.dtype).eps),
-        )
         self.normalizer = ParameterNormalizer(
             parameters.start,
             (parameters.low, parameters.high),
             config.normalization_strategy if config.normalize else "none",
         )
-        in_float64 = replace(self._settings, epsilon=float(np.finfo(np.float64).eps))
+        self._settings = Settings(
+            low=parameters.low,
+            high=parameters.high,
+            tol=config.gauss_newton_tol,
+            max_iterations=config.gauss_newton_max_iterations,
+            patience=_PATIENCE,
+            sizes=self.normalizer.scales,
+            regularization=config.regularization_factor,
+            initial_radius=config.trust_region_initial,
+            epsilon=float(np.finfo(model.dtype).eps),
+        )
+        in_float64 = replace(
+            self._settings,
+            epsilon=float(np.finfo(np.float64).eps),
+            max_iterations=_SAMPLE_ITERATIONS * config.gauss_newton_max_iterations,
+            patience=_SAMPLE_ITERATIONS * _PATIENCE,
+        )
         self._sample_solver = SampleSolver(in_float64, self.normalizer.scales, config)
 
     def run(self) -> Outcome:
@@ -322,14 +332,16 @@ class Driver:
         found = covariance(sums, self.normalizer.scales, absolute_sigma, epsilon)
         if not is_classical and np.isfinite(found.root).all():
             assert state.solution is not None
-            found = sandwich(found, self._sum_of_scores(state.solution), sums.n_used, cov_type)
+            found = sandwich(found, self._root_of_scores(state.solution), sums.n_used, cov_type)
         details["condition_number"] = found.condition_number
         return found
 
-    def _sum_of_scores(self, params: Vector) -> NDArray[np.float64]:
-        """Return ``sum r^2 J^T J`` over all rows, by one more pass."""
+    def _root_of_scores(self, params: Vector) -> NDArray[np.float64]:
+        """Return a root of ``sum r^2 J^T J`` over all rows, by one more pass."""
         kernel = self._kernel.making(Product.SCORES, self._model)
-        return self._passes.reduce(kernel, params).jtj
+        triangle = self._passes.reduce(kernel, params).triangle
+        assert triangle is not None
+        return triangle[:, : len(params)]
 
     # --- what the phases share
 

@@ -11,6 +11,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.lbfgs_warmup import Warmup
+from nlsq_dask.core.losses import LARGEST, SMALLEST
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise
 from nlsq_dask.core.normalize import ParameterNormalizer
@@ -18,10 +19,22 @@ from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.errors import DataError
 
 Vector = NDArray[np.float64]
 
 _FEW_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
+
+
+def _check_units(weighted_y: NDArray[np.float64]) -> None:
+    """Raise a DataError if the squares of y / sigma leave float64."""
+    largest = float(np.abs(weighted_y).max(initial=0.0))
+    if largest and not SMALLEST < largest < LARGEST:
+        raise DataError(
+            f"y_data, divided by sigma, is of the size {largest:.0e}; its squares cannot be summed "
+            f"in float64, which needs sizes between {SMALLEST:g} and {LARGEST:g}. Measure it in "
+            f"other units."
+        )
 
 
 class SampleProblem:
@@ -53,6 +66,7 @@ class SampleProblem:
         usable = rows.usable()
         y = usable.y.astype(np.float64)
         y_reference = float(y.mean()) if len(y) else 0.0
+        _check_units(y if usable.sigma is None else y / usable.sigma)
         self._hold(rows, usable, replace(kernel, y_reference=y_reference))
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.block_loops import Product
-from nlsq_dask.core.point import Settings
+from nlsq_dask.core.point import Point, Settings
 from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.stopping import StopReason
@@ -21,8 +21,11 @@ Judge = Callable[[gn.State, gn.Trial, NormalEquations], gn.State]
 
 # How far, in normalized parameters, the sample may take what it does not determine.
 _ANCHOR_LENGTH = 10.0
+_FREE_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
+_PULLED = 1e-2  # of the residual: a step that is left where the pull is taken away
+_CHANCE = 10.0  # times p / n: relative fall of the cost that tells nothing
 _LESS_VARIANCE = 0.5  # than that by which the pull was chosen: then it was much too strong
-_NO_FURTHER = {StopReason.USER_STOP, StopReason.ITERATION_LIMIT}
+_NO_FURTHER = {StopReason.USER_STOP, StopReason.ITERATION_LIMIT, StopReason.CREEPING}
 _RACE_TOL = 1e-3  # close enough to know which of several starts is the best
 _SAME_COST = 1e-4  # relative difference, within which two ends are equally good
 
@@ -86,7 +89,13 @@ class SampleSolver:
     scales: Vector
     config: HybridStreamingConfig
 
-    def solve(self, sums: RowSums, start: Vector, judge: Judge = gn.judge) -> gn.State:
+    def solve(
+        self,
+        sums: RowSums,
+        start: Vector,
+        judge: Judge = gn.judge,
+        anchor_length: float = _ANCHOR_LENGTH,
+    ) -> gn.State:
         """Converge from a start; ``sums`` are left as the solution's condition number asks for.
 
         The rows may say nothing of some parameters (a peak that they missed). A weak pull towards
@@ -95,53 +104,89 @@ class SampleSolver:
         sums.make(first_product(self.config))
         if not sums(start).is_finite:
             return gn.start(start, sums(start), self.settings)
-        variance, params = _variance(sums(start)), start
-        while True:
-            state = self._solve_anchored(sums, params, start, variance, judge)
-            assert state.solution is not None
-            params = state.solution
-            before, variance = variance, _variance(sums(params))
-            # With the variance at a bad start the pull is so strong that it makes minima.
-            if state.stop in _NO_FURTHER or not variance < _LESS_VARIANCE * before:
-                break
-        if not state.point.is_ill_conditioned:
-            sums.make(first_product(self.config))
-        return state
-
-    def _solve_anchored(
-        self, sums: RowSums, params: Vector, anchor: Vector, variance: float, judge: Judge
-    ) -> gn.State:
-        weights = variance / (_ANCHOR_LENGTH * self.scales) ** 2
+        pull = _Pull(start, _variance(sums(start)), anchor_length * self.scales)
 
         def reduce(params: Vector) -> NormalEquations:
-            return sums(params).anchored(weights, params - anchor)
+            return pull.added_to(sums(params), params)
 
         def reduce_by_qr(params: Vector) -> NormalEquations:
             sums.make(Product.TRIANGLE)
             return reduce(params)
 
-        return solve(
-            gn.start(params, reduce(params), self.settings),
-            gn.propose,
-            lambda state, trial: reduce(trial.params),
-            reduce_by_qr if self.config.gauss_newton_solver == "auto" else None,
-            judge,
-        )
+        def judge_and_relax(state: gn.State, trial: gn.Trial, found: NormalEquations) -> gn.State:
+            state = judge(state, trial, found)
+            params = state.point.params
+            if state.stop is None and pull.relaxed(_variance(sums(params))):
+                state = gn.reweighed(state, reduce(params))
+            return state
+
+        params = start
+        while True:
+            state = solve(
+                gn.start(params, reduce(params), self.settings),
+                gn.propose,
+                lambda state, trial: reduce(trial.params),
+                reduce_by_qr if self.config.gauss_newton_solver == "auto" else None,
+                judge_and_relax,
+            )
+            assert state.solution is not None
+            params = state.solution
+            if state.stop in _NO_FURTHER or not pull.relaxed(_variance(sums(params))):
+                break
+        if not state.point.is_ill_conditioned:
+            sums.make(first_product(self.config))
+        return state
 
     def best_start(self, sums: RowSums, starts: list[Vector]) -> Vector:
         """Return where the best of some starts leads to, the first of those that are equally good.
 
         A warm-up may end in a valley that Gauss-Newton would not have entered from the start, and
-        the other way round. A few rows are enough to tell.
+        the other way round. A few rows are enough to tell. Where the pull towards the start has
+        mattered, the start may be off by orders of magnitude, and it is tried without.
         """
-        ends, costs = [], []
         tol = max(self.settings.tol, _RACE_TOL)
         rough = replace(self, settings=replace(self.settings, tol=tol))
+        best, least = rough._race(sums, starts, _ANCHOR_LENGTH)
+        n_used, n_params = max(sums(best).n_used, 1), len(best)
+        if np.isfinite(least) and Point.of(best, sums(best), self.settings).measure > _PULLED:
+            races = (rough._race(sums, starts, length) for length in _FREE_LENGTHS)
+            other, cost = min(races, key=lambda race: race[1])
+            if cost * (1.0 + _CHANCE * n_params / n_used) < least:
+                return other
+        return best
+
+    def _race(
+        self, sums: RowSums, starts: list[Vector], anchor_length: float
+    ) -> tuple[Vector, float]:
+        ends, costs = [], []
         for start in starts:
-            state = rough.solve(sums, start)
-            end = start if state.solution is None else state.solution
+            solution = self.solve(sums, start, anchor_length=anchor_length).solution
+            end = start if solution is None else solution
             cost = sums(end).cost
             ends.append(end)
             costs.append(cost if np.isfinite(cost) else np.inf)
         best = min(costs) * (1.0 + _SAME_COST)
-        return next(end for end, cost in zip(ends, costs, strict=True) if cost <= best)
+        return next(pair for pair in zip(ends, costs, strict=True) if pair[1] <= best)
+
+
+@dataclass
+class _Pull:
+    """A penalty that keeps parameters near a start, as a prior of some width would.
+
+    With the variance at a bad start it is so strong that it makes minima, so it is relaxed on the
+    way.
+    """
+
+    start: Vector
+    variance: float
+    widths: Vector
+
+    def added_to(self, sums: NormalEquations, params: Vector) -> NormalEquations:
+        return sums.anchored(self.variance / self.widths**2, params - self.start)
+
+    def relaxed(self, variance: float) -> bool:
+        """Return whether it has become weaker, because the variance is much less than before."""
+        if not variance < _LESS_VARIANCE * self.variance:
+            return False
+        self.variance = variance
+        return True

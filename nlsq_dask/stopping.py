@@ -25,6 +25,12 @@ class StopReason(Enum):
         "Not converged: gauss_newton_max_iterations was reached. Start closer to the solution, or "
         "raise the limit.",
     )
+    CREEPING = (
+        -7,
+        "Not converged: the steps along a curved or flat valley have become so short that many of "
+        "them brought hardly anything. Start closer to the solution, fix one of the parameters, or "
+        "write the model in parameters that depend less on each other.",
+    )
     STALLED = (
         -1,
         "Not converged: no step reduces the cost any more, though the gradient says that one "

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"core", "data", "engine", "errors", "dask", "distributed"},
     "observers": {"events"},
     "passes": {"core", "engine", "errors", "events"},
-    "sample_problem": {"config", "core"},
+    "sample_problem": {"config", "core", "errors"},
     "solve": {"config", "core", "stopping"},
     "outcome": {"core", "stopping"},
     "driver": {

@@ -167,6 +167,54 @@ def test_band_of_parameters_that_can_hardly_be_told_apart() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("degree", "low"), [(5, 0.0), (7, 2.0)])
+def test_sandwich_of_parameters_that_can_hardly_be_told_apart(degree: int, low: float) -> None:
+    """Against a basis of Chebyshev polynomials, where nothing is lost, exactly transformed."""
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(low, low + 1, 400))
+    y = np.sin(3 * x) + (0.01 + 0.05 * (x - low)) * rng.normal(size=400)
+
+    def polynomial(x: Any, *p: Any) -> Any:
+        total = jnp.zeros_like(x)
+        for coefficient in p[::-1]:
+            total = total * x + coefficient
+        return total
+
+    config = nd.HybridStreamingConfig(verbose=0, cov_type="HC0")
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(polynomial, x, y, [0.0] * (degree + 1))
+    assert result.success
+    domain = [low, low + 1]
+    basis = np.polynomial.chebyshev.chebvander(2 * (x - low) - 1, degree)
+    bread = np.linalg.inv(basis.T @ basis)
+    residual = basis @ (bread @ (basis.T @ y)) - y
+    covariance = bread @ ((basis * residual[:, None] ** 2).T @ basis) @ bread
+    to_powers = np.stack(
+        [
+            np.pad(
+                np.polynomial.Chebyshev.basis(k, domain)
+                .convert(kind=np.polynomial.Polynomial)
+                .coef,
+                (0, degree - k),
+            )
+            for k in range(degree + 1)
+        ],
+        axis=1,
+    )
+    expected = np.sqrt(np.diag(to_powers @ covariance @ to_powers.T))
+    np.testing.assert_allclose(result.perr, expected, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize("cov_type", ["HC0", "HC1"])
+def test_sandwich_without_degrees_of_freedom(cov_type: str) -> None:
+    config = nd.HybridStreamingConfig(verbose=0, cov_type=cov_type)
+    x = np.array([0.0, 1.0, 2.0])
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
+        lambda x, a, b, c: a + b * x + c * x**2, x, np.array([1.0, 3.0, 2.0]), [0.0, 0.0, 0.0]
+    )
+    assert np.isposinf(result.pcov).all()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", ["sigma known", "sigma unknown", "heteroscedastic"])

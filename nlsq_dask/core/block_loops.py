@@ -38,18 +38,18 @@ class Product(Enum):
     """What is made of Jacobian and residual, a square matrix of p + 1 columns.
 
     Only its upper triangle is of meaning; the largest r^2 is kept in the corner below. The last
-    column is J^T r and r^T r, but for ``TRIANGLE``, where it is a column like the others.
+    column of a ``ROOT`` is J^T r and r^T r.
     """
 
     GRAM = "gram"  # [J r]^T [J r]
-    SCORES = "scores"  # likewise with J's rows times the derivative of the cost by the residual
     TRIANGLE = "triangle"  # R of the QR factorization of [J r]
     ROOT = "root"  # R of that of J; scaled by a robust loss, r spans too many orders for a column
+    SCORES = "scores"  # R of J's rows times the derivative of the cost by the residual
 
     @property
     def is_factorized(self) -> bool:
         """Whether it comes from QR factorizations."""
-        return self in {Product.TRIANGLE, Product.ROOT}
+        return self is not Product.GRAM
 
 
 # Running sums, most of them in lanes:
@@ -86,7 +86,7 @@ def combined(one: Carry, other: Carry, product: Product) -> Carry:
     counts, moments, costs = (a + b for a, b in zip(rest, other_rest, strict=True))
     total = _add_gram(np, matrix, other_matrix)
     if product.is_factorized:
-        end = None if product is Product.TRIANGLE else -1
+        end = -1 if product is Product.ROOT else None
         largest = total[-1, 0, 0]
         total[:end, :end, 0] = merged(matrix[:end, :end, 0], other_matrix[:end, :end, 0])
         total[-1, 0, 0] = largest
@@ -257,7 +257,7 @@ class BlockLoops:
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
         """Return R of the rows so far, which are in ``matrix``, and of a block."""
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
-        if self._product is Product.TRIANGLE:
+        if self._product is not Product.ROOT:
             new = extended(triangle, stacked, self._part_rows)
         else:
             root = extended(triangle[:-1, :-1], stacked[:-1], self._part_rows)

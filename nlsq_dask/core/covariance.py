@@ -87,8 +87,8 @@ def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> C
     ----------
     found : Covariance
         With pcov = ``(J^T J)^-1``.
-    scores : ndarray, shape (p, p)
-        ``sum r^2 J^T J`` over the rows.
+    scores : ndarray, shape (k, p)
+        A matrix whose ``scores.T @ scores`` is ``sum r^2 J^T J`` over the rows.
     n_rows : int
     cov_type : {"HC0", "HC1"}
 
@@ -99,12 +99,8 @@ def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> C
     J. G. MacKinnon and H. White, "Some heteroskedasticity-consistent covariance matrix estimators
     with improved finite sample properties", Journal of Econometrics 29, 305-325 (1985).
     """
-    middle = found.root.T @ scores @ found.root
-    if cov_type == "HC1":
-        dof = n_rows - len(scores)
-        middle = middle * (n_rows / dof if dof > 0 else np.inf)
-    if not np.isfinite(middle).all():
-        return replace(found, root=np.full_like(middle, np.inf))
-    values, vectors = np.linalg.eigh(middle)
-    half = vectors * np.sqrt(np.maximum(values, 0.0))
-    return replace(found, root=found.root @ half)
+    dof = n_rows - len(found.root)
+    if dof <= 0 or not np.isfinite(found.root).all():
+        return replace(found, root=np.full_like(found.root, np.inf))
+    factor = np.sqrt(n_rows / dof) if cov_type == "HC1" else 1.0
+    return replace(found, root=found.root @ (scores @ found.root).T * factor)

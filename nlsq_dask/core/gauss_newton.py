@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.point import Point, Settings
+from nlsq_dask.core.point import Point, Settings, column_scale
 from nlsq_dask.core.spectrum import Spectrum
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.trust_region import Vector, restricted_step
@@ -26,6 +26,7 @@ _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
 _SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
 _FAST = 0.1  # a contraction below this is one to extrapolate from
 _CRAWLING = 0.9  # from here on, full steps that lead along a flat valley lead nowhere
+_LESS_COST = 0.9  # a fall of the cost that is progress
 _SHRINKING = 0.5  # below this, one more step leads closer
 # What a last step without a pass may leave out: a change of the covariance, relative to the
 # variances.
@@ -36,7 +37,11 @@ _LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol
 # The change of the covariance as extrapolated from the step before, which has another direction,
 # has been seen 5 times too small.
 _EXTRAPOLATION_MARGIN = 5.0
-_ENDED = {StopReason.ITERATION_LIMIT, StopReason.USER_STOP}  # whatever the sums say
+_ENDED = {
+    StopReason.ITERATION_LIMIT,
+    StopReason.CREEPING,
+    StopReason.USER_STOP,
+}  # whatever the sums say
 _FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a trial's step: shorter, longer
 
 
@@ -95,6 +100,8 @@ class State:
         Whether a forecast led along it.
     earlier : tuple of Point
         The last points accepted before this one, the newest first.
+    progress : tuple of int, float, float
+        Iteration, cost and measure of the last point that was much better than those before.
     rejected : int
         Trials rejected since the last accepted one.
     forecasts_rejected : int
@@ -113,6 +120,7 @@ class State:
     covariance_change: float = np.inf
     was_forecast: bool = False
     earlier: tuple[Point, ...] = ()
+    progress: tuple[int, float, float] = (0, np.inf, np.inf)
     rejected: int = 0
     forecasts_rejected: int = 0
     stop: StopReason | None = None
@@ -126,19 +134,12 @@ class State:
         return replace(self.point.sums, jtj=jtj)
 
 
-def _column_scale(jtj: NDArray[np.float64], previous: Vector | None) -> Vector:
-    norms = np.sqrt(np.diag(jtj))
-    if previous is not None:
-        return np.asarray(np.maximum(norms, _SCALE_MEMORY * previous))
-    return np.asarray(np.where(norms > 0.0, norms, 1.0))
-
-
 def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
     """Begin at parameters whose sums are known."""
     if not sums.is_finite:
         point = Point(params, sums, np.ones_like(params), settings)
         return State(point, 0.0, stop=StopReason.NON_FINITE_START, solution=params)
-    point = Point(params, sums, _column_scale(sums.jtj, None), settings)
+    point = Point.of(params, sums, settings)
     length = float(np.linalg.norm(point.scale * params)) or float(np.linalg.norm(point.scale))
     return _check(State(point, settings.initial_radius * length))
 
@@ -155,6 +156,11 @@ def resumed(state: State, sums: NormalEquations) -> State:
     """Begin anew at the accepted point, with better sums of it."""
     point = state.point
     return replace(start(point.params, sums, point.settings), iteration=state.iteration)
+
+
+def reweighed(state: State, sums: NormalEquations) -> State:
+    """Go on from the accepted point with sums of it that stand for another cost."""
+    return replace(state, point=replace(state.point, sums=sums), contraction=np.inf, earlier=())
 
 
 def propose(state: State) -> Trial:
@@ -217,7 +223,7 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
     if not sums.is_finite:
         return _rejected(state, trial, sums, StopReason.NON_FINITE_STEP)
     old = state.point
-    new = Point(trial.params, sums, _column_scale(sums.jtj, old.scale), old.settings)
+    new = Point(trial.params, sums, column_scale(sums.jtj, _SCALE_MEMORY * old.scale), old.settings)
     gain = old.sums.cost - sums.cost
     if trial.reduction <= old.cost_noise:
         # The costs cannot be told apart any more, but the gradients still can.
@@ -228,7 +234,8 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
         if trial.is_forecast and better.reduction > better.rounding_cost:
             return _rejected(state, trial, sums, StopReason.STALLED)
         reason = better.verdict(StopReason.FLOOR if sure else StopReason.STALLED)
-        if better.quadratic.is_flat and reason is StopReason.FLOOR:
+        is_by_jtj = better.sums.triangle is None
+        if is_by_jtj and better.quadratic.is_flat and reason is StopReason.FLOOR:
             reason = StopReason.FLAT_VALLEY  # what is left of the way cannot be known from J^T J
         return replace(state, point=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * trial.reduction:
@@ -319,6 +326,12 @@ def _check(state: State) -> State:
 
 
 def _limit(state: State) -> State:
-    if state.iteration < state.point.settings.max_iterations:
+    point, settings = state.point, state.point.settings
+    since, cost, measure = state.progress
+    if point.sums.cost < _LESS_COST * cost or point.measure < _SHRINKING * measure:
+        state = replace(state, progress=(state.iteration, point.sums.cost, point.measure))
+    elif state.iteration - since >= settings.patience:
+        return replace(state, stop=StopReason.CREEPING, solution=point.params)
+    if state.iteration < settings.max_iterations:
         return state
-    return replace(state, stop=StopReason.ITERATION_LIMIT, solution=state.point.params)
+    return replace(state, stop=StopReason.ITERATION_LIMIT, solution=point.params)

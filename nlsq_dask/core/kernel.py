@@ -123,8 +123,8 @@ class NormalEquationsKernel:
         The y0 of ``NormalEquations``.
     loss : Loss
     product : Product
-        With ``SCORES``, ``jtj`` is ``sum r^2 J^T J`` over the rows, the middle of a sandwich
-        covariance; with a robust loss ``rho' r`` takes the place of r.
+        With ``SCORES``, R is that of ``r J``, whose ``R^T R = sum r^2 J^T J`` is the middle of a
+        sandwich covariance; with a robust loss ``rho' r`` takes the place of r.
     uses_all_devices : bool
         Whether a process shares its pieces among its devices; else it takes the first.
     memory : MemoryPool
@@ -228,15 +228,17 @@ class NormalEquationsKernel:
         found = self._accumulate(source, (params, factors, padded), options)
         (lanes, residuals), counts, moments, costs = found
         upper = np.triu(lanes.sum(axis=-1))
-        triangle = None
-        if self.product.is_factorized:
-            upper = upper / factors
-            triangle = upper if self.product is Product.TRIANGLE else upper[:p, :p]
-            gram = triangle.T @ triangle
-        else:
+        triangle, is_root = None, self.product is Product.ROOT
+        if self.product is Product.GRAM:
             upper = upper / factors[:, None] / factors
             gram = upper + np.triu(upper, 1).T
-        jtr = upper[:p, p] / factors[:p] if self.product is Product.ROOT else gram[:p, p]
+        else:
+            upper = upper / factors
+            triangle = upper[:p, :p] if is_root else upper
+            if self.product is Product.SCORES:
+                triangle[:p, :p] /= factors[p]
+            gram = triangle.T @ triangle
+        jtr = upper[:p, p] / factors[:p] if is_root else gram[:p, p]
         rho, squares = residuals.sum(axis=-1)
         # With the linear loss the Gram matrix holds the sum of squares.
         twice_cost, chi2 = self.loss.f_scale**2 * rho, squares / factors[p] ** 2
@@ -247,7 +249,7 @@ class NormalEquationsKernel:
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
         n_bad = math.prod(source.shape) - n_masked - n_used
         return NormalEquations(
-            jtj=gram[:p, :p] / (factors[p] ** 2 if self.product is Product.SCORES else 1.0),
+            jtj=gram[:p, :p],
             jtr=jtr,
             triangle=triangle,
             cost=0.5 * float(twice_cost),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LINEAR = "linear"
+SMALLEST, LARGEST = 1e-140, 1e140  # beyond which squares leave float64
 
 _Rho = Callable[[Any], tuple[Any, Any, Any]]
 
@@ -85,8 +86,10 @@ def check_loss(loss: Any, f_scale: Any) -> None:
     """Raise a ValueError for a loss that does not exist, or a scale that is none."""
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}; got {loss!r}.")
-    if not isinstance(f_scale, Real) or not 0.0 < float(f_scale) < np.inf:
-        raise ValueError(f"f_scale must be a finite number > 0; got {f_scale!r}.")
+    if not isinstance(f_scale, Real) or not SMALLEST < float(f_scale) < LARGEST:
+        raise ValueError(
+            f"f_scale must be a number between {SMALLEST:g} and {LARGEST:g}; got {f_scale!r}."
+        )
 
 
 def rho(name: str, z: Any) -> Any:

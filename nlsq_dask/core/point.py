@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nlsq_dask.core.spectrum import Spectrum
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.trust_region import Quadratic, Vector
 from nlsq_dask.stopping import StopReason
 
+_LEAST_FACTOR = 1e-8  # of regularization; J^T J loses what is below, which QR would keep
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
 
 
@@ -25,6 +28,10 @@ class Settings:
         Bounds of the parameters, infinite where there are none.
     tol : float
     max_iterations : int
+    patience : int
+        Iterations without progress after which a solve ends.
+    sizes : ndarray, shape (p,)
+        A change of each parameter that is worth something, whatever its value.
     regularization : float
         See ``HybridStreamingConfig.regularization_factor``.
     initial_radius : float
@@ -37,9 +44,18 @@ class Settings:
     high: Vector
     tol: float
     max_iterations: int
+    patience: int
+    sizes: Vector
     regularization: float
     initial_radius: float
     epsilon: float
+
+
+def column_scale(jtj: NDArray[np.float64], least: Vector | None = None) -> Vector:
+    """Return the norms of the Jacobian's columns, raised to ``least``; 1 for columns of zeros."""
+    norms = np.sqrt(np.diag(jtj))
+    norms = norms if least is None else np.maximum(norms, least)
+    return np.asarray(np.where(norms > 0.0, norms, 1.0))
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,11 @@ class Point:
     scale: Vector
     settings: Settings
 
+    @classmethod
+    def of(cls, params: Vector, sums: NormalEquations, settings: Settings) -> Self:
+        """Return the point with its own column norms as scale."""
+        return cls(params, sums, column_scale(sums.jtj), settings)
+
     @cached_property
     def spectrum(self) -> Spectrum:
         """The singular values of the scaled Jacobian."""
@@ -68,7 +89,8 @@ class Point:
     @cached_property
     def quadratic(self) -> Quadratic:
         """The quadratic model of the cost in scaled variables."""
-        return Quadratic.of(self.spectrum, self.settings.regularization)
+        factor = self.settings.regularization
+        return Quadratic.of(self.spectrum, factor if factor >= _LEAST_FACTOR else 0.0)
 
     @property
     def is_ill_conditioned(self) -> bool:
@@ -136,10 +158,16 @@ class Point:
 
     @property
     def has_dead_parameters(self) -> bool:
-        """Whether doubling some parameter would change the model by less than its rounding."""
+        """Whether the model does not react to some parameter, by more than its rounding.
+
+        At a bound that is no fault: an amplitude of 0 leaves its rate undetermined.
+        """
+        s = self.settings
+        if ((self.params <= s.low) | (self.params >= s.high)).any():
+            return False
         norms = np.sqrt(np.diag(self.sums.jtj))
-        rounding = self.settings.epsilon * float(np.sqrt(self.sums.signal))
-        hidden = (self.params != 0.0) & (norms * np.abs(self.params) <= rounding)
+        rounding = s.epsilon * float(np.sqrt(self.sums.signal))
+        hidden = norms * np.maximum(np.abs(self.params), s.sizes) <= rounding
         return bool(((norms == 0.0) | hidden).any())
 
     @property
@@ -153,7 +181,7 @@ class Point:
             _NEGLIGIBLE * float(np.sqrt(2 * self.sums.cost / dof)),
             float(np.sqrt(2 * self.rounding_cost)),
         )
-        return self.quadratic.flat_residual > shortest
+        return self.quadratic.damped_residual > shortest
 
     def verdict(self, reason: StopReason) -> StopReason:
         """Return the reason to stop here, or why it is no success."""
@@ -166,11 +194,13 @@ class Point:
         if self.measure <= self.settings.tol:
             return StopReason.REDUCTION
         n = max(self.sums.n_used, 1)
-        if self.reduction <= self.rounding_cost * len(self.params) / n:
+        is_rounding = self.reduction <= self.rounding_cost * len(self.params) / n
+        is_small = self.is_negligible or self.sums.cost <= self.rounding_cost
+        if is_rounding and is_small:
             return StopReason.FLOOR
         tol = self.settings.tol
         # Parameter by parameter: one large contribution must not hide that another still moves.
         small = np.abs(self.full_step / self.scale) <= tol * (tol + np.abs(self.params))
-        if small.all() and (self.is_negligible or self.reduction <= self.rounding_cost):
+        if small.all() and is_small:
             return StopReason.STEP
         return None

@@ -57,7 +57,7 @@ class NormalEquations:
     rows_cached : int
         What was in a worker's memory from an earlier pass.
     candidate_costs : ndarray, shape (k,)
-        ``1/2 sum r^2`` at further points.
+        The cost at further points.
     """
 
     jtj: NDArray[np.float64]
@@ -161,4 +161,4 @@ class NormalEquations:
         """Weighted sum of squares of y about its weighted mean."""
         if self.weight == 0.0:
             return 0.0
-        return max(self.y_square - self.y_sum**2 / self.weight, 0.0)
+        return max(self.y_square - self.y_sum * (self.y_sum / self.weight), 0.0)

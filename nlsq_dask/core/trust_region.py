@@ -41,7 +41,7 @@ class Quadratic:
     slopes: Vector  # the gradient along the eigenvectors
     is_flat: bool  # whether there are such directions
     lost_slope: float  # norm of the gradient along those whose curvature is rounding alone
-    flat_residual: float  # how much shorter the residual would be at the end of the others
+    damped_residual: float  # how much shorter the residual would be at the end of the others
 
     @classmethod
     def of(cls, spectrum: Spectrum, floor: float) -> Quadratic:
