@@ -169,7 +169,9 @@ class HybridStreamingConfig:
 
     # --- phase 2: Gauss-Newton
     gauss_newton_max_iterations: int = _option(
-        100, _int(1), "Most trial points, for the sample and for all rows alike."
+        100,
+        _int(1),
+        "Most trial points over all rows; the sample, which costs no reading, has ten times as many.",
     )
     gauss_newton_tol: float = _option(
         1e-8,

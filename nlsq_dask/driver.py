@@ -54,7 +54,6 @@ Vector = NDArray[np.float64]
 Callback = Callable[[Vector, float, int], Any]
 
 _PATIENCE = 15  # passes over all rows
-_SAMPLE_ITERATIONS = 10  # times those over all rows, because they cost no reading
 
 
 class _StoppedByCallbackError(Exception):
@@ -124,13 +123,7 @@ class Driver:
             initial_radius=config.trust_region_initial,
             epsilon=float(np.finfo(model.dtype).eps),
         )
-        in_float64 = replace(
-            self._settings,
-            epsilon=float(np.finfo(np.float64).eps),
-            max_iterations=_SAMPLE_ITERATIONS * config.gauss_newton_max_iterations,
-            patience=_SAMPLE_ITERATIONS * _PATIENCE,
-        )
-        self._sample_solver = SampleSolver(in_float64, self.normalizer.scales, config)
+        self._sample_solver = SampleSolver.of(self._settings, self.normalizer.scales, config)
 
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""

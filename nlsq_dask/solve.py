@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from nlsq_dask.stopping import StopReason
 Vector = NDArray[np.float64]
 Judge = Callable[[gn.State, gn.Trial, NormalEquations], gn.State]
 
+_MORE_ITERATIONS = 10  # times those over all rows, because they cost no reading
 # How far, in normalized parameters, the sample may take what it does not determine.
 _ANCHOR_LENGTH = 10.0
 _FREE_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
@@ -88,6 +90,17 @@ class SampleSolver:
     settings: Settings
     scales: Vector
     config: HybridStreamingConfig
+
+    @classmethod
+    def of(cls, settings: Settings, scales: Vector, config: HybridStreamingConfig) -> Self:
+        """Make one from the settings for all rows."""
+        settings = replace(
+            settings,
+            epsilon=float(np.finfo(np.float64).eps),
+            max_iterations=_MORE_ITERATIONS * settings.max_iterations,
+            patience=_MORE_ITERATIONS * settings.patience,
+        )
+        return cls(settings, scales, config)
 
     def solve(
         self,

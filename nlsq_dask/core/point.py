@@ -158,17 +158,13 @@ class Point:
 
     @property
     def has_dead_parameters(self) -> bool:
-        """Whether the model does not react to some parameter, by more than its rounding.
-
-        At a bound that is no fault: an amplitude of 0 leaves its rate undetermined.
-        """
+        """Whether the model reacts to some parameter inside its bounds by rounding alone."""
         s = self.settings
-        if ((self.params <= s.low) | (self.params >= s.high)).any():
-            return False
+        is_free = (s.low < self.params) & (self.params < s.high)
         norms = np.sqrt(np.diag(self.sums.jtj))
         rounding = s.epsilon * float(np.sqrt(self.sums.signal))
         hidden = norms * np.maximum(np.abs(self.params), s.sizes) <= rounding
-        return bool(((norms == 0.0) | hidden).any())
+        return bool((is_free & ((norms == 0.0) | hidden)).any())
 
     @property
     def is_in_a_valley(self) -> bool:
