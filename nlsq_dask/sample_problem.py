@@ -17,7 +17,7 @@ from nlsq_dask.core.model_check import check_row_wise
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.row_sums import RowSums
-from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.rows import Array, Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.errors import DataError
 
@@ -26,9 +26,11 @@ Vector = NDArray[np.float64]
 _FEW_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
 
 
-def _check_units(weighted_y: NDArray[np.float64]) -> None:
+def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
     """Raise a DataError if the squares of y / sigma leave float64."""
-    largest = float(np.abs(weighted_y).max(initial=0.0))
+    positive = np.ones(len(y), bool) if sigma is None else sigma > 0.0
+    weighted = y[positive] if sigma is None else y[positive] / sigma[positive]
+    largest = float(np.abs(weighted).max(initial=0.0))
     if largest and not SMALLEST < largest < LARGEST:
         raise DataError(
             f"y_data, divided by sigma, is of the size {largest:.0e}; its squares cannot be summed "
@@ -66,7 +68,7 @@ class SampleProblem:
         usable = rows.usable()
         y = usable.y.astype(np.float64)
         y_reference = float(y.mean()) if len(y) else 0.0
-        _check_units(y if usable.sigma is None else y / usable.sigma)
+        _check_units(y, usable.sigma)
         self._hold(rows, usable, replace(kernel, y_reference=y_reference))
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.

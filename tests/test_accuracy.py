@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,23 @@ def reference(problem: Problem, with_sigma: bool) -> tuple[np.ndarray, np.ndarra
     return _references[key]
 
 
-@pytest.mark.parametrize("with_sigma", [False, True], ids=["unweighted", "sigma"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def combinations() -> Iterator[Any]:
+    """Yield problems with all kinds of arrays; the fast run has each problem with some of them."""
+    for i, problem in enumerate(PROBLEMS):
+        for j, kind in enumerate(KINDS):
+            for with_sigma in (False, True):
+                weights = "sigma" if with_sigma else "unweighted"
+                is_fast = (i + j + with_sigma) % len(KINDS) == 0
+                yield pytest.param(
+                    problem,
+                    kind,
+                    with_sigma,
+                    id=f"{problem.name}-{kind}-{weights}",
+                    marks=[] if is_fast else [pytest.mark.slow],
+                )
+
+
+@pytest.mark.parametrize(("problem", "kind", "with_sigma"), combinations())
 def test_agrees_with_scipy(
     problem: Problem, kind: str, with_sigma: bool, scheduler: str, as_kind: Any
 ) -> None:
