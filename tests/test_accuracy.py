@@ -60,7 +60,7 @@ def combinations() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize(("problem", "kind", "with_sigma"), combinations())
+@pytest.mark.parametrize(("problem", "kind", "with_sigma"), list(combinations()))
 def test_agrees_with_scipy(
     problem: Problem, kind: str, with_sigma: bool, scheduler: str, as_kind: Any
 ) -> None:
