@@ -154,8 +154,9 @@ def loses_digits(state: State) -> bool:
 
 def resumed(state: State, sums: NormalEquations) -> State:
     """Begin anew at the accepted point, with better sums of it."""
-    point = state.point
-    return replace(start(point.params, sums, point.settings), iteration=state.iteration)
+    point, so_far = state.point, state.iteration
+    begun = start(point.params, sums, point.settings)
+    return replace(begun, iteration=so_far, progress=(so_far, *begun.progress[1:]))
 
 
 def reweighed(state: State, sums: NormalEquations) -> State:
