@@ -126,13 +126,6 @@ class SampleSolver:
             sums.make(Product.TRIANGLE)
             return reduce(params)
 
-        def judge_and_relax(state: gn.State, trial: gn.Trial, found: NormalEquations) -> gn.State:
-            state = judge(state, trial, found)
-            params = state.point.params
-            if state.stop is None and pull.relaxed(_variance(sums(params))):
-                state = gn.reweighed(state, reduce(params))
-            return state
-
         params = start
         while True:
             state = solve(
@@ -140,7 +133,7 @@ class SampleSolver:
                 gn.propose,
                 lambda state, trial: reduce(trial.params),
                 reduce_by_qr if self.config.gauss_newton_solver == "auto" else None,
-                judge_and_relax,
+                judge,
             )
             assert state.solution is not None
             params = state.solution

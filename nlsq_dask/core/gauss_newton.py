@@ -159,11 +159,6 @@ def resumed(state: State, sums: NormalEquations) -> State:
     return replace(begun, iteration=so_far, progress=(so_far, *begun.progress[1:]))
 
 
-def reweighed(state: State, sums: NormalEquations) -> State:
-    """Go on from the accepted point with sums of it that stand for another cost."""
-    return replace(state, point=replace(state.point, sums=sums), contraction=np.inf, earlier=())
-
-
 def propose(state: State) -> Trial:
     """Return the trial that minimizes the quadratic inside bounds and trust region."""
     point = state.point

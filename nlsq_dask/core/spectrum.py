@@ -48,6 +48,8 @@ class Spectrum:
             slopes = rows @ gradient
             if sums.triangle.shape[1] > p:  # the residual's column gives them without squaring
                 slopes = values * (left.T @ sums.triangle[:p, p])
+            # Where a singular value is rounding alone, so is the slope.
+            slopes = np.where(values <= rounding * values.max(), 0.0, slopes)
             return cls(values, rows.T, gradient, slopes, rounding)
         squares, vectors = np.linalg.eigh(sums.jtj / np.outer(scale, scale))
         values = np.sqrt(np.maximum(squares, 0.0))
