@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -136,8 +137,14 @@ def test_cache_on_a_cluster(process_client: Client, exact: nd.FitResult) -> None
     assert result.rows_cached > 0
     assert result.rows_read + result.rows_cached == exact.rows_read
     np.testing.assert_array_equal(result.x, exact.x)
-    process_client.run(gc.collect)
-    assert sum(process_client.run(kept_bytes).values()) == 0
+    # The scheduler tells the workers what to forget; a busy machine takes a moment for that.
+    for _ in range(100):
+        process_client.run(gc.collect)
+        left = sum(process_client.run(kept_bytes).values())
+        if not left:
+            break
+        time.sleep(0.1)
+    assert left == 0
 
 
 @pytest.fixture
