@@ -171,7 +171,7 @@ class HybridStreamingConfig:
     gauss_newton_max_iterations: int = _option(
         100,
         _int(1),
-        "Most trial points over all rows; ten times as many on the sample, which costs no reading",
+        "Most trial points over all rows; ten times as many on the sample, which is in memory.",
     )
     gauss_newton_tol: float = _option(
         1e-8,

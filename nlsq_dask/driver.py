@@ -53,7 +53,7 @@ from nlsq_dask.stopping import StopReason
 Vector = NDArray[np.float64]
 Callback = Callable[[Vector, float, int], Any]
 
-_PATIENCE = 15  # passes over all rows
+_PATIENCE = 15  # passes over all rows without progress
 
 
 class _StoppedByCallbackError(Exception):

@@ -179,8 +179,8 @@ class SampleSolver:
 class _Pull:
     """A penalty that keeps parameters near a start, as a prior of some width would.
 
-    With the variance at a bad start it is so strong that it makes minima, so it is relaxed on the
-    way.
+    With the variance at a bad start it is so strong that it makes minima, so it is relaxed where a
+    solve with it has ended.
     """
 
     start: Vector

@@ -37,11 +37,8 @@ _LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol
 # The change of the covariance as extrapolated from the step before, which has another direction,
 # has been seen 5 times too small.
 _EXTRAPOLATION_MARGIN = 5.0
-_ENDED = {
-    StopReason.ITERATION_LIMIT,
-    StopReason.CREEPING,
-    StopReason.USER_STOP,
-}  # whatever the sums say
+# Ends that better sums would not change.
+_ENDED = {StopReason.ITERATION_LIMIT, StopReason.CREEPING, StopReason.USER_STOP}
 _FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a trial's step: shorter, longer
 
 
