@@ -77,6 +77,12 @@ _WEIGHTS: Rule = (
     lambda v: hasattr(v, "__len__") and len(v) > 0 and all(_is_real(x) and x > 0 for x in v),
 )
 
+# Switches that say nothing without another option.
+_NEEDS = {
+    "enable_group_variance_regularization": "group_variance_indices",
+    "enable_residual_weighting": "residual_weights",
+}
+
 
 def _option(default: Any, rule: Rule, doc: str) -> Any:
     """Declare one option: its default, what is allowed, and what it does."""
@@ -214,14 +220,25 @@ class HybridStreamingConfig:
 
     # --- penalties and weights by group
     enable_group_variance_regularization: bool = _option(
-        False, _BOOL, "Penalize the variance within groups of parameters."
+        False,
+        _BOOL,
+        "Penalize the variance within groups of parameters: the fit minimizes "
+        "1/2 (sum r^2 + group_variance_lambda * n * sum Var(group)), with n rows used and "
+        "Var(group) = mean((p - mean(p))^2) over the parameters of a group, as they are given; "
+        "the first sum as the loss has it.",
     )
     group_variance_lambda: float = _option(0.01, _NON_NEGATIVE, "Strength of that penalty.")
     group_variance_indices: Sequence[tuple[int, int]] | None = _option(
-        None, _or(_RANGES, None), "The groups, as (start, end) ranges of parameters."
+        None,
+        _or(_RANGES, None),
+        "The groups, as (start, end) ranges of parameters, the end excluded.",
     )
     enable_residual_weighting: bool = _option(
-        False, _BOOL, "Weight residuals by group; the group is x[:, 0]."
+        False,
+        _BOOL,
+        "Weight squared residuals by group: sigma is divided by the root of the group's weight. "
+        "The group is the first column of x_data (x[:, 0], or the first of several arrays), an "
+        "integer from 0.",
     )
     residual_weights: Sequence[float] | None = _option(
         None, _or(_WEIGHTS, None), "One weight a group."
@@ -315,6 +332,9 @@ class HybridStreamingConfig:
                 raise ValueError(f"{option.name} must be {allowed}; got {value!r}.")
             if _is_int(value):  # NumPy's integers, too
                 setattr(self, option.name, int(value))
+        for switch, needed in _NEEDS.items():
+            if getattr(self, switch) and getattr(self, needed) is None:
+                raise ValueError(f"{switch}=True needs {needed}; got None.")
 
     # --- what "auto" means
 

@@ -29,6 +29,7 @@ from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
 from nlsq_dask.core.normalize import ParameterNormalizer
+from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.point import Settings
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
@@ -103,7 +104,8 @@ class Driver:
         self._loss = loss
         self._emit = emit
         self._callback = callback
-        self._passes = Passes(data, nan_policy == "omit", emit)
+        self._penalty = GroupVariance.of(config, len(parameters.names))
+        self._passes = Passes(data, nan_policy == "omit", self._penalty, emit)
         self._sample_size = config.sample_size(data.blocks.n_rows, model.layout.row_bytes)
         self._iteration = 0
         self._diagnostics: dict[str, Any] = {}
@@ -168,7 +170,7 @@ class Driver:
         details["sample"] = {"rows": len(read.rows), "blocks": read.n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
         start = self._parameters.start
-        sample = SampleProblem(self._exact_model, kernel, read.rows, start)
+        sample = SampleProblem(self._exact_model, kernel, read.rows, start, self._penalty)
         if self._passes.must_report(sample.at_start):
             self._passes.reduce(kernel, start)  # counts all bad rows, and raises
         return sample
@@ -325,16 +327,11 @@ class Driver:
         found = covariance(sums, self.normalizer.scales, absolute_sigma, epsilon)
         if not is_classical and np.isfinite(found.root).all():
             assert state.solution is not None
-            found = sandwich(found, self._root_of_scores(state.solution), sums.n_used, cov_type)
+            kernel = self._kernel.making(Product.SCORES, self._model)
+            scores = self._passes.scores(kernel, state.solution)
+            found = sandwich(found, scores, sums.n_used, cov_type)
         details["condition_number"] = found.condition_number
         return found
-
-    def _root_of_scores(self, params: Vector) -> NDArray[np.float64]:
-        """Return a root of ``sum r^2 J^T J`` over all rows, by one more pass."""
-        kernel = self._kernel.making(Product.SCORES, self._model)
-        triangle = self._passes.reduce(kernel, params).triangle
-        assert triangle is not None
-        return triangle[:, : len(params)]
 
     # --- what the phases share
 

@@ -7,13 +7,6 @@ from collections.abc import Callable
 from nlsq_dask.config import HybridStreamingConfig
 
 _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
-    (
-        "enable_group_variance_regularization",
-        lambda c: c.enable_group_variance_regularization,
-    ),
-    ("enable_residual_weighting", lambda c: c.enable_residual_weighting),
-    ("residual_weights", lambda c: c.residual_weights is not None),
-    ("group_variance_indices", lambda c: c.group_variance_indices is not None),
     ("checkpoint_dir", lambda c: c.enable_checkpoints and c.checkpoint_dir is not None),
     ("resume_from_checkpoint", lambda c: c.resume_from_checkpoint is not None),
     ("validate_numerics=False", lambda c: not c.validate_numerics),

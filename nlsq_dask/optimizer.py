@@ -280,7 +280,8 @@ def _align(
 ) -> tuple[RowBlocks, Model]:
     n_params = len(parameters.names)
     refuse_many_parameters(n_params, config)
-    blocks = align(x_data, y_data, sigma)
+    weights = config.residual_weights if config.enable_residual_weighting else None
+    blocks = align(x_data, y_data, sigma, weights)
     traced = Model(model, n_params, blocks.layout, config.dtype)
     _warn_of_float32(traced)
     return blocks, traced

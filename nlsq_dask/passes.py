@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.kernel import NormalEquationsKernel
+from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample
 from nlsq_dask.errors import DataError, NonFiniteDataError
@@ -22,6 +24,8 @@ class Passes:
     data : DataSet
     omits_nan : bool
         Whether rows with NaN or infinity are left out; if not, they are an error.
+    penalty : GroupVariance
+        Added to the sums.
     emit : callable
         Receives a ``PassFinished`` a pass.
 
@@ -30,9 +34,12 @@ class Passes:
     n_passes, rows_read, bytes_read, rows_cached : int
     """
 
-    def __init__(self, data: DataSet, omits_nan: bool, emit: Observer) -> None:
+    def __init__(
+        self, data: DataSet, omits_nan: bool, penalty: GroupVariance, emit: Observer
+    ) -> None:
         self._data = data
         self._omits_nan = omits_nan
+        self._penalty = penalty
         self._emit = emit
         self.n_passes = 0
         self.rows_read = 0
@@ -81,10 +88,26 @@ class Passes:
             self._first = sums
         return sums.with_moments_of(self._first)
 
-    def _run(self, kernel: NormalEquationsKernel, request: PassRequest) -> PassResult:
+    def scores(
+        self, kernel: NormalEquationsKernel, params: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
+        triangle = self._run(
+            kernel, PassRequest(params, is_first=False), GroupVariance()
+        ).sums.triangle
+        assert triangle is not None
+        return triangle[:, : len(params)]
+
+    def _run(
+        self,
+        kernel: NormalEquationsKernel,
+        request: PassRequest,
+        penalty: GroupVariance | None = None,
+    ) -> PassResult:
         began = time.perf_counter()
         result = self._data.reduce(kernel, request)
-        sums = result.sums
+        penalty = self._penalty if penalty is None else penalty
+        sums = penalty.added_to(result.sums, request.params, request.candidates)
         self.n_passes += 1
         self.rows_read += sums.rows_read
         self.bytes_read += sums.bytes_read
@@ -101,7 +124,7 @@ class Passes:
             )
         )
         self._check(sums)
-        return result
+        return replace(result, sums=sums)
 
     def must_report(self, sums: NormalEquations) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""

@@ -39,7 +39,7 @@ class FitResult:
         Why the fit ended, and what to try if it is not a solution.
     cost : float
         ``1/2 sum C^2 rho((r / C)^2)`` over all rows, with the scale C of the loss; ``1/2 sum r^2``
-        with the linear loss.
+        with the linear loss. A penalty on the variance of groups is part of it.
     grad : ndarray, shape (p,)
         Gradient of the cost; ``J^T r`` with the linear loss.
     optimality : float
@@ -57,7 +57,7 @@ class FitResult:
     absolute_sigma : bool
         Whether sigma was meant in absolute terms.
     sigma_sq : float
-        ``2 cost / dof``, by which pcov is scaled unless sigma is absolute.
+        ``2 cost / dof``, without a penalty, by which pcov is scaled unless sigma is absolute.
     chi2, reduced_chi2 : float
         ``sum r^2`` and ``chi2 / dof``; with the linear loss, ``2 cost`` and ``sigma_sq``.
     dof : int

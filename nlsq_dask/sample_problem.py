@@ -15,6 +15,7 @@ from nlsq_dask.core.losses import LARGEST, SMALLEST
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise
 from nlsq_dask.core.normalize import ParameterNormalizer
+from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.rows import Array, Rows
@@ -51,6 +52,7 @@ class SampleProblem:
     rows : Rows
         As they were read, unusable ones among them.
     start : ndarray, shape (p,)
+    penalty : GroupVariance
 
     Attributes
     ----------
@@ -61,9 +63,15 @@ class SampleProblem:
     """
 
     def __init__(
-        self, model: Model, kernel: NormalEquationsKernel, rows: Rows, start: Vector
+        self,
+        model: Model,
+        kernel: NormalEquationsKernel,
+        rows: Rows,
+        start: Vector,
+        penalty: GroupVariance,
     ) -> None:
         self._model = model
+        self._penalty = penalty
         self._start = start
         usable = rows.usable()
         y = usable.y.astype(np.float64)
@@ -79,8 +87,8 @@ class SampleProblem:
     def _hold(self, rows: Rows, usable: Rows, kernel: NormalEquationsKernel) -> None:
         self._rows = usable
         few = usable.take(self._spread(min(self.n_used, _FEW_ROWS)))
-        self.reduce = RowSums(self._model, kernel, rows)
-        self.reduce_few = RowSums(self._model, kernel, few)
+        self.reduce = RowSums(self._model, kernel, rows, self._penalty)
+        self.reduce_few = RowSums(self._model, kernel, few, self._penalty)
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return indices of so many usable rows, spread evenly."""
@@ -135,5 +143,6 @@ class SampleProblem:
             first_step,
             config,
             self.reduce.kernel.loss,
+            self._penalty,
             self._fingerprint,
         )

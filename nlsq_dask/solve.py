@@ -188,7 +188,8 @@ class _Pull:
     widths: Vector
 
     def added_to(self, sums: NormalEquations, params: Vector) -> NormalEquations:
-        return sums.anchored(self.variance / self.widths**2, params - self.start)
+        roots = np.sqrt(self.variance) / self.widths
+        return sums.with_rows(np.diag(roots), roots * (params - self.start))
 
     def relaxed(self, variance: float) -> bool:
         """Return whether it has become weaker, because the variance is much less than before."""

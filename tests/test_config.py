@@ -162,9 +162,6 @@ def test_every_preset_fits(name: str) -> None:
     "options",
     [
         dict(enable_multistart=True),
-        dict(residual_weights=[1.0]),
-        dict(enable_group_variance_regularization=True),
-        dict(enable_residual_weighting=True),
         dict(checkpoint_dir="here"),
         dict(resume_from_checkpoint="there"),
         dict(max_walltime=3.0),

@@ -102,12 +102,11 @@ def test_the_largest_residual_is_kept() -> None:
     assert blocks.largest[0] == 9.0
 
 
-def test_anchors_are_further_rows() -> None:
+def test_rows_added_to_a_triangle() -> None:
     rng = np.random.default_rng(0)
-    rows, weights, offset = rng.normal(size=(50, 4)), rng.uniform(1, 2, 3), rng.normal(size=3)
-    further = np.column_stack([np.diag(np.sqrt(weights)), np.sqrt(weights) * offset])
+    rows, further = rng.normal(size=(50, 4)), rng.normal(size=(3, 4))
     expected = np.linalg.qr(np.vstack([rows, further]), mode="r")
-    found = triangle.anchored(np.linalg.qr(rows, mode="r"), weights, offset)
+    found = triangle.with_rows(np.linalg.qr(rows, mode="r"), further)
     np.testing.assert_allclose(positive(found), positive(expected), rtol=1e-12)
 
 

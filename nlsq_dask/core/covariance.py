@@ -23,7 +23,8 @@ class Covariance:
     root : ndarray, shape (p, p)
         The covariance is ``root @ root.T``. It has what that loses by squaring.
     sigma_sq : float
-        Variance of a residual, ``2 cost / dof``; infinite without degrees of freedom.
+        Variance of a residual, ``2 cost / dof`` with the cost of the rows alone; infinite without
+        degrees of freedom.
     condition_number : float
         Of the column-scaled Jacobian.
     undetermined : ndarray of bool, shape (p,)
@@ -63,7 +64,7 @@ def covariance(
     """
     p = len(scales)
     dof = sums.n_used - p
-    sigma_sq = 2.0 * sums.cost / dof if dof > 0 else np.inf
+    sigma_sq = 2.0 * max(sums.cost - sums.penalty, 0.0) / dof if dof > 0 else np.inf
     norms = np.sqrt(np.diag(sums.jtj)) * scales
     columns = np.where(norms > 0.0, norms, 1.0)
     spectrum = Spectrum.of(sums, columns / scales, epsilon)

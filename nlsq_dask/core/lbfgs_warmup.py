@@ -27,6 +27,7 @@ from nlsq_dask.core.compiled_program import compiled_once
 from nlsq_dask.core.defense_layers import clip_step, cost_increased
 from nlsq_dask.core.losses import LINEAR, Loss, rho
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.penalty import GroupVariance, total_variance
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.errors import ModelError
@@ -58,6 +59,7 @@ class Problem(NamedTuple):
     inverse_sigma: Any
     n_rows: Any
     f_scale: Any
+    penalty: Any
     scales: Any
     offsets: Any
     low: Any
@@ -102,6 +104,7 @@ class Options:
     guards_cost: bool
     clips_step: bool
     loss: str
+    groups: tuple[tuple[int, int], ...]
 
 
 class _FirstStepState(NamedTuple):
@@ -175,7 +178,10 @@ def _loss(model: Model, options: Options, problem: Problem) -> Callable[[Any], A
             twice_cost = (
                 problem.f_scale**2 * rho(options.loss, (weighted / problem.f_scale) ** 2).sum()
             )
-        return twice_cost / (problem.n_rows * problem.variance)
+        mean_square = twice_cost / problem.n_rows
+        if options.groups:
+            mean_square += problem.penalty * total_variance(params, options.groups)
+        return mean_square / problem.variance
 
     return loss
 
@@ -258,6 +264,7 @@ class Warmup:
         first_step: float,
         config: HybridStreamingConfig,
         loss: Loss,
+        penalty: GroupVariance,
         fingerprint: str,
     ) -> Warmup:
         """Gather arguments and options.
@@ -278,6 +285,7 @@ class Warmup:
             Size of the first step, as layer 2 chose it.
         config : HybridStreamingConfig
         loss : Loss
+        penalty : GroupVariance
         fingerprint : str
             Of the model and its x.
         """
@@ -291,6 +299,7 @@ class Warmup:
             guards_cost=config.enable_cost_guard,
             clips_step=config.enable_step_clipping,
             loss=loss.name,
+            groups=penalty.groups,
         )
         problem = Problem(
             y=rows.y.astype(np.float64),
@@ -298,6 +307,7 @@ class Warmup:
             inverse_sigma=np.ones(1) if rows.sigma is None else 1.0 / rows.sigma.astype(np.float64),
             n_rows=np.int64(n_rows),
             f_scale=np.float64(loss.f_scale),
+            penalty=np.float64(penalty.strength),
             scales=affine[0],
             offsets=affine[1],
             low=bounds[0],

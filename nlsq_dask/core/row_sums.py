@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from nlsq_dask.core.block_loops import Product
 from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 
@@ -23,10 +24,14 @@ class RowSums:
     kernel : NormalEquationsKernel
         Of this model.
     rows : Rows
+    penalty : GroupVariance
     """
 
-    def __init__(self, model: Model, kernel: NormalEquationsKernel, rows: Rows) -> None:
+    def __init__(
+        self, model: Model, kernel: NormalEquationsKernel, rows: Rows, penalty: GroupVariance
+    ) -> None:
         self._model = model
+        self._penalty = penalty
         self._rows = rows
         self._known: dict[bytes, NormalEquations] = {}
         self.kernel = kernel
@@ -37,7 +42,7 @@ class RowSums:
         if key not in self._known:
             if len(self._known) == _REMEMBERED:
                 del self._known[next(iter(self._known))]
-            self._known[key] = self.kernel(self._rows, params)
+            self._known[key] = self._penalty.added_to(self.kernel(self._rows, params), params)
         return self._known[key]
 
     def make(self, product: Product) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -34,9 +35,12 @@ class NormalEquations:
         R of the QR factorization of ``[J r]``, where that was asked for; with a robust loss that of
         J alone, shape (p, p).
     cost : float
-        ``1/2 sum C^2 rho((r / C)^2)``, which is ``1/2 sum r^2`` with the linear loss.
+        ``1/2 sum C^2 rho((r / C)^2)``, which is ``1/2 sum r^2`` with the linear loss, and the
+        penalty.
     chi2 : float
         ``sum r^2``.
+    penalty : float
+        What of the cost does not come from rows, see ``with_rows``.
     blocks : BlockSums or None
         Of the residuals of each block; None where rows are in no block.
     weight, y_sum, y_square : float
@@ -65,6 +69,7 @@ class NormalEquations:
     cost: float
     triangle: NDArray[np.float64] | None = None
     chi2: float = 0.0
+    penalty: float = 0.0
     blocks: BlockSums | None = None
     weight: float = 0.0
     y_sum: float = 0.0
@@ -93,6 +98,7 @@ class NormalEquations:
             triangle=joined,
             cost=self.cost + other.cost,
             chi2=self.chi2 + other.chi2,
+            penalty=self.penalty + other.penalty,
             blocks=_joined(self.blocks, other.blocks),
             weight=self.weight + other.weight,
             y_sum=self.y_sum + other.y_sum,
@@ -110,25 +116,35 @@ class NormalEquations:
             candidate_costs=self.candidate_costs + other.candidate_costs,
         )
 
-    def anchored(self, weights: NDArray[np.float64], offset: NDArray[np.float64]) -> Self:
-        """Return the sums with the penalty ``1/2 sum weights * offset^2`` added.
+    def with_rows(
+        self,
+        jacobian: NDArray[np.float64],
+        residuals: NDArray[np.float64],
+        further_costs: Sequence[float] = (),
+    ) -> Self:
+        """Return the sums with a penalty added, which is a sum of squares as well.
 
         Parameters
         ----------
-        weights : ndarray, shape (p,)
-        offset : ndarray, shape (p,)
-            Parameters minus those to which they are anchored.
+        jacobian : ndarray, shape (k, p)
+        residuals : ndarray, shape (k,)
+        further_costs : sequence of float
+            The penalty at the points of ``candidate_costs``.
         """
-        pull = weights * offset
         joined = None
         if self.triangle is not None:
-            joined = triangle.anchored(self.triangle, weights, offset)
+            rows = np.column_stack([jacobian, residuals])[:, : self.triangle.shape[1]]
+            joined = triangle.with_rows(self.triangle, rows)
+        penalty = 0.5 * float(residuals @ residuals)
+        costs = self.candidate_costs
         return replace(
             self,
             triangle=joined,
-            jtj=self.jtj + np.diag(weights),
-            jtr=self.jtr + pull,
-            cost=self.cost + 0.5 * float(pull @ offset),
+            jtj=self.jtj + jacobian.T @ jacobian,
+            jtr=self.jtr + jacobian.T @ residuals,
+            cost=self.cost + penalty,
+            penalty=self.penalty + penalty,
+            candidate_costs=costs + np.asarray(further_costs) if len(further_costs) else costs,
         )
 
     def with_moments_of(self, other: Self) -> Self:

@@ -20,7 +20,6 @@ from jax import lax
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
-Vector = NDArray[np.float64]
 
 # OpenBLAS shares larger matrices among its threads, whose number would then show in the bits.
 _MOST_ENTRIES = 2**13
@@ -54,12 +53,10 @@ def extended(triangle: Any, columns: Any, n_at_once: int) -> Any:
 
 
 def merged(one: Matrix, other: Matrix) -> Matrix:
-    """Return R of the rows behind both."""
-    return np.asarray(np.linalg.qr(np.vstack([np.triu(one), np.triu(other)]), mode="r"))
+    """Return R of the rows behind both; below the diagonal an R may hold other things."""
+    return with_rows(one, np.triu(other))
 
 
-def anchored(triangle: Matrix, weights: Vector, offset: Vector) -> Matrix:
-    """Return R with the rows of the penalty ``1/2 sum weights * offset^2`` added."""
-    roots = np.sqrt(weights)
-    penalty = np.column_stack([np.diag(roots), roots * offset])[:, : triangle.shape[1]]
-    return np.asarray(np.linalg.qr(np.vstack([triangle, penalty]), mode="r"))
+def with_rows(triangle: Matrix, rows: Matrix) -> Matrix:
+    """Return R of the rows behind ``triangle`` and further ones."""
+    return np.asarray(np.linalg.qr(np.vstack([np.triu(triangle), rows]), mode="r"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from nlsq_dask.core.rows import Layout
 from nlsq_dask.data.from_array import as_dask, is_in_memory, split_mask
 from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
+from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
 
 _SMALL_CHUNK = 2**20  # bytes; coordinates, which are split without anyone noticing
@@ -103,7 +105,9 @@ def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
     return (array.name, *index, *features)
 
 
-def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
+def align(
+    x_data: Any, y_data: Any, sigma: Any = None, group_weights: Sequence[float] | None = None
+) -> RowBlocks:
     """Make one grid of blocks of x, y and sigma, reading nothing.
 
     Parameters
@@ -111,6 +115,8 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     x_data : array, tuple or dict of arrays, or names of coordinates of ``y_data``
     y_data : array
     sigma : array, optional
+    group_weights : sequence of float, optional
+        Weights of the groups of rows, see ``weighted_sigma``.
 
     Raises
     ------
@@ -155,6 +161,8 @@ def align(x_data: Any, y_data: Any, sigma: Any = None) -> RowBlocks:
     x = others[: len(x)]
     deviation = others[len(x) : len(x) + len(deviation)]
     masks = others[len(x) + len(deviation) :]
+    if group_weights is not None:
+        deviation = [weighted_sigma(x[0], y.ndim, next(iter(deviation), None), group_weights)]
     layout = Layout(
         x_names,
         features,

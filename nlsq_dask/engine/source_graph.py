@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dask.array as da
 import numpy as np
-from dask import optimize  # type: ignore[attr-defined]
 from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
+from dask.core import flatten
+from dask.highlevelgraph import HighLevelGraph
 
 from nlsq_dask.core.rows import Layout
 from nlsq_dask.data.alignment import RowBlocks
@@ -82,10 +84,12 @@ class SourceGraph:
 
     def __init__(self, blocks: RowBlocks) -> None:
         self._blocks = blocks
-        graph: dict[Key, Any] = {}
-        for array in optimize(*blocks.arrays):
-            graph.update(array.__dask_graph__())
-        self._nodes: dict[Key, GraphNode] = convert_legacy_graph(graph)
+        # All arrays at once: dask.optimize would do it one by one, and what is made from another of
+        # them (a sigma that is a share of y) would read that a second time.
+        graph = HighLevelGraph.merge(*(array.__dask_graph__() for array in blocks.arrays))
+        keys = list(flatten([array.__dask_keys__() for array in blocks.arrays]))
+        optimized = da.Array.__dask_optimize__(graph, keys)
+        self._nodes: dict[Key, GraphNode] = convert_legacy_graph(dict(optimized))
         # Arrays that the caller has persisted: their keys are futures of the cluster.
         self._futures = {
             key: value

@@ -1,0 +1,104 @@
+"""``GroupVariance``: a penalty on parameters that differ from the others of their group.
+
+What a fit minimizes is
+
+    1/2 (sum_i C^2 rho((r_i / C)^2) + lambda n sum_g Var(p_g))
+
+with n the number of rows used and ``Var(p_g) = 1/m sum_j (p_gj - mean(p_g))^2`` over the m
+parameters of a group, in the caller's units. It is a sum of squares, so it enters cost, gradient
+and ``J^T J`` as so many more rows would: ``sqrt(lambda n / m) (p_gj - mean(p_g))``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.sums import NormalEquations
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupVariance:
+    """The penalty; without groups it is none.
+
+    Attributes
+    ----------
+    strength : float
+        The ``lambda`` of the formula.
+    groups : tuple of (int, int)
+        Ranges of parameters, the end excluded.
+    """
+
+    strength: float = 0.0
+    groups: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, config: HybridStreamingConfig, n_params: int) -> Self:
+        """Return what a configuration asks for.
+
+        Raises
+        ------
+        ValueError
+            If a group names parameters that there are not.
+        """
+        indices = config.group_variance_indices
+        if not config.enable_group_variance_regularization or indices is None:
+            return cls()
+        for start, end in indices:
+            if end > n_params:
+                raise ValueError(
+                    f"group_variance_indices has the range ({start}, {end}), but the model has "
+                    f"{n_params} parameters; the end of a range, which is excluded, may be at most "
+                    f"{n_params}."
+                )
+        return cls(config.group_variance_lambda, tuple((int(a), int(b)) for a, b in indices))
+
+    def residuals(self, params: Vector, n_rows: int) -> Vector:
+        """Return the residuals of the further rows; half their sum of squares is the penalty."""
+        parts = [self._factor(a, b, n_rows) * _centered(params[a:b]) for a, b in self.groups]
+        return np.concatenate([np.zeros(0), *parts])
+
+    def jacobian(self, n_params: int, n_rows: int) -> NDArray[np.float64]:
+        """Return their Jacobian, which does not depend on the parameters."""
+        unit = np.eye(n_params)
+        parts = [self._factor(a, b, n_rows) * _centered(unit[a:b]) for a, b in self.groups]
+        return np.vstack([np.zeros((0, n_params)), *parts])
+
+    def _factor(self, start: int, end: int, n_rows: int) -> float:
+        return float(np.sqrt(self.strength * n_rows / (end - start)))
+
+    def added_to(
+        self, sums: NormalEquations, params: Vector, candidates: Vector | None = None
+    ) -> NormalEquations:
+        """Return sums over rows with the penalty for as many rows.
+
+        Parameters
+        ----------
+        sums : NormalEquations
+        params : ndarray, shape (p,)
+            Where the sums were taken.
+        candidates : ndarray, shape (k, p), optional
+            Where the further costs were.
+        """
+        if not self.groups:
+            return sums
+        n = sums.n_used
+        points = () if candidates is None else candidates
+        further = [0.5 * float(np.sum(self.residuals(point, n) ** 2)) for point in points]
+        return sums.with_rows(self.jacobian(len(params), n), self.residuals(params, n), further)
+
+
+def _centered(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(values - values.mean(axis=0))
+
+
+def total_variance(params: Any, groups: tuple[tuple[int, int], ...]) -> Any:
+    """Return the sum of the groups' variances (traced)."""
+    return sum((jnp.var(params[a:b]) for a, b in groups), jnp.zeros((), params.dtype))

@@ -1,0 +1,65 @@
+"""Weights by group: sigma of each row is divided by the root of its group's weight.
+
+So a row counts with ``w (r / sigma)^2`` in the cost, and everything that follows from sigma follows
+from the weights: residuals, robust losses, chi-square, covariance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.errors import DataError
+
+
+def weighted_sigma(
+    groups: da.Array, n_dims: int, sigma: da.Array | None, weights: Sequence[float]
+) -> da.Array:
+    """Return sigma with the weights in it, lazily, wherever ``groups`` or sigma vary.
+
+    Parameters
+    ----------
+    groups : dask.array.Array
+        The first x array; of one with features, the first of these. Numbers of groups from 0 on.
+    n_dims : int
+        Dimensions of y.
+    sigma : dask.array.Array or None
+        In the same grid of blocks.
+    weights : sequence of float
+        One a group.
+    """
+    if groups.ndim > n_dims:
+        groups = groups[..., 0]
+    arrays = [groups] if sigma is None else [groups, sigma]
+    found: da.Array = da.map_blocks(
+        _weigh,
+        *arrays,
+        inverse_roots=1.0 / np.sqrt(np.asarray(weights, np.float64)),
+        dtype=np.float64,
+        meta=np.empty((0,) * n_dims),
+    )
+    return found
+
+
+def _weigh(
+    groups: NDArray[Any],
+    sigma: NDArray[Any] | float = 1.0,
+    *,
+    inverse_roots: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    numbers = np.asarray(groups, np.float64)
+    is_finite = np.isfinite(numbers)
+    index = np.where(is_finite, numbers, 0.0).astype(np.int64)
+    is_wrong = is_finite & ((index != numbers) | (index < 0) | (index >= len(inverse_roots)))
+    if is_wrong.any():
+        raise DataError(
+            f"with enable_residual_weighting the first column of x_data is the number of a row's "
+            f"group, an integer from 0 to {len(inverse_roots) - 1} for the {len(inverse_roots)} "
+            f"residual_weights; a row has {numbers[is_wrong][0]:g}."
+        )
+    # Where x is not finite the row is bad already, and nan_policy says what becomes of it.
+    return np.asarray(inverse_roots[index] * sigma)
