@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
-from nlsq_dask.core.block_loops import Product
 from nlsq_dask.core.covariance import Covariance, covariance, sandwich
 from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
-from nlsq_dask.core.kernel import NormalEquationsKernel, piece_rows_for
+from nlsq_dask.core.kernel import piece_rows_for
 from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.point import Settings
+from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.engine.reduce import DataSet

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.kernel import NormalEquationsKernel
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample

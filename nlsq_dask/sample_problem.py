@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.block_loops import BLOCK_ROWS
-from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.lbfgs_warmup import Warmup
 from nlsq_dask.core.losses import LARGEST, SMALLEST
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.prediction import PredictionKernel

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
-from nlsq_dask.core.block_loops import Product
 from nlsq_dask.core.point import Point, Settings
+from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.stopping import StopReason

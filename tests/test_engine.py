@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
 from nlsq_dask.core import kernel
-from nlsq_dask.core.block_loops import Product
+from nlsq_dask.core.product_loops import Product
 from nlsq_dask.engine.group import kept_bytes
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
@@ -277,8 +277,8 @@ def test_several_devices_share_the_work(solver: str, loss: str) -> None:
 
 @pytest.mark.parametrize("product", list(Product))
 def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
-    from nlsq_dask.core.kernel import NormalEquationsKernel
     from nlsq_dask.core.model import Model
+    from nlsq_dask.core.normal_equations import NormalEquationsKernel
     from nlsq_dask.core.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)

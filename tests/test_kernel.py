@@ -17,8 +17,8 @@ import nlsq_dask as nd
 from nlsq_dask.core import block_loops
 from nlsq_dask.core import kernel as kernel_module
 from nlsq_dask.core.jacobian import Mode, choose_mode
-from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NormalEquations

@@ -12,11 +12,11 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask.core import triangle
-from nlsq_dask.core.block_loops import Product
 from nlsq_dask.core.jacobian import Mode
-from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
+from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.rows import Layout, Rows
 
 

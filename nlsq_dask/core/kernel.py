@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import (
-    BLOCK_ROWS,
-    Product,
-    accumulator,
-    block_rows_for,
-    combined,
-    no_rows,
-)
+from nlsq_dask.core.block_loops import BLOCK_ROWS, Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.core.block_sums import BlockSums
-from nlsq_dask.core.compiled_program import Program, traced_once
+from nlsq_dask.core.compiled_program import Program
 from nlsq_dask.core.devices import CPU, platform_of, usable_devices
-from nlsq_dask.core.jacobian import Mode, choose_mode
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.placed_rows import Piece, PlacedRows
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Array, Layout
-from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
+from nlsq_dask.core.sums import NO_BLOCK, Sums
 from nlsq_dask.core.windows import SLACK, Memory, MemoryPool, windows
 
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
@@ -62,31 +55,50 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
     return spec(layout.y_dtype), model.x_specs(n_rows), spec(layout.sigma_dtype), spec(mask)
 
 
-def _trace_sums(
+def trace_sums(
     model: Model,
-    loss: str,
-    product: Product,
+    make_loops: MakeLoops,
     piece_rows: int,
-    mode: Mode,
+    nothing: Any,
+    point: tuple[tuple[int, ...], ...],
     platform: str,
 ) -> Program:
-    p = model.n_params
+    """Trace the program that adds a piece of rows to running sums.
+
+    Parameters
+    ----------
+    model : Model
+    make_loops : callable
+        See ``accumulator``.
+    piece_rows : int
+    nothing : Carry
+        The sums over no rows.
+    point : tuple of tuple of int
+        Shapes of what the loops take.
+    platform : str
+    """
     arrays = _rows_spec(model, piece_rows + SLACK)
 
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
-    carry = no_rows(p, MOST_CANDIDATES, piece_rows, platform, product)
     return Program.trace(
-        accumulator(model, loss, product, piece_rows, mode, platform),
-        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), carry),
-        (spec("f8", p), spec("f8", p + 1), spec("f8", MOST_CANDIDATES, p)),
+        accumulator(make_loops, model.dtype),
+        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), nothing),
+        (*(spec("f8", *shape) for shape in point), spec("f8", MOST_CANDIDATES, model.n_params)),
         (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
         arrays,
         jax.tree.map(lambda _: spec("i8"), arrays),
         platform=platform,
     )
+
+
+def no_rows(sums: Any, piece_rows: int, platform: str) -> Carry:
+    """Return the sums over no rows, with those that are a kernel's own."""
+    n_lanes = lanes_for(piece_rows, platform)
+    counts, costs = np.zeros(4, np.int64), np.zeros((MOST_CANDIDATES, n_lanes))
+    return sums, counts, np.zeros((3, n_lanes)), costs
 
 
 class RowSource(Protocol):
@@ -101,12 +113,13 @@ class RowSource(Protocol):
         """All arrays, in the order y, x..., sigma, mask."""
 
 
-S = TypeVar("S", bound=RowSource)
+Source = TypeVar("Source", bound=RowSource)
+S = TypeVar("S", bound=Sums)
 
 
 @dataclass(frozen=True)
-class NormalEquationsKernel:
-    """Rows and parameters in, ``NormalEquations`` out.
+class RowKernel(ABC, Generic[S]):
+    """Rows and parameters in, sums out.
 
     Attributes
     ----------
@@ -116,15 +129,11 @@ class NormalEquationsKernel:
     n_params : int
     piece_rows : int
         Rows that one call of the program is given.
-    factors : tuple of float
-        Powers of two, one a column of the Jacobian and one for the residual, by which these are
-        multiplied before their products are summed; they keep float32 away from its limits.
+    block_rows : dict of str to int
+        Rows of a block, by platform.
     y_reference : float
-        The y0 of ``NormalEquations``.
+        The y0 of ``Sums``.
     loss : Loss
-    product : Product
-        With ``SCORES``, R is that of ``r J``, whose ``R^T R = sum r^2 J^T J`` is the middle of a
-        sandwich covariance; with a robust loss ``rho' r`` takes the place of r.
     uses_all_devices : bool
         Whether a process shares its pieces among its devices; else it takes the first.
     memory : MemoryPool
@@ -135,144 +144,77 @@ class NormalEquationsKernel:
     layout: Layout
     n_params: int
     piece_rows: int
-    factors: tuple[float, ...]
+    block_rows: dict[str, int]
     y_reference: float = 0.0
     loss: Loss = field(default_factory=Loss)
-    product: Product = Product.GRAM
     uses_all_devices: bool = False
     memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
 
-    @classmethod
-    def trace(
-        cls,
-        model: Model,
-        piece_rows: int,
-        mode: Mode | None = None,
-        platforms: tuple[str, ...] = (CPU,),
-        loss: Loss | None = None,
-        product: Product = Product.GRAM,
-    ) -> Self:
-        """Trace the kernel of this model for pieces of this length.
+    @abstractmethod
+    def _no_sums(self, platform: str) -> Any:
+        """Return the kernel's own sums over no rows."""
 
-        The mode of the Jacobian is chosen by ``choose_mode`` unless it is given.
-        """
-        with x64():
-            jaxpr = model.jaxpr()
-            mode = mode or choose_mode(model, jaxpr)
-        loss = loss or Loss()
-        how = loss.name, product, piece_rows, mode
-        what = (cls, model.layout, model.dtype, model.n_params, *how)
-        programs = {
-            platform: traced_once(
-                (*what, platform), jaxpr, partial(_trace_sums, model, *how, platform)
-            )
-            for platform in platforms
-        }
-        factors = (1.0,) * (model.n_params + 1)
-        return cls(
-            programs,
-            model.layout,
-            model.n_params,
-            piece_rows,
-            factors,
-            loss=loss,
-            product=product,
-        )
+    @abstractmethod
+    def _combined(self, one: Any, other: Any) -> Any:
+        """Return the kernel's own sums over the rows of both."""
 
-    def making(self, product: Product, model: Model) -> Self:
-        """Return the kernel of the same model that makes another product.
-
-        With a robust loss, ``ROOT`` takes the place of ``TRIANGLE``.
-        """
-        if product is Product.TRIANGLE and not self.loss.is_linear:
-            product = Product.ROOT
-        if product is self.product:
-            return self
-        platforms = tuple(self.programs)
-        other = self.trace(
-            model, self.piece_rows, platforms=platforms, loss=self.loss, product=product
-        )
-        return replace(self, programs=other.programs, product=product)
-
-    def __call__(
+    def _sum(
         self,
         source: RowSource | PlacedRows,
-        params: NDArray[np.float64],
-        block: int = NO_BLOCK,
-        *,
-        candidates: NDArray[np.float64] | None = None,
-        wants_moments: bool = True,
-    ) -> NormalEquations:
+        point: tuple[NDArray[np.float64], ...],
+        candidates: NDArray[np.float64] | None,
+        wants_moments: bool,
+    ) -> tuple[Any, dict[str, Any]]:
         """Sum over some rows, in pieces of ``piece_rows``.
 
         The running sums are carried from piece to piece. In float64, and without rows left out,
         where the rows are cut has no influence on the bits of the result.
 
-        Parameters
-        ----------
-        source : RowSource or PlacedRows
-        params : ndarray, shape (p,)
-        block : int
-            Flat index of the block, to name it where rows are bad.
-        candidates : ndarray, shape (k, p), optional
-            At most ``MOST_CANDIDATES`` points at which the cost is wanted, too.
-        wants_moments : bool
-            Whether to sum what depends on the data alone.
+        Returns
+        -------
+        sums
+            The kernel's own.
+        common : dict
+            Fields of ``Sums`` that do not depend on the kind of kernel.
         """
-        p, y0, factors = self.n_params, self.y_reference, np.array(self.factors)
-        points = np.empty((0, p)) if candidates is None else candidates
-        padded = np.zeros((MOST_CANDIDATES, p))
+        points = np.empty((0, self.n_params)) if candidates is None else candidates
+        padded = np.zeros((MOST_CANDIDATES, self.n_params))
         padded[: len(points)] = points
+        y0 = self.y_reference
         numbers = np.float64(y0), np.float64(self.loss.f_scale)
         options = (*numbers, np.bool_(wants_moments), np.int64(len(points)))
-        found = self._accumulate(source, (params, factors, padded), options)
-        (lanes, residuals), counts, moments, costs = found
-        upper = np.triu(lanes.sum(axis=-1))
-        triangle, is_root = None, self.product is Product.ROOT
-        if self.product is Product.GRAM:
-            upper = upper / factors[:, None] / factors
-            gram = upper + np.triu(upper, 1).T
-        else:
-            upper = upper / factors
-            triangle = upper[:p, :p] if is_root else upper
-            if self.product is Product.SCORES:
-                triangle[:p, :p] /= factors[p]
-            gram = triangle.T @ triangle
-        jtr = upper[:p, p] / factors[:p] if is_root else gram[:p, p]
-        rho, squares = residuals.sum(axis=-1)
-        # With the linear loss the Gram matrix holds the sum of squares.
-        twice_cost, chi2 = self.loss.f_scale**2 * rho, squares / factors[p] ** 2
-        if self.loss.is_linear:
-            twice_cost = chi2 = gram[p, p]
-        largest = np.sqrt(lanes[p, 0].max()) / factors[p]
+        sums, counts, moments, costs = self._accumulate(source, (*point, padded), options)
         weight, y_sum, y_square = map(float, moments.sum(axis=-1))
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
-        n_bad = math.prod(source.shape) - n_masked - n_used
-        return NormalEquations(
-            jtj=gram[:p, :p],
-            jtr=jtr,
-            triangle=triangle,
-            cost=0.5 * float(twice_cost),
-            chi2=float(chi2),
-            blocks=None if block == NO_BLOCK else BlockSums.of(block, chi2, n_used, largest),
-            weight=weight,
-            y_sum=y_sum,
-            y_square=y_square,
-            signal=y_square + y0 * (2.0 * y_sum + y0 * weight),
-            n_used=n_used,
-            n_masked=n_masked,
-            n_bad=n_bad,
-            n_nonfinite=n_nonfinite,
-            n_bad_sigma=n_bad_sigma,
-            first_bad_block=block if n_bad else NO_BLOCK,
-            candidate_costs=0.5 * self.loss.f_scale**2 * costs[: len(points)].sum(axis=-1),
-        )
+        return sums, {
+            "weight": weight,
+            "y_sum": y_sum,
+            "y_square": y_square,
+            "signal": y_square + y0 * (2.0 * y_sum + y0 * weight),
+            "n_used": n_used,
+            "n_masked": n_masked,
+            "n_bad": math.prod(source.shape) - n_masked - n_used,
+            "n_nonfinite": n_nonfinite,
+            "n_bad_sigma": n_bad_sigma,
+            "candidate_costs": 0.5 * self.loss.f_scale**2 * costs[: len(points)].sum(axis=-1),
+        }
+
+    @staticmethod
+    def _of_block(
+        block: int, common: dict[str, Any], chi2: float, largest: float
+    ) -> dict[str, Any]:
+        """Return fields of ``Sums`` that name the block."""
+        if block == NO_BLOCK:
+            return {}
+        return {
+            "blocks": BlockSums.of(block, chi2, common["n_used"], largest),
+            "first_bad_block": block if common["n_bad"] else NO_BLOCK,
+        }
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
         """Run the program over all pieces; the carries of several devices are combined."""
         devices, platform = self._devices()
-        start = no_rows(self.n_params, MOST_CANDIDATES, self.piece_rows, platform, self.product)
-        carries = [start] * len(devices)
+        carries = [no_rows(self._no_sums(platform), self.piece_rows, platform)] * len(devices)
         most_in_flight = _IN_FLIGHT * len(devices)
         in_flight: deque[Any] = deque()
         with self.memory.borrow(most_in_flight + 1) as memory:
@@ -285,10 +227,14 @@ class NormalEquationsKernel:
                 in_flight.append(carries[i])
                 if len(in_flight) > most_in_flight:
                     jax.block_until_ready(in_flight.popleft())
-            join = partial(combined, product=self.product)
-            return reduce(join, (jax.tree.map(np.asarray, carry) for carry in carries))
+            return reduce(self._join, (jax.tree.map(np.asarray, carry) for carry in carries))
 
-    def placed(self, source: S) -> S | PlacedRows:
+    def _join(self, one: Carry, other: Carry) -> Carry:
+        (sums, *rest), (other_sums, *other_rest) = one, other
+        counts, moments, costs = (a + b for a, b in zip(rest, other_rest, strict=True))
+        return self._combined(sums, other_sums), counts, moments, costs
+
+    def placed(self, source: Source) -> Source | PlacedRows:
         """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""
         devices, platform = self._devices()
         if platform in _HOST_PLATFORMS:
@@ -317,7 +263,7 @@ class NormalEquationsKernel:
         if isinstance(source, PlacedRows):
             yield from source.pieces
             return
-        rows = self.piece_rows, block_rows_for(self.piece_rows, platform)
+        rows = self.piece_rows, self.block_rows[platform]
         for *pair, n_rows in windows(source.arrays, source.shape, *rows, memory):
             arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
             yield Piece(arrays, offsets, n_rows)

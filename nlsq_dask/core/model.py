@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlsq_dask.core.rows import Layout
+from nlsq_dask.core.vectorized import of_vector
 
 TRACED_ROWS = 1024  # in a jaxpr; more than a model would have of anything else
+_MANY_PARAMS = 64  # from which on tracing them one by one takes time that is felt
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,14 @@ class Model:
         return jax.make_jaxpr(self.__call__)(self.x_specs(TRACED_ROWS), params)
 
     def __call__(self, x: Sequence[Any], params: Any) -> Any:
-        """Evaluate the function on flat x arrays; ``params`` is one array of shape (p,)."""
-        return jnp.asarray(self.raw(x, params)).astype(self.dtype)
+        """Evaluate the function on flat x arrays.
+
+        ``params`` is one array of shape (p,), or p single numbers.
+        """
+        if self.n_params < _MANY_PARAMS or isinstance(params, Sequence):
+            return jnp.asarray(self.raw(x, params)).astype(self.dtype)
+        values = of_vector(lambda *numbers: jnp.asarray(self.raw(x, numbers)), params)
+        return values.astype(self.dtype)
 
     def raw(self, x: Sequence[Any], params: Any) -> Any:
         """Return what the function itself returns, whatever that is."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import Product
-from nlsq_dask.core.kernel import NormalEquationsKernel
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
+from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 

@@ -1,10 +1,10 @@
-"""``NormalEquations``: what one pass over rows brings back, and how two of them combine."""
+"""What one pass over rows brings back, and how the sums of two parts of the rows combine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,32 +15,46 @@ from nlsq_dask.core.block_sums import BlockSums
 NO_BLOCK = -1
 
 
+def _first_of(one: int, other: int) -> int:
+    """Return the smaller of two indices of blocks, of those that are any."""
+    return min((block for block in (one, other) if block != NO_BLOCK), default=NO_BLOCK)
+
+
 def _joined(one: BlockSums | None, other: BlockSums | None) -> BlockSums | None:
     return one.combine(other) if one and other else one or other
 
 
-@dataclass(frozen=True)
-class NormalEquations:
-    """Sums over rows that determine a Gauss-Newton step, all in float64.
+def _merged(
+    one: NDArray[np.float64] | None, other: NDArray[np.float64] | None
+) -> NDArray[np.float64] | None:
+    return None if one is None or other is None else triangle.merged(one, other)
+
+
+# How fields combine that are not just added.
+_COMBINE: dict[str, Any] = {
+    "blocks": _joined,
+    "first_bad_block": _first_of,
+    "triangle": _merged,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Sums over rows, all in float64, without what a step is solved from.
 
     With residuals ``r = (model - y) / sigma`` and their Jacobian ``J``.
 
     Attributes
     ----------
-    jtj : ndarray, shape (p, p)
-        ``J^T J``.
     jtr : ndarray, shape (p,)
         ``J^T r``, the gradient of the cost.
-    triangle : ndarray, shape (p + 1, p + 1), or None
-        R of the QR factorization of ``[J r]``, where that was asked for; with a robust loss that of
-        J alone, shape (p, p).
     cost : float
         ``1/2 sum C^2 rho((r / C)^2)``, which is ``1/2 sum r^2`` with the linear loss, and the
         penalty.
     chi2 : float
         ``sum r^2``.
     penalty : float
-        What of the cost does not come from rows, see ``with_rows``.
+        What of the cost does not come from rows, see ``GroupVariance``.
     blocks : BlockSums or None
         Of the residuals of each block; None where rows are in no block.
     weight, y_sum, y_square : float
@@ -64,10 +78,8 @@ class NormalEquations:
         The cost at further points.
     """
 
-    jtj: NDArray[np.float64]
     jtr: NDArray[np.float64]
     cost: float
-    triangle: NDArray[np.float64] | None = None
     chi2: float = 0.0
     penalty: float = 0.0
     blocks: BlockSums | None = None
@@ -88,33 +100,58 @@ class NormalEquations:
 
     def combine(self, other: Self) -> Self:
         """Return the sums over the rows of both."""
-        blocks = [b for b in (self.first_bad_block, other.first_bad_block) if b != NO_BLOCK]
-        joined = None
-        if self.triangle is not None and other.triangle is not None:
-            joined = triangle.merged(self.triangle, other.triangle)
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return type(self)(
-            jtj=self.jtj + other.jtj,
-            jtr=self.jtr + other.jtr,
-            triangle=joined,
-            cost=self.cost + other.cost,
-            chi2=self.chi2 + other.chi2,
-            penalty=self.penalty + other.penalty,
-            blocks=_joined(self.blocks, other.blocks),
-            weight=self.weight + other.weight,
-            y_sum=self.y_sum + other.y_sum,
-            y_square=self.y_square + other.y_square,
-            signal=self.signal + other.signal,
-            n_used=self.n_used + other.n_used,
-            n_masked=self.n_masked + other.n_masked,
-            n_bad=self.n_bad + other.n_bad,
-            n_nonfinite=self.n_nonfinite + other.n_nonfinite,
-            n_bad_sigma=self.n_bad_sigma + other.n_bad_sigma,
-            first_bad_block=min(blocks, default=NO_BLOCK),
-            rows_read=self.rows_read + other.rows_read,
-            bytes_read=self.bytes_read + other.bytes_read,
-            rows_cached=self.rows_cached + other.rows_cached,
-            candidate_costs=self.candidate_costs + other.candidate_costs,
+            **{name: _COMBINE[name](a, b) if name in _COMBINE else a + b for name, a, b in pairs}
         )
+
+    def with_moments_of(self, other: Sums) -> Self:
+        """Return these sums with those of the data alone taken from others over the same rows."""
+        return replace(
+            self,
+            weight=other.weight,
+            y_sum=other.y_sum,
+            y_square=other.y_square,
+            signal=other.signal,
+        )
+
+    @property
+    def n_omitted(self) -> int:
+        """Rows that are not in the sums, masked or bad."""
+        return self.n_masked + self.n_bad
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model and its Jacobian were finite at every row that counts."""
+        return (
+            self.n_nonfinite == 0
+            and bool(np.isfinite(self.cost))
+            and bool(np.isfinite(self.jtr).all())
+        )
+
+    @property
+    def total_variation(self) -> float:
+        """Weighted sum of squares of y about its weighted mean."""
+        if self.weight == 0.0:
+            return 0.0
+        return max(self.y_square - self.y_sum * (self.y_sum / self.weight), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalEquations(Sums):
+    """Sums that determine a Gauss-Newton step.
+
+    Attributes
+    ----------
+    jtj : ndarray, shape (p, p)
+        ``J^T J``.
+    triangle : ndarray, shape (p + 1, p + 1), or None
+        R of the QR factorization of ``[J r]``, where that was asked for; with a robust loss that of
+        J alone, shape (p, p).
+    """
+
+    jtj: NDArray[np.float64]
+    triangle: NDArray[np.float64] | None = None
 
     def with_rows(
         self,
@@ -147,34 +184,25 @@ class NormalEquations:
             candidate_costs=costs + np.asarray(further_costs) if len(further_costs) else costs,
         )
 
-    def with_moments_of(self, other: Self) -> Self:
-        """Return these sums with those of the data alone taken from others over the same rows."""
-        return replace(
-            self,
-            weight=other.weight,
-            y_sum=other.y_sum,
-            y_square=other.y_square,
-            signal=other.signal,
-        )
-
-    @property
-    def n_omitted(self) -> int:
-        """Rows that are not in the sums, masked or bad."""
-        return self.n_masked + self.n_bad
-
     @property
     def is_finite(self) -> bool:
         """Whether the model and its Jacobian were finite at every row that counts."""
-        return (
-            self.n_nonfinite == 0
-            and bool(np.isfinite(self.cost))
-            and bool(np.isfinite(self.jtr).all())
-            and bool(np.isfinite(self.jtj).all())
-        )
+        return super().is_finite and bool(np.isfinite(self.jtj).all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSums(Sums):
+    """Sums for many parameters: nothing is larger than a vector of them.
+
+    Attributes
+    ----------
+    products : ndarray, shape (k, p)
+        ``J^T J v`` for each of k directions.
+    """
+
+    products: NDArray[np.float64]
 
     @property
-    def total_variation(self) -> float:
-        """Weighted sum of squares of y about its weighted mean."""
-        if self.weight == 0.0:
-            return 0.0
-        return max(self.y_square - self.y_sum * (self.y_sum / self.weight), 0.0)
+    def is_finite(self) -> bool:
+        """Whether the model and its derivatives were finite at every row that counts."""
+        return super().is_finite and bool(np.isfinite(self.products).all())

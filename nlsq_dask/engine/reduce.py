@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.kernel import NormalEquationsKernel
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.alignment import RowBlocks

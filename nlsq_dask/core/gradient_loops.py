@@ -1,0 +1,157 @@
+"""Gradient of the cost and products ``J^T J v``, block by block, without any Jacobian.
+
+Derivatives along directions come from pushing these through the model, and the sums over rows from
+pulling residuals back, so that nothing is larger than the rows of a block or the parameters.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nlsq_dask.core.block_loops import (
+    BlockLoops,
+    MakeLoops,
+    block_rows_for,
+    dot,
+    lanes_for,
+)
+from nlsq_dask.core.losses import LINEAR
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.rows import Rows
+
+_MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
+
+# The running sums:
+# - vectors (1 + directions, p): J^T r, and J^T J v for each direction;
+# - residuals (2, lanes): sums of rho(z) and of r^2;
+# - largest (): the largest r^2.
+GradientTotals = tuple[Any, Any, Any]
+
+
+def no_gradient(n_params: int, n_directions: int, piece_rows: int, platform: str) -> GradientTotals:
+    """Return the sums over no rows at all."""
+    n_lanes = lanes_for(piece_rows, platform)
+    return np.zeros((1 + n_directions, n_params)), np.zeros((2, n_lanes)), np.zeros(())
+
+
+def combined_gradients(one: GradientTotals, other: GradientTotals) -> GradientTotals:
+    """Return the sums over the rows of both, in NumPy."""
+    (vectors, residuals, largest), (other_vectors, other_residuals, other_largest) = one, other
+    return vectors + other_vectors, residuals + other_residuals, max(largest, other_largest)
+
+
+class GradientLoops(BlockLoops):
+    """Loops whose sums are ``GradientTotals``; parameters and directions are their point."""
+
+    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+        """Return the model's values, the block's vectors and its residuals."""
+        params, directions = self._point
+        x = rows.x if usable is None else _with_usable(rows.x, usable)
+        values, push = jax.linearize(lambda q: self._model(x, q), params)
+        pull = jax.linear_transpose(push, params)
+        weight: Any = jnp.ones((), values.dtype)
+        if rows.sigma is not None:
+            weight = 1 / rows.sigma.astype(values.dtype)
+        residual = (values - target) * weight
+        if usable is not None:
+            residual = jnp.where(usable, residual, 0)
+            weight = jnp.where(usable, weight, 0)
+        rho, slope, curvature = residual**2, residual, jnp.ones_like(residual)
+        if self._loss != LINEAR:
+            rho, jacobian_scale, residual_scale = self._robust(residual, jnp.ones(()))
+            slope = residual * (jacobian_scale * residual_scale)
+            curvature = jacobian_scale**2
+        changes = jax.vmap(push)(directions) * (weight**2 * curvature)
+        (vectors,) = jax.vmap(pull)(jnp.concatenate([(slope * weight)[None], changes]))
+        if usable is not None:  # a block without any is of no meaning
+            vectors = jnp.where(usable.any(), vectors, 0)
+        return values, (vectors, rho, residual)
+
+    def added(self, sums: Any, part: Any) -> Any:
+        """Return the sums with a block added."""
+        (totals, residuals, largest), (vectors, rho, residual) = sums, part
+        n_lanes = residuals.shape[-1]
+        parts = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
+        return (
+            totals + vectors.astype(totals.dtype),
+            residuals + jnp.stack(parts).astype(residuals.dtype),
+            jnp.maximum(largest, (residual**2).max().astype(largest.dtype)),
+        )
+
+    def is_finite(self, sums: Any) -> Any:
+        """Look at all of them."""
+        vectors, residuals, _ = sums
+        return jnp.isfinite(vectors).all() & jnp.isfinite(residuals).all()
+
+
+class DiagonalLoops(GradientLoops):
+    """Loops that have the diagonal of ``J^T J`` in the place of a product.
+
+    It takes the gradient of every row by itself, a few rows at a time.
+    """
+
+    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+        """Return the model's values, the block's vectors and its residuals."""
+        values, (vectors, rho, residual) = super().part(rows, target, usable)
+        params, _ = self._point
+        x = rows.x if usable is None else _with_usable(rows.x, usable)
+        weight = jnp.ones_like(residual)
+        if rows.sigma is not None:
+            weight = 1 / rows.sigma.astype(values.dtype)
+        if self._loss != LINEAR:
+            weight = weight * self._robust(residual, jnp.ones(()))[1]
+        if usable is not None:
+            weight = jnp.where(usable, weight, 0)
+        most = max(_MOST_ENTRIES // self._model.n_params, 1)
+        n_at_once = min(1 << (most.bit_length() - 1), self._block_rows)
+
+        def of_row(row: Any, q: Any) -> Any:
+            return self._model(tuple(leaf[None] for leaf in row), q)[0]
+
+        def add(total: Any, some: Any) -> tuple[Any, None]:
+            x, weight = some
+            gradients = jax.vmap(jax.grad(of_row, argnums=1), (0, None))(x, params)
+            return total + ((gradients * weight[:, None]) ** 2).sum(axis=0), None
+
+        def split(array: Any) -> Any:
+            return array.reshape(-1, n_at_once, *array.shape[1:])
+
+        start = jnp.zeros_like(params)
+        diagonal, _ = lax.scan(add, start, jax.tree.map(split, (x, weight)))
+        if usable is not None:
+            diagonal = jnp.where(usable.any(), diagonal, 0)
+        return values, (jnp.stack([vectors[0], diagonal]), rho, residual)
+
+
+def _with_usable(x: tuple[Any, ...], usable: Any) -> tuple[Any, ...]:
+    """Return x with a usable row in the place of each that is not.
+
+    What is pulled back from a row with a NaN is NaN even where its residual is set to zero.
+    """
+    first = jnp.argmax(usable)
+
+    def replaced(leaf: Any) -> Any:
+        counts = usable if leaf.ndim == 1 else usable[:, None]
+        return jnp.where(counts, leaf, leaf[first])
+
+    return tuple(map(replaced, x))
+
+
+def gradient_block_rows(n_params: int, piece_rows: int, platform: str) -> int:
+    """Return how many rows are a block: as many as parameters, or sums of these would dominate."""
+    enough = 1 << max(n_params - 1, 1).bit_length()
+    return min(max(block_rows_for(piece_rows, platform), enough), piece_rows)
+
+
+def gradient_loops(
+    model: Model, loss: str, is_diagonal: bool, piece_rows: int, platform: str
+) -> MakeLoops:
+    """Return what makes the loops over pieces of this length."""
+    kind = DiagonalLoops if is_diagonal else GradientLoops
+    return partial(kind, model, loss, gradient_block_rows(model.n_params, piece_rows, platform))

@@ -1,0 +1,321 @@
+"""Gauss-Newton for many parameters: each step by preconditioned conjugate gradients.
+
+As in ``gauss_newton``, a state asks for sums and is told them; here they are ``GradientSums``, with
+the product ``J^T J v`` for one direction, and every product is a reduction over the rows as a trial
+is. Nothing is larger than a vector of parameters.
+
+The gradients are flexible: their preconditioner may itself be solved by iteration. A step is
+shortened where the cost does not fall as the quadratic promises.
+
+References
+----------
+Y. Notay, "Flexible conjugate gradients", SIAM Journal on Scientific Computing 22, 1444-1460 (2000).
+J. Nocedal and S. J. Wright, "Numerical Optimization", 2nd edition, chapters 5 and 7 (2006).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigvalsh_tridiagonal
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.sums import GradientSums
+from nlsq_dask.stopping import StopReason
+
+Vector = NDArray[np.float64]
+# Applied to a vector it gives about what the inverse of J^T J would.
+Preconditioner = Callable[[Vector], Vector]
+MakePreconditioner = Callable[[Vector], Preconditioner]
+
+_ACCEPT = 1e-4  # share of the promised reduction that an accepted step brings at least
+_SHORTER = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
+_DOUBTFUL = 0.1  # of the residual: from here on a step may be too long for the quadratic
+_LEAST_SHARE = 1e-9  # of a step; a shorter one is none
+_MARGIN = (
+    2.0  # by which what conjugate gradients leave out may be larger than their Ritz values say
+)
+
+
+@dataclass(frozen=True)
+class CgSettings:
+    """What stays the same during a solve.
+
+    Attributes
+    ----------
+    tol : float
+        Of the step as a whole, see ``HybridStreamingConfig.gauss_newton_tol``.
+    max_iterations : int
+        Trials.
+    cg_max_iterations : int
+        Products a step.
+    cg_relative, cg_absolute : float
+        Norms of the residual of a step that end its solve, relative to the first one or not.
+    epsilon : float
+        Machine epsilon of the arithmetic in which the model is evaluated.
+    """
+
+    tol: float
+    max_iterations: int
+    cg_max_iterations: int
+    cg_relative: float
+    cg_absolute: float
+    epsilon: float
+
+    @classmethod
+    def of(cls, config: HybridStreamingConfig, dtype: str) -> Self:
+        """Return what a configuration asks for."""
+        return cls(
+            tol=config.gauss_newton_tol,
+            max_iterations=config.gauss_newton_max_iterations,
+            cg_max_iterations=config.cg_max_iterations,
+            cg_relative=config.cg_relative_tolerance,
+            cg_absolute=config.cg_absolute_tolerance,
+            epsilon=float(np.finfo(dtype).eps),
+        )
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """Conjugate gradients on ``J^T J step = -J^T r``, so far.
+
+    Attributes
+    ----------
+    step : ndarray, shape (p,)
+    residual : ndarray, shape (p,)
+    direction : ndarray, shape (p,)
+        The next; its product is wanted.
+    square : float
+        Of the residual, in the norm of the preconditioner.
+    first_square : float
+        The same at the start.
+    reduction : float
+        By how much the step reduces the quadratic.
+    lengths, turns : tuple of float
+        The coefficients so far: of directions in the step, and of a direction in the next.
+    """
+
+    step: Vector
+    residual: Vector
+    direction: Vector
+    square: float
+    first_square: float
+    reduction: float = 0.0
+    lengths: tuple[float, ...] = ()
+    turns: tuple[float, ...] = ()
+
+    @classmethod
+    def begin(cls, gradient: Vector, precondition: Preconditioner) -> Self:
+        """Start from a step of zero."""
+        residual = -gradient
+        direction = precondition(residual)
+        square = max(float(residual @ direction), 0.0)
+        return cls(np.zeros_like(residual), residual, direction, square, square)
+
+    def continued(self, product: Vector, precondition: Preconditioner) -> Self | None:
+        """Return the solve with the direction's product known, or None if it leads nowhere."""
+        curvature = float(self.direction @ product)
+        if not curvature > 0.0:
+            return None
+        length = self.square / curvature
+        residual = self.residual - length * product
+        preconditioned = precondition(residual)
+        square = max(float(residual @ preconditioned), 0.0)
+        turn = max(square - float(self.residual @ preconditioned), 0.0) / self.square
+        return replace(
+            self,
+            step=self.step + length * self.direction,
+            residual=residual,
+            direction=preconditioned + turn * self.direction,
+            square=square,
+            reduction=self.reduction + 0.5 * length * self.square,
+            lengths=(*self.lengths, length),
+            turns=(*self.turns, turn),
+        )
+
+    @property
+    def least_ritz_value(self) -> float:
+        """The least eigenvalue, known so far, of J^T J times the preconditioner."""
+        lengths, turns = np.array(self.lengths), np.array(self.turns)
+        diagonal = 1.0 / lengths
+        diagonal[1:] += turns[:-1] / lengths[:-1]
+        beside = np.sqrt(turns[:-1]) / lengths[:-1]
+        return float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(0, 0))[0])
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of the rows.
+
+    Attributes
+    ----------
+    params : ndarray, shape (p,)
+    direction : ndarray, shape (p,), or None
+        Where ``J^T J v`` is wanted, if anywhere.
+    candidates : ndarray, shape (k, p)
+        Where the cost alone is wanted.
+    """
+
+    params: Vector
+    direction: Vector | None
+    candidates: NDArray[np.float64]
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether cost and gradient at new parameters are wanted."""
+        return self.direction is None
+
+
+@dataclass(frozen=True)
+class CgState:
+    """An accepted point, with a step from it that is being solved or tried.
+
+    Attributes
+    ----------
+    params : ndarray, shape (p,)
+    sums : GradientSums
+    settings : CgSettings
+    linear : LinearSolve
+    touched : ndarray of bool, shape (p,)
+        Parameters on which some row has been seen to depend.
+    share : float or None
+        Of the step that is tried; None while it is being solved.
+    least_eigenvalue : float
+        Of J^T J times the preconditioner, as Ritz values have shown.
+    iteration : int
+        Trials judged so far.
+    n_products : int
+        Products so far.
+    stop : StopReason or None
+    solution : ndarray, shape (p,), or None
+        Where the solve ended; a last step beyond ``params`` if one was taken without a trial.
+    """
+
+    params: Vector
+    sums: GradientSums
+    settings: CgSettings
+    linear: LinearSolve
+    touched: NDArray[np.bool_]
+    share: float | None = None
+    least_eigenvalue: float = 1.0
+    iteration: int = 0
+    n_products: int = 0
+    stop: StopReason | None = None
+    solution: Vector | None = None
+
+    @property
+    def wanted(self) -> Ask:
+        """What is to be told next."""
+        if self.share is None:
+            return Ask(self.params, self.linear.direction, np.empty((0, len(self.params))))
+        is_long = self.linear.reduction > _DOUBTFUL**2 * self.sums.cost
+        shares = np.array(_SHORTER if is_long or self.share < 1.0 else ()) * self.share
+        candidates = self.params + shares[:, None] * self.linear.step
+        return Ask(self.params + self.share * self.linear.step, None, candidates)
+
+    @property
+    def mean_square(self) -> float:
+        """The mean squared weighted residual."""
+        return 2.0 * self.sums.cost / max(self.sums.n_used, 1)
+
+    @property
+    def noise(self) -> float:
+        """Differences of the cost below this are rounding."""
+        cost, eps = self.sums.cost, self.settings.epsilon
+        return 32 * eps * cost + eps * float(np.sqrt(2 * cost * self.sums.signal))
+
+
+def begin(
+    params: Vector, sums: GradientSums, settings: CgSettings, precondition: MakePreconditioner
+) -> CgState:
+    """Begin at parameters whose sums are known."""
+    if not sums.is_finite:
+        nowhere = LinearSolve.begin(np.zeros_like(params), lambda vector: vector)
+        stop = StopReason.NON_FINITE_START
+        touched = np.ones(len(params), bool)
+        return CgState(params, sums, settings, nowhere, touched, stop=stop, solution=params)
+    linear = LinearSolve.begin(sums.jtr, precondition(params))
+    return _solved(CgState(params, sums, settings, linear, sums.jtr != 0.0))
+
+
+def told(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
+    """Go on with the sums that the state has asked for."""
+    touched = state.touched | (sums.jtr != 0.0) | (sums.products != 0.0).any(axis=0)
+    state = replace(state, touched=touched)
+    if state.share is not None:
+        return _judged(state, sums, precondition)
+    state = replace(state, n_products=state.n_products + 1)
+    linear = state.linear.continued(sums.products[0], precondition(state.params))
+    if linear is None:
+        return _tried(state)
+    least = min(state.least_eigenvalue, linear.least_ritz_value)
+    return _solved(replace(state, linear=linear, least_eigenvalue=least))
+
+
+def _solved(state: CgState) -> CgState:
+    """Stop if the step is known well enough to be taken as the last, or else go on with it."""
+    linear, settings = state.linear, state.settings
+    # What the step still leaves of the quadratic's reduction, by the least eigenvalue seen.
+    left = _MARGIN * 0.5 * linear.square / max(state.least_eigenvalue, settings.epsilon)
+    if linear.reduction + left <= settings.tol**2 * state.sums.cost:
+        return replace(state, stop=StopReason.REDUCTION, solution=state.params + linear.step)
+    if linear.reduction + left <= state.noise * settings.epsilon:
+        return replace(state, stop=StopReason.FLOOR, solution=state.params + linear.step)
+    norms = np.sqrt(linear.square), np.sqrt(linear.first_square)
+    enough = max(settings.cg_relative * norms[1], settings.cg_absolute)
+    is_enough = bool(linear.lengths) and norms[0] <= enough
+    if is_enough or len(linear.lengths) >= settings.cg_max_iterations:
+        return _tried(state)
+    return state
+
+
+def _tried(state: CgState) -> CgState:
+    """Try the step, or stop where there is none."""
+    if not state.linear.step.any():  # no direction has any curvature
+        stop = StopReason.FLOOR if state.linear.square <= state.noise else StopReason.STALLED
+        return replace(state, stop=stop, solution=state.params)
+    return replace(state, share=1.0)
+
+
+def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
+    """Accept or reject the trial."""
+    assert state.share is not None
+    state = replace(state, iteration=state.iteration + 1)
+    asked, share = state.wanted, state.share
+    if sums.is_finite:
+        promised = _promised(state.linear, share)
+        gain = state.sums.cost - sums.cost
+        is_below_noise = promised <= state.noise
+        if gain >= _ACCEPT * promised or is_below_noise:
+            linear = LinearSolve.begin(sums.jtr, precondition(asked.params))
+            if is_below_noise and not linear.square <= 0.25 * state.linear.first_square:
+                return replace(state, stop=StopReason.FLOOR, solution=state.params)
+            return _limited(
+                _solved(replace(state, params=asked.params, sums=sums, linear=linear, share=None))
+            )
+    good = [
+        factor
+        for factor, cost in zip(_SHORTER, sums.candidate_costs, strict=False)
+        if state.sums.cost - cost >= _ACCEPT * _promised(state.linear, factor * share)
+    ]
+    share *= max(good, default=_SHORTER[-1] if len(sums.candidate_costs) else _SHORTER[0])
+    if share < _LEAST_SHARE:
+        stop = StopReason.STALLED if sums.is_finite else StopReason.NON_FINITE_STEP
+        return replace(state, stop=stop, solution=state.params)
+    return _limited(replace(state, share=share))
+
+
+def _promised(linear: LinearSolve, share: float) -> float:
+    """Return by how much the quadratic falls along a share of the step."""
+    # Conjugate gradients end at the least of the quadratic along their step.
+    return linear.reduction * share * (2.0 - share)
+
+
+def _limited(state: CgState) -> CgState:
+    if state.stop is None and state.iteration >= state.settings.max_iterations:
+        return replace(state, stop=StopReason.ITERATION_LIMIT, solution=state.params)
+    return state

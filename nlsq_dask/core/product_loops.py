@@ -1,0 +1,221 @@
+"""Products of Jacobian and residual, block by block: what a step is solved from.
+
+Jacobian and residual of a block are stacked, so that one product gives ``J^T J``, ``J^T r`` and
+``r^T r`` together.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nlsq_dask.core.block_loops import (
+    BlockLoops,
+    MakeLoops,
+    block_rows_for,
+    dot,
+    lane_sums,
+    lanes_for,
+)
+from nlsq_dask.core.devices import CPU
+from nlsq_dask.core.jacobian import Mode, residual_and_jacobian
+from nlsq_dask.core.losses import LINEAR
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.triangle import extended, merged, part_rows
+
+_MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
+
+
+class Product(Enum):
+    """What is made of Jacobian and residual, a square matrix of p + 1 columns.
+
+    Only its upper triangle is of meaning; the largest r^2 is kept in the corner below. The last
+    column of a ``ROOT`` is J^T r and r^T r.
+    """
+
+    GRAM = "gram"  # [J r]^T [J r]
+    TRIANGLE = "triangle"  # R of the QR factorization of [J r]
+    ROOT = "root"  # R of that of J; scaled by a robust loss, r spans too many orders for a column
+    SCORES = "scores"  # R of J's rows times the derivative of the cost by the residual
+
+    @property
+    def is_factorized(self) -> bool:
+        """Whether it comes from QR factorizations."""
+        return self is not Product.GRAM
+
+
+# The running sums, most of them in lanes:
+# - matrix (p+1, p+1, lanes): see ``Product``;
+# - residuals (2, lanes): sums of rho(z) and of r^2, nothing with the linear loss, where the Gram
+#   product holds both.
+ProductSums = tuple[Any, Any]
+
+
+def no_product(n_params: int, piece_rows: int, platform: str, product: Product) -> ProductSums:
+    """Return the sums over no rows at all."""
+    n_rows, n_lanes = n_params + 1, lanes_for(piece_rows, platform)
+    is_in_lanes = n_rows <= _MOST_IN_LANES and not product.is_factorized
+    matrix = np.zeros((n_rows, n_rows, n_lanes if is_in_lanes else 1))
+    return matrix, np.zeros((2, n_lanes))
+
+
+def combined_products(one: ProductSums, other: ProductSums, product: Product) -> ProductSums:
+    """Return the sums over the rows of both, in NumPy."""
+    (matrix, residuals), (other_matrix, other_residuals) = one, other
+    total = _add_gram(np, matrix, other_matrix)
+    if product.is_factorized:
+        end = -1 if product is Product.ROOT else None
+        largest = total[-1, 0, 0]
+        total[:end, :end, 0] = merged(matrix[:end, :end, 0], other_matrix[:end, :end, 0])
+        total[-1, 0, 0] = largest
+    return total, residuals + other_residuals
+
+
+def _add_gram(library: Any, gram: Any, other: Any) -> Any:
+    """Add two Gram matrices, and take the larger of the two r^2 that they keep."""
+    n_rows = len(gram)
+    keeps_largest = np.zeros((n_rows, n_rows, 1), bool)
+    keeps_largest[-1, 0] = True
+    larger = library.where(gram > other, gram, other)
+    return library.where(keeps_largest, larger, gram + other)
+
+
+def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
+    """Return the products of all pairs of rows, as ``Product`` has them.
+
+    What is below the diagonal is of no meaning, except for the largest square of ``residual``; that
+    is the last row if it is None.
+    """
+    n_rows = len(stacked)
+    if n_lanes == 1:
+        product = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
+        last_row = stacked[-1] if residual is None else residual
+        return product.at[-1, 0, 0].set((last_row**2).max())
+    parts = stacked.reshape(n_rows, -1, n_lanes)
+
+    def row(i: int) -> Any:
+        return lane_sums(parts.shape[1], lambda k: parts[i:, k] * parts[i, k])
+
+    def last(k: int) -> Any:
+        return parts[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
+
+    squares = (last(k) * last(k) for k in range(parts.shape[1]))
+    largest = reduce(lambda a, b: jnp.where(a > b, a, b), squares)
+    rows = [jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows - 1)]
+    between = jnp.zeros((n_rows - 2, n_lanes), stacked.dtype)
+    return jnp.stack([*rows, jnp.concatenate([largest[None], between, row(n_rows - 1)])])
+
+
+class ProductLoops(BlockLoops):
+    """Loops whose sums are ``ProductSums``; parameters and factors are their point.
+
+    Parameters
+    ----------
+    model : Model
+    loss : str
+    block_rows : int
+    *args
+        As for ``BlockLoops``.
+    product : Product
+    part_rows : int
+        Rows that are factorized at once.
+    mode : Mode
+        Of the Jacobian.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: str,
+        block_rows: int,
+        *args: Any,
+        product: Product,
+        part_rows: int,
+        mode: Mode,
+    ) -> None:
+        super().__init__(model, loss, block_rows, *args)
+        self._product = product
+        self._part_rows = part_rows
+        self._linearized = residual_and_jacobian(model, mode)
+
+    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+        """Return the model's values and Jacobian and residual, stacked."""
+        values, stacked = self._linearized(rows.x, target, *self._point)
+        if rows.sigma is not None:
+            stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
+        if usable is not None:
+            # Masked after it was computed, not before: a NaN in a row left out must not spread.
+            stacked = jnp.where(usable, stacked, 0)
+        return values, stacked
+
+    def added(self, sums: Any, part: Any) -> Any:
+        """Return the sums with the product of a block added."""
+        matrix, residuals = sums
+        stacked, residual = part, part[-1]
+        jacobian_scale: Any = 1
+        residual_scale: Any = 1
+        if self._loss != LINEAR:
+            _, factors = self._point
+            terms, jacobian_scale, residual_scale = self._robust(residual, factors[-1])
+            n_lanes = residuals.shape[-1]
+            ones = jnp.ones_like(terms)
+            parts = dot(terms, ones, n_lanes), dot(residual, residual, n_lanes)
+            residuals = residuals + jnp.stack(parts).astype(residuals.dtype)
+        is_scores = self._product is Product.SCORES
+        if is_scores:
+            jacobian_scale = residual * (jacobian_scale * residual_scale)
+        is_scaled = is_scores or self._loss != LINEAR
+        if is_scaled:
+            scaled = stacked[:-1] * jacobian_scale, (residual * residual_scale)[None]
+            stacked = jnp.concatenate(scaled)
+        if self._product.is_factorized:
+            return self._factorized(matrix, stacked, residual)[..., None], residuals
+        new = _gram(stacked, residual if is_scaled else None, matrix.shape[-1])
+        return _add_gram(jnp, matrix, new.astype(matrix.dtype)), residuals
+
+    def is_finite(self, sums: Any) -> Any:
+        """Look at sums of squares, of which one at least is infinite or NaN if any product is."""
+        return jnp.isfinite(jnp.trace(sums[0])).all()
+
+    def plain_stretch(self, start: Any, end: Any, sums: Any) -> Any:
+        """Add several blocks without masks.
+
+        In float32 lanes are short enough for sums of their own, which saves conversions. In float64
+        blocks are added one by one, so that it does not matter where stretches begin.
+        """
+        dtype, matrix = self._model.dtype, sums[0]
+        if matrix.shape[-1] == 1 or dtype == matrix.dtype:
+            return super().plain_stretch(start, end, sums)
+        nothing = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
+        part = super().plain_stretch(start, end, nothing)
+        gram, residuals = (array.astype(matrix.dtype) for array in part)
+        return _add_gram(jnp, matrix, gram), sums[1] + residuals
+
+    def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
+        """Return R of the rows so far, which are in ``matrix``, and of a block."""
+        triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
+        if self._product is not Product.ROOT:
+            new = extended(triangle, stacked, self._part_rows)
+        else:
+            root = extended(triangle[:-1, :-1], stacked[:-1], self._part_rows)
+            column = jnp.matmul(stacked, stacked[-1], precision=lax.Precision.HIGHEST)
+            new = jnp.pad(root, ((0, 1), (0, 1))).at[:, -1].set(triangle[:, -1] + column)
+        largest = jnp.maximum(matrix[-1, 0, 0], (residual**2).max())
+        return new.at[-1, 0].set(largest)
+
+
+def product_loops(
+    model: Model, loss: str, product: Product, piece_rows: int, mode: Mode, platform: str
+) -> MakeLoops:
+    """Return what makes the loops over pieces of this length."""
+    block_rows = block_rows_for(piece_rows, platform)
+    n_at_once = part_rows(model.n_params + 1, block_rows) if platform == CPU else block_rows
+    how = partial(ProductLoops, product=product, part_rows=n_at_once, mode=mode)
+    return partial(how, model, loss, block_rows)

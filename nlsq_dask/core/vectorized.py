@@ -1,0 +1,66 @@
+"""A function of many single parameters as a function of one vector of them.
+
+A model takes its parameters one by one, ``model(x, *params)``, and with thousands of them puts them
+together again, ``jnp.stack(params)``. Differentiating through that costs an operation a parameter,
+to trace, to compile and to run. So the model is traced with single numbers, and run with the vector
+wherever it stacks consecutive parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import jax
+
+
+def of_vector(function: Callable[..., Any], params: Any) -> Any:
+    """Return ``function(*params)`` for a vector, shape (p,); traced.
+
+    Parameters
+    ----------
+    function : callable
+        Takes p single numbers and returns an array.
+    params : array, shape (p,)
+    """
+    numbers = [jax.ShapeDtypeStruct((), params.dtype)] * len(params)
+    closed = jax.make_jaxpr(function)(*numbers)
+    jaxpr = closed.jaxpr
+    spans = {variable: range(i, i + 1) for i, variable in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        span = _span(equation, spans)
+        if span is not None:
+            spans[equation.outvars[0]] = span
+    inputs: dict[Any, Any] = {}
+    needed, kept = set(jaxpr.outvars), []
+    for equation in reversed(jaxpr.eqns):
+        made = [v for v in equation.outvars if v in needed]
+        span = spans.get(made[0]) if made else None
+        if span is not None and len(span) > 1:
+            inputs[made[0]] = params[span.start : span.stop]
+        elif made or equation.effects:
+            kept.append(equation)
+            needed.update(v for v in equation.invars if not hasattr(v, "val"))
+    inputs |= {v: params[i] for i, v in enumerate(jaxpr.invars) if v in needed}
+    rest = jaxpr.replace(invars=list(inputs), eqns=kept[::-1], debug_info=None)
+    (result,) = jax.core.eval_jaxpr(rest, closed.consts, *inputs.values())
+    return result
+
+
+def _span(equation: Any, spans: dict[Any, range]) -> range | None:
+    """Return which parameters the result consists of, if these are all of it, and in order."""
+    found = equation.outvars[0].aval
+    parts = [None if hasattr(atom, "val") else spans.get(atom) for atom in equation.invars]
+    first = parts[0] if parts else None
+    if first is None or found.ndim > 1:
+        return None
+    if equation.primitive.name in ("broadcast_in_dim", "reshape", "convert_element_type"):
+        is_same = found.size == len(first) and found.dtype == equation.invars[0].aval.dtype
+        return first if is_same else None
+    if equation.primitive.name not in ("stack", "concatenate"):
+        return None
+    for part, following in pairwise(parts):
+        if part is None or following is None or part.stop != following.start:
+            return None
+    return range(first.start, first.start + found.size)
