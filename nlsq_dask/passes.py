@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.core.gradient_kernel import GradientKernel
+from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.sums import GradientSums, NormalEquations, Sums
 from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample
 from nlsq_dask.errors import DataError, NonFiniteDataError
 from nlsq_dask.events import Observer, PassFinished
+
+S = TypeVar("S", bound=Sums)
 
 
 class Passes:
@@ -45,7 +51,7 @@ class Passes:
         self.rows_read = 0
         self.bytes_read = 0
         self.rows_cached = 0
-        self._first: NormalEquations | None = None
+        self._first: Sums | None = None
 
     def sample(self, rows: int, seed: int) -> Sample:
         """Read a few blocks and take rows from each."""
@@ -60,10 +66,11 @@ class Passes:
         params: NDArray[np.float64],
         sample_rows: int,
         seed: int,
-    ) -> PassResult:
+    ) -> PassResult[NormalEquations]:
         """Sum over all rows as ``reduce`` does, and bring back rows from all blocks."""
         share = min(1.0, sample_rows / self._data.blocks.n_rows)
-        result = self._run(kernel, PassRequest(params, None, True, share, seed))
+        request = PassRequest(params, sample_share=share, seed=seed)
+        result = self._run(kernel, request, self._penalized(request))
         self._first = result.sums
         return result
 
@@ -83,31 +90,46 @@ class Passes:
             Points at which the cost is wanted, too.
         """
         request = PassRequest(params, candidates, is_first=self._first is None)
-        sums = self._run(kernel, request).sums
-        if self._first is None:
-            self._first = sums
-        return sums.with_moments_of(self._first)
+        return self._with_moments(self._run(kernel, request, self._penalized(request)).sums)
+
+    def reduce_gradient(
+        self,
+        kernel: GradientKernel,
+        params: NDArray[np.float64],
+        candidates: NDArray[np.float64] | None = None,
+        directions: NDArray[np.float64] | None = None,
+    ) -> GradientSums:
+        """Do the same without matrices, and with products of ``directions``, shape (k, p)."""
+
+        def penalized(sums: GradientSums) -> GradientSums:
+            return self._penalty.added_to_gradient(sums, params, candidates, directions)
+
+        request = PassRequest(params, candidates, directions, is_first=self._first is None)
+        return self._with_moments(self._run(kernel, request, penalized).sums)
 
     def scores(
         self, kernel: NormalEquationsKernel, params: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
-        triangle = self._run(
-            kernel, PassRequest(params, is_first=False), GroupVariance()
-        ).sums.triangle
+        request = PassRequest(params, is_first=False)
+        triangle = self._run(kernel, request, lambda sums: sums).sums.triangle
         assert triangle is not None
         return triangle[:, : len(params)]
 
+    def _penalized(self, request: PassRequest) -> Callable[[NormalEquations], NormalEquations]:
+        return lambda sums: self._penalty.added_to(sums, request.params, request.candidates)
+
+    def _with_moments(self, sums: S) -> S:
+        if self._first is None:
+            self._first = sums
+        return sums.with_moments_of(self._first)
+
     def _run(
-        self,
-        kernel: NormalEquationsKernel,
-        request: PassRequest,
-        penalty: GroupVariance | None = None,
-    ) -> PassResult:
+        self, kernel: RowKernel[S], request: PassRequest, penalized: Callable[[S], S]
+    ) -> PassResult[S]:
         began = time.perf_counter()
         result = self._data.reduce(kernel, request)
-        penalty = self._penalty if penalty is None else penalty
-        sums = penalty.added_to(result.sums, request.params, request.candidates)
+        sums = penalized(result.sums)
         self.n_passes += 1
         self.rows_read += sums.rows_read
         self.bytes_read += sums.bytes_read
@@ -126,11 +148,11 @@ class Passes:
         self._check(sums)
         return replace(result, sums=sums)
 
-    def must_report(self, sums: NormalEquations) -> bool:
+    def must_report(self, sums: Sums) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""
         return bool(sums.n_bad_sigma or (sums.n_bad and not self._omits_nan))
 
-    def _check(self, sums: NormalEquations) -> None:
+    def _check(self, sums: Sums) -> None:
         n_rows, grid = self._data.blocks.n_rows, self._data.blocks.grid
         if sums.n_bad_sigma:
             raise DataError(

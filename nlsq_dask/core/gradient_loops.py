@@ -101,7 +101,7 @@ class DiagonalLoops(GradientLoops):
         values, (vectors, rho, residual) = super().part(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
-        weight = jnp.ones_like(residual)
+        weight: Any = jnp.ones_like(residual)
         if rows.sigma is not None:
             weight = 1 / rows.sigma.astype(values.dtype)
         if self._loss != LINEAR:

@@ -151,6 +151,14 @@ class RowKernel(ABC, Generic[S]):
     memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
 
     @abstractmethod
+    def __call__(self, *args: Any, **options: Any) -> S:
+        """Sum over some rows.
+
+        All kernels take a source of rows, parameters, the flat index of the block, ``candidates``
+        and ``wants_moments``.
+        """
+
+    @abstractmethod
     def _no_sums(self, platform: str) -> Any:
         """Return the kernel's own sums over no rows."""
 

@@ -35,6 +35,7 @@ MakePreconditioner = Callable[[Vector], Preconditioner]
 _ACCEPT = 1e-4  # share of the promised reduction that an accepted step brings at least
 _SHORTER = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
 _DOUBTFUL = 0.1  # of the residual: from here on a step may be too long for the quadratic
+_LOOSEST = 0.1  # residual of a step's solve, relative to the first one
 _LEAST_SHARE = 1e-9  # of a step; a shorter one is none
 _MARGIN = (
     2.0  # by which what conjugate gradients leave out may be larger than their Ritz values say
@@ -54,7 +55,8 @@ class CgSettings:
     cg_max_iterations : int
         Products a step.
     cg_relative, cg_absolute : float
-        Norms of the residual of a step that end its solve, relative to the first one or not.
+        Norms of the residual of a step that end its solve, relative to the first one or not. The
+        relative one is looser where the step is long (Nocedal and Wright, section 7.1).
     epsilon : float
         Machine epsilon of the arithmetic in which the model is evaluated.
     """
@@ -265,9 +267,11 @@ def _solved(state: CgState) -> CgState:
         return replace(state, stop=StopReason.REDUCTION, solution=state.params + linear.step)
     if linear.reduction + left <= state.noise * settings.epsilon:
         return replace(state, stop=StopReason.FLOOR, solution=state.params + linear.step)
-    norms = np.sqrt(linear.square), np.sqrt(linear.first_square)
-    enough = max(settings.cg_relative * norms[1], settings.cg_absolute)
-    is_enough = bool(linear.lengths) and norms[0] <= enough
+    # Far from the solution the quadratic itself is off by about the length of the step.
+    length = float(np.sqrt(linear.reduction / state.sums.cost)) if state.sums.cost else 0.0
+    relative = max(settings.cg_relative, min(length, _LOOSEST))
+    enough = max(relative * float(np.sqrt(linear.first_square)), settings.cg_absolute)
+    is_enough = bool(linear.lengths) and float(np.sqrt(linear.square)) <= enough
     if is_enough or len(linear.lengths) >= settings.cg_max_iterations:
         return _tried(state)
     return state
@@ -283,9 +287,9 @@ def _tried(state: CgState) -> CgState:
 
 def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
     """Accept or reject the trial."""
-    assert state.share is not None
-    state = replace(state, iteration=state.iteration + 1)
     asked, share = state.wanted, state.share
+    assert share is not None
+    state = replace(state, iteration=state.iteration + 1)
     if sums.is_finite:
         promised = _promised(state.linear, share)
         gain = state.sums.cost - sums.cost

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -157,7 +156,7 @@ class NormalEquations(Sums):
         self,
         jacobian: NDArray[np.float64],
         residuals: NDArray[np.float64],
-        further_costs: Sequence[float] = (),
+        further_costs: NDArray[np.float64] | None = None,
     ) -> Self:
         """Return the sums with a penalty added, which is a sum of squares as well.
 
@@ -165,7 +164,7 @@ class NormalEquations(Sums):
         ----------
         jacobian : ndarray, shape (k, p)
         residuals : ndarray, shape (k,)
-        further_costs : sequence of float
+        further_costs : ndarray, optional
             The penalty at the points of ``candidate_costs``.
         """
         joined = None
@@ -181,7 +180,7 @@ class NormalEquations(Sums):
             jtr=self.jtr + jacobian.T @ residuals,
             cost=self.cost + penalty,
             penalty=self.penalty + penalty,
-            candidate_costs=costs + np.asarray(further_costs) if len(further_costs) else costs,
+            candidate_costs=costs if further_costs is None else costs + further_costs,
         )
 
     @property

@@ -6,14 +6,14 @@ import uuid
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
+from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.rows import Rows
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
@@ -51,6 +51,8 @@ class PassRequest:
         Where the sums are wanted.
     candidates : ndarray, shape (k, p), or None
         Where the cost alone is wanted.
+    directions : ndarray, shape (k, p), or None
+        Where products are wanted, of a kernel that makes them.
     is_first : bool
         Whether to sum what depends on the data alone.
     sample_share : float
@@ -60,16 +62,20 @@ class PassRequest:
 
     params: NDArray[np.float64]
     candidates: NDArray[np.float64] | None = None
+    directions: NDArray[np.float64] | None = None
     is_first: bool = True
     sample_share: float = 0.0
     seed: int = 0
 
 
+S = TypeVar("S", bound=Sums)
+
+
 @dataclass(frozen=True)
-class PassResult:
+class PassResult(Generic[S]):
     """What a pass, or a part of one, brings back: sums, and perhaps some rows."""
 
-    sums: NormalEquations
+    sums: S
     sample: Rows | None
 
 
@@ -112,7 +118,7 @@ class DataSet:
         if self._workers.shares_memory and not blocks.in_memory:
             self._read_ahead = ReadAhead(self._workers.most_threads)
         self._groups = hold("group", held, self._workers)
-        self._kernel: tuple[NormalEquationsKernel, Any] | None = None
+        self._kernel: tuple[RowKernel[Any], Any] | None = None
 
     def close(self) -> None:
         """Let go of what is held on the workers."""
@@ -131,7 +137,7 @@ class DataSet:
         """Platforms of the processes that will run kernels."""
         return self._workers.platforms()
 
-    def reduce(self, kernel: NormalEquationsKernel, request: PassRequest) -> PassResult:
+    def reduce(self, kernel: RowKernel[S], request: PassRequest) -> PassResult[S]:
         """Sum over all rows: one pass."""
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
@@ -158,7 +164,7 @@ class DataSet:
             following = turns[self._workers.most_threads :]
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead)
-        result: PassResult = graph.run(combined)
+        result: PassResult[S] = graph.run(combined)
         return result
 
     def sample(self, sample_rows: int, seed: int) -> Sample:
@@ -175,26 +181,28 @@ class DataSet:
 
 
 def _reduce_group(
-    group: Group, kernel: NormalEquationsKernel, request: PassRequest, *inputs: Any
-) -> PassResult:
+    group: Group, kernel: RowKernel[S], request: PassRequest, *inputs: Any
+) -> PassResult[S]:
     blocks = group.blocks(inputs, kernel.placed)
     parts = (_reduce_block(kernel, request, *block) for block in blocks)
     return reduce(_combine, parts)
 
 
 def _reduce_block(
-    kernel: NormalEquationsKernel,
+    kernel: RowKernel[S],
     request: PassRequest,
     index: int,
     rows: Kept,
     read: Block | None,
-) -> PassResult:
+) -> PassResult[S]:
+    further = {} if request.directions is None else {"directions": request.directions}
     sums = kernel(
         rows,
         request.params,
         index,
         candidates=request.candidates,
         wants_moments=request.is_first,
+        **further,
     )
     if read is None:
         sums = replace(sums, rows_cached=len(rows))
@@ -207,10 +215,10 @@ def _reduce_block(
     return PassResult(sums, sample)
 
 
-def _combine(*parts: PassResult) -> PassResult:
+def _combine(*parts: PassResult[S]) -> PassResult[S]:
     rows = [part.sample for part in parts if part.sample is not None]
     return PassResult(
-        reduce(NormalEquations.combine, (part.sums for part in parts)),
+        reduce(lambda one, other: one.combine(other), (part.sums for part in parts)),
         Rows.concatenate(rows) if rows else None,
     )
 
