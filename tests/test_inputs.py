@@ -68,6 +68,9 @@ def test_x_of_features_tuple_and_dict_agree() -> None:
     named = fit(lambda x, a, b, c, d: model(x["t"], a, b, c) + d * x["u"], {"t": X, "u": x2}, y)
     np.testing.assert_allclose(pair.popt, features.popt, rtol=1e-10)
     np.testing.assert_allclose(named.popt, features.popt, rtol=1e-10)
+    predicted = features.predict(np.c_[X, x2])
+    np.testing.assert_allclose(pair.predict([X, x2]), predicted, rtol=1e-9)
+    np.testing.assert_allclose(named.predict({"u": x2, "t": X}), predicted, rtol=1e-9)
 
 
 def test_features_in_several_chunks() -> None:
@@ -216,10 +219,10 @@ WRONG_ARGUMENTS = {
     "lengths differ": (dict(x=X[:-1]), nd.DataError, r"\(3999,\).*\(4000,\).*chunks"),
     "empty": (dict(x=X[:0], y=Y[:0]), nd.DataError, "no rows"),
     "complex y": (dict(y=Y * 1j), nd.DataError, "complex"),
-    "datetime x": (
-        dict(x=np.datetime64("2000-01-01") + np.arange(N)),
+    "datetime y": (
+        dict(y=np.datetime64("2000-01-01") + np.arange(N)),
         nd.DataError,
-        "np.timedelta64",
+        "only x may hold dates.*np.timedelta64",
     ),
     "text x": (dict(x=np.full(N, "a")), nd.DataError, "dtype"),
     "sigma matrix": (dict(sigma=np.ones((N, N), np.int8)), nd.DataError, "covariance matrix"),
