@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.data.from_array import as_dask, is_in_memory
+from nlsq_dask.data.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.stopping import StopReason
@@ -36,7 +38,7 @@ def curve_fit(
     f : callable
         ``f(x, *params)``, written in jax.numpy; x has SciPy's layout, ``(M,)`` or ``(k, M)``.
     xdata : array or sequence of arrays
-        Of shape (M,), or (k, M) for k independent variables.
+        Of shape (M,), or (k, M) for k independent variables; of any kind that ``fit`` takes.
     ydata : array, shape (M,)
     p0 : sequence or dict by name, optional
     sigma : array or scalar, optional
@@ -98,8 +100,13 @@ def _from_scipy_layout(f: Callable[..., Any], xdata: Any) -> tuple[Any, Callable
     """Turn k rows of M values into k arrays, which the model sees stacked again."""
     if isinstance(xdata, tuple | list) and xdata and np.ndim(xdata[0]) > 0:
         variables = tuple(xdata)
+    elif hasattr(xdata, "iloc") and xdata.ndim == 2:
+        raise DataError(
+            f"xdata is a DataFrame; pass a tuple of columns, (frame[{xdata.columns[0]!r}], ...)."
+        )
     elif getattr(xdata, "ndim", 1) == 2:
-        variables = tuple(xdata[i] for i in range(xdata.shape[0]))
+        lazy = xdata if is_in_memory(xdata) or is_xarray(xdata) else as_dask(xdata, "xdata")
+        variables = tuple(lazy[i] for i in range(xdata.shape[0]))
     elif getattr(xdata, "ndim", 1) > 2:
         raise DataError(f"xdata has shape {xdata.shape}; expected (M,) or (k, M).")
     else:

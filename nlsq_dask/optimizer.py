@@ -111,10 +111,12 @@ class AdaptiveHybridStreamingOptimizer:
             ``model(x, *params)``, written in jax.numpy, row-wise: it is called with blocks of b
             rows, x of shape (b,), (b, k), or a tuple or dict of (b,), and returns (b,).
         x_data : array, tuple or dict of arrays, or names of coordinates of ``y_data``
-            NumPy, Dask, Zarr or xarray; of shape (n,) or (n, k), or broadcasting against an
-            N-d ``y_data``.
+            NumPy (in memory or memory-mapped), JAX, pandas, HDF5, Dask, Zarr or xarray; of shape
+            (n,) or (n, k), or broadcasting against an N-d ``y_data``. Dates become float64 days
+            since 1970-01-01, those of cftime in their own calendar, and durations days: see
+            ``FitResult.x_units``.
         y_data : array
-            Real, 1-d or N-d; masked entries are left out.
+            Real, 1-d or N-d. Rows that are masked, in any of x, y and sigma, are left out.
         p0 : sequence or dict by name, optional
             Start; what is missing comes from the model's signature, then 1.0.
         bounds : (low, high) or dict by name of (low, high), optional
@@ -282,6 +284,8 @@ def _align(
     refuse_many_parameters(n_params, config)
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
+    for doubt in blocks.doubts:
+        warnings.warn(doubt, stacklevel=3)
     traced = Model(model, n_params, blocks.layout, config.dtype)
     _warn_of_float32(traced)
     return blocks, traced

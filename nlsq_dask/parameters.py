@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,12 +118,12 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
         return _Signature((), {}, True)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
-    fitted = positional[1:]
-    defaults = {
-        p.name: float(p.default)
-        for p in fitted
-        if p.default is not p.empty and isinstance(p.default, int | float | np.number)
-    }
+    # A default that is no number (None, a text, a flag) is an option of the model, not a start.
+    # Parameters are passed by position, so what follows it cannot be fitted either.
+    fitted = list(
+        itertools.takewhile(lambda p: p.default is p.empty or _is_start(p.default), positional[1:])
+    )
+    defaults = {p.name: float(p.default) for p in fitted if p.default is not p.empty}
     required = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
     if required:
         raise ValueError(
@@ -130,6 +131,10 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
             f"them first, for instance with functools.partial."
         )
     return _Signature(tuple(p.name for p in fitted), defaults, is_open)
+
+
+def _is_start(default: Any) -> bool:
+    return np.ndim(default) == 0 and np.asarray(default).dtype.kind in "iuf"
 
 
 def _names(signature: _Signature, p0: Any, param_names: Sequence[str] | None) -> tuple[str, ...]:

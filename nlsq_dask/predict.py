@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +18,8 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.block import Block
-from nlsq_dask.data.from_array import is_in_memory
+from nlsq_dask.data.from_array import is_in_memory, split_mask
+from nlsq_dask.data.from_pandas import without_pandas
 from nlsq_dask.errors import DataError
 
 _MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
@@ -26,15 +30,18 @@ def predict(
     x: Any,
     params: NDArray[np.float64],
     root: NDArray[np.float64] | None = None,
+    x_units: Mapping[str, str] | None = None,
 ) -> Any:
     """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``.
 
     With the root of the parameters' covariance (see ``Covariance``) a pair of values and their
-    standard errors is returned.
+    standard errors is returned. Dates in ``x`` must be in the units of the fit, ``x_units``.
     """
-    leaves = _leaves(model, x)
+    given = _leaves(model, x)
+    leaves = without_pandas([(f"x[{i}]", leaf) for i, leaf in enumerate(given)])
     template = _template(leaves)
-    blocks = align(x, template)
+    blocks = align(model.layout.assemble(leaves), template)
+    _check_units(blocks.x_units, x_units or {})
     layout = replace(
         blocks.layout,
         x_names=model.layout.x_names,
@@ -52,6 +59,8 @@ def predict(
     if root is not None and not np.isfinite(root).all():
         root = np.full_like(root, np.nan)
     values = _lazy_values(blocks, kernel, params, root)
+    if blocks.mask is not None:
+        values = da.where(blocks.mask, np.nan, values)
     if all(is_in_memory(leaf) for leaf in (template, *leaves)):
         values = values.compute()
 
@@ -61,6 +70,16 @@ def predict(
         return array
 
     return labelled(values[0]) if root is None else tuple(map(labelled, values))
+
+
+def _check_units(given: Mapping[str, str], fitted: Mapping[str, str]) -> None:
+    """Refuse dates where the fit had others; numbers are taken to be in the fit's units."""
+    for name, units in given.items():
+        if units != fitted.get(name):
+            raise DataError(
+                f"{name} holds dates, which become {units!r}, but the model was fitted with "
+                f"{fitted.get(name, 'plain numbers')!r}. Pass x as in the fit."
+            )
 
 
 def _leaves(model: Model, x: Any) -> list[Any]:
@@ -80,21 +99,20 @@ def _template(leaves: list[Any]) -> Any:
     """Return something with the shape, chunks and dimensions that the result will have."""
     if all(isinstance(leaf, xr.DataArray) for leaf in leaves):
         return _named_template(leaves)
-    arrays = [np.asarray(leaf) if is_in_memory(leaf) else da.asanyarray(leaf) for leaf in leaves]
-    for array in arrays:
-        if array.dtype.kind not in "biuf":
-            raise DataError(
-                f"x has dtype {array.dtype}; predict needs numbers as in the fit, not names or "
-                f"dates."
-            )
-        if array.ndim == 0:
-            raise DataError("x holds a single number; pass arrays of at least one dimension.")
-    if len(arrays) == 1 and arrays[0].ndim == 2:
-        return arrays[0][:, 0] * 0.0
-    result = arrays[0] * 0.0
-    for array in arrays[1:]:
-        result = result + array * 0.0
-    return result
+    if any(isinstance(leaf, str) for leaf in leaves):
+        raise DataError(f"x is {leaves}; predict needs arrays as in the fit, not names.")
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if () in shapes:
+        raise DataError("x holds a single number; pass arrays of at least one dimension.")
+    is_table = len(shapes) == 1 and len(shapes[0]) == 2
+    if all(map(is_in_memory, leaves)):
+        return np.zeros(shapes[0][:1] if is_table else np.broadcast_shapes(*shapes))
+    lazy = [leaf.data if isinstance(leaf, xr.DataArray) else leaf for leaf in leaves]
+    chunks = [split_mask(leaf, "x", False)[0].chunks for leaf in lazy]
+    if is_table:
+        return da.zeros(shapes[0][:1], chunks=chunks[0][:1])
+    arrays = [da.zeros(shape, chunks=c) for shape, c in zip(shapes, chunks, strict=True)]
+    return functools.reduce(operator.add, arrays)
 
 
 def _named_template(leaves: list[xr.DataArray]) -> xr.DataArray:

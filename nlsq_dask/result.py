@@ -85,6 +85,10 @@ class FitResult:
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
         ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``.
+    x_units : dict of str to str
+        What dates in x were measured in, by the names that messages give to those arrays, such as
+        ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
+        "days since 1970-01-01, calendar noleap"; "days" for durations. Empty without dates.
     """
 
     x: Vector
@@ -117,6 +121,7 @@ class FitResult:
     rows_cached: int
     phase_history: list[dict[str, Any]]
     diagnostics: dict[str, Any]
+    x_units: dict[str, str] = field(default_factory=dict)
     _model: Model | None = field(default=None)
     _root: NDArray[np.float64] | None = field(default=None)
 
@@ -212,7 +217,8 @@ class FitResult:
         Parameters
         ----------
         x : array, tuple or dict of arrays
-            As in ``fit``; arrays of several dimensions broadcast against each other.
+            As in ``fit``, dates included; arrays of several dimensions broadcast against each
+            other. Where x is masked, values are NaN.
         return_std : bool
             Whether to return standard errors of the values as well, ``sqrt(J pcov J^T)``: of the
             curve that was fitted, not of a new measurement. NaN where pcov is infinite.
@@ -224,4 +230,4 @@ class FitResult:
         """
         if self._model is None:
             raise ValueError("this result does not hold its model, so it cannot predict.")
-        return predict(self._model, x, self.x, self._root if return_std else None)
+        return predict(self._model, x, self.x, self._root if return_std else None, self.x_units)

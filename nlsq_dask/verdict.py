@@ -86,6 +86,7 @@ def make_result(
             "active_bounds": at_bounds,
             "undetermined": undetermined,
         },
+        x_units=blocks.x_units,
         _model=model,
         _root=np.full((n_params, n_params), np.inf) if found is None else found.root,
     )

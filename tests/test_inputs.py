@@ -68,6 +68,9 @@ def test_x_of_features_tuple_and_dict_agree() -> None:
     named = fit(lambda x, a, b, c, d: model(x["t"], a, b, c) + d * x["u"], {"t": X, "u": x2}, y)
     np.testing.assert_allclose(pair.popt, features.popt, rtol=1e-10)
     np.testing.assert_allclose(named.popt, features.popt, rtol=1e-10)
+    predicted = features.predict(np.c_[X, x2])
+    np.testing.assert_allclose(pair.predict([X, x2]), predicted, rtol=1e-9)
+    np.testing.assert_allclose(named.predict({"u": x2, "t": X}), predicted, rtol=1e-9)
 
 
 def test_features_in_several_chunks() -> None:
@@ -156,6 +159,28 @@ def test_starts_by_name_by_signature_and_as_integers() -> None:
     assert held.param_names == ("a", "b")
 
 
+def test_options_of_the_model_are_not_fitted() -> None:
+    def with_options(
+        x: Any, a: Any, b: Any, c: Any = 0.1, kind: str = "exp", *, k: Any = 1.0
+    ) -> Any:
+        return model(x, a, b, c) if kind == "exp" and k == 1.0 else x
+
+    for p0, bounds in (
+        (None, None),
+        ([1, 1, 1], {"b": (0, 3)}),
+        ({"a": 1}, {"c": (-1.0, 1.0), "a": (0, np.inf)}),
+    ):
+        result = fit(with_options, X, Y, p0, bounds)
+        assert result.param_names == ("a", "b", "c")
+        np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
+    assert fit(with_options).p0[2] == 0.1
+    for p0 in ([1, 1, 1, 1], {"kind": 1}, {"k": 1}):
+        with pytest.raises(ValueError, match="a, b, c"):
+            fit(with_options, X, Y, p0)
+    held = fit(lambda x, a, b, c, flag=True: model(x, a, b, c if flag is True else jnp.nan))
+    np.testing.assert_allclose(held.popt, EXPECTED, rtol=1e-8)
+
+
 def test_open_signature_and_names() -> None:
     result = fit(lambda x, *p: model(x, *p), X, Y, [1, 1, 1], param_names=["A", "B", "C"])
     assert result.param_names == ("A", "B", "C")
@@ -194,10 +219,10 @@ WRONG_ARGUMENTS = {
     "lengths differ": (dict(x=X[:-1]), nd.DataError, r"\(3999,\).*\(4000,\).*chunks"),
     "empty": (dict(x=X[:0], y=Y[:0]), nd.DataError, "no rows"),
     "complex y": (dict(y=Y * 1j), nd.DataError, "complex"),
-    "datetime x": (
-        dict(x=np.datetime64("2000-01-01") + np.arange(N)),
+    "datetime y": (
+        dict(y=np.datetime64("2000-01-01") + np.arange(N)),
         nd.DataError,
-        "np.timedelta64",
+        "only x may hold dates.*np.timedelta64",
     ),
     "text x": (dict(x=np.full(N, "a")), nd.DataError, "dtype"),
     "sigma matrix": (dict(sigma=np.ones((N, N), np.int8)), nd.DataError, "covariance matrix"),

@@ -58,20 +58,22 @@ ALLOWED: dict[str, set[str]] = {
         "result",
         "not_built_yet",
     },
-    "curve_fit": {"config", "errors", "optimizer", "stopping", "jax"},
+    "curve_fit": {"config", "data", "errors", "optimizer", "stopping", "jax"},
 }
 WATCHED = {"jax", "optax", "dask", "distributed", "xarray", "zarr"}
 NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imported(node)}
+
+
+def imported(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
 
 
 def rooms() -> list[tuple[str, Path]]:
@@ -96,6 +98,13 @@ def test_imports_follow_the_arrows(room: str, path: Path) -> None:
 def test_the_core_knows_no_dask_files_or_clocks() -> None:
     for path in (PACKAGE / "core").glob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & NOT_IN_CORE, path
+
+
+def test_optional_libraries_are_imported_where_they_are_needed() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            found = {name.split(".")[0] for name in imported(node)}
+            assert not found & {"pandas", "cftime", "h5py"}, path
 
 
 def test_print_is_for_the_progress_observer() -> None:

@@ -263,3 +263,11 @@ def test_a_group_that_is_missing() -> None:
     result = fit(x, nan_policy="omit", **weighted())
     np.testing.assert_allclose(result.x, fit(X[5:], Y[5:], **weighted()).x, rtol=1e-8)
     assert result.n_omitted == 5
+
+
+def test_masked_rows_need_no_group() -> None:
+    x = X.copy()
+    x[:5, 0] = -1
+    y = np.ma.masked_array(Y, np.arange(N) < 5)
+    result = fit(x, y, **weighted())
+    np.testing.assert_allclose(result.x, fit(X[5:], Y[5:], **weighted()).x, rtol=1e-8)

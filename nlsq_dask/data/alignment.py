@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,9 @@ import dask.array as da
 import numpy as np
 
 from nlsq_dask.core.rows import Layout
-from nlsq_dask.data.from_array import as_dask, is_in_memory, split_mask
+from nlsq_dask.data.dates import doubt_of_rounding, to_days, without_date_objects
+from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
+from nlsq_dask.data.from_pandas import without_pandas
 from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
@@ -40,6 +44,10 @@ class RowBlocks:
         Bytes of the largest chunk that was split, which is read whole.
     dims : tuple of str
         Names of the dimensions of y.
+    x_units : dict of str to str
+        What the numbers made of dates are, by the names of those arrays of x.
+    doubts : tuple of str
+        Sentences on what may be wrong with the data, as far as it is in memory.
     """
 
     y: da.Array
@@ -51,6 +59,8 @@ class RowBlocks:
     realigned: tuple[str, ...]
     split_bytes: int
     dims: tuple[str, ...]
+    x_units: dict[str, str]
+    doubts: tuple[str, ...]
 
     @property
     def arrays(self) -> tuple[da.Array, ...]:
@@ -105,6 +115,18 @@ def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
     return (array.name, *index, *features)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """One array as it was given, and its values and mask in the dimensions of y."""
+
+    name: str
+    given: Any
+    values: da.Array
+    mask: da.Array | None
+    units: str = ""
+    doubt: str = ""
+
+
 def align(
     x_data: Any, y_data: Any, sigma: Any = None, group_weights: Sequence[float] | None = None
 ) -> RowBlocks:
@@ -123,65 +145,73 @@ def align(
     DataError
         If the arrays cannot be matched; the message shows shapes and chunks.
     """
-    given_mask = None
-    if isinstance(y_data, np.ma.MaskedArray):
-        y_data, given_mask = np.ma.getdata(y_data), np.ma.getmaskarray(y_data)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
+    names = ["y_data", *_leaf_names(x_names), *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
+    given = without_pandas(list(zip(names, given, strict=True)))
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
     cut = all(map(is_in_memory, given))
-    values = _values(y_data, "y_data", cut)
-    if values.ndim == 0:
-        raise DataError("y_data is a single number; expected an array with at least one dimension.")
-    y, mask = split_mask(values)
-    if given_mask is not None:
-        mask = as_dask(given_mask, "the mask of y_data", cut)
-    if y.size == 0:
-        raise DataError(f"y_data has no rows (shape {y.shape}).")
-    x = [
-        _matched(value, y_data, y, name, cut)
-        for value, name in zip(leaves, _leaf_names(x_names), strict=True)
+    first = _first_source(given[0], cut)
+    sources = [
+        first,
+        *(
+            _matched(value, name, first, cut)
+            for name, value in zip(names[1:], given[1:], strict=True)
+        ),
     ]
-    features = tuple(array.shape[y.ndim :] for array in x)
-    deviation = [] if sigma is None else [_matched(sigma, y_data, y, "sigma", cut)]
-    masks = [] if mask is None else [mask]
-    before = [y, *x, *deviation, *masks]
-    names = ["y_data", *_leaf_names(x_names), *(["sigma"] if deviation else [])]
-    y, *others = after = _unify(before, y.ndim)
-    split = [
-        (name, old, new)
-        for name, value, old, new in zip(names, given, before, after, strict=False)
-        if old.numblocks != new.numblocks
-        and not is_in_memory(value)
-        and _chunk_bytes(old) > _SMALL_CHUNK
-    ]
-    realigned = tuple(
-        f"{name}: {_blocks_text(old)} become {_blocks_text(new)}" for name, old, new in split
-    )
-    x = others[: len(x)]
-    deviation = others[len(x) : len(x) + len(deviation)]
-    masks = others[len(x) + len(deviation) :]
+    after, mask = _unify(sources, first.values.ndim)
+    y, x = after[0], tuple(after[1 : 1 + len(leaves)])
+    deviation = None if sigma is None else after[-1]
     if group_weights is not None:
-        deviation = [weighted_sigma(x[0], y.ndim, next(iter(deviation), None), group_weights)]
+        deviation = weighted_sigma(x[0], y.ndim, deviation, mask, group_weights)
     layout = Layout(
         x_names,
-        features,
+        tuple(array.shape[y.ndim :] for array in x),
         tuple(map(_stored_dtype, x)),
         _stored_dtype(y),
-        _stored_dtype(deviation[0]) if deviation else None,
-        bool(masks),
+        None if deviation is None else _stored_dtype(deviation),
+        mask is not None,
     )
+    realigned, split_bytes = _split(sources, after)
     return RowBlocks(
         y,
-        tuple(x),
-        deviation[0] if deviation else None,
-        masks[0] if masks else None,
+        x,
+        deviation,
+        mask,
         layout,
         cut,
         realigned,
-        max((_chunk_bytes(old) for _, old, _ in split), default=0),
-        _dims(y_data, y.ndim),
+        split_bytes,
+        _dims(given[0], y.ndim),
+        {source.name: source.units for source in sources if source.units},
+        tuple(source.doubt for source in sources if source.doubt),
     )
+
+
+def _first_source(y_data: Any, cut: bool) -> _Source:
+    y, mask = _values(y_data, "y_data", cut)
+    check_numbers(y.dtype, "y_data")
+    if y.ndim == 0:
+        raise DataError("y_data is a single number; expected an array with at least one dimension.")
+    if y.size == 0:
+        raise DataError(f"y_data has no rows (shape {y.shape}).")
+    return _Source("y_data", y_data, y, mask)
+
+
+def _split(sources: Sequence[_Source], after: Sequence[da.Array]) -> tuple[tuple[str, ...], int]:
+    """Say which arrays had chunks split, and the bytes of the largest chunk that was."""
+    split = [
+        (source, new)
+        for source, new in zip(sources, after, strict=True)
+        if source.values.numblocks != new.numblocks
+        and not is_in_memory(source.given)
+        and _chunk_bytes(source.values) > _SMALL_CHUNK
+    ]
+    realigned = tuple(
+        f"{source.name}: {_blocks_text(source.values)} become {_blocks_text(new)}"
+        for source, new in split
+    )
+    return realigned, max((_chunk_bytes(source.values) for source, _ in split), default=0)
 
 
 def _dims(y_data: Any, ndim: int) -> tuple[str, ...]:
@@ -217,19 +247,25 @@ def _leaf_names(x_names: int | tuple[str, ...] | None) -> list[str]:
     return [f"x_data[{key!r}]" for key in keys]
 
 
-def _values(value: Any, name: str, cut: bool) -> da.Array:
-    return lazy_data(value, name, cut) if is_xarray(value) else as_dask(value, name, cut)
+def _values(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
+    value = lazy_data(value, name, cut) if is_xarray(value) else value
+    return split_mask(value, name, cut)
 
 
-def _matched(value: Any, y_data: Any, y: da.Array, name: str, cut: bool) -> da.Array:
+def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     """Bring one array to the dimensions of y: by name where both have names, else by position."""
+    y, given, units, doubt = first.values, value, "", ""
     allows_features = y.ndim == 1 and name != "sigma"
-    if is_xarray(value) and is_xarray(y_data):
-        array = like_dims(value, y_data, name, cut, allows_features)
-    else:
-        array = _values(value, name, cut)
-    if isinstance(array._meta, np.ma.MaskedArray):
-        raise DataError(f"{name} is a masked array; mask y_data instead, or use NaN with 'omit'.")
+    both_named = is_xarray(value) and is_xarray(first.given)
+    if name != "sigma":
+        value, units = without_date_objects(value, name, is_in_memory(value))
+        if units and is_in_memory(value) and value.dtype.kind in "mM":
+            doubt = doubt_of_rounding(value, name)
+    if both_named:
+        value = like_dims(value, first.given, name, cut, allows_features)
+    array, mask = _values(value, name, cut)
+    array = to_days(array, units)
+    check_numbers(array.dtype, name)
     if name == "sigma" and array.shape == y.shape * 2:
         raise DataError(
             f"sigma has shape {array.shape} and y_data {y.shape}: a covariance matrix of the data "
@@ -249,21 +285,36 @@ def _matched(value: Any, y_data: Any, y: da.Array, name: str, cut: bool) -> da.A
             f"(n, k), or a tuple of (n,); for an N-d y_data arrays that broadcast against it, such "
             f"as t[:, None, None], or xarray.DataArrays, which are matched by name."
         )
-    missing = y.ndim - len(rows)
-    return array[(None,) * missing] if missing else array
+    if mask is not None and mask.ndim > len(rows):  # a row without one of its features is left out
+        mask = mask.any(axis=-1)
+    missing = (None,) * (y.ndim - len(rows))
+    if missing:
+        array, mask = array[missing], None if mask is None else mask[missing]
+    return _Source(name, given, array, mask, units, doubt)
 
 
-def _unify(arrays: list[da.Array], ndim: int) -> list[da.Array]:
-    """Split chunks until they agree along the dimensions of y, but never merge any."""
+def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:
+    """Split chunks until they agree along the dimensions of y, but never merge any.
+
+    Returns
+    -------
+    arrays : list of dask.array.Array
+        The values of all sources.
+    mask : dask.array.Array or None
+        Where any of them is masked.
+    """
     rows = list(range(ndim))
+    masks = [source.mask for source in sources if source.mask is not None]
     arguments: list[Any] = []
-    for i, array in enumerate(arrays):
+    for i, array in enumerate([*(source.values for source in sources), *masks]):
         features = [ndim + i] * (array.ndim - ndim)
         if features:
             array = array.rechunk({ndim: -1})
         arguments += [array, (*rows, *features)]
     _, unified = da.core.unify_chunks(*arguments, warn=False)
-    return list(unified)
+    split_masks = unified[len(sources) :]
+    mask = functools.reduce(operator.or_, split_masks) if split_masks else None
+    return list(unified[: len(sources)]), mask
 
 
 def _stored_dtype(array: da.Array) -> str:

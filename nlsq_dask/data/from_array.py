@@ -8,23 +8,20 @@ import dask.array as da
 import numpy as np
 import zarr
 
+from nlsq_dask.data.from_files import block_rows, files_by_name, from_file, is_file
 from nlsq_dask.data.from_zarr import from_zarr
 from nlsq_dask.errors import DataError
-
-# Rows in a block of an array that is in memory: small enough for every thread to get some.
-_MEMORY_BLOCK_ROWS = 2**18
-
-_CONVERT_TIME = (
-    "convert it to numbers first, of a unit and since an origin of your choice: for datetime64 "
-    "`(t - t[0]) / np.timedelta64(1, 'D')`, for cftime dates "
-    "`cftime.date2num(t, 'days since 2000-01-01', calendar=...)`"
-)
 
 
 def is_in_memory(value: Any) -> bool:
     """Whether the values are in this process's memory already."""
     chunks = getattr(value, "chunks", None)
-    return chunks is None and "preferred_chunks" not in getattr(value, "encoding", {})
+    is_lazy = chunks is not None or "preferred_chunks" in getattr(value, "encoding", {})
+    return not is_lazy and not is_file(np.ma.getdata(value) if _is_masked(value) else value)
+
+
+def _is_masked(value: Any) -> bool:
+    return isinstance(value, np.ma.MaskedArray)
 
 
 def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
@@ -32,7 +29,7 @@ def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
 
     Parameters
     ----------
-    value : NumPy, JAX, Dask or Zarr array, pandas Series, or anything with shape, dtype and slices
+    value : NumPy, JAX, Dask or Zarr array, memory map, HDF5 dataset, or anything with slices
     name : str
         What the caller calls it, for messages.
     cut : bool
@@ -50,12 +47,13 @@ def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
     if isinstance(value, zarr.Array):
         array = from_zarr(value)
     elif isinstance(value, da.Array):
-        array = value
-    elif hasattr(value, "chunks") and hasattr(value, "dtype"):  # h5py and its like
+        array = files_by_name(value)
+    elif (file := from_file(value)) is not None:
+        array = file
+    elif hasattr(value, "chunks") and hasattr(value, "dtype"):  # other stores of arrays
         array = da.from_array(value, chunks=value.chunks or "auto", inline_array=True)
     else:
-        array = _from_memory(value, name, cut)
-    _check_dtype(array.dtype, name)
+        array = _from_memory(value, cut)
     _check_chunks(array, name)
     return array
 
@@ -64,18 +62,22 @@ def _first_key(group: zarr.Group) -> str:
     return next(iter(sorted(group.array_keys())), "name")
 
 
-def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
-    if not isinstance(value, np.ma.MaskedArray):
-        value = np.asarray(value)
-    _check_dtype(value.dtype, name)
+def _from_memory(value: Any, cut: bool) -> da.Array:
+    value = np.asarray(value)
     chunks = list(value.shape)
     if cut and value.size:
-        chunks[:1] = [max(_MEMORY_BLOCK_ROWS * n // value.size, 1) for n in value.shape[:1]]
+        chunks[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
     array: da.Array = da.from_array(value, chunks=tuple(chunks), name=False)
     return array
 
 
-def _check_dtype(dtype: np.dtype[Any], name: str) -> None:
+def check_numbers(dtype: np.dtype[Any], name: str) -> None:
+    """Refuse what is not made of real numbers.
+
+    Raises
+    ------
+    DataError
+    """
     if dtype.kind in "biuf":
         return
     if dtype.kind == "c":
@@ -84,10 +86,18 @@ def _check_dtype(dtype: np.dtype[Any], name: str) -> None:
             f"part as two sets of rows, or the absolute value."
         )
     if dtype.kind in "mM":
-        raise DataError(f"{name} has dtype {dtype}; {_CONVERT_TIME}.")
-    raise DataError(
-        f"{name} has dtype {dtype}; expected real numbers. If these are dates, {_CONVERT_TIME}."
-    )
+        raise DataError(
+            f"{name} has dtype {dtype}; only x may hold dates. Convert it to numbers first, such "
+            f"as `({name} - {name}[0]) / np.timedelta64(1, 'D')`."
+        )
+    dates = ""
+    if dtype.kind == "O":
+        dates = (
+            f" If these are dates of x that are not in memory, give their calendar: "
+            f"`{name}.map_blocks(cftime.date2num, 'days since 1970-01-01', calendar='noleap', "
+            f"dtype=float)`."
+        )
+    raise DataError(f"{name} has dtype {dtype}; expected real numbers.{dates}")
 
 
 def _check_chunks(array: da.Array, name: str) -> None:
@@ -98,8 +108,15 @@ def _check_chunks(array: da.Array, name: str) -> None:
         )
 
 
-def split_mask(array: da.Array) -> tuple[da.Array, da.Array | None]:
-    """Split an array of masked chunks into data and mask; the mask is None for plain chunks."""
-    if not isinstance(array._meta, np.ma.MaskedArray):
+def split_mask(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
+    """Return data and mask of masked arrays as two Dask arrays; the mask is None for others.
+
+    Parameters are those of ``as_dask``.
+    """
+    if _is_masked(value):
+        data, mask = as_dask(np.ma.getdata(value), name, cut), np.ma.getmask(value)
+        return data, None if mask is np.ma.nomask else as_dask(mask, f"the mask of {name}", cut)
+    array = as_dask(value, name, cut)
+    if not _is_masked(array._meta):
         return array, None
     return da.ma.getdata(array), da.ma.getmaskarray(array)

@@ -17,9 +17,13 @@ from nlsq_dask.errors import DataError
 
 
 def weighted_sigma(
-    groups: da.Array, n_dims: int, sigma: da.Array | None, weights: Sequence[float]
+    groups: da.Array,
+    n_dims: int,
+    sigma: da.Array | None,
+    mask: da.Array | None,
+    weights: Sequence[float],
 ) -> da.Array:
-    """Return sigma with the weights in it, lazily, wherever ``groups`` or sigma vary.
+    """Return sigma with the weights in it, lazily, wherever one of the arrays varies.
 
     Parameters
     ----------
@@ -27,17 +31,18 @@ def weighted_sigma(
         The first x array; of one with features, the first of these. Numbers of groups from 0 on.
     n_dims : int
         Dimensions of y.
-    sigma : dask.array.Array or None
-        In the same grid of blocks.
+    sigma, mask : dask.array.Array or None
+        In the same grid of blocks; masked rows need no group.
     weights : sequence of float
         One a group.
     """
     if groups.ndim > n_dims:
         groups = groups[..., 0]
-    arrays = [groups] if sigma is None else [groups, sigma]
     found: da.Array = da.map_blocks(
         _weigh,
-        *arrays,
+        groups,
+        1.0 if sigma is None else sigma,
+        False if mask is None else mask,
         inverse_roots=1.0 / np.sqrt(np.asarray(weights, np.float64)),
         dtype=np.float64,
         meta=np.empty((0,) * n_dims),
@@ -47,19 +52,20 @@ def weighted_sigma(
 
 def _weigh(
     groups: NDArray[Any],
-    sigma: NDArray[Any] | float = 1.0,
+    sigma: NDArray[Any] | float,
+    mask: NDArray[np.bool_] | bool,
     *,
     inverse_roots: NDArray[np.float64],
 ) -> NDArray[np.float64]:
+    # Where x is not finite the row is bad already, and nan_policy says what becomes of it.
     numbers = np.asarray(groups, np.float64)
-    is_finite = np.isfinite(numbers)
-    index = np.where(is_finite, numbers, 0.0).astype(np.int64)
-    is_wrong = is_finite & ((index != numbers) | (index < 0) | (index >= len(inverse_roots)))
+    counts = np.isfinite(numbers) & ~np.asarray(mask)
+    numbers = np.where(counts, numbers, 0.0)
+    is_wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= len(inverse_roots))
     if is_wrong.any():
         raise DataError(
             f"with enable_residual_weighting the first column of x_data is the number of a row's "
             f"group, an integer from 0 to {len(inverse_roots) - 1} for the {len(inverse_roots)} "
             f"residual_weights; a row has {numbers[is_wrong][0]:g}."
         )
-    # Where x is not finite the row is bad already, and nan_policy says what becomes of it.
-    return np.asarray(inverse_roots[index] * sigma)
+    return np.asarray(inverse_roots[numbers.astype(np.int64)] * sigma)

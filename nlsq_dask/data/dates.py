@@ -1,0 +1,195 @@
+"""Dates become numbers, by one rule: float64 days since 1970-01-01, durations float64 days.
+
+Dates of cftime are counted in their own calendar. What is no date (NaT, None) becomes NaN. The rule
+does not depend on the data, so blocks are converted one by one and predictions agree with fits.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from nlsq_dask.errors import DataError
+
+_DURATION = "days"
+_EPOCH = "days since 1970-01-01"
+_CALENDAR = f"{_EPOCH}, calendar "
+
+# How many of each unit of datetime64 and timedelta64 make a day.
+_PER_DAY = {"D": 1, "h": 24, "m": 1440, "s": 86_400}
+_PER_DAY |= {f"{p}s": 86_400 * 1000**i for i, p in enumerate(("m", "u", "n", "p", "f", "a"), 1)}
+# cftime's names for calendars that CF gives two.
+_SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
+
+# There is a doubt where rounding to float64 days is more than this share of what x spans.
+_COARSE = 1e-9
+
+
+def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
+    """Say what an array's dates will be measured in, and convert those that are Python objects.
+
+    Parameters
+    ----------
+    value : array or list
+    name : str
+        What the caller calls it, for messages.
+    in_memory : bool
+        Whether it may be looked at.
+
+    Returns
+    -------
+    value : array
+        Dates of cftime in memory as numbers, those of Python as datetime64; others as they were.
+    units : str
+        Of the numbers that ``to_days`` makes of it; empty if these are no dates.
+    """
+    if isinstance(value, list | tuple):
+        value = np.asarray(value)
+    units = ""
+    if not hasattr(value, "dtype"):
+        return value, units
+    if value.dtype.kind == "O" and in_memory:
+        value, units = _objects_in_memory(value, name)
+    elif value.dtype.kind == "O":
+        # Without a look at the values only xarray can tell, which keeps what a file says.
+        calendar = getattr(value, "encoding", {}).get("calendar")
+        units = f"{_CALENDAR}{_SYNONYMS.get(calendar, calendar)}" if calendar else ""
+    if value.dtype.kind in "mM":
+        units = _EPOCH if value.dtype.kind == "M" else _DURATION
+        unit = np.datetime_data(value.dtype)[0]
+        if unit not in _PER_DAY and unit not in ("W" if units == _DURATION else "YMW"):
+            raise DataError(
+                f"{name} has dtype {value.dtype}, a unit of no fixed length; convert it to days, "
+                f"such as x.astype('timedelta64[D]')."
+            )
+    return value, units
+
+
+def doubt_of_rounding(value: Any, name: str) -> str:
+    """Say so where days since 1970 lose digits that differences within the data would have.
+
+    Parameters
+    ----------
+    value : array of datetime64 or timedelta64, in memory
+        Others would have to be read to know.
+    name : str
+    """
+    dates = np.asarray(value).ravel()
+    dates = dates[~np.isnat(dates)]
+    if not dates.size:
+        return ""
+    count, per_day = _counted(np.array([dates.min(), dates.max()]))
+    span = (int(count[1]) - int(count[0])) / per_day
+    rounding = float(np.spacing(np.abs(_days(count, per_day)).max()))
+    if not 0.0 < _COARSE * span < rounding:
+        return ""
+    return (
+        f"{name} spans {86_400 * span:.2g} s, and days since 1970-01-01 in float64 are rounded to "
+        f"{86_400 * rounding:.2g} s. Measure time from its own start: "
+        f"(t - t[0]) / np.timedelta64(1, 's')."
+    )
+
+
+def to_days(array: da.Array, units: str) -> da.Array:
+    """Convert dates to days, each block when it is read; other arrays are returned as they are.
+
+    Parameters
+    ----------
+    array : dask.array.Array
+    units : str
+        As ``without_date_objects`` gives them.
+    """
+    if not units or array.dtype.kind not in "mMO":
+        return array
+    days: da.Array = da.map_blocks(
+        _days_of_cftime if array.dtype.kind == "O" else _days_of_datetime64,
+        array,
+        *([units.removeprefix(_CALENDAR)] if array.dtype.kind == "O" else []),
+        dtype=np.float64,
+        meta=np.empty((0,) * array.ndim),
+    )
+    return days
+
+
+def _days_of_datetime64(dates: NDArray[Any]) -> NDArray[np.float64]:
+    count, per_day = _counted(dates)
+    return np.where(np.isnat(dates), np.nan, _days(count, per_day))
+
+
+def _counted(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
+    """Return whole numbers of a unit since 1970, and how many of it make a day."""
+    unit = np.datetime_data(dates.dtype)[0]
+    unit = unit if unit in _PER_DAY else "D"  # weeks, and years and months of the calendar
+    count = dates.astype(f"{dates.dtype.kind}8[{unit}]")
+    return count.view(np.int64), _PER_DAY[unit]
+
+
+def _days(count: NDArray[np.int64], per_day: int) -> NDArray[np.float64]:
+    """Divide without rounding the count, which has up to 19 digits: whole days, then the rest."""
+    if per_day > np.iinfo(np.int64).max:  # of fs and as, int64 holds less than a day
+        return count / float(per_day)
+    rest = np.fmod(count, per_day)  # of the sign of the count, so that nothing cancels
+    return (count - rest) // per_day + rest / per_day
+
+
+def _days_of_cftime(dates: NDArray[Any], calendar: str) -> NDArray[np.float64]:
+    import cftime  # who has such dates has it
+
+    flat = dates.ravel()
+    days = np.full(flat.shape, np.nan)
+    there = ~_is_missing(flat)
+    found = {getattr(date, "calendar", type(date).__name__) for date in flat[there]}
+    if found - {calendar}:
+        raise DataError(
+            f"dates of the calendar {calendar!r} are mixed with {', '.join(sorted(found))}; "
+            f"convert them to one first."
+        )
+    if there.any():
+        units = "microseconds since 1970-01-01"
+        count = np.asarray(cftime.date2num(flat[there], units, calendar=calendar), np.int64)
+        days[there] = _days(count, _PER_DAY["us"])
+    return days.reshape(dates.shape)
+
+
+def _is_missing(values: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.array([value is None or value != value for value in values], bool)
+
+
+def _objects_in_memory(value: Any, name: str) -> tuple[Any, str]:
+    objects = value.values if isinstance(value, xr.DataArray) else value
+    # What is masked may be anything.
+    flat = np.where(np.ma.getmaskarray(objects), np.array(None), np.ma.getdata(objects)).ravel()
+    missing = _is_missing(flat)
+    first = flat[~missing][0] if not missing.all() else None
+    cftime: Any = sys.modules.get("cftime")
+    units = ""
+    if isinstance(first, datetime.date | datetime.timedelta):
+        plain = [None if m else _without_zone(v) for v, m in zip(flat, missing, strict=True)]
+        kind = "m8[us]" if isinstance(first, datetime.timedelta) else "M8[us]"
+        try:
+            found: NDArray[Any] = np.array(plain, kind)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name} mixes {type(first).__name__} with others: {error}.") from error
+    elif cftime is not None and isinstance(first, cftime.datetime):
+        found, units = _days_of_cftime(flat, first.calendar), f"{_CALENDAR}{first.calendar}"
+    else:
+        return value, ""
+    found = found.reshape(value.shape)
+    if isinstance(value, xr.DataArray):
+        return value.copy(data=found), units
+    if isinstance(value, np.ma.MaskedArray):
+        return np.ma.masked_array(found, np.ma.getmask(value)), units
+    return found, units
+
+
+def _without_zone(date: Any) -> Any:
+    """Return a date in UTC, which is what datetime64 counts in."""
+    if getattr(date, "tzinfo", None) is None:
+        return date
+    return date.astimezone(datetime.UTC).replace(tzinfo=None)
