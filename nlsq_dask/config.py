@@ -305,16 +305,47 @@ class HybridStreamingConfig:
     )
 
     # --- starts and the sample
-    enable_multistart: bool = _option(False, _BOOL, "Hold a tournament of starts first.")
-    n_starts: int = _option(10, _int(1), "Candidates of the tournament.")
-    multistart_sampler: str = _option(
-        "lhs", _one_of("lhs", "sobol", "halton"), "How the candidates are drawn."
+    enable_multistart: bool = _option(
+        False,
+        _BOOL,
+        "Hold a tournament of starts on the sample before the warm-up; it reads nothing more. In "
+        "each round all candidates take 10 Levenberg-Marquardt steps on a minibatch, are judged by "
+        "their cost on it, and the worse ones leave. The warm-up goes on from the winner; up to 7 "
+        "other survivors, and p0 with a warm-up of its own, are tried as well.",
     )
-    elimination_rounds: int = _option(3, _int(1), "Rounds of the tournament.")
-    elimination_fraction: float = _option(0.5, _TOLERANCE, "Share that leaves in a round.")
-    batches_per_round: int = _option(50, _int(1), "Minibatches that a round is judged on.")
-    center_on_p0: bool = _option(True, _BOOL, "Draw the candidates around p0.")
-    scale_factor: float = _option(1.0, _POSITIVE, "Width of the draw, as a multiple of |p0|.")
+    n_starts: int = _option(10, _int(1), "Candidates of the tournament, the first of them p0.")
+    multistart_sampler: str = _option(
+        "lhs",
+        _one_of("lhs", "sobol", "halton"),
+        "How the other candidates are drawn: 'lhs' (Latin hypercube), or scrambled 'sobol' or "
+        "'halton' sequences.",
+    )
+    elimination_rounds: int = _option(3, _int(1, 60), "Rounds of the tournament.")
+    elimination_fraction: float = _option(
+        0.5,
+        _TOLERANCE,
+        "Share of the candidates that leave in a round, rounded down to whole ones; those at which "
+        "the model is not finite leave in any case.",
+    )
+    batches_per_round: int = _option(
+        50,
+        _int(1),
+        "Minibatches on which a round works. They have 32 rows in the first round and twice as "
+        "many in each further one, as long as the sample has them.",
+    )
+    center_on_p0: bool = _option(
+        True,
+        _BOOL,
+        "Draw the candidates around p0; False: around the middle of the bounds, those parameters "
+        "that have two finite ones (one at least must).",
+    )
+    scale_factor: float = _option(
+        1.0,
+        _POSITIVE,
+        "How far from there they are drawn, as a multiple of half the distance of the bounds, or "
+        "of |p0| (of 1 where it is 0) for a parameter without two finite ones; never outside of "
+        "the bounds.",
+    )
     sample_rows: int | str = _option(
         "auto",
         _or(_int(1), "auto"),
@@ -322,7 +353,7 @@ class HybridStreamingConfig:
         "that forecasts the steps between passes; the warm-up takes at most 2**14 of them. 'auto' "
         "is a 16th of all rows, from 2**16 to 2**17, fewer where these would take more than 64 MB.",
     )
-    random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample.")
+    random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample and of the tournament.")
 
     def __post_init__(self) -> None:
         for option in fields(self):

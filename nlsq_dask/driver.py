@@ -9,9 +9,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.covariance import Covariance, covariance, sandwich
-from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.core.kernel import piece_rows_for
-from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
@@ -35,16 +33,9 @@ from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.engine.reduce import DataSet
-from nlsq_dask.events import (
-    FitStarted,
-    IterationFinished,
-    Observer,
-    PhaseEnded,
-    PhaseStarted,
-    SampleSolved,
-    WarmupEnded,
-    WarmupStarted,
-)
+from nlsq_dask.events import FitStarted, Observer, PhaseEnded, PhaseStarted, SampleSolved
+from nlsq_dask.find_starts import StartFinder
+from nlsq_dask.iterations import Callback, Iterations, StoppedByCallbackError
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import Passes
@@ -53,17 +44,8 @@ from nlsq_dask.solve import SampleSolver, first_product, solve
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
-Callback = Callable[[Vector, float, int], Any]
 
 _PATIENCE = 15  # passes over all rows without progress
-
-
-class _StoppedByCallbackError(Exception):
-    """The callback raised StopIteration before there was anything known of all rows."""
-
-    def __init__(self, params: Vector) -> None:
-        super().__init__()
-        self.params = params
 
 
 class Driver:
@@ -104,12 +86,10 @@ class Driver:
         self._absolute_sigma = absolute_sigma
         self._loss = loss
         self._emit = emit
-        self._callback = callback
         self._penalty = GroupVariance.of(config, len(parameters.names))
         self._passes = Passes(data, nan_policy == "omit", self._penalty, emit)
         self._sample_size = config.sample_size(data.blocks.n_rows, model.layout.row_bytes)
-        self._iteration = 0
-        self._diagnostics: dict[str, Any] = {}
+        self._iterations = Iterations(emit, callback, config.callback_frequency)
         self.normalizer = ParameterNormalizer(
             parameters.start,
             (parameters.low, parameters.high),
@@ -127,6 +107,10 @@ class Driver:
             epsilon=float(np.finfo(model.dtype).eps),
         )
         self._sample_solver = SampleSolver.of(self._settings, self.normalizer.scales, config)
+        self._start_finder = StartFinder(
+            parameters, self.normalizer, config, emit, self._iterations
+        )
+        self._diagnostics = self._start_finder.diagnostics
 
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
@@ -138,11 +122,11 @@ class Driver:
         try:
             with self._phase(1, "L-BFGS warm-up") as details:
                 sample = self._read_sample(kernel, details)
-                start = self._warm_up(sample, details)
+                starts = self._start_finder.find(sample, details)
             with self._phase(2, "Gauss-Newton") as details:
-                start = self._solve_on_sample(sample, start, details)
+                start = self._solve_on_sample(sample, starts, details)
                 state = self._solve_on_all_rows(sample, start, details)
-        except _StoppedByCallbackError as stopped:
+        except StoppedByCallbackError as stopped:
             return self._outcome(stopped.params, StopReason.USER_STOP, None, None)
         with self._phase(3, "covariance") as details:
             found = self._find_covariance(state, details)
@@ -176,68 +160,14 @@ class Driver:
             self._passes.reduce(kernel, start)  # counts all bad rows, and raises
         return sample
 
-    def _warm_up(self, sample: SampleProblem, details: dict[str, Any]) -> Vector:
-        """Return where the warm-up leads to, or the start if it is skipped."""
-        start, config = self._parameters.start, self._config
-        if not sample.is_informative:
-            details["skipped"] = "the sample has too few usable rows"
-            return start
-        loss = relative_loss(sample.at_start)
-        is_warm = is_warm_start(loss, config)
-        skip = is_warm or config.max_warmup_iterations == 0 or not sample.at_start.is_finite
-        mode, step = first_step_size(loss, config)
-        began = WarmupStarted(loss, None if skip else mode, is_warm)
-        self._emit(began)
-        summary = asdict(began)
-        if not skip:
-            warmup = sample.prepare_warmup(self.normalizer, step, config)
-            state = self._run_warmup(warmup, sample.variance)
-            start = self._original(state)
-            end = WarmupEnd(int(state.end))
-            ended = WarmupEnded(
-                reason=end.name.lower(),
-                iterations=int(state.iteration),
-                loss=float(state.best_loss) * sample.variance,
-                cost_guard=end is WarmupEnd.COST_GUARD,
-                clipped=clip_count(state, warmup.options),
-                line_search_failures=int(state.line_search_failures),
-                history_filled=int(state.iteration) >= config.lbfgs_history_size,
-            )
-            self._emit(ended)
-            summary |= asdict(ended)
-        details |= summary
-        self._diagnostics["warm_up"] = summary
-        return start
-
-    def _run_warmup(self, warmup: Warmup, variance: float) -> WarmupState:
-        state = warmup.start(self.normalizer.normalize(self._parameters.start))
-        while int(state.end) == WarmupEnd.RUNNING:
-            before = int(state.iteration)
-            state = warmup.run(state, before + self._config.callback_frequency)
-            self._iteration += int(state.iteration) - before
-            loss = float(state.best_loss) * variance
-            with np.errstate(over="ignore"):
-                slope = float(np.linalg.norm(np.asarray(state.gradient)))
-            if self._report("warm-up", self._original(state), loss, slope, True):
-                raise _StoppedByCallbackError(self._original(state))
-        return state
-
-    def _original(self, state: WarmupState) -> Vector:
-        """Return the best parameters of the warm-up in the original space."""
-        params = self.normalizer.denormalize(np.asarray(state.best_params))
-        return np.clip(params, self._parameters.low, self._parameters.high)
-
     # --- phases 2 and 3
 
     def _solve_on_sample(
-        self, sample: SampleProblem, start: Vector, details: dict[str, Any]
+        self, sample: SampleProblem, starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        """Converge on the sample; return its solution, or the start if it has none."""
+        """Converge on the sample; return its solution, or the best start if it has none."""
         if not sample.is_informative:
-            return start
-        starts = [start]
-        if (start != self._parameters.start).any():
-            starts.append(self._parameters.start)
+            return starts[0]
         solver = self._sample_solver
         start = solver.best_start(sample.reduce_few, starts)
         state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
@@ -246,7 +176,7 @@ class Driver:
             return start
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
-            raise _StoppedByCallbackError(state.solution)
+            raise StoppedByCallbackError(state.solution)
         self._emit(SampleSolved(state.iteration, state.point.mean_square))
         return state.solution
 
@@ -303,7 +233,7 @@ class Driver:
             sample.exchange(result.sample)
         if sums.is_finite and not 2.0 * sums.cost / sums.n_used > expected * chance:
             return start, sums
-        again = self._solve_on_sample(sample, self._warm_up(sample, {}), {})
+        again = self._solve_on_sample(sample, self._start_finder.find(sample, {}), {})
         state = gn.start(start, sums, self._settings)
         ahead = None if state.stop is not None else forecast(state, sample.reduce)
         reached = sample.reduce(start if ahead is None else ahead.params)
@@ -341,25 +271,11 @@ class Driver:
     ) -> gn.State:
         """Judge a trial and report it; the callback may end the solve."""
         state = gn.judge(state, trial, sums)
-        self._iteration += 1
         point, accepted = state.point, state.point.params is trial.params
         slope = point.relative_slope(self.normalizer.scales)
-        if self._report(stage, point.params, point.mean_square, slope, accepted):
+        if self._iterations.report(stage, point.params, point.mean_square, slope, accepted):
             state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
         return state
-
-    def _report(
-        self, stage: str, params: Vector, loss: float, slope: float, accepted: bool
-    ) -> bool:
-        """Tell observers and the callback of an iteration; return whether to stop."""
-        self._emit(IterationFinished(stage, self._iteration, params.copy(), loss, slope, accepted))
-        if self._callback is None or self._iteration % self._config.callback_frequency:
-            return False
-        try:
-            self._callback(params.copy(), loss, self._iteration)
-        except StopIteration:
-            return True
-        return False
 
     @contextmanager
     def _phase(self, number: int, name: str) -> Iterator[dict[str, Any]]:
@@ -370,7 +286,7 @@ class Driver:
         try:
             yield details
             failed = False
-        except _StoppedByCallbackError:
+        except StoppedByCallbackError:
             failed = False
             raise
         finally:

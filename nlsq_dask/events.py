@@ -45,12 +45,28 @@ class PhaseEnded(Event):
 
 
 @dataclass(frozen=True)
+class TournamentRound(Event):
+    """A round of the tournament of starts ended; ``survivors`` go on.
+
+    ``best_loss`` is the mean squared weighted residual of the best of them over the ``rows`` of the
+    round.
+    """
+
+    round: int
+    rows: int
+    survivors: int
+    best_loss: float
+
+
+@dataclass(frozen=True)
 class WarmupStarted(Event):
     """Layers 1 and 2 have decided.
 
-    ``mode`` is None when the warm-up is skipped because the start already fits.
+    ``start`` is "p0" or the "winner" of a tournament; ``mode`` is None when the warm-up is skipped
+    because the start already fits.
     """
 
+    start: str
     relative_loss: float
     mode: str | None
     is_warm_start: bool

@@ -15,7 +15,6 @@ _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
     ("min_success_rate below 1", lambda c: c.min_success_rate < 1.0),
     ("max_walltime", lambda c: c.max_walltime is not None),
     ("log_file", lambda c: c.log_file is not None),
-    ("enable_multistart", lambda c: c.enable_multistart),
 )
 
 

@@ -16,8 +16,9 @@ from nlsq_dask.core.losses import Loss, check_loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
+from nlsq_dask.core.starts import check_box
 from nlsq_dask.data.alignment import RowBlocks, align
-from nlsq_dask.driver import Callback, Driver
+from nlsq_dask.driver import Driver
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import FitInProgressError
 from nlsq_dask.events import (
@@ -29,6 +30,7 @@ from nlsq_dask.events import (
     PhaseEnded,
     PhaseStarted,
 )
+from nlsq_dask.iterations import Callback
 from nlsq_dask.not_built_yet import refuse_many_parameters, refuse_unbuilt
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
@@ -282,6 +284,7 @@ def _align(
 ) -> tuple[RowBlocks, Model]:
     n_params = len(parameters.names)
     refuse_many_parameters(n_params, config)
+    check_box(parameters.low, parameters.high, config)
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
     for doubt in blocks.doubts:

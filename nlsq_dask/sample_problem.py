@@ -20,6 +20,7 @@ from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.rows import Array, Rows
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.tournament import Tournament, rows_of_round
 from nlsq_dask.errors import DataError
 
 Vector = NDArray[np.float64]
@@ -142,6 +143,27 @@ class SampleProblem:
             self.variance,
             first_step,
             config,
+            self.reduce.kernel.loss,
+            self._penalty,
+            self._fingerprint,
+        )
+
+    def prepare_tournament(
+        self, normalizer: ParameterNormalizer, config: HybridStreamingConfig
+    ) -> Tournament:
+        """Make a tournament on the usable rows, as many as its last round takes.
+
+        They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
+        """
+        n_rows = min(self.n_used, rows_of_round(config.elimination_rounds - 1, config))
+        capacity = 1 << (n_rows - 1).bit_length()
+        order = np.random.default_rng(config.random_seed).permutation(self.n_used)[:n_rows]
+        return Tournament.prepare(
+            self._model,
+            self._rows.take(np.resize(order, capacity)),
+            n_rows,
+            (normalizer.scales, normalizer.offsets),
+            normalizer.transform_bounds(),
             self.reduce.kernel.loss,
             self._penalty,
             self._fingerprint,

@@ -149,7 +149,7 @@ def model(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(-b * x) + c
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"with_multistart", "memory_optimized"}))
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"memory_optimized"}))
 def test_every_preset_fits(name: str) -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer(getattr(Config, name)(verbose=0))
     result = optimizer.fit(model, X, Y, [1.0, 1.0, 0.0])
@@ -161,7 +161,6 @@ def test_every_preset_fits(name: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        dict(enable_multistart=True),
         dict(checkpoint_dir="here"),
         dict(resume_from_checkpoint="there"),
         dict(max_walltime=3.0),

@@ -13,6 +13,7 @@ from nlsq_dask.events import (
     PassFinished,
     PhaseStarted,
     SampleSolved,
+    TournamentRound,
     WarmupEnded,
     WarmupStarted,
 )
@@ -51,10 +52,16 @@ class Progress:
                 return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
             case PhaseStarted():
                 return f"Phase {event.phase}: {event.name}"
+            case TournamentRound():
+                return (
+                    f"  round {event.round} on {event.rows:,} rows: "
+                    f"best loss {event.best_loss:.8g}, {event.survivors} starts go on"
+                )
             case WarmupStarted(is_warm_start=True):
-                return f"  skipped: the start fits (relative loss {event.relative_loss:.3g})"
+                return f"  skipped: {event.start} fits (relative loss {event.relative_loss:.3g})"
             case WarmupStarted():
-                return f"  relative loss {event.relative_loss:.3g}, first step: {event.mode}"
+                loss = f"relative loss {event.relative_loss:.3g}"
+                return f"  {loss} at {event.start}, first step: {event.mode}"
             case WarmupEnded():
                 return f"  {event.iterations} iterations, ended by {event.reason}"
             case SampleSolved():

@@ -1,0 +1,158 @@
+"""Phase 1: from the caller's start to the starts from which Gauss-Newton is tried.
+
+With multistart a tournament of candidates comes first, and L-BFGS goes on from its winner. What the
+fit would have tried without it is tried as well, so that it finds nothing worse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
+from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
+from nlsq_dask.core.normalize import ParameterNormalizer
+from nlsq_dask.core.starts import draw_starts
+from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
+from nlsq_dask.iterations import Iterations, StoppedByCallbackError
+from nlsq_dask.parameters import Parameters
+from nlsq_dask.sample_problem import SampleProblem
+
+Vector = NDArray[np.float64]
+
+_MOST_SURVIVORS = 8  # that go on from a tournament, however few have left
+_SKIPPED = "the sample has too few usable rows"
+
+
+@dataclass
+class StartFinder:
+    """Finds starts by means of the sample.
+
+    Attributes
+    ----------
+    parameters : Parameters
+    normalizer : ParameterNormalizer
+    config : HybridStreamingConfig
+    emit : callable
+        Receives events.
+    iterations : Iterations
+    diagnostics : dict
+        What was done last, by "warm_up" and "multistart".
+    """
+
+    parameters: Parameters
+    normalizer: ParameterNormalizer
+    config: HybridStreamingConfig
+    emit: Observer
+    iterations: Iterations
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    def find(self, sample: SampleProblem, details: dict[str, Any]) -> list[Vector]:
+        """Return starts, the most promising one first and the caller's own last."""
+        own = self.parameters.start
+        if not sample.is_informative:
+            details["skipped"] = _SKIPPED
+            if self.config.enable_multistart:
+                self.diagnostics["multistart"] = {"skipped": _SKIPPED}
+            return [own]
+        survivors = self._hold_tournament(sample, details) if self.config.enable_multistart else []
+        is_own = not survivors or survivors[0] is own
+        name, first = ("p0", own) if is_own else ("winner", survivors[0])
+        warmed_up, summary = self._warm_up(sample, name, first)
+        details |= summary
+        self.diagnostics["warm_up"] = summary
+        starts = [warmed_up, *survivors]
+        if not is_own:
+            warmed_up, summary = self._warm_up(sample, "p0", own)
+            self.diagnostics["multistart"]["warm_up_of_p0"] = summary
+            starts.append(warmed_up)
+        return _distinct([*starts, own])
+
+    def _hold_tournament(self, sample: SampleProblem, details: dict[str, Any]) -> list[Vector]:
+        """Return the survivors, the best one first; where the caller's start wins, as it was."""
+        own, config = self.parameters.start, self.config
+        candidates = draw_starts(own, self.parameters.low, self.parameters.high, config)
+        tournament = sample.prepare_tournament(self.normalizer, config)
+        rounds = []
+        for number, found in enumerate(
+            tournament.rounds(self.normalizer.normalize(candidates), config), start=1
+        ):
+            rounds.append(found)
+            best = float(found.losses[found.survivors[0]])
+            self.emit(TournamentRound(number, found.n_rows, len(found.survivors), best))
+        last = rounds[-1]
+        survivors = [self._original(last.params[i]) for i in last.survivors[:_MOST_SURVIVORS]]
+        winner = int(last.survivors[0])
+        details["multistart"] = {
+            "candidates": len(candidates),
+            "rows": [found.n_rows for found in rounds],
+            "survivors": [len(found.survivors) for found in rounds],
+            "winner": winner,
+        }
+        self.diagnostics["multistart"] = {
+            "candidates": candidates,
+            "rounds": [
+                {"rows": r.n_rows, "losses": r.losses, "survivors": r.survivors} for r in rounds
+            ],
+            "winner": winner,
+            "start": survivors[0],
+        }
+        return [own, *survivors] if winner == 0 else survivors
+
+    def _warm_up(
+        self, sample: SampleProblem, name: str, start: Vector
+    ) -> tuple[Vector, dict[str, Any]]:
+        """Return where the warm-up leads to, or the start if it is skipped, and what was done."""
+        config, sums = self.config, sample.reduce(start)
+        loss = relative_loss(sums)
+        is_warm = is_warm_start(loss, config)
+        skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
+        mode, step = first_step_size(loss, config)
+        began = WarmupStarted(name, loss, None if skip else mode, is_warm)
+        self.emit(began)
+        summary = asdict(began)
+        if not skip:
+            warmup = sample.prepare_warmup(self.normalizer, step, config)
+            state = self._run_warmup(warmup, start, sample.variance)
+            start = self._original(np.asarray(state.best_params))
+            end = WarmupEnd(int(state.end))
+            ended = WarmupEnded(
+                reason=end.name.lower(),
+                iterations=int(state.iteration),
+                loss=float(state.best_loss) * sample.variance,
+                cost_guard=end is WarmupEnd.COST_GUARD,
+                clipped=clip_count(state, warmup.options),
+                line_search_failures=int(state.line_search_failures),
+                history_filled=int(state.iteration) >= config.lbfgs_history_size,
+            )
+            self.emit(ended)
+            summary |= asdict(ended)
+        return start, summary
+
+    def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
+        state = warmup.start(self.normalizer.normalize(start))
+        while int(state.end) == WarmupEnd.RUNNING:
+            before = int(state.iteration)
+            state = warmup.run(state, before + self.config.callback_frequency)
+            params = self._original(np.asarray(state.best_params))
+            loss = float(state.best_loss) * variance
+            with np.errstate(over="ignore"):
+                slope = float(np.linalg.norm(np.asarray(state.gradient)))
+            n_iterations = int(state.iteration) - before
+            if self.iterations.report("warm-up", params, loss, slope, n_iterations=n_iterations):
+                raise StoppedByCallbackError(params)
+        return state
+
+    def _original(self, normalized: Vector) -> Vector:
+        """Return normalized parameters in the original space, inside the bounds."""
+        params = self.normalizer.denormalize(normalized)
+        return np.clip(params, self.parameters.low, self.parameters.high)
+
+
+def _distinct(starts: list[Vector]) -> list[Vector]:
+    """Return starts in their order without repetitions."""
+    return list({start.tobytes(): start for start in starts}.values())

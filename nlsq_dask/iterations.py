@@ -1,0 +1,62 @@
+"""``Iterations``: what observers and the caller's callback are told of each iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.events import IterationFinished, Observer
+
+Vector = NDArray[np.float64]
+Callback = Callable[[Vector, float, int], Any]
+
+
+class StoppedByCallbackError(Exception):
+    """The callback raised StopIteration before there was anything known of all rows."""
+
+    def __init__(self, params: Vector) -> None:
+        super().__init__()
+        self.params = params
+
+
+class Iterations:
+    """Counts the iterations of all phases and reports them.
+
+    Parameters
+    ----------
+    emit : callable
+        Receives an ``IterationFinished`` a report.
+    callback : callable or None
+        The caller's ``callback(params, loss, iteration)``.
+    frequency : int
+        Iterations between calls of the callback.
+    """
+
+    def __init__(self, emit: Observer, callback: Callback | None, frequency: int) -> None:
+        self._emit = emit
+        self._callback = callback
+        self._frequency = frequency
+        self._count = 0
+
+    def report(
+        self,
+        stage: str,
+        params: Vector,
+        loss: float,
+        slope: float,
+        accepted: bool = True,
+        n_iterations: int = 1,
+    ) -> bool:
+        """Report that so many iterations later this was found; return whether to stop."""
+        self._count += n_iterations
+        self._emit(IterationFinished(stage, self._count, params.copy(), loss, slope, accepted))
+        if self._callback is None or self._count % self._frequency:
+            return False
+        try:
+            self._callback(params.copy(), loss, self._count)
+        except StopIteration:
+            return True
+        return False
