@@ -85,6 +85,9 @@ class FitResult:
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
         ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``.
+        With multistart also ``multistart``: ``candidates``, shape (n_starts, p), ``rounds`` (rows,
+        losses of all candidates, survivors), ``winner``, ``start`` (where the winner got to) and
+        ``warm_up_of_p0`` if another one won.
     """
 
     x: Vector
