@@ -85,6 +85,9 @@ class FitResult:
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
         ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``.
+        With multistart also ``multistart``: ``candidates``, shape (n_starts, p), ``rounds`` (rows,
+        losses of all candidates, survivors), ``winner``, ``start`` (where the winner got to) and
+        ``warm_up_of_p0`` if another one won.
     x_units : dict of str to str
         What dates in x were measured in, by the names that messages give to those arrays, such as
         ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
