@@ -62,6 +62,7 @@ def _index_ranges(value: Any) -> bool:
 _AUTO_CHUNK_SIZE = 2**20
 _AUTO_SAMPLE_ROWS = 2**16, 2**17
 _AUTO_SAMPLE_SHARE = 1 / 16
+_AUTO_SAMPLE_ROWS_A_PARAM = 32
 _AUTO_SAMPLE_BYTES = 64 * 2**20
 
 _BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
@@ -203,11 +204,26 @@ class HybridStreamingConfig:
         "condition number says that the first would lose half of the digits (float64 only).",
     )
     cg_param_threshold: int = _option(
-        2000, _int(1), "Parameters from which on conjugate gradients solve the step."
+        2000,
+        _int(1),
+        "Parameters from which on conjugate gradients solve the step, with one pass an iteration "
+        "and nothing larger than a vector of the parameters; there is no covariance then.",
     )
     cg_max_iterations: int = _option(100, _int(1), "Most conjugate-gradient iterations a step.")
-    cg_relative_tolerance: float = _option(1e-4, _TOLERANCE, "Relative residual that ends them.")
+    cg_relative_tolerance: float = _option(
+        1e-4,
+        _TOLERANCE,
+        "Residual that ends them, relative to the first one, in the norm of the preconditioner; up "
+        "to 0.1 where the step is so long that its quadratic is not exact.",
+    )
     cg_absolute_tolerance: float = _option(1e-10, _NON_NEGATIVE, "Absolute residual, likewise.")
+    cg_error_probes: int = _option(
+        0,
+        _int(0),
+        "Standard errors with conjugate gradients: 0 for none; k for estimates from k random "
+        "vectors of signs, whose errors have a relative spread of some 0.7 / sqrt(k) where "
+        "parameters are strongly correlated, less elsewhere; k >= p for exact ones.",
+    )
 
     # --- phase 3: covariance
     cov_type: str = _option(
@@ -351,7 +367,8 @@ class HybridStreamingConfig:
         _or(_int(1), "auto"),
         "Rows of the in-memory sample on which Gauss-Newton is solved before the first pass and "
         "that forecasts the steps between passes; the warm-up takes at most 2**14 of them. 'auto' "
-        "is a 16th of all rows, from 2**16 to 2**17, fewer where these would take more than 64 MB.",
+        "is a 16th of all rows, from 2**16 to 2**17, or 32 a parameter; fewer where these would "
+        "take more than 64 MB.",
     )
     random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample and of the tournament.")
 
@@ -374,11 +391,12 @@ class HybridStreamingConfig:
         """The number of rows that ``chunk_size`` stands for."""
         return _AUTO_CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 
-    def sample_size(self, n_rows: int, row_bytes: int) -> int:
+    def sample_size(self, n_rows: int, row_bytes: int, n_params: int = 1) -> int:
         """Return the number of rows that ``sample_rows`` stands for."""
         if isinstance(self.sample_rows, str):
             least, most = _AUTO_SAMPLE_ROWS
             wanted = min(max(int(_AUTO_SAMPLE_SHARE * n_rows), least), most)
+            wanted = max(wanted, _AUTO_SAMPLE_ROWS_A_PARAM * n_params)
             return min(wanted, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
         return self.sample_rows
 

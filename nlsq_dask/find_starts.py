@@ -51,7 +51,7 @@ class StartFinder:
     iterations: Iterations
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
-    def find(self, sample: SampleProblem, details: dict[str, Any]) -> list[Vector]:
+    def find(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
         """Return starts, the most promising one first and the caller's own last."""
         own = self.parameters.start
         if not sample.is_informative:
@@ -72,7 +72,7 @@ class StartFinder:
             starts.append(warmed_up)
         return _distinct([*starts, own])
 
-    def _hold_tournament(self, sample: SampleProblem, details: dict[str, Any]) -> list[Vector]:
+    def _hold_tournament(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
         """Return the survivors, the best one first; where the caller's start wins, as it was."""
         own, config = self.parameters.start, self.config
         candidates = draw_starts(own, self.parameters.low, self.parameters.high, config)
@@ -104,7 +104,7 @@ class StartFinder:
         return [own, *survivors] if winner == 0 else survivors
 
     def _warm_up(
-        self, sample: SampleProblem, name: str, start: Vector
+        self, sample: SampleProblem[Any], name: str, start: Vector
     ) -> tuple[Vector, dict[str, Any]]:
         """Return where the warm-up leads to, or the start if it is skipped, and what was done."""
         config, sums = self.config, sample.reduce(start)

@@ -26,13 +26,3 @@ def refuse_unbuilt(config: HybridStreamingConfig) -> None:
             f"{', '.join(asked)}: not built yet in this version of nlsq_dask. Leave it at its "
             f"default."
         )
-
-
-def refuse_many_parameters(n_params: int, config: HybridStreamingConfig) -> None:
-    """Raise NotImplementedError where conjugate gradients would be needed."""
-    if n_params >= config.cg_param_threshold:
-        raise NotImplementedError(
-            f"{n_params} parameters with cg_param_threshold={config.cg_param_threshold}: conjugate "
-            f"gradients are not built yet in this version of nlsq_dask. Raise cg_param_threshold "
-            f"to solve the step with the full matrix ({8 * n_params**2 / 2**20:.0f} MiB a task)."
-        )

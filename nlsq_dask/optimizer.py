@@ -30,8 +30,9 @@ from nlsq_dask.events import (
     PhaseEnded,
     PhaseStarted,
 )
+from nlsq_dask.gradient_fit import check_many_parameters
 from nlsq_dask.iterations import Callback
-from nlsq_dask.not_built_yet import refuse_many_parameters, refuse_unbuilt
+from nlsq_dask.not_built_yet import refuse_unbuilt
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.parameters import Parameters, parse_parameters
@@ -283,7 +284,7 @@ def _align(
     config: HybridStreamingConfig,
 ) -> tuple[RowBlocks, Model]:
     n_params = len(parameters.names)
-    refuse_many_parameters(n_params, config)
+    check_many_parameters(parameters, config)
     check_box(parameters.low, parameters.high, config)
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.covariance import Covariance
-from nlsq_dask.core.point import Point
+from nlsq_dask.core.sums import Sums
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
@@ -23,11 +23,17 @@ class Outcome:
     ----------
     params : ndarray, shape (p,)
     stop : StopReason
-    point : Point or None
-        The last accepted point over all rows; None if there was no pass over them.
+    sums : Sums or None
+        Over all rows, at ``sums_at``; None if there was no pass over them.
+    sums_at : ndarray, shape (p,), or None
+        The last accepted point.
     iterations : int
         Gauss-Newton iterations over all rows.
     covariance : Covariance or None
+    has_covariance : bool
+        Whether there would be one after a solve that found something.
+    errors : ndarray, shape (p,), or None
+        Standard errors, where they do not come from the covariance.
     absolute_sigma : bool
     n_passes, rows_read, bytes_read, rows_cached : int
     diagnostics : dict
@@ -36,9 +42,12 @@ class Outcome:
 
     params: Vector
     stop: StopReason
-    point: Point | None
+    sums: Sums | None
+    sums_at: Vector | None
     iterations: int
     covariance: Covariance | None
+    has_covariance: bool
+    errors: Vector | None
     absolute_sigma: bool
     n_passes: int
     rows_read: int

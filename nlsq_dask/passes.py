@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.sums import GradientSums, NormalEquations, Sums
+from nlsq_dask.core.sums import Sums
 from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample
 from nlsq_dask.errors import DataError, NonFiniteDataError
 from nlsq_dask.events import Observer, PassFinished
@@ -61,75 +59,56 @@ class Passes:
         return sample
 
     def first(
-        self,
-        kernel: NormalEquationsKernel,
-        params: NDArray[np.float64],
-        sample_rows: int,
-        seed: int,
-    ) -> PassResult[NormalEquations]:
+        self, kernel: RowKernel[S], params: NDArray[np.float64], sample_rows: int, seed: int
+    ) -> PassResult[S]:
         """Sum over all rows as ``reduce`` does, and bring back rows from all blocks."""
         share = min(1.0, sample_rows / self._data.blocks.n_rows)
         request = PassRequest(params, sample_share=share, seed=seed)
-        result = self._run(kernel, request, self._penalized(request))
+        result = self._run(kernel, request, self._penalty)
         self._first = result.sums
         return result
 
     def reduce(
         self,
-        kernel: NormalEquationsKernel,
+        kernel: RowKernel[S],
         params: NDArray[np.float64],
         candidates: NDArray[np.float64] | None = None,
-    ) -> NormalEquations:
+        directions: NDArray[np.float64] | None = None,
+    ) -> S:
         """Sum over all rows, and raise a DataError if they cannot be used.
 
         Parameters
         ----------
-        kernel : NormalEquationsKernel
+        kernel : RowKernel
         params : ndarray, shape (p,)
         candidates : ndarray, shape (k, p), optional
             Points at which the cost is wanted, too.
+        directions : ndarray, shape (k, p), optional
+            Where products are wanted, of a kernel that makes them.
         """
-        request = PassRequest(params, candidates, is_first=self._first is None)
-        return self._with_moments(self._run(kernel, request, self._penalized(request)).sums)
-
-    def reduce_gradient(
-        self,
-        kernel: GradientKernel,
-        params: NDArray[np.float64],
-        candidates: NDArray[np.float64] | None = None,
-        directions: NDArray[np.float64] | None = None,
-    ) -> GradientSums:
-        """Do the same without matrices, and with products of ``directions``, shape (k, p)."""
-
-        def penalized(sums: GradientSums) -> GradientSums:
-            return self._penalty.added_to_gradient(sums, params, candidates, directions)
-
         request = PassRequest(params, candidates, directions, is_first=self._first is None)
-        return self._with_moments(self._run(kernel, request, penalized).sums)
+        sums = self._run(kernel, request, self._penalty).sums
+        if self._first is None:
+            self._first = sums
+        return sums.with_moments_of(self._first)
 
     def scores(
         self, kernel: NormalEquationsKernel, params: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
         request = PassRequest(params, is_first=False)
-        triangle = self._run(kernel, request, lambda sums: sums).sums.triangle
+        triangle = self._run(kernel, request, GroupVariance()).sums.triangle
         assert triangle is not None
         return triangle[:, : len(params)]
 
-    def _penalized(self, request: PassRequest) -> Callable[[NormalEquations], NormalEquations]:
-        return lambda sums: self._penalty.added_to(sums, request.params, request.candidates)
-
-    def _with_moments(self, sums: S) -> S:
-        if self._first is None:
-            self._first = sums
-        return sums.with_moments_of(self._first)
-
     def _run(
-        self, kernel: RowKernel[S], request: PassRequest, penalized: Callable[[S], S]
+        self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
     ) -> PassResult[S]:
         began = time.perf_counter()
         result = self._data.reduce(kernel, request)
-        sums = penalized(result.sums)
+        sums = result.sums.penalized(
+            penalty, request.params, request.candidates, request.directions
+        )
         self.n_passes += 1
         self.rows_read += sums.rows_read
         self.bytes_read += sums.bytes_read

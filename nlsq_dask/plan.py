@@ -110,7 +110,7 @@ def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) ->
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
     sample = plan_sample(
         block_rows,
-        config.sample_size(blocks.n_rows, blocks.layout.row_bytes),
+        config.sample_size(blocks.n_rows, blocks.layout.row_bytes, model.n_params),
         config.random_seed,
         blocks.in_memory,
     )

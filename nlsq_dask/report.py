@@ -28,6 +28,8 @@ _SCALARS = (
     "bytes_read",
     "rows_cached",
 )
+_PAIR = ("cov_i", "cov_j")
+_MOST_LISTED = 200  # parameters; of more, the first so many
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
@@ -68,14 +70,17 @@ def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
         if active:
             remarks.append("at its bound")
         rows.append((name, f"{value:.8g}", f"{error:.4g}", relative, ", ".join(remarks)))
+        if len(rows) == _MOST_LISTED < len(result.x):
+            rows.append((f"... {len(result.x) - _MOST_LISTED} more in popt", "", "", "", ""))
+            break
     return rows
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
-    errors = result.perr
-    if not np.isfinite(errors).all() or not (errors > 0).all():
+    errors, pcov = result.perr, result.pcov
+    if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
         return []
-    matrix = result.pcov / np.outer(errors, errors)
+    matrix = pcov / np.outer(errors, errors)
     pairs = [
         (result.param_names[i], result.param_names[j], float(matrix[i, j]))
         for i in range(len(errors))
@@ -134,13 +139,14 @@ def html(result: FitResult) -> str:
 def dataset(result: FitResult) -> xr.Dataset:
     """Return parameters, errors and covariance as a Dataset."""
     names = list(result.param_names)
+    values = {
+        "curvefit_coefficients": ("param", result.x),
+        "curvefit_errors": ("param", result.perr),
+    }
+    matrix = {} if result.pcov is None else {"curvefit_covariance": (_PAIR, result.pcov)}
     return xr.Dataset(
-        {
-            "curvefit_coefficients": ("param", result.x),
-            "curvefit_errors": ("param", result.perr),
-            "curvefit_covariance": (("cov_i", "cov_j"), result.pcov),
-        },
-        coords={"param": names, "cov_i": names, "cov_j": names},
+        values | matrix,
+        coords={"param": names} | (dict.fromkeys(_PAIR, names) if matrix else {}),
         attrs={
             name: int(value) if isinstance(value, bool) else value
             for name, value in ((name, result[name]) for name in _SCALARS)

@@ -50,10 +50,12 @@ class FitResult:
         Evaluations over all rows; every one brings the Jacobian with it.
     nit : int
         Gauss-Newton iterations over all rows.
-    pcov : ndarray, shape (p, p)
-        Covariance; infinite where the data do not determine the parameters.
+    pcov : ndarray, shape (p, p), or None
+        Covariance; infinite where the data do not determine the parameters. None from
+        ``cg_param_threshold`` parameters on.
     perr : ndarray, shape (p,)
-        Standard errors.
+        Standard errors. Without pcov they are NaN, or estimates if ``cg_error_probes`` asks for
+        them.
     absolute_sigma : bool
         Whether sigma was meant in absolute terms.
     sigma_sq : float
@@ -106,7 +108,7 @@ class FitResult:
     nfev: int
     njev: int
     nit: int
-    pcov: NDArray[np.float64]
+    pcov: NDArray[np.float64] | None
     absolute_sigma: bool
     sigma_sq: float
     dof: int
@@ -127,6 +129,7 @@ class FitResult:
     x_units: dict[str, str] = field(default_factory=dict)
     _model: Model | None = field(default=None)
     _root: NDArray[np.float64] | None = field(default=None)
+    _errors: Vector | None = field(default=None)
 
     @property
     def popt(self) -> Vector:
@@ -135,8 +138,10 @@ class FitResult:
 
     @property
     def perr(self) -> Vector:
-        """Standard errors, shape (p,)."""
-        return np.sqrt(np.diag(self.pcov))
+        """Standard errors, shape (p,); NaN where they are not known."""
+        if self.pcov is not None:
+            return np.sqrt(np.diag(self.pcov))
+        return np.full(len(self.x), np.nan) if self._errors is None else self._errors
 
     @property
     def reduced_chi2(self) -> float:
@@ -233,4 +238,9 @@ class FitResult:
         """
         if self._model is None:
             raise ValueError("this result does not hold its model, so it cannot predict.")
+        if return_std and self.pcov is None:
+            raise ValueError(
+                f"there is no covariance of {len(self.x)} parameters, so there are no standard "
+                f"errors of values. Call predict(x) without return_std."
+            )
         return predict(self._model, x, self.x, self._root if return_std else None, self.x_units)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,16 +11,15 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.lbfgs_warmup import Warmup
-from nlsq_dask.core.losses import LARGEST, SMALLEST
+from nlsq_dask.core.losses import LARGEST, SMALLEST, Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_row_wise
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.row_sums import RowSums
 from nlsq_dask.core.rows import Array, Rows
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.sums import Sums
 from nlsq_dask.core.tournament import Tournament, rows_of_round
 from nlsq_dask.errors import DataError
 
@@ -41,24 +41,30 @@ def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
         )
 
 
-class SampleProblem:
+R = TypeVar("R", bound=RowSums[Sums])
+
+
+class SampleProblem(Generic[R]):
     """Rows in memory that can be reduced and handed to the warm-up.
 
     Parameters
     ----------
     model : Model
         In float64, whatever the arithmetic over all rows.
-    kernel : NormalEquationsKernel
-        Of this model.
+    sum_rows : callable
+        Returns the sums over given rows, which measure y from a given reference.
     rows : Rows
         As they were read, unusable ones among them.
     start : ndarray, shape (p,)
     penalty : GroupVariance
+    loss : Loss
 
     Attributes
     ----------
+    y_reference : float
+        Mean of its y.
     reduce : RowSums
-        Over all rows of the sample; with the kernel given, measuring y from its mean.
+        Over all rows of the sample, measuring y from its mean.
     reduce_few : RowSums
         Over no more of them than a choice between starts needs.
     """
@@ -66,30 +72,33 @@ class SampleProblem:
     def __init__(
         self,
         model: Model,
-        kernel: NormalEquationsKernel,
+        sum_rows: Callable[[Rows, float], R],
         rows: Rows,
         start: Vector,
         penalty: GroupVariance,
+        loss: Loss,
     ) -> None:
         self._model = model
+        self._loss = loss
         self._penalty = penalty
         self._start = start
         usable = rows.usable()
         y = usable.y.astype(np.float64)
-        y_reference = float(y.mean()) if len(y) else 0.0
         _check_units(y, usable.sigma)
-        self._hold(rows, usable, replace(kernel, y_reference=y_reference))
+        self._sum_rows = sum_rows
+        self.y_reference = float(y.mean()) if len(y) else 0.0
+        self._hold(rows, usable)
         prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = prediction.program.fingerprint
         if len(usable):
             check_row_wise(model, prediction, usable, start)
 
-    def _hold(self, rows: Rows, usable: Rows, kernel: NormalEquationsKernel) -> None:
+    def _hold(self, rows: Rows, usable: Rows) -> None:
         self._rows = usable
         few = usable.take(self._spread(min(self.n_used, _FEW_ROWS)))
-        self.reduce = RowSums(self._model, kernel, rows, self._penalty)
-        self.reduce_few = RowSums(self._model, kernel, few, self._penalty)
+        self.reduce = self._sum_rows(rows, self.y_reference)
+        self.reduce_few = self._sum_rows(few, self.y_reference)
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return indices of so many usable rows, spread evenly."""
@@ -112,21 +121,13 @@ class SampleProblem:
         return (sums.total_variation or sums.signal or sums.n_used) / max(sums.n_used, 1)
 
     @property
-    def at_start(self) -> NormalEquations:
+    def at_start(self) -> Sums:
         """The sums at ``start``; they also count the unusable rows."""
         return self.reduce(self._start)
 
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
-        self._hold(rows, rows.usable(), self.reduce.kernel)
-
-    def factors(self, params: Vector) -> tuple[float, ...]:
-        """Return powers of two that bring Jacobian and residual at ``params`` near one."""
-        sums = self.reduce(params)
-        squares = np.append(np.diag(sums.jtj), sums.chi2) / max(sums.n_used, 1)
-        usable = np.isfinite(squares) & (squares > 0.0)
-        exponents = -np.round(0.5 * np.log2(np.where(usable, squares, 1.0)))
-        return tuple(np.exp2(exponents).tolist())
+        self._hold(rows, rows.usable())
 
     def prepare_warmup(
         self, normalizer: ParameterNormalizer, first_step: float, config: HybridStreamingConfig
@@ -143,7 +144,7 @@ class SampleProblem:
             self.variance,
             first_step,
             config,
-            self.reduce.kernel.loss,
+            self._loss,
             self._penalty,
             self._fingerprint,
         )
@@ -164,7 +165,7 @@ class SampleProblem:
             n_rows,
             (normalizer.scales, normalizer.offsets),
             normalizer.transform_bounds(),
-            self.reduce.kernel.loss,
+            self._loss,
             self._penalty,
             self._fingerprint,
         )

@@ -13,7 +13,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.point import Point, Settings
 from nlsq_dask.core.product_loops import Product
-from nlsq_dask.core.row_sums import RowSums
+from nlsq_dask.core.row_sums import NormalRowSums
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.stopping import StopReason
 
@@ -104,7 +104,7 @@ class SampleSolver:
 
     def solve(
         self,
-        sums: RowSums,
+        sums: NormalRowSums,
         start: Vector,
         judge: Judge = gn.judge,
         anchor_length: float = _ANCHOR_LENGTH,
@@ -143,7 +143,7 @@ class SampleSolver:
             sums.make(first_product(self.config))
         return state
 
-    def best_start(self, sums: RowSums, starts: list[Vector]) -> Vector:
+    def best_start(self, sums: NormalRowSums, starts: list[Vector]) -> Vector:
         """Return where the best of some starts leads to, the first of those that are equally good.
 
         A warm-up may end in a valley that Gauss-Newton would not have entered from the start, and
@@ -162,7 +162,7 @@ class SampleSolver:
         return best
 
     def _race(
-        self, sums: RowSums, starts: list[Vector], anchor_length: float
+        self, sums: NormalRowSums, starts: list[Vector], anchor_length: float
     ) -> tuple[Vector, float]:
         ends, costs = [], []
         for start in starts:

@@ -11,7 +11,7 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.block_statistics import block_statistics
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.point import Point
+from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
@@ -19,6 +19,7 @@ from nlsq_dask.result import FitResult
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
 
 
 def make_result(
@@ -30,15 +31,14 @@ def make_result(
 ) -> FitResult:
     """Make the public result, and warn where the covariance cannot be trusted."""
     n_params = len(parameters.names)
-    point, found = outcome.point, outcome.covariance
+    sums, found = outcome.sums, outcome.covariance
     active = _active_mask(outcome.params, parameters)
-    sums = None if point is None else point.sums
     gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
     n_used = 0 if sums is None else sums.n_used
     undetermined = [] if found is None else _names(parameters, found.undetermined)
     at_bounds = _names(parameters, active != 0)
-    pcov = np.full((n_params, n_params), np.inf) if found is None else found.pcov
-    if found is not None and not np.isfinite(pcov).all():
+    pcov, root = _covariance(outcome)
+    if found is not None and pcov is not None and not np.isfinite(pcov).all():
         _warn_of_covariance(undetermined, n_used, n_params)
     message = outcome.stop.sentence
     if at_bounds:
@@ -61,11 +61,11 @@ def make_result(
         nit=outcome.iterations,
         pcov=pcov,
         absolute_sigma=outcome.absolute_sigma,
-        sigma_sq=np.nan if found is None else found.sigma_sq,
+        sigma_sq=_sigma_sq(sums, n_params),
         dof=n_used - n_params,
         n_points=n_used,
         n_omitted=0 if sums is None else sums.n_omitted,
-        r_squared=_r_squared(point),
+        r_squared=_r_squared(sums),
         condition_number=np.nan if found is None else found.condition_number,
         block_statistics=None
         if sums is None or sums.blocks is None
@@ -81,15 +81,32 @@ def make_result(
         diagnostics={
             **outcome.diagnostics,
             "parameters_at": outcome.params,
-            "sums_at": None if point is None else point.params,
+            "sums_at": outcome.sums_at,
             "last_step_without_pass": outcome.stop is StopReason.LAST_STEP,
             "active_bounds": at_bounds,
             "undetermined": undetermined,
         },
         x_units=blocks.x_units,
         _model=model,
-        _root=np.full((n_params, n_params), np.inf) if found is None else found.root,
+        _root=root,
+        _errors=outcome.errors,
     )
+
+
+def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:
+    """Return pcov and its root: None for too many parameters, infinite where nothing was found."""
+    if not outcome.has_covariance:
+        return None, None
+    if outcome.covariance is None:
+        nothing = np.full((len(outcome.params),) * 2, np.inf)
+        return nothing, nothing
+    return outcome.covariance.pcov, outcome.covariance.root
+
+
+def _sigma_sq(sums: Sums | None, n_params: int) -> float:
+    if sums is None or not sums.is_finite:
+        return np.nan
+    return sums.variance(n_params)
 
 
 def _active_mask(params: Vector, parameters: Parameters) -> NDArray[np.int64]:
@@ -102,10 +119,10 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
-def _r_squared(point: Point | None) -> float:
-    if point is None or point.sums.total_variation <= 0.0:
+def _r_squared(sums: Sums | None) -> float:
+    if sums is None or sums.total_variation <= 0.0:
         return float("nan")
-    return 1.0 - point.sums.chi2 / point.sums.total_variation
+    return 1.0 - sums.chi2 / sums.total_variation
 
 
 def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:

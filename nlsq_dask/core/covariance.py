@@ -63,8 +63,7 @@ def covariance(
         Machine epsilon of the arithmetic that made the sums.
     """
     p = len(scales)
-    dof = sums.n_used - p
-    sigma_sq = 2.0 * max(sums.cost - sums.penalty, 0.0) / dof if dof > 0 else np.inf
+    dof, sigma_sq = sums.n_used - p, sums.variance(p)
     norms = np.sqrt(np.diag(sums.jtj)) * scales
     columns = np.where(norms > 0.0, norms, 1.0)
     spectrum = Spectrum.of(sums, columns / scales, epsilon)

@@ -37,9 +37,8 @@ _SHORTER = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
 _DOUBTFUL = 0.1  # of the residual: from here on a step may be too long for the quadratic
 _LOOSEST = 0.1  # residual of a step's solve, relative to the first one
 _LEAST_SHARE = 1e-9  # of a step; a shorter one is none
-_MARGIN = (
-    2.0  # by which what conjugate gradients leave out may be larger than their Ritz values say
-)
+_MARGIN = 2.0  # times what the Ritz values say that conjugate gradients leave out
+_PROBE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
 
 
 @dataclass(frozen=True)
@@ -188,6 +187,8 @@ class CgState:
         Of the step that is tried; None while it is being solved.
     least_eigenvalue : float
         Of J^T J times the preconditioner, as Ritz values have shown.
+    last_length : float
+        Of the last accepted step, in units of the residual.
     iteration : int
         Trials judged so far.
     n_products : int
@@ -204,6 +205,7 @@ class CgState:
     touched: NDArray[np.bool_]
     share: float | None = None
     least_eigenvalue: float = 1.0
+    last_length: float = np.inf
     iteration: int = 0
     n_products: int = 0
     stop: StopReason | None = None
@@ -223,6 +225,12 @@ class CgState:
     def mean_square(self) -> float:
         """The mean squared weighted residual."""
         return 2.0 * self.sums.cost / max(self.sums.n_used, 1)
+
+    @property
+    def length(self) -> float:
+        """Length of the step so far, in units of the residual."""
+        cost = self.sums.cost
+        return float(np.sqrt(self.linear.reduction / cost)) if cost else 0.0
 
     @property
     def noise(self) -> float:
@@ -267,8 +275,15 @@ def _solved(state: CgState) -> CgState:
         return replace(state, stop=StopReason.REDUCTION, solution=state.params + linear.step)
     if linear.reduction + left <= state.noise * settings.epsilon:
         return replace(state, stop=StopReason.FLOOR, solution=state.params + linear.step)
+    length = state.length
+    # Better solved than this a step is no better, and where steps have been shrinking fast enough
+    # another trial would tell nothing.
+    if linear.lengths and left <= (0.5 * settings.tol) ** 2 * state.sums.cost:
+        if length * (length / state.last_length) <= 0.5 * settings.tol:
+            solution = state.params + linear.step
+            return replace(state, stop=StopReason.LAST_STEP, solution=solution)
+        return _tried(state)
     # Far from the solution the quadratic itself is off by about the length of the step.
-    length = float(np.sqrt(linear.reduction / state.sums.cost)) if state.sums.cost else 0.0
     relative = max(settings.cg_relative, min(length, _LOOSEST))
     enough = max(relative * float(np.sqrt(linear.first_square)), settings.cg_absolute)
     is_enough = bool(linear.lengths) and float(np.sqrt(linear.square)) <= enough
@@ -299,7 +314,16 @@ def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner
             if is_below_noise and not linear.square <= 0.25 * state.linear.first_square:
                 return replace(state, stop=StopReason.FLOOR, solution=state.params)
             return _limited(
-                _solved(replace(state, params=asked.params, sums=sums, linear=linear, share=None))
+                _solved(
+                    replace(
+                        state,
+                        params=asked.params,
+                        sums=sums,
+                        linear=linear,
+                        share=None,
+                        last_length=share * state.length,
+                    )
+                )
             )
     good = [
         factor
@@ -323,3 +347,33 @@ def _limited(state: CgState) -> CgState:
     if state.stop is None and state.iteration >= state.settings.max_iterations:
         return replace(state, stop=StopReason.ITERATION_LIMIT, solution=state.params)
     return state
+
+
+def solved_together(
+    products: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    right: NDArray[np.float64],
+    precondition: Preconditioner,
+    settings: CgSettings,
+) -> NDArray[np.float64]:
+    """Solve ``J^T J u = b`` for several b, shape (k, p), one product for all of them at a time.
+
+    Parameters
+    ----------
+    products : callable
+        Returns ``J^T J v`` for each of k directions.
+    right : ndarray, shape (k, p)
+    precondition : callable
+    settings : CgSettings
+    """
+    solves = [LinearSolve.begin(-b, precondition) for b in right]
+    running = dict.fromkeys(range(len(right)))
+    for _ in range(settings.cg_max_iterations):
+        if not running:
+            break
+        found = products(np.array([solve.direction for solve in solves]))
+        for i in list(running):
+            further = solves[i].continued(found[i], precondition)
+            solves[i] = further or solves[i]
+            if further is None or further.square <= _PROBE_RTOL**2 * further.first_square:
+                del running[i]
+    return np.array([solve.step for solve in solves])

@@ -11,7 +11,7 @@ and ``J^T J`` as so many more rows would: ``sqrt(lambda n / m) (p_gj - mean(p_g)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.sums import GradientSums, NormalEquations
 
 Vector = NDArray[np.float64]
 
@@ -88,55 +87,8 @@ class GroupVariance:
             found[a:b] += self._factor(a, b, n_rows) ** 2 * (1.0 - 1.0 / (b - a))
         return found
 
-    def added_to(
-        self,
-        sums: NormalEquations,
-        params: Vector,
-        candidates: NDArray[np.float64] | None = None,
-    ) -> NormalEquations:
-        """Return sums over rows with the penalty for as many rows.
-
-        Parameters
-        ----------
-        sums : NormalEquations
-        params : ndarray, shape (p,)
-            Where the sums were taken.
-        candidates : ndarray, shape (k, p), optional
-            Where the further costs were.
-        """
-        if not self.groups:
-            return sums
-        n = sums.n_used
-        further = self._further(candidates, n)
-        return sums.with_rows(self.jacobian(len(params), n), self.residuals(params, n), further)
-
-    def added_to_gradient(
-        self,
-        sums: GradientSums,
-        params: Vector,
-        candidates: NDArray[np.float64] | None = None,
-        directions: NDArray[np.float64] | None = None,
-    ) -> GradientSums:
-        """Return the same for sums without matrices; ``directions`` are those of the products."""
-        if not self.groups:
-            return sums
-        n = sums.n_used
-        residuals = self.residuals(params, n)
-        penalty = 0.5 * float(residuals @ residuals)
-        products = sums.products
-        if directions is not None:
-            products = products + np.array([self.product(v, n) for v in directions])
-        return replace(
-            sums,
-            jtr=sums.jtr + self.product(params, n),
-            products=products,
-            cost=sums.cost + penalty,
-            penalty=sums.penalty + penalty,
-            candidate_costs=sums.candidate_costs + self._further(candidates, n),
-        )
-
-    def _further(self, candidates: NDArray[np.float64] | None, n_rows: int) -> Vector:
-        points = () if candidates is None else candidates
+    def costs(self, points: NDArray[np.float64], n_rows: int) -> Vector:
+        """Return the penalty at some points, shape (k, p)."""
         return np.array([0.5 * np.sum(self.residuals(point, n_rows) ** 2) for point in points])
 
 

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 Vector = NDArray[np.float64]
 
-_RTOL = 1e-6  # of the solves on the sample
+_RTOL = 1e-4  # of the solves on the sample
 _MOST_ITERATIONS = 200
 
 

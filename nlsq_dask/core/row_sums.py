@@ -1,22 +1,61 @@
-"""``RowSums``: sums over rows in memory, which cost no reading."""
+"""Sums over rows in memory, which cost no reading."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.core.gradient_kernel import GradientKernel
+from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.rows import Rows
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.sums import GradientSums, NormalEquations, Sums
+
+Vector = NDArray[np.float64]
+S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
 _REMEMBERED = 8  # points; forecasts come back to those that they have tried
 
 
-class RowSums:
+class RowSums(ABC, Generic[S_co]):
     """Sums over rows, as a function of the parameters; the last few are remembered.
+
+    Parameters
+    ----------
+    kernel : RowKernel
+    rows : Rows
+    penalty : GroupVariance
+        Added to the sums.
+    """
+
+    def __init__(self, kernel: RowKernel[S_co], rows: Rows, penalty: GroupVariance) -> None:
+        self._rows = rows
+        self._penalty = penalty
+        self._known: dict[bytes, S_co] = {}
+
+    @property
+    @abstractmethod
+    def kernel(self) -> RowKernel[S_co]:
+        """The kernel that makes them."""
+
+    def __call__(self, params: Vector) -> S_co:
+        """Sum at ``params``."""
+        key = params.tobytes()
+        if key not in self._known:
+            if len(self._known) == _REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self.kernel(self._rows, params).penalized(self._penalty, params)
+        return self._known[key]
+
+
+class NormalRowSums(RowSums[NormalEquations]):
+    """Normal equations over rows in memory, or what takes their place.
 
     Parameters
     ----------
@@ -30,24 +69,67 @@ class RowSums:
     def __init__(
         self, model: Model, kernel: NormalEquationsKernel, rows: Rows, penalty: GroupVariance
     ) -> None:
+        super().__init__(kernel, rows, penalty)
         self._model = model
-        self._penalty = penalty
-        self._rows = rows
-        self._known: dict[bytes, NormalEquations] = {}
-        self.kernel = kernel
+        self._kernel = kernel
 
-    def __call__(self, params: NDArray[np.float64]) -> NormalEquations:
-        """Sum at ``params``."""
-        key = params.tobytes()
-        if key not in self._known:
-            if len(self._known) == _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = self._penalty.added_to(self.kernel(self._rows, params), params)
-        return self._known[key]
+    @property
+    def kernel(self) -> NormalEquationsKernel:
+        """The kernel that makes them."""
+        return self._kernel
 
     def make(self, product: Product) -> None:
         """Go on with sums of another kind."""
-        kernel = self.kernel.making(product, self._model)
-        if kernel is not self.kernel:
-            self.kernel = kernel
+        kernel = self._kernel.making(product, self._model)
+        if kernel is not self._kernel:
+            self._kernel = kernel
             self._known.clear()
+
+    def factors(self, params: Vector) -> tuple[float, ...]:
+        """Return powers of two that bring Jacobian and residual at ``params`` near one."""
+        sums = self(params)
+        squares = np.append(np.diag(sums.jtj), sums.chi2) / max(sums.n_used, 1)
+        usable = np.isfinite(squares) & (squares > 0.0)
+        exponents = -np.round(0.5 * np.log2(np.where(usable, squares, 1.0)))
+        return tuple(np.exp2(exponents).tolist())
+
+
+class GradientRowSums(RowSums[GradientSums]):
+    """Gradients over rows in memory, products with ``J^T J`` and its diagonal.
+
+    Parameters
+    ----------
+    kernel : GradientKernel
+    diagonal : GradientKernel
+        The same with the diagonal in the place of a product.
+    rows : Rows
+    penalty : GroupVariance
+    """
+
+    def __init__(
+        self, kernel: GradientKernel, diagonal: GradientKernel, rows: Rows, penalty: GroupVariance
+    ) -> None:
+        super().__init__(kernel, rows, penalty)
+        self._kernel = kernel
+        self._diagonal = diagonal
+
+    @property
+    def kernel(self) -> GradientKernel:
+        """The kernel that makes them."""
+        return self._kernel
+
+    def at(self, params: Vector, candidates: Vector, direction: Vector) -> GradientSums:
+        """Sum at ``params`` with costs at candidates and the product of a direction."""
+        directions = direction[None]
+        sums = self._kernel(self._rows, params, candidates=candidates, directions=directions)
+        return sums.penalized(self._penalty, params, candidates, directions)
+
+    def product(self, params: Vector, vector: Vector) -> Vector:
+        """Return ``J^T J v`` at ``params``."""
+        found = self.at(params, np.empty((0, len(params))), vector).products[0]
+        return np.asarray(found)
+
+    def diagonal(self, params: Vector) -> Vector:
+        """Return the diagonal of ``J^T J`` at ``params``."""
+        sums = self._diagonal(self._rows, params, wants_moments=False)
+        return np.asarray(sums.products[0] + self._penalty.diagonal(len(params), sums.n_used))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core import triangle
 from nlsq_dask.core.block_sums import BlockSums
+from nlsq_dask.core.penalty import GroupVariance
 
 NO_BLOCK = -1
 
@@ -38,7 +40,7 @@ _COMBINE: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
+class Sums(ABC):
     """Sums over rows, all in float64, without what a step is solved from.
 
     With residuals ``r = (model - y) / sigma`` and their Jacobian ``J``.
@@ -104,6 +106,27 @@ class Sums:
             **{name: _COMBINE[name](a, b) if name in _COMBINE else a + b for name, a, b in pairs}
         )
 
+    @abstractmethod
+    def penalized(
+        self,
+        penalty: GroupVariance,
+        params: NDArray[np.float64],
+        candidates: NDArray[np.float64] | None = None,
+        directions: NDArray[np.float64] | None = None,
+    ) -> Self:
+        """Return the sums with a penalty for as many rows added.
+
+        Parameters
+        ----------
+        penalty : GroupVariance
+        params : ndarray, shape (p,)
+            Where the sums were taken.
+        candidates : ndarray, shape (k, p), optional
+            Where the further costs were.
+        directions : ndarray, shape (k, p), optional
+            Of which the products are.
+        """
+
     def with_moments_of(self, other: Sums) -> Self:
         """Return these sums with those of the data alone taken from others over the same rows."""
         return replace(
@@ -113,6 +136,11 @@ class Sums:
             y_square=other.y_square,
             signal=other.signal,
         )
+
+    def variance(self, n_params: int) -> float:
+        """Return the variance of a residual; infinite without degrees of freedom."""
+        dof = self.n_used - n_params
+        return 2.0 * max(self.cost - self.penalty, 0.0) / dof if dof > 0 else np.inf
 
     @property
     def n_omitted(self) -> int:
@@ -152,27 +180,35 @@ class NormalEquations(Sums):
     jtj: NDArray[np.float64]
     triangle: NDArray[np.float64] | None = None
 
-    def with_rows(
+    def penalized(
         self,
-        jacobian: NDArray[np.float64],
-        residuals: NDArray[np.float64],
-        further_costs: NDArray[np.float64] | None = None,
+        penalty: GroupVariance,
+        params: NDArray[np.float64],
+        candidates: NDArray[np.float64] | None = None,
+        directions: NDArray[np.float64] | None = None,
     ) -> Self:
-        """Return the sums with a penalty added, which is a sum of squares as well.
+        """Return the sums with a penalty for as many rows added."""
+        if not penalty.groups:
+            return self
+        n = self.n_used
+        found = self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
+        if candidates is None:
+            return found
+        return replace(found, candidate_costs=self.candidate_costs + penalty.costs(candidates, n))
+
+    def with_rows(self, jacobian: NDArray[np.float64], residuals: NDArray[np.float64]) -> Self:
+        """Return the sums with further rows, which count as a penalty and not as data.
 
         Parameters
         ----------
         jacobian : ndarray, shape (k, p)
         residuals : ndarray, shape (k,)
-        further_costs : ndarray, optional
-            The penalty at the points of ``candidate_costs``.
         """
         joined = None
         if self.triangle is not None:
             rows = np.column_stack([jacobian, residuals])[:, : self.triangle.shape[1]]
             joined = triangle.with_rows(self.triangle, rows)
         penalty = 0.5 * float(residuals @ residuals)
-        costs = self.candidate_costs
         return replace(
             self,
             triangle=joined,
@@ -180,7 +216,6 @@ class NormalEquations(Sums):
             jtr=self.jtr + jacobian.T @ residuals,
             cost=self.cost + penalty,
             penalty=self.penalty + penalty,
-            candidate_costs=costs if further_costs is None else costs + further_costs,
         )
 
     @property
@@ -200,6 +235,30 @@ class GradientSums(Sums):
     """
 
     products: NDArray[np.float64]
+
+    def penalized(
+        self,
+        penalty: GroupVariance,
+        params: NDArray[np.float64],
+        candidates: NDArray[np.float64] | None = None,
+        directions: NDArray[np.float64] | None = None,
+    ) -> Self:
+        """Return the sums with a penalty for as many rows added."""
+        if not penalty.groups:
+            return self
+        n, p = self.n_used, len(params)
+        vectors = np.empty((0, p)) if directions is None else directions
+        points = np.empty((0, p)) if candidates is None else candidates
+        cost = float(penalty.costs(params[None], n)[0])
+        further = [penalty.product(vector, n) for vector in vectors]
+        return replace(
+            self,
+            jtr=self.jtr + penalty.product(params, n),
+            products=self.products + np.array(further) if further else self.products,
+            cost=self.cost + cost,
+            penalty=self.penalty + cost,
+            candidate_costs=self.candidate_costs + penalty.costs(points, n),
+        )
 
     @property
     def is_finite(self) -> bool:

@@ -18,6 +18,8 @@ from nlsq_dask.events import (
     WarmupStarted,
 )
 
+_MOST_NAMES = 20  # of parameters that are listed
+
 
 class Progress:
     """Prints what happens to ``stream``.
@@ -48,7 +50,9 @@ class Progress:
     def _line(self, event: Event) -> str | None:
         match event:
             case FitStarted():
-                names = ", ".join(event.param_names)
+                names = ", ".join(event.param_names[:_MOST_NAMES])
+                if len(event.param_names) > _MOST_NAMES:
+                    names += f" and {len(event.param_names) - _MOST_NAMES:,} more parameters"
                 return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
             case PhaseStarted():
                 return f"Phase {event.phase}: {event.name}"

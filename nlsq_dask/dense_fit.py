@@ -1,0 +1,203 @@
+"""Phases 2 and 3 with matrices: Gauss-Newton in a trust region, and the covariance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core import gauss_newton as gn
+from nlsq_dask.core.covariance import Covariance, covariance, sandwich
+from nlsq_dask.core.normal_equations import NormalEquationsKernel
+from nlsq_dask.core.point import Settings
+from nlsq_dask.core.product_loops import Product
+from nlsq_dask.core.row_sums import NormalRowSums
+from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.surrogate import forecast
+from nlsq_dask.events import SampleSolved
+from nlsq_dask.fit_context import FitContext, Solved
+from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.solve import SampleSolver, first_product, solve
+from nlsq_dask.stopping import StopReason
+
+Vector = NDArray[np.float64]
+Sample = SampleProblem[NormalRowSums]
+
+_PATIENCE = 15  # passes over all rows without progress
+
+
+class DenseFit:
+    """Phases 2 and 3 of a fit whose step is solved with matrices of its parameters.
+
+    Parameters
+    ----------
+    context : FitContext
+
+    Attributes
+    ----------
+    context : FitContext
+    """
+
+    def __init__(self, context: FitContext) -> None:
+        self.context = context
+        config, parameters = context.config, context.parameters
+        trace = partial(NormalEquationsKernel.trace, piece_rows=context.piece_rows)
+        kernel = trace(context.model, platforms=context.platforms, loss=context.loss)
+        self._kernel = replace(kernel, uses_all_devices=config.enable_multi_device)
+        self._sample_kernel = trace(context.exact_model, loss=context.loss)
+        scales = context.normalizer.scales
+        self._settings = Settings(
+            low=parameters.low,
+            high=parameters.high,
+            tol=config.gauss_newton_tol,
+            max_iterations=config.gauss_newton_max_iterations,
+            patience=_PATIENCE,
+            sizes=scales,
+            regularization=config.regularization_factor,
+            initial_radius=config.trust_region_initial,
+            epsilon=float(np.finfo(context.model.dtype).eps),
+        )
+        self._sample_solver = SampleSolver.of(self._settings, scales, config)
+        self._state: gn.State | None = None
+
+    @property
+    def kernel(self) -> NormalEquationsKernel:
+        """The kernel for all rows."""
+        return self._kernel
+
+    def sum_rows(self, rows: Rows, y_reference: float) -> NormalRowSums:
+        """Return the sums over rows in memory."""
+        kernel = replace(self._sample_kernel, y_reference=y_reference)
+        return NormalRowSums(self.context.exact_model, kernel, rows, self.context.penalty)
+
+    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
+        """Converge on the sample, then over all rows."""
+        start = self._solve_on_sample(sample, starts, details)
+        self._state = state = self._solve_on_all_rows(sample, start, details)
+        assert state.stop is not None
+        assert state.solution is not None
+        point = state.point
+        return Solved(state.solution, state.stop, point.sums, point.params, state.iteration)
+
+    def _solve_on_sample(
+        self, sample: Sample, starts: list[Vector], details: dict[str, Any]
+    ) -> Vector:
+        """Converge on the sample; return its solution, or the best start if it has none."""
+        if not sample.is_informative:
+            return starts[0]
+        solver = self._sample_solver
+        start = solver.best_start(sample.reduce_few, starts)
+        state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
+        details["sample_iterations"] = state.iteration
+        if state.stop is StopReason.NON_FINITE_START:
+            return start
+        assert state.solution is not None
+        if state.stop is StopReason.USER_STOP:
+            raise StoppedByCallbackError(state.solution)
+        self.context.emit(SampleSolved(state.iteration, state.point.mean_square))
+        return state.solution
+
+    def _solve_on_all_rows(
+        self, sample: Sample, start: Vector, details: dict[str, Any]
+    ) -> gn.State:
+        """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
+        is_exact = self.context.is_exact
+        factors = self._kernel.factors if is_exact else sample.reduce.factors(start)
+        kernel = replace(self._kernel, y_reference=sample.y_reference, factors=factors)
+        product = sample.reduce.kernel.product if is_exact else first_product(self.context.config)
+        self._kernel = kernel.making(product, self.context.model)
+        may_change = self.context.config.gauss_newton_solver == "auto" and is_exact
+
+        def reduce(state: gn.State, trial: gn.Trial) -> NormalEquations:
+            further = gn.candidates(state, trial)
+            return self.context.passes.reduce(self._kernel, trial.params, further)
+
+        def reduce_by_qr(params: Vector) -> NormalEquations:
+            self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
+            return self.context.passes.reduce(self._kernel, params)
+
+        state = solve(
+            gn.start(*self._first_pass(sample, start), self._settings),
+            lambda state: forecast(state, sample.reduce) or gn.propose(state),
+            reduce,
+            reduce_by_qr if may_change else None,
+            partial(self._judged, stage="all rows"),
+        )
+        assert state.stop is not None
+        details |= {
+            "iterations": state.iteration,
+            "passes": self.context.passes.n_passes,
+            "reason": state.stop.name.lower(),
+            "solver": "qr" if self._kernel.product.is_factorized else "normal",
+        }
+        return state
+
+    def _first_pass(self, sample: Sample, start: Vector) -> tuple[Vector, NormalEquations]:
+        """Return a start for all rows with its sums: the sample's solution, or a better one.
+
+        The rows that the pass brings back are from all blocks. Where the first sample was not like
+        them, because all rows fit its solution worse than it did by more than chance explains, the
+        fit starts once more on the new one; that costs a pass if it leads to a better point.
+        """
+        expected = 2.0 * sample.reduce(start).cost / max(sample.n_used, 1)
+        chance = 1.0 + 5.0 * float(np.sqrt(2.0 / max(sample.n_used, 1)))
+        result = self.context.passes.first(
+            self._kernel, start, self.context.sample_rows, self.context.config.random_seed
+        )
+        sums = result.sums
+        if result.sample is not None:
+            sample.exchange(result.sample)
+        if sums.is_finite and not 2.0 * sums.cost / sums.n_used > expected * chance:
+            return start, sums
+        again = self._solve_on_sample(sample, self.context.start_finder.find(sample, {}), {})
+        state = gn.start(start, sums, self._settings)
+        ahead = None if state.stop is not None else forecast(state, sample.reduce)
+        reached = sample.reduce(start if ahead is None else ahead.params)
+        there = sample.reduce(again)
+        if not there.is_finite:
+            again = self.context.parameters.start
+            there = sample.reduce(again)
+        if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
+            return start, sums
+        other = self.context.passes.reduce(self._kernel, again)
+        if other.is_finite and not (sums.is_finite and sums.cost <= other.cost):
+            return again, other
+        return start, sums
+
+    def covariance(self, details: dict[str, Any]) -> Covariance | None:
+        """Return the covariance at the solution, or None where nothing is finite."""
+        state = self._state
+        if state is None or not state.point.sums.is_finite:
+            return None
+        sums, epsilon = state.sums_at_solution, self._settings.epsilon
+        cov_type = self.context.config.cov_type
+        details["cov_type"] = cov_type
+        is_classical = cov_type == "nonrobust"
+        absolute_sigma = self.context.absolute_sigma or not is_classical
+        found = covariance(sums, self.context.normalizer.scales, absolute_sigma, epsilon)
+        if not is_classical and np.isfinite(found.root).all():
+            assert state.solution is not None
+            kernel = self._kernel.making(Product.SCORES, self.context.model)
+            scores = self.context.passes.scores(kernel, state.solution)
+            found = sandwich(found, scores, sums.n_used, cov_type)
+        details["condition_number"] = found.condition_number
+        return found
+
+    def errors(self, details: dict[str, Any]) -> None:
+        """Say that the standard errors are those of the covariance."""
+
+    def _judged(
+        self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
+    ) -> gn.State:
+        """Judge a trial and report it; the callback may end the solve."""
+        state = gn.judge(state, trial, sums)
+        point, accepted = state.point, state.point.params is trial.params
+        slope = point.relative_slope(self.context.normalizer.scales)
+        if self.context.iterations.report(stage, point.params, point.mean_square, slope, accepted):
+            state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
+        return state

@@ -1,0 +1,233 @@
+"""Phase 2 for many parameters: Gauss-Newton by conjugate gradients, and errors by probing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core import newton_cg as cg
+from nlsq_dask.core.gradient_kernel import GradientKernel
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.preconditioner import SamplePreconditioner, filled
+from nlsq_dask.core.row_sums import GradientRowSums
+from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.sums import GradientSums
+from nlsq_dask.events import SampleSolved
+from nlsq_dask.fit_context import FitContext, Solved
+from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.parameters import Parameters
+from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.stopping import StopReason
+
+Vector = NDArray[np.float64]
+Sample = SampleProblem[GradientRowSums]
+
+_SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    """The simplest preconditioner: the inverse of the diagonal of J^T J."""
+
+    diagonal: Vector
+
+    def __call__(self, vector: Vector) -> Vector:
+        return vector / self.diagonal
+
+
+def check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
+    """Raise a ValueError for what needs matrices where there are too many parameters for them."""
+    n_params = len(parameters.names)
+    if n_params < config.cg_param_threshold:
+        return
+    unable = {
+        "bounds": parameters.has_bounds,
+        f"cov_type={config.cov_type!r}": config.cov_type != "nonrobust",
+        f"gauss_newton_solver={config.gauss_newton_solver!r}": config.gauss_newton_solver != "auto",
+        "enable_multistart": config.enable_multistart,
+    }
+    asked = [name for name, is_asked in unable.items() if is_asked]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)} cannot be combined with conjugate gradients, which "
+            f"{n_params} parameters ask for with cg_param_threshold={config.cg_param_threshold}. "
+            f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
+            f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
+        )
+
+
+class GradientFit:
+    """Phases 2 and 3 of a fit of so many parameters that nothing may be a matrix of them.
+
+    Parameters
+    ----------
+    context : FitContext
+
+    Attributes
+    ----------
+    context : FitContext
+    """
+
+    def __init__(self, context: FitContext) -> None:
+        self.context = context
+        self._kernel = self._traced(context.model, platforms=context.platforms)
+        exact = context.exact_model
+        self._sample_kernels = self._traced(exact), self._traced(exact, is_diagonal=True)
+        self._settings = cg.CgSettings.of(context.config, context.model.dtype)
+        self._state: cg.CgState | None = None
+        self._sample: Sample | None = None
+
+    def _traced(self, model: Model, **options: Any) -> GradientKernel:
+        context = self.context
+        kernel = GradientKernel.trace(model, context.piece_rows, loss=context.loss, **options)
+        return replace(kernel, uses_all_devices=context.config.enable_multi_device)
+
+    @property
+    def kernel(self) -> GradientKernel:
+        """The kernel for all rows."""
+        return self._kernel
+
+    def sum_rows(self, rows: Rows, y_reference: float) -> GradientRowSums:
+        """Return the sums over rows in memory."""
+        kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
+        return GradientRowSums(kernel, diagonal, rows, self.context.penalty)
+
+    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
+        """Converge on the sample, then over all rows."""
+        start = self._solve_on_sample(sample, starts, details)
+        self._kernel = replace(self._kernel, y_reference=sample.y_reference)
+        passes = self.context.passes
+        first = passes.first(
+            self._kernel, start, self.context.sample_rows, self.context.config.random_seed
+        )
+        if first.sample is not None:
+            sample.exchange(first.sample)
+        self._sample = sample
+        precondition = partial(self._by_sample, sample, first.sums.n_used)
+        state = cg.begin(start, first.sums, self._settings, precondition)
+
+        def reduce(ask: cg.Ask) -> GradientSums:
+            directions = None if ask.direction is None else ask.direction[None]
+            return passes.reduce(self._kernel, ask.params, ask.candidates, directions)
+
+        state = self._state = self._iterated(state, reduce, precondition, "all rows")
+        assert state.stop is not None
+        assert state.solution is not None
+        stop = state.stop
+        if stop.is_success and not state.touched.all():
+            stop = StopReason.NO_SENSITIVITY
+        details |= {
+            "iterations": state.iteration,
+            "products": state.n_products,
+            "passes": passes.n_passes,
+            "reason": stop.name.lower(),
+            "solver": "conjugate gradients",
+        }
+        return Solved(state.solution, stop, state.sums, state.params, state.iteration)
+
+    def _solve_on_sample(
+        self, sample: Sample, starts: list[Vector], details: dict[str, Any]
+    ) -> Vector:
+        """Return the sample's solution, or the best start if it has none."""
+        sums = sample.reduce
+        finite = [start for start in starts if sums(start).is_finite]
+        if not finite or not sample.is_informative:
+            return starts[0]
+        start = min(finite, key=lambda start: sums(start).cost)
+        settings = replace(
+            self._settings,
+            tol=max(self._settings.tol, _SAMPLE_TOL),
+            epsilon=float(np.finfo(np.float64).eps),
+        )
+
+        def reduce(ask: cg.Ask) -> GradientSums:
+            if ask.direction is None and not len(ask.candidates):
+                return sums(ask.params)
+            direction = np.zeros_like(ask.params) if ask.direction is None else ask.direction
+            return sums.at(ask.params, ask.candidates, direction)
+
+        precondition = partial(self._by_diagonal, sample)
+        state = cg.begin(start, sums(start), settings, precondition)
+        state = self._iterated(state, reduce, precondition, "sample")
+        details |= {"sample_iterations": state.iteration, "sample_products": state.n_products}
+        assert state.solution is not None
+        if state.stop is StopReason.USER_STOP:
+            raise StoppedByCallbackError(state.solution)
+        self.context.emit(SampleSolved(state.iteration, state.mean_square))
+        return state.solution
+
+    def _iterated(
+        self,
+        state: cg.CgState,
+        reduce: Callable[[cg.Ask], GradientSums],
+        precondition: cg.MakePreconditioner,
+        stage: str,
+    ) -> cg.CgState:
+        """Ask and tell until the state says to stop; trials are reported as iterations."""
+        scales = self.context.normalizer.scales
+        while state.stop is None:
+            ask, before = state.wanted, state.params
+            state = cg.told(state, reduce(ask), precondition)
+            if not ask.is_trial:
+                continue
+            size = state.sums.total_variation or float(max(state.sums.n_used, 1))
+            slope = 2.0 / size * float(np.linalg.norm(state.sums.jtr * scales))
+            accepted = state.params is not before
+            loss = state.mean_square
+            if self.context.iterations.report(stage, state.params, loss, slope, accepted):
+                state = replace(state, stop=StopReason.USER_STOP, solution=state.params)
+        return state
+
+    def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
+        scales = self.context.normalizer.scales
+        return _Diagonal(filled(sample.reduce.diagonal(params), scales))
+
+    def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
+        """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
+        diagonal = filled(sample.reduce.diagonal(params), self.context.normalizer.scales)
+        n_used = max(sample.n_used, 1)
+        return SamplePreconditioner(
+            partial(sample.reduce.product, params),
+            diagonal,
+            weight=n_rows / n_used,
+            share=min(1.0, len(params) / n_used),
+        )
+
+    def covariance(self, details: dict[str, Any]) -> None:
+        """Say that there is none: it would be a matrix of the parameters."""
+        details["skipped"] = "a covariance would be a matrix of all parameters"
+
+    def errors(self, details: dict[str, Any]) -> Vector | None:
+        """Return standard errors by probing the inverse of J^T J, if that is asked for."""
+        context, state = self.context, self._state
+        n_probes = context.config.cg_error_probes
+        if not n_probes or state is None or self._sample is None or not state.sums.is_finite:
+            return None
+        assert state.solution is not None
+        params, sums = state.solution, state.sums
+        exact = n_probes >= len(params)
+        rng = np.random.default_rng(context.config.random_seed)
+        probes = np.eye(len(params)) if exact else rng.choice([-1.0, 1.0], (n_probes, len(params)))
+        kernel = replace(
+            self._traced(
+                self.context.model, platforms=self.context.platforms, n_directions=len(probes)
+            ),
+            y_reference=self._kernel.y_reference,
+        )
+        precondition = self._by_sample(self._sample, sums.n_used, params)
+        inverse = cg.solved_together(
+            lambda vectors: context.passes.reduce(kernel, params, None, vectors).products,
+            probes,
+            precondition,
+            self._settings,
+        )
+        details["probes"] = len(probes)
+        variances = np.maximum((probes * inverse).sum(axis=0) / (probes**2).sum(axis=0), 0.0)
+        scale = 1.0 if self.context.absolute_sigma else sums.variance(len(params))
+        return np.asarray(np.sqrt(variances * scale))
