@@ -291,7 +291,10 @@ class HybridStreamingConfig:
         None, _or(_PATH, None), "A checkpoint, or a folder of them, to go on from."
     )
     validate_numerics: bool = _option(
-        True, _BOOL, "Test gradient, parameters and cost for NaN and infinity."
+        True,
+        _BOOL,
+        "Where cost or gradient at a trial point are NaN or infinite, go back to the best point "
+        "and try a smaller step; False ends the warm-up, or the fit, at the first such point.",
     )
     enable_fault_tolerance: bool = _option(True, _BOOL, "Retry blocks that could not be read.")
     max_retries_per_batch: int = _option(2, _int(0), "Retries of one block.")

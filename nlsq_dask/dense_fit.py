@@ -61,6 +61,7 @@ class DenseFit:
             regularization=config.regularization_factor,
             initial_radius=config.trust_region_initial,
             epsilon=float(np.finfo(context.model.dtype).eps),
+            recovers=config.validate_numerics,
         )
         self._sample_solver = SampleSolver.of(self._settings, scales, config)
         self._state: gn.State | None = None
@@ -91,7 +92,8 @@ class DenseFit:
         if not sample.is_informative:
             return starts[0]
         solver = self._sample_solver
-        start = solver.best_start(sample.reduce_few, starts)
+        watched = partial(self._watched, stage="sample")
+        start = solver.best_start(sample.reduce_few, starts, watched)
         state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
         details["sample_iterations"] = state.iteration
         if state.stop is StopReason.NON_FINITE_START:
@@ -191,11 +193,19 @@ class DenseFit:
     def errors(self, details: dict[str, Any]) -> None:
         """Say that the standard errors are those of the covariance."""
 
+    def _watched(
+        self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
+    ) -> gn.State:
+        """Judge a trial and report it if it is not finite."""
+        if not sums.is_finite:
+            self.context.iterations.report_non_finite(stage, trial.params, sums.n_nonfinite)
+        return gn.judge(state, trial, sums)
+
     def _judged(
         self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
     ) -> gn.State:
         """Judge a trial and report it; the callback may end the solve."""
-        state = gn.judge(state, trial, sums)
+        state = self._watched(state, trial, sums, stage)
         point, accepted = state.point, state.point.params is trial.params
         slope = point.relative_slope(self.context.normalizer.scales)
         if self.context.iterations.report(stage, point.params, point.mean_square, slope, accepted):

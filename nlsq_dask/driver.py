@@ -189,5 +189,5 @@ class Driver:
             rows_read=self._passes.rows_read,
             bytes_read=self._passes.bytes_read,
             rows_cached=self._passes.rows_cached,
-            diagnostics=self._diagnostics,
+            diagnostics=self._diagnostics | {"non_finite": dict(self._iterations.non_finite)},
         )

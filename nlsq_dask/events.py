@@ -74,7 +74,11 @@ class WarmupStarted(Event):
 
 @dataclass(frozen=True)
 class WarmupEnded(Event):
-    """The L-BFGS loop ended; what layers 3 and 4 and the line search did."""
+    """The L-BFGS loop ended; what layers 3 and 4 and the line search did.
+
+    ``restarts`` times it went on from its best point with smaller steps, because something was not
+    finite.
+    """
 
     reason: str
     iterations: int
@@ -83,6 +87,7 @@ class WarmupEnded(Event):
     clipped: int
     line_search_failures: int
     history_filled: bool
+    restarts: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,18 @@ class IterationFinished(Event):
     loss: float
     gradient_norm: float
     accepted: bool
+
+
+@dataclass(frozen=True)
+class NonFiniteTrial(Event):
+    """At a trial point model, derivative or cost were not finite.
+
+    ``n_rows`` rows of finite data had a model that was not; 0 if it is the sums that were not.
+    """
+
+    stage: str
+    params: NDArray[np.float64]
+    n_rows: int
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from nlsq_dask.sample_problem import SampleProblem
 
 Vector = NDArray[np.float64]
 
+_MOST_RESTARTS = 3  # of a warm-up that met something not finite
+_SMALLER = 0.1  # steps of each restart
 _MOST_SURVIVORS = 8  # that go on from a tournament, however few have left
 _SKIPPED = "the sample has too few usable rows"
 
@@ -118,20 +120,38 @@ class StartFinder:
         if not skip:
             warmup = sample.prepare_warmup(self.normalizer, step, config)
             state = self._run_warmup(warmup, start, sample.variance)
+            n_iterations, restarts = int(state.iteration), 0
+            while self._may_restart(state, n_iterations, restarts):
+                restarts += 1
+                warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
+                start = self._original(np.asarray(state.best_params))
+                self.iterations.report_non_finite("warm-up", start, 0)
+                state = self._run_warmup(warmup, start, sample.variance)
+                n_iterations += int(state.iteration)
             start = self._original(np.asarray(state.best_params))
             end = WarmupEnd(int(state.end))
             ended = WarmupEnded(
                 reason=end.name.lower(),
-                iterations=int(state.iteration),
+                iterations=n_iterations,
                 loss=float(state.best_loss) * sample.variance,
                 cost_guard=end is WarmupEnd.COST_GUARD,
                 clipped=clip_count(state, warmup.options),
                 line_search_failures=int(state.line_search_failures),
-                history_filled=int(state.iteration) >= config.lbfgs_history_size,
+                history_filled=n_iterations >= config.lbfgs_history_size,
+                restarts=restarts,
             )
             self.emit(ended)
             summary |= asdict(ended)
         return start, summary
+
+    def _may_restart(self, state: WarmupState, n_iterations: int, restarts: int) -> bool:
+        """Whether to go on from the best point with smaller steps, after something not finite."""
+        return (
+            self.config.validate_numerics
+            and int(state.end) == WarmupEnd.NON_FINITE
+            and restarts < _MOST_RESTARTS
+            and n_iterations < self.config.max_warmup_iterations
+        )
 
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
         state = warmup.start(self.normalizer.normalize(start))

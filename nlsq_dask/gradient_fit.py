@@ -173,7 +173,10 @@ class GradientFit:
         scales = self.context.normalizer.scales
         while state.stop is None:
             ask, before = state.wanted, state.params
-            state = cg.told(state, reduce(ask), precondition)
+            sums = reduce(ask)
+            if not sums.is_finite:
+                self.context.iterations.report_non_finite(stage, ask.params, sums.n_nonfinite)
+            state = cg.told(state, sums, precondition)
             if not ask.is_trial:
                 continue
             size = state.sums.total_variation or float(max(state.sums.n_used, 1))

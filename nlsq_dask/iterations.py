@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.events import IterationFinished, Observer
+from nlsq_dask.events import IterationFinished, NonFiniteTrial, Observer
 
 Vector = NDArray[np.float64]
 Callback = Callable[[Vector, float, int], Any]
@@ -33,6 +34,11 @@ class Iterations:
         The caller's ``callback(params, loss, iteration)``.
     frequency : int
         Iterations between calls of the callback.
+
+    Attributes
+    ----------
+    non_finite : Counter
+        Trial points by stage at which something was not finite.
     """
 
     def __init__(self, emit: Observer, callback: Callback | None, frequency: int) -> None:
@@ -40,6 +46,12 @@ class Iterations:
         self._callback = callback
         self._frequency = frequency
         self._count = 0
+        self.non_finite: Counter[str] = Counter()
+
+    def report_non_finite(self, stage: str, params: Vector, n_rows: int) -> None:
+        """Report that at a trial point the model, its derivative or the cost was not finite."""
+        self.non_finite[stage] += 1
+        self._emit(NonFiniteTrial(stage, params.copy(), n_rows))
 
     def report(
         self,

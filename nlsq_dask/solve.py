@@ -143,7 +143,9 @@ class SampleSolver:
             sums.make(first_product(self.config))
         return state
 
-    def best_start(self, sums: NormalRowSums, starts: list[Vector]) -> Vector:
+    def best_start(
+        self, sums: NormalRowSums, starts: list[Vector], judge: Judge = gn.judge
+    ) -> Vector:
         """Return where the best of some starts leads to, the first of those that are equally good.
 
         A warm-up may end in a valley that Gauss-Newton would not have entered from the start, and
@@ -152,21 +154,21 @@ class SampleSolver:
         """
         tol = max(self.settings.tol, _RACE_TOL)
         rough = replace(self, settings=replace(self.settings, tol=tol))
-        best, least = rough._race(sums, starts, _ANCHOR_LENGTH)
+        best, least = rough._race(sums, starts, _ANCHOR_LENGTH, judge)
         n_used, n_params = max(sums(best).n_used, 1), len(best)
         if np.isfinite(least) and Point.of(best, sums(best), self.settings).measure > _PULLED:
-            races = (rough._race(sums, starts, length) for length in _FREE_LENGTHS)
+            races = (rough._race(sums, starts, length, judge) for length in _FREE_LENGTHS)
             other, cost = min(races, key=lambda race: race[1])
             if cost * (1.0 + _CHANCE * n_params / n_used) < least:
                 return other
         return best
 
     def _race(
-        self, sums: NormalRowSums, starts: list[Vector], anchor_length: float
+        self, sums: NormalRowSums, starts: list[Vector], anchor_length: float, judge: Judge
     ) -> tuple[Vector, float]:
         ends, costs = [], []
         for start in starts:
-            solution = self.solve(sums, start, anchor_length=anchor_length).solution
+            solution = self.solve(sums, start, judge, anchor_length).solution
             end = start if solution is None else solution
             cost = sums(end).cost
             ends.append(end)

@@ -186,9 +186,9 @@ def test_the_sample_is_bounded_and_seeded(grid: tuple[int, ...], seed: int) -> N
 def test_combining_sums_is_summing() -> None:
     parts = [
         NormalEquations(
-            np.full((2, 2), i),
-            np.full(2, i),
-            i,
+            jtj=np.full((2, 2), i),
+            jtr=np.full(2, i),
+            cost=i,
             n_used=i,
             n_bad=i % 2,
             first_bad_block=i if i % 2 else -1,

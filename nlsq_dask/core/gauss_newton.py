@@ -214,6 +214,9 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
     state = replace(state, iteration=state.iteration + 1)
     length = float(np.linalg.norm(trial.step))
     if not sums.is_finite:
+        if not state.point.settings.recovers:
+            params = state.point.params
+            return replace(state, stop=StopReason.NON_FINITE_STEP, solution=params)
         return _rejected(state, trial, sums, StopReason.NON_FINITE_STEP)
     old = state.point
     new = Point(trial.params, sums, column_scale(sums.jtj, _SCALE_MEMORY * old.scale), old.settings)

@@ -11,7 +11,7 @@ evaluated at the nearest point inside, and parameters on a bound do not move out
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -201,14 +201,15 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
     params = jnp.clip(state.params + updates, problem.low, problem.high)
     value, gradient = jax.value_and_grad(loss)(params)
     failed = optimizer_state[-1].info.decrease_error > 0.0
-    better = value < state.best_loss
+    is_finite = jnp.isfinite(value) & jnp.isfinite(gradient).all()
+    better = is_finite & (value < state.best_loss)
     iteration = state.iteration + 1
     held = ((params <= problem.low) & (gradient > 0)) | ((params >= problem.high) & (gradient < 0))
     gradient_norm = jnp.linalg.norm(jnp.where(held, 0.0, gradient))
     change = jnp.abs(value - state.loss) / (jnp.abs(state.loss) + np.finfo(np.float64).tiny)
     ready = iteration >= problem.min_iterations
     ends = [  # the first that holds is the reason
-        (~jnp.isfinite(value), WarmupEnd.NON_FINITE),
+        (~is_finite, WarmupEnd.NON_FINITE),
         (
             cost_increased(value, state.initial_loss, problem.cost_tolerance) & options.guards_cost,
             WarmupEnd.COST_GUARD,
@@ -363,6 +364,17 @@ class Warmup:
                 self.problem, state, limit
             )
             return result
+
+    def with_smaller_steps(self, factor: float, n_done: int) -> Warmup:
+        """Return the warm-up with steps that much smaller and what is left of its iterations."""
+        problem = self.problem
+        with x64():
+            problem = problem._replace(
+                first_step=problem.first_step * factor,
+                max_step=problem.max_step * factor,
+                max_iterations=problem.max_iterations - n_done,
+            )
+        return replace(self, problem=problem)
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         return compiled_once(

@@ -58,6 +58,8 @@ class CgSettings:
         relative one is looser where the step is long (Nocedal and Wright, section 7.1).
     epsilon : float
         Machine epsilon of the arithmetic in which the model is evaluated.
+    recovers : bool
+        Whether a trial that is not finite is followed by a shorter one.
     """
 
     tol: float
@@ -66,6 +68,7 @@ class CgSettings:
     cg_relative: float
     cg_absolute: float
     epsilon: float
+    recovers: bool
 
     @classmethod
     def of(cls, config: HybridStreamingConfig, dtype: str) -> Self:
@@ -77,6 +80,7 @@ class CgSettings:
             cg_relative=config.cg_relative_tolerance,
             cg_absolute=config.cg_absolute_tolerance,
             epsilon=float(np.finfo(dtype).eps),
+            recovers=config.validate_numerics,
         )
 
 
@@ -188,7 +192,7 @@ class CgState:
     least_eigenvalue : float
         Of J^T J times the preconditioner, as Ritz values have shown.
     last_length : float
-        Of the last accepted step, in units of the residual.
+        Of the last accepted step, in units of the residual; 0 if there was none.
     iteration : int
         Trials judged so far.
     n_products : int
@@ -205,7 +209,7 @@ class CgState:
     touched: NDArray[np.bool_]
     share: float | None = None
     least_eigenvalue: float = 1.0
-    last_length: float = np.inf
+    last_length: float = 0.0
     iteration: int = 0
     n_products: int = 0
     stop: StopReason | None = None
@@ -279,7 +283,7 @@ def _solved(state: CgState) -> CgState:
     # Better solved than this a step is no better, and where steps have been shrinking fast enough
     # another trial would tell nothing.
     if linear.lengths and left <= (0.5 * settings.tol) ** 2 * state.sums.cost:
-        if length * (length / state.last_length) <= 0.5 * settings.tol:
+        if length**2 <= 0.5 * settings.tol * state.last_length:
             solution = state.params + linear.step
             return replace(state, stop=StopReason.LAST_STEP, solution=solution)
         return _tried(state)
@@ -325,6 +329,8 @@ def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner
                     )
                 )
             )
+    elif not state.settings.recovers:
+        return replace(state, stop=StopReason.NON_FINITE_STEP, solution=state.params)
     good = [
         factor
         for factor, cost in zip(_SHORTER, sums.candidate_costs, strict=False)

@@ -38,6 +38,8 @@ class Settings:
         As a multiple of the scaled length of the start.
     epsilon : float
         Machine epsilon of the arithmetic in which the model is evaluated.
+    recovers : bool
+        Whether a trial that is not finite is followed by a shorter one.
     """
 
     low: Vector
@@ -49,6 +51,7 @@ class Settings:
     regularization: float
     initial_radius: float
     epsilon: float
+    recovers: bool
 
 
 def column_scale(jtj: NDArray[np.float64], least: Vector | None = None) -> Vector:

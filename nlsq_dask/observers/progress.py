@@ -10,6 +10,7 @@ from nlsq_dask.events import (
     FitEnded,
     FitStarted,
     IterationFinished,
+    NonFiniteTrial,
     PassFinished,
     PhaseStarted,
     SampleSolved,
@@ -76,6 +77,9 @@ class Progress:
                     f"  {event.stage:>9} {event.iteration:4d}: loss {event.loss:.8g}, "
                     f"|gradient| {event.gradient_norm:.3g}{verdict}"
                 )
+            case NonFiniteTrial() if self._shows_sample or event.stage != "sample":
+                where = f" at {event.n_rows:,} rows" if event.n_rows else ""
+                return f"  {event.stage:>9}: a trial point was not finite{where}"
             case PassFinished():
                 rows = event.rows + event.rows_cached
                 rate = rows / max(event.seconds, 1e-9) / 1e6

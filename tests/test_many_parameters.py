@@ -1,0 +1,246 @@
+"""Conjugate gradients: as many parameters as a matrix of them would not fit for.
+
+Compared with SciPy's sparse solution, and with the fit by matrices where that is possible, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse as sparse
+from distributed import Client
+from scipy.sparse.linalg import spsolve
+
+import nlsq_dask as nd
+from nlsq_dask.core import newton_cg
+
+Config = nd.HybridStreamingConfig
+
+
+class Local:
+    """Local amplitudes and offsets: ``a[g] exp(-x) + b[g]``, perhaps with one rate for all."""
+
+    def __init__(self, n_groups: int, n_rows: int, rate: float | None = None, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.n_groups, self.rate = n_groups, rate
+        self.group, self.t = rng.integers(0, n_groups, n_rows), rng.random(n_rows)
+        self.x = np.column_stack([self.group, self.t])
+        a, b = rng.uniform(1, 3, n_groups), rng.uniform(-1, 1, n_groups)
+        decay = np.exp(-(1.0 if rate is None else rate) * self.t)
+        noise = 0.1 * rng.standard_normal(n_rows)
+        self.y = a[self.group] * decay + b[self.group] + noise
+        self.start = np.ones(2 * n_groups + (rate is not None))
+
+    def model(self, x: Any, *params: Any) -> Any:
+        p, group = jnp.stack(params), x[:, 0].astype(int)
+        rate = 1.0 if self.rate is None else p[-1]
+        return p[group] * jnp.exp(-rate * x[:, 1]) + p[self.n_groups + group]
+
+    def fit(self, chunk: int | None = None, **options: Any) -> nd.FitResult:
+        own = ("sigma", "loss", "nan_policy", "callback")
+        arguments = {k: options.pop(k) for k in own if k in options}
+        options = {"verbose": 0, "cg_param_threshold": 10, "max_warmup_iterations": 30} | options
+        x, y = options.pop("x", self.x), options.pop("y", self.y)
+        if chunk is not None:
+            x, y = da.from_array(x, (chunk, 2)), da.from_array(y, chunk)
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(**options))
+        return optimizer.fit(self.model, x, y, self.start, **arguments)
+
+    def dense(self, **options: Any) -> nd.FitResult:
+        return self.fit(cg_param_threshold=10**6, gauss_newton_tol=1e-12, **options)
+
+    def sparse_solution(self) -> tuple[np.ndarray, Any]:
+        n = len(self.y)
+        rows = np.tile(np.arange(n), 2)
+        columns = np.concatenate([self.group, self.n_groups + self.group])
+        values = np.concatenate([np.exp(-self.t), np.ones(n)])
+        jacobian = sparse.csr_matrix((values, (rows, columns)), (n, 2 * self.n_groups))
+        gram = (jacobian.T @ jacobian).tocsc()
+        return spsolve(gram, jacobian.T @ self.y), gram
+
+
+@pytest.fixture(scope="module")
+def local() -> Local:
+    return Local(20, 20_000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_thousand_parameters_and_a_million_rows() -> None:
+    problem = Local(2_500, 1_000_000)
+    result = problem.fit(100_000, cg_param_threshold=2_000, cache=0)
+    expected, gram = problem.sparse_solution()
+    assert result.success
+    assert result.n_passes <= 60
+    errors = 0.1 / np.sqrt(gram.diagonal())
+    np.testing.assert_allclose(result.x, expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(result.x - expected).max() < 1e-4 * errors.min()
+    assert result.pcov is None
+    assert np.isnan(result.perr).all()
+
+
+def test_linear_in_its_parameters(local: Local) -> None:
+    result = local.fit(4_000)
+    expected, _ = local.sparse_solution()
+    assert result.success
+    np.testing.assert_allclose(result.x, expected, rtol=1e-7, atol=1e-8)
+    dense = local.dense()
+    for name in ("cost", "chi2", "sigma_sq", "r_squared", "reduced_chi2"):
+        assert result[name] == pytest.approx(dense[name], rel=1e-9), name
+    assert (result.dof, result.n_points) == (dense.dof, dense.n_points)
+    assert result.pcov is None
+    assert result.phase_history[2]["solver"] == "conjugate gradients"
+    assert "??" in result.fit_report()
+    assert "curvefit_covariance" not in result.to_xarray()
+    values = result.predict(local.x[:5])
+    np.testing.assert_allclose(values, dense.predict(local.x[:5]), rtol=1e-6)
+    with pytest.raises(ValueError, match="no covariance of 40 parameters"):
+        result.predict(local.x[:5], return_std=True)
+
+
+SLOW = pytest.mark.slow
+PENALTY = dict(
+    enable_group_variance_regularization=True,
+    group_variance_lambda=0.1,
+    group_variance_indices=[(0, 20), (20, 40)],
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="linear", marks=SLOW),
+        pytest.param(dict(loss="huber"), id="huber", marks=SLOW),
+        pytest.param(dict(sigma=0.1), id="sigma", marks=SLOW),
+        pytest.param(PENALTY | dict(sigma=0.1, loss="huber"), id="all"),
+    ],
+)
+def test_what_matrices_find(options: dict[str, Any]) -> None:
+    problem = Local(20, 20_000, rate=1.3)
+    result, dense = problem.fit(4_000, **options), problem.dense(**options)
+    assert result.success
+    np.testing.assert_allclose(result.x, dense.x, rtol=1e-6, atol=1e-7)
+    assert result.cost == pytest.approx(dense.cost, rel=1e-9)
+
+
+@SLOW
+def test_float32() -> None:
+    problem = Local(20, 20_000, rate=1.3)
+    result = problem.fit(4_000, precision="float32")
+    assert result.success
+    np.testing.assert_allclose(result.x, problem.dense().x, atol=1e-4)
+
+
+def test_rows_that_cannot_be_used(local: Local) -> None:
+    x, y = local.x.copy(), local.y.copy()
+    x[[0, 4_100], 1] = np.nan
+    y[9_000] = np.inf
+    with pytest.raises(nd.NonFiniteDataError, match="3 of 20,000"):
+        local.fit(4_000, x=x, y=y)
+    result = local.fit(4_000, x=x, y=y, nan_policy="omit")
+    kept = np.isfinite(x).all(axis=1) & np.isfinite(y)
+    expected = local.fit(x=x[kept], y=y[kept])
+    assert result.n_omitted == 3
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-7, atol=1e-8)
+
+
+def test_chunks_and_processes_change_nothing(local: Local, process_client: Client) -> None:
+    expected = local.fit(4_000)
+    with process_client.as_current():
+        same = local.fit(4_000)
+    np.testing.assert_array_equal(same.x, expected.x)
+    np.testing.assert_allclose(local.fit(777).x, expected.x, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("absolute", [pytest.param(False, marks=SLOW), True])
+def test_standard_errors(local: Local, absolute: bool) -> None:
+    def perr(n_probes: int, threshold: int = 10) -> np.ndarray:
+        config = Config(verbose=0, cg_error_probes=n_probes, cg_param_threshold=threshold)
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+        found = optimizer.fit(
+            local.model, local.x, local.y, local.start, sigma=0.2, absolute_sigma=absolute
+        )
+        return found.perr
+
+    exact = perr(0, 1000)
+    np.testing.assert_allclose(perr(40), exact, rtol=1e-2)
+    ratios = perr(24) / exact
+    assert 0.9 < ratios.mean() < 1.1
+    assert 0.0 < ratios.std() < 0.7 / np.sqrt(24)
+
+
+def test_a_parameter_without_rows() -> None:
+    problem = Local(20, 20_000)
+    problem.x[problem.x[:, 0] == 7, 0] = 8
+    result = problem.fit(4_000)
+    assert not result.success
+    assert "does not react" in result.message
+    assert result.x[7] == problem.start[7]
+
+
+def test_the_callback_ends_it(local: Local) -> None:
+    def stop(params: np.ndarray, loss: float, iteration: int) -> None:
+        raise StopIteration
+
+    result = local.fit(4_000, callback=stop, callback_frequency=1, max_warmup_iterations=0)
+    assert not result.success
+    assert "callback" in result.message
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(cov_type="HC0"), "cov_type='HC0'"),
+        (dict(gauss_newton_solver="qr"), "gauss_newton_solver='qr'"),
+        (dict(enable_multistart=True), "enable_multistart"),
+    ],
+)
+def test_what_needs_matrices(local: Local, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} cannot be combined.* 40 parameters"):
+        local.fit(**options)
+
+
+def test_bounds_need_matrices(local: Local) -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(cg_param_threshold=40))
+    with pytest.raises(ValueError, match="bounds cannot be combined"):
+        optimizer.fit(local.model, local.x, local.y, local.start, (0, 9))
+    with pytest.raises(ValueError, match="bounds cannot be combined"):
+        optimizer.plan(local.model, local.x, local.y, local.start, (0, 9))
+
+
+def test_a_model_that_has_no_forward_mode() -> None:
+    import jax
+
+    @jax.custom_vjp
+    def decay(x: Any) -> Any:
+        return jnp.exp(-x)
+
+    decay.defvjp(lambda x: (jnp.exp(-x), x), lambda x, g: (-g * jnp.exp(-x),))
+
+    def model(x: Any, *p: Any) -> Any:
+        return sum(p[i] * decay(x * p[i]) for i in range(12))
+
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, cg_param_threshold=10))
+    with pytest.raises(nd.ModelError, match="forward and in reverse mode"):
+        optimizer.fit(model, np.linspace(0, 1, 500), np.ones(500), np.ones(12))
+
+
+# --- the solver by itself
+
+
+def test_ritz_values_are_eigenvalues() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(12, 8))
+    matrix = root.T @ root
+    solve: Any = newton_cg.LinearSolve.begin(rng.normal(size=8), lambda v: v)
+    first = -solve.residual
+    for _ in range(8):
+        solve = solve.continued(matrix @ solve.direction, lambda v: v)
+    assert solve.least_ritz_value == pytest.approx(np.linalg.eigvalsh(matrix).min(), rel=1e-6)
+    np.testing.assert_allclose(matrix @ solve.step, -first, rtol=1e-6, atol=1e-8)
+    promised = -(first @ solve.step + 0.5 * solve.step @ matrix @ solve.step)
+    assert solve.reduction == pytest.approx(promised)

@@ -1,0 +1,76 @@
+"""Models that are not finite everywhere: back to the best point, a smaller step, and a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nlsq_dask as nd
+from nlsq_dask.stopping import StopReason
+
+X = np.linspace(0, 1, 3_000)
+Y = 2.0 * X + np.sqrt(0.02) + 0.01 * np.random.default_rng(0).standard_normal(len(X))
+START = (1.0, 3.0)
+
+
+def root(x: Any, a: Any, b: Any) -> Any:
+    """NaN for b < 1."""
+    return a * x + jnp.sqrt(b - 1)
+
+
+def trap(x: Any, a: Any, b: Any) -> Any:
+    """Finite everywhere, but jnp.where makes its reverse-mode derivative NaN for b < 1."""
+    return a * x + jnp.where(b > 1, jnp.sqrt(b - 1), 0.0)
+
+
+def fit(model: Any = root, **options: Any) -> nd.FitResult:
+    config = nd.HybridStreamingConfig(**{"verbose": 0, **options})
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, Y, START)
+
+
+def expected() -> np.ndarray:
+    slope, intercept = np.polyfit(X, Y, 1)
+    return np.array([slope, 1.0 + intercept**2])
+
+
+@pytest.mark.parametrize("threshold", [2000, 2], ids=["matrices", "conjugate gradients"])
+def test_validate_numerics_goes_back(threshold: int) -> None:
+    result = fit(max_warmup_iterations=0, cg_param_threshold=threshold)
+    assert result.success
+    assert result.diagnostics["non_finite"]["sample"] > 0
+    np.testing.assert_allclose(result.x, expected(), rtol=1e-7)
+
+
+@pytest.mark.parametrize("threshold", [2000, 2], ids=["matrices", "conjugate gradients"])
+def test_without_it_the_fit_ends_there(threshold: int) -> None:
+    result = fit(max_warmup_iterations=0, cg_param_threshold=threshold, validate_numerics=False)
+    assert not result.success
+    assert result.status == StopReason.NON_FINITE_STEP.status
+    np.testing.assert_array_equal(result.x, START)
+    assert result.diagnostics["non_finite"]["all rows"] == 1
+
+
+def test_the_warm_up_goes_on_with_smaller_steps() -> None:
+    options = dict(
+        enable_step_clipping=False,
+        lbfgs_line_search="backtracking",
+        lbfgs_exploration_step_size=5.0,
+    )
+    with_it = fit(trap, **options)
+    warm_up = with_it.diagnostics["warm_up"]
+    without = fit(trap, **options, validate_numerics=False).diagnostics["warm_up"]
+    assert without["reason"] == "non_finite"
+    assert without["restarts"] == 0
+    assert warm_up["restarts"] > 0
+    assert warm_up["loss"] < without["loss"]
+    assert with_it.diagnostics["non_finite"]["warm-up"] == warm_up["restarts"]
+    np.testing.assert_allclose(with_it.x, expected(), rtol=1e-7)
+
+
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_it_is_said(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(max_warmup_iterations=0, verbose=verbose)
+    assert ("a trial point was not finite" in capsys.readouterr().out) == (verbose == 2)
