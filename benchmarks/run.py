@@ -32,6 +32,7 @@ LIMITS = {
     "scaling": 120,
     "scheduler": 240,
     "client": 60,
+    "many_parameters": 400,
     "gpu": 300,
 }
 
