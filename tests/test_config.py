@@ -167,7 +167,6 @@ def test_every_preset_fits(name: str) -> None:
         dict(min_success_rate=0.5),
         dict(log_file="log"),
         dict(max_retries_per_batch=3),
-        dict(cg_param_threshold=3),
     ],
     ids=str,
 )
