@@ -237,6 +237,18 @@ def test_models_that_have_one_mode_only(function: Any, expected: float) -> None:
     assert result.x[0] == pytest.approx(expected, rel=1e-2)
 
 
+def test_models_that_use_other_columns_are_two_models() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 2, 500), rng.uniform(0, 2, 500)
+    y = 2 * x[0] + 3 * x[1] + 0.1 * rng.standard_normal(500)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    for column in (0, 1):
+        result = optimizer.fit(lambda x, a, column=column: a * x[column] ** 2, x, y, [1.0])
+        np.testing.assert_allclose(result.predict(x), result.x[0] * x[column] ** 2, rtol=1e-6)
+    alone = optimizer.fit(lambda x, a: a * x**2, x[1], y, [1.0])  # as many arrays as are used
+    np.testing.assert_allclose(alone.x, result.x, rtol=1e-9)
+
+
 def test_models_that_differ_in_hidden_constants_are_two_models() -> None:
     """What an inner ``jax.jit`` closes over is not part of a jaxpr's text."""
     grid = np.linspace(0.0, 5.0, 6)

@@ -75,6 +75,8 @@ class Program:
                     f"Python, jax.debug.print included, are not possible."
                 ) from error
         text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
+        # The module leaves out arguments that it does not use; which ones they are counts, too.
+        text += f"{exported.in_tree} {exported.in_avals} {exported.module_kept_var_idx}"
         return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
 
     def __call__(self, *args: Any, device: jax.Device | None = None) -> Any:
