@@ -187,13 +187,17 @@ class HybridStreamingConfig:
         "parameter relative to it, and the whole step is negligible beside the standard errors.",
     )
     trust_region_initial: float = _option(
-        1.0, _POSITIVE, "First trust radius, as a multiple of the scaled length of the start."
+        1.0,
+        _POSITIVE,
+        "First trust radius, as a multiple of the scaled length of the start; with conjugate "
+        "gradients a smaller one damps the first step on the sample more.",
     )
     regularization_factor: float = _option(
         1e-10,
         _TOLERANCE,
         "Singular values of the column-scaled Jacobian below this fraction of the largest are "
-        "damped as if they were that large. Fractions below 1e-8 damp rounding only.",
+        "damped as if they were that large. Fractions below 1e-8 damp rounding only. Conjugate "
+        "gradients, which leave small ones out by themselves, do not need it.",
     )
     gauss_newton_solver: str = _option(
         "auto",
@@ -384,8 +388,13 @@ class HybridStreamingConfig:
             if _is_int(value):  # NumPy's integers, too
                 setattr(self, option.name, int(value))
         for switch, needed in _NEEDS.items():
-            if getattr(self, switch) and getattr(self, needed) is None:
+            value = getattr(self, needed)
+            if getattr(self, switch) and value is None:
                 raise ValueError(f"{switch}=True needs {needed}; got None.")
+            if value is not None and not getattr(self, switch):
+                raise ValueError(
+                    f"{needed} needs {switch}=True; without it {value!r} says nothing."
+                )
 
     # --- what "auto" means
 

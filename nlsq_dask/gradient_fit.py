@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import newton_cg as cg
 from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.preconditioner import SamplePreconditioner, filled
+from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
@@ -23,22 +25,15 @@ from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import StoppedByCallbackError
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.solve import MORE_ITERATIONS
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[GradientRowSums]
 
 _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
-
-
-@dataclass(frozen=True)
-class _Diagonal:
-    """The simplest preconditioner: the inverse of the diagonal of J^T J."""
-
-    diagonal: Vector
-
-    def __call__(self, vector: Vector) -> Vector:
-        return vector / self.diagonal
+_SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
+_CHANCE = 5.0  # standard deviations of a mean square that chance explains
 
 
 def check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
@@ -100,36 +95,94 @@ class GradientFit:
 
     def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
         """Converge on the sample, then over all rows."""
+        self._sample = sample
         start = self._solve_on_sample(sample, starts, details)
         self._kernel = replace(self._kernel, y_reference=sample.y_reference)
-        passes = self.context.passes
-        first = passes.first(
-            self._kernel, start, self.context.sample_rows, self.context.config.random_seed
-        )
-        if first.sample is not None:
-            sample.exchange(first.sample)
-        self._sample = sample
-        precondition = partial(self._by_sample, sample, first.sums.n_used)
-        state = cg.begin(start, first.sums, self._settings, precondition)
+        start, sums = self._first_pass(sample, start, starts)
+        precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
+        state = cg.begin(start, sums, self._settings, precondition)
 
         def reduce(ask: cg.Ask) -> GradientSums:
-            directions = None if ask.direction is None else ask.direction[None]
-            return passes.reduce(self._kernel, ask.params, ask.candidates, directions)
+            return self._reduce(ask.params, ask.candidates, ask.direction)
 
-        state = self._state = self._iterated(state, reduce, precondition, "all rows")
+        state = self._iterated(state, reduce, precondition, "all rows")
         assert state.stop is not None
         assert state.solution is not None
-        stop = state.stop
-        if stop.is_success and not state.touched.all():
-            stop = StopReason.NO_SENSITIVITY
+        if state.stop.is_success and not state.touched.all():
+            state = self._with_sensitivity(state)
+        assert state.stop is not None
+        assert state.solution is not None
+        self._state = state
         details |= {
             "iterations": state.iteration,
             "products": state.n_products,
-            "passes": passes.n_passes,
-            "reason": stop.name.lower(),
+            "passes": self.context.passes.n_passes,
+            "reason": state.stop.name.lower(),
             "solver": "conjugate gradients",
         }
-        return Solved(state.solution, stop, state.sums, state.params, state.iteration)
+        return Solved(state.solution, state.stop, state.sums, state.params, state.iteration)
+
+    def _reduce(
+        self, params: Vector, candidates: NDArray[np.float64] | None, direction: Vector | None
+    ) -> GradientSums:
+        directions = None if direction is None else direction[None]
+        return self.context.passes.reduce(self._kernel, params, candidates, directions)
+
+    def _first_pass(
+        self, sample: Sample, start: Vector, starts: list[Vector]
+    ) -> tuple[Vector, GradientSums]:
+        """Return a start for all rows with its sums: the sample's solution, or a better one.
+
+        The rows that the pass brings back are from all blocks. Where the first sample was not like
+        them, because all rows fit its solution worse than chance explains, the new one is solved as
+        well; where nothing is finite at either solution, the starts themselves are tried.
+        """
+        fit, n_used = self.context, max(sample.n_used, 1)
+        n_params = len(start)
+        expected = 2.0 * sample.reduce(start).cost / max(n_used - n_params, 1)
+        chance = (1.0 + _CHANCE * np.sqrt(2.0 / n_used)) * (1.0 + n_params / n_used)
+        first = fit.passes.first(self._kernel, start, fit.sample_rows, fit.config.random_seed)
+        sums = first.sums
+        if first.sample is not None:
+            sample.exchange(first.sample)
+        if sums.is_finite and not sums.variance(0) > expected * chance:
+            return start, sums
+        ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
+        costs = [sample.reduce(end).cost for end in ends]
+        best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
+        for other in (best, *starts):
+            there = self._reduce(other, None, None)
+            if there.is_finite and not (sums.is_finite and sums.cost <= there.cost):
+                start, sums = other, there
+            if sums.is_finite:
+                break
+        return start, sums
+
+    def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
+        """Say whether the model reacts to all parameters, by one more pass.
+
+        Where residuals are zero gradients are, too, and say nothing of it.
+        """
+        assert state.solution is not None
+        signs = np.random.default_rng(self.context.config.random_seed).choice(
+            [-1.0, 1.0], len(state.params)
+        )
+        sums = self._reduce(state.solution, None, signs * self.context.normalizer.scales)
+        touched = state.touched | (sums.products[0] != 0.0)
+        stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
+        return replace(state, touched=touched, stop=stop)
+
+    @staticmethod
+    def _remembering(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
+        """Return what makes a preconditioner anew only where the parameters are others."""
+        last: list[tuple[Vector, cg.Preconditioner]] = []
+
+        def remembered(params: Vector) -> cg.Preconditioner:
+            if not last or last[0][0] is not params:
+                last[:] = [(params, make(params))]
+            return last[0][1]
+
+        return remembered
 
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
@@ -143,6 +196,7 @@ class GradientFit:
         settings = replace(
             self._settings,
             tol=max(self._settings.tol, _SAMPLE_TOL),
+            max_iterations=MORE_ITERATIONS * self._settings.max_iterations,
             epsilon=float(np.finfo(np.float64).eps),
         )
 
@@ -152,8 +206,9 @@ class GradientFit:
             direction = np.zeros_like(ask.params) if ask.direction is None else ask.direction
             return sums.at(ask.params, ask.candidates, direction)
 
-        precondition = partial(self._by_diagonal, sample)
-        state = cg.begin(start, sums(start), settings, precondition)
+        precondition = self._remembering(partial(self._by_diagonal, sample))
+        damping = _SAMPLE_DAMPING / self.context.config.trust_region_initial**2
+        state = cg.begin(start, sums(start), settings, precondition, damping)
         state = self._iterated(state, reduce, precondition, "sample")
         details |= {"sample_iterations": state.iteration, "sample_products": state.n_products}
         assert state.solution is not None
@@ -189,7 +244,7 @@ class GradientFit:
 
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
         scales = self.context.normalizer.scales
-        return _Diagonal(filled(sample.reduce.diagonal(params), scales))
+        return DiagonalPreconditioner(filled(sample.reduce.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
         """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
@@ -223,14 +278,21 @@ class GradientFit:
             ),
             y_reference=self._kernel.y_reference,
         )
-        precondition = self._by_sample(self._sample, sums.n_used, params)
         inverse = cg.solved_together(
             lambda vectors: context.passes.reduce(kernel, params, None, vectors).products,
             probes,
-            precondition,
+            self._by_sample(self._sample, sums.n_used, params),
             self._settings,
         )
         details["probes"] = len(probes)
+        if not (state.touched.all() and np.isfinite(inverse).all()):
+            warnings.warn(
+                "Standard errors of the parameters could not be estimated: the data do not "
+                "determine all of them, or cg_max_iterations is too small.",
+                OptimizeWarning,
+                stacklevel=5,
+            )
+            return np.full(len(params), np.inf)
         variances = np.maximum((probes * inverse).sum(axis=0) / (probes**2).sum(axis=0), 0.0)
-        scale = 1.0 if self.context.absolute_sigma else sums.variance(len(params))
+        scale = 1.0 if context.absolute_sigma else sums.variance(len(params))
         return np.asarray(np.sqrt(variances * scale))

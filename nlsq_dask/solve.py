@@ -20,7 +20,7 @@ from nlsq_dask.stopping import StopReason
 Vector = NDArray[np.float64]
 Judge = Callable[[gn.State, gn.Trial, NormalEquations], gn.State]
 
-_MORE_ITERATIONS = 10  # times those over all rows, because they cost no reading
+MORE_ITERATIONS = 10  # times those over all rows, because they cost no reading
 # How far, in normalized parameters, the sample may take what it does not determine.
 _ANCHOR_LENGTH = 10.0
 _FREE_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
@@ -97,8 +97,8 @@ class SampleSolver:
         settings = replace(
             settings,
             epsilon=float(np.finfo(np.float64).eps),
-            max_iterations=_MORE_ITERATIONS * settings.max_iterations,
-            patience=_MORE_ITERATIONS * settings.patience,
+            max_iterations=MORE_ITERATIONS * settings.max_iterations,
+            patience=MORE_ITERATIONS * settings.patience,
         )
         return cls(settings, scales, config)
 

@@ -135,6 +135,7 @@ def test_float32() -> None:
     np.testing.assert_allclose(result.x, problem.dense().x, atol=1e-4)
 
 
+@SLOW
 def test_rows_that_cannot_be_used(local: Local) -> None:
     x, y = local.x.copy(), local.y.copy()
     x[[0, 4_100], 1] = np.nan
@@ -148,6 +149,7 @@ def test_rows_that_cannot_be_used(local: Local) -> None:
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-7, atol=1e-8)
 
 
+@SLOW
 def test_chunks_and_processes_change_nothing(local: Local, process_client: Client) -> None:
     expected = local.fit(4_000)
     with process_client.as_current():
@@ -156,7 +158,8 @@ def test_chunks_and_processes_change_nothing(local: Local, process_client: Clien
     np.testing.assert_allclose(local.fit(777).x, expected.x, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("absolute", [pytest.param(False, marks=SLOW), True])
+@SLOW
+@pytest.mark.parametrize("absolute", [False, True])
 def test_standard_errors(local: Local, absolute: bool) -> None:
     def perr(n_probes: int, threshold: int = 10) -> np.ndarray:
         config = Config(verbose=0, cg_error_probes=n_probes, cg_param_threshold=threshold)
@@ -171,6 +174,75 @@ def test_standard_errors(local: Local, absolute: bool) -> None:
     ratios = perr(24) / exact
     assert 0.9 < ratios.mean() < 1.1
     assert 0.0 < ratios.std() < 0.7 / np.sqrt(24)
+
+
+def test_exact_data_say_nothing_of_sensitivity() -> None:
+    x = np.tile(np.arange(20.0), 100)
+    truth = np.linspace(1, 2, 20)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, cg_param_threshold=10))
+    for start in (truth, truth + 1):
+        result = optimizer.fit(lookup, x, truth[x.astype(int)], start)
+        assert result.success
+        np.testing.assert_allclose(result.x, truth, rtol=1e-12)
+
+
+def lookup(x: Any, *p: Any) -> Any:
+    return jnp.stack(p)[x.astype(int)]
+
+
+@SLOW
+@pytest.mark.filterwarnings("ignore::scipy.optimize.OptimizeWarning")
+@pytest.mark.parametrize("case", ["rank", "too few iterations"])
+def test_standard_errors_that_are_not_known_are_infinite(case: str) -> None:
+    x = np.linspace(0, 1, 2_000)
+    y = 1 + x + 0.1 * np.random.default_rng(0).standard_normal(len(x))
+
+    def model(x: Any, *p: Any) -> Any:
+        if case == "rank":
+            return p[0] + (p[1] + p[2]) * x
+        return sum(p[i] * x**i for i in range(6))
+
+    options = dict(cg_param_threshold=2, cg_error_probes=6, cg_max_iterations=3, sample_rows=8)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, **options))
+    n_params = 3 if case == "rank" else 6
+    assert np.isinf(optimizer.fit(model, x, y, np.ones(n_params)).perr).all()
+
+
+@SLOW
+def test_stations_that_start_far_away_do_not_spoil_one_another() -> None:
+    rng = np.random.default_rng(0)
+    n, stations = 150_000, 1_000
+    station, t = rng.integers(0, stations, n), rng.uniform(0, 2, n)
+    height, rate = rng.uniform(1, 3, stations), rng.uniform(0.5, 1.5, stations)
+    y = height[station] * np.exp(-rate[station] * t) + 0.05 * rng.standard_normal(n)
+
+    def model(x: Any, *p: Any) -> Any:
+        q, i = jnp.stack(p), x[:, 0].astype(int)
+        return q[i] * jnp.exp(-q[stations + i] * x[:, 1])
+
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0))
+    result = optimizer.fit(model, np.column_stack([station, t]), y, np.ones(2 * stations))
+    assert result.success
+    assert result.n_passes <= 60
+    assert 0.95 < result.reduced_chi2 / 0.05**2 < 1.05
+
+
+@SLOW
+def test_a_sample_unlike_the_rest() -> None:
+    rng = np.random.default_rng(3)
+    x = np.concatenate([rng.random(39_000), rng.uniform(2e5, 3e5, 1_000)])
+    y = np.exp(-1e-6 * x) + rng.standard_normal(len(x))
+
+    def model(x: Any, a: Any, b: Any) -> Any:
+        return a * jnp.exp(b * x)
+
+    for seed in range(4):
+        config = Config(verbose=0, cg_param_threshold=2, sample_rows=500, random_seed=seed)
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+        lazy = da.from_array(x, 1_000), da.from_array(y, 1_000)
+        found = optimizer.fit(model, *lazy, [1, -1e-5])
+        assert found.success
+        assert found.x[1] == pytest.approx(-1e-6, rel=0.5)
 
 
 def test_a_parameter_without_rows() -> None:

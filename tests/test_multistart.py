@@ -21,6 +21,11 @@ from tests.many_minima import PROBLEMS, ManyMinima, peak, wave
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 EACH = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+SLOW = pytest.mark.slow
+ONE_FAST = pytest.mark.parametrize(
+    "problem",
+    [pytest.param(p, id=p.name, marks=[SLOW] if i else []) for i, p in enumerate(PROBLEMS)],
+)
 
 
 def is_global(problem: ManyMinima, result: nd.FitResult) -> bool:
@@ -40,7 +45,7 @@ def multistart(problem: ManyMinima, seed: int) -> nd.FitResult:
 # --- many minima
 
 
-@EACH
+@ONE_FAST
 def test_multistart_finds_what_a_single_start_does_not(problem: ManyMinima) -> None:
     assert problem.best.success
     with warnings.catch_warnings():  # where it ends, the data may not determine everything
@@ -211,7 +216,9 @@ def rho(loss: str, z: Any) -> Any:
     return np.log1p(z) if loss == "cauchy" else z
 
 
-@pytest.mark.parametrize("loss", ["linear", "huber", "cauchy"])
+@pytest.mark.parametrize(
+    "loss", [pytest.param("linear", marks=SLOW), "huber", pytest.param("cauchy", marks=SLOW)]
+)
 def test_losses_are_those_of_the_fit(loss: str) -> None:
     sigma = np.random.default_rng(9).uniform(0.3, 1.0, len(X))
     y = Y.copy()
@@ -231,6 +238,7 @@ def test_losses_are_those_of_the_fit(loss: str) -> None:
     assert result.popt[2] == pytest.approx(4.2, abs=0.05)
 
 
+@SLOW
 def test_p0_on_a_bound_and_no_bounds() -> None:
     at_bound = fit([1.0, 0.0, 0.5, 0.0], scale_factor=2.0, n_starts=20)
     free = fit(bounds=None, scale_factor=3.0, n_starts=30)
@@ -247,6 +255,7 @@ def test_a_solution_on_a_bound() -> None:
     assert result.popt[2] == pytest.approx(4.2, abs=0.05)
 
 
+@SLOW
 def test_starts_where_the_model_is_not_finite_leave() -> None:
     def root(x: Any, a: Any, b: Any) -> Any:
         return a * jnp.sqrt(x + b)
@@ -274,6 +283,7 @@ def loops(x: Any, a: Any, b: Any) -> Any:
     return a * jnp.sin(product)
 
 
+@SLOW
 def test_models_with_one_kind_of_derivative() -> None:
     config = Config(enable_multistart=True, verbose=0, max_warmup_iterations=0)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)

@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "iterations",
         "parameters",
         "sample_problem",
+        "solve",
         "stopping",
     },
     "driver": {

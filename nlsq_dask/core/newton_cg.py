@@ -4,8 +4,8 @@ As in ``gauss_newton``, a state asks for sums and is told them; here they are ``
 the product ``J^T J v`` for one direction, and every product is a reduction over the rows as a trial
 is. Nothing is larger than a vector of parameters.
 
-The gradients are flexible: their preconditioner may itself be solved by iteration. A step is
-shortened where the cost does not fall as the quadratic promises.
+The gradients are flexible: their preconditioner may itself be solved by iteration. Where the
+cost does not fall as the quadratic promises, a step is shortened, and the next one damped.
 
 References
 ----------
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import partial
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +29,31 @@ from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
-# Applied to a vector it gives about what the inverse of J^T J would.
-Preconditioner = Callable[[Vector], Vector]
+
+
+class Preconditioner(Protocol):
+    """Something like the inverse of J^T J."""
+
+    @property
+    def diagonal(self) -> Vector:
+        """About the diagonal of J^T J, shape (p,), none of its entries zero."""
+
+    def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
+        """Apply what the inverse of J^T J and a multiple of its diagonal would do."""
+
+
 MakePreconditioner = Callable[[Vector], Preconditioner]
 
 _ACCEPT = 1e-4  # share of the promised reduction that an accepted step brings at least
 _SHORTER = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
 _DOUBTFUL = 0.1  # of the residual: from here on a step may be too long for the quadratic
 _LOOSEST = 0.1  # residual of a step's solve, relative to the first one
-_LEAST_SHARE = 1e-9  # of a step; a shorter one is none
+_SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # shares of the promise that change the damping
+# Multiples of the diagonal that are added to J^T J (Levenberg-Marquardt): the first after a step
+# that was too long, the least that is not zero, and one at which no step is left.
+_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-2, 1e-6, 1e12
+_SQUARES_MEMORY = 0.01  # the diagonal by which is damped falls by at most this factor a step
+_LOST = 1e-10  # eigenvalue of J^T J times its preconditioner that is rounding
 _MARGIN = 2.0  # times what the Ritz values say that conjugate gradients leave out
 _PROBE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
 
@@ -114,17 +131,17 @@ class LinearSolve:
     turns: tuple[float, ...] = ()
 
     @classmethod
-    def begin(cls, gradient: Vector, precondition: Preconditioner) -> Self:
+    def begin(cls, gradient: Vector, precondition: Callable[[Vector], Vector]) -> Self:
         """Start from a step of zero."""
         residual = -gradient
         direction = precondition(residual)
         square = max(float(residual @ direction), 0.0)
         return cls(np.zeros_like(residual), residual, direction, square, square)
 
-    def continued(self, product: Vector, precondition: Preconditioner) -> Self | None:
+    def continued(self, product: Vector, precondition: Callable[[Vector], Vector]) -> Self | None:
         """Return the solve with the direction's product known, or None if it leads nowhere."""
         curvature = float(self.direction @ product)
-        if not curvature > 0.0:
+        if not (curvature > 0.0 and self.square > 0.0 and np.isfinite(self.square / curvature)):
             return None
         length = self.square / curvature
         residual = self.residual - length * product
@@ -185,8 +202,12 @@ class CgState:
     sums : GradientSums
     settings : CgSettings
     linear : LinearSolve
+    squares : ndarray, shape (p,)
+        Diagonal of J^T J, with a short memory, by which steps are damped.
     touched : ndarray of bool, shape (p,)
         Parameters on which some row has been seen to depend.
+    damping : float
+        Multiple of ``squares`` that is added to J^T J.
     share : float or None
         Of the step that is tried; None while it is being solved.
     least_eigenvalue : float
@@ -206,7 +227,9 @@ class CgState:
     sums: GradientSums
     settings: CgSettings
     linear: LinearSolve
+    squares: Vector
     touched: NDArray[np.bool_]
+    damping: float = 0.0
     share: float | None = None
     least_eigenvalue: float = 1.0
     last_length: float = 0.0
@@ -237,6 +260,19 @@ class CgState:
         return float(np.sqrt(self.linear.reduction / cost)) if cost else 0.0
 
     @property
+    def left(self) -> float:
+        """What the step still leaves of the quadratic's reduction, by the least eigenvalue seen."""
+        least = max(self.least_eigenvalue, self.settings.epsilon)
+        return _MARGIN * 0.5 * self.linear.square / least
+
+    def promised(self, share: float) -> float:
+        """Return by how much the quadratic, without damping, falls along a share of the step."""
+        step = self.linear.step
+        # Conjugate gradients end at the least of the damped quadratic along their step.
+        damped = self.linear.reduction * share * (2.0 - share)
+        return damped + 0.5 * share**2 * self.damping * float(self.squares @ step**2)
+
+    @property
     def noise(self) -> float:
         """Differences of the cost below this are rounding."""
         cost, eps = self.sums.cost, self.settings.epsilon
@@ -244,16 +280,26 @@ class CgState:
 
 
 def begin(
-    params: Vector, sums: GradientSums, settings: CgSettings, precondition: MakePreconditioner
+    params: Vector,
+    sums: GradientSums,
+    settings: CgSettings,
+    precondition: MakePreconditioner,
+    damping: float = 0.0,
 ) -> CgState:
-    """Begin at parameters whose sums are known."""
+    """Begin at parameters whose sums are known; ``damping`` is that of the first step."""
+    nowhere = LinearSolve.begin(np.zeros_like(params), lambda vector: vector)
+    state = CgState(params, sums, settings, nowhere, np.ones_like(params), sums.jtr != 0.0)
     if not sums.is_finite:
-        nowhere = LinearSolve.begin(np.zeros_like(params), lambda vector: vector)
-        stop = StopReason.NON_FINITE_START
-        touched = np.ones(len(params), bool)
-        return CgState(params, sums, settings, nowhere, touched, stop=stop, solution=params)
-    linear = LinearSolve.begin(sums.jtr, precondition(params))
-    return _solved(CgState(params, sums, settings, linear, sums.jtr != 0.0))
+        return replace(state, stop=StopReason.NON_FINITE_START, solution=params)
+    squares = precondition(params).diagonal
+    return _solved(_begun(replace(state, squares=squares), damping, precondition), precondition)
+
+
+def _begun(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
+    """Begin to solve for a step from the accepted point."""
+    apply = partial(precondition(state.params), damping=damping)
+    linear = LinearSolve.begin(state.sums.jtr, apply)
+    return replace(state, linear=linear, damping=damping, share=None)
 
 
 def told(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
@@ -263,27 +309,34 @@ def told(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -
     if state.share is not None:
         return _judged(state, sums, precondition)
     state = replace(state, n_products=state.n_products + 1)
-    linear = state.linear.continued(sums.products[0], precondition(state.params))
+    product = sums.products[0] + state.damping * state.squares * state.linear.direction
+    apply = partial(precondition(state.params), damping=state.damping)
+    linear = state.linear.continued(product, apply)
     if linear is None:
         return _tried(state)
-    least = min(state.least_eigenvalue, linear.least_ritz_value)
-    return _solved(replace(state, linear=linear, least_eigenvalue=least))
+    state = replace(state, linear=linear)
+    if not state.damping:
+        least = min(state.least_eigenvalue, linear.least_ritz_value)
+        state = replace(state, least_eigenvalue=least)
+    return _solved(state, precondition)
 
 
-def _solved(state: CgState) -> CgState:
+def _solved(state: CgState, precondition: MakePreconditioner) -> CgState:
     """Stop if the step is known well enough to be taken as the last, or else go on with it."""
     linear, settings = state.linear, state.settings
-    # What the step still leaves of the quadratic's reduction, by the least eigenvalue seen.
-    left = _MARGIN * 0.5 * linear.square / max(state.least_eigenvalue, settings.epsilon)
-    if linear.reduction + left <= settings.tol**2 * state.sums.cost:
+    promised = linear.reduction + state.left
+    if state.damping:
+        if promised <= settings.tol**2 * state.sums.cost:  # a step without damping says more
+            return _solved(_begun(state, 0.0, precondition), precondition)
+    elif promised <= settings.tol**2 * state.sums.cost:
         return replace(state, stop=StopReason.REDUCTION, solution=state.params + linear.step)
-    if linear.reduction + left <= state.noise * settings.epsilon:
+    elif promised <= state.noise * settings.epsilon:
         return replace(state, stop=StopReason.FLOOR, solution=state.params + linear.step)
     length = state.length
     # Better solved than this a step is no better, and where steps have been shrinking fast enough
     # another trial would tell nothing.
-    if linear.lengths and left <= (0.5 * settings.tol) ** 2 * state.sums.cost:
-        if length**2 <= 0.5 * settings.tol * state.last_length:
+    if linear.lengths and state.left <= (0.5 * settings.tol) ** 2 * state.sums.cost:
+        if not state.damping and length**2 <= 0.5 * settings.tol * state.last_length:
             solution = state.params + linear.step
             return replace(state, stop=StopReason.LAST_STEP, solution=solution)
         return _tried(state)
@@ -309,44 +362,44 @@ def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner
     asked, share = state.wanted, state.share
     assert share is not None
     state = replace(state, iteration=state.iteration + 1)
-    if sums.is_finite:
-        promised = _promised(state.linear, share)
-        gain = state.sums.cost - sums.cost
-        is_below_noise = promised <= state.noise
-        if gain >= _ACCEPT * promised or is_below_noise:
-            linear = LinearSolve.begin(sums.jtr, precondition(asked.params))
-            if is_below_noise and not linear.square <= 0.25 * state.linear.first_square:
-                return replace(state, stop=StopReason.FLOOR, solution=state.params)
-            return _limited(
-                _solved(
-                    replace(
-                        state,
-                        params=asked.params,
-                        sums=sums,
-                        linear=linear,
-                        share=None,
-                        last_length=share * state.length,
-                    )
-                )
-            )
-    elif not state.settings.recovers:
+    if not sums.is_finite and not state.settings.recovers:
         return replace(state, stop=StopReason.NON_FINITE_STEP, solution=state.params)
+    promised, gain = state.promised(share), state.sums.cost - sums.cost
+    is_below_noise = promised + state.left <= state.noise
+    if sums.is_finite and (gain >= _ACCEPT * promised or promised <= state.noise):
+        squares = precondition(asked.params).diagonal
+        following = replace(
+            state,
+            params=asked.params,
+            sums=sums,
+            squares=np.maximum(squares, _SQUARES_MEMORY * state.squares),
+            last_length=share * state.length,
+        )
+        damping = state.damping
+        if share < 1.0 or gain < _SHRINK_BELOW * promised:
+            damping = max(4.0 * damping, _DAMPING)
+        elif gain > _GROW_ABOVE * promised:
+            damping = 0.1 * damping if damping > _LEAST_DAMPING else 0.0
+        if is_below_noise:
+            damping = 0.0
+        following = _begun(following, damping, precondition)
+        # The costs cannot be told apart any more, but the gradients still can.
+        is_nearer = following.linear.square <= 0.25 * state.linear.first_square
+        if is_below_noise and not is_nearer:
+            return replace(state, stop=StopReason.FLOOR, solution=state.params)
+        return _limited(_solved(following, precondition))
     good = [
         factor
         for factor, cost in zip(_SHORTER, sums.candidate_costs, strict=False)
-        if state.sums.cost - cost >= _ACCEPT * _promised(state.linear, factor * share)
+        if state.sums.cost - cost >= _SHRINK_BELOW * state.promised(factor * share) > 0.0
     ]
-    share *= max(good, default=_SHORTER[-1] if len(sums.candidate_costs) else _SHORTER[0])
-    if share < _LEAST_SHARE:
+    if good:
+        return _limited(replace(state, share=max(good) * share))
+    damping = max(10.0 * state.damping, _DAMPING)
+    if damping > _MOST_DAMPING:
         stop = StopReason.STALLED if sums.is_finite else StopReason.NON_FINITE_STEP
         return replace(state, stop=stop, solution=state.params)
-    return _limited(replace(state, share=share))
-
-
-def _promised(linear: LinearSolve, share: float) -> float:
-    """Return by how much the quadratic falls along a share of the step."""
-    # Conjugate gradients end at the least of the quadratic along their step.
-    return linear.reduction * share * (2.0 - share)
+    return _limited(_solved(_begun(state, damping, precondition), precondition))
 
 
 def _limited(state: CgState) -> CgState:
@@ -358,10 +411,12 @@ def _limited(state: CgState) -> CgState:
 def solved_together(
     products: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     right: NDArray[np.float64],
-    precondition: Preconditioner,
+    precondition: Callable[[Vector], Vector],
     settings: CgSettings,
 ) -> NDArray[np.float64]:
     """Solve ``J^T J u = b`` for several b, shape (k, p), one product for all of them at a time.
+
+    A solution is infinite where ``J^T J`` has no inverse, or ``cg_max_iterations`` are too few.
 
     Parameters
     ----------
@@ -371,15 +426,24 @@ def solved_together(
     precondition : callable
     settings : CgSettings
     """
-    solves = [LinearSolve.begin(-b, precondition) for b in right]
+    solves: list[LinearSolve | None] = [LinearSolve.begin(-b, precondition) for b in right]
     running = dict.fromkeys(range(len(right)))
+    nothing = np.zeros(right.shape[1])
     for _ in range(settings.cg_max_iterations):
         if not running:
             break
-        found = products(np.array([solve.direction for solve in solves]))
+        wanted = [s.direction if s and i in running else nothing for i, s in enumerate(solves)]
+        found = products(np.array(wanted))
         for i in list(running):
-            further = solves[i].continued(found[i], precondition)
-            solves[i] = further or solves[i]
-            if further is None or further.square <= _PROBE_RTOL**2 * further.first_square:
+            solve = solves[i]
+            solve = None if solve is None else solve.continued(found[i], precondition)
+            if solve is None or solve.least_ritz_value < _LOST:
+                solves[i] = None
                 del running[i]
-    return np.array([solve.step for solve in solves])
+                continue
+            solves[i] = solve
+            if solve.square <= _PROBE_RTOL**2 * solve.first_square:
+                del running[i]
+    for i in running:
+        solves[i] = None
+    return np.array([np.full_like(nothing, np.inf) if s is None else s.step for s in solves])

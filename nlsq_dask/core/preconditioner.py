@@ -36,6 +36,23 @@ def filled(diagonal: Vector, scales: Vector) -> Vector:
 
 
 @dataclass(frozen=True)
+class DiagonalPreconditioner:
+    """The inverse of the diagonal of ``J^T J``.
+
+    Attributes
+    ----------
+    diagonal : ndarray, shape (p,)
+        None of its entries zero.
+    """
+
+    diagonal: Vector
+
+    def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
+        """Apply it."""
+        return vector / (self.diagonal * (1.0 + damping))
+
+
+@dataclass(frozen=True)
 class SamplePreconditioner:
     """The inverse of the sample's ``J^T J`` as all rows would have it, and a share of its diagonal.
 
@@ -46,23 +63,29 @@ class SamplePreconditioner:
     ----------
     product : callable
         ``J^T J v`` of the sample.
-    diagonal : ndarray, shape (p,)
-        Of it, none of its entries zero.
+    sample_diagonal : ndarray, shape (p,)
+        Of that, none of its entries zero.
     weight : float
         Rows of the data set for each of the sample.
     share : float
     """
 
     product: Callable[[Vector], Vector]
-    diagonal: Vector
+    sample_diagonal: Vector
     weight: float
     share: float
 
-    def __call__(self, vector: Vector) -> Vector:
+    @property
+    def diagonal(self) -> Vector:
+        """The sample's diagonal as all rows would have it."""
+        return self.weight * self.sample_diagonal
+
+    def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
         """Apply it."""
+        added = self.share + damping
 
         def matvec(v: Vector) -> Vector:
-            return self.product(v) + self.share * self.diagonal * v
+            return self.product(v) + added * self.sample_diagonal * v
 
         shape = (len(vector), len(vector))
         solution, _ = cg(
@@ -70,6 +93,6 @@ class SamplePreconditioner:
             vector / self.weight,
             rtol=_RTOL,
             maxiter=_MOST_ITERATIONS,
-            M=LinearOperator(shape, matvec=lambda v: v / self.diagonal, dtype=np.float64),
+            M=LinearOperator(shape, matvec=lambda v: v / self.sample_diagonal, dtype=np.float64),
         )
         return np.asarray(solution)

@@ -43,9 +43,16 @@ def of_vector(function: Callable[..., Any], params: Any) -> Any:
             kept.append(equation)
             needed.update(v for v in equation.invars if not hasattr(v, "val"))
     inputs |= {v: params[i] for i, v in enumerate(jaxpr.invars) if v in needed}
-    rest = jaxpr.replace(invars=list(inputs), eqns=kept[::-1], debug_info=None)
+    rest = jaxpr.replace(
+        invars=list(inputs), eqns=kept[::-1], debug_info=_debug_info(jaxpr, len(inputs))
+    )
     (result,) = jax.core.eval_jaxpr(rest, closed.consts, *inputs.values())
     return result
+
+
+def _debug_info(jaxpr: Any, n_inputs: int) -> Any:
+    """Return the jaxpr's own, with as many names of inputs as there are now."""
+    return jaxpr.debug_info._replace(arg_names=("",) * n_inputs)
 
 
 def _span(equation: Any, spans: dict[Any, range]) -> range | None:

@@ -163,7 +163,7 @@ def align(
     y, x = after[0], tuple(after[1 : 1 + len(leaves)])
     deviation = None if sigma is None else after[-1]
     if group_weights is not None:
-        deviation = weighted_sigma(x[0], y.ndim, deviation, mask, group_weights)
+        deviation = weighted_sigma(x[0], y, deviation, mask, group_weights)
     layout = Layout(
         x_names,
         tuple(array.shape[y.ndim :] for array in x),

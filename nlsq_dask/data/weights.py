@@ -18,7 +18,7 @@ from nlsq_dask.errors import DataError
 
 def weighted_sigma(
     groups: da.Array,
-    n_dims: int,
+    y: da.Array,
     sigma: da.Array | None,
     mask: da.Array | None,
     weights: Sequence[float],
@@ -29,23 +29,24 @@ def weighted_sigma(
     ----------
     groups : dask.array.Array
         The first x array; of one with features, the first of these. Numbers of groups from 0 on.
-    n_dims : int
-        Dimensions of y.
+    y : dask.array.Array
     sigma, mask : dask.array.Array or None
-        In the same grid of blocks; masked rows need no group.
+        In the same grid of blocks; rows that are masked or not finite in y need no group.
     weights : sequence of float
         One a group.
     """
-    if groups.ndim > n_dims:
+    if groups.ndim > y.ndim:
         groups = groups[..., 0]
+    varies = groups.shape == y.shape
     found: da.Array = da.map_blocks(
         _weigh,
         groups,
         1.0 if sigma is None else sigma,
         False if mask is None else mask,
+        y if varies else 0.0,  # else sigma would be as large as y
         inverse_roots=1.0 / np.sqrt(np.asarray(weights, np.float64)),
         dtype=np.float64,
-        meta=np.empty((0,) * n_dims),
+        meta=np.empty((0,) * y.ndim),
     )
     return found
 
@@ -54,12 +55,13 @@ def _weigh(
     groups: NDArray[Any],
     sigma: NDArray[Any] | float,
     mask: NDArray[np.bool_] | bool,
+    y: NDArray[Any] | float,
     *,
     inverse_roots: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     # Where x is not finite the row is bad already, and nan_policy says what becomes of it.
     numbers = np.asarray(groups, np.float64)
-    counts = np.isfinite(numbers) & ~np.asarray(mask)
+    counts = np.isfinite(numbers) & ~np.asarray(mask) & np.isfinite(y)
     numbers = np.where(counts, numbers, 0.0)
     is_wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= len(inverse_roots))
     if is_wrong.any():
