@@ -259,7 +259,12 @@ print(len(jax.devices()), compiled)
 
 
 @pytest.mark.parametrize(
-    ("solver", "loss"), [("normal", "linear"), ("qr", "linear"), ("qr", "huber")]
+    ("solver", "loss"),
+    [
+        pytest.param("normal", "linear", marks=pytest.mark.slow),
+        pytest.param("qr", "linear", marks=pytest.mark.slow),
+        ("qr", "huber"),
+    ],
 )
 def test_several_devices_share_the_work(solver: str, loss: str) -> None:
     """XLA shows one CPU as four devices; each compiles the kernel and gets some of the pieces."""
@@ -284,6 +289,20 @@ def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
     kernel = NormalEquationsKernel.trace(
         Model(model, 3, layout, "float64"), 2**18, platforms=("cpu", "cuda"), product=product
+    )
+    assert set(kernel.programs) == {"cpu", "cuda"}
+    assert kernel.programs["cpu"].fingerprint != kernel.programs["cuda"].fingerprint
+
+
+@pytest.mark.parametrize("is_diagonal", [False, True])
+def test_gradients_can_be_lowered_for_a_gpu(is_diagonal: bool) -> None:
+    from nlsq_dask.core.gradient_kernel import GradientKernel
+    from nlsq_dask.core.model import Model
+    from nlsq_dask.core.rows import Layout
+
+    layout = Layout(None, ((),), ("f8",), "f8", None, False)
+    kernel = GradientKernel.trace(
+        Model(model, 3, layout, "float64"), 2**18, ("cpu", "cuda"), is_diagonal=is_diagonal
     )
     assert set(kernel.programs) == {"cpu", "cuda"}
     assert kernel.programs["cpu"].fingerprint != kernel.programs["cuda"].fingerprint

@@ -482,11 +482,12 @@ def test_covariance() -> None:
 def test_penalty() -> None:
     def spread(first: int, strength: float, switch: bool = True) -> float:
         indices = [(first, first + 2)]
-        params = fit(
-            enable_group_variance_regularization=switch,
-            group_variance_lambda=strength,
-            group_variance_indices=indices,
-        ).x
+        options = {
+            "enable_group_variance_regularization": switch,
+            "group_variance_lambda": strength,
+            "group_variance_indices": indices if switch else None,
+        }
+        params = fit(**options).x
         return float(np.ptp(params[first : first + 2]))
 
     off = spread(0, 1.0, switch=False)
@@ -504,7 +505,10 @@ def test_weights() -> None:
         return a * jnp.exp(-b * x[1]) + c
 
     def floor(switch: bool, weights: list[float]) -> float:
-        options = {"enable_residual_weighting": switch, "residual_weights": weights}
+        options = {
+            "enable_residual_weighting": switch,
+            "residual_weights": weights if switch else None,
+        }
         return float(fit(y=y, x=(group, X), function=grouped, **options).x[2])
 
     assert floor(False, [1.0, 1e6]) == pytest.approx(0.75, abs=0.02)

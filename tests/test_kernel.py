@@ -249,6 +249,7 @@ def test_models_that_use_other_columns_are_two_models() -> None:
     np.testing.assert_allclose(alone.x, result.x, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_hidden_constants_are_two_models() -> None:
     """What an inner ``jax.jit`` closes over is not part of a jaxpr's text."""
     grid = np.linspace(0.0, 5.0, 6)

@@ -116,7 +116,7 @@ PENALTY = dict(
         pytest.param({}, id="linear", marks=SLOW),
         pytest.param(dict(loss="huber"), id="huber", marks=SLOW),
         pytest.param(dict(sigma=0.1), id="sigma", marks=SLOW),
-        pytest.param(PENALTY | dict(sigma=0.1, loss="huber"), id="all"),
+        pytest.param(PENALTY | dict(sigma=0.1, loss="huber"), id="all", marks=SLOW),
     ],
 )
 def test_what_matrices_find(options: dict[str, Any]) -> None:

@@ -131,6 +131,7 @@ def exact_least_squares(x: np.ndarray, y: np.ndarray, n_params: int) -> np.ndarr
     return np.array([float(row[-1]) for row in matrix])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 def test_a_polynomial_of_degree_eleven_on_the_unit_interval() -> None:
     """Its J^T J is like Hilbert's matrix: Gauss-Newton by it stops at the first digit."""
@@ -166,6 +167,7 @@ def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(-b * x) + c
 
 
+@pytest.mark.slow
 def test_auto_goes_over_only_where_it_must() -> None:
     rng = np.random.default_rng(0)
     x, noise = rng.uniform(0, 5, 20_000), 1e-5 * rng.normal(size=20_000)

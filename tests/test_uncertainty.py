@@ -44,8 +44,8 @@ def fit(x: Any, y: Any, config: dict[str, Any] | None = None, **options: Any) ->
     return optimizer.fit(model, x, y, [2.0, 1.0, 0.3], **options)
 
 
-@pytest.mark.parametrize("cov_type", ["HC0", "HC1"])
-@pytest.mark.parametrize("with_sigma", [False, True])
+@pytest.mark.parametrize("cov_type", [pytest.param("HC0", marks=pytest.mark.slow), "HC1"])
+@pytest.mark.parametrize("with_sigma", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("loss", ["linear", "huber"])
 def test_sandwich_against_numpy(cov_type: str, with_sigma: bool, loss: str) -> None:
     x, y, deviation = data()
@@ -148,6 +148,7 @@ def simulate(n: int, count: int, interval: Callable[[Any, Any, Any], Any], **noi
     return hits / count
 
 
+@pytest.mark.slow
 def test_band_of_parameters_that_can_hardly_be_told_apart() -> None:
     """The curve is known far better than its parameters, whose covariance has squared all that."""
     rng = np.random.default_rng(0)
@@ -167,6 +168,7 @@ def test_band_of_parameters_that_can_hardly_be_told_apart() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("degree", "low"), [(5, 0.0), (7, 2.0)])
 def test_sandwich_of_parameters_that_can_hardly_be_told_apart(degree: int, low: float) -> None:
     """Against a basis of Chebyshev polynomials, where nothing is lost, exactly transformed."""

@@ -119,6 +119,7 @@ def test_no_degrees_of_freedom() -> None:
     np.testing.assert_allclose(known.pcov, [[2, -1], [-1, 1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [40, 1_000])
 def test_a_feature_that_the_sample_misses(chunks: int) -> None:
     """One block of many holds the peak; the fit must not stop at the sample's solution."""
@@ -231,6 +232,7 @@ def test_a_start_at_which_nothing_can_be_learned(model: Any, start: list[float])
     assert "does not react" in result.message
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 def test_a_polynomial_far_from_the_origin_is_solved_or_refused() -> None:
     t = 1.7e9 + np.linspace(0, 86400, 2000)
