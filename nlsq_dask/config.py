@@ -412,6 +412,10 @@ class HybridStreamingConfig:
             return min(wanted, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
         return self.sample_rows
 
+    def is_without_matrices(self, n_params: int) -> bool:
+        """Whether so many parameters are solved for by conjugate gradients."""
+        return n_params >= self.cg_param_threshold
+
     @property
     def dtype(self) -> str:
         """The dtype of the arithmetic that ``precision`` stands for."""

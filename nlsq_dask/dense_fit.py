@@ -101,7 +101,7 @@ class DenseFit:
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
-        self.context.emit(SampleSolved(state.iteration, state.point.mean_square))
+        self.context.emit(SampleSolved(state.iteration, state.point.sums.mean_square))
         return state.solution
 
     def _solve_on_all_rows(
@@ -207,7 +207,8 @@ class DenseFit:
         """Judge a trial and report it; the callback may end the solve."""
         state = self._watched(state, trial, sums, stage)
         point, accepted = state.point, state.point.params is trial.params
-        slope = point.relative_slope(self.context.normalizer.scales)
-        if self.context.iterations.report(stage, point.params, point.mean_square, slope, accepted):
+        slope = point.sums.relative_slope(self.context.normalizer.scales)
+        loss = point.sums.mean_square
+        if self.context.iterations.report(stage, point.params, loss, slope, accepted):
             state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
         return state

@@ -1,4 +1,4 @@
-"""The four phases in order: the only place that asks the engine for passes over the data.
+"""The four phases in order.
 
 0. normalization of the parameters;
 1. L-BFGS on a sample of the rows;
@@ -133,8 +133,11 @@ class Driver:
             piece_rows=piece_rows_for(self._data.longest_block, config.piece_rows, row_bytes),
             platforms=details["platforms"],
         )
-        is_large = len(self._parameters.names) >= config.cg_param_threshold
-        return GradientFit(context) if is_large else DenseFit(context)
+        return GradientFit(context) if self._is_without_matrices else DenseFit(context)
+
+    @property
+    def _is_without_matrices(self) -> bool:
+        return self._config.is_without_matrices(len(self._parameters.names))
 
     def _read_sample(
         self, fit: DenseFit | GradientFit, details: dict[str, Any]
@@ -183,7 +186,7 @@ class Driver:
             iterations=0 if solved is None else solved.iterations,
             covariance=covariance,
             errors=errors,
-            has_covariance=len(params) < self._config.cg_param_threshold,
+            has_covariance=not self._is_without_matrices,
             absolute_sigma=self._absolute_sigma,
             n_passes=self._passes.n_passes,
             rows_read=self._passes.rows_read,

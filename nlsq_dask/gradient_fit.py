@@ -39,7 +39,7 @@ _CHANCE = 5.0  # standard deviations of a mean square that chance explains
 def check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
     """Raise a ValueError for what needs matrices where there are too many parameters for them."""
     n_params = len(parameters.names)
-    if n_params < config.cg_param_threshold:
+    if not config.is_without_matrices(n_params):
         return
     unable = {
         "bounds": parameters.has_bounds,
@@ -106,9 +106,7 @@ class GradientFit:
             return self._reduce(ask.params, ask.candidates, ask.direction)
 
         state = self._iterated(state, reduce, precondition, "all rows")
-        assert state.stop is not None
-        assert state.solution is not None
-        if state.stop.is_success and not state.touched.all():
+        if state.stop is not None and state.stop.is_success and not state.touched.all():
             state = self._with_sensitivity(state)
         assert state.stop is not None
         assert state.solution is not None
@@ -201,10 +199,9 @@ class GradientFit:
         )
 
         def reduce(ask: cg.Ask) -> GradientSums:
-            if ask.direction is None and not len(ask.candidates):
+            if ask.is_trial and not len(ask.candidates):
                 return sums(ask.params)
-            direction = np.zeros_like(ask.params) if ask.direction is None else ask.direction
-            return sums.at(ask.params, ask.candidates, direction)
+            return sums.at(ask.params, ask.candidates, ask.direction)
 
         precondition = self._remembering(partial(self._by_diagonal, sample))
         damping = _SAMPLE_DAMPING / self.context.config.trust_region_initial**2
@@ -214,7 +211,7 @@ class GradientFit:
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
-        self.context.emit(SampleSolved(state.iteration, state.mean_square))
+        self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
         return state.solution
 
     def _iterated(
@@ -234,10 +231,8 @@ class GradientFit:
             state = cg.told(state, sums, precondition)
             if not ask.is_trial:
                 continue
-            size = state.sums.total_variation or float(max(state.sums.n_used, 1))
-            slope = 2.0 / size * float(np.linalg.norm(state.sums.jtr * scales))
+            slope, loss = state.sums.relative_slope(scales), state.sums.mean_square
             accepted = state.params is not before
-            loss = state.mean_square
             if self.context.iterations.report(stage, state.params, loss, slope, accepted):
                 state = replace(state, stop=StopReason.USER_STOP, solution=state.params)
         return state
@@ -273,9 +268,7 @@ class GradientFit:
         rng = np.random.default_rng(context.config.random_seed)
         probes = np.eye(len(params)) if exact else rng.choice([-1.0, 1.0], (n_probes, len(params)))
         kernel = replace(
-            self._traced(
-                self.context.model, platforms=self.context.platforms, n_directions=len(probes)
-            ),
+            self._traced(context.model, platforms=context.platforms, n_directions=len(probes)),
             y_reference=self._kernel.y_reference,
         )
         inverse = cg.solved_together(

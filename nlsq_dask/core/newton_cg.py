@@ -4,7 +4,7 @@ As in ``gauss_newton``, a state asks for sums and is told them; here they are ``
 the product ``J^T J v`` for one direction, and every product is a reduction over the rows as a trial
 is. Nothing is larger than a vector of parameters.
 
-The gradients are flexible: their preconditioner may itself be solved by iteration. Where the
+Conjugate gradients are flexible: their preconditioner may itself be solved by iteration. Where the
 cost does not fall as the quadratic promises, a step is shortened, and the next one damped.
 
 References
@@ -249,11 +249,6 @@ class CgState:
         return Ask(self.params + self.share * self.linear.step, None, candidates)
 
     @property
-    def mean_square(self) -> float:
-        """The mean squared weighted residual."""
-        return 2.0 * self.sums.cost / max(self.sums.n_used, 1)
-
-    @property
     def length(self) -> float:
         """Length of the step so far, in units of the residual."""
         cost = self.sums.cost
@@ -275,8 +270,7 @@ class CgState:
     @property
     def noise(self) -> float:
         """Differences of the cost below this are rounding."""
-        cost, eps = self.sums.cost, self.settings.epsilon
-        return 32 * eps * cost + eps * float(np.sqrt(2 * cost * self.sums.signal))
+        return self.sums.cost_noise(self.settings.epsilon)
 
 
 def begin(

@@ -132,17 +132,6 @@ class Point:
         return float(np.sqrt(self.reduction / self.sums.cost))
 
     @property
-    def mean_square(self) -> float:
-        """The mean squared weighted residual."""
-        return 2.0 * self.sums.cost / max(self.sums.n_used, 1)
-
-    def relative_slope(self, scales: Vector) -> float:
-        """Return the norm of the gradient of the relative loss in normalized parameters."""
-        size = self.sums.total_variation or float(max(self.sums.n_used, 1))
-        with np.errstate(over="ignore"):  # infinite says enough
-            return 2.0 / size * float(np.linalg.norm(self.sums.jtr * scales))
-
-    @property
     def is_negligible(self) -> bool:
         """Whether the full step is a small fraction of a standard error."""
         dof = max(self.sums.n_used - len(self.params), 1)
@@ -151,8 +140,7 @@ class Point:
     @property
     def cost_noise(self) -> float:
         """Differences of the cost below this are rounding."""
-        cost, eps = self.sums.cost, self.settings.epsilon
-        return 32 * eps * cost + eps * float(np.sqrt(2 * cost * self.sums.signal))
+        return self.sums.cost_noise(self.settings.epsilon)
 
     @property
     def rounding_cost(self) -> float:

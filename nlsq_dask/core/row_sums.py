@@ -28,13 +28,12 @@ class RowSums(ABC, Generic[S_co]):
 
     Parameters
     ----------
-    kernel : RowKernel
     rows : Rows
     penalty : GroupVariance
         Added to the sums.
     """
 
-    def __init__(self, kernel: RowKernel[S_co], rows: Rows, penalty: GroupVariance) -> None:
+    def __init__(self, rows: Rows, penalty: GroupVariance) -> None:
         self._rows = rows
         self._penalty = penalty
         self._known: dict[bytes, S_co] = {}
@@ -69,7 +68,7 @@ class NormalRowSums(RowSums[NormalEquations]):
     def __init__(
         self, model: Model, kernel: NormalEquationsKernel, rows: Rows, penalty: GroupVariance
     ) -> None:
-        super().__init__(kernel, rows, penalty)
+        super().__init__(rows, penalty)
         self._model = model
         self._kernel = kernel
 
@@ -109,7 +108,7 @@ class GradientRowSums(RowSums[GradientSums]):
     def __init__(
         self, kernel: GradientKernel, diagonal: GradientKernel, rows: Rows, penalty: GroupVariance
     ) -> None:
-        super().__init__(kernel, rows, penalty)
+        super().__init__(rows, penalty)
         self._kernel = kernel
         self._diagonal = diagonal
 
@@ -118,10 +117,19 @@ class GradientRowSums(RowSums[GradientSums]):
         """The kernel that makes them."""
         return self._kernel
 
-    def at(self, params: Vector, candidates: Vector, direction: Vector) -> GradientSums:
-        """Sum at ``params`` with costs at candidates and the product of a direction."""
-        directions = direction[None]
-        sums = self._kernel(self._rows, params, candidates=candidates, directions=directions)
+    def at(self, params: Vector, candidates: Vector, direction: Vector | None) -> GradientSums:
+        """Sum at ``params`` with costs at candidates and the product of a direction, if any.
+
+        With a direction, what depends on the data alone is left out.
+        """
+        directions = None if direction is None else direction[None]
+        sums = self._kernel(
+            self._rows,
+            params,
+            candidates=candidates,
+            wants_moments=direction is None,
+            directions=directions,
+        )
         return sums.penalized(self._penalty, params, candidates, directions)
 
     def product(self, params: Vector, vector: Vector) -> Vector:

@@ -143,6 +143,21 @@ class Sums(ABC):
         return 2.0 * max(self.cost - self.penalty, 0.0) / dof if dof > 0 else np.inf
 
     @property
+    def mean_square(self) -> float:
+        """The mean squared weighted residual, with the penalty."""
+        return 2.0 * self.cost / max(self.n_used, 1)
+
+    def relative_slope(self, scales: NDArray[np.float64]) -> float:
+        """Return the norm of the gradient of the relative loss in normalized parameters."""
+        size = self.total_variation or float(max(self.n_used, 1))
+        with np.errstate(over="ignore"):  # infinite says enough
+            return 2.0 / size * float(np.linalg.norm(self.jtr * scales))
+
+    def cost_noise(self, epsilon: float) -> float:
+        """Return the difference of costs below which it is rounding, in such an arithmetic."""
+        return 32 * epsilon * self.cost + epsilon * float(np.sqrt(2 * self.cost * self.signal))
+
+    @property
     def n_omitted(self) -> int:
         """Rows that are not in the sums, masked or bad."""
         return self.n_masked + self.n_bad
