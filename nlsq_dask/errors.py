@@ -33,3 +33,7 @@ class NonFiniteDataError(DataError):
 
 class FitInProgressError(RuntimeError):
     """A second fit was started on an optimizer that is still running one."""
+
+
+class ClusterLostError(RuntimeError):
+    """The cluster that a fit ran on is gone, or loses its workers again and again."""

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Self
 
 
 class StopReason(Enum):
     """Why a fit ended: a status as SciPy counts (positive for success) and a sentence."""
+
+    sentence: str
+
+    def __new__(cls, status: int, sentence: str) -> Self:
+        """Make a member whose value is its status."""
+        member = object.__new__(cls)
+        member._value_ = status
+        member.sentence = sentence
+        return member
 
     REDUCTION = (2, "Converged: the reduction of the cost that is left is below gauss_newton_tol.")
     STEP = (3, "Converged: the step that is left is below gauss_newton_tol.")
@@ -60,9 +70,10 @@ class StopReason(Enum):
     )
     USER_STOP = (-4, "Stopped by the callback; the parameters are the best ones so far.")
 
-    def __init__(self, status: int, sentence: str) -> None:
-        self.status = status
-        self.sentence = sentence
+    @property
+    def status(self) -> int:
+        """Positive for success, as SciPy counts."""
+        return int(self.value)
 
     @property
     def is_success(self) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from dask._task_spec import TaskRef
+from distributed import KilledWorker
+from distributed.client import FutureCancelledError, FuturesCancelledError
 from numpy.typing import NDArray
 
 from nlsq_dask.core.kernel import RowKernel
@@ -19,9 +23,13 @@ from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
 from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, hold, send_once
+from nlsq_dask.engine.parts import Parts, Watch, run_tree
+from nlsq_dask.engine.scheduling import Node, TaskGraph, Tree, group_blocks, hold, send_once
 from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
 from nlsq_dask.engine.workers import Workers
+from nlsq_dask.errors import ClusterLostError
+
+_MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,10 @@ class DataSet:
         self.memory = MemoryPlan.of(blocks, groups, self._workers, cache)
         self.memory.check()
         self._source = SourceGraph(blocks)
-        self._source.replace(send_once(self._source.large_literals, self._workers.client))
+        self._literals = self._source.large_literals
+        self._source.replace(send_once(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(groups)
+        self._block_groups = groups
         budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
         self._inputs = [reader.inputs for reader in readers]
         held = [
@@ -137,8 +147,63 @@ class DataSet:
         """Platforms of the processes that will run kernels."""
         return self._workers.platforms()
 
-    def reduce(self, kernel: RowKernel[S], request: PassRequest) -> PassResult[S]:
-        """Sum over all rows: one pass."""
+    def reduce(
+        self,
+        kernel: RowKernel[S],
+        request: PassRequest,
+        known: Mapping[Node, PassResult[S]] | None = None,
+        watch: Watch = lambda parts: None,
+        deadline: float | None = None,
+    ) -> PassResult[S]:
+        """Sum over all rows: one pass.
+
+        Parameters
+        ----------
+        kernel : RowKernel
+        request : PassRequest
+        known : mapping of Node to PassResult, optional
+            Finished parts of an earlier pass with the same kernel and request.
+        watch : callable, optional
+            Called with the ``Parts`` whenever one has finished; may raise to end the pass.
+        deadline : float, optional
+            Seconds from now after which it is called in any case.
+        """
+        parts = Parts(len(self._groups), dict(known or {}))
+        for attempt in count(1):
+            try:
+                tree = self._tree(kernel, request, parts.values)
+                result: PassResult[S] = run_tree(
+                    tree, self._workers.client, parts, watch, deadline
+                )
+                break
+            except (FutureCancelledError, FuturesCancelledError, KilledWorker) as error:
+                self._recover(error, attempt)
+                parts.drop_lost()
+        return result
+
+    def _recover(self, error: Exception, attempt: int) -> None:
+        """Make another attempt possible after workers were lost, or raise what is to be done.
+
+        A scheduler computes anew what a lost worker held, but it cannot do so with data that were
+        sent to it; those are sent once more.
+        """
+        client = self._workers.client
+        if client is None or client.status != "running":
+            raise ClusterLostError(
+                "the connection to the Dask scheduler was lost in the middle of a pass. Start a "
+                "cluster and a client again, and fit again."
+            ) from error
+        if attempt == _MOST_ATTEMPTS:
+            raise ClusterLostError(
+                f"workers were lost again and again ({error}). If they ran out of memory, give "
+                f"them more, or use smaller chunks; the workers' logs say why they ended."
+            ) from error
+        self._source.replace(send_once(self._literals, client))
+        _, self._shared = self._source.readers(self._block_groups)
+
+    def _tree(
+        self, kernel: RowKernel[S], request: PassRequest, known: Mapping[Node, Any]
+    ) -> Tree:
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]
@@ -146,26 +211,23 @@ class DataSet:
             graph.constant("kernel", self._kernel[1]),
             graph.constant("request", request),
         )
-        leaves = [
-            graph.task(
-                "normal-equations",
-                i,
-                _reduce_group,
-                graph.constant(f"group-{i}", group),
-                *constants,
-                inputs=inputs,
+
+        def leaf(i: int) -> TaskRef:
+            group = graph.constant(f"group-{i}", self._groups[i])
+            return graph.task(
+                "normal-equations", i, _reduce_group, group, *constants, inputs=self._inputs[i]
             )
-            for i, (group, inputs) in enumerate(zip(self._groups, self._inputs, strict=True))
-        ]
-        combined = graph.tree("combine", leaves, _combine)
+
+        tree = graph.tree(len(self._groups), leaf, _combine, known)
         if self._read_ahead is not None:
             # When a thread is done with its group, the one so many places further on is its next.
-            turns = [self._groups[i] for i in graph.order_of(leaves)]
+            positions = list(tree.leaves)
+            order = graph.order_of(list(tree.leaves.values()))
+            turns = [self._groups[positions[i]] for i in order]
             following = turns[self._workers.most_threads :]
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead)
-        result: PassResult[S] = graph.run(combined)
-        return result
+        return tree
 
     def sample(self, sample_rows: int, seed: int) -> Sample:
         """Read a few blocks and take rows from each."""

@@ -7,8 +7,10 @@ was first, so the sums have the same bits on every cluster.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
@@ -19,14 +21,14 @@ from numpy.typing import NDArray
 
 from nlsq_dask.engine.workers import Workers
 
-T = TypeVar("T")
+Node = tuple[int, int]  # of a tree: level, 0 for leaves, and position in it
 
 # A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
 # one, and with many blocks groups grow, so that there are never many more tasks than these.
 _LEAST_GROUP_ROWS = 2**18
 _LEAST_GROUP_BLOCKS = 128
 _MOST_GROUPS = 8192
-_TREE_WIDTH = 16
+TREE_WIDTH = 16
 
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
@@ -101,16 +103,38 @@ def _itself(value: Any) -> Any:
 
 def count_tree(n_leaves: int) -> int:
     """Return the number of tasks that combine so many results."""
-    level: list[Any] = [None] * n_leaves
-    count = 0
-    while len(level) > 1:
-        level = _tree_parts(level)
-        count += sum(len(part) > 1 for part in level)
-    return count
+    sizes = _level_sizes(n_leaves)
+    # Where one is left over in a level, nothing is combined.
+    return sum(above - (below % TREE_WIDTH == 1) for below, above in pairwise(sizes))
 
 
-def _tree_parts(level: list[T]) -> list[list[T]]:
-    return [level[i : i + _TREE_WIDTH] for i in range(0, len(level), _TREE_WIDTH)]
+def _level_sizes(n_leaves: int) -> list[int]:
+    """Return the number of nodes in each level of the tree, from the leaves to the root."""
+    sizes = [n_leaves]
+    while sizes[-1] > 1:
+        sizes.append(-(sizes[-1] // -TREE_WIDTH))
+    return sizes
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Tasks that reduce leaves in order, in a tree of fixed width.
+
+    Attributes
+    ----------
+    tasks : dict
+        The whole graph.
+    root : TaskRef
+    leaves : dict of int to TaskRef
+        Those that have to be computed.
+    nodes : dict of key to Node
+        Where the tasks to be computed stand in the tree.
+    """
+
+    tasks: dict[Any, Any]
+    root: TaskRef
+    leaves: dict[int, TaskRef]
+    nodes: dict[Any, Node]
 
 
 class TaskGraph:
@@ -146,18 +170,45 @@ class TaskGraph:
         self._tasks[key] = Task(key, function, *args, *map(TaskRef, inputs))
         return TaskRef(key)
 
-    def tree(self, name: str, leaves: Sequence[TaskRef], combine: Callable[..., Any]) -> TaskRef:
-        """Combine results in order, in a tree of fixed width."""
-        count = 0
-        level = list(leaves)
-        while len(level) > 1:
-            parts = _tree_parts(level)
-            level = [
-                self.task(name, count + i, combine, *part) if len(part) > 1 else part[0]
-                for i, part in enumerate(parts)
-            ]
-            count += len(parts)
-        return level[0]
+    def tree(
+        self,
+        n_leaves: int,
+        leaf: Callable[[int], TaskRef],
+        combine: Callable[..., Any],
+        known: Mapping[Node, Any],
+    ) -> Tree:
+        """Combine leaves in order, in a tree of fixed width.
+
+        Parameters
+        ----------
+        n_leaves : int
+        leaf : callable
+            Adds the task of a leaf.
+        combine : callable
+            Combines results, in their order.
+        known : mapping of Node to result
+            Parts of the tree that are not computed again.
+        """
+        sizes = _level_sizes(n_leaves)
+        leaves: dict[int, TaskRef] = {}
+        nodes: dict[Any, Node] = {}
+
+        def add(level: int, i: int) -> TaskRef:
+            if (level, i) in known:
+                return self.constant(f"part-{level}-{i}", known[level, i])
+            if not level:
+                task = leaves[i] = leaf(i)
+            else:
+                last = min((i + 1) * TREE_WIDTH, sizes[level - 1])
+                below = [add(level - 1, j) for j in range(i * TREE_WIDTH, last)]
+                if len(below) == 1:
+                    return below[0]
+                task = self.task("combine", sum(sizes[1:level]) + i, combine, *below)
+            nodes[task.key] = level, i
+            return task
+
+        root = add(len(sizes) - 1, 0)
+        return Tree(self._tasks, root, leaves, nodes)
 
     def order_of(self, tasks: Sequence[TaskRef]) -> list[int]:
         """Return the positions of tasks in the order in which Dask's own schedulers run them."""

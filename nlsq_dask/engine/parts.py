@@ -1,0 +1,153 @@
+"""A reduction whose finished parts can be seen, kept and given back while it runs.
+
+A part is a node of the tree in which sums combine: a leaf, or what finished leaves were combined
+to. The tree is fixed, so a reduction that is given parts of an earlier one has the same bits as if
+it had made them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import dask.multiprocessing
+from dask.base import get_scheduler
+from dask.callbacks import Callback
+from dask.delayed import Delayed
+from dask.local import get_sync
+from dask.threaded import get as get_threaded
+from distributed import Client, Future, as_completed, rejoin, secede
+from distributed.utils import thread_state  # type: ignore[attr-defined]
+
+from nlsq_dask.engine.scheduling import TREE_WIDTH, Node, Tree
+
+# Dask's own schedulers without a cluster, which tell of every task that has finished.
+_LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
+
+
+@dataclass
+class Parts:
+    """The finished parts of a reduction, without those that a larger finished one contains.
+
+    Attributes
+    ----------
+    n_leaves : int
+        Of the whole tree.
+    values : dict of Node to result
+        On a cluster, to a future of it.
+    """
+
+    n_leaves: int
+    values: dict[Node, Any] = field(default_factory=dict)
+
+    def add(self, node: Node, value: Any) -> None:
+        """Add a part that has just finished; those inside it go."""
+        level, i = node
+        inside = [
+            (lower, j)
+            for lower, j in self.values
+            if lower < level and j // TREE_WIDTH ** (level - lower) == i
+        ]
+        for part in inside:
+            del self.values[part]
+        self.values[node] = value
+
+    def drop_lost(self) -> None:
+        """Forget what the workers that had it have lost."""
+        lost = [
+            n for n, v in self.values.items() if isinstance(v, Future) and v.status != "finished"
+        ]
+        for part in lost:
+            del self.values[part]
+
+    @property
+    def n_finished(self) -> int:
+        """Leaves in the finished parts."""
+        count = 0
+        for level, i in self.values:
+            width = TREE_WIDTH**level
+            count += min((i + 1) * width, self.n_leaves) - i * width
+        return count
+
+    def collect(self) -> dict[Node, Any]:
+        """Return the parts themselves, fetched from the workers where they are there."""
+        futures = {n: v for n, v in self.values.items() if isinstance(v, Future)}
+        if not futures:
+            return dict(self.values)
+        client = next(iter(futures.values())).client
+        found = client.gather(list(futures.values()), errors="skip")
+        if len(found) == len(futures):
+            self.values.update(zip(futures, found, strict=True))
+        return {n: v for n, v in self.values.items() if not isinstance(v, Future)}
+
+
+Watch = Callable[[Parts], None]
+
+
+def run_tree(
+    tree: Tree, client: Client | None, parts: Parts, watch: Watch, deadline: float | None
+) -> Any:
+    """Run on the active scheduler, calling ``watch`` whenever a part has finished.
+
+    Parameters
+    ----------
+    tree : Tree
+    client : distributed.Client or None
+        The active one.
+    parts : Parts
+        Receives what has finished.
+    watch : callable
+        May raise, which ends the reduction.
+    deadline : float or None
+        Seconds from now after which ``watch`` is called in any case (on a cluster, where a task
+        may wait for a worker for ever).
+    """
+    if client is not None:
+        with _seceded():
+            return _run_on_cluster(tree, client, parts, watch, deadline)
+
+    def finished(key: Any, result: Any, *_: Any) -> None:
+        if key in tree.nodes:
+            parts.add(tree.nodes[key], result)
+            watch(parts)
+
+    options: dict[str, Any] = {}
+    if get_scheduler() in _LOCAL:
+        # Given as an argument: the global set of callbacks would be shared by concurrent fits.
+        options["callbacks"] = [*Callback.active, (None, None, None, finished, None)]
+    return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
+
+
+def _run_on_cluster(
+    tree: Tree, client: Client, parts: Parts, watch: Watch, deadline: float | None
+) -> Any:
+    finished: Iterator[Future[Any]] = as_completed(
+        client.get(tree.tasks, list(tree.nodes), sync=False), timeout=deadline
+    )
+    while True:
+        try:
+            future = next(finished)
+        except TimeoutError:
+            watch(parts)
+            raise
+        if future.status != "finished":
+            future.result()  # raises
+        parts.add(tree.nodes[future.key], future)
+        watch(parts)
+        if future.key == tree.root.key:
+            return future.result()
+
+
+@contextmanager
+def _seceded() -> Iterator[None]:
+    """Make room for the tasks of a fit that runs in a task itself, as Dask's own compute does."""
+    inside = bool(getattr(thread_state, "key", False))
+    if inside:
+        secede()
+    try:
+        yield
+    finally:
+        if inside:
+            rejoin()
