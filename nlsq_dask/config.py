@@ -85,9 +85,14 @@ _NEEDS = {
 }
 
 
-def _option(default: Any, rule: Rule, doc: str) -> Any:
+def _aside(default: Any, rule: Rule, doc: str) -> Any:
+    """Declare an option that does not change the fit: it may be another when one is resumed."""
+    return _option(default, rule, doc, changes_fit=False)
+
+
+def _option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
     """Declare one option: its default, what is allowed, and what it does."""
-    metadata = {"rule": rule, "doc": doc}
+    metadata = {"rule": rule, "doc": doc, "changes_fit": changes_fit}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -175,7 +180,7 @@ class HybridStreamingConfig:
     )
 
     # --- phase 2: Gauss-Newton
-    gauss_newton_max_iterations: int = _option(
+    gauss_newton_max_iterations: int = _aside(
         100,
         _int(1),
         "Most trial points over all rows; ten times as many on the sample, which is in memory.",
@@ -271,13 +276,13 @@ class HybridStreamingConfig:
         "Arithmetic of model and Jacobian; sums beyond some thousand rows are always float64. "
         "'auto' is float64.",
     )
-    chunk_size: int | str = _option(
+    chunk_size: int | str = _aside(
         "auto",
         _or(_int(1), "auto"),
         "Most rows that one kernel call is given; a larger chunk is taken in pieces, of 4 MB at "
         "most. 'auto' is 2**20.",
     )
-    cache: int | str = _option(
+    cache: int | str = _aside(
         "auto",
         _or(_int(0), "auto"),
         "Bytes of memory, over all workers, in which blocks may stay between passes; 0 for none. "
@@ -286,13 +291,29 @@ class HybridStreamingConfig:
     )
 
     # --- surviving
-    enable_checkpoints: bool = _option(True, _BOOL, "Write checkpoints to checkpoint_dir.")
-    checkpoint_dir: str | os.PathLike[str] | None = _option(
-        None, _or(_PATH, None), "Folder of the checkpoints; None writes no files."
+    enable_checkpoints: bool = _aside(True, _BOOL, "Write checkpoints to checkpoint_dir.")
+    checkpoint_dir: str | os.PathLike[str] | None = _aside(
+        None,
+        _or(_PATH, None),
+        "Folder of the checkpoints, or an fsspec URL of one; the last three of a fit are kept. "
+        "None writes no files.",
     )
-    checkpoint_frequency: int = _option(100, _int(1), "Iterations between checkpoints.")
-    resume_from_checkpoint: str | os.PathLike[str] | None = _option(
-        None, _or(_PATH, None), "A checkpoint, or a folder of them, to go on from."
+    checkpoint_frequency: int = _aside(
+        100,
+        _int(1),
+        "Iterations of the warm-up between checkpoints; there is one at the end of each pass over "
+        "all rows, too.",
+    )
+    checkpoint_interval: float = _aside(
+        30.0,
+        _NON_NEGATIVE,
+        "Seconds between checkpoints inside a pass, of what has been summed so far.",
+    )
+    resume_from_checkpoint: str | os.PathLike[str] | None = _aside(
+        None,
+        _or(_PATH, None),
+        "A checkpoint, or a folder whose newest one is taken, to go on from. Data, model, "
+        "arguments and those options that change the fit must be the same.",
     )
     validate_numerics: bool = _option(
         True,
@@ -300,30 +321,38 @@ class HybridStreamingConfig:
         "Where cost or gradient at a trial point are NaN or infinite, go back to the best point "
         "and try a smaller step; False ends the warm-up, or the fit, at the first such point.",
     )
-    enable_fault_tolerance: bool = _option(True, _BOOL, "Retry blocks that could not be read.")
-    max_retries_per_batch: int = _option(2, _int(0), "Retries of one block.")
-    min_success_rate: float = _option(
+    enable_fault_tolerance: bool = _aside(True, _BOOL, "Retry blocks that could not be read.")
+    max_retries_per_batch: int = _aside(2, _int(0), "Retries of one block.")
+    min_success_rate: float = _aside(
         1.0, _FRACTION, "Below 1: blocks that stay unreadable may be left out, down to this share."
     )
-    max_walltime: float | None = _option(
-        None, _or(_POSITIVE, None), "Seconds after which the fit ends with a checkpoint."
+    max_walltime: float | None = _aside(
+        None,
+        _or(_POSITIVE, None),
+        "Seconds after which the fit ends, with a checkpoint if there is a checkpoint_dir, and "
+        "without success. Block groups that are being computed then are waited for.",
     )
-    enable_multi_device: bool = _option(
+    stop_on_sigterm: bool = _aside(
+        False,
+        _BOOL,
+        "End the fit in the same way on SIGTERM, which batch schedulers send before they kill.",
+    )
+    enable_multi_device: bool = _aside(
         False, _BOOL, "Share a worker's blocks among its local devices."
     )
 
     # --- watching
-    callback_frequency: int = _option(10, _int(1), "Iterations between calls of the callback.")
-    verbose: int = _option(
+    callback_frequency: int = _aside(10, _int(1), "Iterations between calls of the callback.")
+    verbose: int = _aside(
         1,
         _int(0),
         "0 prints nothing, 1 phases and iterations over all rows, 2 those on the sample, too.",
     )
-    log_frequency: int = _option(1, _int(1), "Iterations between printed lines.")
-    log_file: str | os.PathLike[str] | None = _option(
+    log_frequency: int = _aside(1, _int(1), "Iterations between printed lines.")
+    log_file: str | os.PathLike[str] | None = _aside(
         None, _or(_PATH, None), "File for a JSON-lines record of the fit."
     )
-    dashboard: bool = _option(
+    dashboard: bool = _aside(
         True, _BOOL, "Serve a page on a cluster's dashboard; not built yet, none is served."
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
-from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import SampleSolver, first_product, solve
 from nlsq_dask.stopping import StopReason
@@ -29,6 +29,23 @@ Vector = NDArray[np.float64]
 Sample = SampleProblem[NormalRowSums]
 
 _PATIENCE = 15  # passes over all rows without progress
+
+
+@dataclass(frozen=True)
+class _OnSample:
+    """What the sample's solve has found, and which sums it needed in the end."""
+
+    params: Vector
+    iterations: int
+    product: Product
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The state of the solve over all rows, and the trial whose sums are wanted next."""
+
+    state: gn.State
+    trial: gn.Trial | None
 
 
 class DenseFit:
@@ -91,18 +108,28 @@ class DenseFit:
         """Converge on the sample; return its solution, or the best start if it has none."""
         if not sample.is_informative:
             return starts[0]
+
+        def find() -> _OnSample:
+            return self._find_on_sample(sample, starts)
+
+        found = self.context.journal.step("solution of the sample", _OnSample, find)
+        sample.reduce.make(found.product)
+        details["sample_iterations"] = found.iterations
+        return found.params
+
+    def _find_on_sample(self, sample: Sample, starts: list[Vector]) -> _OnSample:
         solver = self._sample_solver
         watched = partial(self._watched, stage="sample")
         start = solver.best_start(sample.reduce_few, starts, watched)
         state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
-        details["sample_iterations"] = state.iteration
+        product = sample.reduce.kernel.product
         if state.stop is StopReason.NON_FINITE_START:
-            return start
+            return _OnSample(start, state.iteration, product)
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.point.sums.mean_square))
-        return state.solution
+        return _OnSample(state.solution, state.iteration, product)
 
     def _solve_on_all_rows(
         self, sample: Sample, start: Vector, details: dict[str, Any]
@@ -123,13 +150,18 @@ class DenseFit:
             self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
             return self.context.passes.reduce(self._kernel, params)
 
-        state = solve(
-            gn.start(*self._first_pass(sample, start), self._settings),
-            lambda state: forecast(state, sample.reduce) or gn.propose(state),
-            reduce,
-            reduce_by_qr if may_change else None,
-            partial(self._judged, stage="all rows"),
-        )
+        first, journal = self._first_pass(sample, start), self.context.journal
+        with journal.loop("all rows"):
+            ahead = journal.noted(_Ahead) or _Ahead(gn.start(*first, self._settings), None)
+            state = solve(
+                self._gone_on_with(ahead.state),
+                lambda state: forecast(state, sample.reduce) or gn.propose(state),
+                reduce,
+                reduce_by_qr if may_change else None,
+                partial(self._judged, stage=ALL_ROWS),
+                self._remember,
+                ahead.trial,
+            )
         assert state.stop is not None
         details |= {
             "iterations": state.iteration,
@@ -138,6 +170,28 @@ class DenseFit:
             "solver": "qr" if self._kernel.product.is_factorized else "normal",
         }
         return state
+
+    def _remember(self, state: gn.State, trial: gn.Trial | None) -> None:
+        self._state = state
+        self.context.journal.note(_Ahead(state, trial))
+
+    def _gone_on_with(self, state: gn.State) -> gn.State:
+        """Go on with a state that may have been made by another process, for less iterations."""
+        if state.point.sums.triangle is not None:
+            self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
+        state = replace(state, point=replace(state.point, settings=self._settings))
+        is_at_limit = state.stop is StopReason.ITERATION_LIMIT
+        if is_at_limit and state.iteration < self._settings.max_iterations:
+            return replace(state, stop=None, solution=None)
+        return state
+
+    def so_far(self, stop: StopReason) -> Solved | None:
+        """Return the accepted point of the solve over all rows, as its end; None before it."""
+        if self._state is None or not self._state.point.sums.is_finite:
+            return None
+        point = self._state.point
+        self._state = replace(self._state, stop=stop, solution=point.params, carried_jtj=None)
+        return Solved(point.params, stop, point.sums, point.params, self._state.iteration)
 
     def _first_pass(self, sample: Sample, start: Vector) -> tuple[Vector, NormalEquations]:
         """Return a start for all rows with its sums: the sample's solution, or a better one.
@@ -171,10 +225,15 @@ class DenseFit:
             return again, other
         return start, sums
 
-    def covariance(self, details: dict[str, Any]) -> Covariance | None:
-        """Return the covariance at the solution, or None where nothing is finite."""
+    def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
+        """Return the covariance at the solution, or None where nothing is finite.
+
+        Also None where it takes a pass which may not be made.
+        """
         state = self._state
         if state is None or not state.point.sums.is_finite:
+            return None
+        if self.context.config.cov_type != "nonrobust" and not may_pass:
             return None
         sums, epsilon = state.sums_at_solution, self._settings.epsilon
         cov_type = self.context.config.cov_type

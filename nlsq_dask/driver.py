@@ -11,11 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.covariance import Covariance
 from nlsq_dask.core.kernel import RowKernel, piece_rows_for
@@ -26,10 +28,12 @@ from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.errors import CheckpointError
 from nlsq_dask.events import FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.find_starts import StartFinder
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.gradient_fit import GradientFit
+from nlsq_dask.interruption import FitInterruptedError, Interruption
 from nlsq_dask.iterations import Callback, Iterations, StoppedByCallbackError
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
@@ -38,6 +42,8 @@ from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
+
+_SAME_COST = 1e-6  # relative difference that another version or processor may make
 
 
 class Driver:
@@ -56,6 +62,10 @@ class Driver:
         Receives every event.
     callback : callable or None
         The caller's ``callback(params, loss, iteration)``.
+    journal : Journal
+        Remembers what was done before the fit was resumed, and what is done.
+    interruption : Interruption
+        May end the fit before its end.
     """
 
     def __init__(
@@ -69,6 +79,8 @@ class Driver:
         loss: Loss,
         emit: Observer,
         callback: Callback | None,
+        journal: Journal,
+        interruption: Interruption,
     ) -> None:
         self._model = model
         self._parameters = parameters
@@ -78,15 +90,21 @@ class Driver:
         self._loss = loss
         self._emit = emit
         self._penalty = GroupVariance.of(config, len(parameters.names))
-        self._passes = Passes(data, nan_policy == "omit", self._penalty, emit)
-        self._iterations = Iterations(emit, callback, config.callback_frequency)
+        self._journal = journal
+        self._passes = Passes(
+            data, nan_policy == "omit", self._penalty, emit, journal, interruption
+        )
+        self._iterations = Iterations(emit, callback, config.callback_frequency, interruption)
+        for event in journal.events:
+            self._passes.count(event)
+            self._iterations.count(event)
         self.normalizer = ParameterNormalizer(
             parameters.start,
             (parameters.low, parameters.high),
             config.normalization_strategy if config.normalize else "none",
         )
         self._start_finder = StartFinder(
-            parameters, self.normalizer, config, emit, self._iterations
+            parameters, self.normalizer, config, emit, self._iterations, journal
         )
         self._diagnostics = self._start_finder.diagnostics
 
@@ -94,7 +112,8 @@ class Driver:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
         blocks = self._data.blocks
         n_blocks = int(np.prod(blocks.grid))
-        self._emit(FitStarted(blocks.n_rows, n_blocks, self._parameters.names))
+        started = FitStarted(blocks.n_rows, n_blocks, self._parameters.names)
+        self._journal.once("beginning", partial(self._emit, started))
         with self._phase(0, "normalization") as details:
             fit = self._prepared(details)
         try:
@@ -103,11 +122,26 @@ class Driver:
                 starts = self._start_finder.find(sample, details)
             with self._phase(2, "Gauss-Newton") as details:
                 solved = fit.solve(sample, starts, details)
+            with self._phase(3, "covariance") as details:
+                covariance, errors = fit.covariance(details), fit.errors(details)
         except StoppedByCallbackError as stopped:
             return self._outcome(stopped.params, StopReason.USER_STOP, None, None, None)
-        with self._phase(3, "covariance") as details:
-            covariance, errors = fit.covariance(details), fit.errors(details)
+        except FitInterruptedError as interrupted:
+            self._journal.save()
+            return self._so_far(fit, interrupted.reason)
+        if solved.stop.is_success:
+            self._journal.save()
         return self._outcome(solved.params, solved.stop, solved, covariance, errors)
+
+    def _so_far(self, fit: DenseFit | GradientFit, reason: StopReason) -> Outcome:
+        """Return what is known where a fit is interrupted."""
+        solved = fit.so_far(reason)
+        if solved is None:
+            latest = self._iterations.latest
+            params = self._parameters.start if latest is None else latest
+            return self._outcome(params, reason, None, None, None)
+        covariance = fit.covariance({}, may_pass=False)
+        return self._outcome(solved.params, reason, solved, covariance, None)
 
     def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
         """Trace the kernels, which depend on the number of parameters."""
@@ -127,6 +161,7 @@ class Driver:
             iterations=self._iterations,
             start_finder=self._start_finder,
             emit=self._emit,
+            journal=self._journal,
             sample_rows=config.sample_size(
                 self._data.blocks.n_rows, row_bytes, self._model.n_params
             ),
@@ -153,22 +188,34 @@ class Driver:
         if self._passes.must_report(sample.at_start):
             kernel: RowKernel[Any] = fit.kernel
             self._passes.reduce(kernel, start)  # counts all bad rows, and raises
+        cost = sample.at_start.cost
+        before = self._journal.step("cost of the sample at p0", float, lambda: cost)
+        if not np.isclose(cost, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
+            raise CheckpointError(
+                f"the checkpoint is of another model: at p0 the cost of a sample of rows was "
+                f"{before:.8g}, and now it is {cost:.8g}. Fit again without resume_from_checkpoint."
+            )
         return sample
 
     @contextmanager
     def _phase(self, number: int, name: str) -> Iterator[dict[str, Any]]:
-        began = time.perf_counter()
+        """Run a phase; one that had begun before the fit was resumed goes on."""
         details: dict[str, Any] = {}
-        self._emit(PhaseStarted(number, name, time.time()))
-        failed = True
+        before = [event for event in self._journal.events if getattr(event, "phase", -1) == number]
+        if any(isinstance(event, PhaseEnded) for event in before):
+            yield details
+            return
+        seconds = self._journal.phase_clock(goes_on=bool(before))
+        if not before:
+            self._emit(PhaseStarted(number, name, time.time()))
         try:
             yield details
-            failed = False
-        except StoppedByCallbackError:
-            failed = False
+        except BaseException as error:
+            failed = not isinstance(error, StoppedByCallbackError | FitInterruptedError)
+            self._emit(PhaseEnded(number, name, seconds(), failed, details))
             raise
-        finally:
-            self._emit(PhaseEnded(number, name, time.perf_counter() - began, failed, details))
+        ended = PhaseEnded(number, name, seconds(), False, details)
+        self._journal.once(f"end of phase {number}", partial(self._emit, ended))
 
     def _outcome(
         self,
@@ -192,5 +239,6 @@ class Driver:
             rows_read=self._passes.rows_read,
             bytes_read=self._passes.bytes_read,
             rows_cached=self._passes.rows_cached,
+            checkpoint=self._journal.last_path,
             diagnostics=self._diagnostics | {"non_finite": dict(self._iterations.non_finite)},
         )

@@ -37,3 +37,7 @@ class FitInProgressError(RuntimeError):
 
 class ClusterLostError(RuntimeError):
     """The cluster that a fit ran on is gone, or loses its workers again and again."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: damaged, of another version, or of another fit."""

@@ -143,6 +143,36 @@ class PassFinished(Event):
 
 
 @dataclass(frozen=True)
+class SampleRead(Event):
+    """A few blocks were read, and rows taken from them; ``bytes`` and ``rows_read`` for it."""
+
+    rows: int
+    blocks: int
+    rows_read: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointWritten(Event):
+    """The state of the fit is in a file; writing it took some seconds."""
+
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FitResumed(Event):
+    """The fit goes on from a checkpoint that was written after so many passes.
+
+    ``notes`` say what was unexpected about it.
+    """
+
+    path: str
+    n_passes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FitEnded(Event):
     """The fit is over."""
 
@@ -151,3 +181,6 @@ class FitEnded(Event):
 
 
 Observer = Callable[[Event], None]
+
+# By name, to read them back.
+EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}

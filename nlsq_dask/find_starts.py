@@ -7,14 +7,23 @@ fit would have tried without it is tried as well, so that it finds nothing worse
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
-from nlsq_dask.core.lbfgs_warmup import Warmup, WarmupEnd, WarmupState, clip_count
+from nlsq_dask.core.lbfgs_warmup import (
+    Warmup,
+    WarmupEnd,
+    WarmupState,
+    clip_count,
+    packed,
+    unpacked,
+)
 from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.starts import draw_starts
 from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
@@ -30,6 +39,23 @@ _MOST_SURVIVORS = 8  # that go on from a tournament, however few have left
 _SKIPPED = "the sample has too few usable rows"
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Starts, the most promising one first, and what was done to find them."""
+
+    starts: list[Vector]
+    details: dict[str, Any]
+    diagnostics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _WarmedUp:
+    """Where a warm-up led to, and what was done."""
+
+    params: Vector
+    summary: dict[str, Any]
+
+
 @dataclass
 class StartFinder:
     """Finds starts by means of the sample.
@@ -42,6 +68,7 @@ class StartFinder:
     emit : callable
         Receives events.
     iterations : Iterations
+    journal : Journal
     diagnostics : dict
         What was done last, by "warm_up" and "multistart".
     """
@@ -51,30 +78,42 @@ class StartFinder:
     config: HybridStreamingConfig
     emit: Observer
     iterations: Iterations
+    journal: Journal
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     def find(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
         """Return starts, the most promising one first and the caller's own last."""
-        own = self.parameters.start
-        if not sample.is_informative:
-            details["skipped"] = _SKIPPED
-            if self.config.enable_multistart:
-                self.diagnostics["multistart"] = {"skipped": _SKIPPED}
-            return [own]
-        survivors = self._hold_tournament(sample, details) if self.config.enable_multistart else []
-        is_own = not survivors or survivors[0] is own
-        name, first = ("p0", own) if is_own else ("winner", survivors[0])
-        warmed_up, summary = self._warm_up(sample, name, first)
-        details |= summary
-        self.diagnostics["warm_up"] = summary
-        starts = [warmed_up, *survivors]
-        if not is_own:
-            warmed_up, summary = self._warm_up(sample, "p0", own)
-            self.diagnostics["multistart"]["warm_up_of_p0"] = summary
-            starts.append(warmed_up)
-        return _distinct([*starts, own])
+        found = self.journal.step("starts", _Found, partial(self._find, sample))
+        details |= found.details
+        self.diagnostics |= found.diagnostics
+        return found.starts
 
-    def _hold_tournament(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
+    def _find(self, sample: SampleProblem[Any]) -> _Found:
+        own, is_asked = self.parameters.start, self.config.enable_multistart
+        if not sample.is_informative:
+            skipped = {"skipped": _SKIPPED}
+            return _Found([own], skipped, {"multistart": skipped} if is_asked else {})
+        if not is_asked:
+            warmed_up = self._warm_up(sample, "p0", own)
+            summary = warmed_up.summary
+            return _Found(_distinct([warmed_up.params, own]), summary, {"warm_up": summary})
+        held = self.journal.step("tournament", _Found, partial(self._hold_tournament, sample))
+        survivors, multistart = held.starts, dict(held.diagnostics)
+        is_own = multistart["winner"] == 0
+        name, first = ("p0", own) if is_own else ("winner", survivors[0])
+        warmed_up = self._warm_up(sample, name, first)
+        starts = [warmed_up.params, *survivors]
+        if not is_own:
+            other = self._warm_up(sample, "p0", own)
+            multistart["warm_up_of_p0"] = other.summary
+            starts.append(other.params)
+        return _Found(
+            _distinct([*starts, own]),
+            held.details | warmed_up.summary,
+            {"warm_up": warmed_up.summary, "multistart": multistart},
+        )
+
+    def _hold_tournament(self, sample: SampleProblem[Any]) -> _Found:
         """Return the survivors, the best one first; where the caller's start wins, as it was."""
         own, config = self.parameters.start, self.config
         candidates = draw_starts(own, self.parameters.low, self.parameters.high, config)
@@ -89,13 +128,13 @@ class StartFinder:
         last = rounds[-1]
         survivors = [self._original(last.params[i]) for i in last.survivors[:_MOST_SURVIVORS]]
         winner = int(last.survivors[0])
-        details["multistart"] = {
+        details = {
             "candidates": len(candidates),
             "rows": [found.n_rows for found in rounds],
             "survivors": [len(found.survivors) for found in rounds],
             "winner": winner,
         }
-        self.diagnostics["multistart"] = {
+        diagnostics = {
             "candidates": candidates,
             "rounds": [
                 {"rows": r.n_rows, "losses": r.losses, "survivors": r.survivors} for r in rounds
@@ -103,19 +142,22 @@ class StartFinder:
             "winner": winner,
             "start": survivors[0],
         }
-        return [own, *survivors] if winner == 0 else survivors
+        starts = [own, *survivors] if winner == 0 else survivors
+        return _Found(starts, {"multistart": details}, diagnostics)
 
-    def _warm_up(
-        self, sample: SampleProblem[Any], name: str, start: Vector
-    ) -> tuple[Vector, dict[str, Any]]:
+    def _warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
         """Return where the warm-up leads to, or the start if it is skipped, and what was done."""
+        make = partial(self._make_warm_up, sample, name, start)
+        return self.journal.step("warm-up", _WarmedUp, make)
+
+    def _make_warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
         config, sums = self.config, sample.reduce(start)
         loss = relative_loss(sums)
         is_warm = is_warm_start(loss, config)
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
         mode, step = first_step_size(loss, config)
         began = WarmupStarted(name, loss, None if skip else mode, is_warm)
-        self.emit(began)
+        self.journal.once("beginning", partial(self.emit, began))
         summary = asdict(began)
         if not skip:
             warmup = sample.prepare_warmup(self.normalizer, step, config)
@@ -125,7 +167,8 @@ class StartFinder:
                 restarts += 1
                 warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
                 start = self._original(np.asarray(state.best_params))
-                self.iterations.report_non_finite("warm-up", start, 0)
+                report = partial(self.iterations.report_non_finite, "warm-up", start, 0)
+                self.journal.once("restart", report)
                 state = self._run_warmup(warmup, start, sample.variance)
                 n_iterations += int(state.iteration)
             start = self._original(np.asarray(state.best_params))
@@ -142,7 +185,7 @@ class StartFinder:
             )
             self.emit(ended)
             summary |= asdict(ended)
-        return start, summary
+        return _WarmedUp(start, summary)
 
     def _may_restart(self, state: WarmupState, n_iterations: int, restarts: int) -> bool:
         """Whether to go on from the best point with smaller steps, after something not finite."""
@@ -155,17 +198,26 @@ class StartFinder:
 
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
         state = warmup.start(self.normalizer.normalize(start))
-        while int(state.end) == WarmupEnd.RUNNING:
-            before = int(state.iteration)
-            state = warmup.run(state, before + self.config.callback_frequency)
-            params = self._original(np.asarray(state.best_params))
-            loss = float(state.best_loss) * variance
-            with np.errstate(over="ignore"):
-                slope = float(np.linalg.norm(np.asarray(state.gradient)))
-            n_iterations = int(state.iteration) - before
-            if self.iterations.report("warm-up", params, loss, slope, n_iterations=n_iterations):
-                raise StoppedByCallbackError(params)
+        with self.journal.loop("iterations"):
+            noted = self.journal.noted(list[NDArray[Any]])
+            state = state if noted is None else unpacked(state, noted)
+            while int(state.end) == WarmupEnd.RUNNING:
+                before = int(state.iteration)
+                state = warmup.run(state, before + self.config.callback_frequency)
+                self._report(state, int(state.iteration) - before, variance)
+                self.journal.note(packed(state))
+                frequency = self.config.checkpoint_frequency
+                if int(state.iteration) // frequency > before // frequency:
+                    self.journal.save()
         return state
+
+    def _report(self, state: WarmupState, n_iterations: int, variance: float) -> None:
+        params = self._original(np.asarray(state.best_params))
+        loss = float(state.best_loss) * variance
+        with np.errstate(over="ignore"):
+            slope = float(np.linalg.norm(np.asarray(state.gradient)))
+        if self.iterations.report("warm-up", params, loss, slope, n_iterations=n_iterations):
+            raise StoppedByCallbackError(params)
 
     def _original(self, normalized: Vector) -> Vector:
         """Return normalized parameters in the original space, inside the bounds."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
@@ -42,6 +43,7 @@ class FitContext:
     start_finder : StartFinder
     emit : callable
         Receives every event.
+    journal : Journal
     sample_rows : int
         Wanted for the sample.
     piece_rows : int
@@ -61,6 +63,7 @@ class FitContext:
     iterations: Iterations
     start_finder: StartFinder
     emit: Observer
+    journal: Journal
     sample_rows: int
     piece_rows: int
     platforms: tuple[str, ...]

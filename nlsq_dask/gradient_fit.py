@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
-from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import MORE_ITERATIONS
@@ -55,6 +55,15 @@ def check_many_parameters(parameters: Parameters, config: HybridStreamingConfig)
             f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
             f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
         )
+
+
+@dataclass(frozen=True)
+class _OnSample:
+    """What the sample's solve has found."""
+
+    params: Vector
+    iterations: int
+    n_products: int
 
 
 class GradientFit:
@@ -95,17 +104,25 @@ class GradientFit:
 
     def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
         """Converge on the sample, then over all rows."""
-        self._sample = sample
+        self._sample, context = sample, self.context
         start = self._solve_on_sample(sample, starts, details)
         self._kernel = replace(self._kernel, y_reference=sample.y_reference)
         start, sums = self._first_pass(sample, start, starts)
         precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
-        state = cg.begin(start, sums, self._settings, precondition)
 
         def reduce(ask: cg.Ask) -> GradientSums:
             return self._reduce(ask.params, ask.candidates, ask.direction)
 
-        state = self._iterated(state, reduce, precondition, "all rows")
+        journal = context.journal
+        with journal.loop("all rows"):
+            noted = journal.noted(cg.CgState)
+            if noted is None:
+                self._remember(cg.begin(start, sums, self._settings, precondition))
+            else:
+                self._state = self._gone_on_with(noted)
+            state = self._state
+            assert state is not None
+            state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
         if state.stop is not None and state.stop.is_success and not state.touched.all():
             state = self._with_sensitivity(state)
         assert state.stop is not None
@@ -119,6 +136,26 @@ class GradientFit:
             "solver": "conjugate gradients",
         }
         return Solved(state.solution, state.stop, state.sums, state.params, state.iteration)
+
+    def _remember(self, state: cg.CgState) -> None:
+        self._state = state
+        self.context.journal.note(state)
+
+    def _gone_on_with(self, state: cg.CgState) -> cg.CgState:
+        """Go on with a state that may have been made by another process, for less iterations."""
+        state = replace(state, settings=self._settings)
+        is_at_limit = state.stop is StopReason.ITERATION_LIMIT
+        if is_at_limit and state.iteration < self._settings.max_iterations:
+            return replace(state, stop=None, solution=None)
+        return state
+
+    def so_far(self, stop: StopReason) -> Solved | None:
+        """Return the accepted point of the solve over all rows, as its end; None before it."""
+        state = self._state
+        if state is None or not state.sums.is_finite:
+            return None
+        self._state = replace(state, stop=stop, solution=state.params)
+        return Solved(state.params, stop, state.sums, state.params, state.iteration)
 
     def _reduce(
         self, params: Vector, candidates: NDArray[np.float64] | None, direction: Vector | None
@@ -190,6 +227,16 @@ class GradientFit:
         finite = [start for start in starts if sums(start).is_finite]
         if not finite or not sample.is_informative:
             return starts[0]
+
+        def find() -> _OnSample:
+            return self._find_on_sample(sample, finite)
+
+        found = self.context.journal.step("solution of the sample", _OnSample, find)
+        details |= {"sample_iterations": found.iterations, "sample_products": found.n_products}
+        return found.params
+
+    def _find_on_sample(self, sample: Sample, finite: list[Vector]) -> _OnSample:
+        sums = sample.reduce
         start = min(finite, key=lambda start: sums(start).cost)
         settings = replace(
             self._settings,
@@ -207,12 +254,11 @@ class GradientFit:
         damping = _SAMPLE_DAMPING / self.context.config.trust_region_initial**2
         state = cg.begin(start, sums(start), settings, precondition, damping)
         state = self._iterated(state, reduce, precondition, "sample")
-        details |= {"sample_iterations": state.iteration, "sample_products": state.n_products}
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
-        return state.solution
+        return _OnSample(state.solution, state.iteration, state.n_products)
 
     def _iterated(
         self,
@@ -220,6 +266,7 @@ class GradientFit:
         reduce: Callable[[cg.Ask], GradientSums],
         precondition: cg.MakePreconditioner,
         stage: str,
+        remember: Callable[[cg.CgState], None] = lambda state: None,
     ) -> cg.CgState:
         """Ask and tell until the state says to stop; trials are reported as iterations."""
         scales = self.context.normalizer.scales
@@ -230,11 +277,13 @@ class GradientFit:
                 self.context.iterations.report_non_finite(stage, ask.params, sums.n_nonfinite)
             state = cg.told(state, sums, precondition)
             if not ask.is_trial:
+                remember(state)
                 continue
             slope, loss = state.sums.relative_slope(scales), state.sums.mean_square
             accepted = state.params is not before
             if self.context.iterations.report(stage, state.params, loss, slope, accepted):
                 state = replace(state, stop=StopReason.USER_STOP, solution=state.params)
+            remember(state)
         return state
 
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
@@ -252,7 +301,7 @@ class GradientFit:
             share=min(1.0, len(params) / n_used),
         )
 
-    def covariance(self, details: dict[str, Any]) -> None:
+    def covariance(self, details: dict[str, Any], may_pass: bool = True) -> None:
         """Say that there is none: it would be a matrix of the parameters."""
         details["skipped"] = "a covariance would be a matrix of all parameters"
 

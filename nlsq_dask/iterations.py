@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.events import IterationFinished, NonFiniteTrial, Observer
+from nlsq_dask.events import Event, IterationFinished, NonFiniteTrial, Observer
+from nlsq_dask.interruption import Interruption
 
 Vector = NDArray[np.float64]
+ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass
+
 Callback = Callable[[Vector, float, int], Any]
 
 
@@ -34,19 +37,39 @@ class Iterations:
         The caller's ``callback(params, loss, iteration)``.
     frequency : int
         Iterations between calls of the callback.
+    interruption : Interruption
+        May end the fit between two iterations.
 
     Attributes
     ----------
     non_finite : Counter
         Trial points by stage at which something was not finite.
+    latest : ndarray, shape (p,), or None
+        The parameters that were reported last.
     """
 
-    def __init__(self, emit: Observer, callback: Callback | None, frequency: int) -> None:
+    def __init__(
+        self,
+        emit: Observer,
+        callback: Callback | None,
+        frequency: int,
+        interruption: Interruption,
+    ) -> None:
         self._emit = emit
         self._callback = callback
         self._frequency = frequency
+        self._interruption = interruption
         self._count = 0
         self.non_finite: Counter[str] = Counter()
+        self.latest: Vector | None = None
+
+    def count(self, event: Event) -> None:
+        """Count what happened before the fit was resumed."""
+        if isinstance(event, IterationFinished):
+            self._count = event.iteration
+            self.latest = event.params if event.params.size else self.latest
+        elif isinstance(event, NonFiniteTrial):
+            self.non_finite[event.stage] += 1
 
     def report_non_finite(self, stage: str, params: Vector, n_rows: int) -> None:
         """Report that at a trial point the model, its derivative or the cost was not finite."""
@@ -65,6 +88,9 @@ class Iterations:
         """Report that so many iterations later this was found; return whether to stop."""
         self._count += n_iterations
         self._emit(IterationFinished(stage, self._count, params.copy(), loss, slope, accepted))
+        self.latest = params
+        if stage != ALL_ROWS:  # the pass that follows checks when the iteration is remembered
+            self._interruption.check()
         if self._callback is None or self._count % self._frequency:
             return False
         try:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.losses import Loss, check_loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
+from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.starts import check_box
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Driver
 from nlsq_dask.engine.reduce import DataSet
-from nlsq_dask.errors import FitInProgressError
+from nlsq_dask.errors import ClusterLostError, FitInProgressError
 from nlsq_dask.events import (
     Event,
     FitEnded,
@@ -31,6 +36,7 @@ from nlsq_dask.events import (
     PhaseStarted,
 )
 from nlsq_dask.gradient_fit import check_many_parameters
+from nlsq_dask.interruption import Interruption
 from nlsq_dask.iterations import Callback
 from nlsq_dask.not_built_yet import refuse_unbuilt
 from nlsq_dask.observers.progress import Progress
@@ -38,9 +44,32 @@ from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_tel
 from nlsq_dask.parameters import Parameters, parse_parameters
 from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
-from nlsq_dask.verdict import make_result
+from nlsq_dask.verdict import make_result, to_go_on
 
 _PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of ``fit`` asks for besides the data, the model and its parameters."""
+
+    nan_policy: str
+    absolute_sigma: bool
+    loss: Loss
+    callback: Callback | None
+
+    def arguments(self, parameters: Parameters) -> dict[str, Any]:
+        """Return all that must be the same when the fit is resumed."""
+        return {
+            "p0": parameters.start,
+            "lower bounds": parameters.low,
+            "upper bounds": parameters.high,
+            "param_names": parameters.names,
+            "nan_policy": self.nan_policy,
+            "absolute_sigma": bool(self.absolute_sigma),
+            "loss": self.loss.name,
+            "f_scale": self.loss.f_scale,
+        }
 
 
 class AdaptiveHybridStreamingOptimizer:
@@ -155,6 +184,10 @@ class AdaptiveHybridStreamingOptimizer:
             For options that are not built yet.
         FitInProgressError
             If this optimizer is running a fit already.
+        CheckpointError, FileNotFoundError
+            If the fit cannot be resumed from ``resume_from_checkpoint``.
+        ClusterLostError
+            If the cluster is gone in the middle of a pass.
         """
         if not self._running.acquire(blocking=False):
             raise FitInProgressError(
@@ -167,36 +200,71 @@ class AdaptiveHybridStreamingOptimizer:
             config = self._checked_config()
             parameters = parse_parameters(model, p0, bounds, param_names)
             blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
-            own = DefenseLayerTelemetry()
-            observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
+            call = _Call(nan_policy, absolute_sigma, Loss(loss, float(f_scale)), callback)
             level = config.verbose if verbose is None else verbose
-            if level:
-                observers.append(Progress(config.log_frequency, shows_sample=level > 1))
-
-            def emit(event: Event) -> None:
-                for observer in observers:
-                    observer(event)
-
-            with closing(DataSet(blocks, config.cache)) as data:
-                driver = Driver(
-                    traced,
-                    parameters,
-                    data,
-                    config,
-                    nan_policy,
-                    absolute_sigma,
-                    Loss(loss, float(f_scale)),
-                    emit,
-                    callback,
-                )
-                self._publish(driver.normalizer, model)
-                outcome = driver.run()
-            outcome.diagnostics["defense"] = own.get_summary()
-            result = make_result(outcome, traced, parameters, blocks, self.phase_history)
-            emit(FitEnded(result.success, result.message))
-            return result
+            return self._fit(traced, parameters, blocks, config, call, level)
         finally:
             self._running.release()
+
+    def _fit(
+        self,
+        model: Model,
+        parameters: Parameters,
+        blocks: RowBlocks,
+        config: HybridStreamingConfig,
+        call: _Call,
+        level: int,
+    ) -> FitResult:
+        """Wire the observers, open the journal, drive the phases and wrap what they found."""
+        interruption = Interruption(config.max_walltime)
+        own = DefenseLayerTelemetry()
+        observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
+        remembering = tuple(observers)
+        if level:
+            observers.append(Progress(config.log_frequency, shows_sample=level > 1))
+
+        def emit(event: Event) -> None:
+            for observer in observers:
+                observer(event)
+
+        def remember(event: Event) -> None:
+            for observer in remembering:
+                observer(event)
+
+        def describe() -> Identity:
+            kernel = PredictionKernel.trace(replace(model, dtype="float64"), BLOCK_ROWS)
+            return Identity.of(
+                kernel.program.fingerprint, blocks, call.arguments(parameters), config
+            )
+
+        journal = open_journal(config, describe, emit, remember)
+        observers.append(journal.observe)
+        with ExitStack() as stack:
+            if config.stop_on_sigterm:
+                stack.enter_context(interruption.heeding_sigterm())
+            data = stack.enter_context(closing(DataSet(blocks, config.cache)))
+            driver = Driver(
+                model,
+                parameters,
+                data,
+                config,
+                call.nan_policy,
+                call.absolute_sigma,
+                call.loss,
+                emit,
+                call.callback,
+                journal,
+                interruption,
+            )
+            self._publish(driver.normalizer, model.function)
+            try:
+                outcome = driver.run()
+            except ClusterLostError as error:
+                raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
+        outcome.diagnostics["defense"] = own.get_summary()
+        result = make_result(outcome, model, parameters, blocks, self.phase_history)
+        emit(FitEnded(result.success, result.message))
+        return result
 
     def plan(
         self,
@@ -258,7 +326,11 @@ class AdaptiveHybridStreamingOptimizer:
         elif isinstance(event, PassFinished):
             if self.best_params_global is None or event.cost < self.best_cost_global:
                 self.best_params_global, self.best_cost_global = event.params, event.cost
-        elif isinstance(event, IterationFinished) and not np.isfinite(self.best_cost_global):
+        elif (
+            isinstance(event, IterationFinished)
+            and not np.isfinite(self.best_cost_global)
+            and event.params.size  # a checkpoint leaves out very many of them
+        ):
             self.best_params_global = event.params
 
 

@@ -36,6 +36,8 @@ class Outcome:
         Standard errors, where they do not come from the covariance.
     absolute_sigma : bool
     n_passes, rows_read, bytes_read, rows_cached : int
+    checkpoint : str or None
+        From which the fit can go on.
     diagnostics : dict
         Of warm-up and sample.
     """
@@ -53,4 +55,5 @@ class Outcome:
     rows_read: int
     bytes_read: int
     rows_cached: int
+    checkpoint: str | None
     diagnostics: dict[str, Any]

@@ -1,23 +1,45 @@
-"""``Passes``: reductions over all rows, counted, reported and checked."""
+"""``Passes``: reductions over all rows, counted, reported, checked and kept in the journal."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.checkpoints.codec import encode
+from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.sums import Sums
+from nlsq_dask.engine.parts import Parts
 from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample
-from nlsq_dask.errors import DataError, NonFiniteDataError
-from nlsq_dask.events import Observer, PassFinished
+from nlsq_dask.errors import CheckpointError, ClusterLostError, DataError, NonFiniteDataError
+from nlsq_dask.events import Event, Observer, PassFinished, SampleRead
+from nlsq_dask.interruption import Interruption
 
 S = TypeVar("S", bound=Sums)
+
+
+@dataclass(frozen=True)
+class _Cut(Generic[S]):
+    """What was finished of a pass that was cut.
+
+    Attributes
+    ----------
+    seconds : float
+        That it took.
+    parts : list of (int, int, PassResult)
+        Each with its level and position in the tree.
+    """
+
+    seconds: float
+    parts: list[tuple[int, int, PassResult[S]]]
 
 
 class Passes:
@@ -32,6 +54,9 @@ class Passes:
         Added to the sums.
     emit : callable
         Receives a ``PassFinished`` a pass.
+    journal : Journal
+    interruption : Interruption
+        May end a pass.
 
     Attributes
     ----------
@@ -39,24 +64,67 @@ class Passes:
     """
 
     def __init__(
-        self, data: DataSet, omits_nan: bool, penalty: GroupVariance, emit: Observer
+        self,
+        data: DataSet,
+        omits_nan: bool,
+        penalty: GroupVariance,
+        emit: Observer,
+        journal: Journal,
+        interruption: Interruption,
     ) -> None:
         self._data = data
         self._omits_nan = omits_nan
         self._penalty = penalty
         self._emit = emit
+        self._journal = journal
+        self._interruption = interruption
         self.n_passes = 0
         self.rows_read = 0
         self.bytes_read = 0
         self.rows_cached = 0
         self._first: Sums | None = None
 
+    def count(self, event: Event) -> None:
+        """Count what was read, now or before the fit was resumed."""
+        if isinstance(event, PassFinished):
+            self.n_passes += 1
+            self.rows_cached += event.rows_cached
+            self.rows_read += event.rows
+            self.bytes_read += event.bytes
+        elif isinstance(event, SampleRead):
+            self.rows_read += event.rows_read
+            self.bytes_read += event.bytes
+
     def sample(self, rows: int, seed: int) -> Sample:
-        """Read a few blocks and take rows from each."""
-        sample = self._data.sample(rows, seed)
-        self.rows_read += sample.rows_read
-        self.bytes_read += sample.bytes_read
+        """Read a few blocks and take rows from each.
+
+        Raises
+        ------
+        CheckpointError
+            If the sample that was taken before the fit was resumed is not of these data.
+        """
+
+        def make() -> Sample:
+            sample = self._data.sample(rows, seed)
+            self._report(
+                SampleRead(len(sample.rows), sample.n_blocks, sample.rows_read, sample.bytes_read)
+            )
+            return sample
+
+        sample = self._journal.step("sample", Sample, make)
+        if any(isinstance(event, SampleRead) for event in self._journal.events):
+            self._compare(sample, self._data.sample(rows, seed, n_blocks=1))
         return sample
+
+    def _compare(self, sample: Sample, again: Sample) -> None:
+        """Raise a CheckpointError if rows of the first block are not what they were."""
+        before = sample.rows.take(slice(0, len(again.rows)))
+        for one, other in zip(before.arrays, again.rows.arrays, strict=True):
+            if one is not None and other is not None and one.tobytes() != other.tobytes():
+                raise CheckpointError(
+                    "the checkpoint is of other data: some rows were read again, and their values "
+                    "are not what they were. Fit again without resume_from_checkpoint."
+                )
 
     def first(
         self, kernel: RowKernel[S], params: NDArray[np.float64], sample_rows: int, seed: int
@@ -104,18 +172,56 @@ class Passes:
     def _run(
         self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
     ) -> PassResult[S]:
-        began = time.perf_counter()
-        result = self._data.reduce(kernel, request)
+        """Return what the pass brings, with the penalty; from the journal if it is there."""
+        kind: Any = PassResult
+        what = hashlib.sha256(kernel.makes.encode() + encode(request)).hexdigest()[:16]
+        result: PassResult[S] = self._journal.step(
+            f"pass {what}",
+            kind[kernel.sums_type],
+            partial(self._make, kernel, request, penalty),
+            saves=True,
+        )
+        self._check(result.sums)
+        return result
+
+    def _make(
+        self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
+    ) -> PassResult[S]:
+        """Run the pass, from where it was cut."""
+        self._interruption.check()
+        kind: Any = _Cut
+        cut: _Cut[S] | None = self._journal.noted(kind[kernel.sums_type])
+        began = time.perf_counter() - (0.0 if cut is None else cut.seconds)
+        latest: list[Parts] = []
+
+        def keep(parts: Parts) -> None:
+            found = [(*node, result) for node, result in parts.collect().items()]
+            self._journal.note(_Cut(time.perf_counter() - began, found))
+            self._journal.save()
+
+        def watch(parts: Parts) -> None:
+            latest[:] = [parts]
+            self._interruption.check()
+            if self._journal.is_due:
+                keep(parts)
+
+        known = {} if cut is None else {(level, i): part for level, i, part in cut.parts}
+        try:
+            result = self._data.reduce(
+                kernel, request, known, watch, self._interruption.seconds_left
+            )
+        except ClusterLostError:
+            raise  # what the workers held is lost
+        except (Exception, KeyboardInterrupt):
+            if latest and self._journal.is_saving:
+                keep(*latest)
+            raise
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
-        self.n_passes += 1
-        self.rows_read += sums.rows_read
-        self.bytes_read += sums.bytes_read
-        self.rows_cached += sums.rows_cached
-        self._emit(
+        self._report(
             PassFinished(
-                self.n_passes,
+                self.n_passes + 1,
                 request.params.copy(),
                 sums.cost if sums.is_finite else np.inf,
                 time.perf_counter() - began,
@@ -124,8 +230,11 @@ class Passes:
                 sums.rows_cached,
             )
         )
-        self._check(sums)
         return replace(result, sums=sums)
+
+    def _report(self, event: PassFinished | SampleRead) -> None:
+        self.count(event)
+        self._emit(event)
 
     def must_report(self, sums: Sums) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""

@@ -47,6 +47,8 @@ def solve(
     reduce: Callable[[gn.State, gn.Trial], NormalEquations],
     reduce_by_qr: Callable[[Vector], NormalEquations] | None,
     judge: Judge,
+    remember: Callable[[gn.State, gn.Trial | None], None] = lambda state, trial: None,
+    trial: gn.Trial | None = None,
 ) -> gn.State:
     """Iterate until the state says to stop.
 
@@ -62,16 +64,25 @@ def solve(
         where J^T J loses too many digits; None if that is not wanted.
     judge : callable
         ``gauss_newton.judge``, or one that reports, too.
+    remember : callable
+        Told of every new state, and of the trial whose sums are wanted next, if there is one.
+    trial : Trial, optional
+        That was proposed from ``state`` already.
     """
     while True:
-        if reduce_by_qr is not None and gn.loses_digits(state):
-            state = gn.resumed(state, reduce_by_qr(state.point.params))
-        if state.stop is not None:
-            return state
-        trial = propose(state)
-        state = gn.take_last_step(state, trial)
-        if state.stop is None:
-            state = judge(state, trial, reduce(state, trial))
+        if trial is None:
+            if reduce_by_qr is not None and gn.loses_digits(state):
+                state = gn.resumed(state, reduce_by_qr(state.point.params))
+            if state.stop is not None:
+                return state
+            trial = propose(state)
+            state = gn.take_last_step(state, trial)
+            if state.stop is not None:
+                remember(state, None)
+                return state
+            remember(state, trial)
+        state, trial = judge(state, trial, reduce(state, trial)), None
+        remember(state, None)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class StopReason(Enum):
         "Not converged: the model or its derivative is not finite at every point that was tried "
         "from here. Set bounds that keep the parameters where the model is defined.",
     )
+    WALLTIME = (-8, "Stopped: max_walltime was reached; the parameters are the best ones so far.")
+    TERMINATED = (-9, "Stopped by SIGTERM; the parameters are the best ones so far.")
     USER_STOP = (-4, "Stopped by the callback; the parameters are the best ones so far.")
 
     @property
@@ -79,3 +81,8 @@ class StopReason(Enum):
     def is_success(self) -> bool:
         """Whether the parameters are a solution."""
         return self.status > 0
+
+    @property
+    def is_interruption(self) -> bool:
+        """Whether the fit was ended from outside and can go on."""
+        return self in (StopReason.WALLTIME, StopReason.TERMINATED)

@@ -45,6 +45,8 @@ def make_result(
         message += f" At a bound: {', '.join(at_bounds)}."
     if undetermined:
         message += f" The data do not determine: {', '.join(undetermined)}."
+    if outcome.stop.is_interruption:
+        message += to_go_on(outcome.checkpoint)
     outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
     return FitResult(
         x=outcome.params,
@@ -91,6 +93,13 @@ def make_result(
         _root=root,
         _errors=outcome.errors,
     )
+
+
+def to_go_on(checkpoint: str | None) -> str:
+    """Return the sentence that says how to resume a fit; nothing without a checkpoint."""
+    if checkpoint is None:
+        return ""
+    return f" To go on: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
 def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:

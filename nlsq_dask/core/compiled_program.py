@@ -31,7 +31,7 @@ _n_compiled = 0
 _lock = threading.RLock()
 
 # Where a line of the caller's file stands must not count: source locations are left out.
-_LOCATION_LINES = re.compile(r"^#loc.*$", re.MULTILINE)
+_LOCATION_LINES = re.compile(r"^#loc.*\n?", re.MULTILINE)
 _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
 
 # What a printed jaxpr contains where it does not say all: addresses of functions, cut arrays.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.sums import NO_BLOCK, GradientSums
+from nlsq_dask.core.sums import NO_BLOCK, GradientSums, Sums
 from nlsq_dask.errors import ModelError
 
 
@@ -52,6 +52,8 @@ class GradientKernel(RowKernel[GradientSums]):
     is_diagonal : bool
         Whether the diagonal of ``J^T J`` takes the place of the one product.
     """
+
+    sums_type: ClassVar[type[Sums]] = GradientSums
 
     n_directions: int = 1
     is_diagonal: bool = False

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,8 @@ class RowKernel(ABC, Generic[S]):
         For copies of rows, as long as the kernel lives.
     """
 
+    sums_type: ClassVar[type[Sums]]
+
     programs: dict[str, Program]
     layout: Layout
     n_params: int
@@ -149,6 +151,11 @@ class RowKernel(ABC, Generic[S]):
     loss: Loss = field(default_factory=Loss)
     uses_all_devices: bool = False
     memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
+
+    @property
+    def makes(self) -> str:
+        """Which sums it makes, where a kernel can make several."""
+        return self.sums_type.__name__
 
     @abstractmethod
     def __call__(self, *args: Any, **options: Any) -> S:

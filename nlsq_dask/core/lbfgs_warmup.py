@@ -397,3 +397,16 @@ class Warmup:
 def clip_count(state: WarmupState, options: Options) -> int:
     """Return how many updates layer 4 has shortened."""
     return int(state.optimizer[-2].count) if options.clips_step else 0
+
+
+def packed(state: WarmupState) -> list[NDArray[Any]]:
+    """Return all arrays of a state, those of the optimizer included."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def unpacked(like: WarmupState, leaves: list[NDArray[Any]]) -> WarmupState:
+    """Return the state that was packed, given another one of the same warm-up."""
+    with x64():
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+        state: WarmupState = jax.tree.unflatten(jax.tree.structure(like), arrays)
+    return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.product_loops import Product, combined_products, no_product, product_loops
-from nlsq_dask.core.sums import NO_BLOCK, NormalEquations
+from nlsq_dask.core.sums import NO_BLOCK, NormalEquations, Sums
 
 
 def _trace(
@@ -50,8 +50,15 @@ class NormalEquationsKernel(RowKernel[NormalEquations]):
         sandwich covariance; with a robust loss ``rho' r`` takes the place of r.
     """
 
+    sums_type: ClassVar[type[Sums]] = NormalEquations
+
     factors: tuple[float, ...]
     product: Product = Product.GRAM
+
+    @property
+    def makes(self) -> str:
+        """Which sums it makes."""
+        return self.product.value
 
     @classmethod
     def trace(

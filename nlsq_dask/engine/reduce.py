@@ -172,9 +172,7 @@ class DataSet:
         for attempt in count(1):
             try:
                 tree = self._tree(kernel, request, parts.values)
-                result: PassResult[S] = run_tree(
-                    tree, self._workers.client, parts, watch, deadline
-                )
+                result: PassResult[S] = run_tree(tree, self._workers.client, parts, watch, deadline)
                 break
             except (FutureCancelledError, FuturesCancelledError, KilledWorker) as error:
                 self._recover(error, attempt)
@@ -201,9 +199,7 @@ class DataSet:
         self._source.replace(send_once(self._literals, client))
         _, self._shared = self._source.readers(self._block_groups)
 
-    def _tree(
-        self, kernel: RowKernel[S], request: PassRequest, known: Mapping[Node, Any]
-    ) -> Tree:
+    def _tree(self, kernel: RowKernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]
@@ -229,10 +225,10 @@ class DataSet:
                 group.read_ahead_of(other, self._read_ahead)
         return tree
 
-    def sample(self, sample_rows: int, seed: int) -> Sample:
-        """Read a few blocks and take rows from each."""
+    def sample(self, sample_rows: int, seed: int, n_blocks: int | None = None) -> Sample:
+        """Read a few blocks, or the first so many of them, and take rows from each."""
         plan = plan_sample(self._block_rows, sample_rows, seed, self.blocks.in_memory)
-        readers, shared = self._source.readers([[block] for block in plan.blocks])
+        readers, shared = self._source.readers([[block] for block in plan.blocks[:n_blocks]])
         graph = TaskGraph(shared)
         leaves = [
             graph.task("sample", i, _sample_block, reader, plan, i, inputs=reader.inputs)

@@ -8,6 +8,7 @@ from typing import TextIO
 from nlsq_dask.events import (
     Event,
     FitEnded,
+    FitResumed,
     FitStarted,
     IterationFinished,
     NonFiniteTrial,
@@ -55,6 +56,8 @@ class Progress:
                 if len(event.param_names) > _MOST_NAMES:
                     names += f" and {len(event.param_names) - _MOST_NAMES:,} more parameters"
                 return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
+            case FitResumed():
+                return f"Going on from {event.path}, after {event.n_passes} passes"
             case PhaseStarted():
                 return f"Phase {event.phase}: {event.name}"
             case TournamentRound():

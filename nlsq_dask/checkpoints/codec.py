@@ -1,0 +1,72 @@
+"""Records to bytes and back, by their types: data alone, never code.
+
+msgspec writes and checks dataclasses, enums, numbers and containers as they are declared; added
+here are NumPy arrays of numbers, which keep their memory order, because the bits of what is
+computed from them may depend on it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar, get_args
+
+import msgspec
+import numpy as np
+
+from nlsq_dask.errors import CheckpointError
+
+T = TypeVar("T")
+
+_ARRAY = 1  # code of the extension type
+_NUMBERS = re.compile(r"[<>|=][biufc]\d{1,2}")
+
+
+def encode(value: Any) -> bytes:
+    """Return a record of dataclasses, enums, numbers, text, containers and arrays as bytes."""
+    return msgspec.msgpack.encode(value, enc_hook=_encode_array)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Return the record of this type that the bytes stand for.
+
+    Raises
+    ------
+    CheckpointError
+        If they do not stand for one.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array, dec_hook=_check)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        name = getattr(kind, "__name__", str(kind))
+        raise CheckpointError(f"what should be a {name} is not one: {error}") from error
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, np.ndarray) or not _NUMBERS.fullmatch(value.dtype.str):
+        raise NotImplementedError(f"{type(value).__name__} cannot be part of a checkpoint")
+    is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
+    order: Literal["C", "F"] = "F" if is_fortran else "C"
+    header = (value.dtype.str, value.shape, order, value.tobytes(order))
+    return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(header))
+
+
+def _decode_array(code: int, data: memoryview) -> Any:
+    if code != _ARRAY:
+        raise ValueError(f"unknown extension type {code}")
+    header = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], str, bytes])
+    dtype, shape, order, values = header
+    if not _NUMBERS.fullmatch(dtype) or order not in ("C", "F"):
+        raise ValueError(f"an array of {dtype!r} in order {order!r}")
+    return np.frombuffer(values, dtype).reshape(shape, order=order).copy(order="K")  # type: ignore[call-overload]
+
+
+def _check(kind: Any, value: Any) -> Any:
+    """Accept an array where one of that dtype is declared."""
+    (dtype,) = get_args(get_args(kind)[1]) or (Any,)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"an array is expected, not {type(value).__name__}")
+    if dtype is not Any and not np.issubdtype(value.dtype, dtype):
+        raise ValueError(f"an array of {dtype.__name__} is expected, not of {value.dtype}")
+    return value

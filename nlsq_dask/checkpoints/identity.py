@@ -1,0 +1,161 @@
+"""``Identity``: what is fitted, so that a fit is not resumed on something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import dask.array as da
+import numpy as np
+import zarr
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.errors import CheckpointError
+
+_PACKAGES = ("nlsq-dask", "jax", "jaxlib", "numpy", "scipy", "optax")
+# Without these the same model may be compiled to another text.
+_TRACING = ("nlsq-dask", "jax", "jaxlib")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What is fitted, in words that can be compared and shown.
+
+    Attributes
+    ----------
+    model : str
+        Fingerprint of what the model computes.
+    data : dict of str to str
+        Shape, dtype and chunks of each array, and the metadata of Zarr arrays behind it.
+    arguments : dict of str to str
+        Of the call: start, bounds, loss, ...
+    options : dict of str to str
+        Fields of the configuration that change what is computed.
+    versions : dict of str to str
+        Of the packages and of the processor.
+    """
+
+    model: str
+    data: dict[str, str]
+    arguments: dict[str, str]
+    options: dict[str, str]
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        blocks: RowBlocks,
+        arguments: Mapping[str, Any],
+        config: HybridStreamingConfig,
+    ) -> Self:
+        """Describe a fit.
+
+        Parameters
+        ----------
+        model : str
+            Fingerprint.
+        blocks : RowBlocks
+        arguments : mapping of str to values
+        config : HybridStreamingConfig
+        """
+        names = ["y_data", *(f"x_data[{i}]" for i in range(len(blocks.x)))]
+        names += [] if blocks.sigma is None else ["sigma"]
+        names += [] if blocks.mask is None else ["mask"]
+        return cls(
+            model=model,
+            data={n: _described(a) for n, a in zip(names, blocks.arrays, strict=True)},
+            arguments={name: _text(value) for name, value in arguments.items()},
+            options={
+                option.name: _text(getattr(config, option.name))
+                for option in fields(config)
+                if option.metadata["changes_fit"]
+            },
+            versions={name: version(name) for name in _PACKAGES} | {"processor": _processor()},
+        )
+
+    def check(self, now: Self) -> list[str]:
+        """Return notes on what does not matter much but differs from what a checkpoint was of.
+
+        Parameters
+        ----------
+        now : Identity
+            Of the fit that is to go on from it.
+
+        Raises
+        ------
+        CheckpointError
+            If it is another fit, saying what differs.
+        """
+        differences = [
+            *_differences("data", self.data, now.data),
+            *_differences("argument", self.arguments, now.arguments),
+            *_differences("option", self.options, now.options),
+        ]
+        traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in _TRACING)
+        if traced_alike and self.model != now.model:
+            differences.append("the model computes something else")
+        if differences:
+            raise CheckpointError(
+                f"the checkpoint is of another fit: {'; '.join(differences)}. Fit again without "
+                f"resume_from_checkpoint, or with what the checkpoint was made with."
+            )
+        return [
+            f"{text}: the result may differ in its last digits"
+            for text in _differences("version", self.versions, now.versions)
+        ]
+
+
+def _differences(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterable[str]:
+    for name in sorted({*then, *now}):
+        one, other = then.get(name, "not given"), now.get(name, "not given")
+        if one != other:
+            yield f"{what} {name} was {one} and is {other}"
+
+
+def _described(array: da.Array) -> str:
+    """Return shape, dtype and chunks of an array, and digests of the Zarr metadata behind it."""
+    sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else _digest(str(s)) for s in array.chunks]
+    text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
+    metadata = sorted({_digest(_metadata(store)) for store in _zarr_arrays(array)})
+    return f"{text}, Zarr {' '.join(metadata)}" if metadata else text
+
+
+def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
+    """Yield the Zarr arrays that stand in the graph of an array as such."""
+    seen: set[int] = set()
+    for node in dict(array.__dask_graph__()).values():
+        for part in (node, *getattr(node, "args", ())):
+            value = getattr(part, "value", part)  # of a node that holds a literal
+            if isinstance(value, zarr.Array) and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+def _metadata(array: zarr.Array[Any]) -> str:
+    metadata = array.metadata.to_dict()
+    return json.dumps({**metadata, "attributes": {}}, sort_keys=True, default=str)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(value: Any) -> str:
+    return repr(value.tolist() if isinstance(value, np.ndarray) else value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -1,0 +1,242 @@
+"""``Journal``: what the steps of a fit have found, so that a fit that is cut does not redo them.
+
+The phases are written as if nothing could happen to them. What is worth keeping they do through
+the journal: ``step`` makes a value or remembers it, and a loop notes its state before each turn. A
+resumed fit runs the same lines from the top; what was done is remembered, and the first step that
+was not goes on from the parts that were. (The idea is that of durable execution, as in workflow
+engines.)
+
+Steps are named by their place: scope, name and how many of that name came before. So the same
+lines find the same names. What stands inside a step goes when the step is done, and what stands
+inside the turn of a loop when the next turn is noted.
+
+Events that happen inside an unfinished step happen again when it is resumed; therefore only those
+before the last finished step or note are saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from nlsq_dask.checkpoints.checkpoint import Checkpoint, new_fit_name
+from nlsq_dask.checkpoints.codec import decode, encode
+from nlsq_dask.checkpoints.folder import CheckpointFolder
+from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.events import (
+    EVENTS,
+    CheckpointWritten,
+    Event,
+    FitEnded,
+    IterationFinished,
+    NonFiniteTrial,
+    Observer,
+)
+
+T = TypeVar("T")
+
+_STATE = "state"  # of a loop, among what is inside its scope
+_MANY = 1000  # parameters, of which those of every iteration would fill the checkpoint
+
+
+class Journal:
+    """A journal that remembers nothing, for fits without checkpoints: every step is made."""
+
+    events: Sequence[Event] = ()
+    last_path: str | None = None
+    is_saving = False
+
+    def observe(self, event: Event) -> None:
+        """Remember what happened."""
+
+    def step(self, name: str, kind: type[T], make: Callable[[], T], saves: bool = False) -> T:
+        """Return what the step found when it was made before, or make it.
+
+        Parameters
+        ----------
+        name : str
+            Says what is done; need not be unique.
+        kind : type
+            Of the value.
+        make : callable
+            Makes it.
+        saves : bool
+            Whether that is worth a checkpoint.
+        """
+        return make()
+
+    def once(self, name: str, act: Callable[[], None]) -> None:
+        """Do something that must not be done again when the fit is resumed."""
+        self.step(name, type(None), act)
+
+    @contextmanager
+    def loop(self, name: str) -> Iterator[None]:
+        """Enter the scope of a loop, which notes its state."""
+        yield
+
+    def noted(self, kind: type[T]) -> T | None:
+        """Return the state that was noted last in this scope, if any."""
+        return None
+
+    def note(self, state: Any) -> None:
+        """Remember the state of this scope's loop; what is inside is not needed any more."""
+
+    def phase_clock(self, goes_on: bool) -> Callable[[], float]:
+        """Return what tells the seconds of a phase that begins now, or goes on."""
+        began = time.perf_counter()
+        return lambda: time.perf_counter() - began
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is older than the interval."""
+        return False
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+
+
+class CheckpointJournal(Journal):
+    """A journal that is saved.
+
+    Parameters
+    ----------
+    identity : Identity
+        Of what is fitted.
+    folder : CheckpointFolder or None
+        Where to save; None for nowhere.
+    interval : float
+        Seconds after which a checkpoint is due.
+    emit : callable
+        Receives a ``CheckpointWritten`` a file.
+    resumed : Checkpoint, optional
+        What to go on from.
+    resumed_path : str, optional
+        Where that was.
+
+    Attributes
+    ----------
+    events : sequence of Event
+        What had happened before this process took over.
+    last_path : str or None
+        Of the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        folder: CheckpointFolder | None,
+        interval: float,
+        emit: Observer,
+        resumed: Checkpoint | None = None,
+        resumed_path: str | None = None,
+    ) -> None:
+        self._identity = identity
+        self._folder = folder
+        self.is_saving = folder is not None
+        self._interval = interval
+        self._emit = emit
+        self._fit = new_fit_name() if resumed is None else resumed.fit
+        self._number = 0 if resumed is None else resumed.number
+        self._entries: dict[str, bytes] = {} if resumed is None else dict(resumed.entries)
+        self._encoded_events = [] if resumed is None else list(resumed.events)
+        self._n_settled = len(self._encoded_events)
+        self.events = [
+            decode(data, EVENTS[name]) for name, data in self._encoded_events if name in EVENTS
+        ]
+        self._scope = ""
+        self._counts: Counter[str] = Counter()
+        self._saved_at = time.monotonic()
+        self._seconds_before = 0.0 if resumed is None else resumed.phase_seconds
+        self._seconds = super().phase_clock(goes_on=False)
+        self.last_path = resumed_path
+
+    def observe(self, event: Event) -> None:
+        """Remember what happened."""
+        if isinstance(event, CheckpointWritten | FitEnded):
+            return
+        if isinstance(event, IterationFinished | NonFiniteTrial) and len(event.params) > _MANY:
+            event = replace(event, params=event.params[:0])
+        self._encoded_events.append((type(event).__name__, encode(event)))
+
+    def step(self, name: str, kind: type[T], make: Callable[[], T], saves: bool = False) -> T:
+        """Return what the step found when it was made before, or make it."""
+        path = self._numbered(name)
+        if path in self._entries:
+            return decode(self._entries[path], kind)
+        with self._inside(path):
+            value = make()
+        self._drop_inside(path)
+        self._settle(path, value)
+        if saves:
+            self.save()
+        return value
+
+    @contextmanager
+    def loop(self, name: str) -> Iterator[None]:
+        """Enter the scope of a loop, which notes its state."""
+        with self._inside(self._numbered(name)):
+            yield
+
+    def noted(self, kind: type[T]) -> T | None:
+        """Return the state that was noted last in this scope, if any."""
+        data = self._entries.get(f"{self._scope}/{_STATE}")
+        return None if data is None else decode(data, kind)
+
+    def note(self, state: Any) -> None:
+        """Remember the state of this scope's loop; what is inside is not needed any more."""
+        self._drop_inside(self._scope)
+        self._settle(f"{self._scope}/{_STATE}", state)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self._folder is None:
+            return
+        began = time.perf_counter()
+        self._number += 1
+        events = self._encoded_events[: self._n_settled]
+        checkpoint = Checkpoint(
+            self._fit, self._number, self._identity, self._seconds(), self._entries, events
+        )
+        self.last_path = self._folder.save(checkpoint)
+        self._saved_at = time.monotonic()
+        self._emit(CheckpointWritten(self.last_path, time.perf_counter() - began))
+
+    def phase_clock(self, goes_on: bool) -> Callable[[], float]:
+        """Return what tells the seconds of a phase that begins now, or goes on."""
+        before = self._seconds_before if goes_on else 0.0
+        now = super().phase_clock(goes_on)
+        self._seconds = lambda: before + now()
+        return self._seconds
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is older than the interval."""
+        return self._folder is not None and time.monotonic() - self._saved_at >= self._interval
+
+    def _numbered(self, name: str) -> str:
+        path = f"{self._scope}/{name}"
+        self._counts[path] += 1
+        return f"{path}-{self._counts[path]}"
+
+    @contextmanager
+    def _inside(self, path: str) -> Iterator[None]:
+        outside, self._scope = self._scope, path
+        try:
+            yield
+        finally:
+            self._scope = outside
+
+    def _drop_inside(self, path: str) -> None:
+        inside = f"{path}/"
+        for name in [name for name in self._entries if name.startswith(inside)]:
+            del self._entries[name]
+        for name in [name for name in self._counts if name.startswith(inside)]:
+            del self._counts[name]
+
+    def _settle(self, path: str, value: Any) -> None:
+        self._entries[path] = encode(value)
+        self._n_settled = len(self._encoded_events)

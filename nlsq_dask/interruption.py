@@ -1,0 +1,70 @@
+"""``Interruption``: when a fit has to end before it is done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nlsq_dask.stopping import StopReason
+
+
+class FitInterruptedError(Exception):
+    """The fit has to end now; raised between pieces of work, never out of them."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+class Interruption:
+    """Knows whether the time is up, or the process has been asked to end.
+
+    Parameters
+    ----------
+    max_walltime : float or None
+        Seconds from now.
+    """
+
+    def __init__(self, max_walltime: float | None = None) -> None:
+        self._end = None if max_walltime is None else time.monotonic() + max_walltime
+        self._terminated = False
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the time is up; None without a limit."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def check(self) -> None:
+        """Raise a FitInterruptedError if the fit has to end."""
+        if self._terminated:
+            raise FitInterruptedError(StopReason.TERMINATED)
+        if self.seconds_left == 0.0:
+            raise FitInterruptedError(StopReason.WALLTIME)
+
+    @contextmanager
+    def heeding_sigterm(self) -> Iterator[None]:
+        """Take SIGTERM, which batch schedulers send some time before they kill, for the sign.
+
+        Raises
+        ------
+        ValueError
+            Outside of the main thread, where Python handles no signals.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                "stop_on_sigterm=True needs a fit in the main thread, the only one in which "
+                "Python handles signals; leave it out, and use max_walltime."
+            )
+
+        def handle(number: int, frame: Any) -> None:
+            self._terminated = True
+
+        before = signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
