@@ -5,7 +5,14 @@ from importlib.metadata import version as _version
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.curve_fit import curve_fit
-from nlsq_dask.errors import DataError, FitInProgressError, ModelError, NonFiniteDataError
+from nlsq_dask.errors import (
+    CheckpointError,
+    ClusterLostError,
+    DataError,
+    FitInProgressError,
+    ModelError,
+    NonFiniteDataError,
+)
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
     get_defense_telemetry,
@@ -19,6 +26,8 @@ __version__ = _version("nlsq-dask")
 
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
+    "CheckpointError",
+    "ClusterLostError",
     "DataError",
     "DefenseLayerTelemetry",
     "FitInProgressError",

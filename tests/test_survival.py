@@ -1,0 +1,300 @@
+"""Killed drivers, killed workers, lost clusters: the fit goes on, with the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+import nlsq_dask as nd
+from tests import surviving_fit
+from tests.surviving_fit import BLOCK_ROWS
+
+INTERVAL = 0.1  # seconds between checkpoints
+SECONDS = 0.03  # that reading a block takes
+N_THREADS = 2
+DAMAGE = ["half", "before fsync", "before rename", "after rename"]
+
+
+def start(folder: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a fit in a process and return when it is about to begin."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.surviving_fit", folder, "--out", out, *map(str, options)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """Return how the process has ended."""
+    process.communicate()
+    return process.returncode
+
+
+def reads(log: Path) -> list[tuple[float, int]]:
+    """Return when which block was read."""
+    if not log.exists():
+        return []
+    return [(float(t), int(i)) for t, i in map(str.split, log.read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The fit that nobody kills, and the moments at which it reads."""
+    folder = tmp_path_factory.mktemp("whole")
+    out, log = folder / "result.npz", folder / "reads.txt"
+    began = time.time()
+    assert end(start(folder / "checkpoints", out, "--log", log)) == 0
+    moments = [t for t, _ in reads(log)]
+    found = dict(np.load(out))
+    assert found["success"]
+    assert found["n_passes"] >= 4
+    return {**found, "reads": len(moments), "from": moments[0] - began, "to": moments[-1] - began}
+
+
+def is_same(out: Path, whole: dict[str, Any]) -> bool:
+    found = np.load(out)
+    return all(
+        np.array_equal(found[name], whole[name])
+        for name in ("popt", "pcov", "n_passes", "rows_read", "nit", "success")
+    )
+
+
+def survives_a_kill(folder: Path, whole: dict[str, Any], delay: float) -> None:
+    checkpoints, out, log = folder / "checkpoints", folder / "result.npz", folder / "reads.txt"
+    process = start(checkpoints, out, "--log", log)
+    time.sleep(delay)
+    process.kill()
+    end(process)
+    killed = time.time()
+    assert not out.exists()
+    assert end(start(checkpoints, out, "--log", log)) == 0
+    assert is_same(out, whole)
+    # Lost is what was read less than an interval before, and what was not saved as a whole group:
+    # those being read, and those finished while a checkpoint was being written.
+    moments = reads(log)
+    lost = len(moments) - whole["reads"] - 1  # one block is read to see that the data are the same
+    if any(checkpoints.glob("*.nlsq")) and moments:
+        recently = sum(killed - INTERVAL - 4 * SECONDS <= t <= killed for t, _ in moments)
+        assert lost <= recently + N_THREADS
+
+
+def test_a_killed_fit_goes_on(tmp_path: Path, whole: dict[str, Any]) -> None:
+    survives_a_kill(tmp_path, whole, 0.5 * (whole["from"] + whole["to"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment(tmp_path: Path, whole: dict[str, Any], seed: int) -> None:
+    delay = np.random.default_rng(seed).uniform(whole["from"] - 0.5, whole["to"])
+    survives_a_kill(tmp_path, whole, delay)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        pytest.param(m, n, marks=[] if (m, n) == ("half", 9) else pytest.mark.slow)
+        for m in DAMAGE
+        for n in (1, 5, 9, 14, 20)
+    ],
+)
+def test_killed_while_a_checkpoint_is_written(
+    tmp_path: Path, whole: dict[str, Any], moment: str, number: int
+) -> None:
+    checkpoints, out = tmp_path / "checkpoints", tmp_path / "result.npz"
+    process = start(checkpoints, out, "--die", moment, str(number))
+    assert end(process) == -signal.SIGKILL
+    assert not out.exists()
+    assert end(start(checkpoints, out)) == 0
+    assert is_same(out, whole)
+    assert not list(checkpoints.glob(".*"))
+
+
+def test_sigterm_ends_a_fit_with_a_checkpoint(tmp_path: Path) -> None:
+    expected = surviving_fit.fit()
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    stopped = surviving_fit.fit(seconds=0.02, checkpoint_dir=tmp_path, stop_on_sigterm=True)
+    timer.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not stopped.success
+    assert "SIGTERM" in stopped.message
+    path = re.search(r"resume_from_checkpoint='(.*)'\)", stopped.message)
+    assert path is not None
+    result = surviving_fit.fit(resume_from_checkpoint=path[1])
+    assert result.success
+    np.testing.assert_array_equal(result.popt, expected.popt)
+    np.testing.assert_array_equal(result.pcov, expected.pcov)
+
+
+def test_sigterm_needs_the_main_thread() -> None:
+    errors: list[str] = []
+
+    def run() -> None:
+        try:
+            surviving_fit.fit(stop_on_sigterm=True)
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "main thread" in errors[0]
+
+
+@contextmanager
+def cluster(**options: Any) -> Iterator[tuple[LocalCluster, Client]]:
+    settings = {"n_workers": 2, "threads_per_worker": 1, "processes": True, **options}
+    with (
+        LocalCluster(dashboard_address=None, silence_logs=50, **settings) as local,
+        Client(local) as client,
+    ):
+        yield local, client
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> nd.FitResult:
+    with dask.config.set(scheduler="threads"):
+        return surviving_fit.fit()
+
+
+def is_equal(result: nd.FitResult, other: nd.FitResult) -> bool:
+    return np.array_equal(result.popt, other.popt) and np.array_equal(result.pcov, other.pcov)
+
+
+def kill_a_worker(client: Client, which: int = 0) -> None:
+    pids = list(client.run(os.getpid).values())
+    if pids:
+        os.kill(pids[which % len(pids)], signal.SIGKILL)
+
+
+@contextmanager
+def meanwhile(delay: float, act: Any) -> Iterator[None]:
+    timer = threading.Timer(delay, act)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_moments(undisturbed: nd.FitResult) -> None:
+    random = np.random.default_rng(0)
+    with cluster() as (_, client):
+        surviving_fit.fit(seconds=0.01)  # workers have compiled
+        for i in range(10):
+            with meanwhile(random.uniform(0.1, 2.5), lambda i=i: kill_a_worker(client, i)):
+                result = surviving_fit.fit(seconds=0.05)
+            assert is_equal(result, undisturbed)
+            client.wait_for_workers(2)
+
+
+def test_a_killed_worker_and_data_that_were_sent_to_it(undisturbed: nd.FitResult) -> None:
+    x, y = dask.compute(*surviving_fit.data())
+    config = nd.HybridStreamingConfig(
+        sample_rows=200,
+        warmup_iterations=5,
+        max_warmup_iterations=20,
+        gauss_newton_tol=1e-12,
+        cache=0,
+        verbose=0,
+    )
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    arrays = [da.from_array(a, chunks=BLOCK_ROWS) for a in (x, y)]
+    killed = threading.Event()
+
+    def kill(params: Any, loss: float, iteration: int) -> None:
+        if not killed.is_set() and optimizer.current_phase == 2:
+            killed.set()
+            kill_a_worker(client)
+
+    with cluster() as (_, client):
+        result = optimizer.fit(surviving_fit.model, *arrays, surviving_fit.START, callback=kill)
+        assert not client.futures
+    assert killed.is_set()
+    assert is_equal(result, undisturbed)
+
+
+@pytest.mark.slow
+def test_all_workers_go_and_come_back(undisturbed: nd.FitResult) -> None:
+    with cluster() as (local, _):
+        surviving_fit.fit(seconds=0.01)
+
+        def go_and_come() -> None:
+            local.scale(0)
+            time.sleep(2.0)
+            local.scale(2)
+
+        with meanwhile(1.0, go_and_come):
+            result = surviving_fit.fit(seconds=0.05)
+    assert is_equal(result, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_that_joins_late(undisturbed: nd.FitResult) -> None:
+    with cluster(n_workers=1) as (local, _), meanwhile(1.0, lambda: local.scale(2)):
+        result = surviving_fit.fit(seconds=0.1)
+    assert is_equal(result, undisturbed)
+
+
+CLUSTER = """
+import time
+from distributed import LocalCluster
+
+if __name__ == "__main__":
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+    )
+    print(cluster.scheduler_address, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lost_scheduler_is_a_clear_error(tmp_path: Path, undisturbed: nd.FitResult) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    seen: list[int] = []
+
+    def lose(params: Any, loss: float, iteration: int) -> None:
+        if list(tmp_path.glob("*.nlsq")) and not seen:
+            seen.append(iteration)
+            process.kill()
+            process.communicate()
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        Client(address, timeout=2),
+        pytest.raises(nd.ClusterLostError, match=r"resume_from_checkpoint='.*nlsq'") as info,
+    ):
+        surviving_fit.fit(checkpoint_dir=tmp_path, callback=lose, callback_frequency=1)
+    path = re.search(r"resume_from_checkpoint='(.*)'\)", str(info.value))
+    assert path is not None
+    with dask.config.set(scheduler="threads"):
+        result = surviving_fit.fit(resume_from_checkpoint=path[1])
+    assert is_equal(result, undisturbed)
