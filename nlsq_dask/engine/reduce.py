@@ -115,20 +115,24 @@ class DataSet:
         self.memory.check()
         self._source = SourceGraph(blocks)
         self._literals = self._source.large_literals
-        self._source.replace(send_once(self._literals, self._workers.client))
-        readers, self._shared = self._source.readers(groups)
         self._block_groups = groups
-        budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
-        self._inputs = [reader.inputs for reader in readers]
-        held = [
-            Group(reader, n_bytes, budget, self.memory.all_fits)
-            for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
-        ]
+        self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
+        self._place()
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
             self._read_ahead = ReadAhead(self._workers.most_threads)
-        self._groups = hold("group", held, self._workers)
         self._kernel: tuple[RowKernel[Any], Any] | None = None
+
+    def _place(self) -> None:
+        """Put groups, and arrays that are in memory, on the workers."""
+        self._source.replace(send_once(self._literals, self._workers.client))
+        readers, self._shared = self._source.readers(self._block_groups)
+        self._inputs = [reader.inputs for reader in readers]
+        held = [
+            Group(reader, n_bytes, self._budget, self.memory.all_fits)
+            for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
+        ]
+        self._groups = hold("group", held, self._workers)
 
     def close(self) -> None:
         """Let go of what is held on the workers."""
@@ -196,8 +200,7 @@ class DataSet:
                 f"workers were lost again and again ({error}). If they ran out of memory, give "
                 f"them more, or use smaller chunks; the workers' logs say why they ended."
             ) from error
-        self._source.replace(send_once(self._literals, client))
-        _, self._shared = self._source.readers(self._block_groups)
+        self._place()
 
     def _tree(self, kernel: RowKernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
         graph = TaskGraph(self._shared)

@@ -108,8 +108,11 @@ class SourceGraph:
         }
 
     def replace(self, futures: dict[Key, Any]) -> None:
-        """Let these futures stand for the literals of the given keys."""
+        """Let these futures stand for the literals of the given keys, or for earlier futures."""
         for key, future in futures.items():
+            before = self._nodes[key]
+            if isinstance(before, Alias):
+                self._futures.pop(before.target, None)
             self._nodes[key] = Alias(key, future.key)
             self._futures[future.key] = future
 
