@@ -17,6 +17,8 @@ import numpy as np
 from scipy import optimize
 
 N_ROWS = 50_000
+# Options of a fit that is not about phase 1, whose program takes as long to compile as the kernel.
+NO_WARMUP: dict[str, Any] = {"max_warmup_iterations": 0}
 
 
 @dataclass(frozen=True)

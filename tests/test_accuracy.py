@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ import nlsq_dask as nd
 from tests.problems import (
     PROBLEMS,
     SEPARABLE_START,
-    Problem,
     scipy_fit,
     separable,
     separable_data,
@@ -31,42 +31,52 @@ def assert_same(result: nd.FitResult, popt: np.ndarray, pcov: np.ndarray) -> Non
     np.testing.assert_allclose(result.pcov / scale, pcov / scale, atol=1e-6)
 
 
+# Pieces are as long whatever the kind of array, so that all kinds share the programs of a problem.
+PIECES = {"chunk_size": 8_192}
 # A sample that is a tenth of the rows, so that all rows have something left to say.
-STREAMED = nd.HybridStreamingConfig(sample_rows=5_000)
-_references: dict[Any, Any] = {}
+STREAMED = nd.HybridStreamingConfig(sample_rows=5_000, **PIECES)
 
 
-def reference(problem: Problem, with_sigma: bool) -> tuple[np.ndarray, np.ndarray]:
-    key = problem.name, with_sigma
-    if key not in _references:
-        options = {"sigma": problem.sigma, "absolute_sigma": True} if with_sigma else {}
-        _references[key] = scipy_fit(problem.model, problem.x, problem.y, problem.start, **options)
-    return _references[key]
+@functools.cache
+def reference(i_problem: int, with_sigma: bool) -> tuple[np.ndarray, np.ndarray]:
+    problem = PROBLEMS[i_problem]
+    options = {"sigma": problem.sigma, "absolute_sigma": True} if with_sigma else {}
+    return scipy_fit(problem.model, problem.x, problem.y, problem.start, **options)
 
 
 def combinations() -> Iterator[Any]:
-    """Yield problems with all kinds of arrays; the fast run has each problem with some of them."""
+    """Yield problems with all kinds of arrays, on threads and processes.
+
+    The fast run has each problem once on threads, and each kind of array once on processes.
+    """
     for i, problem in enumerate(PROBLEMS):
         for j, kind in enumerate(KINDS):
             for with_sigma in (False, True):
                 weights = "sigma" if with_sigma else "unweighted"
-                is_fast = (i + j + with_sigma) % (2 * len(KINDS)) == 0
-                yield pytest.param(
-                    problem,
-                    kind,
-                    with_sigma,
-                    id=f"{problem.name}-{kind}-{weights}",
-                    marks=[] if is_fast else [pytest.mark.slow],
-                )
+                for scheduler in ("threads", "processes"):
+                    is_fast = j == i % len(KINDS) and with_sigma == ((i + i // 4) % 2 == 1)
+                    if scheduler == "processes":
+                        is_fast &= i < len(KINDS)
+                    yield pytest.param(
+                        i,
+                        kind,
+                        with_sigma,
+                        scheduler,
+                        id=f"{scheduler}-{problem.name}-{kind}-{weights}",
+                        marks=[] if is_fast else [pytest.mark.slow],
+                    )
 
 
-@pytest.mark.parametrize(("problem", "kind", "with_sigma"), list(combinations()))
+@pytest.mark.parametrize(
+    ("i_problem", "kind", "with_sigma", "scheduler"), list(combinations()), indirect=["scheduler"]
+)
 def test_agrees_with_scipy(
-    problem: Problem, kind: str, with_sigma: bool, scheduler: str, as_kind: Any
+    i_problem: int, kind: str, with_sigma: bool, scheduler: str, as_kind: Any
 ) -> None:
+    problem = PROBLEMS[i_problem]
     sigma = as_kind(kind, problem.sigma) if with_sigma else None
     # On processes, where passes of so few rows are slow, the sample is all of them.
-    config = STREAMED if scheduler == "threads" else nd.HybridStreamingConfig()
+    config = STREAMED if scheduler == "threads" else nd.HybridStreamingConfig(**PIECES)
     result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
         problem.model,
         as_kind(kind, problem.x),
@@ -76,8 +86,17 @@ def test_agrees_with_scipy(
         absolute_sigma=with_sigma,
         verbose=0,
     )
-    assert_same(result, *reference(problem, with_sigma))
+    assert_same(result, *reference(i_problem, with_sigma))
     assert result.n_points == len(problem.y)
+
+
+@functools.cache
+def separable_reference() -> tuple[np.ndarray, np.ndarray]:
+    time, latitude, longitude, y = separable_data()
+    grid = np.broadcast_arrays(
+        time[:, None, None], latitude[None, :, None], longitude[None, None, :]
+    )
+    return scipy_fit(separable, tuple(g.ravel() for g in grid), y.ravel(), SEPARABLE_START)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,10 +104,6 @@ def test_separable_model_with_broadcast_coordinates(
     kind: str, scheduler: str, as_kind: Any
 ) -> None:
     time, latitude, longitude, y = separable_data()
-    grid = np.broadcast_arrays(
-        time[:, None, None], latitude[None, :, None], longitude[None, None, :]
-    )
-    expected = scipy_fit(separable, tuple(g.ravel() for g in grid), y.ravel(), SEPARABLE_START)
     x_data: Any
     y_data: Any
     if kind == "xarray":
@@ -103,26 +118,37 @@ def test_separable_model_with_broadcast_coordinates(
     result = nd.AdaptiveHybridStreamingOptimizer(STREAMED).fit(
         separable, x_data, y_data, SEPARABLE_START, verbose=0
     )
-    assert_same(result, *expected)
+    assert_same(result, *separable_reference())
+
+
+LOW = [0.0, 0.0, 0.0, -5.0, 0.25]  # the slope's truth is 0.2
+HIGH = [10.0, 10.0, 5.0, 5.0, 1.0]
+BOUNDED_START = (3.0, 2.6, 0.9, 0.5, 0.5)
+
+
+@functools.cache
+def bounded_reference(with_sigma: bool) -> np.ndarray:
+    problem, bounds = PROBLEMS[2], (LOW, HIGH)
+    options = {"sigma": problem.sigma, "absolute_sigma": True} if with_sigma else {}
+    return scipy_fit(problem.model, problem.x, problem.y, BOUNDED_START, bounds=bounds, **options)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("with_sigma", [False, True], ids=["unweighted", "sigma"])
 @pytest.mark.parametrize("kind", ["numpy", "zarr"])
 def test_a_bound_that_is_active(kind: str, with_sigma: bool, scheduler: str, as_kind: Any) -> None:
     problem = PROBLEMS[2]
-    low = [0.0, 0.0, 0.0, -5.0, 0.25]  # the slope's truth is 0.2
-    high = [10.0, 10.0, 5.0, 5.0, 1.0]
-    start = (3.0, 2.6, 0.9, 0.5, 0.5)
-    options = {"sigma": problem.sigma, "absolute_sigma": True} if with_sigma else {}
-    popt, _ = scipy_fit(problem.model, problem.x, problem.y, start, bounds=(low, high), **options)
+    popt = bounded_reference(with_sigma)
+    options: dict[str, Any] = {}
     if with_sigma:
-        options["sigma"] = as_kind(kind, problem.sigma)
+        options = {"sigma": as_kind(kind, problem.sigma), "absolute_sigma": True}
     result = nd.AdaptiveHybridStreamingOptimizer(STREAMED).fit(
         problem.model,
         as_kind(kind, problem.x),
         as_kind(kind, problem.y),
-        start,
-        (low, high),
+        BOUNDED_START,
+        (LOW, HIGH),
         verbose=0,
         **options,
     )

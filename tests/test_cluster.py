@@ -18,6 +18,7 @@ from distributed import Client
 
 import nlsq_dask as nd
 from nlsq_dask.core.compiled_program import compile_count
+from tests.problems import NO_WARMUP
 
 N = 60_000
 X = np.random.default_rng(0).uniform(0, 4, N)
@@ -42,7 +43,7 @@ class Callable:
 def fit(client: Client, model: Any, **options: Any) -> nd.FitResult:
     x, y = da.from_array(X, chunks=9_999), da.from_array(Y, chunks=9_999)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(
-        nd.HybridStreamingConfig(verbose=0, sample_rows=5_000)
+        nd.HybridStreamingConfig(verbose=0, sample_rows=5_000, **NO_WARMUP)
     )
     with client.as_current():
         return optimizer.fit(model, x, y, START, **options)

@@ -246,7 +246,7 @@ found = []
 for several in (False, True):
     before = compile_count()
     config = nd.HybridStreamingConfig(enable_multi_device=several, chunk_size=16_384, verbose=0,
-                                      gauss_newton_solver=sys.argv[1])
+                                      max_warmup_iterations=0, gauss_newton_solver=sys.argv[1])
     result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
         lambda x, a, b, c: a * jnp.exp(-b * x) + c, x, y, [5.0, 3.0, 1.0], loss=sys.argv[2])
     assert result.success, result.message

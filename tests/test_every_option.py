@@ -21,6 +21,7 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
+from tests.problems import NO_WARMUP
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -443,7 +444,7 @@ def test_from_when_on_gradients_are_used() -> None:
 @pytest.mark.filterwarnings("ignore:Covariance")
 def test_when_a_step_is_solved() -> None:
     plain = by_gradients()[1]
-    limit = {"gauss_newton_max_iterations": 20}
+    limit = {"gauss_newton_max_iterations": 10}
     for options in (
         {"cg_max_iterations": 1},
         {"cg_relative_tolerance": 0.9},
@@ -452,9 +453,8 @@ def test_when_a_step_is_solved() -> None:
         found = by_gradients(**options, **limit)[1]
         assert found["products"] / found["iterations"] < plain["products"] / plain["iterations"]
         assert found["iterations"] > plain["iterations"]
-    for options in ({"cg_max_iterations": 1}, {"cg_absolute_tolerance": 1e6}):
-        found = by_gradients(**options, **limit)[1]
-        assert found["products"] <= found["iterations"] + 1
+        if "cg_relative_tolerance" not in options:
+            assert found["products"] <= found["iterations"] + 1
 
 
 @shows("cg_error_probes")
@@ -509,7 +509,7 @@ def test_weights() -> None:
             "enable_residual_weighting": switch,
             "residual_weights": weights if switch else None,
         }
-        return float(fit(y=y, x=(group, X), function=grouped, **options).x[2])
+        return float(fit(y=y, x=(group, X), function=grouped, **options, **NO_WARMUP).x[2])
 
     assert floor(False, [1.0, 1e6]) == pytest.approx(0.75, abs=0.02)
     assert floor(True, [1.0, 1e6]) == pytest.approx(1.0, abs=0.02)
@@ -554,7 +554,8 @@ def from_source(config: Config) -> nd.FitResult:
 @shows("cache")
 def test_what_stays_between_passes() -> None:
     kept, read = (
-        from_source(Config(verbose=0, sample_rows=100, cache=size)) for size in (10**6, 0)
+        from_source(Config(verbose=0, sample_rows=100, cache=size, **NO_WARMUP))
+        for size in (10**6, 0)
     )
     assert kept.rows_cached == (kept.n_passes - 1) * len(X) > 0
     assert read.rows_cached == 0
@@ -624,8 +625,9 @@ def test_the_sample() -> None:
     def sampled(rows: int, seed: int) -> nd.FitResult:
         return fit(y=LAZY_Y, x=LAZY_X, sample_rows=rows, random_seed=seed)
 
-    one, again, other, more = sampled(99, 1), sampled(99, 1), sampled(99, 2), sampled(900, 1)
-    assert one.diagnostics["sample"]["rows"] == 99
+    # All of them are padded to as many rows, so that they share a program.
+    one, again, other, more = sampled(600, 1), sampled(600, 1), sampled(600, 2), sampled(900, 1)
+    assert one.diagnostics["sample"]["rows"] == 600
     assert more.diagnostics["sample"]["rows"] == 900
     losses = [r.diagnostics["warm_up"]["relative_loss"] for r in (one, again, other)]
     assert losses[0] == losses[1] != losses[2]

@@ -23,6 +23,7 @@ from distributed import Client
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
 from nlsq_dask.engine.source_graph import SourceGraph
+from tests.problems import NO_WARMUP
 
 N = 3_000
 START = 10_957.0  # 2000-01-01, in days since 1970-01-01
@@ -43,7 +44,8 @@ def model(x: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def fit(x: Any, y: Any = Y, sigma: Any = SIGMA, **options: Any) -> nd.FitResult:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    config = nd.HybridStreamingConfig(verbose=0, **NO_WARMUP)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
     return optimizer.fit(model, x, y, sigma=sigma, **options)
 
 

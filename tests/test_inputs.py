@@ -12,6 +12,7 @@ import xarray as xr
 import zarr
 
 import nlsq_dask as nd
+from tests.problems import NO_WARMUP
 
 N = 4_000
 RNG = np.random.default_rng(3)
@@ -24,8 +25,9 @@ def model(x: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def fit(function: Any = model, x: Any = X, y: Any = Y, *args: Any, **options: Any) -> nd.FitResult:
-    options.setdefault("verbose", 0)
-    return nd.AdaptiveHybridStreamingOptimizer().fit(function, x, y, *args, **options)
+    options = {"verbose": 0, **options}
+    config = nd.HybridStreamingConfig(**options.pop("config", {}))
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(function, x, y, *args, **options)
 
 
 EXPECTED = fit().popt
@@ -75,7 +77,9 @@ def test_x_of_features_tuple_and_dict_agree() -> None:
 
 def test_features_in_several_chunks() -> None:
     x = da.from_array(np.c_[X, X**2], chunks=(900, 1))
-    result = fit(lambda x, a, b, c: a * jnp.exp(-b * x[:, 0]) + c + 0 * x[:, 1], x, Y)
+    result = fit(
+        lambda x, a, b, c: a * jnp.exp(-b * x[:, 0]) + c + 0 * x[:, 1], x, Y, config=NO_WARMUP
+    )
     np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
 
 
@@ -92,8 +96,8 @@ def test_masked_entries_are_left_out() -> None:
     y.data[y.mask] = np.nan
     kept = ~y.mask
     expected = fit(model, X[kept], Y[kept])
-    for masked in (y, da.from_array(y, chunks=999)):
-        result = fit(model, X, masked)
+    for masked, config in ((y, {}), (da.from_array(y, chunks=999), NO_WARMUP)):
+        result = fit(model, X, masked, config=config)
         np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
         assert result.n_omitted == y.mask.sum()
         assert result.n_points == kept.sum()
@@ -134,14 +138,19 @@ def test_xarray_dimensions_in_any_order_and_lazy_store(tmp_path: Any) -> None:
         return a * jnp.exp(-b * x[0]) + c * x[1] * x[2]
 
     names = ("time", "height", "tilt")
-    expected = fit(tilted, names, dataset.y, sigma=dataset.s)
+    options = {"config": NO_WARMUP}
+    expected = fit(tilted, names, dataset.y, sigma=dataset.s, **options)
     np.testing.assert_allclose(expected.popt, [2.0, 0.7, 0.3], rtol=0.02)
     for chunks in (None, {}, {"time": 14, "height": 25}):
         store = xr.open_zarr(tmp_path / "s.zarr", chunks=chunks, consolidated=False)
-        assert fit(tilted, names, store.y, sigma=store.s).popt == pytest.approx(expected.popt)
+        assert fit(tilted, names, store.y, sigma=store.s, **options).popt == pytest.approx(
+            expected.popt
+        )
         turned = store.y.transpose("height", "time")
         arrays = tuple(store[name] for name in names)
-        assert fit(tilted, arrays, turned, sigma=store.s).popt == pytest.approx(expected.popt)
+        assert fit(tilted, arrays, turned, sigma=store.s, **options).popt == pytest.approx(
+            expected.popt
+        )
 
 
 # --- starts and bounds that work
@@ -289,7 +298,7 @@ def test_nan_that_the_sample_misses_is_found() -> None:
     y[123_456] = np.inf
     lazy = da.from_array(y, chunks=50_000)
     with pytest.raises(nd.NonFiniteDataError, match="1 of 400,000 rows"):
-        fit(lambda x, a, b: a * x + b, da.from_array(x, chunks=50_000), lazy)
+        fit(lambda x, a, b: a * x + b, da.from_array(x, chunks=50_000), lazy, config=NO_WARMUP)
 
 
 def test_all_nan() -> None:

@@ -23,6 +23,7 @@ from nlsq_dask.core.precision import x64
 from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.block import Block
+from tests.problems import NO_WARMUP
 
 N_ROWS = 20_000
 RNG = np.random.default_rng(8)
@@ -70,8 +71,12 @@ def agree(sums: NormalEquations, expected: tuple[Any, Any, Any], rtol: float) ->
     assert np.abs((sums.jtr - jtr) / norms).max() < rtol * np.sqrt(2 * float(cost))
 
 
+# Five and six parameters have a test of their own below.
 @pytest.mark.parametrize("mode", list(Mode))
-@pytest.mark.parametrize("n_params", [2, 3, 6, 7, 12, 21])
+@pytest.mark.parametrize(
+    "n_params",
+    [3, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 6, 7, 21))],
+)
 def test_both_modes_against_extended_precision(n_params: int, mode: Mode) -> None:
     params = RNG.uniform(0.5, 1.5, n_params)
     model = model_of(exponentials(n_params), n_params)
@@ -140,7 +145,9 @@ def test_float32_arithmetic_with_float64_sums(scale: float) -> None:
     y = (2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * Y) * scale
 
     def fit(precision: str) -> nd.FitResult:
-        config = nd.HybridStreamingConfig(precision=precision, sample_rows=2_000, verbose=0)
+        config = nd.HybridStreamingConfig(
+            precision=precision, sample_rows=2_000, verbose=0, **NO_WARMUP
+        )
         start = [2 * scale, 1.0, 0.4 * scale]
         return nd.AdaptiveHybridStreamingOptimizer(config).fit(exponentials(3), X, y, start)
 

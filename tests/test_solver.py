@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from typing import Any
 
@@ -18,6 +19,7 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.rows import Layout, Rows
+from tests.problems import NO_WARMUP
 
 
 def fit(model: Any, x: Any, y: Any, p0: Any, solver: str = "auto", **options: Any) -> nd.FitResult:
@@ -50,9 +52,20 @@ def positive(matrix: np.ndarray) -> np.ndarray:
     return signs[:, None] * np.triu(matrix)
 
 
-@pytest.mark.parametrize("loss", ["linear", "cauchy"])
-@pytest.mark.parametrize("mode", list(Mode))
-@pytest.mark.parametrize("n_params", [1, 3, 12, pytest.param(40, marks=pytest.mark.slow)])
+# In the fast run each mode with each loss, and each loss with few parameters and with many.
+FAST = {
+    (3, Mode.FORWARD, "cauchy"),
+    (3, Mode.REVERSE, "linear"),
+    (12, Mode.FORWARD, "linear"),
+    (12, Mode.REVERSE, "cauchy"),
+}
+CASES = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product([1, 3, 12, 40], Mode, ["linear", "cauchy"])
+]
+
+
+@pytest.mark.parametrize(("n_params", "mode", "loss"), CASES)
 def test_r_is_that_of_all_rows(n_params: int, mode: Mode, loss: str) -> None:
     rng = np.random.default_rng(n_params)
     x, y, sigma = rng.uniform(0, 3, 5_000), rng.normal(size=5_000), rng.uniform(0.5, 2, 5_000)
@@ -195,7 +208,8 @@ def test_all_rows_are_worse_conditioned_than_the_sample() -> None:
     y = columns @ [2.0, 1.0] + 0.1 * rng.normal(size=n)
     x = tuple(da.from_array(column, chunks=10_000) for column in columns.T)
     y = da.from_array(y, chunks=10_000)
-    result = fit(lambda x, a, b: a * x[0] + b * x[1], x, y, [1, 1], sample_rows=1_000)
+    config = {"sample_rows": 1_000, **NO_WARMUP}
+    result = fit(lambda x, a, b: a * x[0] + b * x[1], x, y, [1, 1], **config)
     assert result.success
     assert solver_of(result) == "qr"
     root = np.linalg.qr(columns, mode="r")
@@ -210,8 +224,8 @@ def test_float32_by_request() -> None:
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 5, 5_000).astype("f4")
     y = (2 * np.exp(-x) + 0.5 + 0.01 * rng.normal(size=5_000)).astype("f4")
-    result = fit(decay, x, y, [1, 2, 0], solver="qr", precision="float32")
-    expected = fit(decay, x, y, [1, 2, 0])
+    result = fit(decay, x, y, [1, 2, 0], solver="qr", precision="float32", **NO_WARMUP)
+    expected = fit(decay, x, y, [1, 2, 0], **NO_WARMUP)
     assert result.success
     assert solver_of(result) == "qr"
     assert (np.abs(result.x - expected.x) <= 1e-2 * expected.perr).all()

@@ -13,6 +13,7 @@ import xarray as xr
 from scipy import stats
 
 import nlsq_dask as nd
+from tests.problems import NO_WARMUP
 
 TRUTH = np.array([2.5, 1.3, 0.5])
 
@@ -39,7 +40,9 @@ def data(n: int = 6_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def fit(x: Any, y: Any, config: dict[str, Any] | None = None, **options: Any) -> nd.FitResult:
-    settings = nd.HybridStreamingConfig(**{"verbose": 0, "sample_rows": 1_000, **(config or {})})
+    settings = nd.HybridStreamingConfig(
+        **{"verbose": 0, "sample_rows": 1_000, **NO_WARMUP, **(config or {})}
+    )
     optimizer = nd.AdaptiveHybridStreamingOptimizer(settings)
     return optimizer.fit(model, x, y, [2.0, 1.0, 0.3], **options)
 
@@ -80,7 +83,7 @@ def test_sandwich_does_not_depend_on_the_size_of_y(precision: str) -> None:
     small, large = (
         nd.AdaptiveHybridStreamingOptimizer(
             nd.HybridStreamingConfig(
-                verbose=0, cov_type="HC1", precision=precision, sample_rows=1_000
+                verbose=0, cov_type="HC1", precision=precision, sample_rows=1_000, **NO_WARMUP
             )
         ).fit(model, x, y * size, [2 * size, 1.0, 0.3 * size])
         for size in sizes
@@ -126,7 +129,7 @@ def test_band_of_the_curve() -> None:
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 def test_no_band_where_the_data_do_not_determine_the_parameters() -> None:
     x = np.linspace(0, 1, 200)
-    config = nd.HybridStreamingConfig(verbose=0)
+    config = nd.HybridStreamingConfig(verbose=0, **NO_WARMUP)
     result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
         lambda x, a, b: (a + b) * x, x, 2 * x + 0.1 * np.cos(40 * x), [1.0, 0.5]
     )
@@ -209,7 +212,7 @@ def test_sandwich_of_parameters_that_can_hardly_be_told_apart(degree: int, low: 
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 @pytest.mark.parametrize("cov_type", ["HC0", "HC1"])
 def test_sandwich_without_degrees_of_freedom(cov_type: str) -> None:
-    config = nd.HybridStreamingConfig(verbose=0, cov_type=cov_type)
+    config = nd.HybridStreamingConfig(verbose=0, cov_type=cov_type, **NO_WARMUP)
     x = np.array([0.0, 1.0, 2.0])
     result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
         lambda x, a, b, c: a + b * x + c * x**2, x, np.array([1.0, 3.0, 2.0]), [0.0, 0.0, 0.0]

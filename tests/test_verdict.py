@@ -11,6 +11,7 @@ import pytest
 from scipy.optimize import OptimizeWarning
 
 import nlsq_dask as nd
+from tests.problems import NO_WARMUP
 
 RNG = np.random.default_rng(11)
 
@@ -103,7 +104,13 @@ def test_data_of_zeros() -> None:
 def test_parameters_that_the_data_do_not_determine() -> None:
     x, y = data()
     with pytest.warns(OptimizeWarning, match="do not determine a, d"):
-        result = fit(lambda x, a, b, c, d: (a + d) * jnp.exp(-b * x) + c, x, y, [1, 1, 0, 1])
+        result = fit(
+            lambda x, a, b, c, d: (a + d) * jnp.exp(-b * x) + c,
+            x,
+            y,
+            [1, 1, 0, 1],
+            config=NO_WARMUP,
+        )
     assert np.isinf(result.pcov).all()
     assert result.diagnostics["undetermined"] == ["a", "d"]
     np.testing.assert_allclose(result.popt[0] + result.popt[3], 2.5, rtol=0.02)
@@ -115,7 +122,8 @@ def test_no_degrees_of_freedom() -> None:
         result = fit(lambda x, a, b: a * x + b, x, y, [1, 1])
     np.testing.assert_allclose(result.popt, [2, 1])
     assert np.isinf(result.pcov).all()
-    known = fit(lambda x, a, b: a * x + b, x, y, [1, 1], sigma=1.0, absolute_sigma=True)
+    options = {"sigma": 1.0, "absolute_sigma": True, "config": NO_WARMUP}
+    known = fit(lambda x, a, b: a * x + b, x, y, [1, 1], **options)
     np.testing.assert_allclose(known.pcov, [[2, -1], [-1, 1]])
 
 
@@ -160,7 +168,7 @@ def test_result_is_read_by_attribute_and_item_but_not_unpacked() -> None:
 def test_statistics_against_their_definitions() -> None:
     x, y = data()
     sigma = RNG.uniform(0.5, 2, len(x))
-    result = fit(exponential, x, y + 1e6, [2, 1, 1e6], sigma=sigma)
+    result = fit(exponential, x, y + 1e6, [2, 1, 1e6], sigma=sigma, config=NO_WARMUP)
     residual = (y + 1e6 - np.asarray(result.predict(x))) / sigma
     weight = 1 / sigma**2
     mean = np.average(y, weights=weight)
@@ -205,7 +213,7 @@ def test_predict_on_a_grid() -> None:
 
     t, h = np.linspace(0, 1, 30), np.linspace(0, 1, 20)
     y = 2 * t[:, None] + 3 * h
-    result = fit(lambda x, a, b: a * x[0] + b * x[1], (t[:, None], h), y)
+    result = fit(lambda x, a, b: a * x[0] + b * x[1], (t[:, None], h), y, config=NO_WARMUP)
     np.testing.assert_allclose(result.predict((t[:, None], h)), y, rtol=1e-10)
     named = result.predict((xr.DataArray(t, dims="t"), xr.DataArray(h, dims="h").chunk(h=7)))
     assert named.dims == ("t", "h")
@@ -298,7 +306,7 @@ def test_predict_of_a_large_grid_is_lazy() -> None:
 
     t, h = np.linspace(0, 1, 30), np.linspace(0, 1, 20)
     y = xr.DataArray(2 * t[:, None] + 3 * h, {"t": t, "h": h}, ("t", "h"))
-    result = fit(lambda x, a, b: a * x[0] + b * x[1], ("t", "h"), y)
+    result = fit(lambda x, a, b: a * x[0] + b * x[1], ("t", "h"), y, config=NO_WARMUP)
     long = xr.DataArray(np.linspace(0, 1, 10**6), dims="t")
     wide = xr.DataArray(np.linspace(0, 1, 10**5), dims="h")
     lazy = result.predict((long, wide))  # 800 GB
@@ -324,22 +332,37 @@ def test_models_that_raise(model: Any) -> None:
 # --- problems that fits were seen to refuse, or to end before the solution
 
 
-def test_parameters_whose_value_is_zero() -> None:
-    """A slope, a centre or a phase of 1e-17 is found, not hidden."""
-    x = np.linspace(0, 4, 60)
-    for model, at, y, start in (
-        (lambda x, a, b: a * x + b, x, 0 * x + 3, [1, 1]),
-        (
+SHORT = np.linspace(0, 4, 60)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "y", "start"),
+    [
+        pytest.param(lambda x, a, b: a * x + b, SHORT, 0 * SHORT + 3, [1, 1], id="slope"),
+        pytest.param(
             lambda x, h, m, w: h * jnp.exp(-0.5 * ((x - m) / w) ** 2),
-            x - 2,
-            3 * np.exp(-0.5 * ((x - 2) / 1.2) ** 2),
+            SHORT - 2,
+            3 * np.exp(-0.5 * ((SHORT - 2) / 1.2) ** 2),
             [2, 0.3, 1],
+            id="centre",
         ),
-        (lambda x, a, w, p: a * jnp.sin(w * x + p), x, 2 * np.sin(1.7 * x), [1, 1.6, 0.2]),
-    ):
-        result = fit(model, at, y, start)
-        assert result.success, result.message
-        assert result.cost < 1e-25
+        pytest.param(
+            lambda x, a, w, p: a * jnp.sin(w * x + p),
+            SHORT,
+            2 * np.sin(1.7 * SHORT),
+            [1, 1.6, 0.2],
+            id="phase",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_parameters_whose_value_is_zero(
+    model: Any, x: np.ndarray, y: np.ndarray, start: list[float]
+) -> None:
+    """A slope, a centre or a phase of 1e-17 is found, not hidden."""
+    result = fit(model, x, y, start)
+    assert result.success, result.message
+    assert result.cost < 1e-25
 
 
 @pytest.mark.parametrize("bound", [1e-300, 1e-16, 0.0])

@@ -15,6 +15,7 @@ import xarray as xr
 from scipy.optimize import least_squares, lsq_linear
 
 import nlsq_dask as nd
+from tests.problems import NO_WARMUP
 
 RNG = np.random.default_rng(3)
 N, GROUPS = 8_000, 4
@@ -217,7 +218,8 @@ def test_chunks_and_several_arrays() -> None:
         return model(jnp.stack(x, axis=1), *p)
 
     lazy = tuple(da.from_array(a, chunks) for a, chunks in ((G, 1_700), (T, 900)))
-    result = fit(lazy, da.from_array(Y, 3_000), of_two, sigma=da.ones(N, chunks=777), **weighted())
+    y, sigma = da.from_array(Y, 3_000), da.ones(N, chunks=777)
+    result = fit(lazy, y, of_two, sigma=sigma, **weighted(), **NO_WARMUP)
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-9)
     np.testing.assert_allclose(result.pcov, expected.pcov, rtol=1e-8)
 
@@ -247,7 +249,7 @@ def test_blocks_are_read_once_for_x_and_weights() -> None:
         return block
 
     x = da.from_array(X, (1_000, 2)).map_blocks(counted, dtype=float, meta=np.empty((0, 0)))
-    result = fit(x, da.from_array(Y, 1_000), **weighted(), cache=0, sample_rows=1_000)
+    result = fit(x, da.from_array(Y, 1_000), **weighted(), cache=0, sample_rows=1_000, **NO_WARMUP)
     n_blocks = 8
     assert len(reads) <= n_blocks * (result.n_passes + 1)
 
