@@ -5,7 +5,15 @@ from importlib.metadata import version as _version
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.curve_fit import curve_fit
-from nlsq_dask.errors import DataError, FitInProgressError, ModelError, NonFiniteDataError
+from nlsq_dask.errors import (
+    BlockReadError,
+    DataError,
+    DataWarning,
+    FitInProgressError,
+    MissingChunksWarning,
+    ModelError,
+    NonFiniteDataError,
+)
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
     get_defense_telemetry,
@@ -19,11 +27,14 @@ __version__ = _version("nlsq-dask")
 
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
+    "BlockReadError",
     "DataError",
+    "DataWarning",
     "DefenseLayerTelemetry",
     "FitInProgressError",
     "FitResult",
     "HybridStreamingConfig",
+    "MissingChunksWarning",
     "ModelError",
     "NonFiniteDataError",
     "NormalizedModelWrapper",

@@ -26,6 +26,7 @@ from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.events import FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.find_starts import StartFinder
 from nlsq_dask.fit_context import FitContext, Solved
@@ -78,7 +79,9 @@ class Driver:
         self._loss = loss
         self._emit = emit
         self._penalty = GroupVariance.of(config, len(parameters.names))
-        self._passes = Passes(data, nan_policy == "omit", self._penalty, emit)
+        self._passes = Passes(
+            data, nan_policy == "omit", self._penalty, emit, config.min_success_rate
+        )
         self._iterations = Iterations(emit, callback, config.callback_frequency)
         self.normalizer = ParameterNormalizer(
             parameters.start,
@@ -106,7 +109,12 @@ class Driver:
         except StoppedByCallbackError as stopped:
             return self._outcome(stopped.params, StopReason.USER_STOP, None, None, None)
         with self._phase(3, "covariance") as details:
-            covariance, errors = fit.covariance(details), fit.errors(details)
+            while True:
+                try:
+                    covariance, errors = fit.covariance(details), fit.errors(details)
+                    break
+                except RowsChangedError:  # in a pass of phase 3
+                    solved = fit.solve_again(sample, details)
         return self._outcome(solved.params, solved.stop, solved, covariance, errors)
 
     def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
@@ -143,16 +151,16 @@ class Driver:
         self, fit: DenseFit | GradientFit, details: dict[str, Any]
     ) -> SampleProblem[Any]:
         context = fit.context
-        read = self._passes.sample(context.sample_rows, self._config.random_seed)
-        details["sample"] = {"rows": len(read.rows), "blocks": read.n_blocks}
+        rows, n_blocks = self._passes.sample(context.sample_rows, self._config.random_seed)
+        details["sample"] = {"rows": len(rows), "blocks": n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
         start = self._parameters.start
         sample: SampleProblem[Any] = SampleProblem(
-            context.exact_model, fit.sum_rows, read.rows, start, self._penalty, self._loss
+            context.exact_model, fit.sum_rows, rows, start, self._penalty, self._loss
         )
         if self._passes.must_report(sample.at_start):
             kernel: RowKernel[Any] = fit.kernel
-            self._passes.reduce(kernel, start)  # counts all bad rows, and raises
+            self._passes.reduce_anew(kernel, start)  # counts all bad rows, and raises
         return sample
 
     @contextmanager
@@ -192,5 +200,10 @@ class Driver:
             rows_read=self._passes.rows_read,
             bytes_read=self._passes.bytes_read,
             rows_cached=self._passes.rows_cached,
-            diagnostics=self._diagnostics | {"non_finite": dict(self._iterations.non_finite)},
+            diagnostics=self._diagnostics
+            | {
+                "non_finite": dict(self._iterations.non_finite),
+                "left_out": [bad.record() for _, bad in sorted(self._passes.left_out.items())],
+                "retries": self._passes.n_retries,
+            },
         )

@@ -20,6 +20,7 @@ from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePrecondi
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
+from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import StoppedByCallbackError
@@ -101,13 +102,38 @@ class GradientFit:
         start, sums = self._first_pass(sample, start, starts)
         precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
         state = cg.begin(start, sums, self._settings, precondition)
+        return self._solve_on_all_rows(state, precondition, details)
+
+    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Solved:
+        """Go on from the solution, because there are fewer rows now than it was found with."""
+        state = self._state
+        assert state is not None
+        assert state.solution is not None
+        sums = self._reduce_anew(state.solution)
+        precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
+        begun = cg.resumed(state, sums, precondition, state.solution)
+        if state.stop is StopReason.USER_STOP:
+            begun = replace(begun, stop=state.stop, solution=state.solution)
+        return self._solve_on_all_rows(begun, precondition, details)
+
+    def _solve_on_all_rows(
+        self, state: cg.CgState, precondition: cg.MakePreconditioner, details: dict[str, Any]
+    ) -> Solved:
+        """Converge over all rows, a pass an iteration."""
 
         def reduce(ask: cg.Ask) -> GradientSums:
             return self._reduce(ask.params, ask.candidates, ask.direction)
 
         state = self._iterated(state, reduce, precondition, "all rows")
-        if state.stop is not None and state.stop.is_success and not state.touched.all():
-            state = self._with_sensitivity(state)
+        while state.stop is not None and state.stop.is_success and not state.touched.all():
+            try:
+                state = self._with_sensitivity(state)
+                break
+            except RowsChangedError:
+                assert state.solution is not None
+                sums = self._reduce_anew(state.solution)
+                state = cg.resumed(state, sums, precondition, state.solution)
+                state = self._iterated(state, reduce, precondition, "all rows")
         assert state.stop is not None
         assert state.solution is not None
         self._state = state
@@ -126,6 +152,9 @@ class GradientFit:
         directions = None if direction is None else direction[None]
         return self.context.passes.reduce(self._kernel, params, candidates, directions)
 
+    def _reduce_anew(self, params: Vector) -> GradientSums:
+        return self.context.passes.reduce_anew(self._kernel, params)
+
     def _first_pass(
         self, sample: Sample, start: Vector, starts: list[Vector]
     ) -> tuple[Vector, GradientSums]:
@@ -139,17 +168,17 @@ class GradientFit:
         n_params = len(start)
         expected = 2.0 * sample.reduce(start).cost / max(n_used - n_params, 1)
         chance = (1.0 + _CHANCE * np.sqrt(2.0 / n_used)) * (1.0 + n_params / n_used)
-        first = fit.passes.first(self._kernel, start, fit.sample_rows, fit.config.random_seed)
-        sums = first.sums
-        if first.sample is not None:
-            sample.exchange(first.sample)
+        seed = fit.config.random_seed
+        sums, rows = fit.passes.first(self._kernel, start, fit.sample_rows, seed)
+        if rows is not None:
+            sample.exchange(rows)
         if sums.is_finite and not sums.variance(0) > expected * chance:
             return start, sums
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
         costs = [sample.reduce(end).cost for end in ends]
         best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
         for other in (best, *starts):
-            there = self._reduce(other, None, None)
+            there, sums = fit.passes.reduce_beside(self._kernel, other, (start, sums))
             if there.is_finite and not (sums.is_finite and sums.cost <= there.cost):
                 start, sums = other, there
             if sums.is_finite:
@@ -225,7 +254,11 @@ class GradientFit:
         scales = self.context.normalizer.scales
         while state.stop is None:
             ask, before = state.wanted, state.params
-            sums = reduce(ask)
+            try:
+                sums = reduce(ask)
+            except RowsChangedError:
+                state = cg.resumed(state, self._reduce_anew(state.params), precondition)
+                continue
             if not sums.is_finite:
                 self.context.iterations.report_non_finite(stage, ask.params, sums.n_nonfinite)
             state = cg.told(state, sums, precondition)

@@ -9,9 +9,6 @@ from nlsq_dask.config import HybridStreamingConfig
 _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
     ("checkpoint_dir", lambda c: c.enable_checkpoints and c.checkpoint_dir is not None),
     ("resume_from_checkpoint", lambda c: c.resume_from_checkpoint is not None),
-    ("enable_fault_tolerance=False", lambda c: not c.enable_fault_tolerance),
-    ("max_retries_per_batch other than 2", lambda c: c.max_retries_per_batch != 2),
-    ("min_success_rate below 1", lambda c: c.min_success_rate < 1.0),
     ("max_walltime", lambda c: c.max_walltime is not None),
     ("log_file", lambda c: c.log_file is not None),
 )

@@ -19,9 +19,11 @@ from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.core.starts import check_box
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Driver
+from nlsq_dask.engine.faults import ReadPolicy
 from nlsq_dask.engine.reduce import DataSet
-from nlsq_dask.errors import FitInProgressError
+from nlsq_dask.errors import FitInProgressError, MissingChunksWarning
 from nlsq_dask.events import (
+    BlocksLeftOut,
     Event,
     FitEnded,
     IterationFinished,
@@ -151,6 +153,8 @@ class AdaptiveHybridStreamingOptimizer:
         ------
         DataError, ModelError, ValueError, TypeError
             For arguments that cannot be used.
+        BlockReadError
+            For a block that could not be read (a DataError, too).
         NotImplementedError
             For options that are not built yet.
         FitInProgressError
@@ -177,7 +181,10 @@ class AdaptiveHybridStreamingOptimizer:
                 for observer in observers:
                     observer(event)
 
-            with closing(DataSet(blocks, config.cache)) as data:
+            policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
+            with closing(DataSet(blocks, config.cache, policy)) as data:
+                for sentence in data.missing_chunks():
+                    warnings.warn(sentence, MissingChunksWarning, stacklevel=2)
                 driver = Driver(
                     traced,
                     parameters,
@@ -258,6 +265,8 @@ class AdaptiveHybridStreamingOptimizer:
         elif isinstance(event, PassFinished):
             if self.best_params_global is None or event.cost < self.best_cost_global:
                 self.best_params_global, self.best_cost_global = event.params, event.cost
+        elif isinstance(event, BlocksLeftOut):  # costs of fewer rows are no better for being less
+            self.best_cost_global = float("inf")
         elif isinstance(event, IterationFinished) and not np.isfinite(self.best_cost_global):
             self.best_params_global = event.params
 

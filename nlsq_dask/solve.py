@@ -15,6 +15,7 @@ from nlsq_dask.core.point import Point, Settings
 from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.row_sums import NormalRowSums
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
@@ -47,6 +48,7 @@ def solve(
     reduce: Callable[[gn.State, gn.Trial], NormalEquations],
     reduce_by_qr: Callable[[Vector], NormalEquations] | None,
     judge: Judge,
+    reduce_anew: Callable[[Vector], NormalEquations] | None = None,
 ) -> gn.State:
     """Iterate until the state says to stop.
 
@@ -62,6 +64,9 @@ def solve(
         where J^T J loses too many digits; None if that is not wanted.
     judge : callable
         ``gauss_newton.judge``, or one that reports, too.
+    reduce_anew : callable, optional
+        Sums at given parameters, over the rows that are left if ``reduce`` has said that these are
+        no longer the same.
     """
     while True:
         if reduce_by_qr is not None and gn.loses_digits(state):
@@ -70,8 +75,15 @@ def solve(
             return state
         trial = propose(state)
         state = gn.take_last_step(state, trial)
-        if state.stop is None:
-            state = judge(state, trial, reduce(state, trial))
+        if state.stop is not None:
+            continue
+        try:
+            sums = reduce(state, trial)
+        except RowsChangedError:
+            assert reduce_anew is not None
+            state = gn.resumed(state, reduce_anew(state.point.params))
+            continue
+        state = judge(state, trial, sums)
 
 
 @dataclass(frozen=True)

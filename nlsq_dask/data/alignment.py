@@ -11,7 +11,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from nlsq_dask.core.rows import Layout
+from nlsq_dask.core.rows import Layout, x_array_names
 from nlsq_dask.data.dates import doubt_of_rounding, to_days, without_date_objects
 from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
@@ -97,6 +97,12 @@ class RowBlocks:
             total += n_bytes
         return total
 
+    def part(self, block: tuple[int, ...]) -> tuple[slice, ...]:
+        """Return which part of y a block is."""
+        starts = (sum(sizes[:i]) for sizes, i in zip(self.y.chunks, block, strict=True))
+        sizes = (sizes[i] for sizes, i in zip(self.y.chunks, block, strict=True))
+        return tuple(slice(start, start + n) for start, n in zip(starts, sizes, strict=True))
+
     def keys(self, block: tuple[int, ...]) -> list[tuple[Any, ...]]:
         """Return the graph's keys of one block of every array, in the order of ``arrays``."""
         return [_block_key(array, block) for array in self.arrays]
@@ -146,7 +152,7 @@ def align(
         If the arrays cannot be matched; the message shows shapes and chunks.
     """
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
-    names = ["y_data", *_leaf_names(x_names), *([] if sigma is None else ["sigma"])]
+    names = ["y_data", *x_array_names(x_names), *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     given = without_pandas(list(zip(names, given, strict=True)))
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
@@ -238,13 +244,6 @@ def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
             raise DataError("x_data is an empty dict; expected at least one array.")
         return tuple(x_data), list(x_data.values())
     return None, [x_data]
-
-
-def _leaf_names(x_names: int | tuple[str, ...] | None) -> list[str]:
-    if x_names is None:
-        return ["x_data"]
-    keys = range(x_names) if isinstance(x_names, int) else x_names
-    return [f"x_data[{key!r}]" for key in keys]
 
 
 def _values(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:

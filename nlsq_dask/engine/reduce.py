@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from dask._task_spec import TaskRef
 from numpy.typing import NDArray
 
 from nlsq_dask.core.kernel import RowKernel
@@ -17,11 +19,55 @@ from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
+from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
 from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, hold, send_once
-from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
+from nlsq_dask.engine.source_graph import GroupReader, ReadBlock, SourceGraph
 from nlsq_dask.engine.workers import Workers
+from nlsq_dask.errors import BlockReadError
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What went wrong while blocks were read.
+
+    Attributes
+    ----------
+    lost : dict of int to Fault
+        Blocks that could not be read, by flat index.
+    retries : dict of key to int
+        How often steps were tried again.
+    """
+
+    lost: dict[int, Fault] = field(default_factory=dict)
+    retries: dict[Any, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, read: ReadBlock | None) -> ReadReport:
+        """Return that of one block, None for one that did not have to be read."""
+        if read is None or (read.fault is None and not read.retries):
+            return _NOTHING_WRONG
+        return cls({} if read.fault is None else {read.index: read.fault}, read.retries)
+
+    @classmethod
+    def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
+        """Return what all of them say; what several groups have waited for counts once."""
+        wrong = [report for report in reports if report.lost or report.retries]
+        if len(wrong) <= 1:
+            return wrong[0] if wrong else _NOTHING_WRONG
+        return cls(
+            {index: fault for report in wrong for index, fault in report.lost.items()},
+            {key: count for report in wrong for key, count in report.retries.items()},
+        )
+
+    @property
+    def n_retries(self) -> int:
+        """How often something was tried again."""
+        return sum(self.retries.values())
+
+
+_NOTHING_WRONG = ReadReport()
 
 
 @dataclass(frozen=True)
@@ -30,15 +76,18 @@ class Sample:
 
     Attributes
     ----------
-    rows : Rows
+    rows : Rows or None
+        None if no block could be read.
     rows_read, bytes_read : int
     n_blocks : int
+    reading : ReadReport
     """
 
-    rows: Rows
+    rows: Rows | None
     rows_read: int
     bytes_read: int
     n_blocks: int
+    reading: ReadReport
 
 
 @dataclass(frozen=True)
@@ -58,6 +107,8 @@ class PassRequest:
     sample_share : float
         Share of the rows to bring back, taken evenly from all blocks.
     seed : int
+    left_out : frozenset of int
+        Flat indices of blocks that are not wanted.
     """
 
     params: NDArray[np.float64]
@@ -66,6 +117,7 @@ class PassRequest:
     is_first: bool = True
     sample_share: float = 0.0
     seed: int = 0
+    left_out: frozenset[int] = frozenset()
 
 
 S = TypeVar("S", bound=Sums)
@@ -73,10 +125,19 @@ S = TypeVar("S", bound=Sums)
 
 @dataclass(frozen=True)
 class PassResult(Generic[S]):
-    """What a pass, or a part of one, brings back: sums, and perhaps some rows."""
+    """What a pass, or a part of one, brings back.
 
-    sums: S
+    Attributes
+    ----------
+    sums : Sums or None
+        None if no block could be read.
+    sample : Rows or None
+    reading : ReadReport
+    """
+
+    sums: S | None
     sample: Rows | None
+    reading: ReadReport
 
 
 class DataSet:
@@ -91,6 +152,8 @@ class DataSet:
     blocks : RowBlocks
     cache : int or "auto"
         Bytes of blocks that may stay in the workers' memory between passes.
+    policy : ReadPolicy, optional
+        What happens where reading fails.
 
     Raises
     ------
@@ -98,18 +161,21 @@ class DataSet:
         If a block is too large for the memory of a worker.
     """
 
-    def __init__(self, blocks: RowBlocks, cache: int | str) -> None:
+    def __init__(
+        self, blocks: RowBlocks, cache: int | str, policy: ReadPolicy | None = None
+    ) -> None:
         self.blocks = blocks
         self._block_rows = blocks.block_rows()
         self._workers = Workers.active()
         groups = group_blocks(self._block_rows)
         self.memory = MemoryPlan.of(blocks, groups, self._workers, cache)
         self.memory.check()
-        self._source = SourceGraph(blocks)
+        self._source = SourceGraph(blocks, policy or ReadPolicy())
         self._source.replace(send_once(self._source.large_literals, self._workers.client))
         readers, self._shared = self._source.readers(groups)
         budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
         self._inputs = [reader.inputs for reader in readers]
+        self._members = [{index for index, *_ in reader.blocks} for reader in readers]
         held = [
             Group(reader, n_bytes, budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
@@ -138,7 +204,13 @@ class DataSet:
         return self._workers.platforms()
 
     def reduce(self, kernel: RowKernel[S], request: PassRequest) -> PassResult[S]:
-        """Sum over all rows: one pass."""
+        """Sum over all rows but those of blocks left out: one pass.
+
+        Raises
+        ------
+        BlockReadError
+            If a block cannot be read, and the policy does not let it be left out.
+        """
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]
@@ -146,44 +218,85 @@ class DataSet:
             graph.constant("kernel", self._kernel[1]),
             graph.constant("request", request),
         )
+        wanted = [i for i, own in enumerate(self._members) if not own <= request.left_out]
         leaves = [
             graph.task(
                 "normal-equations",
                 i,
                 _reduce_group,
-                graph.constant(f"group-{i}", group),
+                graph.constant(f"group-{i}", self._groups[i]),
                 *constants,
-                inputs=inputs,
+                inputs=self._inputs[i],
             )
-            for i, (group, inputs) in enumerate(zip(self._groups, self._inputs, strict=True))
+            for i in wanted
         ]
         combined = graph.tree("combine", leaves, _combine)
         if self._read_ahead is not None:
             # When a thread is done with its group, the one so many places further on is its next.
-            turns = [self._groups[i] for i in graph.order_of(leaves)]
+            turns = [self._groups[wanted[i]] for i in graph.order_of(leaves)]
             following = turns[self._workers.most_threads :]
             for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead)
-        result: PassResult[S] = graph.run(combined)
+                group.read_ahead_of(other, self._read_ahead, request.left_out)
+        result: PassResult[S] = self._run(graph, combined)
         return result
 
-    def sample(self, sample_rows: int, seed: int) -> Sample:
-        """Read a few blocks and take rows from each."""
-        plan = plan_sample(self._block_rows, sample_rows, seed, self.blocks.in_memory)
+    def sample(self, sample_rows: int, seed: int, left_out: frozenset[int] = frozenset()) -> Sample:
+        """Read a few blocks and take rows from each, as if those left out were not there."""
+        block_rows = self._block_rows.copy()
+        block_rows.flat[list(left_out)] = 0
+        plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
         readers, shared = self._source.readers([[block] for block in plan.blocks])
         graph = TaskGraph(shared)
         leaves = [
             graph.task("sample", i, _sample_block, reader, plan, i, inputs=reader.inputs)
             for i, reader in enumerate(readers)
         ]
-        sample: Sample = graph.run(graph.task("sample-join", 0, _join_samples, *leaves))
+        joined = graph.task("sample-join", 0, _join_samples, *leaves)
+        sample: Sample = self._run(graph, joined)
         return sample
+
+    def _run(self, graph: TaskGraph, result: TaskRef) -> Any:
+        try:
+            return graph.run(result)
+        except ReadFailedError as failed:
+            raise self._block_error(failed.fault) from failed.cause
+
+    def _block_error(self, fault: Fault) -> BlockReadError:
+        block = self._source.first_block_needing(fault.key)
+        bad = self.bad_block(int(np.ravel_multi_index(block, self.blocks.grid)), fault)
+        return BlockReadError(
+            f"{bad.sentence}. Repair or replace what is stored there, or let blocks that stay "
+            f"unreadable be left out with HybridStreamingConfig(min_success_rate=...) below 1.",
+            bad.array,
+            bad.block,
+            bad.chunk,
+        )
+
+    def bad_block(self, index: int, fault: Fault) -> BadBlock:
+        """Say in the caller's terms which block could not be read."""
+        block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
+        names = self.blocks.layout.array_names
+        arrays = [names[i] for i in self._source.arrays_needing(fault.key, block)]
+        return BadBlock(
+            block=block,
+            grid=self.blocks.grid,
+            rows=int(self._block_rows[block]),
+            part=self.blocks.part(block),
+            array=" and ".join(arrays),
+            chunk=fault.chunk,
+            error=fault.error,
+            tries=fault.tries,
+        )
+
+    def missing_chunks(self) -> list[str]:
+        """Return sentences on chunks that a Zarr store does not hold and reads as values."""
+        return [missing.sentence for missing in self._source.missing_chunks()]
 
 
 def _reduce_group(
     group: Group, kernel: RowKernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
-    blocks = group.blocks(inputs, kernel.placed)
+    blocks = group.blocks(inputs, request.left_out, kernel.placed)
     parts = (_reduce_block(kernel, request, *block) for block in blocks)
     return reduce(_combine, parts)
 
@@ -192,9 +305,11 @@ def _reduce_block(
     kernel: RowKernel[S],
     request: PassRequest,
     index: int,
-    rows: Kept,
-    read: Block | None,
+    rows: Kept | None,
+    read: ReadBlock | None,
 ) -> PassResult[S]:
+    if rows is None:
+        return PassResult(None, None, ReadReport.of(read))
     further = {} if request.directions is None else {"directions": request.directions}
     sums = kernel(
         rows,
@@ -204,35 +319,41 @@ def _reduce_block(
         wants_moments=request.is_first,
         **further,
     )
+    block = rows if read is None else read.block
     if read is None:
         sums = replace(sums, rows_cached=len(rows))
-    else:
-        sums = replace(sums, rows_read=len(read), bytes_read=read.nbytes)
-    block = rows if read is None else read
-    taken = thin_out(len(block), request.sample_share, request.seed, index)
+    elif read.block is not None:
+        sums = replace(sums, rows_read=len(read.block), bytes_read=read.block.nbytes)
+    taken = thin_out(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
-    return PassResult(sums, sample)
+    return PassResult(sums, sample, ReadReport.of(read))
 
 
 def _combine(*parts: PassResult[S]) -> PassResult[S]:
+    sums = [part.sums for part in parts if part.sums is not None]
     rows = [part.sample for part in parts if part.sample is not None]
     return PassResult(
-        reduce(lambda one, other: one.combine(other), (part.sums for part in parts)),
+        reduce(lambda one, other: one.combine(other), sums) if sums else None,
         Rows.concatenate(rows) if rows else None,
+        ReadReport.joined(part.reading for part in parts),
     )
 
 
 def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
-    ((_, block),) = reader.read(inputs)
-    rows = block.take(plan.rows_of(i, len(block)))
-    return Sample(rows, len(block), block.nbytes, 1)
+    (read,) = reader.read(inputs)
+    block, report = read.block, ReadReport.of(read)
+    if block is None:
+        return Sample(None, 0, 0, 0, report)
+    return Sample(block.take(plan.rows_of(i, len(block))), len(block), block.nbytes, 1, report)
 
 
 def _join_samples(*parts: Sample) -> Sample:
+    rows = [part.rows for part in parts if part.rows is not None]
     return Sample(
-        Rows.concatenate([part.rows for part in parts]),
+        Rows.concatenate(rows) if rows else None,
         sum(part.rows_read for part in parts),
         sum(part.bytes_read for part in parts),
-        len(parts),
+        sum(part.n_blocks for part in parts),
+        ReadReport.joined(part.reading for part in parts),
     )
