@@ -239,10 +239,10 @@ class Passes:
                 f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
             )
         if sums.n_bad and not self._omits_nan:
-            block = tuple(map(int, np.unravel_index(sums.first_bad_block, grid)))
+            block, where = self._data.first_not_finite(sums.first_bad_block)
             raise NonFiniteDataError(
                 f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or "
-                f"sigma; the first of them is in block {block} of the grid {grid}. Use "
+                f"sigma; the first of them are in block {block} of the grid {grid}{where}. Use "
                 f"nan_policy='omit' to leave such rows out.",
                 sums.n_bad,
                 block,

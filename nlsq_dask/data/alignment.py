@@ -278,11 +278,10 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
             size in (1, n) for size, n in zip(rows[::-1], y.shape[::-1], strict=False)
         )
     if not fits:
+        named = (given.dims, first.given.dims) if both_named else None
         raise DataError(
             f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not match "
-            f"(chunks {array.chunks} and {y.chunks}). For a 1-d y_data pass x of shape (n,) or "
-            f"(n, k), or a tuple of (n,); for an N-d y_data arrays that broadcast against it, such "
-            f"as t[:, None, None], or xarray.DataArrays, which are matched by name."
+            f"(chunks {array.chunks} and {y.chunks}). {_shape_advice(name, array, y, named)}"
         )
     if mask is not None and mask.ndim > len(rows):  # a row without one of its features is left out
         mask = mask.any(axis=-1)
@@ -290,6 +289,23 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     if missing:
         array, mask = array[missing], None if mask is None else mask[missing]
     return _Source(name, given, array, mask, units, doubt)
+
+
+def _shape_advice(name: str, array: da.Array, y: da.Array, dims: tuple[Any, Any] | None) -> str:
+    if dims is not None:
+        return (
+            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} "
+            f"that are meant to be others."
+        )
+    if name == "sigma":
+        return "Pass one number, or an array that broadcasts against y_data."
+    if y.ndim == 1 and array.ndim == 2 and array.shape[1] == len(y):
+        return f"A row of x is a row of the array: pass {name}.T, or a tuple of arrays."
+    return (
+        "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,); for an N-d y_data "
+        "arrays that broadcast against it, such as t[:, None, None], or xarray.DataArrays, which "
+        "are matched by name."
+    )
 
 
 def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:

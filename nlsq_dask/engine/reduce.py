@@ -23,7 +23,7 @@ from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
 from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.scheduling import TaskGraph, group_blocks, hold, send_once
-from nlsq_dask.engine.source_graph import GroupReader, ReadBlock, SourceGraph
+from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock, SourceGraph
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError
 
@@ -170,7 +170,7 @@ class DataSet:
         groups = group_blocks(self._block_rows)
         self.memory = MemoryPlan.of(blocks, groups, self._workers, cache)
         self.memory.check()
-        self._source = SourceGraph(blocks, policy or ReadPolicy())
+        self._source = SourceGraph(blocks, policy)
         self._source.replace(send_once(self._source.large_literals, self._workers.client))
         readers, self._shared = self._source.readers(groups)
         budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
@@ -288,6 +288,32 @@ class DataSet:
             tries=fault.tries,
         )
 
+    def first_not_finite(self, index: int) -> tuple[Index, str]:
+        """Return the position of a block, and in words which of its arrays is not finite and where.
+
+        The block is read once more. The words are none if it is finite now.
+
+        Parameters
+        ----------
+        index : int
+            Flat index of the block.
+        """
+        block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
+        ((reader,), shared) = self._source.readers([[block]])
+        graph = TaskGraph(shared)
+        task = graph.task("not-finite", 0, _not_finite, reader, inputs=reader.inputs)
+        found: tuple[int, Index, Index] | None = self._run(graph, task)
+        if found is None:
+            return block, ""
+        i, position, shape = found
+        starts = [part.start for part in self.blocks.part(block)]
+        row = ", ".join(str(start + at) for start, at in zip(starts, position, strict=False))
+        name = self.blocks.layout.array_names[i]
+        where = f", beginning with {'' if name == 'y_data' else f'{name} at '}y_data[{row}]"
+        where += "".join(f", column {at}" for at in position[len(starts) :])
+        chunk = self._source.chunk_of(self.blocks.keys(block)[i], position, shape)
+        return block, where if chunk is None else f"{where}, in {chunk}"
+
     def missing_chunks(self) -> list[str]:
         """Return sentences on chunks that a Zarr store does not hold and reads as values."""
         return [missing.sentence for missing in self._source.missing_chunks()]
@@ -346,6 +372,25 @@ def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -
     if block is None:
         return Sample(None, 0, 0, 0, report)
     return Sample(block.take(plan.rows_of(i, len(block))), len(block), block.nbytes, 1, report)
+
+
+def _not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
+    """Return which array of a block is not finite, where first, and that array's shape."""
+    (read,) = reader.read(inputs)
+    if read.block is None:
+        return None
+    *arrays, mask = read.block.arrays
+    for i, array in enumerate(array for array in arrays if array is not None):
+        bad = np.asarray(~np.isfinite(array))
+        if mask is not None:
+            bad = bad & ~mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+        if bad.any():
+            # Where an array does not vary, an entry belongs to all rows along that dimension.
+            repeated = tuple(i for i, n in enumerate(array.shape) if n < bad.shape[i])
+            bad = np.asarray(bad.any(axis=repeated, keepdims=True))
+            position = np.unravel_index(int(bad.argmax()), bad.shape)
+            return i, tuple(map(int, position)), array.shape
+    return None
 
 
 def _join_samples(*parts: Sample) -> Sample:

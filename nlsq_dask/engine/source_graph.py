@@ -181,13 +181,13 @@ class SourceGraph:
     Parameters
     ----------
     blocks : RowBlocks
-    policy : ReadPolicy
+    policy : ReadPolicy, optional
         What its readers do where reading fails.
     """
 
-    def __init__(self, blocks: RowBlocks, policy: ReadPolicy) -> None:
+    def __init__(self, blocks: RowBlocks, policy: ReadPolicy | None = None) -> None:
         self._blocks = blocks
-        self._policy = policy
+        self._policy = ReadPolicy() if policy is None else policy
         # All arrays at once: dask.optimize would do it one by one, and what is made from another of
         # them (a sigma that is a share of y) would read that a second time.
         graph = HighLevelGraph.merge(*(array.__dask_graph__() for array in blocks.arrays))
@@ -260,13 +260,32 @@ class SourceGraph:
                 stack.extend(self._nodes[key].dependencies)
         return found
 
+    def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
+        """Return the stored chunk that holds an entry of a block, if the block is a part of one.
+
+        Parameters
+        ----------
+        key : key
+            Of the block of one array.
+        position : tuple of int
+        shape : tuple of int
+            Of that block.
+        """
+        node = self._nodes.get(key)
+        found = [] if node is None else list(stored_regions(node, self._literals))
+        return found[0].chunk_at(position, shape) if len(found) == 1 else None
+
+    @property
+    def _literals(self) -> dict[Key, Any]:
+        return {key: n.value for key, n in self._nodes.items() if isinstance(n, DataNode)}
+
     def missing_chunks(self) -> Iterator[MissingChunks]:
         """Yield the Zarr arrays of which chunks are missing that a fit would read as values.
 
         Zarr leaves out chunks that hold nothing but the fill value, so that one which was lost
         looks the same. Each store is asked once for a list of what it holds.
         """
-        literals = {k: n.value for k, n in self._nodes.items() if isinstance(n, DataNode)}
+        literals = self._literals
         by_array: defaultdict[int, list[StoredRegion]] = defaultdict(list)
         for node in self._nodes.values():
             for stored in stored_regions(node, literals):

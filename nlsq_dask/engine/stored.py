@@ -63,6 +63,19 @@ class StoredRegion:
             for part, size in zip(self.region, self._objects, strict=True)
         )
 
+    def chunk_at(self, position: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
+        """Name the object that holds an entry, counted from the region's first.
+
+        None where the region has another shape, because something was made of what was read.
+        """
+        if shape != tuple(part.stop - part.start for part in self.region):
+            return None
+        index = tuple(
+            (part.start + i) // size
+            for part, i, size in zip(self.region, position, self._objects, strict=True)
+        )
+        return _named(self.array, self.array.metadata.encode_chunk_key(index))
+
 
 def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
     """Say which stored object a step fails at, as far as that can be found out.
