@@ -6,10 +6,13 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.curve_fit import curve_fit
 from nlsq_dask.errors import (
+    BlockReadError,
     CheckpointError,
     ClusterLostError,
     DataError,
+    DataWarning,
     FitInProgressError,
+    MissingChunksWarning,
     ModelError,
     NonFiniteDataError,
 )
@@ -26,13 +29,16 @@ __version__ = _version("nlsq-dask")
 
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
+    "BlockReadError",
     "CheckpointError",
     "ClusterLostError",
     "DataError",
+    "DataWarning",
     "DefenseLayerTelemetry",
     "FitInProgressError",
     "FitResult",
     "HybridStreamingConfig",
+    "MissingChunksWarning",
     "ModelError",
     "NonFiniteDataError",
     "NormalizedModelWrapper",

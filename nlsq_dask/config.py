@@ -321,10 +321,22 @@ class HybridStreamingConfig:
         "Where cost or gradient at a trial point are NaN or infinite, go back to the best point "
         "and try a smaller step; False ends the warm-up, or the fit, at the first such point.",
     )
-    enable_fault_tolerance: bool = _aside(True, _BOOL, "Retry blocks that could not be read.")
-    max_retries_per_batch: int = _aside(2, _int(0), "Retries of one block.")
+    enable_fault_tolerance: bool = _aside(
+        True,
+        _BOOL,
+        "Try again what could not be read; False makes the first error of the source the end.",
+    )
+    max_retries_per_batch: int = _aside(
+        2,
+        _int(0),
+        "How often reading is tried again, at the step of a block that failed, with pauses that "
+        "grow from 0.1 s by a factor of 4, to 10 s at most.",
+    )
     min_success_rate: float = _aside(
-        1.0, _FRACTION, "Below 1: blocks that stay unreadable may be left out, down to this share."
+        1.0,
+        _FRACTION,
+        "Share of the rows that must be readable. Below 1, blocks that stay unreadable are left "
+        "out as long as so many rows remain, with a warning; the result says which.",
     )
     max_walltime: float | None = _aside(
         None,
@@ -425,7 +437,18 @@ class HybridStreamingConfig:
                     f"{needed} needs {switch}=True; without it {value!r} says nothing."
                 )
 
-    # --- what "auto" means
+        if self.min_success_rate < 1.0 and not self.enable_fault_tolerance:
+            raise ValueError(
+                f"min_success_rate={self.min_success_rate!r} needs enable_fault_tolerance=True; "
+                f"without it no block is left out."
+            )
+
+    # --- what "auto" means, and what options mean together
+
+    @property
+    def read_retries(self) -> int:
+        """How often reading is tried again."""
+        return self.max_retries_per_batch if self.enable_fault_tolerance else 0
 
     @property
     def piece_rows(self) -> int:

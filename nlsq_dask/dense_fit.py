@@ -18,6 +18,7 @@ from nlsq_dask.core.row_sums import NormalRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
+from nlsq_dask.engine.faults import BadBlock
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
@@ -42,10 +43,14 @@ class _OnSample:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """The state of the solve over all rows, and the trial whose sums are wanted next."""
+    """The state of the solve over all rows.
+
+    With the trial whose sums are wanted next, and the blocks that are left out of the rows.
+    """
 
     state: gn.State
     trial: gn.Trial | None
+    left_out: dict[int, BadBlock]
 
 
 class DenseFit:
@@ -96,11 +101,19 @@ class DenseFit:
     def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
         """Converge on the sample, then over all rows."""
         start = self._solve_on_sample(sample, starts, details)
-        self._state = state = self._solve_on_all_rows(sample, start, details)
-        assert state.stop is not None
+        state = self._begun(sample, start)
+        return self._solve_on_all_rows(state, sample, details)
+
+    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Solved:
+        """Go on from the solution, because there are fewer rows now than it was found with."""
+        state = self._state
+        assert state is not None
         assert state.solution is not None
-        point = state.point
-        return Solved(state.solution, state.stop, point.sums, point.params, state.iteration)
+        sums = self.context.passes.reduce_anew(self._kernel, state.solution)
+        begun = gn.resumed(state, sums, state.solution)
+        if state.stop is StopReason.USER_STOP:
+            begun = replace(begun, stop=state.stop, solution=state.solution)
+        return self._solve_on_all_rows(begun, sample, details)
 
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
@@ -131,49 +144,63 @@ class DenseFit:
         self.context.emit(SampleSolved(state.iteration, state.point.sums.mean_square))
         return _OnSample(state.solution, state.iteration, product)
 
-    def _solve_on_all_rows(
-        self, sample: Sample, start: Vector, details: dict[str, Any]
-    ) -> gn.State:
-        """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
+    def _begun(self, sample: Sample, start: Vector) -> gn.State:
+        """Choose the kernel for all rows, and make the first pass."""
         is_exact = self.context.is_exact
         factors = self._kernel.factors if is_exact else sample.reduce.factors(start)
         kernel = replace(self._kernel, y_reference=sample.y_reference, factors=factors)
         product = sample.reduce.kernel.product if is_exact else first_product(self.context.config)
         self._kernel = kernel.making(product, self.context.model)
-        may_change = self.context.config.gauss_newton_solver == "auto" and is_exact
+        return gn.start(*self._first_pass(sample, start), self._settings)
+
+    def _solve_on_all_rows(
+        self, state: gn.State, sample: Sample, details: dict[str, Any]
+    ) -> Solved:
+        """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
+        passes = self.context.passes
+        may_change = self.context.config.gauss_newton_solver == "auto" and self.context.is_exact
 
         def reduce(state: gn.State, trial: gn.Trial) -> NormalEquations:
-            further = gn.candidates(state, trial)
-            return self.context.passes.reduce(self._kernel, trial.params, further)
+            return passes.reduce(self._kernel, trial.params, gn.candidates(state, trial))
+
+        def reduce_anew(params: Vector) -> NormalEquations:
+            return passes.reduce_anew(self._kernel, params)
 
         def reduce_by_qr(params: Vector) -> NormalEquations:
             self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
-            return self.context.passes.reduce(self._kernel, params)
+            return reduce_anew(params)
 
-        first, journal = self._first_pass(sample, start), self.context.journal
+        journal = self.context.journal
         with journal.loop("all rows"):
-            ahead = journal.noted(_Ahead) or _Ahead(gn.start(*first, self._settings), None)
+            ahead = journal.noted(_Ahead)
+            if ahead is None:
+                ahead = _Ahead(state, None, passes.left_out)
+            passes.left_out = dict(ahead.left_out)
             state = solve(
                 self._gone_on_with(ahead.state),
                 lambda state: forecast(state, sample.reduce) or gn.propose(state),
                 reduce,
                 reduce_by_qr if may_change else None,
                 partial(self._judged, stage=ALL_ROWS),
+                reduce_anew,
                 self._remember,
                 ahead.trial,
             )
+        self._state = state
         assert state.stop is not None
+        assert state.solution is not None
         details |= {
             "iterations": state.iteration,
-            "passes": self.context.passes.n_passes,
+            "passes": passes.n_passes,
             "reason": state.stop.name.lower(),
             "solver": "qr" if self._kernel.product.is_factorized else "normal",
         }
-        return state
+        point = state.point
+        return Solved(state.solution, state.stop, point.sums, point.params, state.iteration)
 
     def _remember(self, state: gn.State, trial: gn.Trial | None) -> None:
         self._state = state
-        self.context.journal.note(_Ahead(state, trial))
+        self.context.journal.note(_Ahead(state, trial, self.context.passes.left_out))
 
     def _gone_on_with(self, state: gn.State) -> gn.State:
         """Go on with a state that may have been made by another process, for less iterations."""
@@ -202,12 +229,11 @@ class DenseFit:
         """
         expected = 2.0 * sample.reduce(start).cost / max(sample.n_used, 1)
         chance = 1.0 + 5.0 * float(np.sqrt(2.0 / max(sample.n_used, 1)))
-        result = self.context.passes.first(
+        sums, rows = self.context.passes.first(
             self._kernel, start, self.context.sample_rows, self.context.config.random_seed
         )
-        sums = result.sums
-        if result.sample is not None:
-            sample.exchange(result.sample)
+        if rows is not None:
+            sample.exchange(rows)
         if sums.is_finite and not 2.0 * sums.cost / sums.n_used > expected * chance:
             return start, sums
         again = self._solve_on_sample(sample, self.context.start_finder.find(sample, {}), {})
@@ -220,7 +246,7 @@ class DenseFit:
             there = sample.reduce(again)
         if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
             return start, sums
-        other = self.context.passes.reduce(self._kernel, again)
+        other, sums = self.context.passes.reduce_beside(self._kernel, again, (start, sums))
         if other.is_finite and not (sums.is_finite and sums.cost <= other.cost):
             return again, other
         return start, sums

@@ -28,7 +28,7 @@ from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, RowsChangedError
 from nlsq_dask.events import FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.find_starts import StartFinder
 from nlsq_dask.fit_context import FitContext, Solved
@@ -92,7 +92,13 @@ class Driver:
         self._penalty = GroupVariance.of(config, len(parameters.names))
         self._journal = journal
         self._passes = Passes(
-            data, nan_policy == "omit", self._penalty, emit, journal, interruption
+            data,
+            nan_policy == "omit",
+            self._penalty,
+            emit,
+            config.min_success_rate,
+            journal,
+            interruption,
         )
         self._iterations = Iterations(emit, callback, config.callback_frequency, interruption)
         for event in journal.events:
@@ -123,7 +129,7 @@ class Driver:
             with self._phase(2, "Gauss-Newton") as details:
                 solved = fit.solve(sample, starts, details)
             with self._phase(3, "covariance") as details:
-                covariance, errors = fit.covariance(details), fit.errors(details)
+                solved, covariance, errors = self._errors(fit, sample, solved, details)
         except StoppedByCallbackError as stopped:
             return self._outcome(stopped.params, StopReason.USER_STOP, None, None, None)
         except FitInterruptedError as interrupted:
@@ -132,6 +138,19 @@ class Driver:
         if solved.stop.is_success:
             self._journal.save()
         return self._outcome(solved.params, solved.stop, solved, covariance, errors)
+
+    def _errors(
+        self,
+        fit: DenseFit | GradientFit,
+        sample: SampleProblem[Any],
+        solved: Solved,
+        details: dict[str, Any],
+    ) -> tuple[Solved, Covariance | None, Vector | None]:
+        while True:
+            try:
+                return solved, fit.covariance(details), fit.errors(details)
+            except RowsChangedError:  # in a pass of this phase
+                solved = fit.solve_again(sample, details)
 
     def _so_far(self, fit: DenseFit | GradientFit, reason: StopReason) -> Outcome:
         """Return what is known where a fit is interrupted."""
@@ -178,16 +197,16 @@ class Driver:
         self, fit: DenseFit | GradientFit, details: dict[str, Any]
     ) -> SampleProblem[Any]:
         context = fit.context
-        read = self._passes.sample(context.sample_rows, self._config.random_seed)
-        details["sample"] = {"rows": len(read.rows), "blocks": read.n_blocks}
+        rows, n_blocks = self._passes.sample(context.sample_rows, self._config.random_seed)
+        details["sample"] = {"rows": len(rows), "blocks": n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
         start = self._parameters.start
         sample: SampleProblem[Any] = SampleProblem(
-            context.exact_model, fit.sum_rows, read.rows, start, self._penalty, self._loss
+            context.exact_model, fit.sum_rows, rows, start, self._penalty, self._loss
         )
         if self._passes.must_report(sample.at_start):
             kernel: RowKernel[Any] = fit.kernel
-            self._passes.reduce(kernel, start)  # counts all bad rows, and raises
+            self._passes.reduce_anew(kernel, start)  # counts all bad rows, and raises
         cost = sample.at_start.cost
         before = self._journal.step("cost of the sample at p0", float, lambda: cost)
         if not np.isclose(cost, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
@@ -240,5 +259,10 @@ class Driver:
             bytes_read=self._passes.bytes_read,
             rows_cached=self._passes.rows_cached,
             checkpoint=self._journal.last_path,
-            diagnostics=self._diagnostics | {"non_finite": dict(self._iterations.non_finite)},
+            diagnostics=self._diagnostics
+            | {
+                "non_finite": dict(self._iterations.non_finite),
+                "left_out": [bad.record() for _, bad in sorted(self._passes.left_out.items())],
+                "retries": self._passes.n_retries,
+            },
         )

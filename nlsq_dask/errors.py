@@ -31,6 +31,48 @@ class NonFiniteDataError(DataError):
         return type(self), (self.args[0], self.n_rows, self.first_block)
 
 
+class BlockReadError(DataError):
+    """A block of the data could not be read, and ``min_success_rate`` does not let it be left out.
+
+    The error of the store, of the codec or of the caller's own function is its ``__cause__``.
+
+    Attributes
+    ----------
+    array : str
+        Which arrays it is, as messages call them, such as "y_data" or "x_data[0]".
+    block : tuple of int
+        Position of the first such block in the grid of blocks.
+    chunk : str or None
+        Where the store holds what could not be read, as far as that can be told.
+    """
+
+    def __init__(
+        self, message: str, array: str, block: tuple[int, ...], chunk: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.array = array
+        self.block = block
+        self.chunk = chunk
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.args[0], self.array, self.block, self.chunk)
+
+
+class DataWarning(UserWarning):
+    """The fit goes on, but not over all that the data seem to hold."""
+
+
+class MissingChunksWarning(DataWarning):
+    """Chunks are not in their Zarr store, which gives their fill value instead."""
+
+
+class RowsChangedError(Exception):
+    """Blocks were left out in a pass whose sums would have been compared with those of another.
+
+    It stays inside the library: whoever compares makes the other sums anew.
+    """
+
+
 class FitInProgressError(RuntimeError):
     """A second fit was started on an optimizer that is still running one."""
 

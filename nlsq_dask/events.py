@@ -130,7 +130,8 @@ class NonFiniteTrial(Event):
 class PassFinished(Event):
     """All rows were reduced once, at ``params`` with the result ``cost``.
 
-    ``rows`` and ``bytes`` were read for it; ``rows_cached`` were in the workers' memory.
+    ``rows`` and ``bytes`` were read for it; ``rows_cached`` were in the workers' memory. What could
+    not be read at once was tried again, ``retries`` times in all.
     """
 
     number: int
@@ -140,6 +141,18 @@ class PassFinished(Event):
     rows: int
     bytes: int
     rows_cached: int
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class BlocksLeftOut(Event):
+    """Blocks could not be read, as ``sentences`` say, and are left out from now on.
+
+    ``rows`` are left out in all, earlier ones included. Costs from before were over more rows.
+    """
+
+    sentences: tuple[str, ...]
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,7 @@ class SampleRead(Event):
     blocks: int
     rows_read: int
     bytes: int
+    retries: int
 
 
 @dataclass(frozen=True)

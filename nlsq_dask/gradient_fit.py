@@ -20,6 +20,8 @@ from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePrecondi
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
+from nlsq_dask.engine.faults import BadBlock
+from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
@@ -66,6 +68,14 @@ class _OnSample:
     n_products: int
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """The state of the solve over all rows, and the blocks that are left out of them."""
+
+    state: cg.CgState
+    left_out: dict[int, BadBlock]
+
+
 class GradientFit:
     """Phases 2 and 3 of a fit of so many parameters that nothing may be a matrix of them.
 
@@ -104,27 +114,52 @@ class GradientFit:
 
     def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
         """Converge on the sample, then over all rows."""
-        self._sample, context = sample, self.context
+        self._sample = sample
         start = self._solve_on_sample(sample, starts, details)
         self._kernel = replace(self._kernel, y_reference=sample.y_reference)
         start, sums = self._first_pass(sample, start, starts)
         precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
+        state = cg.begin(start, sums, self._settings, precondition)
+        return self._solve_on_all_rows(state, precondition, details)
+
+    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Solved:
+        """Go on from the solution, because there are fewer rows now than it was found with."""
+        state = self._state
+        assert state is not None
+        assert state.solution is not None
+        sums = self._reduce_anew(state.solution)
+        precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
+        begun = cg.resumed(state, sums, precondition, state.solution)
+        if state.stop is StopReason.USER_STOP:
+            begun = replace(begun, stop=state.stop, solution=state.solution)
+        return self._solve_on_all_rows(begun, precondition, details)
+
+    def _solve_on_all_rows(
+        self, state: cg.CgState, precondition: cg.MakePreconditioner, details: dict[str, Any]
+    ) -> Solved:
+        """Converge over all rows, a pass an iteration."""
 
         def reduce(ask: cg.Ask) -> GradientSums:
             return self._reduce(ask.params, ask.candidates, ask.direction)
 
-        journal = context.journal
+        journal, passes = self.context.journal, self.context.passes
         with journal.loop("all rows"):
-            noted = journal.noted(cg.CgState)
-            if noted is None:
-                self._remember(cg.begin(start, sums, self._settings, precondition))
+            ahead = journal.noted(_Ahead)
+            if ahead is None:
+                self._remember(state)
             else:
-                self._state = self._gone_on_with(noted)
-            state = self._state
-            assert state is not None
+                passes.left_out = dict(ahead.left_out)
+                self._state = state = self._gone_on_with(ahead.state)
             state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
-        if state.stop is not None and state.stop.is_success and not state.touched.all():
-            state = self._with_sensitivity(state)
+            while state.stop is not None and state.stop.is_success and not state.touched.all():
+                try:
+                    state = self._with_sensitivity(state)
+                    break
+                except RowsChangedError:
+                    assert state.solution is not None
+                    sums = self._reduce_anew(state.solution)
+                    state = cg.resumed(state, sums, precondition, state.solution)
+                    state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
         assert state.stop is not None
         assert state.solution is not None
         self._state = state
@@ -139,7 +174,7 @@ class GradientFit:
 
     def _remember(self, state: cg.CgState) -> None:
         self._state = state
-        self.context.journal.note(state)
+        self.context.journal.note(_Ahead(state, self.context.passes.left_out))
 
     def _gone_on_with(self, state: cg.CgState) -> cg.CgState:
         """Go on with a state that may have been made by another process, for less iterations."""
@@ -163,6 +198,9 @@ class GradientFit:
         directions = None if direction is None else direction[None]
         return self.context.passes.reduce(self._kernel, params, candidates, directions)
 
+    def _reduce_anew(self, params: Vector) -> GradientSums:
+        return self.context.passes.reduce_anew(self._kernel, params)
+
     def _first_pass(
         self, sample: Sample, start: Vector, starts: list[Vector]
     ) -> tuple[Vector, GradientSums]:
@@ -176,17 +214,17 @@ class GradientFit:
         n_params = len(start)
         expected = 2.0 * sample.reduce(start).cost / max(n_used - n_params, 1)
         chance = (1.0 + _CHANCE * np.sqrt(2.0 / n_used)) * (1.0 + n_params / n_used)
-        first = fit.passes.first(self._kernel, start, fit.sample_rows, fit.config.random_seed)
-        sums = first.sums
-        if first.sample is not None:
-            sample.exchange(first.sample)
+        seed = fit.config.random_seed
+        sums, rows = fit.passes.first(self._kernel, start, fit.sample_rows, seed)
+        if rows is not None:
+            sample.exchange(rows)
         if sums.is_finite and not sums.variance(0) > expected * chance:
             return start, sums
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
         costs = [sample.reduce(end).cost for end in ends]
         best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
         for other in (best, *starts):
-            there = self._reduce(other, None, None)
+            there, sums = fit.passes.reduce_beside(self._kernel, other, (start, sums))
             if there.is_finite and not (sums.is_finite and sums.cost <= there.cost):
                 start, sums = other, there
             if sums.is_finite:
@@ -272,7 +310,12 @@ class GradientFit:
         scales = self.context.normalizer.scales
         while state.stop is None:
             ask, before = state.wanted, state.params
-            sums = reduce(ask)
+            try:
+                sums = reduce(ask)
+            except RowsChangedError:
+                state = cg.resumed(state, self._reduce_anew(state.params), precondition)
+                remember(state)
+                continue
             if not sums.is_finite:
                 self.context.iterations.report_non_finite(stage, ask.params, sums.n_nonfinite)
             state = cg.told(state, sums, precondition)

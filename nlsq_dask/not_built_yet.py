@@ -7,9 +7,6 @@ from collections.abc import Callable
 from nlsq_dask.config import HybridStreamingConfig
 
 _NOT_BUILT: tuple[tuple[str, Callable[[HybridStreamingConfig], bool]], ...] = (
-    ("enable_fault_tolerance=False", lambda c: not c.enable_fault_tolerance),
-    ("max_retries_per_batch other than 2", lambda c: c.max_retries_per_batch != 2),
-    ("min_success_rate below 1", lambda c: c.min_success_rate < 1.0),
     ("log_file", lambda c: c.log_file is not None),
 )
 

@@ -24,9 +24,11 @@ from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.starts import check_box
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Driver
+from nlsq_dask.engine.faults import ReadPolicy
 from nlsq_dask.engine.reduce import DataSet
-from nlsq_dask.errors import ClusterLostError, FitInProgressError
+from nlsq_dask.errors import ClusterLostError, FitInProgressError, MissingChunksWarning
 from nlsq_dask.events import (
+    BlocksLeftOut,
     Event,
     FitEnded,
     IterationFinished,
@@ -180,6 +182,8 @@ class AdaptiveHybridStreamingOptimizer:
         ------
         DataError, ModelError, ValueError, TypeError
             For arguments that cannot be used.
+        BlockReadError
+            For a block that could not be read (a DataError, too).
         NotImplementedError
             For options that are not built yet.
         FitInProgressError
@@ -242,7 +246,10 @@ class AdaptiveHybridStreamingOptimizer:
         with ExitStack() as stack:
             if config.stop_on_sigterm:
                 stack.enter_context(interruption.heeding_sigterm())
-            data = stack.enter_context(closing(DataSet(blocks, config.cache)))
+            policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
+            data = stack.enter_context(closing(DataSet(blocks, config.cache, policy)))
+            for sentence in data.missing_chunks():
+                warnings.warn(sentence, MissingChunksWarning, stacklevel=3)
             driver = Driver(
                 model,
                 parameters,
@@ -326,6 +333,8 @@ class AdaptiveHybridStreamingOptimizer:
         elif isinstance(event, PassFinished):
             if self.best_params_global is None or event.cost < self.best_cost_global:
                 self.best_params_global, self.best_cost_global = event.params, event.cost
+        elif isinstance(event, BlocksLeftOut):  # costs of fewer rows are no better for being less
+            self.best_cost_global = float("inf")
         elif (
             isinstance(event, IterationFinished)
             and not np.isfinite(self.best_cost_global)

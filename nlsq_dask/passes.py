@@ -16,14 +16,43 @@ from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
+from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Sums
+from nlsq_dask.engine.faults import BadBlock
 from nlsq_dask.engine.parts import Parts
-from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, Sample
-from nlsq_dask.errors import CheckpointError, ClusterLostError, DataError, NonFiniteDataError
-from nlsq_dask.events import Event, Observer, PassFinished, SampleRead
+from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, ReadReport
+from nlsq_dask.errors import (
+    BlockReadError,
+    CheckpointError,
+    ClusterLostError,
+    DataError,
+    NonFiniteDataError,
+    RowsChangedError,
+)
+from nlsq_dask.events import BlocksLeftOut, Event, Observer, PassFinished, SampleRead
 from nlsq_dask.interruption import Interruption
 
 S = TypeVar("S", bound=Sums)
+
+_MOST_LISTED = 10  # blocks in a message
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What sampling has found: rows if there are any, and blocks that could not be read."""
+
+    rows: Rows | None
+    n_blocks: int
+    lost: dict[int, BadBlock]
+
+
+@dataclass(frozen=True)
+class _Pass(Generic[S]):
+    """What a pass has found: sums, perhaps rows, and blocks that could not be read."""
+
+    sums: S
+    rows: Rows | None
+    lost: dict[int, BadBlock]
 
 
 @dataclass(frozen=True)
@@ -45,6 +74,9 @@ class _Cut(Generic[S]):
 class Passes:
     """Reads the data set for a fit and keeps count of it.
 
+    A block that could not be read is left out from then on, if so many rows may be missing. Then
+    sums from before are over other rows than those that follow, and must not be compared with them.
+
     Parameters
     ----------
     data : DataSet
@@ -54,13 +86,17 @@ class Passes:
         Added to the sums.
     emit : callable
         Receives a ``PassFinished`` a pass.
+    min_share : float
+        Of the rows, that must be readable.
     journal : Journal
     interruption : Interruption
         May end a pass.
 
     Attributes
     ----------
-    n_passes, rows_read, bytes_read, rows_cached : int
+    n_passes, rows_read, bytes_read, rows_cached, n_retries : int
+    left_out : dict of int to BadBlock
+        Blocks that could not be read, by their flat index.
     """
 
     def __init__(
@@ -69,6 +105,7 @@ class Passes:
         omits_nan: bool,
         penalty: GroupVariance,
         emit: Observer,
+        min_share: float,
         journal: Journal,
         interruption: Interruption,
     ) -> None:
@@ -76,12 +113,15 @@ class Passes:
         self._omits_nan = omits_nan
         self._penalty = penalty
         self._emit = emit
+        self._min_share = min_share
         self._journal = journal
         self._interruption = interruption
         self.n_passes = 0
         self.rows_read = 0
         self.bytes_read = 0
         self.rows_cached = 0
+        self.n_retries = 0
+        self.left_out: dict[int, BadBlock] = {}
         self._first: Sums | None = None
 
     def count(self, event: Event) -> None:
@@ -91,50 +131,68 @@ class Passes:
             self.rows_cached += event.rows_cached
             self.rows_read += event.rows
             self.bytes_read += event.bytes
+            self.n_retries += event.retries
         elif isinstance(event, SampleRead):
             self.rows_read += event.rows_read
             self.bytes_read += event.bytes
+            self.n_retries += event.retries
 
-    def sample(self, rows: int, seed: int) -> Sample:
-        """Read a few blocks and take rows from each.
+    def _report(self, event: PassFinished | SampleRead) -> None:
+        self.count(event)
+        self._emit(event)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows, without those left out."""
+        return self._data.blocks.n_rows - sum(bad.rows for bad in self.left_out.values())
+
+    def sample(self, wanted: int, seed: int) -> tuple[Rows, int]:
+        """Read a few blocks and take rows from each; return them, and of how many blocks.
+
+        Where a block cannot be read, others are read as if it were not there.
 
         Raises
         ------
         CheckpointError
             If the sample that was taken before the fit was resumed is not of these data.
         """
+        was_taken = any(isinstance(event, SampleRead) for event in self._journal.events)
+        while True:
+            left_out = frozenset(self.left_out)
+            make = partial(self._make_sample, wanted, seed, left_out)
+            sample = self._journal.step("sample", _Sample, make)
+            if not self._leave_out(sample.lost) and sample.rows is not None:
+                break
+        if was_taken:
+            again = self._data.sample(wanted, seed, left_out, n_blocks=1)
+            if again.rows is not None:
+                _compare(sample.rows, again.rows)
+        return sample.rows, sample.n_blocks
 
-        def make() -> Sample:
-            sample = self._data.sample(rows, seed)
-            self._report(
-                SampleRead(len(sample.rows), sample.n_blocks, sample.rows_read, sample.bytes_read)
-            )
-            return sample
-
-        sample = self._journal.step("sample", Sample, make)
-        if any(isinstance(event, SampleRead) for event in self._journal.events):
-            self._compare(sample, self._data.sample(rows, seed, n_blocks=1))
-        return sample
-
-    def _compare(self, sample: Sample, again: Sample) -> None:
-        """Raise a CheckpointError if rows of the first block are not what they were."""
-        before = sample.rows.take(slice(0, len(again.rows)))
-        for one, other in zip(before.arrays, again.rows.arrays, strict=True):
-            if one is not None and other is not None and one.tobytes() != other.tobytes():
-                raise CheckpointError(
-                    "the checkpoint is of other data: some rows were read again, and their values "
-                    "are not what they were. Fit again without resume_from_checkpoint."
-                )
+    def _make_sample(self, wanted: int, seed: int, left_out: frozenset[int]) -> _Sample:
+        read = self._data.sample(wanted, seed, left_out)
+        n_rows = 0 if read.rows is None else len(read.rows)
+        retries = read.reading.n_retries
+        self._report(SampleRead(n_rows, read.n_blocks, read.rows_read, read.bytes_read, retries))
+        return _Sample(read.rows, read.n_blocks, self._named(read.reading))
 
     def first(
         self, kernel: RowKernel[S], params: NDArray[np.float64], sample_rows: int, seed: int
-    ) -> PassResult[S]:
-        """Sum over all rows as ``reduce`` does, and bring back rows from all blocks."""
-        share = min(1.0, sample_rows / self._data.blocks.n_rows)
-        request = PassRequest(params, sample_share=share, seed=seed)
-        result = self._run(kernel, request, self._penalty)
-        self._first = result.sums
-        return result
+    ) -> tuple[S, Rows | None]:
+        """Sum over all rows as ``reduce_anew`` does, and bring back rows from all blocks."""
+        share = min(1.0, sample_rows / self.n_rows)
+        sums, rows, _ = self._run(kernel, self._penalty, params, sample_share=share, seed=seed)
+        self._first = sums
+        return sums, rows
+
+    def reduce_anew(self, kernel: RowKernel[S], params: NDArray[np.float64]) -> S:
+        """Sum over all rows as ``reduce`` does, for sums that are compared with none from before.
+
+        Blocks may be left out in this pass.
+        """
+        sums, _, _ = self._run(kernel, self._penalty, params)
+        self._first = sums
+        return sums
 
     def reduce(
         self,
@@ -153,69 +211,96 @@ class Passes:
             Points at which the cost is wanted, too.
         directions : ndarray, shape (k, p), optional
             Where products are wanted, of a kernel that makes them.
+
+        Raises
+        ------
+        RowsChangedError
+            If blocks had to be left out that are in the sums of earlier passes.
         """
-        request = PassRequest(params, candidates, directions, is_first=self._first is None)
-        sums = self._run(kernel, request, self._penalty).sums
+        sums, _, has_changed = self._run(
+            kernel,
+            self._penalty,
+            params,
+            candidates=candidates,
+            directions=directions,
+            is_first=self._first is None,
+        )
+        if has_changed:
+            raise RowsChangedError
         if self._first is None:
             self._first = sums
         return sums.with_moments_of(self._first)
 
+    def reduce_beside(
+        self, kernel: RowKernel[S], params: NDArray[np.float64], known: tuple[Any, S]
+    ) -> tuple[S, S]:
+        """Return the sums at ``params``, and those of a known point over the same rows.
+
+        Parameters
+        ----------
+        kernel : RowKernel
+        params : ndarray, shape (p,)
+        known : (ndarray, Sums)
+            A point with its sums, which are made anew if blocks had to be left out.
+        """
+        point, sums = known
+        while True:
+            try:
+                return self.reduce(kernel, params), sums
+            except RowsChangedError:
+                sums = self.reduce_anew(kernel, point)
+
     def scores(
         self, kernel: NormalEquationsKernel, params: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
-        request = PassRequest(params, is_first=False)
-        triangle = self._run(kernel, request, GroupVariance()).sums.triangle
-        assert triangle is not None
-        return triangle[:, : len(params)]
+        """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it.
+
+        Raises
+        ------
+        RowsChangedError
+            If blocks had to be left out that are in the sums of earlier passes.
+        """
+        sums, _, has_changed = self._run(kernel, GroupVariance(), params, is_first=False)
+        if has_changed:
+            raise RowsChangedError
+        assert sums.triangle is not None
+        return sums.triangle[:, : len(params)]
 
     def _run(
-        self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
-    ) -> PassResult[S]:
-        """Return what the pass brings, with the penalty; from the journal if it is there."""
-        kind: Any = PassResult
+        self,
+        kernel: RowKernel[S],
+        penalty: GroupVariance,
+        params: NDArray[np.float64],
+        **wanted: Any,
+    ) -> tuple[S, Rows | None, bool]:
+        """Return sums, rows, and whether blocks were left out that were not before.
+
+        They come from the journal if they are there.
+        """
+        request = PassRequest(params, left_out=frozenset(self.left_out), **wanted)
         what = hashlib.sha256(kernel.makes.encode() + encode(request)).hexdigest()[:16]
-        result: PassResult[S] = self._journal.step(
+        kind: Any = _Pass
+        found: _Pass[S] = self._journal.step(
             f"pass {what}",
             kind[kernel.sums_type],
             partial(self._make, kernel, request, penalty),
             saves=True,
         )
-        self._check(result.sums)
-        return result
+        has_changed = self._leave_out(found.lost)
+        self._check(found.sums)
+        return found.sums, found.rows, has_changed
 
-    def _make(
-        self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
-    ) -> PassResult[S]:
+    def _make(self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance) -> _Pass[S]:
         """Run the pass, from where it was cut."""
         self._interruption.check()
         kind: Any = _Cut
         cut: _Cut[S] | None = self._journal.noted(kind[kernel.sums_type])
         began = time.perf_counter() - (0.0 if cut is None else cut.seconds)
-        latest: list[Parts] = []
-
-        def keep(parts: Parts) -> None:
-            found = [(*node, result) for node, result in parts.collect().items()]
-            self._journal.note(_Cut(time.perf_counter() - began, found))
-            self._journal.save()
-
-        def watch(parts: Parts) -> None:
-            latest[:] = [parts]
-            self._interruption.check()
-            if self._journal.is_due:
-                keep(parts)
-
-        known = {} if cut is None else {(level, i): part for level, i, part in cut.parts}
-        try:
-            result = self._data.reduce(
-                kernel, request, known, watch, self._interruption.seconds_left
-            )
-        except ClusterLostError:
-            raise  # what the workers held is lost
-        except (Exception, KeyboardInterrupt):
-            if latest and self._journal.is_saving:
-                keep(*latest)
-            raise
+        result = self._reduce(kernel, request, began, [] if cut is None else cut.parts)
+        lost = self._named(result.reading)
+        if result.sums is None:  # not one block could be read
+            self.left_out |= lost
+            raise self._too_few()
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
@@ -228,33 +313,112 @@ class Passes:
                 sums.rows_read,
                 sums.bytes_read,
                 sums.rows_cached,
+                result.reading.n_retries,
             )
         )
-        return replace(result, sums=sums)
+        return _Pass(sums, result.sample, lost)
 
-    def _report(self, event: PassFinished | SampleRead) -> None:
-        self.count(event)
-        self._emit(event)
+    def _reduce(
+        self,
+        kernel: RowKernel[S],
+        request: PassRequest,
+        began: float,
+        parts: list[tuple[int, int, PassResult[S]]],
+    ) -> PassResult[S]:
+        """Reduce, and keep what is finished from time to time."""
+        latest: list[Parts] = []
+
+        def keep(parts: Parts) -> None:
+            found = [
+                (level, i, replace(result, reading=ReadReport()))
+                for (level, i), result in parts.collect().items()
+                if not result.reading.lost  # those are read again
+            ]
+            self._journal.note(_Cut(time.perf_counter() - began, found))
+            self._journal.save()
+
+        def watch(parts: Parts) -> None:
+            latest[:] = [parts]
+            self._interruption.check()
+            if self._journal.is_due:
+                keep(parts)
+
+        known = {(level, i): part for level, i, part in parts}
+        try:
+            return self._data.reduce(kernel, request, known, watch, self._interruption.seconds_left)
+        except ClusterLostError:
+            raise  # what the workers held is lost
+        except (Exception, KeyboardInterrupt):
+            if latest and self._journal.is_saving:
+                keep(*latest)
+            raise
+
+    def _named(self, reading: ReadReport) -> dict[int, BadBlock]:
+        """Return what could not be read, in the caller's terms."""
+        return {i: self._data.bad_block(i, reading.lost[i]) for i in sorted(reading.lost)}
+
+    def _leave_out(self, new: dict[int, BadBlock]) -> bool:
+        """Take note of what could not be read; return whether it is more than before.
+
+        Raises
+        ------
+        BlockReadError
+            If too few rows are left.
+        """
+        if not new:
+            return False
+        self.left_out |= new
+        self._first = None
+        n_all, n_rows = self._data.blocks.n_rows, self.n_rows
+        if n_rows < self._min_share * n_all:
+            raise self._too_few()
+        event = BlocksLeftOut(tuple(bad.sentence for bad in new.values()), n_all - n_rows)
+        self._journal.once("leaving out", partial(self._emit, event))
+        return True
 
     def must_report(self, sums: Sums) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""
         return bool(sums.n_bad_sigma or (sums.n_bad and not self._omits_nan))
 
     def _check(self, sums: Sums) -> None:
-        n_rows, grid = self._data.blocks.n_rows, self._data.blocks.grid
+        n_rows, grid = self.n_rows, self._data.blocks.grid
         if sums.n_bad_sigma:
             raise DataError(
                 f"sigma is zero or negative at {sums.n_bad_sigma:,} of {n_rows:,} rows; it must be "
                 f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
             )
         if sums.n_bad and not self._omits_nan:
-            block = tuple(map(int, np.unravel_index(sums.first_bad_block, grid)))
+            block, where = self._data.first_not_finite(sums.first_bad_block)
             raise NonFiniteDataError(
                 f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or "
-                f"sigma; the first of them is in block {block} of the grid {grid}. Use "
+                f"sigma; the first of them are in block {block} of the grid {grid}{where}. Use "
                 f"nan_policy='omit' to leave such rows out.",
                 sums.n_bad,
                 block,
             )
         if not sums.n_used:
             raise DataError(f"none of the {n_rows:,} rows can be used: all are masked or NaN.")
+
+    def _too_few(self) -> BlockReadError:
+        bad = list(self.left_out.values())
+        listed = "; ".join(block.sentence for block in bad[:_MOST_LISTED])
+        further = f"; and {len(bad) - _MOST_LISTED} blocks more" if len(bad) > _MOST_LISTED else ""
+        return BlockReadError(
+            f"{self.n_rows:,} of {self._data.blocks.n_rows:,} rows can be read, less than "
+            f"min_success_rate={self._min_share:g} of them. {listed}{further}. Repair or replace "
+            f"what is stored there, or lower min_success_rate.",
+            bad[0].array,
+            bad[0].block,
+            bad[0].chunk,
+        )
+
+
+def _compare(before: Rows, again: Rows) -> None:
+    """Raise a CheckpointError if the first rows are not what they were."""
+    first = before.take(slice(0, len(again)))
+    for one, other in zip(first.arrays, again.arrays, strict=True):
+        if one is not None and other is not None and one.tobytes() != other.tobytes():
+            raise CheckpointError(
+                "the checkpoint is of other data: some rows were read again, and their values are "
+                "not what they were. Fit again without resume_from_checkpoint."
+            )

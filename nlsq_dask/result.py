@@ -86,7 +86,10 @@ class FitResult:
         Each with phase, name, start_time (s since the epoch), duration (s) and what it did.
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
-        ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``.
+        ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``;
+        ``retries``, how often reading was tried again, and ``left_out``, a dict for each block that
+        could not be read: ``block`` (its position in the grid), ``rows`` (how many), ``array``
+        (which of them could not be read), ``chunk`` (of a Zarr store, or None) and ``error``.
         With multistart also ``multistart``: ``candidates``, shape (n_starts, p), ``rounds`` (rows,
         losses of all candidates, survivors), ``winner``, ``start`` (where the winner got to) and
         ``warm_up_of_p0`` if another one won.

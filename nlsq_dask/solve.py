@@ -15,6 +15,7 @@ from nlsq_dask.core.point import Point, Settings
 from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.row_sums import NormalRowSums
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
@@ -47,6 +48,7 @@ def solve(
     reduce: Callable[[gn.State, gn.Trial], NormalEquations],
     reduce_by_qr: Callable[[Vector], NormalEquations] | None,
     judge: Judge,
+    reduce_anew: Callable[[Vector], NormalEquations] | None = None,
     remember: Callable[[gn.State, gn.Trial | None], None] = lambda state, trial: None,
     trial: gn.Trial | None = None,
 ) -> gn.State:
@@ -64,6 +66,9 @@ def solve(
         where J^T J loses too many digits; None if that is not wanted.
     judge : callable
         ``gauss_newton.judge``, or one that reports, too.
+    reduce_anew : callable, optional
+        Sums at given parameters, over the rows that are left if ``reduce`` has said that these are
+        no longer the same.
     remember : callable
         Told of every new state, and of the trial whose sums are wanted next, if there is one.
     trial : Trial, optional
@@ -81,8 +86,13 @@ def solve(
                 remember(state, None)
                 return state
             remember(state, trial)
-        state, trial = judge(state, trial, reduce(state, trial)), None
-        remember(state, None)
+        try:
+            state = judge(state, trial, reduce(state, trial))
+        except RowsChangedError:
+            assert reduce_anew is not None
+            state = gn.resumed(state, reduce_anew(state.point.params))
+        trial = None
+        remember(state, trial)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from nlsq_dask.block_statistics import block_statistics
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.errors import DataWarning
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.result import FitResult
@@ -20,6 +21,8 @@ from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
+
+_MOST_LISTED = 10  # blocks in a warning
 
 
 def make_result(
@@ -41,6 +44,10 @@ def make_result(
     if found is not None and pcov is not None and not np.isfinite(pcov).all():
         _warn_of_covariance(undetermined, n_used, n_params)
     message = outcome.stop.sentence
+    left_out = _left_out(outcome.diagnostics["left_out"], blocks)
+    if left_out:
+        message += f" {left_out}"
+        _warn_of_rows(left_out, outcome.diagnostics["left_out"])
     if at_bounds:
         message += f" At a bound: {', '.join(at_bounds)}."
     if undetermined:
@@ -142,5 +149,29 @@ def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> 
     warnings.warn(
         f"Covariance of the parameters could not be estimated: {reason}.",
         OptimizeWarning,
+        stacklevel=4,
+    )
+
+
+def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
+    """Return the sentence on blocks that could not be read, empty if there are none."""
+    if not records:
+        return ""
+    n_rows = sum(record["rows"] for record in records)
+    return (
+        f"Left out, because they could not be read: {n_rows:,} of {blocks.n_rows:,} rows, in "
+        f"{len(records)} of {int(np.prod(blocks.grid)):,} blocks."
+    )
+
+
+def _warn_of_rows(sentence: str, records: list[dict[str, Any]]) -> None:
+    listed = ", ".join(str(record["block"]) for record in records[:_MOST_LISTED])
+    more = f" and {len(records) - _MOST_LISTED} more" if len(records) > _MOST_LISTED else ""
+    first = records[0]
+    where = "" if first["chunk"] is None else f"{first['chunk']}: "
+    warnings.warn(
+        f"{sentence} Blocks {listed}{more}; the first because of {first['array']}: {where}"
+        f"{first['error']}. All are in result.diagnostics['left_out'].",
+        DataWarning,
         stacklevel=4,
     )

@@ -164,9 +164,7 @@ def test_every_preset_fits(name: str) -> None:
         dict(checkpoint_dir="here"),
         dict(resume_from_checkpoint="there"),
         dict(max_walltime=3.0),
-        dict(min_success_rate=0.5),
         dict(log_file="log"),
-        dict(max_retries_per_batch=3),
     ],
     ids=str,
 )

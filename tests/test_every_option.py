@@ -45,6 +45,9 @@ COVERED_ELSEWHERE = {
     "batches_per_round": "tests/test_multistart.py::test_rounds_fraction_and_batches",
     "center_on_p0": "tests/test_multistart.py::test_the_box",
     "scale_factor": "tests/test_multistart.py::test_the_box",
+    "enable_fault_tolerance": "tests/test_data_faults.py::test_how_often_reading_is_tried",
+    "max_retries_per_batch": "tests/test_data_faults.py::test_how_often_reading_is_tried",
+    "min_success_rate": "tests/test_data_faults.py::test_how_many_rows_may_be_missing",
     "validate_numerics": "tests/test_numerics.py::test_validate_numerics_goes_back",
 }
 NOT_YET = {
@@ -567,9 +570,6 @@ def test_what_stays_between_passes() -> None:
 UNBUILT = {
     "checkpoint_dir": "here",
     "resume_from_checkpoint": "there",
-    "enable_fault_tolerance": False,
-    "max_retries_per_batch": 3,
-    "min_success_rate": 0.5,
     "max_walltime": 3.0,
     "log_file": "log",
 }

@@ -284,7 +284,7 @@ def test_a_file_that_a_worker_does_not_find(tmp_path: Path, process_client: Clie
     x = mapped(tmp_path, "x", X)
     lazy = align(x, Y).x[0]
     (tmp_path / "x.npy").unlink()
-    with process_client.as_current(), pytest.raises(nd.DataError, match=r"x\.npy.*every worker"):
+    with process_client.as_current(), pytest.raises(OSError, match=r"x\.npy.*every worker"):
         lazy.compute()
     dataset = in_hdf5(tmp_path, X)
     Path(dataset.file.filename).unlink()

@@ -215,78 +215,13 @@ def test_a_default_start_is_moved_inside_the_bounds() -> None:
     assert result.p0[0] == 2.0
 
 
-# --- what is refused, and how
-
-WRONG_ARGUMENTS = {
-    "p0 outside": (dict(p0=[9, 1, 1], bounds=(0, 5)), ValueError, "'a' is 9, outside"),
-    "p0 too short": (dict(p0=[1, 1]), ValueError, "p0 has 2 values, but the model takes 3"),
-    "p0 unknown name": (dict(p0={"z": 1}), ValueError, "'z'; the parameters are a, b, c"),
-    "p0 NaN": (dict(p0=[1, np.nan, 1]), ValueError, "'b' is nan"),
-    "p0 complex": (dict(p0=[1j, 1, 1]), ValueError, "real numbers"),
-    "bounds crossed": (dict(bounds=(1, 0)), ValueError, "must be less than"),
-    "bounds of 4": (dict(bounds=([0] * 4, [1] * 4)), ValueError, "4 values for 3"),
-    "lengths differ": (dict(x=X[:-1]), nd.DataError, r"\(3999,\).*\(4000,\).*chunks"),
-    "empty": (dict(x=X[:0], y=Y[:0]), nd.DataError, "no rows"),
-    "complex y": (dict(y=Y * 1j), nd.DataError, "complex"),
-    "datetime y": (
-        dict(y=np.datetime64("2000-01-01") + np.arange(N)),
-        nd.DataError,
-        "only x may hold dates.*np.timedelta64",
-    ),
-    "text x": (dict(x=np.full(N, "a")), nd.DataError, "dtype"),
-    "sigma matrix": (dict(sigma=np.ones((N, N), np.int8)), nd.DataError, "covariance matrix"),
-    "sigma zero": (dict(sigma=np.r_[0.0, np.ones(N - 1)]), nd.DataError, "zero or negative at 1 "),
-    "nan_policy": (dict(nan_policy="ignore"), ValueError, "'raise' or 'omit'"),
-    "callback": (dict(callback=1), TypeError, "callable"),
-    "loss unknown": (dict(loss="l7"), ValueError, "one of 'linear'"),
-    "f_scale": (dict(loss="huber", f_scale=0), ValueError, "f_scale must be"),
-    "names twice": (dict(param_names=["a", "a", "b"]), ValueError, "not all different"),
-    "NumPy model": (
-        dict(function=lambda x, a, b: a * np.exp(np.asarray(-b * x))),
-        nd.ModelError,
-        "jax.numpy",
-    ),
-    "branching model": (
-        dict(function=lambda x, a, b: a * x if b > 0 else x),
-        nd.ModelError,
-        "jnp.where",
-    ),
-    "wrong shape": (
-        dict(function=lambda x, a, b: jnp.stack([a * x, b * x])),
-        nd.ModelError,
-        r"returned shape \(2, 7\), expected \(7,\)",
-    ),
-    "scalar model": (dict(function=lambda x, a: a), nd.ModelError, r"returned shape \(\)"),
-    "mean of rows": (
-        dict(function=lambda x, a, b: a * (x - x.mean()) + b),
-        nd.ModelError,
-        "not row-wise",
-    ),
-    "cumulative": (dict(function=lambda x, a: a * jnp.cumsum(x)), nd.ModelError, "not row-wise"),
-    "no parameters": (dict(function=lambda x: x), ValueError, "no parameters"),
-    "open signature": (dict(function=lambda x, *p: x * p[0]), ValueError, "pass p0"),
-    "names without xarray": (dict(x=("time",)), nd.DataError, "xarray.DataArray as y_data"),
-    "not callable": (dict(function=3), TypeError, "callable"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_ARGUMENTS, ids=str)
-def test_one_clear_sentence(case: str) -> None:
-    options, error, sentence = WRONG_ARGUMENTS[case]
-    with pytest.raises(error, match=f"(?s){sentence}"):
-        fit(**options)
-
-
-def test_unknown_chunks() -> None:
-    x = da.from_array(X, chunks=500)
-    with pytest.raises(nd.DataError, match="compute_chunk_sizes"):
-        fit(model, x[x > 1], Y)
+# --- what is refused; the sentences are in ``test_bad_input``
 
 
 def test_nan_is_counted_and_found() -> None:
     y = Y.copy()
     y[[1234, 1235, 3999]] = np.nan
-    with pytest.raises(nd.NonFiniteDataError, match="3 of 4,000 rows") as caught:
+    with pytest.raises(nd.NonFiniteDataError, match=r"3 of 4,000 rows .* y_data\[1234\]") as caught:
         fit(model, X, da.from_array(y, chunks=500))
     assert (caught.value.n_rows, caught.value.first_block) == (3, (2,))
 

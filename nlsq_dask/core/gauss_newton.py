@@ -149,10 +149,10 @@ def loses_digits(state: State) -> bool:
     return point.is_ill_conditioned
 
 
-def resumed(state: State, sums: NormalEquations) -> State:
-    """Begin anew at the accepted point, with better sums of it."""
+def resumed(state: State, sums: NormalEquations, params: Vector | None = None) -> State:
+    """Begin anew at the accepted point or another one, with better sums of it."""
     point, so_far = state.point, state.iteration
-    begun = start(point.params, sums, point.settings)
+    begun = start(point.params if params is None else params, sums, point.settings)
     return replace(begun, iteration=so_far, progress=(so_far, *begun.progress[1:]))
 
 

@@ -289,6 +289,18 @@ def begin(
     return _solved(_begun(replace(state, squares=squares), damping, precondition), precondition)
 
 
+def resumed(
+    state: CgState,
+    sums: GradientSums,
+    precondition: MakePreconditioner,
+    params: Vector | None = None,
+) -> CgState:
+    """Begin anew at the accepted point or another one, with better sums of it."""
+    params = state.params if params is None else params
+    begun = begin(params, sums, state.settings, precondition)
+    return replace(begun, iteration=state.iteration, n_products=state.n_products)
+
+
 def _begun(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
     """Begin to solve for a step from the accepted point."""
     apply = partial(precondition(state.params), damping=damping)

@@ -15,6 +15,14 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
+    """Return what messages call the arrays of x; see ``Layout.x_names``."""
+    if x_names is None:
+        return ["x_data"]
+    keys = range(x_names) if isinstance(x_names, int) else x_names
+    return [f"x_data[{key!r}]" for key in keys]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a row consists of: dtypes and feature shapes, without any number of rows.
@@ -45,6 +53,16 @@ class Layout:
         if isinstance(self.x_names, int):
             return tuple(x)
         return dict(zip(self.x_names, x, strict=True))
+
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """What messages call the arrays, in the order y, x..., sigma, mask."""
+        optional = {"sigma": self.sigma_dtype is not None, "the mask": self.has_mask}
+        return (
+            "y_data",
+            *x_array_names(self.x_names),
+            *(name for name, is_there in optional.items() if is_there),
+        )
 
     @property
     def row_bytes(self) -> int:

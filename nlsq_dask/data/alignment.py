@@ -11,7 +11,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from nlsq_dask.core.rows import Layout
+from nlsq_dask.core.rows import Layout, x_array_names
 from nlsq_dask.data.dates import doubt_of_rounding, to_days, without_date_objects
 from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
@@ -97,6 +97,12 @@ class RowBlocks:
             total += n_bytes
         return total
 
+    def part(self, block: tuple[int, ...]) -> tuple[slice, ...]:
+        """Return which part of y a block is."""
+        starts = (sum(sizes[:i]) for sizes, i in zip(self.y.chunks, block, strict=True))
+        sizes = (sizes[i] for sizes, i in zip(self.y.chunks, block, strict=True))
+        return tuple(slice(start, start + n) for start, n in zip(starts, sizes, strict=True))
+
     def keys(self, block: tuple[int, ...]) -> list[tuple[Any, ...]]:
         """Return the graph's keys of one block of every array, in the order of ``arrays``."""
         return [_block_key(array, block) for array in self.arrays]
@@ -146,7 +152,7 @@ def align(
         If the arrays cannot be matched; the message shows shapes and chunks.
     """
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
-    names = ["y_data", *_leaf_names(x_names), *([] if sigma is None else ["sigma"])]
+    names = ["y_data", *x_array_names(x_names), *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     given = without_pandas(list(zip(names, given, strict=True)))
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
@@ -240,13 +246,6 @@ def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
     return None, [x_data]
 
 
-def _leaf_names(x_names: int | tuple[str, ...] | None) -> list[str]:
-    if x_names is None:
-        return ["x_data"]
-    keys = range(x_names) if isinstance(x_names, int) else x_names
-    return [f"x_data[{key!r}]" for key in keys]
-
-
 def _values(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
     value = lazy_data(value, name, cut) if is_xarray(value) else value
     return split_mask(value, name, cut)
@@ -279,11 +278,10 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
             size in (1, n) for size, n in zip(rows[::-1], y.shape[::-1], strict=False)
         )
     if not fits:
+        named = (given.dims, first.given.dims) if both_named else None
         raise DataError(
             f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not match "
-            f"(chunks {array.chunks} and {y.chunks}). For a 1-d y_data pass x of shape (n,) or "
-            f"(n, k), or a tuple of (n,); for an N-d y_data arrays that broadcast against it, such "
-            f"as t[:, None, None], or xarray.DataArrays, which are matched by name."
+            f"(chunks {array.chunks} and {y.chunks}). {_shape_advice(name, array, y, named)}"
         )
     if mask is not None and mask.ndim > len(rows):  # a row without one of its features is left out
         mask = mask.any(axis=-1)
@@ -291,6 +289,23 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     if missing:
         array, mask = array[missing], None if mask is None else mask[missing]
     return _Source(name, given, array, mask, units, doubt)
+
+
+def _shape_advice(name: str, array: da.Array, y: da.Array, dims: tuple[Any, Any] | None) -> str:
+    if dims is not None:
+        return (
+            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} "
+            f"that are meant to be others."
+        )
+    if name == "sigma":
+        return "Pass one number, or an array that broadcasts against y_data."
+    if y.ndim == 1 and array.ndim == 2 and array.shape[1] == len(y):
+        return f"A row of x is a row of the array: pass {name}.T, or a tuple of arrays."
+    return (
+        "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,); for an N-d y_data "
+        "arrays that broadcast against it, such as t[:, None, None], or xarray.DataArrays, which "
+        "are matched by name."
+    )
 
 
 def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:

@@ -51,8 +51,8 @@ class Block:
             If an array is not what Dask says of it.
         """
         queue = [
-            (f"array {i} of (y, x, sigma, mask)", array, shape)
-            for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
+            (name, array, shape)
+            for name, array, shape in zip(layout.array_names, arrays, shapes, strict=True)
         ]
         y = _as_declared(*queue.pop(0), layout.y_dtype)
         x = tuple(_as_declared(*queue.pop(0), dtype) for dtype in layout.x_dtypes)

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from nlsq_dask.data.from_array import as_numpy
 from nlsq_dask.errors import DataError
 
 _DURATION = "days"
@@ -50,7 +51,7 @@ def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
         Of the numbers that ``to_days`` makes of it; empty if these are no dates.
     """
     if isinstance(value, list | tuple):
-        value = np.asarray(value)
+        value = as_numpy(value, name)
     units = ""
     if not hasattr(value, "dtype"):
         return value, units

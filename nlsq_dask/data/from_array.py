@@ -53,7 +53,7 @@ def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
     elif hasattr(value, "chunks") and hasattr(value, "dtype"):  # other stores of arrays
         array = da.from_array(value, chunks=value.chunks or "auto", inline_array=True)
     else:
-        array = _from_memory(value, cut)
+        array = _from_memory(value, name, cut)
     _check_chunks(array, name)
     return array
 
@@ -62,8 +62,25 @@ def _first_key(group: zarr.Group) -> str:
     return next(iter(sorted(group.array_keys())), "name")
 
 
-def _from_memory(value: Any, cut: bool) -> da.Array:
-    value = np.asarray(value)
+def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
+    """Return what is in memory as an array, or refuse it."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise DataError(
+            f"{name} is not an array, nor can one be made of it, as of lists that differ in "
+            f"length: {error}"
+        ) from error
+
+
+def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
+    value = as_numpy(value, name)
+    if value.dtype.kind == "O":
+        first = next(value.flat, None)
+        raise DataError(
+            f"{name} has dtype object, its first entry of type {type(first).__name__}; expected "
+            f"real numbers."
+        )
     chunks = list(value.shape)
     if cut and value.size:
         chunks[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
@@ -90,14 +107,19 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
             f"{name} has dtype {dtype}; only x may hold dates. Convert it to numbers first, such "
             f"as `({name} - {name}[0]) / np.timedelta64(1, 'D')`."
         )
-    dates = ""
+    advice = ""
+    if dtype.kind in "US":
+        advice = (
+            " If it is a path, open it first, such as with zarr.open_array(path) or "
+            "xarray.open_zarr(path)['name']."
+        )
     if dtype.kind == "O":
-        dates = (
+        advice = (
             f" If these are dates of x that are not in memory, give their calendar: "
             f"`{name}.map_blocks(cftime.date2num, 'days since 1970-01-01', calendar='noleap', "
             f"dtype=float)`."
         )
-    raise DataError(f"{name} has dtype {dtype}; expected real numbers.{dates}")
+    raise DataError(f"{name} has dtype {dtype}; expected real numbers.{advice}")
 
 
 def _check_chunks(array: da.Array, name: str) -> None:

@@ -18,8 +18,6 @@ import numpy as np
 from dask._task_spec import DataNode
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from nlsq_dask.errors import DataError
-
 # Entries in a block of what can be cut anywhere: small enough for every thread to get some.
 _BLOCK_ENTRIES = 2**18
 # Chunks of HDF5 are often of some kB, which take longer to ask for than to read.
@@ -102,8 +100,8 @@ class Hdf5Array:
             raise _unreadable("HDF5 file", self._path, error) from error
 
 
-def _unreadable(what: str, path: str, error: Exception) -> DataError:
-    return DataError(
+def _unreadable(what: str, path: str, error: Exception) -> OSError:
+    return OSError(
         f"the {what} {path!r} cannot be read by a worker: {error}. Put it where every worker finds "
         f"it under this path, and open it in read mode ('r'): others cannot read a file that is "
         f"being written."

@@ -34,14 +34,14 @@ def resolve_coordinates(x_data: Any, y: Any) -> Any:
 def _coordinate(name: str, y: Any) -> xr.DataArray:
     if not isinstance(y, xr.DataArray):
         raise DataError(
-            f"x_data names the coordinate {name!r}, but y_data is a {type(y).__name__}; names need "
-            f"an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name']. (For a path, "
-            f"open it first.)"
+            f"x_data names the coordinate {name!r}, but y_data is of type {type(y).__name__}; "
+            f"names need an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name']. "
+            f"(For a path, open it first.)"
         )
     if name not in y.coords:
-        raise DataError(
-            f"x_data names the coordinate {name!r}; y_data has {sorted(map(str, y.coords))}."
-        )
+        there = sorted(map(str, y.coords))
+        has = str(there) if there else f"none; give it one with y_data.assign_coords({name}=...)"
+        raise DataError(f"x_data names the coordinate {name!r}; y_data has {has}.")
     coordinate: xr.DataArray = y.coords[name]
     return coordinate
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.data.block import Block
-from nlsq_dask.engine.source_graph import GroupReader
+from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 
 Kept = Block | PlacedRows
 
@@ -115,7 +115,8 @@ class Group:
         self._is_large = is_large
         self._following: Group | None = None
         self._threads: ReadAhead | None = None
-        self._coming: _Reading | None = None
+        self._left_out: frozenset[int] = frozenset()
+        self._coming: tuple[frozenset[int], _Reading] | None = None
         self._kept: list[tuple[int, Kept]] | None = None
         # What other tasks read for several groups would be read again all the same.
         self._may_keep = bool(reader.steps) and not reader.inputs
@@ -123,67 +124,86 @@ class Group:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
 
-    def read_ahead_of(self, following: Group | None, threads: ReadAhead) -> None:
+    def read_ahead_of(
+        self, following: Group | None, threads: ReadAhead, left_out: frozenset[int]
+    ) -> None:
         """Let this group start the reading of another while its own last block is computed.
 
         Both must be in this process, and stay here.
+
+        Parameters
+        ----------
+        following : Group or None
+        threads : ReadAhead
+        left_out : frozenset of int
+            Blocks that are not wanted.
         """
-        self._following, self._threads = following, threads
+        self._following, self._threads, self._left_out = following, threads, left_out
 
     def _start_following(self) -> None:
         if self._following is not None and self._threads is not None:
-            self._following._start_reading(self._threads)
+            self._following._start_reading(self._threads, self._left_out)
 
-    def _start_reading(self, threads: ReadAhead) -> None:
+    def _start_reading(self, threads: ReadAhead, left_out: frozenset[int]) -> None:
         """Begin to read the first block, unless it is there or waits for other tasks."""
         with _lock:
             wants = self._kept is None and self._coming is None and not self.reader.inputs
             if wants and threads.has_room():
-                self._coming = _Reading.started(self.reader.read(()), threads.pool)
+                items = self.reader.read((), left_out)
+                self._coming = left_out, _Reading.started(items, threads.pool)
 
-    def _reading(self, inputs: Sequence[Any]) -> _Reading:
+    def _reading(self, inputs: Sequence[Any], left_out: frozenset[int]) -> _Reading:
         with _lock:
             coming, self._coming = self._coming, None
-        if coming is None or self._threads is None:
-            return _Reading(self.reader.read(inputs))
-        self._threads.taken()
-        return coming
+        if coming is not None and self._threads is not None:
+            self._threads.taken()
+            if coming[0] == left_out:
+                return coming[1]
+        return _Reading(self.reader.read(inputs, left_out))
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(
-        self, inputs: Sequence[Any], place: Callable[[Block], Kept]
-    ) -> Iterator[tuple[int, Kept, Block | None]]:
-        """Yield flat index and rows of each block, and the block itself if it was read now.
+        self, inputs: Sequence[Any], left_out: frozenset[int], place: Callable[[Block], Kept]
+    ) -> Iterator[tuple[int, Kept | None, ReadBlock | None]]:
+        """Yield flat index and rows of each block, and how it was read if it was read now.
+
+        There are no rows of a block that could not be read.
 
         Parameters
         ----------
         inputs : sequence
             Results of the tasks that the reader names.
+        left_out : frozenset of int
+            Blocks that are not wanted.
         place : callable
             Puts a block where it is best kept.
         """
         if self._kept is not None:
-            yield from ((index, rows, None) for index, rows in self._kept)
+            yield from ((index, rows, None) for index, rows in self._kept if index not in left_out)
             return
         wants = self._may_keep and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
         kept: list[tuple[int, Kept]] = []
         try:
-            reading, count = self._reading(inputs), len(self.reader.blocks)
-            for index, block in _ahead(reading, count, self._start_following):
-                rows: Kept = block
-                if reserved:
-                    rows = place(block.compact())
-                    kept.append((index, rows))
-                    more = max(rows.nbytes - block.nbytes, 0)
+            reading, count = self._reading(inputs, left_out), self.reader.count(left_out)
+            for read in _ahead(reading, count, self._start_following):
+                rows: Kept | None = read.block
+                if reserved and read.block is None:
+                    # Which blocks are kept would have to be known to every later pass.
+                    self._budget.release(reserved)
+                    reserved, kept = 0, []
+                elif reserved and read.block is not None:
+                    rows = place(read.block.compact())
+                    kept.append((read.index, rows))
+                    more = max(rows.nbytes - read.block.nbytes, 0)
                     if self._budget.reserve(more):
                         reserved += more
                     else:
                         self._budget.release(reserved)
                         reserved, kept, self._may_keep = 0, [], False
-                yield index, rows, block
+                yield read.index, rows, read
         except BaseException:
             self._budget.release(reserved)
             raise
@@ -198,26 +218,24 @@ class _Reading:
 
     Attributes
     ----------
-    items : iterator of (int, Block)
+    items : iterator of ReadBlock
     coming : Future or None
     """
 
-    items: Iterator[tuple[int, Block]]
-    coming: Future[tuple[int, Block]] | None = None
+    items: Iterator[ReadBlock]
+    coming: Future[ReadBlock] | None = None
 
     @classmethod
-    def started(cls, items: Iterator[tuple[int, Block]], pool: ThreadPoolExecutor) -> _Reading:
+    def started(cls, items: Iterator[ReadBlock], pool: ThreadPoolExecutor) -> _Reading:
         """Let a thread of the pool get the next block."""
         return cls(items, pool.submit(contextvars.copy_context().run, next, items))
 
-    def next(self) -> tuple[int, Block]:
+    def next(self) -> ReadBlock:
         """Return the next block as soon as it is there."""
         return next(self.items) if self.coming is None else self.coming.result()
 
 
-def _ahead(
-    reading: _Reading, count: int, at_last: Callable[[], None]
-) -> Iterator[tuple[int, Block]]:
+def _ahead(reading: _Reading, count: int, at_last: Callable[[], None]) -> Iterator[ReadBlock]:
     """Yield blocks while another thread gets the next one: computing overlaps with reading.
 
     ``at_last`` is called before the last of them is given away.

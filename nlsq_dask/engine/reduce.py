@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import count, zip_longest
 from typing import Any, Generic, TypeVar
@@ -21,15 +21,58 @@ from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
+from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
 from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.parts import Parts, Watch, run_tree
 from nlsq_dask.engine.scheduling import Node, TaskGraph, Tree, group_blocks, hold, send_once
-from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
+from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock, SourceGraph
 from nlsq_dask.engine.workers import Workers
-from nlsq_dask.errors import ClusterLostError
+from nlsq_dask.errors import BlockReadError, ClusterLostError
 
 _MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What went wrong while blocks were read.
+
+    Attributes
+    ----------
+    lost : dict of int to Fault
+        Blocks that could not be read, by flat index.
+    retries : dict of key to int
+        How often steps were tried again.
+    """
+
+    lost: dict[int, Fault] = field(default_factory=dict)
+    retries: dict[Any, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, read: ReadBlock | None) -> ReadReport:
+        """Return that of one block, None for one that did not have to be read."""
+        if read is None or (read.fault is None and not read.retries):
+            return _NOTHING_WRONG
+        return cls({} if read.fault is None else {read.index: read.fault}, read.retries)
+
+    @classmethod
+    def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
+        """Return what all of them say; what several groups have waited for counts once."""
+        wrong = [report for report in reports if report.lost or report.retries]
+        if len(wrong) <= 1:
+            return wrong[0] if wrong else _NOTHING_WRONG
+        return cls(
+            {index: fault for report in wrong for index, fault in report.lost.items()},
+            {key: count for report in wrong for key, count in report.retries.items()},
+        )
+
+    @property
+    def n_retries(self) -> int:
+        """How often something was tried again."""
+        return sum(self.retries.values())
+
+
+_NOTHING_WRONG = ReadReport()
 
 
 @dataclass(frozen=True)
@@ -38,15 +81,18 @@ class Sample:
 
     Attributes
     ----------
-    rows : Rows
+    rows : Rows or None
+        None if no block could be read.
     rows_read, bytes_read : int
     n_blocks : int
+    reading : ReadReport
     """
 
-    rows: Rows
+    rows: Rows | None
     rows_read: int
     bytes_read: int
     n_blocks: int
+    reading: ReadReport
 
 
 @dataclass(frozen=True)
@@ -66,6 +112,8 @@ class PassRequest:
     sample_share : float
         Share of the rows to bring back, taken evenly from all blocks.
     seed : int
+    left_out : frozenset of int
+        Flat indices of blocks that are not wanted.
     """
 
     params: NDArray[np.float64]
@@ -74,6 +122,7 @@ class PassRequest:
     is_first: bool = True
     sample_share: float = 0.0
     seed: int = 0
+    left_out: frozenset[int] = frozenset()
 
 
 S = TypeVar("S", bound=Sums)
@@ -81,10 +130,19 @@ S = TypeVar("S", bound=Sums)
 
 @dataclass(frozen=True)
 class PassResult(Generic[S]):
-    """What a pass, or a part of one, brings back: sums, and perhaps some rows."""
+    """What a pass, or a part of one, brings back.
 
-    sums: S
+    Attributes
+    ----------
+    sums : Sums or None
+        None if no block could be read.
+    sample : Rows or None
+    reading : ReadReport
+    """
+
+    sums: S | None
     sample: Rows | None
+    reading: ReadReport
 
 
 class DataSet:
@@ -99,6 +157,8 @@ class DataSet:
     blocks : RowBlocks
     cache : int or "auto"
         Bytes of blocks that may stay in the workers' memory between passes.
+    policy : ReadPolicy, optional
+        What happens where reading fails.
 
     Raises
     ------
@@ -106,14 +166,16 @@ class DataSet:
         If a block is too large for the memory of a worker.
     """
 
-    def __init__(self, blocks: RowBlocks, cache: int | str) -> None:
+    def __init__(
+        self, blocks: RowBlocks, cache: int | str, policy: ReadPolicy | None = None
+    ) -> None:
         self.blocks = blocks
         self._block_rows = blocks.block_rows()
         self._workers = Workers.active()
         groups = group_blocks(self._block_rows)
         self.memory = MemoryPlan.of(blocks, groups, self._workers, cache)
         self.memory.check()
-        self._source = SourceGraph(blocks)
+        self._source = SourceGraph(blocks, policy)
         self._literals = self._source.large_literals
         self._block_groups = groups
         self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
@@ -128,6 +190,7 @@ class DataSet:
         self._source.replace(send_once(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
+        self._members = [{index for index, *_ in reader.blocks} for reader in readers]
         held = [
             Group(reader, n_bytes, self._budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
@@ -159,7 +222,7 @@ class DataSet:
         watch: Watch = lambda parts: None,
         deadline: float | None = None,
     ) -> PassResult[S]:
-        """Sum over all rows: one pass.
+        """Sum over all rows but those of blocks left out: one pass.
 
         Parameters
         ----------
@@ -171,13 +234,22 @@ class DataSet:
             Called with the ``Parts`` whenever one has finished; may raise to end the pass.
         deadline : float, optional
             Seconds from now after which it is called in any case.
+
+        Raises
+        ------
+        BlockReadError
+            If a block cannot be read, and the policy does not let it be left out.
+        ClusterLostError
+            If the scheduler is lost, or workers again and again.
         """
-        parts = Parts(len(self._groups), dict(known or {}))
+        parts = Parts(len(self._wanted(request)), dict(known or {}))
         for attempt in count(1):
             try:
                 tree = self._tree(kernel, request, parts.values)
                 result: PassResult[S] = run_tree(tree, self._workers.client, parts, watch, deadline)
                 break
+            except ReadFailedError as failed:
+                raise self._block_error(failed.fault) from failed.cause
             except (FutureCancelledError, FuturesCancelledError, KilledWorker) as error:
                 self._recover(error, attempt)
                 parts.drop_lost()
@@ -211,40 +283,123 @@ class DataSet:
             graph.constant("request", request),
         )
 
+        wanted = self._wanted(request)
+
         def leaf(i: int) -> TaskRef:
-            group = graph.constant(f"group-{i}", self._groups[i])
+            number = wanted[i]
+            group = graph.constant(f"group-{number}", self._groups[number])
+            inputs = self._inputs[number]
             return graph.task(
-                "normal-equations", i, _reduce_group, group, *constants, inputs=self._inputs[i]
+                "normal-equations", number, _reduce_group, group, *constants, inputs=inputs
             )
 
-        tree = graph.tree(len(self._groups), leaf, _combine, known)
+        tree = graph.tree(len(wanted), leaf, _combine, known)
         if self._read_ahead is not None:
             # When a thread is done with its group, the one so many places further on is its next.
             positions = list(tree.leaves)
             order = graph.order_of(list(tree.leaves.values()))
-            turns = [self._groups[positions[i]] for i in order]
+            turns = [self._groups[wanted[positions[i]]] for i in order]
             following = turns[self._workers.most_threads :]
             for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead)
+                group.read_ahead_of(other, self._read_ahead, request.left_out)
         return tree
 
-    def sample(self, sample_rows: int, seed: int, n_blocks: int | None = None) -> Sample:
-        """Read a few blocks, or the first so many of them, and take rows from each."""
-        plan = plan_sample(self._block_rows, sample_rows, seed, self.blocks.in_memory)
+    def _wanted(self, request: PassRequest) -> list[int]:
+        """Return the groups of which not all blocks are left out."""
+        return [i for i, own in enumerate(self._members) if not own <= request.left_out]
+
+    def sample(
+        self,
+        sample_rows: int,
+        seed: int,
+        left_out: frozenset[int] = frozenset(),
+        n_blocks: int | None = None,
+    ) -> Sample:
+        """Read a few blocks and take rows from each, as if those left out were not there.
+
+        With ``n_blocks`` only so many of them are read, the first ones.
+        """
+        block_rows = self._block_rows.copy()
+        block_rows.flat[list(left_out)] = 0
+        plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
         readers, shared = self._source.readers([[block] for block in plan.blocks[:n_blocks]])
         graph = TaskGraph(shared)
         leaves = [
             graph.task("sample", i, _sample_block, reader, plan, i, inputs=reader.inputs)
             for i, reader in enumerate(readers)
         ]
-        sample: Sample = graph.run(graph.task("sample-join", 0, _join_samples, *leaves))
+        joined = graph.task("sample-join", 0, _join_samples, *leaves)
+        sample: Sample = self._run(graph, joined)
         return sample
+
+    def _run(self, graph: TaskGraph, result: TaskRef) -> Any:
+        try:
+            return graph.run(result)
+        except ReadFailedError as failed:
+            raise self._block_error(failed.fault) from failed.cause
+
+    def _block_error(self, fault: Fault) -> BlockReadError:
+        block = self._source.first_block_needing(fault.key)
+        bad = self.bad_block(int(np.ravel_multi_index(block, self.blocks.grid)), fault)
+        return BlockReadError(
+            f"{bad.sentence}. Repair or replace what is stored there, or let blocks that stay "
+            f"unreadable be left out with HybridStreamingConfig(min_success_rate=...) below 1.",
+            bad.array,
+            bad.block,
+            bad.chunk,
+        )
+
+    def bad_block(self, index: int, fault: Fault) -> BadBlock:
+        """Say in the caller's terms which block could not be read."""
+        block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
+        names = self.blocks.layout.array_names
+        arrays = [names[i] for i in self._source.arrays_needing(fault.key, block)]
+        return BadBlock(
+            block=block,
+            grid=self.blocks.grid,
+            rows=int(self._block_rows[block]),
+            part=tuple((part.start, part.stop) for part in self.blocks.part(block)),
+            array=" and ".join(arrays),
+            chunk=fault.chunk,
+            error=fault.error,
+            tries=fault.tries,
+        )
+
+    def first_not_finite(self, index: int) -> tuple[Index, str]:
+        """Return the position of a block, and in words which of its arrays is not finite and where.
+
+        The block is read once more. The words are none if it is finite now.
+
+        Parameters
+        ----------
+        index : int
+            Flat index of the block.
+        """
+        block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
+        ((reader,), shared) = self._source.readers([[block]])
+        graph = TaskGraph(shared)
+        task = graph.task("not-finite", 0, _not_finite, reader, inputs=reader.inputs)
+        found: tuple[int, Index, Index] | None = self._run(graph, task)
+        if found is None:
+            return block, ""
+        i, position, shape = found
+        starts = [part.start for part in self.blocks.part(block)]
+        row = ", ".join(str(start + at) for start, at in zip(starts, position, strict=False))
+        name = self.blocks.layout.array_names[i]
+        where = f", beginning with {'' if name == 'y_data' else f'{name} at '}y_data[{row}]"
+        where += "".join(f", column {at}" for at in position[len(starts) :])
+        chunk = self._source.chunk_of(self.blocks.keys(block)[i], position, shape)
+        return block, where if chunk is None else f"{where}, in {chunk}"
+
+    def missing_chunks(self) -> list[str]:
+        """Return sentences on chunks that a Zarr store does not hold and reads as values."""
+        return [missing.sentence for missing in self._source.missing_chunks()]
 
 
 def _reduce_group(
     group: Group, kernel: RowKernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
-    blocks = group.blocks(inputs, kernel.placed)
+    blocks = group.blocks(inputs, request.left_out, kernel.placed)
     parts = (_reduce_block(kernel, request, *block) for block in blocks)
     return reduce(_combine, parts)
 
@@ -253,9 +408,11 @@ def _reduce_block(
     kernel: RowKernel[S],
     request: PassRequest,
     index: int,
-    rows: Kept,
-    read: Block | None,
+    rows: Kept | None,
+    read: ReadBlock | None,
 ) -> PassResult[S]:
+    if rows is None:
+        return PassResult(None, None, ReadReport.of(read))
     further = {} if request.directions is None else {"directions": request.directions}
     sums = kernel(
         rows,
@@ -265,35 +422,60 @@ def _reduce_block(
         wants_moments=request.is_first,
         **further,
     )
+    block = rows if read is None else read.block
     if read is None:
         sums = replace(sums, rows_cached=len(rows))
-    else:
-        sums = replace(sums, rows_read=len(read), bytes_read=read.nbytes)
-    block = rows if read is None else read
-    taken = thin_out(len(block), request.sample_share, request.seed, index)
+    elif read.block is not None:
+        sums = replace(sums, rows_read=len(read.block), bytes_read=read.block.nbytes)
+    taken = thin_out(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
-    return PassResult(sums, sample)
+    return PassResult(sums, sample, ReadReport.of(read))
 
 
 def _combine(*parts: PassResult[S]) -> PassResult[S]:
+    sums = [part.sums for part in parts if part.sums is not None]
     rows = [part.sample for part in parts if part.sample is not None]
     return PassResult(
-        reduce(lambda one, other: one.combine(other), (part.sums for part in parts)),
+        reduce(lambda one, other: one.combine(other), sums) if sums else None,
         Rows.concatenate(rows) if rows else None,
+        ReadReport.joined(part.reading for part in parts),
     )
 
 
 def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
-    ((_, block),) = reader.read(inputs)
-    rows = block.take(plan.rows_of(i, len(block)))
-    return Sample(rows, len(block), block.nbytes, 1)
+    (read,) = reader.read(inputs)
+    block, report = read.block, ReadReport.of(read)
+    if block is None:
+        return Sample(None, 0, 0, 0, report)
+    return Sample(block.take(plan.rows_of(i, len(block))), len(block), block.nbytes, 1, report)
+
+
+def _not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
+    """Return which array of a block is not finite, where first, and that array's shape."""
+    (read,) = reader.read(inputs)
+    if read.block is None:
+        return None
+    *arrays, mask = read.block.arrays
+    for i, array in enumerate(array for array in arrays if array is not None):
+        bad = np.asarray(~np.isfinite(array))
+        if mask is not None:
+            bad = bad & ~mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+        if bad.any():
+            # Where an array does not vary, an entry belongs to all rows along that dimension.
+            repeated = tuple(i for i, n in enumerate(array.shape) if n < bad.shape[i])
+            bad = np.asarray(bad.any(axis=repeated, keepdims=True))
+            position = np.unravel_index(int(bad.argmax()), bad.shape)
+            return i, tuple(map(int, position)), array.shape
+    return None
 
 
 def _join_samples(*parts: Sample) -> Sample:
+    rows = [part.rows for part in parts if part.rows is not None]
     return Sample(
-        Rows.concatenate([part.rows for part in parts]),
+        Rows.concatenate(rows) if rows else None,
         sum(part.rows_read for part in parts),
         sum(part.bytes_read for part in parts),
-        len(parts),
+        sum(part.n_blocks for part in parts),
+        ReadReport.joined(part.reading for part in parts),
     )

@@ -8,13 +8,14 @@ split) stays a task of its own and runs once.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dask.array as da
 import numpy as np
+import zarr
 from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
@@ -22,6 +23,18 @@ from dask.highlevelgraph import HighLevelGraph
 from nlsq_dask.core.rows import Layout
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
+from nlsq_dask.engine.faults import (
+    Fault,
+    ReadPolicy,
+    SharedStep,
+    run_step,
+    unwrapped,
+)
+from nlsq_dask.engine.stored import (
+    StoredRegion,
+    missing_chunks,
+    stored_regions,
+)
 
 Key = Any
 Index = tuple[int, ...]
@@ -29,6 +42,26 @@ Index = tuple[int, ...]
 _SHARED = -1
 # A literal up to this size (an opened Zarr array, a lock) is written into every group.
 _MAX_INLINE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ReadBlock:
+    """A block as it came from the source, or the reason why it did not.
+
+    Attributes
+    ----------
+    index : int
+        Flat index in the grid.
+    block : Block or None
+    fault : Fault or None
+    retries : dict of key to int
+        How often steps were tried again to read it.
+    """
+
+    index: int
+    block: Block | None
+    fault: Fault | None = None
+    retries: dict[Key, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,18 +77,41 @@ class GroupReader:
         What to run, in topological order.
     inputs : tuple of key
         What has to come from other tasks.
+    policy : ReadPolicy
     """
 
     layout: Layout
     blocks: tuple[tuple[int, list[Key], list[Index]], ...]
     steps: dict[Key, GraphNode]
     inputs: tuple[Key, ...]
+    policy: ReadPolicy
 
-    def read(self, inputs: Sequence[Any]) -> Iterator[tuple[int, Block]]:
-        """Yield the blocks, each as soon as it is read; nothing is kept longer than needed."""
-        values: dict[Key, Any] = dict(zip(self.inputs, inputs, strict=True))
-        uses = Counter(dep for node in self.steps.values() for dep in node.dependencies)
-        uses.update(key for _, keys, _ in self.blocks for key in keys)
+    def count(self, left_out: frozenset[int]) -> int:
+        """Return the number of blocks that ``read`` yields."""
+        return sum(index not in left_out for index, *_ in self.blocks)
+
+    def read(
+        self, inputs: Sequence[Any], left_out: frozenset[int] = frozenset()
+    ) -> Iterator[ReadBlock]:
+        """Yield the blocks, each as soon as it is read; nothing is kept longer than needed.
+
+        Parameters
+        ----------
+        inputs : sequence
+            Results of the tasks that ``inputs`` names.
+        left_out : frozenset of int
+            Flat indices of blocks that are not wanted.
+
+        Raises
+        ------
+        ReadFailedError
+            If a block cannot be read and may not be left out.
+        """
+        blocks = [block for block in self.blocks if block[0] not in left_out]
+        steps = self.steps if len(blocks) == len(self.blocks) else self._steps_of(blocks)
+        values, retries = unwrapped(zip(self.inputs, inputs, strict=True))
+        uses = Counter(dep for node in steps.values() for dep in node.dependencies)
+        uses.update(key for _, keys, _ in blocks for key in keys)
 
         def release(keys: Iterable[Key]) -> None:
             for key in keys:
@@ -63,15 +119,60 @@ class GroupReader:
                 if not uses[key]:
                     del values[key]
 
-        pending = iter(self.steps.items())
-        for index, keys, shapes in self.blocks:
+        pending = iter(steps.items())
+        for index, keys, shapes in blocks:
             while not all(key in values for key in keys):
                 key, node = next(pending)
-                values[key] = node(values)
+                # What has failed is run again by itself; what it depends on is still there.
+                values[key], tries = run_step(node, values, self.policy)
+                if tries:
+                    retries[key] = tries
                 release(node.dependencies)
-            block = Block.of([values[key] for key in keys], self.layout, shapes)
+            arrays = [values[key] for key in keys]
             release(keys)
-            yield index, block
+            fault = next((array for array in arrays if isinstance(array, Fault)), None)
+            block = None if fault else Block.of(arrays, self.layout, shapes)
+            del arrays
+            yield ReadBlock(index, block, fault, retries)
+            retries = {}
+
+    def _steps_of(
+        self, blocks: Sequence[tuple[int, list[Key], list[Index]]]
+    ) -> dict[Key, GraphNode]:
+        """Return the steps that these blocks need, in the same order."""
+        stack = [key for _, keys, _ in blocks for key in keys]
+        needed: set[Key] = set()
+        while stack:
+            key = stack.pop()
+            if key not in needed and key in self.steps:
+                needed.add(key)
+                stack.extend(self.steps[key].dependencies)
+        return {key: node for key, node in self.steps.items() if key in needed}
+
+
+@dataclass(frozen=True)
+class MissingChunks:
+    """Chunks that a fit reads and a Zarr store does not hold.
+
+    Attributes
+    ----------
+    array : zarr.Array
+    keys : tuple of str
+    """
+
+    array: zarr.Array[Any]
+    keys: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """What a person should know of it."""
+        what = "1 chunk" if len(self.keys) == 1 else f"{len(self.keys):,} chunks"
+        listed = ", ".join(self.keys[:3]) + (", ..." if len(self.keys) > 3 else "")
+        return (
+            f"{self.array.store_path} lacks {what} that the fit reads ({listed}), for which Zarr "
+            f"gives the fill value, {self.array.fill_value}. It stores no chunks that hold nothing "
+            f"else, so this may be right; if they were lost, write them again, or mask their rows."
+        )
 
 
 class SourceGraph:
@@ -80,10 +181,13 @@ class SourceGraph:
     Parameters
     ----------
     blocks : RowBlocks
+    policy : ReadPolicy, optional
+        What its readers do where reading fails.
     """
 
-    def __init__(self, blocks: RowBlocks) -> None:
+    def __init__(self, blocks: RowBlocks, policy: ReadPolicy | None = None) -> None:
         self._blocks = blocks
+        self._policy = ReadPolicy() if policy is None else policy
         # All arrays at once: dask.optimize would do it one by one, and what is made from another of
         # them (a sigma that is a share of y) would read that a second time.
         graph = HighLevelGraph.merge(*(array.__dask_graph__() for array in blocks.arrays))
@@ -135,8 +239,64 @@ class SourceGraph:
         shared = {key: self._nodes[key] for key, owner in owners.items() if owner == _SHARED}
         needed = {dep for node in shared.values() for dep in node.dependencies}
         shared |= {key: self._nodes[key] for key in needed if key in self._nodes}
+        shared = {key: SharedStep.wrapped(node, self._policy) for key, node in shared.items()}
         readers = [self._reader(group, i, owners) for i, group in enumerate(groups)]
         return readers, {**shared, **self._futures}
+
+    def arrays_needing(self, key: Key, block: Index) -> list[int]:
+        """Return which arrays of a block, by their position, are made with a step."""
+        return [
+            i for i, own in enumerate(self._blocks.keys(block)) if key in self._steps_towards([own])
+        ]
+
+    def first_block_needing(self, key: Key) -> Index:
+        """Return the first block that is made with a step."""
+        blocks = np.ndindex(self._blocks.grid)
+        return next(block for block in blocks if self.arrays_needing(key, block))
+
+    def _steps_towards(self, keys: Iterable[Key]) -> set[Key]:
+        stack, found = list(keys), set[Key]()
+        while stack:
+            key = stack.pop()
+            if key not in found and key in self._nodes:
+                found.add(key)
+                stack.extend(self._nodes[key].dependencies)
+        return found
+
+    def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
+        """Return the stored chunk that holds an entry of a block, if the block is a part of one.
+
+        Parameters
+        ----------
+        key : key
+            Of the block of one array.
+        position : tuple of int
+        shape : tuple of int
+            Of that block.
+        """
+        node = self._nodes.get(key)
+        found = [] if node is None else list(stored_regions(node, self._literals))
+        return found[0].chunk_at(position, shape) if len(found) == 1 else None
+
+    @property
+    def _literals(self) -> dict[Key, Any]:
+        return {key: n.value for key, n in self._nodes.items() if isinstance(n, DataNode)}
+
+    def missing_chunks(self) -> Iterator[MissingChunks]:
+        """Yield the Zarr arrays of which chunks are missing that a fit would read as values.
+
+        Zarr leaves out chunks that hold nothing but the fill value, so that one which was lost
+        looks the same. Each store is asked once for a list of what it holds.
+        """
+        literals = self._literals
+        by_array: defaultdict[int, list[StoredRegion]] = defaultdict(list)
+        for node in self._nodes.values():
+            for stored in stored_regions(node, literals):
+                by_array[id(stored.array)].append(stored)
+        for regions in by_array.values():
+            missing = missing_chunks(regions)
+            if missing:
+                yield MissingChunks(regions[0].array, missing)
 
     def _owners(self, groups: Sequence[Sequence[Index]]) -> dict[Key, int]:
         """Return, for each task, the group that alone needs it, or ``_SHARED``."""
@@ -202,4 +362,4 @@ class SourceGraph:
                 add(key)
             index = int(np.ravel_multi_index(block, self._blocks.grid))
             blocks.append((index, keys, self._blocks.shapes(block)))
-        return GroupReader(self._blocks.layout, tuple(blocks), steps, tuple(inputs))
+        return GroupReader(self._blocks.layout, tuple(blocks), steps, tuple(inputs), self._policy)

@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 from nlsq_dask.events import (
+    BlocksLeftOut,
     Event,
     FitEnded,
     FitResumed,
@@ -87,10 +88,13 @@ class Progress:
                 rows = event.rows + event.rows_cached
                 rate = rows / max(event.seconds, 1e-9) / 1e6
                 cached = f", {event.rows_cached:,} of them from memory" if event.rows_cached else ""
+                retries = f", {event.retries} reads tried again" if event.retries else ""
                 return (
                     f"  pass {event.number}: {rows:,} rows{cached} in {event.seconds:.2f} s "
-                    f"({rate:.1f} million rows/s)"
+                    f"({rate:.1f} million rows/s){retries}"
                 )
+            case BlocksLeftOut():
+                return "\n".join(f"  left out: {sentence}" for sentence in event.sentences)
             case FitEnded():
                 return event.message
         return None

@@ -1,0 +1,230 @@
+"""Reading can fail: what is tried again, and what is known of that which stays unreadable."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask._task_spec import GraphNode, Task, TaskRef
+
+from nlsq_dask.engine.stored import failing_chunk
+from nlsq_dask.errors import DataError
+
+Key = Any
+
+# Seconds before a step is tried again, growing with each try: long enough for a server to recover.
+_FIRST_PAUSE, _GROWTH, _LONGEST_PAUSE = 0.1, 4.0, 10.0
+# These say that a program is wrong, not that a store is: trying again would not help, and to leave
+# out rows would hide it.
+_PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
+_MOST_TEXT = 500  # characters of an error that are quoted
+
+
+@dataclass(frozen=True)
+class ReadPolicy:
+    """What happens where reading fails.
+
+    Attributes
+    ----------
+    retries : int
+        How often a step that has failed is tried again.
+    leaves_out : bool
+        Whether blocks that stay unreadable are left out; if not, the first of them is an error.
+    """
+
+    retries: int = 0
+    leaves_out: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a step of the graph has no value; it stands for the value, also in what is made of it.
+
+    Attributes
+    ----------
+    key : key
+        Of the step.
+    error : str
+        Type and text.
+    chunk : str or None
+        What the store could not give.
+    tries : int
+    """
+
+    key: Key
+    error: str
+    chunk: str | None
+    tries: int
+
+
+class ReadFailedError(Exception):
+    """A step has failed for good; made for the way from a worker to where the blocks have names."""
+
+    def __init__(self, fault: Fault, cause: Exception | None) -> None:
+        super().__init__(fault.error)
+        self.fault = fault
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.fault, _if_sendable(self.cause))
+
+
+def _if_sendable(error: Exception | None) -> Exception | None:
+    """Return the error if it survives pickling, which those of libraries not always do."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the classes of others do
+        return None
+    return error
+
+
+def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> tuple[Any, int]:
+    """Run one step of the caller's graph, again if it fails.
+
+    Parameters
+    ----------
+    node : GraphNode
+    values : mapping
+        Of the steps that it depends on, faults among them.
+    policy : ReadPolicy
+
+    Returns
+    -------
+    value
+        A ``Fault`` if there is none and it may be left out.
+    retries : int
+
+    Raises
+    ------
+    ReadFailedError
+        If it has no value.
+    """
+    for key in node.dependencies:
+        if isinstance(values[key], Fault):
+            return values[key], 0
+    for retries in itertools.count():
+        try:
+            return node(values), retries
+        except (MemoryError, DataError):
+            raise  # DataError: it was read, and cannot be used
+        except Exception as error:
+            # A store, a codec, a file system over a network: each raises what it likes.
+            is_program = isinstance(error, _PROGRAM_ERRORS)
+            if is_program or retries >= policy.retries:
+                fault = Fault(node.key, _text(error), failing_chunk(node, values), retries + 1)
+                if policy.leaves_out and not is_program:
+                    return fault, retries
+                raise ReadFailedError(fault, error) from error
+        time.sleep(min(_FIRST_PAUSE * _GROWTH**retries, _LONGEST_PAUSE))
+    raise AssertionError("unreachable")
+
+
+def _text(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return f"{type(error).__name__}: {text[:_MOST_TEXT]}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class SharedStep:
+    """A step that stands on its own in the graph, because several groups need it.
+
+    Attributes
+    ----------
+    node : GraphNode
+    dependencies : tuple of key
+        In the order in which their values are passed.
+    policy : ReadPolicy
+    """
+
+    node: GraphNode
+    dependencies: tuple[Key, ...]
+    policy: ReadPolicy
+
+    @classmethod
+    def wrapped(cls, node: GraphNode, policy: ReadPolicy) -> GraphNode:
+        """Return a node that runs another one as a step; constants and names stay as they are."""
+        if not isinstance(node, Task):
+            return node
+        dependencies = tuple(node.dependencies)
+        step = cls(node, dependencies, policy)
+        return Task(node.key, step, *map(TaskRef, dependencies))
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run it on the values of its dependencies."""
+        values, _ = unwrapped(zip(self.dependencies, inputs, strict=True))
+        value, retries = run_step(self.node, values, self.policy)
+        return Retried(value, {self.node.key: retries}) if retries else value
+
+
+@dataclass(frozen=True)
+class Retried:
+    """A value of a shared step, with how many more tries than one it took, by the step's key."""
+
+    value: Any
+    retries: dict[Key, int] = field(default_factory=dict)
+
+
+def unwrapped(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
+    """Return values of steps, and the tries that they took."""
+    found: dict[Key, Any] = {}
+    retries: dict[Key, int] = {}
+    for key, value in values:
+        found[key] = value
+        if isinstance(value, Retried):
+            found[key] = value.value
+            retries |= value.retries
+    return found, retries
+
+
+@dataclass(frozen=True)
+class BadBlock:
+    """A block that could not be read, in the caller's terms.
+
+    Attributes
+    ----------
+    block, grid : tuple of int
+        Its position, and the number of blocks along each dimension of y.
+    rows : int
+    part : tuple of (int, int)
+        Which part of y it is, by start and end along each dimension.
+    array : str
+        Names of the arrays that could not be read there.
+    chunk : str or None
+        Where the store holds what could not be read.
+    error : str
+    tries : int
+    """
+
+    block: tuple[int, ...]
+    grid: tuple[int, ...]
+    rows: int
+    part: tuple[tuple[int, int], ...]
+    array: str
+    chunk: str | None
+    error: str
+    tries: int
+
+    @property
+    def sentence(self) -> str:
+        """What a person should know of it."""
+        part = ", ".join(f"{start}:{end}" for start, end in self.part)
+        where = "" if self.chunk is None else f"{self.chunk}: "
+        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        return (
+            f"{self.array} could not be read in {tries} in block {self.block} of the grid "
+            f"{self.grid}, y_data[{part}]: {where}{self.error}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return what a result keeps of it."""
+        return {
+            "block": self.block,
+            "rows": self.rows,
+            "array": self.array,
+            "chunk": self.chunk,
+            "error": self.error,
+        }

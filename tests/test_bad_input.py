@@ -1,0 +1,436 @@
+"""What a fit says of bad arguments and bad data: a table of all of it, word for word.
+
+Each sentence names what was given, what is allowed and what to do. What a store cannot give, and
+what only some kinds of arrays can get wrong, is in ``test_data_faults`` and ``test_input_kinds``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import nlsq_dask as nd
+
+N = 4_000
+RNG = np.random.default_rng(3)
+X = RNG.uniform(0, 4, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * RNG.standard_normal(N)
+LAZY_X, LAZY_Y = (da.from_array(values, chunks=500) for values in (X, Y))
+NAMED_Y = xr.DataArray(Y, coords={"t": X}, dims="t")
+
+
+def model(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def fit(function: Any = model, x: Any = X, y: Any = Y, **options: Any) -> nd.FitResult:
+    options.setdefault("verbose", 0)
+    return nd.AdaptiveHybridStreamingOptimizer().fit(function, x, y, **options)
+
+
+def changed(values: np.ndarray, positions: Any, value: float) -> np.ndarray:
+    """Return a copy with other values at some positions."""
+    values = values.copy()
+    values[positions] = value
+    return values
+
+
+def lying(function: Any, dtype: str) -> da.Array:
+    """Return y in chunks that are not what Dask is told of them."""
+    return LAZY_Y.map_blocks(function, dtype=dtype, meta=np.empty(0, dtype))
+
+
+def zarr_group() -> zarr.Group:
+    group = zarr.create_group({})
+    group.create_array("t", shape=(3,), dtype="f8")
+    return group
+
+
+def stored(values: np.ndarray) -> zarr.Array[Any]:
+    array = zarr.create_array({}, name="here", shape=(N,), chunks=(500,), dtype="f8")
+    array[:] = values
+    return array
+
+
+Case = tuple[dict[str, Any], type[Exception], str]
+TABLE: dict[str, Case] = {
+    # --- the start
+    "the start: outside of the bounds": (
+        dict(p0=[9, 1, 1], bounds=(0, 5)),
+        ValueError,
+        "p0 of parameter 'a' is 9, outside its bounds [0, 5]. Move p0 inside or widen the bounds.",
+    ),
+    "the start: too few values": (
+        dict(p0=[1, 1]),
+        ValueError,
+        "p0 has 2 values, but the model takes 3 parameters (a, b, c).",
+    ),
+    "the start: an unknown name": (
+        dict(p0={"z": 1}),
+        ValueError,
+        "p0 names 'z'; the parameters are a, b, c.",
+    ),
+    "the start: NaN": (
+        dict(p0=[1, np.nan, 1]),
+        ValueError,
+        "p0 of parameter 'b' is nan; expected a finite number.",
+    ),
+    "the start: complex": (
+        dict(p0=[1j, 1, 1]),
+        ValueError,
+        "p0 must be a sequence of real numbers; got shape (3,) and dtype complex128.",
+    ),
+    "the start: no number of parameters": (
+        dict(function=lambda x, *p: x * p[0]),
+        ValueError,
+        "the model takes *params, so their number is not known: pass p0 as a sequence, or "
+        "param_names.",
+    ),
+    "the start: names twice": (
+        dict(param_names=["a", "a", "b"]),
+        ValueError,
+        "the parameter names ('a', 'a', 'b') are not all different.",
+    ),
+    "the start: too few names": (
+        dict(param_names=["a"]),
+        ValueError,
+        "param_names has 1 names for 3 parameters.",
+    ),
+    # --- the bounds
+    "the bounds: crossed": (
+        dict(bounds=(1, 0)),
+        ValueError,
+        "the lower bound 1 of parameter 'a' must be less than its upper bound 0.",
+    ),
+    "the bounds: too many values": (
+        dict(bounds=([0] * 4, [1] * 4)),
+        ValueError,
+        "the lower bounds have 4 values for 3 parameters.",
+    ),
+    "the bounds: not a pair": (
+        dict(bounds=(0, 1, 2)),
+        ValueError,
+        "bounds must be (low, high) or a dict of (low, high) by name; got 3 entries.",
+    ),
+    "the bounds: an unknown name": (
+        dict(bounds={"z": (0, 1)}),
+        ValueError,
+        "bounds names 'z'; the parameters are a, b, c.",
+    ),
+    # --- the model
+    "the model: not callable": (
+        dict(function=3),
+        TypeError,
+        "model must be a callable model(x, *params); got 3.",
+    ),
+    "the model: no parameters": (
+        dict(function=lambda x: x),
+        ValueError,
+        "the model has no parameters to fit: expected model(x, a, b, ...).",
+    ),
+    "the model: NumPy": (
+        dict(function=lambda x, a, b: a * np.exp(np.asarray(-b * x))),
+        nd.ModelError,
+        "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
+        "numpy or math, and with jnp.where instead of 'if' on values of x or of the "
+        "parameters.",
+    ),
+    "the model: a branch": (
+        dict(function=lambda x, a, b: a * x if b > 0 else x),
+        nd.ModelError,
+        "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
+        "numpy or math, and with jnp.where instead of 'if' on values of x or of the "
+        "parameters.",
+    ),
+    "the model: nothing returned": (
+        dict(function=lambda x, a: None),
+        nd.ModelError,
+        "The model '<lambda>' must return an array of one value a row; it returned NoneType.",
+    ),
+    "the model: another shape": (
+        dict(function=lambda x, a, b: jnp.stack([a * x, b * x])),
+        nd.ModelError,
+        "The model '<lambda>' must return one value a row: for x of shape (7,) it returned "
+        "shape (2, 7), expected (7,).",
+    ),
+    "the model: one number": (
+        dict(function=lambda x, a: a),
+        nd.ModelError,
+        "The model '<lambda>' must return one value a row: for x of shape (7,) it returned "
+        "shape (), expected (7,).",
+    ),
+    "the model: complex": (
+        dict(function=lambda x, a: a * x * 1j),
+        nd.ModelError,
+        "The model '<lambda>' returned complex128 values; expected real floating-point "
+        "numbers, which have a derivative with respect to the parameters.",
+    ),
+    "the model: running sum": (
+        dict(function=lambda x, a: a * jnp.cumsum(x)),
+        nd.ModelError,
+        "The model '<lambda>' is not row-wise: its value at a row depends on the other rows "
+        "of the block, or on the row's position in it. It is called with blocks of rows in "
+        "any size and order, so operations across rows (mean, max, cumsum, sort, indexing by "
+        "position) are not possible; compute such quantities beforehand and pass them as "
+        "another x or as constants.",
+    ),
+    "the model: mean of the rows": (
+        dict(function=lambda x, a, b: a * (x - x.mean()) + b),
+        nd.ModelError,
+        "The model '<lambda>' is not row-wise: its value at a row depends on the other rows "
+        "of the block, or on the row's position in it. It is called with blocks of rows in "
+        "any size and order, so operations across rows (mean, max, cumsum, sort, indexing by "
+        "position) are not possible; compute such quantities beforehand and pass them as "
+        "another x or as constants.",
+    ),
+    # --- further arguments
+    "further arguments: nan_policy": (
+        dict(nan_policy="ignore"),
+        ValueError,
+        "nan_policy must be 'raise' or 'omit'; got 'ignore'.",
+    ),
+    "further arguments: loss": (
+        dict(loss="l7"),
+        ValueError,
+        "loss must be one of 'linear', 'soft_l1', 'huber', 'cauchy', 'arctan'; got 'l7'.",
+    ),
+    "further arguments: f_scale": (
+        dict(loss="huber", f_scale=0),
+        ValueError,
+        "f_scale must be a number between 1e-140 and 1e+140; got 0.",
+    ),
+    "further arguments: absolute_sigma": (
+        dict(absolute_sigma="yes"),
+        TypeError,
+        "absolute_sigma must be True or False; got 'yes'.",
+    ),
+    "further arguments: callback": (
+        dict(callback=1),
+        TypeError,
+        "callback must be callable(params, loss, iteration); got 1.",
+    ),
+    "further arguments: verbose": (
+        dict(verbose=-1),
+        ValueError,
+        "verbose must be an integer >= 0 or None; got -1.",
+    ),
+    # --- what arrays are
+    "what arrays are: lengths differ": (
+        dict(x=X[:-1]),
+        nd.DataError,
+        "x_data has shape (3999,) and y_data has shape (4000,): they do not match (chunks "
+        "((3999,),) and ((4000,),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a "
+        "tuple of (n,); for an N-d y_data arrays that broadcast against it, such as t[:, "
+        "None, None], or xarray.DataArrays, which are matched by name.",
+    ),
+    "what arrays are: chunks differ as well": (
+        dict(x=LAZY_X[:-1], y=LAZY_Y),
+        nd.DataError,
+        "x_data has shape (3999,) and y_data has shape (4000,): they do not match (chunks "
+        "((500, 500, 500, 500, 500, 500, 500, 499),) and ((500, 500, 500, 500, 500, 500, 500,"
+        " 500),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,); for "
+        "an N-d y_data arrays that broadcast against it, such as t[:, None, None], or "
+        "xarray.DataArrays, which are matched by name.",
+    ),
+    "what arrays are: features in rows": (
+        dict(x=np.stack([X, X])),
+        nd.DataError,
+        "x_data has shape (2, 4000) and y_data has shape (4000,): they do not match (chunks "
+        "((2,), (4000,)) and ((4000,),)). A row of x is a row of the array: pass x_data.T, or"
+        " a tuple of arrays.",
+    ),
+    "what arrays are: one number": (
+        dict(y=3.0),
+        nd.DataError,
+        "y_data is a single number; expected an array with at least one dimension.",
+    ),
+    "what arrays are: no rows": (
+        dict(x=X[:0], y=Y[:0]),
+        nd.DataError,
+        "y_data has no rows (shape (0,)).",
+    ),
+    "what arrays are: no arrays": (
+        dict(x=()),
+        nd.DataError,
+        "x_data is an empty tuple; expected at least one array.",
+    ),
+    "what arrays are: nothing": (
+        dict(y=None),
+        nd.DataError,
+        "y_data has dtype object, its first entry of type NoneType; expected real numbers.",
+    ),
+    "what arrays are: lists of different lengths": (
+        dict(x=[[1, 2], [3]], y=[1, 2]),
+        nd.DataError,
+        "x_data is not an array, nor can one be made of it, as of lists that differ in length:",
+    ),
+    "what arrays are: complex": (
+        dict(y=Y * 1j),
+        nd.DataError,
+        "y_data is complex (complex128); only real values can be fitted. Fit real and "
+        "imaginary part as two sets of rows, or the absolute value.",
+    ),
+    "what arrays are: dates as y": (
+        dict(y=np.datetime64("2000-01-01") + np.arange(N)),
+        nd.DataError,
+        "y_data has dtype datetime64[D]; only x may hold dates. Convert it to numbers first, "
+        "such as `(y_data - y_data[0]) / np.timedelta64(1, 'D')`.",
+    ),
+    "what arrays are: a path": (
+        dict(y="store.zarr"),
+        nd.DataError,
+        "y_data has dtype <U10; expected real numbers. If it is a path, open it first, such "
+        "as with zarr.open_array(path) or xarray.open_zarr(path)['name'].",
+    ),
+    "what arrays are: a path of x": (
+        dict(x="store.zarr"),
+        nd.DataError,
+        "x_data names the coordinate 'store.zarr', but y_data is of type ndarray; names need "
+        "an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name']. (For a path, "
+        "open it first.)",
+    ),
+    "what arrays are: unknown chunks": (
+        dict(x=LAZY_X[LAZY_X > 1]),
+        nd.DataError,
+        "x_data has unknown chunk sizes (shape (nan,), chunks ((nan, nan, nan, nan, nan, nan,"
+        " nan, nan),)). Call its compute_chunk_sizes() first.",
+    ),
+    "what arrays are: a group": (
+        dict(x=zarr_group()),
+        nd.DataError,
+        "x_data is a Zarr group; pass one of its arrays, such as group['t'].",
+    ),
+    "what arrays are: a Dataset": (
+        dict(x=xr.Dataset({"t": ("row", X)})),
+        nd.DataError,
+        "got an xarray.Dataset with the variables ['t']; pass DataArrays, such as dataset['name'].",
+    ),
+    "what arrays are: no such coordinate": (
+        dict(x="u", y=NAMED_Y),
+        nd.DataError,
+        "x_data names the coordinate 'u'; y_data has ['t'].",
+    ),
+    "what arrays are: no coordinates": (
+        dict(x="t", y=xr.DataArray(Y, dims="t")),
+        nd.DataError,
+        "x_data names the coordinate 't'; y_data has none; give it one with "
+        "y_data.assign_coords(t=...).",
+    ),
+    "what arrays are: other labels": (
+        dict(x=xr.DataArray(X, coords={"t": X + 1}, dims="t"), y=NAMED_Y),
+        nd.DataError,
+        "the labels of x_data along 't' differ from those of y_data. Align them first, for "
+        "instance with xarray.align(..., join='inner').",
+    ),
+    "what arrays are: other dimensions": (
+        dict(x=xr.DataArray(X, dims="s"), y=NAMED_Y),
+        nd.DataError,
+        "x_data has shape (1, 4000) and y_data has shape (4000,): they do not match (chunks "
+        "((1,), (4000,)) and ((4000,),)). Dimensions are matched by name, ('s',) with ('t',):"
+        " rename those of x_data that are meant to be others.",
+    ),
+    "what arrays are: a covariance as sigma": (
+        dict(sigma=np.ones((N, N), np.int8)),
+        nd.DataError,
+        "sigma has shape (4000, 4000) and y_data (4000,): a covariance matrix of the data is "
+        "not supported. Pass one standard deviation a row, or transform the data.",
+    ),
+    "what arrays are: sigma of another length": (
+        dict(sigma=np.ones(5)),
+        nd.DataError,
+        "sigma has shape (5,) and y_data has shape (4000,): they do not match (chunks ((5,),)"
+        " and ((4000,),)). Pass one number, or an array that broadcasts against y_data.",
+    ),
+    # --- what is in them
+    "what is in them: NaN in y": (
+        dict(y=changed(Y, [1234, 1235, 3999], np.nan)),
+        nd.NonFiniteDataError,
+        "3 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
+        "are in block (0,) of the grid (1,), beginning with y_data[1234]. Use "
+        "nan_policy='omit' to leave such rows out.",
+    ),
+    "what is in them: infinity in a chunk of x": (
+        dict(x=da.from_array(changed(X, 777, np.inf), chunks=500), y=LAZY_Y),
+        nd.NonFiniteDataError,
+        "1 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
+        "are in block (1,) of the grid (8,), beginning with x_data at y_data[777]. Use "
+        "nan_policy='omit' to leave such rows out.",
+    ),
+    "what is in them: NaN in a column of x": (
+        dict(function=lambda x, a: a * x[:, 1], x=np.c_[X, changed(X, 9, np.nan)]),
+        nd.NonFiniteDataError,
+        "1 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
+        "are in block (0,) of the grid (1,), beginning with x_data at y_data[9], column 1. "
+        "Use nan_policy='omit' to leave such rows out.",
+    ),
+    "what is in them: a chunk of NaN in a store": (
+        dict(y=stored(changed(Y, slice(1500, 2000), np.nan))),
+        nd.NonFiniteDataError,
+        "500 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them"
+        " are in block (3,) of the grid (8,), beginning with y_data[1500], in chunk c/3 of "
+        "memory://.../here. Use nan_policy='omit' to leave such rows out.",
+    ),
+    "what is in them: NaN in sigma": (
+        dict(sigma=changed(np.ones(N), 0, np.nan)),
+        nd.NonFiniteDataError,
+        "1 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
+        "are in block (0,) of the grid (1,), beginning with sigma at y_data[0]. Use "
+        "nan_policy='omit' to leave such rows out.",
+    ),
+    "what is in them: sigma of zero": (
+        dict(sigma=changed(np.ones(N), 0, 0.0)),
+        nd.DataError,
+        "sigma is zero or negative at 1 of 4,000 rows; it must be positive. To leave rows "
+        "out, set their y_data to NaN and use nan_policy='omit'.",
+    ),
+    "what is in them: sigma below zero": (
+        dict(sigma=-1.0),
+        nd.DataError,
+        "sigma is zero or negative at 4,000 of 4,000 rows; it must be positive. To leave rows"
+        " out, set their y_data to NaN and use nan_policy='omit'.",
+    ),
+    "what is in them: nothing but NaN": (
+        dict(y=np.full(N, np.nan), nan_policy="omit"),
+        nd.DataError,
+        "none of the 4,000 rows can be used: all are masked or NaN.",
+    ),
+    "what is in them: all masked": (
+        dict(y=np.ma.masked_all(N)),
+        nd.DataError,
+        "none of the 4,000 rows can be used: all are masked or NaN.",
+    ),
+    "what is in them: huge numbers": (
+        dict(y=Y * 1e200),
+        nd.DataError,
+        "y_data, divided by sigma, is of the size 2e+200; its squares cannot be summed in "
+        "float64, which needs sizes between 1e-140 and 1e+140. Measure it in other units.",
+    ),
+    "what is in them: another dtype than Dask says": (
+        dict(y=lying(lambda block: block, "i8")),
+        nd.DataError,
+        "a block of y_data has shape (500,) and dtype float64, but Dask was told (500,) and "
+        "int64. Give map_blocks or from_delayed the true ones.",
+    ),
+    "what is in them: another shape than Dask says": (
+        dict(y=lying(lambda block: block[:5], "f8")),
+        nd.DataError,
+        "a block of y_data has shape (5,) and dtype float64, but Dask was told (500,) and "
+        "float64. Give map_blocks or from_delayed the true ones.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_the_sentence(case: str) -> None:
+    given, error, sentence = TABLE[case]
+    with pytest.raises(error) as caught:
+        fit(**given)
+    said = re.sub(r"memory://\d+", "memory://...", str(caught.value))
+    assert said.startswith(sentence)  # what libraries have to add may follow
