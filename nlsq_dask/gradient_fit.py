@@ -14,6 +14,7 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import newton_cg as cg
+from nlsq_dask.core.conjugate_gradients import solved_together
 from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
@@ -271,11 +272,11 @@ class GradientFit:
             self._traced(context.model, platforms=context.platforms, n_directions=len(probes)),
             y_reference=self._kernel.y_reference,
         )
-        inverse = cg.solved_together(
+        inverse = solved_together(
             lambda vectors: context.passes.reduce(kernel, params, None, vectors).products,
             probes,
             self._by_sample(self._sample, sums.n_used, params),
-            self._settings,
+            context.config.cg_max_iterations,
         )
         details["probes"] = len(probes)
         if not (state.touched.all() and np.isfinite(inverse).all()):

@@ -16,7 +16,7 @@ from distributed import Client
 from scipy.sparse.linalg import spsolve
 
 import nlsq_dask as nd
-from nlsq_dask.core import newton_cg
+from nlsq_dask.core.conjugate_gradients import LinearSolve
 
 Config = nd.HybridStreamingConfig
 
@@ -308,7 +308,7 @@ def test_ritz_values_are_eigenvalues() -> None:
     rng = np.random.default_rng(0)
     root = rng.normal(size=(12, 8))
     matrix = root.T @ root
-    solve: Any = newton_cg.LinearSolve.begin(rng.normal(size=8), lambda v: v)
+    solve: Any = LinearSolve.begin(rng.normal(size=8), lambda v: v)
     first = -solve.residual
     for _ in range(8):
         solve = solve.continued(matrix @ solve.direction, lambda v: v)
