@@ -157,8 +157,8 @@ class HybridStreamingConfig:
     warm_start_threshold: float = _option(
         0.01,
         _POSITIVE,
-        "Layer 1: relative loss below which the warm-up is skipped. On noisy data the relative "
-        "loss of a perfect fit is noise / signal variance, so this can never fire there.",
+        "Layer 1: relative loss below which the warm-up is skipped; penalties count. On noisy "
+        "data that of a perfect fit is noise / signal variance, so this can never fire there.",
     )
     enable_adaptive_warmup_lr: bool = _option(
         True, _BOOL, "Layer 2: choose the first step size by the relative loss."
