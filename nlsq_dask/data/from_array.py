@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
+from itertools import product
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import zarr
+from dask.array.core import normalize_chunks, slices_from_chunks
 
 from nlsq_dask.data.from_files import block_rows, files_by_name, from_file, is_file
 from nlsq_dask.data.from_zarr import from_zarr
@@ -64,11 +67,16 @@ def _first_key(group: zarr.Group) -> str:
 
 def _from_memory(value: Any, cut: bool) -> da.Array:
     value = np.asarray(value)
-    chunks = list(value.shape)
+    sizes = list(value.shape)
     if cut and value.size:
-        chunks[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
-    array: da.Array = da.from_array(value, chunks=tuple(chunks), name=False)
-    return array
+        sizes[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
+    chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
+    name = f"array-{uuid.uuid4().hex}"
+    keys = product([name], *map(range, map(len, chunks)))
+    # The graph that da.from_array makes, but of views: that one copies the array first, to be safe
+    # from a caller who changes it later. A fit is over when it returns.
+    blocks = (value[(*part, ...)] for part in slices_from_chunks(chunks))
+    return da.Array(dict(zip(keys, blocks, strict=True)), name, chunks, dtype=value.dtype)
 
 
 def check_numbers(dtype: np.dtype[Any], name: str) -> None:
