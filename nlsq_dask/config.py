@@ -226,7 +226,8 @@ class HybridStreamingConfig:
         _int(0),
         "Standard errors with conjugate gradients: 0 for none; k for estimates from k random "
         "vectors of signs, whose errors have a relative spread of some 0.7 / sqrt(k) where "
-        "parameters are strongly correlated, less elsewhere; k >= p for exact ones.",
+        "parameters are strongly correlated, less elsewhere; k >= p for exact ones. At most 8 MiB "
+        "of them are solved for at once, so more of them take more passes and no more memory.",
     )
 
     # --- phase 3: covariance

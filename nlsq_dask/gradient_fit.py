@@ -14,10 +14,10 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import newton_cg as cg
-from nlsq_dask.core.conjugate_gradients import solved_together
 from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
+from nlsq_dask.core.probing import batch_size, inverse_diagonal, probe_batches
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
@@ -265,21 +265,26 @@ class GradientFit:
             return None
         assert state.solution is not None
         params, sums = state.solution, state.sums
-        exact = n_probes >= len(params)
-        rng = np.random.default_rng(context.config.random_seed)
-        probes = np.eye(len(params)) if exact else rng.choice([-1.0, 1.0], (n_probes, len(params)))
+        n_probes = min(n_probes, len(params))
+        at_once = batch_size(n_probes, len(params))
         kernel = replace(
-            self._traced(context.model, platforms=context.platforms, n_directions=len(probes)),
+            self._traced(context.model, platforms=context.platforms, n_directions=at_once),
             y_reference=self._kernel.y_reference,
         )
-        inverse = solved_together(
-            lambda vectors: context.passes.reduce(kernel, params, None, vectors).products,
-            probes,
+
+        def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+            filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
+            found = context.passes.reduce(kernel, params, None, filled_up).products
+            return found[: len(vectors)]
+
+        variances = inverse_diagonal(
+            products,
+            probe_batches(n_probes, len(params), context.config.random_seed),
             self._by_sample(self._sample, sums.n_used, params),
             context.config.cg_max_iterations,
         )
-        details["probes"] = len(probes)
-        if not (state.touched.all() and np.isfinite(inverse).all()):
+        details["probes"] = n_probes
+        if not (state.touched.all() and np.isfinite(variances).all()):
             warnings.warn(
                 "Standard errors of the parameters could not be estimated: the data do not "
                 "determine all of them, or cg_max_iterations is too small.",
@@ -287,6 +292,5 @@ class GradientFit:
                 stacklevel=5,
             )
             return np.full(len(params), np.inf)
-        variances = np.maximum((probes * inverse).sum(axis=0) / (probes**2).sum(axis=0), 0.0)
         scale = 1.0 if context.absolute_sigma else sums.variance(len(params))
         return np.asarray(np.sqrt(variances * scale))

@@ -16,6 +16,7 @@ from distributed import Client
 from scipy.sparse.linalg import spsolve
 
 import nlsq_dask as nd
+from nlsq_dask.core import probing
 from nlsq_dask.core.conjugate_gradients import LinearSolve
 
 Config = nd.HybridStreamingConfig
@@ -174,6 +175,24 @@ def test_standard_errors(local: Local, absolute: bool) -> None:
     ratios = perr(24) / exact
     assert 0.9 < ratios.mean() < 1.1
     assert 0.0 < ratios.std() < 0.7 / np.sqrt(24)
+
+
+@pytest.mark.parametrize("n_probes", [7, 20])
+def test_probes_are_in_memory_a_batch_at_a_time(
+    n_probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Local(10, 5_000)
+    together = problem.fit(1_000, cg_error_probes=n_probes)
+    monkeypatch.setattr(probing, "_BATCH_BYTES", 3 * 8 * 20)  # 3 at once
+    batches = problem.fit(1_000, cg_error_probes=n_probes)
+    assert batches.n_passes > together.n_passes
+    np.testing.assert_allclose(batches.perr, together.perr, rtol=1e-12)
+
+
+def test_what_a_batch_of_probes_takes_does_not_grow_with_their_number() -> None:
+    for n_params in (2_000, 50_000, 3_000_000):
+        sizes = {probing.batch_size(n_probes, n_params) for n_probes in (10**4, 10**5, 10**6)}
+        assert max(sizes) * 8 * n_params <= max(2**23, 8 * n_params)
 
 
 def test_exact_data_say_nothing_of_sensitivity() -> None:

@@ -1,0 +1,73 @@
+"""The diagonal of the inverse of J^T J by random vectors, without a matrix.
+
+References
+----------
+C. Bekas, E. Kokiopoulou and Y. Saad, "An estimator for the diagonal of a matrix", Applied
+Numerical Mathematics 57, 1214-1229 (2007).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.conjugate_gradients import solved_together
+
+Vector = NDArray[np.float64]
+Vectors = NDArray[np.float64]
+
+# Bytes of the probes that are solved for at once, which share each pass: fewer batches are fewer
+# passes. A task and the client each need about 8 times as much, which is no more than a block of a
+# sensible size. One probe at least is solved for, so that with a million parameters and more it is
+# that many vectors of them.
+_BATCH_BYTES = 2**23
+
+
+def batch_size(n_probes: int, n_params: int) -> int:
+    """Return how many probes are solved for at once; all batches but the last are of this size."""
+    most = max(_BATCH_BYTES // (8 * n_params), 1)
+    n_batches = -(n_probes // -most)
+    return -(n_probes // -n_batches)
+
+
+def probe_batches(n_probes: int, n_params: int, seed: int) -> Iterator[Vectors]:
+    """Yield probes, shape (k, p), k as ``batch_size`` says: signs, or unit vectors if enough.
+
+    The signs do not depend on the batches.
+    """
+    size, rng = batch_size(n_probes, n_params), np.random.default_rng(seed)
+    for start in range(0, n_probes, size):
+        count = min(size, n_probes - start)
+        if n_probes == n_params:
+            yield np.eye(count, n_params, start)
+        else:
+            yield rng.choice([-1.0, 1.0], (count, n_params))
+
+
+def inverse_diagonal(
+    products: Callable[[Vectors], Vectors],
+    probes: Iterator[Vectors],
+    precondition: Callable[[Vector], Vector],
+    max_iterations: int,
+) -> Vector:
+    """Estimate the diagonal of the inverse of ``J^T J``; infinite where a solve did not end.
+
+    Parameters
+    ----------
+    products : callable
+        Returns ``J^T J v`` for each of k directions.
+    probes : iterator of ndarray, each of shape (k, p)
+    precondition : callable
+    max_iterations : int
+        Of each solve.
+    """
+    total, weight = np.zeros(()), np.zeros(())
+    for vectors in probes:
+        inverse = solved_together(products, vectors, precondition, max_iterations)
+        if not np.isfinite(inverse).all():
+            return np.full(vectors.shape[1], np.inf)
+        total = total + (vectors * inverse).sum(axis=0)
+        weight = weight + (vectors**2).sum(axis=0)
+    return np.asarray(np.maximum(total / weight, 0.0))
