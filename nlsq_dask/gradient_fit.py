@@ -14,10 +14,11 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import newton_cg as cg
+from nlsq_dask.core.conjugate_gradients import LOST
 from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
-from nlsq_dask.core.probing import batch_size, inverse_diagonal, probe_batches
+from nlsq_dask.core.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
@@ -34,6 +35,7 @@ Sample = SampleProblem[GradientRowSums]
 
 _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
 _SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
+_TAKES_PART = 1e-2  # of the largest share in a direction that is lost
 _CHANCE = 5.0  # standard deviations of a mean square that chance explains
 
 
@@ -78,6 +80,7 @@ class GradientFit:
         self._settings = cg.CgSettings.of(context.config, context.model.dtype)
         self._state: cg.CgState | None = None
         self._sample: Sample | None = None
+        self._undetermined: NDArray[np.bool_] | None = None
 
     def _traced(self, model: Model, **options: Any) -> GradientKernel:
         context = self.context
@@ -112,6 +115,8 @@ class GradientFit:
         assert state.stop is not None
         assert state.solution is not None
         self._state = state
+        if state.stop.is_success:
+            self._undetermined = self._without_effect(sample, state.solution)
         details |= {
             "iterations": state.iteration,
             "products": state.n_products,
@@ -119,7 +124,14 @@ class GradientFit:
             "reason": state.stop.name.lower(),
             "solver": "conjugate gradients",
         }
-        return Solved(state.solution, state.stop, state.sums, state.params, state.iteration)
+        return Solved(
+            state.solution,
+            state.stop,
+            state.sums,
+            state.params,
+            state.iteration,
+            self._undetermined,
+        )
 
     def _reduce(
         self, params: Vector, candidates: NDArray[np.float64] | None, direction: Vector | None
@@ -170,6 +182,30 @@ class GradientFit:
         touched = state.touched | (sums.products[0] != 0.0)
         stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
         return replace(state, touched=touched, stop=stop)
+
+    def _without_effect(self, sample: Sample, params: Vector) -> NDArray[np.bool_] | None:
+        """Return which parameters take part in a direction that no row sees, if there is one.
+
+        It is looked for on the sample, where that costs no reading: what all rows do not see, some
+        of them do not, either. One more pass must confirm what is found. Where the sample leaves
+        out what other rows see, or would take more iterations, nothing is known.
+        """
+        config = self.context.config
+        diagonal = filled(sample.reduce.diagonal(params), self.context.normalizer.scales)
+        direction = lost_direction(
+            partial(sample.reduce.product, params),
+            diagonal,
+            MORE_ITERATIONS * config.cg_max_iterations,
+            config.random_seed,
+        )
+        if direction is None:
+            return None
+        sums = self._reduce(params, None, direction)
+        weight = sums.n_used / max(sample.n_used, 1)
+        shares = np.abs(direction) * np.sqrt(diagonal)
+        if not abs(float(direction @ sums.products[0])) <= LOST * weight * float(shares @ shares):
+            return None
+        return np.asarray(shares > _TAKES_PART * shares.max())
 
     @staticmethod
     def _remembering(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
@@ -258,8 +294,13 @@ class GradientFit:
         details["skipped"] = "a covariance would be a matrix of all parameters"
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return standard errors by probing the inverse of J^T J, if that is asked for."""
+        """Return standard errors by probing the inverse of J^T J, if that is asked for.
+
+        They are infinite where it is known to have none.
+        """
         context, state = self.context, self._state
+        if self._undetermined is not None:
+            return np.full(len(self._undetermined), np.inf)
         n_probes = context.config.cg_error_probes
         if not n_probes or state is None or self._sample is None or not state.sums.is_finite:
             return None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sparse
 from distributed import Client
+from scipy.optimize import OptimizeWarning
 from scipy.sparse.linalg import spsolve
 
 import nlsq_dask as nd
@@ -262,6 +263,40 @@ def test_a_sample_unlike_the_rest() -> None:
         found = optimizer.fit(model, *lazy, [1, -1e-5])
         assert found.success
         assert found.x[1] == pytest.approx(-1e-6, rel=0.5)
+
+
+class Shared(Local):
+    """The same with a height for all groups, which their own ones can take over."""
+
+    def model(self, x: Any, *params: Any) -> Any:
+        return super().model(x, *params[:-1]) + params[-1]
+
+
+@pytest.mark.parametrize("options", [{}, dict(cg_error_probes=4), dict(loss="huber")])
+def test_what_the_data_do_not_determine_is_said(options: dict[str, Any]) -> None:
+    problem = Shared(20, 20_000)
+    problem.start = np.ones(41)
+    with pytest.warns(OptimizeWarning, match="data do not determine p20, .* and 1 more"):
+        result = problem.fit(4_000, **options)
+    assert result.success
+    assert "do not determine: p20, p21" in result.message
+    assert result.diagnostics["undetermined"] == [f"p{i}" for i in range(20, 41)]
+    assert np.isinf(result.perr).all()
+    assert result.cost == pytest.approx(Local(20, 20_000).fit(4_000, **options).cost, rel=1e-8)
+
+
+def test_what_only_the_sample_does_not_determine_is_not_doubted(local: Local) -> None:
+    result = local.fit(1_000, sample_rows=45)  # so few that some groups have no rows
+    assert result.success
+    assert not result.diagnostics["undetermined"]
+
+
+def test_what_is_hardly_determined_is_not_doubted() -> None:
+    x = np.linspace(0, 1, 2_000)
+    y = 1 + x + 0.1 * np.random.default_rng(0).standard_normal(len(x))
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, cg_param_threshold=2))
+    result = optimizer.fit(lambda x, *p: sum(p[i] * x**i for i in range(6)), x, y, np.ones(6))
+    assert not result.diagnostics["undetermined"]
 
 
 def test_a_parameter_without_rows() -> None:

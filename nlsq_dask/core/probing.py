@@ -1,4 +1,4 @@
-"""The diagonal of the inverse of J^T J by random vectors, without a matrix.
+"""What can be found out about the inverse of J^T J by random vectors, without a matrix.
 
 References
 ----------
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.conjugate_gradients import solved_together
+from nlsq_dask.core.conjugate_gradients import LOST, LinearSolve, solved_together
 
 Vector = NDArray[np.float64]
 Vectors = NDArray[np.float64]
@@ -23,6 +23,7 @@ Vectors = NDArray[np.float64]
 # sensible size. One probe at least is solved for, so that with a million parameters and more it is
 # that many vectors of them.
 _BATCH_BYTES = 2**23
+_GONE = 1e-2  # of a direction's random length, standard normal: what is left is not lost
 
 
 def batch_size(n_probes: int, n_params: int) -> int:
@@ -71,3 +72,37 @@ def inverse_diagonal(
         total = total + (vectors * inverse).sum(axis=0)
         weight = weight + (vectors**2).sum(axis=0)
     return np.asarray(np.maximum(total / weight, 0.0))
+
+
+def lost_direction(
+    product: Callable[[Vector], Vector], diagonal: Vector, max_iterations: int, seed: int
+) -> Vector | None:
+    """Return a direction along which ``J^T J`` is rounding alone, or None if none was found.
+
+    Of a random vector z, conjugate gradients on ``J^T J u = J^T J z`` find all but what ``J^T J``
+    does not see. That is at hand at each iteration, ``z - u``, and so is its Rayleigh quotient,
+    which the least eigenvalue cannot exceed: what is returned is no matter of chance. None is found
+    where ``J^T J`` has an inverse, or would take more iterations.
+
+    Parameters
+    ----------
+    product : callable
+        Returns ``J^T J v``.
+    diagonal : ndarray, shape (p,)
+        Of ``J^T J``, none of its entries zero.
+    max_iterations : int
+    seed : int
+    """
+    start = np.random.default_rng(seed).standard_normal(len(diagonal)) / np.sqrt(diagonal)
+    solve: LinearSolve | None = LinearSolve.begin(-product(start), lambda v: v / diagonal)
+    for _ in range(max_iterations):
+        if solve is None:
+            return None
+        left = start - solve.step
+        square = float(left @ (diagonal * left))
+        if square <= _GONE**2:
+            return None
+        if abs(float(left @ solve.residual)) <= LOST * square:
+            return left
+        solve = solve.continued(product(solve.direction), lambda v: v / diagonal)
+    return None
