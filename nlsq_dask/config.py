@@ -162,8 +162,8 @@ class HybridStreamingConfig:
     warm_start_threshold: float = _option(
         0.01,
         _POSITIVE,
-        "Layer 1: relative loss below which the warm-up is skipped. On noisy data the relative "
-        "loss of a perfect fit is noise / signal variance, so this can never fire there.",
+        "Layer 1: relative loss below which the warm-up is skipped; penalties count. On noisy "
+        "data that of a perfect fit is noise / signal variance, so this can never fire there.",
     )
     enable_adaptive_warmup_lr: bool = _option(
         True, _BOOL, "Layer 2: choose the first step size by the relative loss."
@@ -231,7 +231,8 @@ class HybridStreamingConfig:
         _int(0),
         "Standard errors with conjugate gradients: 0 for none; k for estimates from k random "
         "vectors of signs, whose errors have a relative spread of some 0.7 / sqrt(k) where "
-        "parameters are strongly correlated, less elsewhere; k >= p for exact ones.",
+        "parameters are strongly correlated, less elsewhere; k >= p for exact ones. At most 8 MiB "
+        "of them are solved for at once, so more of them take more passes and no more memory.",
     )
 
     # --- phase 3: covariance

@@ -18,10 +18,10 @@ from nlsq_dask.core.row_sums import NormalRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
-from nlsq_dask.engine.faults import BadBlock
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
+from nlsq_dask.passes import LeftOut
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import SampleSolver, first_product, solve
 from nlsq_dask.stopping import StopReason
@@ -50,7 +50,7 @@ class _Ahead:
 
     state: gn.State
     trial: gn.Trial | None
-    left_out: dict[int, BadBlock]
+    left_out: LeftOut
 
 
 class DenseFit:

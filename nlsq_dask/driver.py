@@ -251,6 +251,7 @@ class Driver:
             sums_at=None if solved is None else solved.sums_at,
             iterations=0 if solved is None else solved.iterations,
             covariance=covariance,
+            undetermined=None if solved is None else solved.undetermined,
             errors=errors,
             has_covariance=not self._is_without_matrices,
             absolute_sigma=self._absolute_sigma,

@@ -77,7 +77,7 @@ class WarmupEnded(Event):
     """The L-BFGS loop ended; what layers 3 and 4 and the line search did.
 
     ``restarts`` times it went on from its best point with smaller steps, because something was not
-    finite.
+    finite; what is counted is counted over all runs, each of which begins a history of its own.
     """
 
     reason: str

@@ -161,39 +161,39 @@ class StartFinder:
         summary = asdict(began)
         if not skip:
             warmup = sample.prepare_warmup(self.normalizer, step, config)
-            state = self._run_warmup(warmup, start, sample.variance)
-            n_iterations, restarts = int(state.iteration), 0
-            while self._may_restart(state, n_iterations, restarts):
-                restarts += 1
+            runs = [self._run_warmup(warmup, start, sample.variance)]
+            while self._may_restart(runs):
+                state = runs[-1]
                 warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
                 start = self._original(np.asarray(state.best_params))
                 report = partial(self.iterations.report_non_finite, "warm-up", start, 0)
                 self.journal.once("restart", report)
-                state = self._run_warmup(warmup, start, sample.variance)
-                n_iterations += int(state.iteration)
+                runs.append(self._run_warmup(warmup, start, sample.variance))
+            state = runs[-1]
             start = self._original(np.asarray(state.best_params))
             end = WarmupEnd(int(state.end))
+            iterations = [int(run.iteration) for run in runs]
             ended = WarmupEnded(
                 reason=end.name.lower(),
-                iterations=n_iterations,
+                iterations=sum(iterations),
                 loss=float(state.best_loss) * sample.variance,
                 cost_guard=end is WarmupEnd.COST_GUARD,
-                clipped=clip_count(state, warmup.options),
-                line_search_failures=int(state.line_search_failures),
-                history_filled=n_iterations >= config.lbfgs_history_size,
-                restarts=restarts,
+                clipped=sum(clip_count(run, warmup.options) for run in runs),
+                line_search_failures=sum(int(run.line_search_failures) for run in runs),
+                history_filled=max(iterations) >= config.lbfgs_history_size,
+                restarts=len(runs) - 1,
             )
             self.emit(ended)
             summary |= asdict(ended)
         return _WarmedUp(start, summary)
 
-    def _may_restart(self, state: WarmupState, n_iterations: int, restarts: int) -> bool:
+    def _may_restart(self, runs: list[WarmupState]) -> bool:
         """Whether to go on from the best point with smaller steps, after something not finite."""
         return (
             self.config.validate_numerics
-            and int(state.end) == WarmupEnd.NON_FINITE
-            and restarts < _MOST_RESTARTS
-            and n_iterations < self.config.max_warmup_iterations
+            and int(runs[-1].end) == WarmupEnd.NON_FINITE
+            and len(runs) <= _MOST_RESTARTS
+            and sum(int(run.iteration) for run in runs) < self.config.max_warmup_iterations
         )
 
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:

@@ -92,6 +92,8 @@ class Solved:
     sums_at : ndarray, shape (p,)
         Differs from ``params`` if a last step was taken without a pass.
     iterations : int
+    undetermined : ndarray of bool, shape (p,), or None
+        Parameters that the data are known not to determine, where no covariance says so.
     """
 
     params: Vector
@@ -99,3 +101,4 @@ class Solved:
     sums: Sums
     sums_at: Vector
     iterations: int
+    undetermined: NDArray[np.bool_] | None = None

@@ -14,18 +14,20 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import newton_cg as cg
+from nlsq_dask.core.conjugate_gradients import LOST, solved_together
 from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
+from nlsq_dask.core.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
-from nlsq_dask.engine.faults import BadBlock
 from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
 from nlsq_dask.parameters import Parameters
+from nlsq_dask.passes import LeftOut
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import MORE_ITERATIONS
 from nlsq_dask.stopping import StopReason
@@ -35,6 +37,7 @@ Sample = SampleProblem[GradientRowSums]
 
 _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
 _SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
+_TAKES_PART = 1e-2  # of the largest share in a direction that is lost
 _CHANCE = 5.0  # standard deviations of a mean square that chance explains
 
 
@@ -73,7 +76,7 @@ class _Ahead:
     """The state of the solve over all rows, and the blocks that are left out of them."""
 
     state: cg.CgState
-    left_out: dict[int, BadBlock]
+    left_out: LeftOut
 
 
 class GradientFit:
@@ -96,6 +99,7 @@ class GradientFit:
         self._settings = cg.CgSettings.of(context.config, context.model.dtype)
         self._state: cg.CgState | None = None
         self._sample: Sample | None = None
+        self._undetermined: NDArray[np.bool_] | None = None
 
     def _traced(self, model: Model, **options: Any) -> GradientKernel:
         context = self.context
@@ -151,9 +155,10 @@ class GradientFit:
                 passes.left_out = dict(ahead.left_out)
                 self._state = state = self._gone_on_with(ahead.state)
             state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
-            while state.stop is not None and state.stop.is_success and not state.touched.all():
+            while state.stop is not None and state.stop.is_success:
                 try:
                     state = self._with_sensitivity(state)
+                    self._undetermined = self._without_effect(state)
                     break
                 except RowsChangedError:
                     assert state.solution is not None
@@ -170,7 +175,14 @@ class GradientFit:
             "reason": state.stop.name.lower(),
             "solver": "conjugate gradients",
         }
-        return Solved(state.solution, state.stop, state.sums, state.params, state.iteration)
+        return Solved(
+            state.solution,
+            state.stop,
+            state.sums,
+            state.params,
+            state.iteration,
+            self._undetermined,
+        )
 
     def _remember(self, state: cg.CgState) -> None:
         self._state = state
@@ -237,6 +249,8 @@ class GradientFit:
         Where residuals are zero gradients are, too, and say nothing of it.
         """
         assert state.solution is not None
+        if state.touched.all():
+            return state
         signs = np.random.default_rng(self.context.config.random_seed).choice(
             [-1.0, 1.0], len(state.params)
         )
@@ -244,6 +258,33 @@ class GradientFit:
         touched = state.touched | (sums.products[0] != 0.0)
         stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
         return replace(state, touched=touched, stop=stop)
+
+    def _without_effect(self, state: cg.CgState) -> NDArray[np.bool_] | None:
+        """Return which parameters take part in a direction that no row sees, if there is one.
+
+        It is looked for on the sample, where that costs no reading: what all rows do not see, some
+        of them do not, either. One more pass must confirm what is found. Where the sample leaves
+        out what other rows see, or would take more iterations, nothing is known.
+        """
+        params, sample = state.solution, self._sample
+        if state.stop is StopReason.NO_SENSITIVITY or params is None or sample is None:
+            return None
+        config = self.context.config
+        diagonal = filled(sample.reduce.diagonal(params), self.context.normalizer.scales)
+        direction = lost_direction(
+            partial(sample.reduce.product, params),
+            diagonal,
+            MORE_ITERATIONS * config.cg_max_iterations,
+            config.random_seed,
+        )
+        if direction is None:
+            return None
+        sums = self._reduce(params, None, direction)
+        weight = sums.n_used / max(sample.n_used, 1)
+        shares = np.abs(direction) * np.sqrt(diagonal)
+        if not abs(float(direction @ sums.products[0])) <= LOST * weight * float(shares @ shares):
+            return None
+        return np.asarray(shares > _TAKES_PART * shares.max())
 
     @staticmethod
     def _remembering(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
@@ -349,28 +390,42 @@ class GradientFit:
         details["skipped"] = "a covariance would be a matrix of all parameters"
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return standard errors by probing the inverse of J^T J, if that is asked for."""
+        """Return standard errors by probing the inverse of J^T J, if that is asked for.
+
+        They are infinite where it is known to have none.
+        """
         context, state = self.context, self._state
+        if self._undetermined is not None:
+            return np.full(len(self._undetermined), np.inf)
         n_probes = context.config.cg_error_probes
         if not n_probes or state is None or self._sample is None or not state.sums.is_finite:
             return None
         assert state.solution is not None
         params, sums = state.solution, state.sums
-        exact = n_probes >= len(params)
-        rng = np.random.default_rng(context.config.random_seed)
-        probes = np.eye(len(params)) if exact else rng.choice([-1.0, 1.0], (n_probes, len(params)))
+        n_probes = min(n_probes, len(params))
+        at_once = batch_size(n_probes, len(params))
         kernel = replace(
-            self._traced(context.model, platforms=context.platforms, n_directions=len(probes)),
+            self._traced(context.model, platforms=context.platforms, n_directions=at_once),
             y_reference=self._kernel.y_reference,
         )
-        inverse = cg.solved_together(
-            lambda vectors: context.passes.reduce(kernel, params, None, vectors).products,
-            probes,
-            self._by_sample(self._sample, sums.n_used, params),
-            self._settings,
-        )
-        details["probes"] = len(probes)
-        if not (state.touched.all() and np.isfinite(inverse).all()):
+
+        def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+            filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
+            found = context.passes.reduce(kernel, params, None, filled_up).products
+            return found[: len(vectors)]
+
+        precondition = self._by_sample(self._sample, sums.n_used, params)
+        most = context.config.cg_max_iterations
+
+        def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+            # A step, so that the passes of a batch need not be remembered longer than it.
+            make = partial(solved_together, products, vectors, precondition, most)
+            return context.journal.step("probes", NDArray[np.float64], make)
+
+        probes = probe_batches(n_probes, len(params), context.config.random_seed)
+        variances = inverse_diagonal(solve, probes)
+        details["probes"] = n_probes
+        if not (state.touched.all() and np.isfinite(variances).all()):
             warnings.warn(
                 "Standard errors of the parameters could not be estimated: the data do not "
                 "determine all of them, or cg_max_iterations is too small.",
@@ -378,6 +433,5 @@ class GradientFit:
                 stacklevel=5,
             )
             return np.full(len(params), np.inf)
-        variances = np.maximum((probes * inverse).sum(axis=0) / (probes**2).sum(axis=0), 0.0)
         scale = 1.0 if context.absolute_sigma else sums.variance(len(params))
         return np.asarray(np.sqrt(variances * scale))

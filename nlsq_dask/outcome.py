@@ -32,6 +32,8 @@ class Outcome:
     covariance : Covariance or None
     has_covariance : bool
         Whether there would be one after a solve that found something.
+    undetermined : ndarray of bool, shape (p,), or None
+        Parameters that the data do not determine, where that does not come from the covariance.
     errors : ndarray, shape (p,), or None
         Standard errors, where they do not come from the covariance.
     absolute_sigma : bool
@@ -49,6 +51,7 @@ class Outcome:
     iterations: int
     covariance: Covariance | None
     has_covariance: bool
+    undetermined: NDArray[np.bool_] | None
     errors: Vector | None
     absolute_sigma: bool
     n_passes: int

@@ -34,6 +34,8 @@ from nlsq_dask.interruption import Interruption
 
 S = TypeVar("S", bound=Sums)
 
+LeftOut = dict[int, BadBlock]  # by the flat index of the block
+
 _MOST_LISTED = 10  # blocks in a message
 
 
@@ -121,7 +123,7 @@ class Passes:
         self.bytes_read = 0
         self.rows_cached = 0
         self.n_retries = 0
-        self.left_out: dict[int, BadBlock] = {}
+        self.left_out: LeftOut = {}
         self._first: Sums | None = None
 
     def count(self, event: Event) -> None:

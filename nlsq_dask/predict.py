@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import operator
@@ -40,6 +41,9 @@ def predict(
     given = _leaves(model, x)
     leaves = without_pandas([(f"x[{i}]", leaf) for i, leaf in enumerate(given)])
     template = _template(leaves)
+    is_lazy = not all(is_in_memory(leaf) for leaf in (template, *leaves))
+    if is_lazy:  # what the caller does to an array until it is computed must not matter
+        leaves = [copy.deepcopy(leaf) if is_in_memory(leaf) else leaf for leaf in leaves]
     blocks = align(model.layout.assemble(leaves), template)
     _check_units(blocks.x_units, x_units or {})
     layout = replace(
@@ -61,7 +65,7 @@ def predict(
     values = _lazy_values(blocks, kernel, params, root)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
-    if all(is_in_memory(leaf) for leaf in (template, *leaves)):
+    if not is_lazy:
         values = values.compute()
 
     def labelled(array: Any) -> Any:

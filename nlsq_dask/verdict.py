@@ -22,7 +22,7 @@ from nlsq_dask.stopping import StopReason
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-_MOST_LISTED = 10  # blocks in a warning
+_MOST_LISTED = 20  # blocks or parameters in a sentence
 
 
 def make_result(
@@ -38,20 +38,26 @@ def make_result(
     active = _active_mask(outcome.params, parameters)
     gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
     n_used = 0 if sums is None else sums.n_used
-    undetermined = [] if found is None else _names(parameters, found.undetermined)
+    lost = outcome.undetermined if found is None else found.undetermined
+    undetermined = [] if lost is None else _names(parameters, lost)
     at_bounds = _names(parameters, active != 0)
     pcov, root = _covariance(outcome)
     if found is not None and pcov is not None and not np.isfinite(pcov).all():
         _warn_of_covariance(undetermined, n_used, n_params)
+    if undetermined and not outcome.has_covariance:
+        _warn(
+            f"The data do not determine {_listed(undetermined)}: other values fit as well as those "
+            f"that were found."
+        )
     message = outcome.stop.sentence
     left_out = _left_out(outcome.diagnostics["left_out"], blocks)
     if left_out:
         message += f" {left_out}"
         _warn_of_rows(left_out, outcome.diagnostics["left_out"])
     if at_bounds:
-        message += f" At a bound: {', '.join(at_bounds)}."
+        message += f" At a bound: {_listed(at_bounds)}."
     if undetermined:
-        message += f" The data do not determine: {', '.join(undetermined)}."
+        message += f" The data do not determine: {_listed(undetermined)}."
     if outcome.stop.is_interruption:
         message += to_go_on(outcome.checkpoint)
     outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
@@ -135,6 +141,13 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
+def _listed(names: list[str]) -> str:
+    """Return names for a sentence, the first few of very many."""
+    if len(names) <= _MOST_LISTED:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MOST_LISTED])} and {len(names) - _MOST_LISTED:,} more"
+
+
 def _r_squared(sums: Sums | None) -> float:
     if sums is None or sums.total_variation <= 0.0:
         return float("nan")
@@ -143,14 +156,14 @@ def _r_squared(sums: Sums | None) -> float:
 
 def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:
     if undetermined:
-        reason = f"the data do not determine {', '.join(undetermined)}"
+        reason = f"the data do not determine {_listed(undetermined)}"
     else:
         reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
-    warnings.warn(
-        f"Covariance of the parameters could not be estimated: {reason}.",
-        OptimizeWarning,
-        stacklevel=4,
-    )
+    _warn(f"Covariance of the parameters could not be estimated: {reason}.", stacklevel=6)
+
+
+def _warn(sentence: str, stacklevel: int = 5) -> None:
+    warnings.warn(sentence, OptimizeWarning, stacklevel=stacklevel)
 
 
 def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
@@ -165,13 +178,12 @@ def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
 
 
 def _warn_of_rows(sentence: str, records: list[dict[str, Any]]) -> None:
-    listed = ", ".join(str(record["block"]) for record in records[:_MOST_LISTED])
-    more = f" and {len(records) - _MOST_LISTED} more" if len(records) > _MOST_LISTED else ""
+    listed = _listed([str(record["block"]) for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
     warnings.warn(
-        f"{sentence} Blocks {listed}{more}; the first because of {first['array']}: {where}"
+        f"{sentence} Blocks {listed}; the first because of {first['array']}: {where}"
         f"{first['error']}. All are in result.diagnostics['left_out'].",
         DataWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

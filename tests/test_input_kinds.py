@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,28 @@ def test_what_a_copy_on_write_map_holds_is_not_in_its_file(tmp_path: Path) -> No
     blocks = align(x, Y)
     assert blocks.in_memory
     np.testing.assert_array_equal(blocks.x[0].compute(), X)
+
+
+def test_arrays_in_memory_are_not_copied() -> None:
+    x, y, pairs = np.linspace(0, 1, 2**20), np.zeros(2**20), np.zeros((2**20, 2))
+    tracemalloc.start()
+    blocks = align((x, pairs[:, 0]), y, np.full((), 0.1))
+    SourceGraph(blocks)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < x.nbytes / 4
+    x[2**19] = 7.0
+    assert blocks.x[0][2**19].compute() == 7.0
+
+
+def test_a_lazy_prediction_does_not_change_with_arrays_in_memory() -> None:
+    result = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0)).fit(
+        lambda x, a, b, c: a * jnp.exp(-b * (x[0] - START)) + c * x[1], (X, np.ones(N)), Y
+    )
+    other = np.ones(N)
+    lazy = result.predict((da.from_array(X, CHUNKS), other))
+    other[:] = 2.0
+    np.testing.assert_allclose(lazy, result.predict((X, np.ones(N))), rtol=1e-12)
 
 
 def test_a_file_that_a_worker_does_not_find(tmp_path: Path, process_client: Client) -> None:

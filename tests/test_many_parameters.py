@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sparse
 from distributed import Client
+from scipy.optimize import OptimizeWarning
 from scipy.sparse.linalg import spsolve
 
 import nlsq_dask as nd
-from nlsq_dask.core import newton_cg
+from nlsq_dask.core import probing
+from nlsq_dask.core.conjugate_gradients import LinearSolve
 
 Config = nd.HybridStreamingConfig
 
@@ -178,6 +180,24 @@ def test_standard_errors(absolute: bool) -> None:
     assert 0.0 < ratios.std() < 0.7 / np.sqrt(24)
 
 
+@pytest.mark.parametrize("n_probes", [7, 20])
+def test_probes_are_in_memory_a_batch_at_a_time(
+    n_probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Local(10, 5_000)
+    together = problem.fit(1_000, cg_error_probes=n_probes)
+    monkeypatch.setattr(probing, "_BATCH_BYTES", 3 * 8 * 20)  # 3 at once
+    batches = problem.fit(1_000, cg_error_probes=n_probes)
+    assert batches.n_passes > together.n_passes
+    np.testing.assert_allclose(batches.perr, together.perr, rtol=1e-12)
+
+
+def test_what_a_batch_of_probes_takes_does_not_grow_with_their_number() -> None:
+    for n_params in (2_000, 50_000, 3_000_000):
+        sizes = {probing.batch_size(n_probes, n_params) for n_probes in (10**4, 10**5, 10**6)}
+        assert max(sizes) * 8 * n_params <= max(2**23, 8 * n_params)
+
+
 def test_exact_data_say_nothing_of_sensitivity() -> None:
     x = np.tile(np.arange(12.0), 100)
     truth = np.linspace(1, 2, 12)
@@ -247,6 +267,40 @@ def test_a_sample_unlike_the_rest() -> None:
         assert found.x[1] == pytest.approx(-1e-6, rel=0.5)
 
 
+class Shared(Local):
+    """The same with a height for all groups, which their own ones can take over."""
+
+    def model(self, x: Any, *params: Any) -> Any:
+        return super().model(x, *params[:-1]) + params[-1]
+
+
+@pytest.mark.parametrize("options", [{}, dict(cg_error_probes=4), dict(loss="huber")])
+def test_what_the_data_do_not_determine_is_said(options: dict[str, Any]) -> None:
+    problem = Shared(20, 20_000)
+    problem.start = np.ones(41)
+    with pytest.warns(OptimizeWarning, match="data do not determine p20, .* and 1 more"):
+        result = problem.fit(4_000, **options)
+    assert result.success
+    assert "do not determine: p20, p21" in result.message
+    assert result.diagnostics["undetermined"] == [f"p{i}" for i in range(20, 41)]
+    assert np.isinf(result.perr).all()
+    assert result.cost == pytest.approx(Local(20, 20_000).fit(4_000, **options).cost, rel=1e-8)
+
+
+def test_what_only_the_sample_does_not_determine_is_not_doubted(local: Local) -> None:
+    result = local.fit(1_000, sample_rows=45)  # so few that some groups have no rows
+    assert result.success
+    assert not result.diagnostics["undetermined"]
+
+
+def test_what_is_hardly_determined_is_not_doubted() -> None:
+    x = np.linspace(0, 1, 2_000)
+    y = 1 + x + 0.1 * np.random.default_rng(0).standard_normal(len(x))
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, cg_param_threshold=2))
+    result = optimizer.fit(lambda x, *p: sum(p[i] * x**i for i in range(6)), x, y, np.ones(6))
+    assert not result.diagnostics["undetermined"]
+
+
 def test_a_parameter_without_rows() -> None:
     problem = Local(9, 20_000)
     problem.x[problem.x[:, 0] == 7, 0] = 8
@@ -310,7 +364,7 @@ def test_ritz_values_are_eigenvalues() -> None:
     rng = np.random.default_rng(0)
     root = rng.normal(size=(12, 8))
     matrix = root.T @ root
-    solve: Any = newton_cg.LinearSolve.begin(rng.normal(size=8), lambda v: v)
+    solve: Any = LinearSolve.begin(rng.normal(size=8), lambda v: v)
     first = -solve.residual
     for _ in range(8):
         solve = solve.continued(matrix @ solve.direction, lambda v: v)

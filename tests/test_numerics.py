@@ -70,6 +70,19 @@ def test_the_warm_up_goes_on_with_smaller_steps() -> None:
     np.testing.assert_allclose(with_it.x, expected(), rtol=1e-7)
 
 
+def test_what_a_warm_up_did_is_counted_over_all_its_runs() -> None:
+    options = dict(
+        max_warmup_step_size=0.5,
+        lbfgs_line_search="backtracking",
+        lbfgs_exploration_step_size=5.0,
+    )
+    first = fit(trap, **options, validate_numerics=False).diagnostics["warm_up"]
+    all_runs = fit(trap, **options).diagnostics["warm_up"]
+    assert all_runs["restarts"] == 1
+    assert 0 < first["clipped"] < all_runs["clipped"]
+    assert first["iterations"] < all_runs["iterations"]
+
+
 @pytest.mark.parametrize("verbose", [1, 2])
 def test_it_is_said(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
     fit(max_warmup_iterations=0, verbose=verbose)

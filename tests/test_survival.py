@@ -267,7 +267,11 @@ from distributed import LocalCluster
 
 if __name__ == "__main__":
     cluster = LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp://", dashboard_address=":0"
+        n_workers=1,
+        threads_per_worker=2,
+        processes=False,
+        protocol="tcp://",
+        dashboard_address=":0",
     )
     print(cluster.scheduler_address, flush=True)
     time.sleep(600)

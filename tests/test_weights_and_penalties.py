@@ -37,9 +37,10 @@ def model(x: Any, *p: Any) -> Any:
 def fit(x: Any = X, y: Any = Y, function: Any = model, **options: Any) -> nd.FitResult:
     own = ("sigma", "loss", "callback", "nan_policy")
     arguments = {k: options.pop(k) for k in own if k in options}
+    start = options.pop("start", START)
     options = {"verbose": 0, "gauss_newton_tol": 1e-12} | options
     optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(**options))
-    return optimizer.fit(function, x, y, START, **arguments)
+    return optimizer.fit(function, x, y, start, **arguments)
 
 
 def penalized(strength: float, **options: Any) -> dict[str, Any]:
@@ -126,6 +127,16 @@ def test_every_phase_has_the_same_objective() -> None:
     for p, loss in seen:
         penalty = 0.3 * (np.var(p[:4]) + np.var(p[4:8]))
         assert loss == pytest.approx((residuals(p, 1.0) ** 2).mean() + penalty, rel=1e-10)
+
+
+def test_a_start_that_fits_is_not_warm_with_a_large_penalty() -> None:
+    clean = np.asarray(model(X, *TRUTH))
+    spread = np.var(TRUTH[:4]) + np.var(TRUTH[4:8])
+    for strength, is_warm in ((1e-6, True), (10.0, False)):
+        found = fit(y=clean, start=TRUTH, **penalized(strength)).diagnostics["warm_up"]
+        assert found["relative_loss"] == pytest.approx(strength * spread / clean.var(), rel=1e-4)
+        assert found["is_warm_start"] is is_warm
+        assert ("iterations" in found) is not is_warm
 
 
 @pytest.mark.slow

@@ -15,19 +15,20 @@ import numpy as np
 import optax
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.core.sums import Sums
 
 _REFINEMENT_BELOW, _CAREFUL_BELOW = 0.1, 1.0
 
 
-def relative_loss(sums: NormalEquations) -> float:
-    """Return ``mean((r / sigma)^2)`` over the weighted variance of ``y / sigma``.
+def relative_loss(sums: Sums) -> float:
+    """Return ``mean((r / sigma)^2)`` and the penalty over the weighted variance of ``y / sigma``.
 
-    Infinite where the data do not vary or the model is not finite.
+    The penalty counts as in the loss of the warm-up: a start that fits the rows may be far from
+    what the fit minimizes. Infinite where the data do not vary or the model is not finite.
     """
     if sums.total_variation <= 0.0 or not np.isfinite(sums.cost):
         return float("inf")
-    return sums.chi2 / sums.total_variation
+    return (sums.chi2 + 2.0 * sums.penalty) / sums.total_variation
 
 
 def is_warm_start(loss: float, config: HybridStreamingConfig) -> bool:

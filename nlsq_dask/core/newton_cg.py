@@ -4,13 +4,12 @@ As in ``gauss_newton``, a state asks for sums and is told them; here they are ``
 the product ``J^T J v`` for one direction, and every product is a reduction over the rows as a trial
 is. Nothing is larger than a vector of parameters.
 
-Conjugate gradients are flexible: their preconditioner may itself be solved by iteration. Where the
-cost does not fall as the quadratic promises, a step is shortened, and the next one damped.
+Where the cost does not fall as the quadratic promises, a step is shortened, and the next one
+damped.
 
 References
 ----------
-Y. Notay, "Flexible conjugate gradients", SIAM Journal on Scientific Computing 22, 1444-1460 (2000).
-J. Nocedal and S. J. Wright, "Numerical Optimization", 2nd edition, chapters 5 and 7 (2006).
+J. Nocedal and S. J. Wright, "Numerical Optimization", 2nd edition, chapter 7 (2006).
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigvalsh_tridiagonal
 
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.conjugate_gradients import LinearSolve
 from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.stopping import StopReason
 
@@ -53,9 +52,7 @@ _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # shares of the promise that change the
 # that was too long, the least that is not zero, and one at which no step is left.
 _DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-2, 1e-6, 1e12
 _SQUARES_MEMORY = 0.01  # the diagonal by which is damped falls by at most this factor a step
-_LOST = 1e-10  # eigenvalue of J^T J times its preconditioner that is rounding
 _MARGIN = 2.0  # times what the Ritz values say that conjugate gradients leave out
-_PROBE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
 
 
 @dataclass(frozen=True)
@@ -99,74 +96,6 @@ class CgSettings:
             epsilon=float(np.finfo(dtype).eps),
             recovers=config.validate_numerics,
         )
-
-
-@dataclass(frozen=True)
-class LinearSolve:
-    """Conjugate gradients on ``J^T J step = -J^T r``, so far.
-
-    Attributes
-    ----------
-    step : ndarray, shape (p,)
-    residual : ndarray, shape (p,)
-    direction : ndarray, shape (p,)
-        The next; its product is wanted.
-    square : float
-        Of the residual, in the norm of the preconditioner.
-    first_square : float
-        The same at the start.
-    reduction : float
-        By how much the step reduces the quadratic.
-    lengths, turns : tuple of float
-        The coefficients so far: of directions in the step, and of a direction in the next.
-    """
-
-    step: Vector
-    residual: Vector
-    direction: Vector
-    square: float
-    first_square: float
-    reduction: float = 0.0
-    lengths: tuple[float, ...] = ()
-    turns: tuple[float, ...] = ()
-
-    @classmethod
-    def begin(cls, gradient: Vector, precondition: Callable[[Vector], Vector]) -> Self:
-        """Start from a step of zero."""
-        residual = -gradient
-        direction = precondition(residual)
-        square = max(float(residual @ direction), 0.0)
-        return cls(np.zeros_like(residual), residual, direction, square, square)
-
-    def continued(self, product: Vector, precondition: Callable[[Vector], Vector]) -> Self | None:
-        """Return the solve with the direction's product known, or None if it leads nowhere."""
-        curvature = float(self.direction @ product)
-        if not (curvature > 0.0 and self.square > 0.0 and np.isfinite(self.square / curvature)):
-            return None
-        length = self.square / curvature
-        residual = self.residual - length * product
-        preconditioned = precondition(residual)
-        square = max(float(residual @ preconditioned), 0.0)
-        turn = max(square - float(self.residual @ preconditioned), 0.0) / self.square
-        return replace(
-            self,
-            step=self.step + length * self.direction,
-            residual=residual,
-            direction=preconditioned + turn * self.direction,
-            square=square,
-            reduction=self.reduction + 0.5 * length * self.square,
-            lengths=(*self.lengths, length),
-            turns=(*self.turns, turn),
-        )
-
-    @property
-    def least_ritz_value(self) -> float:
-        """The least eigenvalue, known so far, of J^T J times the preconditioner."""
-        lengths, turns = np.array(self.lengths), np.array(self.turns)
-        diagonal = 1.0 / lengths
-        diagonal[1:] += turns[:-1] / lengths[:-1]
-        beside = np.sqrt(turns[:-1]) / lengths[:-1]
-        return float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(0, 0))[0])
 
 
 @dataclass(frozen=True)
@@ -412,44 +341,3 @@ def _limited(state: CgState) -> CgState:
     if state.stop is None and state.iteration >= state.settings.max_iterations:
         return replace(state, stop=StopReason.ITERATION_LIMIT, solution=state.params)
     return state
-
-
-def solved_together(
-    products: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    right: NDArray[np.float64],
-    precondition: Callable[[Vector], Vector],
-    settings: CgSettings,
-) -> NDArray[np.float64]:
-    """Solve ``J^T J u = b`` for several b, shape (k, p), one product for all of them at a time.
-
-    A solution is infinite where ``J^T J`` has no inverse, or ``cg_max_iterations`` are too few.
-
-    Parameters
-    ----------
-    products : callable
-        Returns ``J^T J v`` for each of k directions.
-    right : ndarray, shape (k, p)
-    precondition : callable
-    settings : CgSettings
-    """
-    solves: list[LinearSolve | None] = [LinearSolve.begin(-b, precondition) for b in right]
-    running = dict.fromkeys(range(len(right)))
-    nothing = np.zeros(right.shape[1])
-    for _ in range(settings.cg_max_iterations):
-        if not running:
-            break
-        wanted = [s.direction if s and i in running else nothing for i, s in enumerate(solves)]
-        found = products(np.array(wanted))
-        for i in list(running):
-            solve = solves[i]
-            solve = None if solve is None else solve.continued(found[i], precondition)
-            if solve is None or solve.least_ritz_value < _LOST:
-                solves[i] = None
-                del running[i]
-                continue
-            solves[i] = solve
-            if solve.square <= _PROBE_RTOL**2 * solve.first_square:
-                del running[i]
-    for i in running:
-        solves[i] = None
-    return np.array([np.full_like(nothing, np.inf) if s is None else s.step for s in solves])

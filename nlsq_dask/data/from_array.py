@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
+from itertools import product
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import zarr
+from dask.array.core import normalize_chunks, slices_from_chunks
 
 from nlsq_dask.data.from_files import block_rows, files_by_name, from_file, is_file
 from nlsq_dask.data.from_zarr import from_zarr
@@ -81,11 +84,16 @@ def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
             f"{name} has dtype object, its first entry of type {type(first).__name__}; expected "
             f"real numbers."
         )
-    chunks = list(value.shape)
+    sizes = list(value.shape)
     if cut and value.size:
-        chunks[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
-    array: da.Array = da.from_array(value, chunks=tuple(chunks), name=False)
-    return array
+        sizes[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
+    chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
+    key = f"array-{uuid.uuid4().hex}"
+    keys = product([key], *map(range, map(len, chunks)))
+    # The graph that da.from_array makes, but of views: that one copies the array first, to be safe
+    # from a caller who changes it later. A fit is over when it returns.
+    blocks = (value[(*part, ...)] for part in slices_from_chunks(chunks))
+    return da.Array(dict(zip(keys, blocks, strict=True)), key, chunks, dtype=value.dtype)
 
 
 def check_numbers(dtype: np.dtype[Any], name: str) -> None:
