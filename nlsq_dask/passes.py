@@ -354,6 +354,9 @@ class Passes:
             if latest and self._journal.is_saving:
                 keep(*latest)
             raise
+        finally:
+            for parts_left in latest:
+                parts_left.release()
 
     def _named(self, reading: ReadReport) -> dict[int, BadBlock]:
         """Return what could not be read, in the caller's terms."""

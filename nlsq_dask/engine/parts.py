@@ -51,7 +51,9 @@ class Parts:
             if lower < level and j // TREE_WIDTH ** (level - lower) == i
         ]
         for part in inside:
-            del self.values[part]
+            value = self.values.pop(part)
+            if isinstance(value, Future):
+                value.release()
         self.values[node] = value
 
     def drop_lost(self) -> None:
@@ -61,6 +63,12 @@ class Parts:
         ]
         for part in lost:
             del self.values[part]
+
+    def release(self) -> None:
+        """Let workers forget what is still with them."""
+        for value in self.values.values():
+            if isinstance(value, Future):
+                value.release()
 
     @property
     def n_finished(self) -> int:
@@ -123,21 +131,27 @@ def run_tree(
 def _run_on_cluster(
     tree: Tree, client: Client, parts: Parts, watch: Watch, deadline: float | None
 ) -> Any:
-    finished: Iterator[Future[Any]] = as_completed(
-        client.get(tree.tasks, list(tree.nodes), sync=False), timeout=deadline
-    )
-    while True:
-        try:
-            future = next(finished)
-        except TimeoutError:
+    futures: list[Future[Any]] = client.get(tree.tasks, list(tree.nodes), sync=False)
+    finished: Iterator[Future[Any]] = as_completed(futures, timeout=deadline)
+    try:
+        while True:
+            try:
+                future = next(finished)
+            except TimeoutError:
+                watch(parts)
+                raise
+            if future.status != "finished":
+                future.result()  # raises
+            parts.add(tree.nodes[future.key], future)
             watch(parts)
-            raise
-        if future.status != "finished":
-            future.result()  # raises
-        parts.add(tree.nodes[future.key], future)
-        watch(parts)
-        if future.key == tree.root.key:
-            return future.result()
+            if future.key == tree.root.key:
+                return future.result()
+    finally:
+        # One by one, because an error that is raised from a future keeps it, and this frame.
+        kept = {value.key for value in parts.values.values() if isinstance(value, Future)}
+        for future in futures:
+            if future.key not in kept:
+                future.release()
 
 
 @contextmanager
