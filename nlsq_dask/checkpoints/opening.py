@@ -46,8 +46,8 @@ def open_journal(
         return CheckpointJournal(identity, folder, interval, emit)
     checkpoint, notes = load(path)
     notes += checkpoint.identity.check(identity)
-    for note in notes:
-        warnings.warn(f"Resuming a fit: {note}", stacklevel=4)
+    if notes:
+        warnings.warn(f"Resuming a fit: {'; '.join(notes)}.", stacklevel=4)
     journal = CheckpointJournal(identity, folder, interval, emit, checkpoint, os.fspath(path))
     for event in journal.events:
         remember(event)

@@ -1,0 +1,402 @@
+"""A fit that was cut goes on with the same bits; what is not its checkpoint is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+
+import nlsq_dask as nd
+from nlsq_dask.checkpoints.checkpoint import Checkpoint
+from nlsq_dask.checkpoints.codec import encode
+from nlsq_dask.checkpoints.folder import load
+from tests import surviving_fit
+
+N = 60_000
+X = np.random.default_rng(0).uniform(0, 4, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(N)
+START = [1.0, 1.0, 0.1]
+OPTIONS: dict[str, Any] = {
+    "verbose": 0,
+    "sample_rows": 300,
+    "warmup_iterations": 5,
+    "max_warmup_iterations": 20,
+    "gauss_newton_tol": 1e-12,
+    "callback_frequency": 1,
+    "checkpoint_frequency": 5,
+    "checkpoint_interval": 0.0,
+}
+
+
+def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def local(x: Any, *params: Any) -> Any:
+    p, group = jnp.stack(params), x[:, 0].astype(int)
+    return p[group] * jnp.exp(-p[-1] * x[:, 1]) + p[9 + group]
+
+
+class CutError(Exception):
+    pass
+
+
+def cut_at(iteration: int) -> Any:
+    def callback(params: Any, loss: float, i: int) -> None:
+        if i == iteration:
+            raise CutError
+
+    return callback
+
+
+def fit(
+    model: Any = decay,
+    x: Any = None,
+    y: Any = None,
+    p0: Any = START,
+    call: dict[str, Any] | None = None,
+    **options: Any,
+) -> nd.FitResult:
+    config = nd.HybridStreamingConfig(**{**OPTIONS, **options})
+    x = da.from_array(X, chunks=9_999) if x is None else x
+    y = da.from_array(Y, chunks=9_999) if y is None else y
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, p0, **(call or {}))
+
+
+def assert_same(result: nd.FitResult, expected: nd.FitResult) -> None:
+    for name in ("popt", "pcov", "perr", "grad"):
+        np.testing.assert_array_equal(result[name], expected[name])
+    for name in ("cost", "n_passes", "rows_read", "bytes_read", "nit", "message", "n_points"):
+        assert result[name] == expected[name], name
+    assert result.diagnostics["defense"] == expected.diagnostics["defense"]
+    for record, other in zip(result.phase_history, expected.phase_history, strict=True):
+        assert record.keys() == other.keys()
+
+
+GROUPS = np.random.default_rng(2).integers(0, 9, 20_000)
+TIMES = np.random.default_rng(3).random(20_000)
+MANY = {
+    "model": local,
+    "x": da.from_array(np.column_stack([GROUPS, TIMES]), chunks=(3_000, 2)),
+    "y": da.from_array(
+        (1.0 + GROUPS) * np.exp(-1.5 * TIMES)
+        + GROUPS
+        + 0.1 * np.random.default_rng(4).standard_normal(20_000),
+        chunks=3_000,
+    ),
+    "p0": np.ones(19),
+    "cg_param_threshold": 10,
+    "cg_error_probes": 4,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qr and a sandwich": {"gauss_newton_solver": "qr", "cov_type": "HC0"},
+    "multistart": {"enable_multistart": True, "n_starts": 4, "elimination_rounds": 2},
+    "float32": {"precision": "float32", "gauss_newton_tol": 1e-6},
+    "penalty": {
+        "enable_group_variance_regularization": True,
+        "group_variance_indices": [(0, 2)],
+        "call": {"loss": "soft_l1", "f_scale": 0.1, "bounds": ([0, 0, 0], [9, 9, 9])},
+    },
+    "conjugate gradients": MANY,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_that_was_cut_ends_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
+    options = KINDS[kind]
+    iterations: list[int] = []
+    call = options.get("call", {})
+    expected = fit(
+        **{
+            **options,
+            "call": {**call, "callback": lambda params, loss, i: iterations.append(i)},
+        }
+    )
+    moments = sorted({*iterations[:: max(len(iterations) // 6, 1)], *iterations[-2:]})
+    for i in moments:
+        folder = tmp_path / str(i)
+        cut = {**options, "call": {**call, "callback": cut_at(i)}, "checkpoint_dir": folder}
+        with pytest.raises(CutError):
+            fit(**cut)
+        resumed = fit(**options, resume_from_checkpoint=folder if any_in(folder) else None)
+        assert_same(resumed, expected)
+
+
+def any_in(folder: Path) -> bool:
+    return any(folder.glob("*.nlsq"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a fit that was cut between two passes."""
+    folder = tmp_path_factory.mktemp("saved")
+    iterations: list[int] = []
+    fit(call={"callback": lambda params, loss, i: iterations.append(i)})
+    with pytest.raises(CutError):
+        fit(call={"callback": cut_at(iterations[-1])}, checkpoint_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> nd.FitResult:
+    return fit()
+
+
+def test_a_finished_fit_is_remembered(tmp_path: Path, expected: nd.FitResult) -> None:
+    assert_same(fit(checkpoint_dir=tmp_path), expected)
+    assert len(list(tmp_path.iterdir())) == 3
+    reads: list[int] = []
+
+    def counted(block: np.ndarray) -> np.ndarray:
+        reads.append(len(block))
+        return block
+
+    y = da.from_array(Y, chunks=9_999).map_blocks(counted, meta=np.empty(0))
+    with dask.config.set(scheduler="synchronous"):
+        assert_same(fit(y=y, resume_from_checkpoint=tmp_path), expected)
+    assert len(reads) == 1  # to see whether the data are the same
+
+
+def test_nothing_is_written_unless_asked_for(tmp_path: Path, saved: Path) -> None:
+    fit(enable_checkpoints=False, checkpoint_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    before = sorted(saved.iterdir())
+    fit(resume_from_checkpoint=saved)
+    assert sorted(saved.iterdir()) == before
+
+
+def test_a_file_of_any_name(tmp_path: Path, saved: Path, expected: nd.FitResult) -> None:
+    shutil.copy(max(saved.iterdir()), tmp_path / "a file.bin")
+    assert_same(fit(resume_from_checkpoint=tmp_path / "a file.bin"), expected)
+
+
+def test_a_url(saved: Path, expected: nd.FitResult) -> None:
+    url = "memory://test_a_url/checkpoints"
+    assert_same(fit(checkpoint_dir=url), expected)
+    assert_same(fit(resume_from_checkpoint=url), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"model": lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c}, "model computes something"),
+        ({"p0": [1.0, 1.0, 0.2]}, r"argument p0 was \[1.0, 1.0, 0.1\] and is \[1.0, 1.0, 0.2\]"),
+        ({"call": {"bounds": ([0, 0, 0], [9, 9, 9])}}, "argument lower bounds"),
+        ({"call": {"loss": "huber"}}, "argument loss was 'linear' and is 'huber'"),
+        ({"call": {"nan_policy": "omit"}}, "argument nan_policy"),
+        ({"gauss_newton_tol": 1e-6}, "option gauss_newton_tol was 1e-12 and is 1e-06"),
+        ({"random_seed": 1}, "option random_seed"),
+        ({"y": da.from_array(Y, chunks=10_000)}, "data y_data was float64 .* in chunks"),
+        ({"y": da.from_array(Y.astype("f4"), chunks=9_999)}, "data y_data was float64"),
+        ({"call": {"sigma": 0.1 + X}}, "data sigma was not given"),
+        ({"y": da.from_array(Y + 1e-9, chunks=9_999)}, "of other data: some rows were read again"),
+    ],
+)
+def test_another_fit_is_refused(changed: dict[str, Any], sentence: str, saved: Path) -> None:
+    with pytest.raises(nd.CheckpointError, match=sentence):
+        fit(**changed, resume_from_checkpoint=saved)
+
+
+def test_zarr_metadata_are_part_of_the_data(tmp_path: Path) -> None:
+    for name, level in (("one", 1), ("other", 3)):
+        codec = zarr.codecs.ZstdCodec(level=level)
+        array = zarr.create_array(
+            tmp_path / name, shape=N, chunks=9_999, dtype="f8", compressors=codec
+        )
+        array[...] = Y
+    one, other = (zarr.open_array(tmp_path / name, mode="r") for name in ("one", "other"))
+    fit(y=one, checkpoint_dir=tmp_path / "checkpoints")
+    with pytest.raises(nd.CheckpointError, match=r"data y_data was .* Zarr \w+ and is .* Zarr"):
+        fit(y=other, resume_from_checkpoint=tmp_path / "checkpoints")
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    moved = zarr.open_array(tmp_path / "moved", mode="r")
+    assert fit(y=moved, resume_from_checkpoint=tmp_path / "checkpoints").success
+
+
+def test_what_does_not_change_the_fit_may_differ(saved: Path, expected: nd.FitResult) -> None:
+    options = {"cache": 0, "chunk_size": 4_000, "log_frequency": 7, "max_retries_per_batch": 5}
+    result = fit(**options, resume_from_checkpoint=saved)
+    np.testing.assert_array_equal(result.popt, expected.popt)
+
+
+def test_another_version_or_processor_is_a_note(
+    tmp_path: Path, saved: Path, expected: nd.FitResult
+) -> None:
+    checkpoint, _ = load(saved)
+    identity = dataclasses.replace(
+        checkpoint.identity,
+        model="traced to another text",
+        versions={**checkpoint.identity.versions, "jax": "0.0.1", "processor": "another"},
+    )
+    changed = dataclasses.replace(checkpoint, identity=identity)
+    (tmp_path / "c.nlsq").write_bytes(changed.to_bytes())
+    with pytest.warns(UserWarning, match="version jax was 0.0.1") as caught:
+        assert_same(fit(resume_from_checkpoint=tmp_path), expected)
+    assert "version processor was another" in str(caught[0].message)
+    with (
+        pytest.raises(nd.CheckpointError, match="of another model: at p0 the cost"),
+        pytest.warns(UserWarning, match="version jax"),
+    ):
+        fit(lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c, resume_from_checkpoint=tmp_path)
+
+
+def test_more_iterations_than_before(tmp_path: Path) -> None:
+    whole = fit(sample_rows=1, max_warmup_iterations=0)
+    short = fit(
+        sample_rows=1,
+        max_warmup_iterations=0,
+        gauss_newton_max_iterations=2,
+        checkpoint_dir=tmp_path,
+    )
+    assert not short.success
+    result = fit(sample_rows=1, max_warmup_iterations=0, resume_from_checkpoint=tmp_path)
+    np.testing.assert_array_equal(result.popt, whole.popt)
+    assert result.nit == whole.nit
+
+
+def test_missing_paths_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist; give a checkpoint"):
+        fit(resume_from_checkpoint=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        fit(resume_from_checkpoint="memory://test_missing_paths/nowhere")
+    with pytest.raises(nd.CheckpointError, match="no usable checkpoint in"):
+        fit(resume_from_checkpoint=tmp_path)
+
+
+def test_a_damaged_newest_falls_back_and_says_so(
+    tmp_path: Path, saved: Path, expected: nd.FitResult
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    newest = max(folder.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match=rf"{newest.name} cannot be used: it is damaged"):
+        assert_same(fit(resume_from_checkpoint=folder), expected)
+    with pytest.raises(nd.CheckpointError, match=r"damaged.*Give the folder instead"):
+        fit(resume_from_checkpoint=newest)
+
+
+class Fires:
+    """Would leave a file behind if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def damaged(data: bytes, random: np.random.Generator, trap: Path) -> bytes:
+    """Return one of many things that are no checkpoint."""
+    kind = random.integers(8)
+    changed = bytearray(data)
+    if kind == 0:
+        return data[: random.integers(len(data))]
+    if kind == 1:
+        changed[random.integers(len(data))] ^= 1 << random.integers(8)
+    elif kind == 2:
+        for at in random.integers(0, len(data), 50):
+            changed[at] = random.integers(256)
+    elif kind == 3:
+        return data.replace(b"version 1\n", b"version %d\n" % random.integers(2, 99), 1)
+    elif kind == 4:
+        return pickle.dumps(Fires(trap))
+    elif kind == 5:
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr(f"../../{trap.name}", data)
+        return archive.getvalue()
+    elif kind == 6:
+        start, end = sorted(random.integers(0, len(data), 2))
+        return data[:start] + data[end + 1 :]
+    else:
+        return random.bytes(int(random.integers(1, 5_000)))
+    return bytes(changed)
+
+
+def test_fuzzed_checkpoints_are_refused(tmp_path: Path, saved: Path) -> None:
+    data, random = max(saved.iterdir()).read_bytes(), np.random.default_rng(0)
+    good = min(saved.iterdir())
+    folder, trap = tmp_path / "folder", tmp_path / "trap"
+    folder.mkdir()
+    older = folder / good.name
+    shutil.copy(good, older)
+    newest = folder / "99999999T000000-00000000-00000001.nlsq"
+    for _ in range(600):
+        content = damaged(data, random, trap)
+        if content == data:
+            continue
+        newest.write_bytes(content)
+        with pytest.raises(nd.CheckpointError, match=r"damaged|not a checkpoint|version"):
+            load(newest)
+        found, notes = load(folder)
+        assert found == Checkpoint.from_bytes(good.read_bytes())
+        assert newest.name in notes[0]
+    assert sorted(tmp_path.rglob("*")) == [folder, older, newest]
+
+
+FORGED = [b"", encode(None), encode(-1), encode("text"), encode([[]]), encode({}), b"\xc1" * 9]
+
+
+def test_forged_checkpoints_with_a_right_checksum(tmp_path: Path, saved: Path) -> None:
+    checkpoint, _ = load(saved)
+    path = tmp_path / "forged.nlsq"
+    refused = 0
+    for name in checkpoint.entries:
+        others = [data for other, data in checkpoint.entries.items() if other != name]
+        for data in [*FORGED, others[0], others[-1]]:
+            entries = {**checkpoint.entries, name: data}
+            path.write_bytes(dataclasses.replace(checkpoint, entries=entries).to_bytes())
+            try:
+                fit(resume_from_checkpoint=path)
+            except nd.CheckpointError:
+                refused += 1
+    assert refused >= 5 * len(checkpoint.entries)
+    for hostile in ("../../x", "/etc/x", ""):
+        path.write_bytes(dataclasses.replace(checkpoint, fit=hostile).to_bytes())
+        with pytest.raises(nd.CheckpointError, match="named"):
+            fit(resume_from_checkpoint=path, checkpoint_dir=tmp_path / "new")
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
+    with dask.config.set(scheduler="threads", num_workers=2):
+        expected = surviving_fit.fit()
+        log = tmp_path / "reads.txt"
+        walltime, n_resumes, resume = 0.6, 0, None
+        while True:
+            result = surviving_fit.fit(
+                str(log),
+                0.03,
+                checkpoint_dir=tmp_path / "checkpoints",
+                max_walltime=walltime,
+                resume_from_checkpoint=resume,
+            )
+            if result.success:
+                break
+            assert result.status < 0
+            assert "max_walltime was reached" in result.message
+            assert "resume_from_checkpoint=" in result.message
+            n_resumes += 1
+            resume = tmp_path / "checkpoints"
+            assert n_resumes < 30
+    assert n_resumes >= 2
+    np.testing.assert_array_equal(result.popt, expected.popt)
+    np.testing.assert_array_equal(result.pcov, expected.pcov)
+    assert result.rows_read == expected.rows_read
+    n_reads = len(log.read_text().splitlines())
+    wanted = expected.rows_read / surviving_fit.BLOCK_ROWS
+    # A block to compare; and of each of two threads what it was computing, and had read ahead.
+    assert n_reads <= wanted + (1 + 2 * 3) * n_resumes
