@@ -188,6 +188,17 @@ def test_a_url(saved: Path, expected: nd.FitResult) -> None:
     assert_same(fit(resume_from_checkpoint=url), expected)
 
 
+def test_how_often_is_saved(tmp_path: Path) -> None:
+    def n_saved(**options: Any) -> int:
+        folder = tmp_path / str(options)
+        fit(checkpoint_dir=folder, **options)
+        return max(int(path.stem.rpartition("-")[2]) for path in folder.iterdir())
+
+    usual = n_saved(checkpoint_interval=1e9, checkpoint_frequency=100)
+    assert n_saved(checkpoint_interval=1e9, checkpoint_frequency=5) > usual
+    assert n_saved(checkpoint_interval=0.0, checkpoint_frequency=100) > usual
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [

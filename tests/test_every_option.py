@@ -45,13 +45,19 @@ COVERED_ELSEWHERE = {
     "batches_per_round": "tests/test_multistart.py::test_rounds_fraction_and_batches",
     "center_on_p0": "tests/test_multistart.py::test_the_box",
     "scale_factor": "tests/test_multistart.py::test_the_box",
+    "enable_checkpoints": "tests/test_checkpoints.py::test_nothing_is_written_unless_asked_for",
+    "checkpoint_dir": "tests/test_checkpoints.py::test_a_finished_fit_is_remembered",
+    "resume_from_checkpoint": "tests/test_checkpoints.py::test_a_finished_fit_is_remembered",
+    "checkpoint_frequency": "tests/test_checkpoints.py::test_how_often_is_saved",
+    "checkpoint_interval": "tests/test_checkpoints.py::test_how_often_is_saved",
+    "max_walltime": "tests/test_checkpoints.py::test_max_walltime_in_the_middle_of_a_pass",
+    "stop_on_sigterm": "tests/test_survival.py::test_sigterm_ends_a_fit_with_a_checkpoint",
     "enable_fault_tolerance": "tests/test_data_faults.py::test_how_often_reading_is_tried",
     "max_retries_per_batch": "tests/test_data_faults.py::test_how_often_reading_is_tried",
     "min_success_rate": "tests/test_data_faults.py::test_how_many_rows_may_be_missing",
     "validate_numerics": "tests/test_numerics.py::test_validate_numerics_goes_back",
 }
 NOT_YET = {
-    "checkpoint_frequency": "accepted without effect: no checkpoints are written yet",
     "dashboard": "accepted without effect: no page is served yet, as its documentation says",
 }
 
@@ -565,32 +571,14 @@ def test_what_stays_between_passes() -> None:
     assert read.bytes_read > kept.bytes_read
 
 
-# --- surviving
-
-UNBUILT = {
-    "checkpoint_dir": "here",
-    "resume_from_checkpoint": "there",
-    "max_walltime": 3.0,
-    "log_file": "log",
-}
-
-
-@shows(*UNBUILT)
-@pytest.mark.parametrize("name", UNBUILT)
-def test_what_is_not_built_says_so(name: str) -> None:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(**{name: UNBUILT[name]}))
-    with pytest.raises(NotImplementedError, match=f"{name}.* not built yet"):
-        optimizer.fit(model, X, Y)
-
-
-@shows("enable_checkpoints")
-def test_checkpoints_are_asked_for_by_switch_and_folder() -> None:
-    with pytest.raises(NotImplementedError, match="checkpoint_dir"):
-        fit(checkpoint_dir="here")
-    assert fit(checkpoint_dir="here", enable_checkpoints=False).success
-
-
 # --- watching
+
+
+@shows("log_file")
+def test_what_is_not_built_says_so() -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(log_file="log"))
+    with pytest.raises(NotImplementedError, match="log_file.* not built yet"):
+        optimizer.fit(model, X, Y)
 
 
 @shows("callback_frequency")

@@ -17,6 +17,7 @@ from typing import Any
 
 import dask
 import dask.array as da
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -306,3 +307,46 @@ def test_a_lost_scheduler_is_a_clear_error(tmp_path: Path, undisturbed: nd.FitRe
     with dask.config.set(scheduler="threads"):
         result = surviving_fit.fit(resume_from_checkpoint=path[1])
     assert is_equal(result, undisturbed)
+
+
+def rss_mb() -> float:
+    """Return the resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_memory_and_files_level_off_over_many_fits(tmp_path: Path) -> None:
+    n = 60_000
+    x = da.random.default_rng(0).random(n, chunks=5_000)
+    y = 2.0 * da.exp(-0.7 * x) + 0.3 + 0.01 * da.random.default_rng(1).normal(size=n, chunks=5_000)
+    config = nd.HybridStreamingConfig(
+        verbose=0, checkpoint_dir=tmp_path, max_warmup_iterations=0, sample_rows=2_000
+    )
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    memory: list[list[float]] = []
+    with cluster() as (local, client):
+        for i in range(200):
+            result = optimizer.fit(
+                lambda x, a, b, c, shift=0.001 * i: a * jnp.exp(-b * x) + c + shift,
+                x,
+                y,
+                [1.0, 1.0, 0.1],
+            )
+            assert result.success
+            assert not client.futures
+            for file in tmp_path.iterdir():
+                file.unlink()
+            if i % 25 == 24:
+                gc.collect()
+                workers = list(client.run(rss_mb).values())
+                n_tasks = len(local.scheduler.tasks)  # runs in this process
+                memory.append([rss_mb(), *workers])
+                assert n_tasks == 0
+        deadline = time.time() + 10
+        while len(local.scheduler.tasks) and time.time() < deadline:
+            time.sleep(0.1)
+    first, last = np.mean(memory[3:5], axis=0), np.mean(memory[-2:], axis=0)
+    # Of 75 fits, each with a model of its own; programs are kept for the last 64.
+    assert (last - first < 40).all(), memory
