@@ -577,7 +577,7 @@ def test_what_stays_between_passes() -> None:
 @shows("log_file")
 def test_what_is_not_built_says_so() -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(log_file="log"))
-    with pytest.raises(NotImplementedError, match="log_file.* not built yet"):
+    with pytest.raises(NotImplementedError, match=r"log_file.* not built yet"):
         optimizer.fit(model, X, Y)
 
 
