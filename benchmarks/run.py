@@ -33,6 +33,7 @@ LIMITS = {
     "scheduler": 240,
     "client": 60,
     "many_parameters": 400,
+    "checkpoints": 120,
     "gpu": 300,
 }
 

@@ -190,24 +190,37 @@ class TaskGraph:
             Parts of the tree that are not computed again.
         """
         sizes = _level_sizes(n_leaves)
+        inside = {
+            (level, j)
+            for upper, i in known
+            for level in range(upper)
+            for j in range(
+                i * TREE_WIDTH ** (upper - level), (i + 1) * TREE_WIDTH ** (upper - level)
+            )
+        }
         leaves: dict[int, TaskRef] = {}
         nodes: dict[Any, Node] = {}
-
-        def add(level: int, i: int) -> TaskRef:
-            if (level, i) in known:
-                return self.constant(f"part-{level}-{i}", known[level, i])
-            if not level:
-                task = leaves[i] = leaf(i)
-            else:
-                last = min((i + 1) * TREE_WIDTH, sizes[level - 1])
-                below = [add(level - 1, j) for j in range(i * TREE_WIDTH, last)]
-                if len(below) == 1:
-                    return below[0]
-                task = self.task("combine", sum(sizes[1:level]) + i, combine, *below)
-            nodes[task.key] = level, i
-            return task
-
-        root = add(len(sizes) - 1, 0)
+        below: list[TaskRef | None] = []
+        for level, size in enumerate(sizes):
+            found: list[TaskRef | None] = []
+            for i in range(size):
+                parts = below[i * TREE_WIDTH : (i + 1) * TREE_WIDTH]
+                if (level, i) in inside:
+                    found.append(None)
+                elif (level, i) in known:
+                    found.append(self.constant(f"part-{level}-{i}", known[level, i]))
+                elif len(parts) == 1:
+                    found.append(parts[0])
+                else:
+                    number = sum(sizes[1:level]) + i
+                    task = self.task("combine", number, combine, *parts) if level else leaf(i)
+                    if not level:
+                        leaves[i] = task
+                    nodes[task.key] = level, i
+                    found.append(task)
+            below = found
+        (root,) = below
+        assert root is not None
         return Tree(self._tasks, root, leaves, nodes)
 
     def order_of(self, tasks: Sequence[TaskRef]) -> list[int]:
