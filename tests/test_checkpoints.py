@@ -113,7 +113,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = {"conjugate gradients", "float32"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS]
+)
 def test_a_fit_that_was_cut_ends_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
     options = KINDS[kind]
     iterations: list[int] = []

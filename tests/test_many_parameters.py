@@ -274,7 +274,14 @@ class Shared(Local):
         return super().model(x, *params[:-1]) + params[-1]
 
 
-@pytest.mark.parametrize("options", [{}, dict(cg_error_probes=4), dict(loss="huber")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        dict(cg_error_probes=4),
+        pytest.param(dict(loss="huber"), marks=pytest.mark.slow),
+    ],
+)
 def test_what_the_data_do_not_determine_is_said(options: dict[str, Any]) -> None:
     problem = Shared(20, 20_000)
     problem.start = np.ones(41)

@@ -53,7 +53,7 @@ def test_criteria() -> None:
     assert AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y, [2.0, 0.5, 0.3]).success
 
 
-def test_fault_tolerance_options_can_be_made_and_are_refused_until_built(tmp_path: Any) -> None:
+def test_fault_tolerance(tmp_path: Any) -> None:
     config = HybridStreamingConfig(
         enable_checkpoints=True,
         checkpoint_frequency=50,
@@ -62,11 +62,11 @@ def test_fault_tolerance_options_can_be_made_and_are_refused_until_built(tmp_pat
         enable_fault_tolerance=True,
         max_retries_per_batch=3,
     )
-    with pytest.raises(NotImplementedError, match="checkpoint_dir"):
-        AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y)
-    config = HybridStreamingConfig(resume_from_checkpoint=tmp_path)
-    with pytest.raises(NotImplementedError, match="resume_from_checkpoint"):
-        AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y)
+    result = AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y, [2.0, 0.5, 0.3])
+    for path in (tmp_path, next(tmp_path.iterdir())):  # a folder, and a file
+        config = HybridStreamingConfig(resume_from_checkpoint=path)
+        resumed = AdaptiveHybridStreamingOptimizer(config).fit(exponential, x, y, [2.0, 0.5, 0.3])
+        np.testing.assert_array_equal(resumed.popt, result.popt)
 
 
 def test_telemetry() -> None:

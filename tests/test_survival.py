@@ -112,12 +112,9 @@ def test_killed_at_a_random_moment(tmp_path: Path, whole: dict[str, Any], seed: 
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [
-        pytest.param(m, n, marks=[] if (m, n) == ("half", 9) else pytest.mark.slow)
-        for m in DAMAGE
-        for n in (1, 5, 9, 14, 20)
-    ],
+    [(m, n) for m in DAMAGE for n in (1, 5, 9, 14, 20)],
 )
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(
     tmp_path: Path, whole: dict[str, Any], moment: str, number: int
 ) -> None:
@@ -324,6 +321,7 @@ def rss_mb() -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 def test_memory_and_files_level_off_over_many_fits(tmp_path: Path) -> None:
     n = 60_000
