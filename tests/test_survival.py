@@ -90,13 +90,15 @@ def survives_a_kill(folder: Path, whole: dict[str, Any], delay: float) -> None:
     assert not out.exists()
     assert end(start(checkpoints, out, "--log", log)) == 0
     assert is_same(out, whole)
-    # Lost is what was read less than an interval before, and what was not saved as a whole group:
-    # those being read, and those finished while a checkpoint was being written.
+    # Lost is what the interval and the time of a group allow, which on a busy machine may be long,
+    # and of each thread the group that it computed and the one that it had read ahead.
     moments = reads(log)
     lost = len(moments) - whole["reads"] - 1  # one block is read to see that the data are the same
-    if any(checkpoints.glob("*.nlsq")) and moments:
-        recently = sum(killed - INTERVAL - 4 * SECONDS <= t <= killed for t, _ in moments)
-        assert lost <= recently + N_THREADS
+    before = sorted(t for t, _ in moments if t < killed)
+    if any(checkpoints.glob("*.nlsq")) and before:
+        group_time = max(np.diff([*before, killed]).max(), SECONDS)
+        recently = sum(t >= killed - INTERVAL - 2 * group_time for t in before)
+        assert lost <= recently + 2 * N_THREADS
 
 
 def test_a_killed_fit_goes_on(tmp_path: Path, whole: dict[str, Any]) -> None:
