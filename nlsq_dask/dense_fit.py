@@ -21,7 +21,7 @@ from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
-from nlsq_dask.passes import LeftOut
+from nlsq_dask.passes import RowsInUse
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import SampleSolver, first_product, solve
 from nlsq_dask.stopping import StopReason
@@ -45,12 +45,12 @@ class _OnSample:
 class _Ahead:
     """The state of the solve over all rows.
 
-    With the trial whose sums are wanted next, and the blocks that are left out of the rows.
+    With the trial whose sums are wanted next, and the rows that its sums are over.
     """
 
     state: gn.State
     trial: gn.Trial | None
-    left_out: LeftOut
+    rows: RowsInUse
 
 
 class DenseFit:
@@ -172,19 +172,19 @@ class DenseFit:
 
         journal = self.context.journal
         with journal.loop("all rows"):
-            ahead = journal.noted(_Ahead)
-            if ahead is None:
-                ahead = _Ahead(state, None, passes.left_out)
-            passes.left_out = dict(ahead.left_out)
+            ahead, trial = journal.noted(_Ahead), None
+            if ahead is not None:
+                passes.rows_in_use = ahead.rows
+                state, trial = self._gone_on_with(ahead.state), ahead.trial
             state = solve(
-                self._gone_on_with(ahead.state),
+                state,
                 lambda state: forecast(state, sample.reduce) or gn.propose(state),
                 reduce,
                 reduce_by_qr if may_change else None,
                 partial(self._judged, stage=ALL_ROWS),
                 reduce_anew,
                 self._remember,
-                ahead.trial,
+                trial,
             )
         self._state = state
         assert state.stop is not None
@@ -200,13 +200,15 @@ class DenseFit:
 
     def _remember(self, state: gn.State, trial: gn.Trial | None) -> None:
         self._state = state
-        self.context.journal.note(_Ahead(state, trial, self.context.passes.left_out))
+        self.context.journal.note(_Ahead(state, trial, self.context.passes.rows_in_use))
 
     def _gone_on_with(self, state: gn.State) -> gn.State:
         """Go on with a state that may have been made by another process, for less iterations."""
         if state.point.sums.triangle is not None:
             self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
         state = replace(state, point=replace(state.point, settings=self._settings))
+        if state.stop is StopReason.USER_STOP:
+            return replace(state, stop=None, solution=None)
         is_at_limit = state.stop is StopReason.ITERATION_LIMIT
         if is_at_limit and state.iteration < self._settings.max_iterations:
             return replace(state, stop=None, solution=None)

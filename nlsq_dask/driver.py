@@ -43,6 +43,7 @@ from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
 
+_POINTS, _SHIFT = 3, 0.3  # near p0, in normalized parameters, at which models are compared
 _SAME_COST = 1e-6  # relative difference that another version or processor may make
 
 
@@ -207,14 +208,26 @@ class Driver:
         if self._passes.must_report(sample.at_start):
             kernel: RowKernel[Any] = fit.kernel
             self._passes.reduce_anew(kernel, start)  # counts all bad rows, and raises
-        cost = sample.at_start.cost
-        before = self._journal.step("cost of the sample at p0", float, lambda: cost)
-        if not np.isclose(cost, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
-            raise CheckpointError(
-                f"the checkpoint is of another model: at p0 the cost of a sample of rows was "
-                f"{before:.8g}, and now it is {cost:.8g}. Fit again without resume_from_checkpoint."
-            )
+        if self._journal.is_kept:
+            self._compare(sample)
         return sample
+
+    def _compare(self, sample: SampleProblem[Any]) -> None:
+        """Raise a CheckpointError if the model is not the one that a checkpoint was made with.
+
+        Its fingerprint does not tell if JAX has another version now; so its values are compared.
+        """
+        start, scales = self._parameters.start, self.normalizer.scales
+        random = np.random.default_rng(0)
+        shifts = _SHIFT * scales * random.uniform(-1.0, 1.0, (_POINTS, len(start)))
+        points = [start, *np.clip(start + shifts, self._parameters.low, self._parameters.high)]
+        now = [float(sample.reduce(point).cost) for point in points]
+        before = self._journal.step("costs of the sample near p0", list[float], lambda: now)
+        if not np.allclose(now, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
+            raise CheckpointError(
+                f"the checkpoint is of another model: near p0 costs of a sample of rows were "
+                f"{before}, and now they are {now}. Fit again without resume_from_checkpoint."
+            )
 
     @contextmanager
     def _phase(self, number: int, name: str) -> Iterator[dict[str, Any]]:

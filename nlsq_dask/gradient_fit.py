@@ -27,7 +27,7 @@ from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
 from nlsq_dask.parameters import Parameters
-from nlsq_dask.passes import LeftOut
+from nlsq_dask.passes import RowsInUse
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import MORE_ITERATIONS
 from nlsq_dask.stopping import StopReason
@@ -73,10 +73,10 @@ class _OnSample:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """The state of the solve over all rows, and the blocks that are left out of them."""
+    """The state of the solve over all rows, and the rows that they are."""
 
     state: cg.CgState
-    left_out: LeftOut
+    rows: RowsInUse
 
 
 class GradientFit:
@@ -152,7 +152,7 @@ class GradientFit:
             if ahead is None:
                 self._remember(state)
             else:
-                passes.left_out = dict(ahead.left_out)
+                passes.rows_in_use = ahead.rows
                 self._state = state = self._gone_on_with(ahead.state)
             state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
             while state.stop is not None and state.stop.is_success:
@@ -186,11 +186,13 @@ class GradientFit:
 
     def _remember(self, state: cg.CgState) -> None:
         self._state = state
-        self.context.journal.note(_Ahead(state, self.context.passes.left_out))
+        self.context.journal.note(_Ahead(state, self.context.passes.rows_in_use))
 
     def _gone_on_with(self, state: cg.CgState) -> cg.CgState:
         """Go on with a state that may have been made by another process, for less iterations."""
         state = replace(state, settings=self._settings)
+        if state.stop is StopReason.USER_STOP:
+            return replace(state, stop=None, solution=None)
         is_at_limit = state.stop is StopReason.ITERATION_LIMIT
         if is_at_limit and state.iteration < self._settings.max_iterations:
             return replace(state, stop=None, solution=None)

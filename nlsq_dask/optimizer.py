@@ -223,7 +223,7 @@ class AdaptiveHybridStreamingOptimizer:
         interruption = Interruption(config.max_walltime)
         own = DefenseLayerTelemetry()
         observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
-        remembering = tuple(observers)
+        remembering: tuple[Observer, ...] = (self._observe, own)
         if level:
             observers.append(Progress(config.log_frequency, shows_sample=level > 1))
 

@@ -17,7 +17,7 @@ from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.rows import Rows
-from nlsq_dask.core.sums import Sums
+from nlsq_dask.core.sums import Moments, Sums
 from nlsq_dask.engine.faults import BadBlock
 from nlsq_dask.engine.parts import Parts
 from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, ReadReport
@@ -34,7 +34,22 @@ from nlsq_dask.interruption import Interruption
 
 S = TypeVar("S", bound=Sums)
 
-LeftOut = dict[int, BadBlock]  # by the flat index of the block
+
+@dataclass(frozen=True)
+class RowsInUse:
+    """The rows that sums are over.
+
+    Attributes
+    ----------
+    left_out : dict of int to BadBlock
+        Blocks that could not be read, by their flat index.
+    moments : tuple of float, or None
+        Sums over these rows that depend on the data alone; None if there were none yet.
+    """
+
+    left_out: dict[int, BadBlock]
+    moments: Moments | None
+
 
 _MOST_LISTED = 10  # blocks in a message
 
@@ -123,8 +138,8 @@ class Passes:
         self.bytes_read = 0
         self.rows_cached = 0
         self.n_retries = 0
-        self.left_out: LeftOut = {}
-        self._first: Sums | None = None
+        self.left_out: dict[int, BadBlock] = {}
+        self._moments: Moments | None = None
 
     def count(self, event: Event) -> None:
         """Count what was read, now or before the fit was resumed."""
@@ -142,6 +157,15 @@ class Passes:
     def _report(self, event: PassFinished | SampleRead) -> None:
         self.count(event)
         self._emit(event)
+
+    @property
+    def rows_in_use(self) -> RowsInUse:
+        """The rows that the next sums are over."""
+        return RowsInUse(self.left_out, self._moments)
+
+    @rows_in_use.setter
+    def rows_in_use(self, rows: RowsInUse) -> None:
+        self.left_out, self._moments = dict(rows.left_out), rows.moments
 
     @property
     def n_rows(self) -> int:
@@ -166,13 +190,13 @@ class Passes:
             if not self._leave_out(sample.lost) and sample.rows is not None:
                 break
         if was_taken:
-            again = self._data.sample(wanted, seed, left_out, n_blocks=1)
-            if again.rows is not None:
+            again = self._data.sample(wanted, seed, left_out, self._watch)
+            if again.rows is not None and not again.reading.lost:
                 _compare(sample.rows, again.rows)
         return sample.rows, sample.n_blocks
 
     def _make_sample(self, wanted: int, seed: int, left_out: frozenset[int]) -> _Sample:
-        read = self._data.sample(wanted, seed, left_out)
+        read = self._data.sample(wanted, seed, left_out, self._watch)
         n_rows = 0 if read.rows is None else len(read.rows)
         retries = read.reading.n_retries
         self._report(SampleRead(n_rows, read.n_blocks, read.rows_read, read.bytes_read, retries))
@@ -184,7 +208,7 @@ class Passes:
         """Sum over all rows as ``reduce_anew`` does, and bring back rows from all blocks."""
         share = min(1.0, sample_rows / self.n_rows)
         sums, rows, _ = self._run(kernel, self._penalty, params, sample_share=share, seed=seed)
-        self._first = sums
+        self._moments = sums.moments
         return sums, rows
 
     def reduce_anew(self, kernel: RowKernel[S], params: NDArray[np.float64]) -> S:
@@ -193,7 +217,7 @@ class Passes:
         Blocks may be left out in this pass.
         """
         sums, _, _ = self._run(kernel, self._penalty, params)
-        self._first = sums
+        self._moments = sums.moments
         return sums
 
     def reduce(
@@ -225,13 +249,13 @@ class Passes:
             params,
             candidates=candidates,
             directions=directions,
-            is_first=self._first is None,
+            is_first=self._moments is None,
         )
         if has_changed:
             raise RowsChangedError
-        if self._first is None:
-            self._first = sums
-        return sums.with_moments_of(self._first)
+        if self._moments is None:
+            self._moments = sums.moments
+        return sums.with_moments(self._moments)
 
     def reduce_beside(
         self, kernel: RowKernel[S], params: NDArray[np.float64], known: tuple[Any, S]
@@ -289,7 +313,6 @@ class Passes:
             saves=True,
         )
         has_changed = self._leave_out(found.lost)
-        self._check(found.sums)
         return found.sums, found.rows, has_changed
 
     def _make(self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance) -> _Pass[S]:
@@ -300,9 +323,10 @@ class Passes:
         began = time.perf_counter() - (0.0 if cut is None else cut.seconds)
         result = self._reduce(kernel, request, began, [] if cut is None else cut.parts)
         lost = self._named(result.reading)
-        if result.sums is None:  # not one block could be read
-            self.left_out |= lost
-            raise self._too_few()
+        # Before it is remembered: it may be repaired, and then read again.
+        self._check_share(lost)
+        assert result.sums is not None  # it is an error to leave out all rows
+        self._check(result.sums)
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
@@ -334,7 +358,7 @@ class Passes:
             found = [
                 (level, i, replace(result, reading=ReadReport()))
                 for (level, i), result in parts.collect().items()
-                if not result.reading.lost  # those are read again
+                if self._is_good(result)  # the others are read again
             ]
             self._journal.note(_Cut(time.perf_counter() - began, found))
             self._journal.save()
@@ -347,7 +371,7 @@ class Passes:
 
         known = {(level, i): part for level, i, part in parts}
         try:
-            return self._data.reduce(kernel, request, known, watch, self._interruption.seconds_left)
+            return self._data.reduce(kernel, request, known, watch)
         except ClusterLostError:
             raise  # what the workers held is lost
         except (Exception, KeyboardInterrupt):
@@ -357,6 +381,12 @@ class Passes:
         finally:
             for parts_left in latest:
                 parts_left.release()
+
+    def _is_good(self, part: PassResult[S]) -> bool:
+        return not part.reading.lost and part.sums is not None and not self.must_report(part.sums)
+
+    def _watch(self, parts: Parts) -> None:
+        self._interruption.check()
 
     def _named(self, reading: ReadReport) -> dict[int, BadBlock]:
         """Return what could not be read, in the caller's terms."""
@@ -372,12 +402,11 @@ class Passes:
         """
         if not new:
             return False
+        self._check_share(new)
         self.left_out |= new
-        self._first = None
-        n_all, n_rows = self._data.blocks.n_rows, self.n_rows
-        if n_rows < self._min_share * n_all:
-            raise self._too_few()
-        event = BlocksLeftOut(tuple(bad.sentence for bad in new.values()), n_all - n_rows)
+        self._moments = None
+        missing = self._data.blocks.n_rows - self.n_rows
+        event = BlocksLeftOut(tuple(bad.sentence for bad in new.values()), missing)
         self._journal.once("leaving out", partial(self._emit, event))
         return True
 
@@ -404,12 +433,17 @@ class Passes:
         if not sums.n_used:
             raise DataError(f"none of the {n_rows:,} rows can be used: all are masked or NaN.")
 
-    def _too_few(self) -> BlockReadError:
-        bad = list(self.left_out.values())
+    def _check_share(self, new: dict[int, BadBlock]) -> None:
+        """Raise a BlockReadError if too few rows are left with these blocks left out, too."""
+        bad = list((self.left_out | new).values())
+        n_all = self._data.blocks.n_rows
+        n_rows = n_all - sum(block.rows for block in bad)
+        if n_rows and n_rows >= self._min_share * n_all:
+            return
         listed = "; ".join(block.sentence for block in bad[:_MOST_LISTED])
         further = f"; and {len(bad) - _MOST_LISTED} blocks more" if len(bad) > _MOST_LISTED else ""
-        return BlockReadError(
-            f"{self.n_rows:,} of {self._data.blocks.n_rows:,} rows can be read, less than "
+        raise BlockReadError(
+            f"{n_rows:,} of {n_all:,} rows can be read, less than "
             f"min_success_rate={self._min_share:g} of them. {listed}{further}. Repair or replace "
             f"what is stored there, or lower min_success_rate.",
             bad[0].array,

@@ -171,7 +171,7 @@ def test_a_finished_fit_is_remembered(tmp_path: Path, expected: nd.FitResult) ->
     y = da.from_array(Y, chunks=9_999).map_blocks(counted, meta=np.empty(0))
     with dask.config.set(scheduler="synchronous"):
         assert_same(fit(y=y, resume_from_checkpoint=tmp_path), expected)
-    assert len(reads) == 1  # to see whether the data are the same
+    assert len(reads) == 7  # those of the sample, to see whether the data are the same
 
 
 def test_nothing_is_written_unless_asked_for(tmp_path: Path, saved: Path) -> None:
@@ -217,12 +217,66 @@ def test_how_often_is_saved(tmp_path: Path) -> None:
         ({"y": da.from_array(Y, chunks=10_000)}, "data y_data was float64 .* in chunks"),
         ({"y": da.from_array(Y.astype("f4"), chunks=9_999)}, "data y_data was float64"),
         ({"call": {"sigma": 0.1 + X}}, "data sigma was not given"),
-        ({"y": da.from_array(Y + 1e-9, chunks=9_999)}, "of other data: some rows were read again"),
+        ({"y": da.from_array(Y + 1e-9, chunks=9_999)}, "data y_data was .* values"),
+        ({"y": np.where(X < 3.9, Y, Y + 1.0)}, "data y_data was .* values"),
     ],
 )
 def test_another_fit_is_refused(changed: dict[str, Any], sentence: str, saved: Path) -> None:
     with pytest.raises(nd.CheckpointError, match=sentence):
         fit(**changed, resume_from_checkpoint=saved)
+
+
+def test_other_values_behind_the_same_metadata(tmp_path: Path) -> None:
+    lazy = [da.from_array(v, chunks=9_999).map_blocks(np.copy) for v in (Y, Y + 1e-9)]
+    options = [zarr.create_array(tmp_path / str(i), data=v.compute()) for i, v in enumerate(lazy)]
+    fit(y=options[0], checkpoint_dir=tmp_path / "checkpoints")
+    with pytest.raises(nd.CheckpointError, match="of other data: some rows were read again"):
+        fit(y=options[1], resume_from_checkpoint=tmp_path / "checkpoints")
+
+
+def test_forms_of_one_value_are_one_value(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"enable_group_variance_regularization": True}
+    fit(**options, group_variance_indices=[(0, 2)], checkpoint_dir=tmp_path)
+    tol = np.float64(OPTIONS["gauss_newton_tol"])
+    again = {"group_variance_indices": ((0, 2),), "gauss_newton_tol": tol}
+    assert fit(**options, **again, resume_from_checkpoint=tmp_path).success
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    seen: list[int] = []
+    with pytest.raises(nd.CheckpointError, match="cannot be written to"):
+        fit(checkpoint_dir=tmp_path / "file", call={"callback": lambda *args: seen.append(1)})
+    assert not seen
+
+
+def test_a_full_disk_does_not_end_a_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: nd.FitResult
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.warns(UserWarning, match="could not be written: .*No space left"):
+            assert_same(fit(checkpoint_dir=tmp_path), expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopped_by_the_callback_and_gone_on_with(tmp_path: Path) -> None:
+    whole: list[int] = []
+    robust = fit(cov_type="HC1", call={"callback": lambda params, loss, i: whole.append(i)})
+
+    def stop(params: Any, loss: float, i: int) -> None:
+        if i == whole[-1]:
+            raise StopIteration
+
+    stopped = fit(cov_type="HC1", checkpoint_dir=tmp_path, call={"callback": stop})
+    assert stopped.status == -4
+    resumed = fit(cov_type="HC1", resume_from_checkpoint=tmp_path)
+    assert resumed.success
+    np.testing.assert_allclose(resumed.popt, robust.popt, rtol=1e-9)
+    np.testing.assert_allclose(resumed.pcov, robust.pcov, rtol=1e-9)
 
 
 def test_zarr_metadata_are_part_of_the_data(tmp_path: Path) -> None:
@@ -262,7 +316,7 @@ def test_another_version_or_processor_is_a_note(
         assert_same(fit(resume_from_checkpoint=tmp_path), expected)
     assert "version processor was another" in str(caught[0].message)
     with (
-        pytest.raises(nd.CheckpointError, match="of another model: at p0 the cost"),
+        pytest.raises(nd.CheckpointError, match="of another model: near p0 costs"),
         pytest.warns(UserWarning, match="version jax"),
     ):
         fit(lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c, resume_from_checkpoint=tmp_path)
@@ -391,7 +445,7 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     with dask.config.set(scheduler="threads", num_workers=2):
         expected = surviving_fit.fit()
         log = tmp_path / "reads.txt"
-        walltime, n_resumes, resume = 0.6, 0, None
+        walltime, n_resumes, resume = 0.8, 0, None
         while True:
             result = surviving_fit.fit(
                 str(log),
@@ -407,12 +461,12 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
             assert "resume_from_checkpoint=" in result.message
             n_resumes += 1
             resume = tmp_path / "checkpoints"
-            assert n_resumes < 30
+            assert n_resumes < 100
     assert n_resumes >= 2
     np.testing.assert_array_equal(result.popt, expected.popt)
     np.testing.assert_array_equal(result.pcov, expected.pcov)
     assert result.rows_read == expected.rows_read
     n_reads = len(log.read_text().splitlines())
     wanted = expected.rows_read / surviving_fit.BLOCK_ROWS
-    # A block to compare; and of each of two threads what it was computing, and had read ahead.
-    assert n_reads <= wanted + (1 + 2 * 3) * n_resumes
+    # Four blocks to compare; and of each of two threads what it computed, and had read ahead.
+    assert n_reads <= wanted + (4 + 2 * 3) * n_resumes

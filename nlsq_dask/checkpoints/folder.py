@@ -8,6 +8,8 @@ whole); the checksum tells if it was not.
 from __future__ import annotations
 
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,8 @@ _SUFFIX = ".nlsq"
 class _Files(Protocol):
     """The few things that are done with a folder."""
 
+    def prepare(self, fit: str) -> None: ...
+
     def names(self) -> list[str]: ...
 
     def read(self, name: str) -> bytes: ...
@@ -36,6 +40,15 @@ class _LocalFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def prepare(self, fit: str) -> None:
+        """Make the folder, see that it can be written to, and remove what a killed fit has left."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self._folder.glob(f".{fit}-*.unfinished"):
+            unfinished.unlink(missing_ok=True)
+        probe = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+        probe.touch()
+        probe.unlink()
+
     def names(self) -> list[str]:
         return [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
 
@@ -43,14 +56,17 @@ class _LocalFiles:
         return (self._folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # One name for all that a fit writes: what a killed process leaves is overwritten.
-        unfinished = self._folder / f".{name.rpartition('-')[0]}.unfinished"
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._folder / name)
+        fit = name.rpartition("-")[0]
+        unfinished = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+        try:
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._folder / name)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
         self._synchronize_folder()
 
     def remove(self, name: str) -> None:
@@ -71,6 +87,10 @@ class _RemoteFiles:
         self._fs = file_system
         self._folder = folder.rstrip("/")
 
+    def prepare(self, fit: str) -> None:
+        """Make the folder, where there are folders."""
+        self._fs.makedirs(self._folder, exist_ok=True)
+
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
         if not self._fs.exists(self._folder):
@@ -81,11 +101,19 @@ class _RemoteFiles:
         return bytes(self._fs.cat_file(f"{self._folder}/{name}"))
 
     def write(self, name: str, data: bytes) -> None:
-        self._fs.makedirs(self._folder, exist_ok=True)
         self._fs.pipe_file(f"{self._folder}/{name}", data)
 
     def remove(self, name: str) -> None:
-        self._fs.rm_file(f"{self._folder}/{name}")
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._folder}/{name}")
+
+
+def normalized(path: str | os.PathLike[str]) -> str:
+    """Return a URL as it is, and a path on a disk from its root, also of such a URL."""
+    text = os.fspath(path)
+    for scheme in ("file://", "local://"):
+        text = text.removeprefix(scheme)
+    return text if "://" in text else str(Path(text).expanduser().absolute())
 
 
 def _files(folder: str) -> _Files:
@@ -104,8 +132,24 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fspath(path)
+        self._path = normalized(path)
         self._files = _files(self._path)
+
+    def prepare(self, fit: str) -> None:
+        """See that checkpoints can be written.
+
+        Raises
+        ------
+        CheckpointError
+            If they cannot.
+        """
+        try:
+            self._files.prepare(fit)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint_dir={self._path!r} cannot be written to: {error}. Choose another, or "
+                f"leave it out."
+            ) from error
 
     def save(self, checkpoint: Checkpoint) -> str:
         """Write a checkpoint, remove the oldest of its fit, and return its path."""
@@ -147,7 +191,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
     CheckpointError
         If it cannot be used.
     """
-    text = os.fspath(path)
+    text = normalized(path)
     if "://" in text:
         file_system, inner = url_to_fs(text)
         exists, is_folder = file_system.exists(inner), file_system.isdir(inner)
@@ -160,9 +204,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
         )
     if is_folder:
         return CheckpointFolder(text).newest()
-    folder, _, name = text.rpartition("/")
+    folder, slash, name = text.rpartition("/")
     try:
-        return Checkpoint.from_bytes(_files(folder or ".").read(name)), []
+        return Checkpoint.from_bytes(_files(folder or slash).read(name)), []
     except CheckpointError as error:
         raise CheckpointError(
             f"resume_from_checkpoint={text!r} cannot be used: {error} Give the folder instead to "

@@ -20,6 +20,7 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import CheckpointError
 
 _PACKAGES = ("nlsq-dask", "jax", "jaxlib", "numpy", "scipy", "optax")
+_MOST_TEXT = 200  # characters of a value in a message
 # Without these the same model may be compiled to another text.
 _TRACING = ("nlsq-dask", "jax", "jaxlib")
 
@@ -125,7 +126,20 @@ def _described(array: da.Array) -> str:
     sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else _digest(str(s)) for s in array.chunks]
     text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
     metadata = sorted({_digest(_metadata(store)) for store in _zarr_arrays(array)})
+    values = hashlib.sha256()
+    for part in _arrays_in_memory(array):
+        values.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
+        text = text.partition(", values")[0] + f", values {values.hexdigest()[:16]}"
     return f"{text}, Zarr {' '.join(metadata)}" if metadata else text
+
+
+def _arrays_in_memory(array: da.Array) -> Iterable[np.ndarray[Any, Any]]:
+    """Yield the NumPy arrays that stand in the graph of an array, in the order of their keys."""
+    graph = dict(array.__dask_graph__())
+    for key in sorted(graph, key=str):
+        value = getattr(graph[key], "value", graph[key])
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            yield value
 
 
 def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
@@ -149,7 +163,15 @@ def _digest(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return repr(value.tolist() if isinstance(value, np.ndarray) else value)
+    """Return a value as text, the same for all forms in which it may be given."""
+    if isinstance(value, str | bool | None):
+        return repr(value)
+    if isinstance(value, np.generic | np.ndarray) or hasattr(value, "to_numpy"):
+        return _text(np.asarray(value).tolist())
+    if isinstance(value, Iterable):
+        text = f"[{', '.join(map(_text, value))}]"
+        return text if len(text) < _MOST_TEXT else f"{text[:_MOST_TEXT]}... {_digest(text)}"
+    return repr(value)
 
 
 def _processor() -> str:

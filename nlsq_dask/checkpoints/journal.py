@@ -17,6 +17,7 @@ before the last finished step or note are saved.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Journal:
 
     events: Sequence[Event] = ()
     last_path: str | None = None
+    is_kept = False
     is_saving = False
 
     def observe(self, event: Event) -> None:
@@ -136,6 +138,7 @@ class CheckpointJournal(Journal):
     ) -> None:
         self._identity = identity
         self._folder = folder
+        self.is_kept = True
         self.is_saving = folder is not None
         self._interval = interval
         self._emit = emit
@@ -153,6 +156,9 @@ class CheckpointJournal(Journal):
         self._seconds_before = 0.0 if resumed is None else resumed.phase_seconds
         self._seconds = super().phase_clock(goes_on=False)
         self.last_path = resumed_path
+        self._has_warned = False
+        if folder is not None:
+            folder.prepare(self._fit)
 
     def observe(self, event: Event) -> None:
         """Remember what happened."""
@@ -201,8 +207,12 @@ class CheckpointJournal(Journal):
         checkpoint = Checkpoint(
             self._fit, self._number, self._identity, self._seconds(), self._entries, events
         )
-        self.last_path = self._folder.save(checkpoint)
         self._saved_at = time.monotonic()
+        try:
+            self.last_path = self._folder.save(checkpoint)
+        except OSError as error:  # a disk that is full, perhaps for a while
+            self._warn_once(error)
+            return
         self._emit(CheckpointWritten(self.last_path, time.perf_counter() - began))
 
     def phase_clock(self, goes_on: bool) -> Callable[[], float]:
@@ -211,6 +221,14 @@ class CheckpointJournal(Journal):
         now = super().phase_clock(goes_on)
         self._seconds = lambda: before + now()
         return self._seconds
+
+    def _warn_once(self, error: OSError) -> None:
+        if not self._has_warned:
+            warnings.warn(
+                f"A checkpoint could not be written: {error}. The fit goes on, and will try again.",
+                stacklevel=2,
+            )
+        self._has_warned = True
 
     @property
     def is_due(self) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 
-from nlsq_dask.checkpoints.folder import CheckpointFolder, load
+from nlsq_dask.checkpoints.folder import CheckpointFolder, load, normalized
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import CheckpointJournal, Journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -44,13 +43,14 @@ def open_journal(
     identity, interval = describe(), config.checkpoint_interval
     if path is None:
         return CheckpointJournal(identity, folder, interval, emit)
+    path = normalized(path)
     checkpoint, notes = load(path)
     notes += checkpoint.identity.check(identity)
     if notes:
         warnings.warn(f"Resuming a fit: {'; '.join(notes)}.", stacklevel=4)
-    journal = CheckpointJournal(identity, folder, interval, emit, checkpoint, os.fspath(path))
+    journal = CheckpointJournal(identity, folder, interval, emit, checkpoint, path)
     for event in journal.events:
         remember(event)
     n_passes = sum(isinstance(event, PassFinished) for event in journal.events)
-    emit(FitResumed(os.fspath(path), n_passes, tuple(notes)))
+    emit(FitResumed(path, n_passes, tuple(notes)))
     return journal

@@ -14,6 +14,7 @@ from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.core.penalty import GroupVariance
 
 NO_BLOCK = -1
+Moments = tuple[float, float, float, float]  # weight, y_sum, y_square and signal
 
 
 def _first_of(one: int, other: int) -> int:
@@ -127,15 +128,15 @@ class Sums(ABC):
             Of which the products are.
         """
 
-    def with_moments_of(self, other: Sums) -> Self:
+    @property
+    def moments(self) -> Moments:
+        """The sums of the data alone."""
+        return self.weight, self.y_sum, self.y_square, self.signal
+
+    def with_moments(self, moments: Moments) -> Self:
         """Return these sums with those of the data alone taken from others over the same rows."""
-        return replace(
-            self,
-            weight=other.weight,
-            y_sum=other.y_sum,
-            y_square=other.y_square,
-            signal=other.signal,
-        )
+        weight, y_sum, y_square, signal = moments
+        return replace(self, weight=weight, y_sum=y_sum, y_square=y_square, signal=signal)
 
     def variance(self, n_params: int) -> float:
         """Return the variance of a residual; infinite without degrees of freedom."""

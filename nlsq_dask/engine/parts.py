@@ -7,16 +7,18 @@ it had made them itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import dask.multiprocessing
 from dask.base import get_scheduler
 from dask.callbacks import Callback
 from dask.delayed import Delayed
-from dask.local import get_sync
+from dask.local import get_async, get_sync
 from dask.threaded import get as get_threaded
 from distributed import Client, Future, as_completed, rejoin, secede
 from distributed.utils import thread_state  # type: ignore[attr-defined]
@@ -51,9 +53,9 @@ class Parts:
             if lower < level and j // TREE_WIDTH ** (level - lower) == i
         ]
         for part in inside:
-            value = self.values.pop(part)
-            if isinstance(value, Future):
-                value.release()
+            smaller = self.values.pop(part)
+            if isinstance(smaller, Future):
+                smaller.release()
         self.values[node] = value
 
     def drop_lost(self) -> None:
@@ -85,19 +87,22 @@ class Parts:
         if not futures:
             return dict(self.values)
         client = next(iter(futures.values())).client
-        found = client.gather(list(futures.values()), errors="skip")
-        if len(found) == len(futures):
-            self.values.update(zip(futures, found, strict=True))
+        # Of those alone that a worker has: for what was lost, it would wait until a worker comes.
+        there = {key for key, workers in client.who_has().items() if workers}
+        wanted = {n: future for n, future in futures.items() if future.key in there}
+        found = client.gather(list(wanted.values()), errors="skip")
+        if len(found) == len(wanted):
+            self.values.update(zip(wanted, found, strict=True))
         return {n: v for n, v in self.values.items() if not isinstance(v, Future)}
 
 
 Watch = Callable[[Parts], None]
 
 
-def run_tree(
-    tree: Tree, client: Client | None, parts: Parts, watch: Watch, deadline: float | None
-) -> Any:
+def run_tree(tree: Tree, client: Client | None, parts: Parts, watch: Watch) -> Any:
     """Run on the active scheduler, calling ``watch`` whenever a part has finished.
+
+    On a cluster, where tasks may wait for a worker, it is called every second in any case.
 
     Parameters
     ----------
@@ -108,13 +113,10 @@ def run_tree(
         Receives what has finished.
     watch : callable
         May raise, which ends the reduction.
-    deadline : float or None
-        Seconds from now after which ``watch`` is called in any case (on a cluster, where a task
-        may wait for a worker for ever).
     """
     if client is not None:
         with _seceded():
-            return _run_on_cluster(tree, client, parts, watch, deadline)
+            return _run_on_cluster(tree, client, parts, watch)
 
     def finished(key: Any, result: Any, *_: Any) -> None:
         if key in tree.nodes:
@@ -122,24 +124,26 @@ def run_tree(
             watch(parts)
 
     options: dict[str, Any] = {}
-    if get_scheduler() in _LOCAL:
+    get = get_scheduler()
+    if get in _LOCAL or (isinstance(get, partial) and get.func is get_async):  # of an executor
         # Given as an argument: the global set of callbacks would be shared by concurrent fits.
         options["callbacks"] = [*Callback.active, (None, None, None, finished, None)]
     return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
 
 
-def _run_on_cluster(
-    tree: Tree, client: Client, parts: Parts, watch: Watch, deadline: float | None
-) -> Any:
+def _run_on_cluster(tree: Tree, client: Client, parts: Parts, watch: Watch) -> Any:
     futures: list[Future[Any]] = client.get(tree.tasks, list(tree.nodes), sync=False)
-    finished: Iterator[Future[Any]] = as_completed(futures, timeout=deadline)
+    finished = as_completed(futures)
     try:
         while True:
-            try:
-                future = next(finished)
-            except TimeoutError:
-                watch(parts)
-                raise
+            watched = time.monotonic()
+            while not finished.has_ready():
+                with finished.thread_condition:
+                    finished.thread_condition.wait(timeout=0.1)
+                if time.monotonic() - watched > 1.0:
+                    watch(parts)
+                    watched = time.monotonic()
+            future: Future[Any] = next(finished)
             if future.status != "finished":
                 future.result()  # raises
             parts.add(tree.nodes[future.key], future)

@@ -220,7 +220,6 @@ class DataSet:
         request: PassRequest,
         known: Mapping[Node, PassResult[S]] | None = None,
         watch: Watch = lambda parts: None,
-        deadline: float | None = None,
     ) -> PassResult[S]:
         """Sum over all rows but those of blocks left out: one pass.
 
@@ -232,8 +231,6 @@ class DataSet:
             Finished parts of an earlier pass with the same kernel and request.
         watch : callable, optional
             Called with the ``Parts`` whenever one has finished; may raise to end the pass.
-        deadline : float, optional
-            Seconds from now after which it is called in any case.
 
         Raises
         ------
@@ -246,7 +243,7 @@ class DataSet:
         for attempt in count(1):
             try:
                 tree = self._tree(kernel, request, parts.values)
-                result: PassResult[S] = run_tree(tree, self._workers.client, parts, watch, deadline)
+                result: PassResult[S] = run_tree(tree, self._workers.client, parts, watch)
                 break
             except ReadFailedError as failed:
                 raise self._block_error(failed.fault) from failed.cause
@@ -272,7 +269,13 @@ class DataSet:
                 f"workers were lost again and again ({error}). If they ran out of memory, give "
                 f"them more, or use smaller chunks; the workers' logs say why they ended."
             ) from error
-        self._place()
+        try:
+            self._place()
+        except TimeoutError as timeout:
+            raise ClusterLostError(
+                "all workers were lost, and none came that arrays in memory could be sent to. "
+                "Start a cluster again, and fit again."
+            ) from timeout
 
     def _tree(self, kernel: RowKernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
         graph = TaskGraph(self._shared)
@@ -313,28 +316,28 @@ class DataSet:
         sample_rows: int,
         seed: int,
         left_out: frozenset[int] = frozenset(),
-        n_blocks: int | None = None,
+        watch: Watch = lambda parts: None,
     ) -> Sample:
         """Read a few blocks and take rows from each, as if those left out were not there.
 
-        With ``n_blocks`` only so many of them are read, the first ones.
+        ``watch`` may raise to end that, as in ``reduce``.
         """
         block_rows = self._block_rows.copy()
         block_rows.flat[list(left_out)] = 0
         plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
-        readers, shared = self._source.readers([[block] for block in plan.blocks[:n_blocks]])
+        readers, shared = self._source.readers([[block] for block in plan.blocks])
         graph = TaskGraph(shared)
         leaves = [
             graph.task("sample", i, _sample_block, reader, plan, i, inputs=reader.inputs)
             for i, reader in enumerate(readers)
         ]
         joined = graph.task("sample-join", 0, _join_samples, *leaves)
-        sample: Sample = self._run(graph, joined)
+        sample: Sample = self._run(graph, joined, watch)
         return sample
 
-    def _run(self, graph: TaskGraph, result: TaskRef) -> Any:
+    def _run(self, graph: TaskGraph, result: TaskRef, watch: Watch = lambda parts: None) -> Any:
         try:
-            return graph.run(result)
+            return run_tree(graph.of_one(result), self._workers.client, Parts(1), watch)
         except ReadFailedError as failed:
             raise self._block_error(failed.fault) from failed.cause
 

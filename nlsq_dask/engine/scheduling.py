@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
-from dask.delayed import Delayed
 from dask.order import order
 from distributed import Client, Future
 from numpy.typing import NDArray
@@ -228,6 +227,6 @@ class TaskGraph:
         priorities = order(self._tasks)
         return sorted(range(len(tasks)), key=lambda i: priorities[tasks[i].key])
 
-    def run(self, result: TaskRef) -> Any:
-        """Run on the active scheduler: a distributed client, Dask's configuration, or threads."""
-        return Delayed(result.key, self._tasks).compute(optimize_graph=False)
+    def of_one(self, result: TaskRef) -> Tree:
+        """Return the graph as that of one result, which is the only part."""
+        return Tree(self._tasks, result, {}, {result.key: (0, 0)})

@@ -1,0 +1,67 @@
+"""A reduction that is cut again and again, and goes on from its finished parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+from distributed import Client
+
+from nlsq_dask.engine.parts import Parts, run_tree
+from nlsq_dask.engine.scheduling import TREE_WIDTH, TaskGraph
+
+
+class CutError(Exception):
+    pass
+
+
+def leaf(i: int) -> tuple[int, ...]:
+    return (i,)
+
+
+def joined(*parts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i for part in parts for i in part)
+
+
+def reduced(n: int, random: np.random.Generator, client: Client | None) -> tuple[int, ...]:
+    """Reduce n leaves, cut at random moments; check what is kept of each attempt."""
+    known: dict[Any, Any] = {}
+    while True:
+        graph = TaskGraph({})
+        tree = graph.tree(n, lambda i: graph.task("leaf", i, leaf, i), joined, known)
+        left = int(random.integers(1, n + 20))
+
+        def watch(parts: Parts, left: int = left, seen: list[int] = []) -> None:  # noqa: B006
+            seen.append(parts.n_finished)
+            if len(seen) % (left + 1) == left:
+                raise CutError
+
+        parts = Parts(n, dict(known))
+        try:
+            result: tuple[int, ...] = run_tree(tree, client, parts, watch)
+        except CutError:
+            known = parts.collect()
+            assert parts.n_finished == sum(map(len, known.values()))
+            for (level, i), value in known.items():
+                width = TREE_WIDTH**level
+                assert value == tuple(range(i * width, min((i + 1) * width, n)))
+            continue
+        parts.release()
+        return result
+
+
+@pytest.mark.parametrize("scheduler", ["sync", "threads"])
+def test_whatever_was_kept_is_what_it_says(scheduler: str) -> None:
+    random = np.random.default_rng(0)
+    with dask.config.set(scheduler=scheduler):
+        for n in [1, 2, 16, 17, 256, 257, *random.integers(1, 600, 25)]:
+            assert reduced(int(n), random, None) == tuple(range(n))
+
+
+def test_on_a_cluster(process_client: Client) -> None:
+    random = np.random.default_rng(1)
+    with process_client.as_current():
+        for n in (1, 18, 300):
+            assert reduced(n, random, process_client) == tuple(range(n))
