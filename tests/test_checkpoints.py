@@ -470,3 +470,46 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     wanted = expected.rows_read / surviving_fit.BLOCK_ROWS
     # Four blocks to compare; and of each of two threads what it computed, and had read ahead.
     assert n_reads <= wanted + (4 + 2 * 3) * n_resumes
+
+
+@pytest.mark.filterwarnings("ignore::nlsq_dask.DataWarning")
+def test_a_block_that_was_left_out_stays_left_out(tmp_path: Path) -> None:
+    rows, n_blocks = surviving_fit.BLOCK_ROWS, 4
+    x = da.linspace(0.0, 10.0, rows * n_blocks, chunks=rows)
+    reads: list[int] = []
+
+    def fit_some(dies_at: int, cut: bool = False, **options: Any) -> nd.FitResult:
+        """Fit, block 3 dying at one of its reads; cut at the first iteration after that."""
+        reads.clear()
+
+        def read(x: np.ndarray, block_info: Any = None) -> np.ndarray:
+            index = block_info[None]["chunk-location"][0] if block_info else 0
+            reads.append(index)
+            if index == 3 and reads.count(3) >= dies_at:
+                raise OSError("gone")
+            return surviving_fit.read_slowly(x, "", 0.0, block_info)
+
+        def callback(params: Any, loss: float, i: int) -> None:
+            if cut and reads.count(3) >= dies_at:
+                raise CutError
+
+        return fit(
+            surviving_fit.model,
+            x,
+            da.map_blocks(read, x, dtype=float, meta=np.empty(0)),
+            surviving_fit.START,
+            {"callback": callback},
+            min_success_rate=0.5,
+            max_retries_per_batch=0,
+            cache=0,
+            **options,
+        )
+
+    with dask.config.set(scheduler="synchronous"):
+        expected = fit_some(4)
+        with pytest.raises(CutError):
+            fit_some(4, cut=True, checkpoint_dir=tmp_path)
+        resumed = fit_some(10**9, resume_from_checkpoint=tmp_path)
+    assert resumed.diagnostics["left_out"] == expected.diagnostics["left_out"] != []
+    for name in ("popt", "pcov", "cost", "r_squared", "n_points", "n_passes", "message"):
+        np.testing.assert_array_equal(resumed[name], expected[name])
