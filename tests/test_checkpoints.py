@@ -113,7 +113,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = {"conjugate gradients", "float32"}
+SLOW = {"qr and a sandwich", "float32", "penalty", "conjugate gradients"}
 
 
 @pytest.mark.parametrize(

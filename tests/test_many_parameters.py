@@ -180,6 +180,7 @@ def test_standard_errors(absolute: bool) -> None:
     assert 0.0 < ratios.std() < 0.7 / np.sqrt(24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_probes", [7, 20])
 def test_probes_are_in_memory_a_batch_at_a_time(
     n_probes: int, monkeypatch: pytest.MonkeyPatch
@@ -294,12 +295,14 @@ def test_what_the_data_do_not_determine_is_said(options: dict[str, Any]) -> None
     assert result.cost == pytest.approx(Local(20, 20_000).fit(4_000, **options).cost, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_what_only_the_sample_does_not_determine_is_not_doubted(local: Local) -> None:
     result = local.fit(1_000, sample_rows=45)  # so few that some groups have no rows
     assert result.success
     assert not result.diagnostics["undetermined"]
 
 
+@pytest.mark.slow
 def test_what_is_hardly_determined_is_not_doubted() -> None:
     x = np.linspace(0, 1, 2_000)
     y = 1 + x + 0.1 * np.random.default_rng(0).standard_normal(len(x))

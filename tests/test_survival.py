@@ -212,6 +212,7 @@ def test_workers_killed_at_random_moments(undisturbed: nd.FitResult) -> None:
             client.wait_for_workers(2)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_data_that_were_sent_to_it() -> None:
     x, y = dask.compute(*surviving_fit.data())
     config = nd.HybridStreamingConfig(
