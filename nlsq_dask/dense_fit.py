@@ -19,7 +19,7 @@ from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.events import SampleSolved
-from nlsq_dask.fit_context import FitContext, Solved
+from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
 from nlsq_dask.passes import RowsInUse
 from nlsq_dask.sample_problem import SampleProblem
@@ -207,10 +207,7 @@ class DenseFit:
         if state.point.sums.triangle is not None:
             self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
         state = replace(state, point=replace(state.point, settings=self._settings))
-        if state.stop is StopReason.USER_STOP:
-            return replace(state, stop=None, solution=None)
-        is_at_limit = state.stop is StopReason.ITERATION_LIMIT
-        if is_at_limit and state.iteration < self._settings.max_iterations:
+        if may_go_on(state.stop, state.iteration, self._settings.max_iterations):
             return replace(state, stop=None, solution=None)
         return state
 

@@ -79,6 +79,13 @@ class FitContext:
         return self.model.dtype == "float64"
 
 
+def may_go_on(stop: StopReason | None, iteration: int, max_iterations: int) -> bool:
+    """Whether a solve that had ended for this reason goes on when the fit is resumed."""
+    if stop is StopReason.ITERATION_LIMIT:
+        return iteration < max_iterations
+    return stop is StopReason.USER_STOP
+
+
 @dataclass(frozen=True)
 class Solved:
     """Where phase 2 has ended.

@@ -24,7 +24,7 @@ from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.events import SampleSolved
-from nlsq_dask.fit_context import FitContext, Solved
+from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import RowsInUse
@@ -191,10 +191,7 @@ class GradientFit:
     def _gone_on_with(self, state: cg.CgState) -> cg.CgState:
         """Go on with a state that may have been made by another process, for less iterations."""
         state = replace(state, settings=self._settings)
-        if state.stop is StopReason.USER_STOP:
-            return replace(state, stop=None, solution=None)
-        is_at_limit = state.stop is StopReason.ITERATION_LIMIT
-        if is_at_limit and state.iteration < self._settings.max_iterations:
+        if may_go_on(state.stop, state.iteration, self._settings.max_iterations):
             return replace(state, stop=None, solution=None)
         return state
 

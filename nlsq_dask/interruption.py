@@ -33,16 +33,11 @@ class Interruption:
         self._end = None if max_walltime is None else time.monotonic() + max_walltime
         self._terminated = False
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Seconds until the time is up; None without a limit."""
-        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
-
     def check(self) -> None:
         """Raise a FitInterruptedError if the fit has to end."""
         if self._terminated:
             raise FitInterruptedError(StopReason.TERMINATED)
-        if self.seconds_left == 0.0:
+        if self._end is not None and time.monotonic() >= self._end:
             raise FitInterruptedError(StopReason.WALLTIME)
 
     @contextmanager

@@ -242,6 +242,23 @@ def test_forms_of_one_value_are_one_value(tmp_path: Path) -> None:
     assert fit(**options, **again, resume_from_checkpoint=tmp_path).success
 
 
+def test_several_arrays_in_memory_are_known_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"enable_residual_weighting": True, "residual_weights": [1.0, 2.0]}
+    x = np.column_stack([np.arange(N) % 2, X])
+    call = {"sigma": 1.0 + X}
+    for resume in (None, tmp_path, tmp_path, tmp_path):  # the names of arrays are new in each fit
+        result = fit(
+            lambda x, a, b, c: decay(x[:, 1], a, b, c),
+            x,
+            Y,
+            call=call,
+            **options,
+            checkpoint_dir=tmp_path,
+            resume_from_checkpoint=resume,
+        )
+        assert result.success
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     seen: list[int] = []

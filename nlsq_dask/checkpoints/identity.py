@@ -126,20 +126,19 @@ def _described(array: da.Array) -> str:
     sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else _digest(str(s)) for s in array.chunks]
     text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
     metadata = sorted({_digest(_metadata(store)) for store in _zarr_arrays(array)})
-    values = hashlib.sha256()
-    for part in _arrays_in_memory(array):
-        values.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
-        text = text.partition(", values")[0] + f", values {values.hexdigest()[:16]}"
+    # Sorted, because the names of arrays in memory, and so their order, are new in each fit.
+    values = sorted(_digests_in_memory(array))
+    text += f", values {_digest(' '.join(values))}" if values else ""
     return f"{text}, Zarr {' '.join(metadata)}" if metadata else text
 
 
-def _arrays_in_memory(array: da.Array) -> Iterable[np.ndarray[Any, Any]]:
-    """Yield the NumPy arrays that stand in the graph of an array, in the order of their keys."""
-    graph = dict(array.__dask_graph__())
-    for key in sorted(graph, key=str):
-        value = getattr(graph[key], "value", graph[key])
+def _digests_in_memory(array: da.Array) -> Iterable[str]:
+    """Yield digests of the NumPy arrays in the graph of an array, with their positions."""
+    for key, node in dict(array.__dask_graph__()).items():
+        value = getattr(node, "value", node)
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            yield value
+            digest = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view("u1").data)
+            yield f"{key[1:] if isinstance(key, tuple) else ()} {digest.hexdigest()}"
 
 
 def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:

@@ -127,6 +127,8 @@ class CheckpointJournal(Journal):
         Of the newest checkpoint.
     """
 
+    is_kept = True
+
     def __init__(
         self,
         identity: Identity,
@@ -138,7 +140,6 @@ class CheckpointJournal(Journal):
     ) -> None:
         self._identity = identity
         self._folder = folder
-        self.is_kept = True
         self.is_saving = folder is not None
         self._interval = interval
         self._emit = emit
