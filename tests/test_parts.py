@@ -11,6 +11,7 @@ from distributed import Client
 
 from nlsq_dask.engine.parts import Parts, run_tree
 from nlsq_dask.engine.scheduling import TREE_WIDTH, TaskGraph
+from nlsq_dask.engine.workers import Workers
 
 
 class CutError(Exception):
@@ -25,7 +26,7 @@ def joined(*parts: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(i for part in parts for i in part)
 
 
-def reduced(n: int, random: np.random.Generator, client: Client | None) -> tuple[int, ...]:
+def reduced(n: int, random: np.random.Generator) -> tuple[int, ...]:
     """Reduce n leaves, cut at random moments; check what is kept of each attempt."""
     known: dict[Any, Any] = {}
     while True:
@@ -40,7 +41,7 @@ def reduced(n: int, random: np.random.Generator, client: Client | None) -> tuple
 
         parts = Parts(n, dict(known))
         try:
-            result: tuple[int, ...] = run_tree(tree, client, parts, watch)
+            result: tuple[int, ...] = run_tree(tree, Workers.active(), parts, watch)
         except CutError:
             known = parts.collect()
             assert parts.n_finished == sum(map(len, known.values()))
@@ -57,11 +58,11 @@ def test_whatever_was_kept_is_what_it_says(scheduler: str) -> None:
     random = np.random.default_rng(0)
     with dask.config.set(scheduler=scheduler):
         for n in [1, 2, 16, 17, 256, 257, *random.integers(1, 600, 25)]:
-            assert reduced(int(n), random, None) == tuple(range(n))
+            assert reduced(int(n), random) == tuple(range(n))
 
 
 def test_on_a_cluster(process_client: Client) -> None:
     random = np.random.default_rng(1)
     with process_client.as_current():
         for n in (1, 18, 300):
-            assert reduced(n, random, process_client) == tuple(range(n))
+            assert reduced(n, random) == tuple(range(n))

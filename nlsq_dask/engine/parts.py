@@ -24,6 +24,7 @@ from distributed import Client, Future, as_completed, rejoin, secede
 from distributed.utils import thread_state  # type: ignore[attr-defined]
 
 from nlsq_dask.engine.scheduling import TREE_WIDTH, Node, Tree
+from nlsq_dask.engine.workers import Workers
 
 # Dask's own schedulers without a cluster, which tell of every task that has finished.
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
@@ -99,7 +100,11 @@ class Parts:
 Watch = Callable[[Parts], None]
 
 
-def run_tree(tree: Tree, client: Client | None, parts: Parts, watch: Watch) -> Any:
+class WorkersReplacedError(Exception):
+    """None of the workers that a fit had placed something on is there, but others are."""
+
+
+def run_tree(tree: Tree, workers: Workers, parts: Parts, watch: Watch) -> Any:
     """Run on the active scheduler, calling ``watch`` whenever a part has finished.
 
     On a cluster, where tasks may wait for a worker, it is called every second in any case.
@@ -107,16 +112,15 @@ def run_tree(tree: Tree, client: Client | None, parts: Parts, watch: Watch) -> A
     Parameters
     ----------
     tree : Tree
-    client : distributed.Client or None
-        The active one.
+    workers : Workers
     parts : Parts
         Receives what has finished.
     watch : callable
         May raise, which ends the reduction.
     """
-    if client is not None:
+    if workers.client is not None:
         with _seceded():
-            return _run_on_cluster(tree, client, parts, watch)
+            return _run_on_cluster(tree, workers, workers.client, parts, watch)
 
     def finished(key: Any, result: Any, *_: Any) -> None:
         if key in tree.nodes:
@@ -131,7 +135,9 @@ def run_tree(tree: Tree, client: Client | None, parts: Parts, watch: Watch) -> A
     return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
 
 
-def _run_on_cluster(tree: Tree, client: Client, parts: Parts, watch: Watch) -> Any:
+def _run_on_cluster(
+    tree: Tree, workers: Workers, client: Client, parts: Parts, watch: Watch
+) -> Any:
     futures: list[Future[Any]] = client.get(tree.tasks, list(tree.nodes), sync=False)
     finished = as_completed(futures)
     try:
@@ -142,6 +148,10 @@ def _run_on_cluster(tree: Tree, client: Client, parts: Parts, watch: Watch) -> A
                     finished.thread_condition.wait(timeout=0.1)
                 if time.monotonic() - watched > 1.0:
                     watch(parts)
+                    # A scheduler leaves tasks that asked for a lost worker waiting, even if they
+                    # allowed others, when there was none at all for a while.
+                    if workers.are_replaced:
+                        raise WorkersReplacedError
                     watched = time.monotonic()
             future: Future[Any] = next(finished)
             if future.status != "finished":

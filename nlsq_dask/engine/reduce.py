@@ -24,7 +24,7 @@ from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
 from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
 from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.parts import Parts, Watch, run_tree
+from nlsq_dask.engine.parts import Parts, Watch, WorkersReplacedError, run_tree
 from nlsq_dask.engine.scheduling import Node, TaskGraph, Tree, group_blocks, hold, send_once
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock, SourceGraph
 from nlsq_dask.engine.workers import Workers
@@ -243,11 +243,16 @@ class DataSet:
         for attempt in count(1):
             try:
                 tree = self._tree(kernel, request, parts.values)
-                result: PassResult[S] = run_tree(tree, self._workers.client, parts, watch)
+                result: PassResult[S] = run_tree(tree, self._workers, parts, watch)
                 break
             except ReadFailedError as failed:
                 raise self._block_error(failed.fault) from failed.cause
-            except (FutureCancelledError, FuturesCancelledError, KilledWorker) as error:
+            except (
+                FutureCancelledError,
+                FuturesCancelledError,
+                KilledWorker,
+                WorkersReplacedError,
+            ) as error:
                 self._recover(error, attempt)
                 parts.drop_lost()
         return result
@@ -269,6 +274,8 @@ class DataSet:
                 f"workers were lost again and again ({error}). If they ran out of memory, give "
                 f"them more, or use smaller chunks; the workers' logs say why they ended."
             ) from error
+        self._workers = Workers.active()
+        self._kernel = None
         try:
             self._place()
         except TimeoutError as timeout:
@@ -337,7 +344,7 @@ class DataSet:
 
     def _run(self, graph: TaskGraph, result: TaskRef, watch: Watch = lambda parts: None) -> Any:
         try:
-            return run_tree(graph.of_one(result), self._workers.client, Parts(1), watch)
+            return run_tree(graph.of_one(result), self._workers, Parts(1), watch)
         except ReadFailedError as failed:
             raise self._block_error(failed.fault) from failed.cause
 

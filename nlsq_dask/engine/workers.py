@@ -75,6 +75,14 @@ class Workers:
         """Threads of the process that has most of them."""
         return max(self.threads.values(), default=1)
 
+    @property
+    def are_replaced(self) -> bool:
+        """Whether there are processes, but none of these."""
+        if self.client is None or self.client.status != "running":
+            return False
+        now = self.client.scheduler_info(n_workers=-1)["workers"]
+        return bool(now) and bool(self.threads) and not now.keys() & self.threads.keys()
+
     def platforms(self) -> tuple[str, ...]:
         """Return the platforms of all processes, each of which wants a program of its own."""
         if self.client is None:
