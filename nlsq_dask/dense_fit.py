@@ -18,9 +18,9 @@ from nlsq_dask.core.row_sums import NormalRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
-from nlsq_dask.events import SampleSolved
+from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
-from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
+from nlsq_dask.iterations import StoppedByCallbackError
 from nlsq_dask.passes import RowsInUse
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import SampleSolver, first_product, solve
@@ -289,10 +289,18 @@ class DenseFit:
         self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
     ) -> gn.State:
         """Judge a trial and report it; the callback may end the solve."""
+        scales = self.context.normalizer.scales
+        step_norm = float(np.linalg.norm((trial.params - state.point.params) / scales))
         state = self._watched(state, trial, sums, stage)
-        point, accepted = state.point, state.point.params is trial.params
-        slope = point.sums.relative_slope(self.context.normalizer.scales)
-        loss = point.sums.mean_square
-        if self.context.iterations.report(stage, point.params, loss, slope, accepted):
+        point = state.point
+        if self.context.iterations.report(
+            stage,
+            point.params,
+            point.sums.mean_square,
+            point.sums.relative_slope(scales),
+            step_norm,
+            state.radius,
+            accepted=point.params is trial.params,
+        ):
             state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
         return state

@@ -118,8 +118,8 @@ class Driver:
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
         blocks = self._data.blocks
-        n_blocks = int(np.prod(blocks.grid))
-        started = FitStarted(blocks.n_rows, n_blocks, self._parameters.names)
+        names = self._parameters.names
+        started = FitStarted(self._model.name, blocks.n_rows, blocks.grid, blocks.dims, names)
         self._journal.once("beginning", partial(self._emit, started))
         with self._phase(0, "normalization") as details:
             fit = self._prepared(details)

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.core.block_sums import BlockSums
+
+ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass
+
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all records."""
+    """Base of all records.
+
+    Attributes
+    ----------
+    is_passing : bool
+        Whether it matters to those alone who watch when it happens; it is in no checkpoint.
+    """
+
+    is_passing: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class FitStarted(Event):
-    """The arguments were understood; ``n_rows`` rows in ``n_blocks`` blocks will be fitted."""
+    """The arguments were understood; ``n_rows`` rows in a grid of blocks will be fitted.
 
+    ``dims`` are the names of the grid's dimensions.
+    """
+
+    model: str
     n_rows: int
-    n_blocks: int
+    grid: tuple[int, ...]
+    dims: tuple[str, ...]
     param_names: tuple[str, ...]
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
@@ -102,8 +125,27 @@ class SampleSolved(Event):
 class IterationFinished(Event):
     """An iteration of any phase.
 
-    ``loss`` is the mean squared weighted residual over the rows that ``stage`` works on, and
-    ``accepted`` whether the trial became the current point.
+    Attributes
+    ----------
+    stage : str
+        "warm-up", "sample" or "all rows".
+    iteration : int
+        Counted through all stages.
+    params : ndarray, shape (p,)
+        The current point.
+    loss : float
+        Its mean squared weighted residual over the rows that the stage works on.
+    gradient_norm : float
+        Norm of the gradient of the relative loss, in normalized parameters.
+    accepted : bool
+        Whether the trial became the current point.
+    step_norm : float
+        How far away the trial was, in normalized parameters.
+    trust_radius : float
+        For the next step, in parameters each of which changes the residuals' norm by one a unit;
+        NaN in a stage without.
+    time : float
+        Seconds since the epoch.
     """
 
     stage: str
@@ -112,6 +154,9 @@ class IterationFinished(Event):
     loss: float
     gradient_norm: float
     accepted: bool
+    step_norm: float
+    trust_radius: float
+    time: float
 
 
 @dataclass(frozen=True)
@@ -145,6 +190,35 @@ class PassFinished(Event):
 
 
 @dataclass(frozen=True)
+class BlocksFinished(Event):
+    """So much of a pass is done; at its start nothing, or what was done before it was cut.
+
+    ``seconds`` it took, the time before a cut included; ``bytes`` are those of the blocks, read or
+    kept from an earlier pass.
+    """
+
+    is_passing: ClassVar[bool] = True
+
+    number: int
+    blocks: int
+    n_blocks: int
+    rows: int
+    n_rows: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlocksMeasured(Event):
+    """What a pass has found of the residuals of each block."""
+
+    is_passing: ClassVar[bool] = True
+
+    number: int
+    sums: BlockSums
+
+
+@dataclass(frozen=True)
 class BlocksLeftOut(Event):
     """Blocks could not be read, as ``sentences`` say, and are left out from now on.
 
@@ -170,6 +244,8 @@ class SampleRead(Event):
 class CheckpointWritten(Event):
     """The state of the fit is in a file; writing it took some seconds."""
 
+    is_passing: ClassVar[bool] = True
+
     path: str
     seconds: float
 
@@ -190,8 +266,19 @@ class FitResumed(Event):
 class FitEnded(Event):
     """The fit is over."""
 
+    is_passing: ClassVar[bool] = True
+
     success: bool
     message: str
+
+
+@dataclass(frozen=True)
+class FitAborted(Event):
+    """The fit has ended in an error."""
+
+    is_passing: ClassVar[bool] = True
+
+    error: str
 
 
 Observer = Callable[[Event], None]

@@ -202,21 +202,30 @@ class StartFinder:
             noted = self.journal.noted(list[NDArray[Any]])
             state = state if noted is None else unpacked(state, noted)
             while int(state.end) == WarmupEnd.RUNNING:
-                before = int(state.iteration)
-                state = warmup.run(state, before + self.config.callback_frequency)
-                self._report(state, int(state.iteration) - before, variance)
+                before = state
+                state = warmup.run(state, int(before.iteration) + self.config.callback_frequency)
+                self._report(state, before, variance)
                 self.journal.note(packed(state))
                 frequency = self.config.checkpoint_frequency
-                if int(state.iteration) // frequency > before // frequency:
+                if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()
         return state
 
-    def _report(self, state: WarmupState, n_iterations: int, variance: float) -> None:
+    def _report(self, state: WarmupState, before: WarmupState, variance: float) -> None:
+        """Report a burst of iterations, as one step from best point to best point."""
         params = self._original(np.asarray(state.best_params))
+        step = np.asarray(state.best_params) - np.asarray(before.best_params)
         loss = float(state.best_loss) * variance
         with np.errstate(over="ignore"):
             slope = float(np.linalg.norm(np.asarray(state.gradient)))
-        if self.iterations.report("warm-up", params, loss, slope, n_iterations=n_iterations):
+        if self.iterations.report(
+            "warm-up",
+            params,
+            loss,
+            slope,
+            float(np.linalg.norm(step)),
+            n_iterations=int(state.iteration) - int(before.iteration),
+        ):
             raise StoppedByCallbackError(params)
 
     def _original(self, normalized: Vector) -> Vector:

@@ -23,9 +23,9 @@ from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.errors import RowsChangedError
-from nlsq_dask.events import SampleSolved
+from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
-from nlsq_dask.iterations import ALL_ROWS, StoppedByCallbackError
+from nlsq_dask.iterations import StoppedByCallbackError
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import RowsInUse
 from nlsq_dask.sample_problem import SampleProblem
@@ -362,9 +362,14 @@ class GradientFit:
             if not ask.is_trial:
                 remember(state)
                 continue
-            slope, loss = state.sums.relative_slope(scales), state.sums.mean_square
-            accepted = state.params is not before
-            if self.context.iterations.report(stage, state.params, loss, slope, accepted):
+            if self.context.iterations.report(
+                stage,
+                state.params,
+                state.sums.mean_square,
+                state.sums.relative_slope(scales),
+                float(np.linalg.norm((ask.params - before) / scales)),
+                accepted=state.params is not before,
+            ):
                 state = replace(state, stop=StopReason.USER_STOP, solution=state.params)
             remember(state)
         return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.events import Event, IterationFinished, NonFiniteTrial, Observer
+from nlsq_dask.events import ALL_ROWS, Event, IterationFinished, NonFiniteTrial, Observer
 from nlsq_dask.interruption import Interruption
 
 Vector = NDArray[np.float64]
-ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass
 
 Callback = Callable[[Vector, float, int], Any]
 
@@ -82,12 +82,29 @@ class Iterations:
         params: Vector,
         loss: float,
         slope: float,
+        step_norm: float,
+        trust_radius: float = np.nan,
         accepted: bool = True,
         n_iterations: int = 1,
     ) -> bool:
-        """Report that so many iterations later this was found; return whether to stop."""
+        """Report that so many iterations later this was found; return whether to stop.
+
+        See ``IterationFinished`` for what the numbers are.
+        """
         self._count += n_iterations
-        self._emit(IterationFinished(stage, self._count, params.copy(), loss, slope, accepted))
+        self._emit(
+            IterationFinished(
+                stage,
+                self._count,
+                params.copy(),
+                loss,
+                slope,
+                accepted,
+                step_norm,
+                trust_radius,
+                time.time(),
+            )
+        )
         self.latest = params
         if stage != ALL_ROWS:  # the pass that follows checks when the iteration is remembered
             self._interruption.check()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from nlsq_dask.errors import ClusterLostError, FitInProgressError, MissingChunks
 from nlsq_dask.events import (
     BlocksLeftOut,
     Event,
+    FitAborted,
     FitEnded,
     IterationFinished,
     Observer,
@@ -40,9 +41,9 @@ from nlsq_dask.events import (
 from nlsq_dask.gradient_fit import check_many_parameters
 from nlsq_dask.interruption import Interruption
 from nlsq_dask.iterations import Callback
-from nlsq_dask.not_built_yet import refuse_unbuilt
-from nlsq_dask.observers.progress import Progress
+from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
+from nlsq_dask.observers.watching import watching
 from nlsq_dask.parameters import Parameters, parse_parameters
 from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
@@ -221,11 +222,9 @@ class AdaptiveHybridStreamingOptimizer:
     ) -> FitResult:
         """Wire the observers, open the journal, drive the phases and wrap what they found."""
         interruption = Interruption(config.max_walltime)
-        own = DefenseLayerTelemetry()
-        observers: list[Observer] = [self._observe, own, get_defense_telemetry()]
-        remembering: tuple[Observer, ...] = (self._observe, own)
-        if level:
-            observers.append(Progress(config.log_frequency, shows_sample=level > 1))
+        own, history = DefenseLayerTelemetry(), History()
+        remembering: list[Observer] = [self._observe, own, history]
+        observers: list[Observer] = [*remembering, get_defense_telemetry()]
 
         def emit(event: Event) -> None:
             for observer in observers:
@@ -241,9 +240,11 @@ class AdaptiveHybridStreamingOptimizer:
                 kernel.program.fingerprint, blocks, call.arguments(parameters), config
             )
 
-        journal = open_journal(config, describe, emit, remember)
-        observers.append(journal.observe)
         with ExitStack() as stack:
+            observers += [stack.enter_context(watch) for watch in watching(config, level)]
+            stack.enter_context(_saying_why(emit))
+            journal = open_journal(config, describe, emit, remember)
+            observers.append(journal.observe)
             if config.stop_on_sigterm:
                 stack.enter_context(interruption.heeding_sigterm())
             policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
@@ -268,9 +269,10 @@ class AdaptiveHybridStreamingOptimizer:
                 outcome = driver.run()
             except ClusterLostError as error:
                 raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
-        outcome.diagnostics["defense"] = own.get_summary()
-        result = make_result(outcome, model, parameters, blocks, self.phase_history)
-        emit(FitEnded(result.success, result.message))
+            outcome.diagnostics["defense"] = own.get_summary()
+            found = history.dataset(parameters.names)
+            result = make_result(outcome, model, parameters, blocks, self.phase_history, found)
+            emit(FitEnded(result.success, result.message))
         return result
 
     def plan(
@@ -310,9 +312,7 @@ class AdaptiveHybridStreamingOptimizer:
         return make_plan(blocks, traced, config)
 
     def _checked_config(self) -> HybridStreamingConfig:
-        config = self.config.validated_copy()
-        refuse_unbuilt(config)
-        return config
+        return self.config.validated_copy()
 
     def _publish(self, normalizer: ParameterNormalizer, model: Callable[..., Any]) -> None:
         self.normalizer = normalizer
@@ -341,6 +341,16 @@ class AdaptiveHybridStreamingOptimizer:
             and event.params.size  # a checkpoint leaves out very many of them
         ):
             self.best_params_global = event.params
+
+
+@contextmanager
+def _saying_why(emit: Observer) -> Iterator[None]:
+    """Tell those who watch of an error that ends the fit."""
+    try:
+        yield
+    except BaseException as error:
+        emit(FitAborted(f"{type(error).__name__}: {error}"))
+        raise
 
 
 def _check_choices(

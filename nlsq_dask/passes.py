@@ -29,7 +29,15 @@ from nlsq_dask.errors import (
     NonFiniteDataError,
     RowsChangedError,
 )
-from nlsq_dask.events import BlocksLeftOut, Event, Observer, PassFinished, SampleRead
+from nlsq_dask.events import (
+    BlocksFinished,
+    BlocksLeftOut,
+    BlocksMeasured,
+    Event,
+    Observer,
+    PassFinished,
+    SampleRead,
+)
 from nlsq_dask.interruption import Interruption
 
 S = TypeVar("S", bound=Sums)
@@ -333,6 +341,8 @@ class Passes:
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
+        if sums.blocks is not None:
+            self._emit(BlocksMeasured(self.n_passes + 1, sums.blocks))
         self._report(
             PassFinished(
                 self.n_passes + 1,
@@ -366,8 +376,18 @@ class Passes:
             self._journal.note(_Cut(time.perf_counter() - began, found))
             self._journal.save()
 
+        def tell(parts: Parts) -> None:
+            done, all_of_it, seconds = parts.finished, parts.total, time.perf_counter() - began
+            number, n_blocks, n_rows = self.n_passes + 1, all_of_it.blocks, all_of_it.rows
+            self._emit(
+                BlocksFinished(
+                    number, done.blocks, n_blocks, done.rows, n_rows, done.bytes, seconds
+                )
+            )
+
         def watch(parts: Parts) -> None:
             latest[:] = [parts]
+            tell(parts)
             self._interruption.check()
             if self._journal.is_due:
                 keep(parts)

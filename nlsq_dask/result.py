@@ -84,6 +84,14 @@ class FitResult:
         From the source, sampling included; rows that did not have to be read again.
     phase_history : list of dict
         Each with phase, name, start_time (s since the epoch), duration (s) and what it did.
+    history : xarray.Dataset
+        Along ``iteration``, each with its ``stage`` ("warm-up", "sample" or "all rows"): ``loss``
+        (the mean squared weighted residual over the rows of the stage), ``gradient_norm`` (of the
+        relative loss, in normalized parameters), ``step_norm`` (of the trial, in normalized
+        parameters), ``trust_radius`` (in parameters each of which changes the residuals' norm by
+        one a unit; NaN where there is none), ``accepted``, ``n_passes`` (before it), ``time`` (s
+        since the epoch) and ``params`` (along ``param``), the last not for a fit of more than 1,000
+        parameters that was resumed. What a callback is told of are these iterations.
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
         ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``;
@@ -128,6 +136,7 @@ class FitResult:
     bytes_read: int
     rows_cached: int
     phase_history: list[dict[str, Any]]
+    history: xr.Dataset
     diagnostics: dict[str, Any]
     x_units: dict[str, str] = field(default_factory=dict)
     _model: Model | None = field(default=None)

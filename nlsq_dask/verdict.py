@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
@@ -31,6 +32,7 @@ def make_result(
     parameters: Parameters,
     blocks: RowBlocks,
     phase_history: list[dict[str, Any]],
+    history: xr.Dataset,
 ) -> FitResult:
     """Make the public result, and warn where the covariance cannot be trusted."""
     n_params = len(parameters.names)
@@ -93,6 +95,7 @@ def make_result(
         bytes_read=outcome.bytes_read,
         rows_cached=outcome.rows_cached,
         phase_history=phase_history,
+        history=history,
         diagnostics={
             **outcome.diagnostics,
             "parameters_at": outcome.params,

@@ -158,14 +158,6 @@ def test_every_preset_fits(name: str) -> None:
     np.testing.assert_allclose(result.popt, exact.popt, rtol=1e-8)
 
 
-def test_what_is_not_built_is_refused() -> None:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, log_file="log"))
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        optimizer.fit(model, X, Y)
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        optimizer.plan(model, X, Y)
-
-
 def test_checkpoints_without_a_folder_ask_for_nothing() -> None:
     config = Config(enable_checkpoints=True, checkpoint_dir=None, verbose=0)
     assert nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, Y).success

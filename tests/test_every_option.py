@@ -55,6 +55,7 @@ COVERED_ELSEWHERE = {
     "enable_fault_tolerance": "tests/test_data_faults.py::test_how_often_reading_is_tried",
     "max_retries_per_batch": "tests/test_data_faults.py::test_how_often_reading_is_tried",
     "min_success_rate": "tests/test_data_faults.py::test_how_many_rows_may_be_missing",
+    "log_file": "tests/test_watching.py::test_json_lines_say_what_happened",
     "validate_numerics": "tests/test_numerics.py::test_validate_numerics_goes_back",
 }
 NOT_YET = {
@@ -572,13 +573,6 @@ def test_what_stays_between_passes() -> None:
 
 
 # --- watching
-
-
-@shows("log_file")
-def test_what_is_not_built_says_so() -> None:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(log_file="log"))
-    with pytest.raises(NotImplementedError, match=r"log_file.* not built yet"):
-        optimizer.fit(model, X, Y)
 
 
 @shows("callback_frequency")

@@ -35,16 +35,16 @@ def reduced(n: int, random: np.random.Generator) -> tuple[int, ...]:
         left = int(random.integers(1, n + 20))
 
         def watch(parts: Parts, left: int = left, seen: list[int] = []) -> None:  # noqa: B006
-            seen.append(parts.n_finished)
+            seen.append(parts.finished.blocks)
             if len(seen) % (left + 1) == left:
                 raise CutError
 
-        parts = Parts(n, dict(known))
+        parts = Parts(np.ones((n, 3), np.int64), dict(known))
         try:
             result: tuple[int, ...] = run_tree(tree, Workers.active(), parts, watch)
         except CutError:
             known = parts.collect()
-            assert parts.n_finished == sum(map(len, known.values()))
+            assert parts.finished.blocks == sum(map(len, known.values()))
             for (level, i), value in known.items():
                 width = TREE_WIDTH**level
                 assert value == tuple(range(i * width, min((i + 1) * width, n)))

@@ -32,7 +32,6 @@ from nlsq_dask.events import (
     EVENTS,
     CheckpointWritten,
     Event,
-    FitEnded,
     IterationFinished,
     NonFiniteTrial,
     Observer,
@@ -163,7 +162,7 @@ class CheckpointJournal(Journal):
 
     def observe(self, event: Event) -> None:
         """Remember what happened."""
-        if isinstance(event, CheckpointWritten | FitEnded):
+        if event.is_passing:
             return
         if isinstance(event, IterationFinished | NonFiniteTrial) and len(event.params) > _MANY:
             event = replace(event, params=event.params[:0])

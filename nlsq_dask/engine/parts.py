@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.multiprocessing
+import numpy as np
 from dask.base import get_scheduler
 from dask.callbacks import Callback
 from dask.delayed import Delayed
@@ -22,6 +23,7 @@ from dask.local import get_async, get_sync
 from dask.threaded import get as get_threaded
 from distributed import Client, Future, as_completed, rejoin, secede
 from distributed.utils import thread_state  # type: ignore[attr-defined]
+from numpy.typing import NDArray
 
 from nlsq_dask.engine.scheduling import TREE_WIDTH, Node, Tree
 from nlsq_dask.engine.workers import Workers
@@ -30,20 +32,32 @@ from nlsq_dask.engine.workers import Workers
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
 
 
+class Amount(NamedTuple):
+    """How much data there is in some blocks."""
+
+    blocks: int
+    rows: int
+    bytes: int
+
+
 @dataclass
 class Parts:
     """The finished parts of a reduction, without those that a larger finished one contains.
 
     Attributes
     ----------
-    n_leaves : int
-        Of the whole tree.
+    sizes : ndarray of int, shape (n, 3)
+        ``Amount`` of each leaf of the tree.
     values : dict of Node to result
         On a cluster, to a future of it.
     """
 
-    n_leaves: int
+    sizes: NDArray[np.int64]
     values: dict[Node, Any] = field(default_factory=dict)
+    _sums: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sums = np.concatenate([np.zeros((1, 3), np.int64), self.sizes.cumsum(axis=0)])
 
     def add(self, node: Node, value: Any) -> None:
         """Add a part that has just finished; those inside it go."""
@@ -74,13 +88,19 @@ class Parts:
                 value.release()
 
     @property
-    def n_finished(self) -> int:
-        """Leaves in the finished parts."""
-        count = 0
+    def total(self) -> Amount:
+        """What there is."""
+        return Amount(*map(int, self._sums[-1]))
+
+    @property
+    def finished(self) -> Amount:
+        """What is in the finished parts."""
+        found = np.zeros(3, np.int64)
         for level, i in self.values:
             width = TREE_WIDTH**level
-            count += min((i + 1) * width, self.n_leaves) - i * width
-        return count
+            end = min((i + 1) * width, len(self.sizes))
+            found += self._sums[end] - self._sums[i * width]
+        return Amount(*map(int, found))
 
     def collect(self) -> dict[Node, Any]:
         """Return the parts themselves, fetched from the workers where they are there."""

@@ -230,7 +230,8 @@ class DataSet:
         known : mapping of Node to PassResult, optional
             Finished parts of an earlier pass with the same kernel and request.
         watch : callable, optional
-            Called with the ``Parts`` whenever one has finished; may raise to end the pass.
+            Called with the ``Parts`` at the start and whenever one has finished; may raise to end
+            the pass.
 
         Raises
         ------
@@ -239,7 +240,8 @@ class DataSet:
         ClusterLostError
             If the scheduler is lost, or workers again and again.
         """
-        parts = Parts(len(self._wanted(request)), dict(known or {}))
+        parts = Parts(self._sizes(request), dict(known or {}))
+        watch(parts)
         for attempt in count(1):
             try:
                 tree = self._tree(kernel, request, parts.values)
@@ -318,6 +320,16 @@ class DataSet:
         """Return the groups of which not all blocks are left out."""
         return [i for i, own in enumerate(self._members) if not own <= request.left_out]
 
+    def _sizes(self, request: PassRequest) -> NDArray[np.int64]:
+        """Return the ``Amount`` of each wanted group."""
+        sizes = []
+        for i in self._wanted(request):
+            blocks = list(self._members[i] - request.left_out)
+            rows = self._block_rows.flat[blocks].sum()
+            share = len(blocks) / len(self._members[i])
+            sizes.append((len(blocks), rows, share * self.memory.group_bytes[i]))
+        return np.array(sizes, np.int64).reshape(-1, 3)
+
     def sample(
         self,
         sample_rows: int,
@@ -344,7 +356,8 @@ class DataSet:
 
     def _run(self, graph: TaskGraph, result: TaskRef, watch: Watch = lambda parts: None) -> Any:
         try:
-            return run_tree(graph.of_one(result), self._workers, Parts(1), watch)
+            parts = Parts(np.zeros((1, 3), np.int64))
+            return run_tree(graph.of_one(result), self._workers, parts, watch)
         except ReadFailedError as failed:
             raise self._block_error(failed.fault) from failed.cause
 

@@ -1,38 +1,61 @@
-"""Progress in words: phases and iterations, one line each."""
+"""``Progress``: what a person sees of a fit that runs: lines, and a bar for the running pass."""
 
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+import threading
+import time
+from functools import cache
+from typing import Any, TextIO
 
 from nlsq_dask.events import (
-    BlocksLeftOut,
+    ALL_ROWS,
+    BlocksFinished,
+    CheckpointWritten,
     Event,
+    FitAborted,
     FitEnded,
-    FitResumed,
-    FitStarted,
     IterationFinished,
     NonFiniteTrial,
     PassFinished,
-    PhaseStarted,
-    SampleSolved,
-    TournamentRound,
-    WarmupEnded,
-    WarmupStarted,
+    SampleRead,
 )
+from nlsq_dask.observers.wording import sentence
 
-_MOST_NAMES = 20  # of parameters that are listed
+_BAR_DELAY = 0.5  # seconds that a pass must last for a bar
+_LINE_INTERVAL = 30.0  # seconds between lines on a pass where there can be no bar
+_COUNTS = "{n_fmt}/{total_fmt} blocks [{elapsed}<{remaining}{postfix}]"
+_FORMAT = f"  {{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS}"
+
+
+@cache
+def _bar_class() -> Any:
+    """Return tqdm's bar for where this runs, without its thread and its lock of processes."""
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0
+
+    Bar.set_lock(threading.RLock())
+    return Bar
+
+
+def _shows_bars(stream: TextIO) -> bool:
+    """Whether what is written there can be written over: in terminals and in notebooks."""
+    return stream.isatty() or "ipykernel" in type(stream).__module__
 
 
 class Progress:
     """Prints what happens to ``stream``.
+
+    Where that can show one, a bar says how far the running pass is; a line now and then elsewhere.
 
     Parameters
     ----------
     log_frequency : int
         Iterations between printed lines.
     shows_sample : bool
-        Whether iterations on the sample are shown, too.
+        Whether what concerns the sample and checkpoints is shown, too.
     stream : file-like, optional
         Standard output if not given.
     """
@@ -42,63 +65,70 @@ class Progress:
     ) -> None:
         self._log_frequency = log_frequency
         self._shows_sample = shows_sample
-        self._stream = stream
+        self._stream = stream or sys.stdout
+        self._bar: Any = None
+        self._pass_line_at = 0.0
 
     def __call__(self, event: Event) -> None:
         """Print the event if it is one of those that are shown."""
-        line = self._line(event)
+        if isinstance(event, BlocksFinished):
+            self._move(event)
+            return
+        if isinstance(event, PassFinished):
+            self.close()
+        line = sentence(event) if self._is_shown(event) else None
         if line is not None:
-            print(line, file=self._stream or sys.stdout, flush=True)
+            self._print(line)
 
-    def _line(self, event: Event) -> str | None:
+    def close(self) -> None:
+        """Take away the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def _print(self, line: str) -> None:
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._bar.write(line, file=self._stream)
+
+    def _move(self, event: BlocksFinished) -> None:
+        if not _shows_bars(self._stream):
+            self._say_now_and_then(event)
+            return
+        if self._bar is None:
+            self._bar = _bar_class()(
+                total=event.n_blocks,
+                initial=event.blocks,
+                desc=f"pass {event.number}",
+                file=self._stream,
+                leave=False,
+                delay=_BAR_DELAY,
+                dynamic_ncols=True,
+                bar_format=_FORMAT,
+            )
+        if event.seconds > 0.0:
+            rate = event.rows / event.seconds / 1e6
+            self._bar.set_postfix_str(f"{rate:.1f} million rows/s", refresh=False)
+        self._bar.update(event.blocks - self._bar.n)
+
+    def _say_now_and_then(self, event: BlocksFinished) -> None:
+        now = time.monotonic()
+        if not event.blocks or event.blocks == event.n_blocks:
+            self._pass_line_at = now
+        elif now - self._pass_line_at >= _LINE_INTERVAL:
+            self._pass_line_at = now
+            self._print(str(sentence(event)))
+
+    def _is_shown(self, event: Event) -> bool:
         match event:
-            case FitStarted():
-                names = ", ".join(event.param_names[:_MOST_NAMES])
-                if len(event.param_names) > _MOST_NAMES:
-                    names += f" and {len(event.param_names) - _MOST_NAMES:,} more parameters"
-                return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
-            case FitResumed():
-                return f"Going on from {event.path}, after {event.n_passes} passes"
-            case PhaseStarted():
-                return f"Phase {event.phase}: {event.name}"
-            case TournamentRound():
-                return (
-                    f"  round {event.round} on {event.rows:,} rows: "
-                    f"best loss {event.best_loss:.8g}, {event.survivors} starts go on"
-                )
-            case WarmupStarted(is_warm_start=True):
-                return f"  skipped: {event.start} fits (relative loss {event.relative_loss:.3g})"
-            case WarmupStarted():
-                loss = f"relative loss {event.relative_loss:.3g}"
-                return f"  {loss} at {event.start}, first step: {event.mode}"
-            case WarmupEnded():
-                return f"  {event.iterations} iterations, ended by {event.reason}"
-            case SampleSolved():
-                return f"  sample: loss {event.loss:.8g} after {event.iterations} iterations"
-            case IterationFinished() if self._is_shown(event):
-                verdict = "" if event.accepted else "  (rejected)"
-                return (
-                    f"  {event.stage:>9} {event.iteration:4d}: loss {event.loss:.8g}, "
-                    f"|gradient| {event.gradient_norm:.3g}{verdict}"
-                )
-            case NonFiniteTrial() if self._shows_sample or event.stage != "sample":
-                where = f" at {event.n_rows:,} rows" if event.n_rows else ""
-                return f"  {event.stage:>9}: a trial point was not finite{where}"
-            case PassFinished():
-                rows = event.rows + event.rows_cached
-                rate = rows / max(event.seconds, 1e-9) / 1e6
-                cached = f", {event.rows_cached:,} of them from memory" if event.rows_cached else ""
-                retries = f", {event.retries} reads tried again" if event.retries else ""
-                return (
-                    f"  pass {event.number}: {rows:,} rows{cached} in {event.seconds:.2f} s "
-                    f"({rate:.1f} million rows/s){retries}"
-                )
-            case BlocksLeftOut():
-                return "\n".join(f"  left out: {sentence}" for sentence in event.sentences)
-            case FitEnded():
-                return event.message
-        return None
-
-    def _is_shown(self, event: IterationFinished) -> bool:
-        wanted = self._shows_sample or event.stage == "all rows"
-        return wanted and event.iteration % self._log_frequency == 0
+            case IterationFinished():
+                wanted = self._shows_sample or event.stage == ALL_ROWS
+                return wanted and event.iteration % self._log_frequency == 0
+            case NonFiniteTrial():
+                return self._shows_sample or event.stage != "sample"
+            case SampleRead() | CheckpointWritten():
+                return self._shows_sample
+            case FitEnded() | FitAborted():
+                self.close()
+        return True

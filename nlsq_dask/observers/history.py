@@ -1,0 +1,51 @@
+"""``History``: all iterations of a fit, as a Dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from nlsq_dask.events import Event, IterationFinished, PassFinished
+
+_NUMBERS = ("loss", "gradient_norm", "step_norm", "trust_radius", "time")
+
+
+class History:
+    """Collects the iterations."""
+
+    def __init__(self) -> None:
+        self._iterations: list[IterationFinished] = []
+        self._passes: list[int] = []
+        self._n_passes = 0
+
+    def __call__(self, event: Event) -> None:
+        """Take note of an iteration, or of a pass."""
+        if isinstance(event, IterationFinished):
+            self._iterations.append(event)
+            self._passes.append(self._n_passes)
+        elif isinstance(event, PassFinished):
+            self._n_passes += 1
+
+    def dataset(self, param_names: tuple[str, ...]) -> xr.Dataset:
+        """Return what was collected; see ``FitResult.history``."""
+        found = self._iterations
+        stages = np.array([event.stage for event in found], dtype=str)
+        values: dict[str, Any] = {
+            name: ("iteration", np.array([getattr(event, name) for event in found], float))
+            for name in _NUMBERS
+        }
+        values["accepted"] = "iteration", np.array([event.accepted for event in found], bool)
+        values["n_passes"] = "iteration", np.array(self._passes, np.int64)
+        coords: dict[str, Any] = {
+            "iteration": np.array([event.iteration for event in found], np.int64),
+            "stage": ("iteration", stages),
+        }
+        n_params = len(param_names)
+        # A checkpoint leaves out those of fits with very many.
+        if all(event.params.size == n_params for event in found):
+            params = np.array([event.params for event in found]).reshape(-1, n_params)
+            values["params"] = ("iteration", "param"), params
+            coords["param"] = list(param_names)
+        return xr.Dataset(values, coords)

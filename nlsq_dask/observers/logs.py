@@ -1,0 +1,127 @@
+"""Records for later: Python's logging, and a file of JSON lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from nlsq_dask.events import (
+    ALL_ROWS,
+    BlocksFinished,
+    BlocksLeftOut,
+    BlocksMeasured,
+    CheckpointWritten,
+    Event,
+    FitAborted,
+    FitEnded,
+    IterationFinished,
+    NonFiniteTrial,
+)
+from nlsq_dask.observers.wording import sentence
+
+LOGGER = logging.getLogger("nlsq_dask")
+LOGGER.addHandler(logging.NullHandler())  # so that nothing is printed unless it is asked for
+
+_INTERVAL = 10.0  # seconds between records on a running pass
+_MANY = 1000  # parameters, of which those of every iteration would fill the file
+
+
+class _NowAndThen:
+    """Lets one of the events on a running pass through every few seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lets_through(self, event: Event) -> bool:
+        """Whether to record this event."""
+        if isinstance(event, BlocksMeasured):
+            return False
+        if not isinstance(event, BlocksFinished):
+            return True
+        now = time.monotonic()
+        if now - self._last < _INTERVAL:
+            return False
+        self._last = now
+        return True
+
+
+class LogRecords:
+    """Hands what happens to the logger "nlsq_dask".
+
+    What is missing or failed are warnings; what concerns the sample, and checkpoints, are for
+    debugging; the rest is information.
+    """
+
+    def __init__(self) -> None:
+        self._turns = _NowAndThen()
+
+    def __call__(self, event: Event) -> None:
+        """Log the event, if there is anything to say."""
+        level = _level(event)
+        if LOGGER.isEnabledFor(level) and self._turns.lets_through(event):
+            text = event.error if isinstance(event, FitAborted) else sentence(event)
+            if text is not None:
+                LOGGER.log(level, "%s", text.strip())
+
+
+def _level(event: Event) -> int:
+    match event:
+        case FitAborted():
+            return logging.ERROR
+        case BlocksLeftOut() | FitEnded(success=False):
+            return logging.WARNING
+        case IterationFinished() | NonFiniteTrial() if event.stage != ALL_ROWS:
+            return logging.DEBUG
+        case CheckpointWritten() | BlocksFinished():
+            return logging.DEBUG
+    return logging.INFO
+
+
+class JsonLines:
+    """Appends a line of JSON for every event: its name, the time and its values.
+
+    Numbers that are not finite become null.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = Path(path).expanduser().open("ab")
+        self._turns = _NowAndThen()
+
+    def __call__(self, event: Event) -> None:
+        """Write the event."""
+        if self._turns.lets_through(event):
+            self._file.write(msgspec.json.encode(_record(event), enc_hook=_plain) + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _record(event: Event) -> dict[str, Any]:
+    values = {field.name: getattr(event, field.name) for field in fields(event)}
+    if isinstance(event, IterationFinished | NonFiniteTrial) and len(event.params) > _MANY:
+        del values["params"]
+    return {"time": time.time(), "event": type(event).__name__} | values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value)

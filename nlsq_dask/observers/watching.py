@@ -1,0 +1,29 @@
+"""Who watches a fit, as its configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.events import Observer
+from nlsq_dask.observers.logs import JsonLines, LogRecords
+from nlsq_dask.observers.progress import Progress
+
+
+def watching(
+    config: HybridStreamingConfig, level: int
+) -> Iterator[AbstractContextManager[Observer]]:
+    """Yield the observers of a fit, each as what is to be entered for it.
+
+    Parameters
+    ----------
+    config : HybridStreamingConfig
+    level : int
+        How much is printed; see ``verbose``.
+    """
+    yield nullcontext(LogRecords())
+    if level:
+        yield closing(Progress(config.log_frequency, shows_sample=level > 1))
+    if config.log_file is not None:
+        yield closing(JsonLines(config.log_file))
