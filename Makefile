@@ -12,11 +12,13 @@ NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyen
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python notebooks/climate_record.py --output demo-output
 
+# As many processes as there are cores, up to four: most of the time goes into compiling models.
 test: $(VENV)/test.stamp
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
 
-test-all: $(VENV)/test.stamp
-	$(RUN) pytest
+# The slow ones take the machine for themselves, one by one.
+test-all: test
+	$(RUN) pytest -m slow
 
 lint: $(VENV)/dev.stamp
 	$(RUN) ruff check .

@@ -15,6 +15,7 @@ from nlsq_dask.errors import (
     MissingChunksWarning,
     ModelError,
     NonFiniteDataError,
+    ResultFileError,
 )
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
@@ -44,6 +45,7 @@ __all__ = [
     "NormalizedModelWrapper",
     "ParameterNormalizer",
     "Plan",
+    "ResultFileError",
     "curve_fit",
     "get_defense_telemetry",
     "reset_defense_telemetry",

@@ -81,5 +81,16 @@ class ClusterLostError(RuntimeError):
     """The cluster that a fit ran on is gone, or loses its workers again and again."""
 
 
+class RecordError(ValueError):
+    """Bytes are not the record that they should be.
+
+    It stays inside the library: whoever reads them says which file it is.
+    """
+
+
+class ResultFileError(ValueError):
+    """A file cannot be used as a result: damaged, of another version, or something else."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be used: damaged, of another version, or of another fit."""

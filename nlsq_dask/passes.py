@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.checkpoints.codec import encode
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
@@ -39,6 +38,7 @@ from nlsq_dask.events import (
     SampleRead,
 )
 from nlsq_dask.interruption import Interruption
+from nlsq_dask.storage.codec import encode
 
 S = TypeVar("S", bound=Sums)
 
@@ -368,13 +368,14 @@ class Passes:
         latest: list[Parts] = []
 
         def keep(parts: Parts) -> None:
+            began_to_keep = time.monotonic()
             found = [
                 (level, i, replace(result, reading=ReadReport()))
                 for (level, i), result in parts.collect().items()
                 if self._is_good(result)  # the others are read again
             ]
             self._journal.note(_Cut(time.perf_counter() - began, found))
-            self._journal.save()
+            self._journal.save(began_to_keep)
 
         def tell(parts: Parts) -> None:
             done, all_of_it, seconds = parts.finished, parts.total, time.perf_counter() - began

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +14,7 @@ from scipy import stats
 from nlsq_dask import report
 from nlsq_dask.core.model import Model
 from nlsq_dask.predict import predict
+from nlsq_dask.saving import NoModel, load, save
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -139,9 +142,9 @@ class FitResult:
     history: xr.Dataset
     diagnostics: dict[str, Any]
     x_units: dict[str, str] = field(default_factory=dict)
-    _model: Model | None = field(default=None)
     _root: NDArray[np.float64] | None = field(default=None)
     _errors: Vector | None = field(default=None)
+    _model: Model = field(kw_only=True)
 
     @property
     def popt(self) -> Vector:
@@ -207,6 +210,46 @@ class FitResult:
         """
         return report.dataset(self)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the model's function to a file.
+
+        On a disk it appears as a whole or not at all.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            File, in a folder that exists, or fsspec URL; any name will do.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Callable[..., Any] | None = None
+    ) -> FitResult:
+        """Read what ``save`` has written, in any process; no code in it is run.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        model : callable, optional
+            The model that was fitted, without which ``predict`` does not work.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ResultFileError
+            If it is no result, damaged, or written by a version of another format.
+        ValueError
+            If ``model`` computes something else than the one that was fitted.
+        """
+        return load(cls, path, model)
+
     def conf_interval(self, level: float = 0.95) -> NDArray[np.float64]:
         """Return an interval for each parameter that covers the truth with probability ``level``.
 
@@ -248,8 +291,8 @@ class FitResult:
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
             Lazy for lazy x, and for named coordinates whose product is large.
         """
-        if self._model is None:
-            raise ValueError("this result does not hold its model, so it cannot predict.")
+        if isinstance(self._model.function, NoModel):
+            self._model.function()
         if return_std and self.pcov is None:
             raise ValueError(
                 f"there is no covariance of {len(self.x)} parameters, so there are no standard "

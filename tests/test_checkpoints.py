@@ -6,6 +6,7 @@ import dataclasses
 import io
 import pickle
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import zarr
 
 import nlsq_dask as nd
 from nlsq_dask.checkpoints.checkpoint import Checkpoint
-from nlsq_dask.checkpoints.codec import encode
-from nlsq_dask.checkpoints.folder import load
+from nlsq_dask.checkpoints.folder import CheckpointFolder, load
+from nlsq_dask.checkpoints.journal import CheckpointJournal
+from nlsq_dask.storage.codec import encode
 from tests import surviving_fit
 
 N = 60_000
@@ -202,6 +204,32 @@ def test_how_often_is_saved(tmp_path: Path) -> None:
     usual = n_saved(checkpoint_interval=1e9, checkpoint_frequency=100)
     assert n_saved(checkpoint_interval=1e9, checkpoint_frequency=5) > usual
     assert n_saved(checkpoint_interval=0.0, checkpoint_frequency=100) > usual
+
+
+@pytest.mark.parametrize(("interval", "least"), [(0.01, 0.3), (0.0, 0.0)])
+def test_where_saving_takes_long_it_is_done_less_often(
+    interval: float, least: float, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_at: list[tuple[float, float]] = []
+    save = CheckpointFolder.save
+
+    def slowly(folder: CheckpointFolder, checkpoint: Checkpoint) -> str:
+        began = time.monotonic()
+        time.sleep(0.02)
+        path = save(folder, checkpoint)
+        saved_at.append((began, time.monotonic()))
+        return path
+
+    monkeypatch.setattr(CheckpointFolder, "save", slowly)
+    folder = CheckpointFolder(str(tmp_path))
+    identity = load(saved)[0].identity
+    journal = CheckpointJournal(identity, folder, interval, lambda event: None)
+    journal.save()
+    while len(saved_at) < 3:
+        if journal.is_due:
+            journal.save()
+    (_, first), (second, _), *_ = saved_at
+    assert second - first >= least
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,32 @@
 """``Checkpoint``: the whole state of a fit as one file.
 
-A line of text that names the format and its version, the SHA-256 of the rest, and the rest: one
-record, see ``codec``. Nothing in it is executed when it is read.
+One record, see ``storage.codec``. Nothing in it is executed when it is read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 
-from nlsq_dask.checkpoints.codec import decode, encode
 from nlsq_dask.checkpoints.identity import Identity
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, RecordError
+from nlsq_dask.storage import codec
+from nlsq_dask.storage.envelope import seal, unseal
 
-_VERSION = 1
-_MAGIC = b"nlsq_dask checkpoint, version "
+_KIND = "checkpoint"
 _FIT_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
-_DIGEST_BYTES = hashlib.sha256().digest_size
+T = TypeVar("T")
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Return a record that is part of a checkpoint, or raise a CheckpointError."""
+    try:
+        return codec.decode(data, kind)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,7 @@ class Checkpoint:
 
     def to_bytes(self) -> bytes:
         """Return the contents of a file."""
-        body = encode(self)
-        digest = hashlib.sha256(body).digest()
-        return b"".join([_MAGIC, str(_VERSION).encode(), b"\n", digest, body])
+        return seal(_KIND, codec.encode(self))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Checkpoint:
@@ -64,18 +69,10 @@ class Checkpoint:
         CheckpointError
             If it is no checkpoint, of another version, or damaged.
         """
-        head, newline, _ = data[:64].partition(b"\n")
-        if not head.startswith(_MAGIC) or not newline:
-            raise CheckpointError("it is not a checkpoint of nlsq_dask, or its start is damaged.")
-        version = head.removeprefix(_MAGIC).decode(errors="replace")
-        if version != str(_VERSION):
-            raise CheckpointError(
-                f"its format has version {version}; this version of nlsq_dask reads {_VERSION}."
-            )
-        start = len(head) + 1
-        digest, body = data[start : start + _DIGEST_BYTES], data[start + _DIGEST_BYTES :]
-        if hashlib.sha256(body).digest() != digest:
-            raise CheckpointError("it is damaged: its checksum does not agree with its contents.")
+        try:
+            body = unseal(_KIND, data)
+        except RecordError as error:
+            raise CheckpointError(str(error)) from error
         found = decode(body, cls)
         # It becomes part of the names of files.
         if not _FIT_NAME.fullmatch(found.fit) or found.number < 1:

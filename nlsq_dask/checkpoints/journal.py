@@ -24,8 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from nlsq_dask.checkpoints.checkpoint import Checkpoint, new_fit_name
-from nlsq_dask.checkpoints.codec import decode, encode
+from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode, new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.events import (
@@ -36,10 +35,12 @@ from nlsq_dask.events import (
     NonFiniteTrial,
     Observer,
 )
+from nlsq_dask.storage.codec import encode
 
 T = TypeVar("T")
 
 _STATE = "state"  # of a loop, among what is inside its scope
+_MOST_SAVING = 0.05  # of the time of a pass
 _MANY = 1000  # parameters, of which those of every iteration would fill the checkpoint
 
 
@@ -96,8 +97,14 @@ class Journal:
         """Whether the last checkpoint is older than the interval."""
         return False
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, began: float | None = None) -> None:
+        """Write a checkpoint.
+
+        Parameters
+        ----------
+        began : float, optional
+            When what it holds began to be gathered, by ``time.monotonic``.
+        """
 
 
 class CheckpointJournal(Journal):
@@ -110,7 +117,7 @@ class CheckpointJournal(Journal):
     folder : CheckpointFolder or None
         Where to save; None for nowhere.
     interval : float
-        Seconds after which a checkpoint is due.
+        Seconds after which a checkpoint is due, or more where saving takes long; 0 for always.
     emit : callable
         Receives a ``CheckpointWritten`` a file.
     resumed : Checkpoint, optional
@@ -153,6 +160,7 @@ class CheckpointJournal(Journal):
         self._scope = ""
         self._counts: Counter[str] = Counter()
         self._saved_at = time.monotonic()
+        self._saving_took = 0.0
         self._seconds_before = 0.0 if resumed is None else resumed.phase_seconds
         self._seconds = super().phase_clock(goes_on=False)
         self.last_path = resumed_path
@@ -197,23 +205,25 @@ class CheckpointJournal(Journal):
         self._drop_inside(self._scope)
         self._settle(f"{self._scope}/{_STATE}", state)
 
-    def save(self) -> None:
+    def save(self, began: float | None = None) -> None:
         """Write a checkpoint."""
         if self._folder is None:
             return
-        began = time.perf_counter()
+        began = time.monotonic() if began is None else began
         self._number += 1
         events = self._encoded_events[: self._n_settled]
         checkpoint = Checkpoint(
             self._fit, self._number, self._identity, self._seconds(), self._entries, events
         )
-        self._saved_at = time.monotonic()
         try:
             self.last_path = self._folder.save(checkpoint)
         except OSError as error:  # a disk that is full, perhaps for a while
             self._warn_once(error)
             return
-        self._emit(CheckpointWritten(self.last_path, time.perf_counter() - began))
+        finally:
+            self._saved_at = time.monotonic()
+            self._saving_took = self._saved_at - began
+        self._emit(CheckpointWritten(self.last_path, self._saving_took))
 
     def phase_clock(self, goes_on: bool) -> Callable[[], float]:
         """Return what tells the seconds of a phase that begins now, or goes on."""
@@ -233,7 +243,10 @@ class CheckpointJournal(Journal):
     @property
     def is_due(self) -> bool:
         """Whether the last checkpoint is older than the interval."""
-        return self._folder is not None and time.monotonic() - self._saved_at >= self._interval
+        if self._folder is None:
+            return False
+        interval = max(self._interval, self._saving_took / _MOST_SAVING)
+        return not self._interval or time.monotonic() - self._saved_at >= interval
 
     def _numbered(self, name: str) -> str:
         path = f"{self._scope}/{name}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from nlsq_dask.checkpoints.folder import CheckpointFolder, load, normalized
+from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import CheckpointJournal, Journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.events import FitResumed, Observer, PassFinished
+from nlsq_dask.storage.folders import normalized
 
 
 def open_journal(

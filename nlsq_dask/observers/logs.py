@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -100,18 +101,27 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = Path(path).expanduser().open("ab")
+        self._path = Path(path).expanduser()
+        self._file = self._path.open("ab")
         self._turns = _NowAndThen()
+        self._is_broken = False
 
     def __call__(self, event: Event) -> None:
         """Write the event."""
-        if self._turns.lets_through(event):
-            self._file.write(msgspec.json.encode(_record(event), enc_hook=_plain) + b"\n")
+        if self._is_broken or not self._turns.lets_through(event):
+            return
+        line = msgspec.json.encode(_record(event), enc_hook=_plain) + b"\n"
+        try:
+            self._file.write(line)
             self._file.flush()
+        except OSError as error:  # a full disk must not end the fit
+            self._is_broken = True
+            LOGGER.warning("log_file=%s is written no further: %s", self._path, error)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # of what could not be written, which has been said
+            self._file.close()
 
 
 def _record(event: Event) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 import numpy as np
 
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import RecordError
 
 T = TypeVar("T")
 
@@ -31,21 +31,21 @@ def decode(data: bytes, kind: type[T]) -> T:
 
     Raises
     ------
-    CheckpointError
+    RecordError
         If they do not stand for one.
     """
     try:
         return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array, dec_hook=_check)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, MemoryError) as error:
         name = getattr(kind, "__name__", str(kind))
-        raise CheckpointError(f"what should be a {name} is not one: {error}") from error
+        raise RecordError(f"what should be a {name} is not one: {error}") from error
 
 
 def _encode_array(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if not isinstance(value, np.ndarray) or not _NUMBERS.fullmatch(value.dtype.str):
-        raise NotImplementedError(f"{type(value).__name__} cannot be part of a checkpoint")
+        raise NotImplementedError(f"{type(value).__name__} cannot be part of a record")
     is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
     order: Literal["C", "F"] = "F" if is_fortran else "C"
     header = (value.dtype.str, value.shape, order, value.tobytes(order))

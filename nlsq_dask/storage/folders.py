@@ -1,0 +1,122 @@
+"""Folders on a disk or at any fsspec URL, in which a file is there as a whole or not at all.
+
+On a disk a file appears under its name only when all of it is durable: it is written under another
+name, synchronized and renamed. Elsewhere that is left to the store (an object appears when it is
+whole); the checksum tells if it was not.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from fsspec.core import url_to_fs
+
+
+class Folder(Protocol):
+    """The few things that are done with a folder."""
+
+    def prepare(self, fit: str) -> None:
+        """Make the folder and see that files of this fit can be written to it."""
+
+    def names(self) -> list[str]:
+        """Return the names of the files; none if there is no folder."""
+
+    def read(self, name: str) -> bytes:
+        """Return the contents of a file."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, all of it or nothing."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+
+
+class _LocalFolder:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def prepare(self, fit: str) -> None:
+        """Make the folder, see that it can be written to, and remove what a killed fit has left."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self._folder.glob(f".{fit}-*.unfinished"):
+            unfinished.unlink(missing_ok=True)
+        probe = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+        probe.touch()
+        probe.unlink()
+
+    def names(self) -> list[str]:
+        return [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
+
+    def read(self, name: str) -> bytes:
+        return (self._folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        fit = name.rpartition("-")[0]
+        unfinished = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+        try:
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._folder / name)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        self._synchronize_folder()
+
+    def remove(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+
+    def _synchronize_folder(self) -> None:
+        if os.name == "nt":  # where a folder cannot be opened
+            return
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _RemoteFolder:
+    def __init__(self, file_system: Any, folder: str) -> None:
+        self._fs = file_system
+        self._folder = folder.rstrip("/")
+
+    def prepare(self, fit: str) -> None:
+        """Make the folder, where there are folders."""
+        self._fs.makedirs(self._folder, exist_ok=True)
+
+    def names(self) -> list[str]:
+        self._fs.invalidate_cache()
+        if not self._fs.exists(self._folder):
+            return []
+        return [path.rpartition("/")[2] for path in self._fs.ls(self._folder, detail=False)]
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._fs.cat_file(f"{self._folder}/{name}"))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._fs.pipe_file(f"{self._folder}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._folder}/{name}")
+
+
+def normalized(path: str | os.PathLike[str]) -> str:
+    """Return a URL as it is, and a path on a disk from its root, also of such a URL."""
+    text = os.fspath(path)
+    for scheme in ("file://", "local://"):
+        text = text.removeprefix(scheme)
+    return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def open_folder(folder: str) -> Folder:
+    """Return the folder at a path or fsspec URL, which need not exist."""
+    if "://" not in folder:
+        return _LocalFolder(Path(folder))
+    return _RemoteFolder(*url_to_fs(folder))

@@ -1,0 +1,185 @@
+"""A result that was saved and loaded, here or in another process, is equal in every field."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import fsspec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+import nlsq_dask as nd
+from nlsq_dask.storage.codec import encode
+from nlsq_dask.storage.envelope import seal
+
+N = 4_000
+RNG = np.random.default_rng(0)
+X = np.linspace(0.0, 4.0, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * RNG.standard_normal(N)
+
+
+def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def other(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) - c
+
+
+def on_grid(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x[0]) + c * x[1]
+
+
+def polynomial(x: Any, *p: Any) -> Any:
+    return sum(value * x**i for i, value in enumerate(p))
+
+
+def fit(model: Any = decay, x: Any = X, y: Any = Y, p0: Any = None, **options: Any) -> nd.FitResult:
+    call = {name: options.pop(name) for name in ("loss", "callback", "bounds") if name in options}
+    config = nd.HybridStreamingConfig(**{"verbose": 0, "sample_rows": 500, **options})
+    x = da.from_array(x, chunks=999) if isinstance(x, np.ndarray) else x
+    p0 = [1.0, 1.0, 0.1] if p0 is None else p0
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, p0, **call)
+
+
+def stop(params: Any, loss: float, iteration: int) -> None:
+    raise StopIteration
+
+
+def a_grid() -> xr.DataArray:
+    t, z = np.linspace(0, 4, 40), np.linspace(-1, 1, 30)
+    y = 2.0 * np.exp(-0.7 * t[:, None]) + 0.5 * z + 0.1 * RNG.standard_normal((40, 30))
+    return xr.DataArray(y, {"time": t, "depth": z}, name="heat").chunk(time=20, depth=15)
+
+
+KINDS: dict[str, Any] = {
+    "plain": dict,
+    "multistart": lambda: {"enable_multistart": True, "n_starts": 3},
+    "sandwich with a loss and bounds": lambda: {
+        "cov_type": "HC1",
+        "loss": "huber",
+        "bounds": ([0, 0, 0], [9, 9, 0.2]),
+    },
+    "grid": lambda: {"model": on_grid, "x": ("time", "depth"), "y": a_grid()},
+    "stopped": lambda: {"callback": stop, "callback_frequency": 1},
+    "without matrices": lambda: {"model": polynomial, "p0": [0.0] * 4, "cg_param_threshold": 4},
+}
+
+
+def assert_equal(one: Any, two: Any, where: str = "result") -> None:
+    """Compare values of any kind, their types included."""
+    assert type(one) is type(two) or isinstance(one, np.generic), where
+    if isinstance(one, np.ndarray):
+        assert one.dtype == two.dtype, where
+        np.testing.assert_array_equal(one, two, where)
+    elif isinstance(one, xr.Dataset):
+        xr.testing.assert_identical(one, two)
+        for name in one.variables:
+            assert_equal(one[name].values, two[name].values, f"{where}.{name}")
+    elif isinstance(one, dict):
+        assert list(one) == list(two), where
+        for key in one:
+            assert_equal(one[key], two[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for i, pair in enumerate(zip(one, two, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert one == two or (one != one and two != two), where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_comes_back(kind: str, tmp_path: Path) -> None:
+    result = fit(**KINDS[kind]())
+    path = tmp_path / "result.nlsq"
+    result.save(path)
+    loaded = nd.FitResult.load(path)
+    for field in fields(nd.FitResult):
+        if field.name != "_model":
+            assert_equal(getattr(result, field.name), getattr(loaded, field.name), field.name)
+    assert loaded.fit_report() == result.fit_report()
+    assert loaded._repr_html_() == result._repr_html_()
+    with pytest.raises(ValueError, match=r"loaded without its model.*load\(path, model="):
+        loaded.predict(X)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+import numpy as np
+import nlsq_dask as nd
+from tests.test_saving import decay
+path, again, values = sys.argv[1:]
+nd.FitResult.load(path).save(again)
+result = nd.FitResult.load(again, model=decay)
+np.save(values, result.predict(np.linspace(0.0, 1.0, 7), return_std=True))
+"""
+
+
+def test_in_another_process(tmp_path: Path) -> None:
+    result = fit()
+    path, again, values = (tmp_path / name for name in ("one", "two.nlsq", "values.npy"))
+    result.save(str(path))
+    subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, path, again, values],
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert again.read_bytes() == path.read_bytes()
+    expected = result.predict(np.linspace(0.0, 1.0, 7), return_std=True)
+    np.testing.assert_array_equal(np.load(values), expected)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    fit().save(tmp_path / "result")
+    with pytest.raises(ValueError, match="model=other computes something else than 'decay'"):
+        nd.FitResult.load(tmp_path / "result", model=other)
+    # The same model under another name, and defined anew.
+    again = nd.FitResult.load(tmp_path / "result", lambda x, a, b, c: a * jnp.exp(-b * x) + c)
+    assert np.isfinite(again.predict(X)).all()
+
+
+def test_at_a_url() -> None:
+    result = fit()
+    result.save("memory://results/one.nlsq")
+    assert_equal(nd.FitResult.load("memory://results/one.nlsq").popt, result.popt)
+    fsspec.filesystem("memory").rm("/results", recursive=True)
+
+
+class Fires:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    path, trap = tmp_path / "result", tmp_path / "trap"
+    fit().save(path)
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        nd.FitResult.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        nd.FitResult.load(path).save(tmp_path / "no" / "result")
+    wrong = [b"", data[:-3], pickle.dumps(Fires(trap)), data.replace(b"version 1", b"version 7", 1)]
+    wrong += [seal("checkpoint", encode({}))]
+    wrong += [seal("result", encode(value)) for value in (None, 3, "text", {}, [], ["dict", 1])]
+    wrong += [seal("result", encode(["dict", ["values", ["dict"]], ["model", ["dict"]]]))]
+    for _ in range(100):
+        changed = bytearray(data)
+        changed[random.integers(len(data))] ^= 1 << random.integers(8)
+        wrong.append(bytes(changed))
+    for content in wrong:
+        path.write_bytes(content)
+        with pytest.raises(nd.ResultFileError, match=r"result' cannot be used: it"):
+            nd.FitResult.load(path)
+    assert not trap.exists()

@@ -1,0 +1,276 @@
+"""What is seen of a fit while it runs, and what is on record afterwards."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client
+
+import nlsq_dask as nd
+from nlsq_dask.events import BlocksFinished, Event, FitEnded, PassFinished
+from nlsq_dask.observers import logs, progress
+from nlsq_dask.observers.progress import Progress
+from nlsq_dask.observers.watching import watching
+
+N = 40_000
+X = np.linspace(0.0, 4.0, N)
+Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(0).standard_normal(N)
+START = [1.0, 1.0, 0.1]
+
+
+def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def slowly(y: np.ndarray) -> np.ndarray:
+    time.sleep(0.02)
+    return y
+
+
+def fit(seconds: bool = False, **options: Any) -> nd.FitResult:
+    y = da.from_array(Y, chunks=N // 10)
+    y = y.map_blocks(slowly, dtype=float) if seconds else y
+    config = nd.HybridStreamingConfig(
+        **{"verbose": 0, "sample_rows": 300, "gauss_newton_tol": 1e-12, **options}
+    )
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    with dask.config.set(scheduler="sync"):
+        return optimizer.fit(decay, da.from_array(X, chunks=N // 10), y, START)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def running(done: int, seconds: float = 1.0, number: int = 3) -> BlocksFinished:
+    return BlocksFinished(number, done, 200, done * 1000, 200_000, done * 8000, seconds)
+
+
+@pytest.fixture
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_BAR_DELAY", 0.0)
+
+
+@pytest.mark.usefixtures("no_delay")
+def test_a_bar_in_a_terminal() -> None:
+    terminal = Terminal()
+    shown = Progress(stream=terminal)
+    threads = threading.active_count()
+    shown(running(0, 0.0))
+    for done in range(50, 200, 50):
+        time.sleep(0.15)  # it is drawn anew ten times a second at most
+        shown(running(done, 0.5))
+    text = terminal.getvalue()
+    assert "pass 3:" in text
+    assert "100/200 blocks" in text
+    assert "million rows/s" in text
+    assert "50%" in text
+    assert threading.active_count() == threads
+    shown(PassFinished(3, np.ones(2), 1.0, 2.0, 200_000, 0, 0))
+    shown(FitEnded(True, "Converged."))
+    last = terminal.getvalue().replace("\r", "\n").splitlines()
+    assert "pass 3: 200,000 rows in 2.00 s" in last[-2]
+    assert last[-1] == "Converged."
+
+
+@pytest.mark.usefixtures("no_delay")
+def test_no_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    shown = Progress(stream=file)
+    for done in range(0, 200, 10):
+        shown(running(done))
+    assert file.getvalue() == ""
+    monkeypatch.setattr(progress, "_LINE_INTERVAL", 0.0)
+    shown(running(50, 10.0))
+    assert file.getvalue() == "  pass 3: 50 of 200 blocks (25%) in 10 s, 30 s left\n"
+
+
+@pytest.mark.usefixtures("no_delay")
+def test_a_bar_that_is_left_by_an_error_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr(progress, "_FORMAT", "bar\n")
+
+    def interrupt(y: np.ndarray, block_info: Any = None) -> np.ndarray:
+        time.sleep(0.15)
+        if calls.append(0) or len(calls) > 18:
+            raise KeyboardInterrupt
+        return y
+
+    calls: list[int] = []
+    y = da.from_array(Y, chunks=N // 10).map_blocks(interrupt, dtype=float)
+    config = nd.HybridStreamingConfig(sample_rows=300, gauss_newton_tol=1e-12, cache=0)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    with dask.config.set(scheduler="sync"), pytest.raises(KeyboardInterrupt):
+        optimizer.fit(decay, da.from_array(X, chunks=N // 10), y, START)
+    assert "bar" in terminal.getvalue()
+    assert not progress._bar_class()._instances
+
+
+def test_nothing_is_printed_unless_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    fit(verbose=0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_how_far_a_pass_is() -> None:
+    seen: list[Event] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([_Entered(seen.append)]))
+        result = fit(cache=0)
+    steps = [event for event in seen if isinstance(event, BlocksFinished)]
+    for number in range(1, result.n_passes + 1):
+        own = [event for event in steps if event.number == number]
+        # A pass over so few rows is one group of blocks.
+        assert [event.blocks for event in own] == [0, 10]
+        assert [event.rows for event in own] == [0, N]
+        assert [event.bytes for event in own] == [0, 16 * N]
+        assert {(event.n_blocks, event.n_rows) for event in own} == {(10, N)}
+
+
+class _Entered:
+    def __init__(self, observer: Any) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> Any:
+        return self._observer
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_on_a_cluster_blocks_are_counted(process_client: Client) -> None:
+    seen: list[Event] = []
+    n = 2**18 * 6
+    x = da.linspace(0.0, 4.0, n, chunks=2**18)
+    y = 2.0 * da.exp(-0.7 * x) + 0.3
+    with pytest.MonkeyPatch.context() as patch, process_client.as_current():
+        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([_Entered(seen.append)]))
+        config = nd.HybridStreamingConfig(sample_rows=300)
+        nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, x, y, START)
+    first = [e.blocks for e in seen if isinstance(e, BlocksFinished) and e.number == 1]
+    assert first[0] == 0
+    assert first[-1] == 6
+    assert sorted(first) == first
+    assert len(set(first)) > 3
+
+
+def test_history_is_what_happened() -> None:
+    calls: list[tuple[np.ndarray, float, int]] = []
+    config = nd.HybridStreamingConfig(
+        verbose=0, sample_rows=300, gauss_newton_tol=1e-12, callback_frequency=1
+    )
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
+        decay, X, Y, START, callback=lambda *call: calls.append(call)
+    )
+    history = result.history
+    assert [int(i) for i in history.iteration] == [i for *_, i in calls]
+    np.testing.assert_array_equal(history.loss, [loss for _, loss, _ in calls])
+    np.testing.assert_array_equal(history.params, [params for params, *_ in calls])
+    assert list(history.param.values) == ["a", "b", "c"]
+    assert set(history.stage.values) == {"warm-up", "sample", "all rows"}
+    last = history.where(history.stage == "all rows", drop=True)
+    assert len(last.iteration) == result.nit
+    assert (last.trust_radius > 0).all()
+    before = np.vstack([START / np.ones(3), history.params.values])
+    steps = np.linalg.norm(np.diff(before, axis=0) / np.abs(START), axis=1)
+    ours = (history.stage == "all rows") & history.accepted
+    np.testing.assert_allclose(history.step_norm.values[ours], steps[ours.values])
+    assert (np.diff(history.time) >= 0).all()
+    assert int(history.n_passes[-1]) == result.n_passes
+
+
+def test_history_goes_on_in_a_resumed_fit(tmp_path: Path) -> None:
+    whole = fit(checkpoint_dir=tmp_path)
+    again = fit(resume_from_checkpoint=tmp_path)
+    assert again.history.identical(whole.history)
+
+
+def test_json_lines_say_what_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_INTERVAL", 0.0)
+    path = tmp_path / "fit.jsonl"
+    result = fit(log_file=path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = [record["event"] for record in records]
+    assert kinds[0] == "FitStarted"
+    assert kinds[-1] == "FitEnded"
+    assert records[0]["grid"] == [10]
+    assert records[-1]["message"] == result.message
+    passes = [record for record in records if record["event"] == "PassFinished"]
+    assert [record["number"] for record in passes] == list(range(1, result.n_passes + 1))
+    assert sum(record["rows"] for record in passes) <= result.rows_read
+    iterations = [record for record in records if record["event"] == "IterationFinished"]
+    assert [record["loss"] for record in iterations] == list(result.history.loss.values)
+    assert any(record["trust_radius"] is None for record in iterations)  # NaN
+    assert "BlocksFinished" in kinds
+    times = [record["time"] for record in records]
+    assert min(times) == times[0]
+    # Another fit is added, and one that fails says why.
+    with pytest.raises(nd.DataError):
+        nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0, log_file=path)).fit(
+            decay, X, np.where(X > 3, np.nan, Y), START
+        )
+    more = [json.loads(line) for line in path.read_text().splitlines()]
+    assert more[: len(records)] == records
+    assert more[-1]["event"] == "FitAborted"
+    assert "NonFiniteDataError" in more[-1]["error"]
+
+
+def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no-folder"):
+        fit(log_file=tmp_path / "no-folder" / "fit.jsonl")
+
+
+def test_a_disk_that_is_full_does_not_end_the_fit(caplog: pytest.LogCaptureFixture) -> None:
+    result = fit(log_file="/dev/full")
+    assert result.success
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "log_file=/dev/full is written no further" in warning.getMessage()
+
+
+def test_logging(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "nlsq_dask"):
+        result = fit()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[-1] == result.message
+    assert "Phase 2: Gauss-Newton" in messages
+    assert not any("sample " in message and "loss" in message for message in messages[3:-5])
+    assert {record.levelno for record in caplog.records} == {logging.INFO}
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, "nlsq_dask"):
+        result = fit(gauss_newton_max_iterations=1)
+    levels = {record.getMessage(): record.levelno for record in caplog.records}
+    assert not result.success
+    assert levels[result.message] == logging.WARNING
+    assert logging.DEBUG in levels.values()
+
+
+def test_who_watches() -> None:
+    def names(level: int, **options: Any) -> set[str]:
+        found: set[str] = set()
+        for watch in watching(nd.HybridStreamingConfig(**options), level):
+            with watch as observer:
+                found.add(type(observer).__name__)
+        return found
+
+    assert names(0) == {"LogRecords"}
+    assert names(1) == {"LogRecords", "Progress"}
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_are_left() -> Iterator[None]:
+    before = list(logs.LOGGER.handlers)
+    yield
+    assert logs.LOGGER.handlers == before
