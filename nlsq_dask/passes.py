@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -88,12 +88,15 @@ class _Cut(Generic[S]):
     ----------
     seconds : float
         That it took.
+    retries : int
+        How often reading these parts was tried again.
     parts : list of (int, int, PassResult)
         Each with its level and position in the tree.
     """
 
-    seconds: float
-    parts: list[tuple[int, int, PassResult[S]]]
+    seconds: float = 0.0
+    retries: int = 0
+    parts: list[tuple[int, int, PassResult[S]]] = field(default_factory=list)
 
 
 class Passes:
@@ -330,9 +333,9 @@ class Passes:
         """Run the pass, from where it was cut."""
         self._interruption.check()
         kind: Any = _Cut
-        cut: _Cut[S] | None = self._journal.noted(kind[kernel.sums_type])
-        began = time.perf_counter() - (0.0 if cut is None else cut.seconds)
-        result = self._reduce(kernel, request, began, [] if cut is None else cut.parts)
+        cut: _Cut[S] = self._journal.noted(kind[kernel.sums_type]) or _Cut()
+        began = time.perf_counter() - cut.seconds
+        result = self._reduce(kernel, request, began, cut)
         lost = self._named(result.reading)
         # Before it is remembered: it may be repaired, and then read again.
         self._check_share(lost)
@@ -352,7 +355,7 @@ class Passes:
                 sums.rows_read,
                 sums.bytes_read,
                 sums.rows_cached,
-                result.reading.n_retries,
+                cut.retries + result.reading.n_retries,
             )
         )
         return _Pass(sums, result.sample, lost)
@@ -362,19 +365,19 @@ class Passes:
         kernel: RowKernel[S],
         request: PassRequest,
         began: float,
-        parts: list[tuple[int, int, PassResult[S]]],
+        cut: _Cut[S],
     ) -> PassResult[S]:
         """Reduce, and keep what is finished from time to time."""
         latest: list[Parts] = []
 
         def keep(parts: Parts) -> None:
             began_to_keep = time.monotonic()
-            found = [
-                (level, i, replace(result, reading=ReadReport()))
-                for (level, i), result in parts.collect().items()
-                if self._is_good(result)  # the others are read again
-            ]
-            self._journal.note(_Cut(time.perf_counter() - began, found))
+            good = {  # the others are read again
+                node: part for node, part in parts.collect().items() if self._is_good(part)
+            }
+            retries = cut.retries + sum(part.reading.n_retries for part in good.values())
+            found = [(*node, replace(part, reading=ReadReport())) for node, part in good.items()]
+            self._journal.note(_Cut(time.perf_counter() - began, retries, found))
             self._journal.save(began_to_keep)
 
         def tell(parts: Parts) -> None:
@@ -393,7 +396,7 @@ class Passes:
             if self._journal.is_due:
                 keep(parts)
 
-        known = {(level, i): part for level, i, part in parts}
+        known = {(level, i): part for level, i, part in cut.parts}
         try:
             return self._data.reduce(kernel, request, known, watch)
         except ClusterLostError:

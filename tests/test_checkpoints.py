@@ -517,6 +517,34 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     assert n_reads <= wanted + (4 + 2 * 3) * n_resumes
 
 
+def test_tries_before_a_cut_are_counted(tmp_path: Path) -> None:
+    rows = surviving_fit.BLOCK_ROWS  # so that each block is a part by itself
+    state = {"is solved on the sample": False, "is broken": True, "reads": 0}
+
+    def read(x: np.ndarray) -> np.ndarray:
+        if state["is solved on the sample"]:
+            state["reads"] += 1
+            if state["reads"] == 1:
+                raise OSError("for a moment")
+            if state["reads"] > 3 and state["is broken"]:
+                raise OSError("broken")
+        return 2.0 * np.exp(-0.7 * x) + 0.3
+
+    def started(*_: Any) -> None:
+        state["is solved on the sample"] = True
+
+    x = da.linspace(0.0, 4.0, 4 * rows, chunks=rows)
+    y = da.map_blocks(read, x, dtype=float)
+    with dask.config.set(scheduler="sync"):
+        options = {"x": x, "y": y, "call": {"callback": started}, "checkpoint_dir": tmp_path}
+        with pytest.raises(nd.BlockReadError, match="broken"):
+            fit(**options, max_retries_per_batch=1)
+        state["is broken"] = False
+        result = fit(**options, resume_from_checkpoint=tmp_path)
+    assert result.success
+    assert result.diagnostics["retries"] == 1
+
+
 @pytest.mark.filterwarnings("ignore::nlsq_dask.DataWarning")
 def test_a_block_that_was_left_out_stays_left_out(tmp_path: Path) -> None:
     rows, n_blocks = surviving_fit.BLOCK_ROWS, 4
