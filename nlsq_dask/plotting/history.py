@@ -1,0 +1,93 @@
+"""The iterations of a fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.plotting.figures import FIT, FOURTH, MEAN, QUIET, THIRD, prepared, text_color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from nlsq_dask.result import FitResult
+
+Vector = NDArray[np.float64]
+
+_STAGES = {"warm-up": THIRD, "sample": MEAN, "all rows": FIT}
+
+
+def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure | SubFigure:
+    """Draw loss, gradient, steps and passes; see ``FitResult.plot_history``."""
+    history = result.history
+    if not history.sizes["iteration"]:
+        raise ValueError(
+            "there is nothing to plot: the fit ended before its first iteration, because it "
+            "started at a solution or could not start."
+        )
+    figure = prepared(figure, 7.5, 6.5)
+    loss, slope, step, passes = figure.subplots(
+        4, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2, 2, 1)}
+    )
+    at = np.asarray(history.iteration, float)
+    stages, accepted = np.asarray(history.stage), np.asarray(history.accepted, bool)
+    for axes, name in ((loss, "loss"), (slope, "gradient_norm"), (step, "step_norm")):
+        _draw(axes, at, np.asarray(history[name], float), stages, accepted)
+    radius = np.asarray(history.trust_radius, float)
+    if np.isfinite(radius).any():
+        step.plot(at, radius, color=FOURTH, lw=1, ls=(0, (4, 2)), label="trust radius")
+        step.legend(fontsize="small")
+    for axes in (loss, slope, step):
+        _log_where_possible(axes)
+    passes.step(at, np.asarray(history.n_passes, float), where="post", color=text_color(), lw=1.2)
+    passes.yaxis.get_major_locator().set_params(integer=True)
+    _shade(passes, at, stages)
+    loss.set_ylabel("loss")
+    slope.set_ylabel("gradient norm")
+    step.set_ylabel("step norm")
+    passes.set(xlabel="iteration", ylabel="passes")
+    passes.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = loss.get_legend_handles_labels()
+    loss.legend(handles, labels, fontsize="small", ncols=len(labels))
+    figure.align_ylabels()
+    n = result.n_passes
+    figure.suptitle(
+        f"{int(at[-1])} iterations, {n} {'pass' if n == 1 else 'passes'} over all rows",
+        fontsize="medium",
+    )
+    return figure
+
+
+def _draw(
+    axes: Axes, at: Vector, values: Vector, stages: NDArray[np.str_], accepted: NDArray[np.bool_]
+) -> None:
+    """One line a stage, for its rows are others; rejected trials are crosses."""
+    for stage, color in _STAGES.items():
+        here = stages == stage
+        if here.any():
+            axes.plot(at[here], values[here], "-", color=color, lw=1.2, alpha=0.7)
+            kept = here & accepted
+            axes.plot(at[kept], values[kept], "o", color=color, ms=4, label=stage)
+    lost = ~accepted
+    if lost.any():
+        color = text_color()
+        axes.plot(at[lost], values[lost], "x", color=color, ms=6, mew=1.4, label="rejected trial")
+    _shade(axes, at, stages)
+
+
+def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
+    """Separate runs of one stage by a line."""
+    for i in range(1, len(at)):
+        if stages[i] != stages[i - 1]:
+            axes.axvline(0.5 * (at[i - 1] + at[i]), color=QUIET, lw=0.8, ls=":")
+
+
+def _log_where_possible(axes: Axes) -> None:
+    """Set a logarithmic scale, if there is anything positive to show on it."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    if (values[np.isfinite(values)] > 0.0).any():
+        axes.set_yscale("log")
+    axes.grid(axis="y", color=QUIET, lw=0.4, alpha=0.4)
