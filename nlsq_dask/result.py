@@ -276,8 +276,8 @@ class FitResult:
         Over the only quantity of x: the data (with error bars, if there are few), the curve with a
         band of two of its standard errors, and, where it is the same for all, two standard
         deviations of a measurement. Below, residuals ``(y - model) / sigma`` with lines at zero and
-        at plus and minus one standard deviation (1 with sigma, else as the fit estimates it), and a
-        histogram of them beside the normal density.
+        at plus and minus one standard deviation (1 with sigma, else as the fit estimates it, or
+        the median of their sizes if some are far out), and a histogram beside the normal density.
 
         Where x is several quantities, arrays or columns, no curve over one of them exists. Then the
         data are drawn against the fit, and residuals against each quantity, at most six; with ``x``

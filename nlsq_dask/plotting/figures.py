@@ -50,14 +50,15 @@ def _display_once(figure: Figure) -> None:
     """Keep the inline backend of a notebook from showing a figure twice.
 
     It shows all open figures at the end of a cell, and a figure that is the value of a cell as
-    well. NotImplementedError makes IPython do what it would do otherwise.
+    well: so what is being shown is closed, as the backend does after the cell in any case.
+    NotImplementedError makes IPython show it in the way it would without this.
     """
     import matplotlib as mpl
-    from matplotlib._pylab_helpers import Gcf  # a number may be another figure's by now
+    from matplotlib import pyplot as plt
 
-    is_open = figure.canvas.manager in Gcf.get_all_fig_managers()
-    if not (is_open and "inline" in mpl.get_backend()):
-        raise NotImplementedError
+    if "inline" in mpl.get_backend():
+        plt.close(figure)
+    raise NotImplementedError
 
 
 def text_color() -> Any:

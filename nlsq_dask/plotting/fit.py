@@ -32,8 +32,8 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
         return _over_all(result, sampled, figure)
     quantity = sampled.quantities[0] if x is None else sampled.quantity(x)
     figure = prepared(figure, 7.5, 5.5)
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1.2), width_ratios=(5, 1))
-    upper = figure.add_subplot(grid[0, :])
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1.2), width_ratios=(6, 1))
+    upper = figure.add_subplot(grid[0, 0])
     lower = figure.add_subplot(grid[1, 0], sharex=upper)
     if len(sampled.quantities) == 1:
         _draw_curve(upper, result, sampled, quantity)
@@ -52,7 +52,7 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
 def _over_all(
     result: FitResult, sampled: Sampled, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Observed against fitted, and residuals over each quantity of x."""
+    """Draw observed against fitted, and residuals over each quantity of x."""
     shown = sampled.quantities[:_MOST_PANELS]
     columns = 2 if len(shown) in (2, 4) else 3
     rows = -(-len(shown) // columns)
@@ -79,7 +79,7 @@ def _over_all(
 
 
 def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
-    """Data, the fitted curve, its band and the spread of measurements about it."""
+    """Draw data, the fitted curve, its band and the spread of measurements about it."""
     x, y, sigma = quantity.values, sampled.y, sampled.sigma
     if sigma is not None and len(y) <= _FEW:
         axes.errorbar(
@@ -96,7 +96,7 @@ def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quant
             curve - half,
             curve + half,
             color=FIT,
-            alpha=0.12,
+            alpha=0.16,
             lw=0,
             zorder=0,
             label="± 2 s.d. of a measurement",
@@ -112,7 +112,7 @@ def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quant
             zorder=2.5,
             label="± 2 standard errors of the fit",
         )
-    single = {"marker": "_", "ms": 12} if len(places) == 1 else {}
+    single: dict[str, Any] = {"marker": "_", "ms": 12} if len(places) == 1 else {}
     axes.plot(places, curve, color=FIT, lw=1.6, zorder=3, label="fit", **single)
     _view(axes, np.concatenate([y, curve]))
 
@@ -136,7 +136,7 @@ def _curve(
 
 
 def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
-    """Data, and their means over neighbouring x beside those of the fit."""
+    """Draw data, and their means over neighbouring x beside those of the fit."""
     x, y = quantity.values, sampled.y
     _points(axes, x, y, label="data")
     groups = means(x)
@@ -171,7 +171,7 @@ def _draw_observed(axes: Axes, sampled: Sampled) -> None:
 def _draw_residuals(
     axes: Axes, sampled: Sampled, quantity: Quantity, has_label: bool = True
 ) -> None:
-    """Residuals over a quantity, with lines at zero and at one standard deviation, and means."""
+    """Draw residuals over a quantity with their means, between lines at one standard deviation."""
     x, residuals, limit = quantity.values, sampled.residuals, sampled.limit
     far = np.abs(residuals) > limit
     _points(axes, x[~far], residuals[~far])
@@ -180,12 +180,13 @@ def _draw_residuals(
         out = far & (sign * residuals > 0)
         axes.plot(x[out], np.full(out.sum(), sign * edge), marker, color=FIT, ms=3.5, alpha=0.7)
     if far.any():
+        is_above = (residuals[far] > 0).sum() * 2 >= far.sum()
         axes.annotate(
             f"{far.sum():,} beyond",
-            (0.99, 0.97),
+            (0.99, 0.04 if is_above else 0.96),
             xycoords="axes fraction",
             ha="right",
-            va="top",
+            va="bottom" if is_above else "top",
             fontsize="x-small",
             color=FIT,
         )
@@ -193,12 +194,13 @@ def _draw_residuals(
     for sign in (-1, 1):
         if np.isfinite(sampled.expected):
             axes.axhline(sign * sampled.expected, color=QUIET, lw=0.8, ls=(0, (4, 3)))
-    if len(x) >= _MANY:
-        groups = means(x)
+    near, there = residuals[~far], x[~far]
+    if len(near) >= _MANY:
+        groups = means(there)
         axes.errorbar(
-            [x[group].mean() for group in groups],
-            [residuals[group].mean() for group in groups],
-            [_error(residuals[group]) for group in groups],
+            [there[group].mean() for group in groups],
+            [near[group].mean() for group in groups],
+            [_error(near[group]) for group in groups],
             fmt="o",
             ms=2.5,
             lw=1,
@@ -211,7 +213,7 @@ def _draw_residuals(
 
 
 def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
-    """Residuals, beside the normal density that they should have."""
+    """Draw a histogram of residuals, beside the normal density that they should have."""
     limit, residuals = sampled.limit, sampled.residuals
     inside = residuals[np.abs(residuals) <= limit]
     if len(inside) < _ENOUGH:
@@ -244,9 +246,9 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
 
 
 def _points(axes: Axes, x: Vector, y: Vector, **options: Any) -> None:
-    """Small points, the more transparent the more there are."""
-    alpha = float(np.clip(12.0 / np.sqrt(max(len(x), 1)), 0.25, 0.8))
-    size = 3.5 if len(x) <= _FEW else 2.0
+    """Draw small points, the more transparent the more there are."""
+    alpha = float(np.clip(14.0 / np.sqrt(max(len(x), 1)), 0.3, 0.8))
+    size = 4.0 if len(x) <= _FEW else 2.5
     axes.plot(x, y, "o", ms=size, mew=0, color=text_color(), alpha=alpha, **options)
 
 
@@ -272,13 +274,21 @@ def _label_x(axes: Axes, quantity: Quantity) -> None:
 
 
 def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
-    """Legend, which also says how many of the rows are drawn."""
+    """Draw the legend, which also says how many of the rows are drawn."""
     handles, labels = axes.get_legend_handles_labels()
     if len(sampled.y) < result.n_points:
         drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"
         labels = [drawn if label == "data" else label for label in labels]
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("data"))
-    axes.legend([handles[i] for i in order], [labels[i] for i in order], fontsize="small")
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        fontsize="small",
+        frameon=False,
+        ncols=2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
 
 
 def _title(figure: Figure | SubFigure, result: FitResult, more: str = "") -> None:

@@ -38,11 +38,13 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
         _draw(axes, at, np.asarray(history[name], float), stages, accepted)
     radius = np.asarray(history.trust_radius, float)
     if np.isfinite(radius).any():
-        step.plot(at, radius, color=FOURTH, lw=1, ls=(0, (4, 2)), label="trust radius")
-        step.legend(fontsize="small")
+        line = step.plot(at, radius, color=FOURTH, lw=1.2, ls=(0, (4, 2)), label="trust radius")
+        step.legend(handles=line, fontsize="small")
     for axes in (loss, slope, step):
         _log_where_possible(axes)
-    passes.step(at, np.asarray(history.n_passes, float), where="post", color=text_color(), lw=1.2)
+    counts, color = np.asarray(history.n_passes, float), text_color()
+    passes.plot(at, counts, "o-", drawstyle="steps-pre", color=color, ms=2.5, lw=1)
+    passes.set_ylim(-0.08 * max(counts.max(), 1.0), 1.15 * max(counts.max(), 1.0))
     passes.yaxis.get_major_locator().set_params(integer=True)
     _shade(passes, at, stages)
     loss.set_ylabel("loss")

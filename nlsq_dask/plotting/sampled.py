@@ -17,6 +17,7 @@ Vector = NDArray[np.float64]
 
 _CORE = 8.0  # robust standard deviations; residuals beyond are marked at the edge of a panel
 _EDGE = 6.0  # where that edge then is
+_IN_A_MEAN = 60  # rows; of 2,000 these are 33 means
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Sampled:
     residuals : ndarray, shape (n,)
         ``y - fitted``, divided by sigma if there is one.
     expected : float
-        Standard deviation that residuals should have: 1 with sigma, else what the fit estimates.
-        NaN if that is zero or not known.
+        Standard deviation that residuals should have: 1 with sigma, else what the fit estimates,
+        or, where some are far out, what the median of their sizes does. NaN if that is zero.
     spread : float
         Standard deviation of a measurement, if it is the same for all; else NaN.
+    limit : float
+        Largest residual that panels show where it is; larger ones are marked at the edge.
     """
 
     y: Vector
@@ -68,6 +71,7 @@ class Sampled:
     residuals: Vector
     expected: float
     spread: float
+    limit: float
 
     @classmethod
     def of(cls, result: FitResult) -> Sampled:
@@ -90,7 +94,12 @@ class Sampled:
             (array for array in sample.data_vars.values() if "position" in array.attrs),
             key=lambda array: int(array.attrs["position"]),
         )
-        estimated = float(np.sqrt(result.sigma_sq))
+        residuals = (y - fitted) if sigma is None else (y - fitted) / sigma
+        sizes = np.abs(residuals[np.isfinite(residuals)])
+        limit, estimated = float(sizes.max(initial=0.0)), float(np.sqrt(result.sigma_sq))
+        robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
+        if 0.0 < _CORE * robust < limit:
+            limit, estimated = _EDGE * robust, robust
         if sigma is None:
             spread = estimated
         elif np.ptp(sigma) == 0.0:
@@ -98,6 +107,8 @@ class Sampled:
         else:
             spread = np.nan
         expected = 1.0 if sigma is not None else estimated
+        if expected < 3.0 * limit:
+            limit = max(limit, 1.2 * expected)
         return cls(
             y=y,
             fitted=fitted,
@@ -105,27 +116,16 @@ class Sampled:
             quantities=[quantity for array in x for quantity in _quantities(array)],
             is_flat=len(x) == 1 and x[0].ndim == 1,
             y_label=axis_label(sample["y_data"].attrs.get("long_name", "y"), _units(sample.y_data)),
-            residuals=(y - fitted) if sigma is None else (y - fitted) / sigma,
+            residuals=residuals,
             expected=expected if expected > 0.0 else np.nan,
             spread=spread if spread > 0.0 else np.nan,
+            limit=limit or 1.0,
         )
 
     @property
     def residual_label(self) -> str:
         """What an axis of residuals is called."""
         return "data − fit" if self.sigma is None else "(data − fit) / σ"  # noqa: RUF001
-
-    @property
-    def limit(self) -> float:
-        """Largest residual that panels show where it is; larger ones are marked at the edge."""
-        sizes = np.abs(self.residuals[np.isfinite(self.residuals)])
-        largest = float(sizes.max(initial=0.0))
-        robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
-        if 0.0 < _CORE * robust < largest:
-            largest = _EDGE * robust
-        if self.expected < 3.0 * largest:
-            largest = max(largest, 1.2 * self.expected)
-        return largest or 1.0
 
     def quantity(self, name: Any) -> Quantity:
         """Return the quantity of this name.
@@ -150,9 +150,9 @@ def means(values: Vector) -> list[NDArray[np.int64]]:
     """
     order = np.argsort(values, kind="stable")
     different, first = np.unique(values[order], return_index=True)
-    if len(different) <= 60 and len(values) >= 8 * len(different):
+    if len(values) >= _IN_A_MEAN * len(different):
         return np.split(order, first[1:])
-    return np.array_split(order, min(40, max(len(values) // 25, 1)))
+    return np.array_split(order, max(len(values) // _IN_A_MEAN, 1))
 
 
 def axis_label(text: str, units: str) -> str:
