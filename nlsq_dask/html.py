@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-_LEFT, _RIGHT = "text-align:left", "text-align:right"
+_PAD = "padding:0.15em 0.9em 0.15em 0.2em"
+_LEFT, _RIGHT = f"text-align:left;{_PAD}", f"text-align:right;{_PAD}"
 # Background with foreground, readable on any page.
 GOOD, BAD, CAUTION = ("#1b7837", "#ffffff"), ("#b2182b", "#ffffff"), ("#f1a340", "#000000")
 
