@@ -312,7 +312,7 @@ def test_nothing_to_plot(few: nd.FitResult) -> None:
     )
     with pytest.raises(ValueError, match="nothing to plot: this result holds no rows"):
         empty.plot()
-    with pytest.raises(ValueError, match="nothing to plot: the fit ended before its first iter"):
+    with pytest.raises(ValueError, match="nothing to plot: no iteration was recorded"):
         empty.plot_history()
     with pytest.raises(ValueError, match="nothing to plot: no pass over all rows"):
         empty.plot_blocks()

@@ -32,8 +32,11 @@ def label_of(value: Any) -> Label:
     """Return what an xarray or pandas object says of itself; nothing for other arrays."""
     if isinstance(value, xr.DataArray):
         attrs = value.attrs
+        # A DataArray that is made of a Dask array without a name takes that of its graph.
+        is_by_dask = value.chunks is not None and value.name == value.data.name
         long_name = attrs.get("long_name") or attrs.get("standard_name") or ""
-        return Label(_text(value.name), str(long_name), str(attrs.get("units", "")))
+        name = "" if is_by_dask else _text(value.name)
+        return Label(name, str(long_name), str(attrs.get("units", "")))
     if hasattr(value, "columns") and hasattr(value, "iloc"):
         return Label(columns=tuple(map(str, value.columns)))
     return Label(_text(value.name)) if hasattr(value, "iloc") else Label()

@@ -45,7 +45,7 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
     _draw_residuals(lower, sampled, quantity)
     _draw_histogram(figure.add_subplot(grid[1, 1], sharey=lower), sampled)
     _label_x(lower, quantity)
-    _title(figure, result)
+    _title(figure, result, sampled)
     return figure
 
 
@@ -74,7 +74,8 @@ def _over_all(
         _label_x(axes, quantity)
         first = first or axes
     rest = len(sampled.quantities) - len(shown)
-    _title(figure, result, f"{len(shown)} of {len(sampled.quantities)} x are shown" if rest else "")
+    left_out = f"{len(shown)} of {len(sampled.quantities)} x are shown" if rest else ""
+    _title(figure, result, sampled, left_out)
     return figure
 
 
@@ -291,9 +292,13 @@ def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
     )
 
 
-def _title(figure: Figure | SubFigure, result: FitResult, more: str = "") -> None:
-    name = "" if result._model is None else f"{result._model.name}: "
-    said = f"{name}{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
+def _title(figure: Figure | SubFigure, result: FitResult, sampled: Sampled, more: str = "") -> None:
+    name = "" if result._model is None else result._model.name
+    said = "" if name in ("", "<lambda>") else f"{name}: "
+    if result.n_points:
+        said += f"{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
+    else:
+        said += f"{sampled.y.size:,} rows of a sample"
     said += f"; {more}" if more else ""
     if result.success:
         figure.suptitle(said, fontsize="medium")

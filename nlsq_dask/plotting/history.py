@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
+_WORTH_A_LOGARITHM = 3.0  # largest value by smallest
 _STAGES = {"warm-up": THIRD, "sample": MEAN, "all rows": FIT}
 
 
@@ -25,8 +26,8 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
     history = result.history
     if not history.sizes["iteration"]:
         raise ValueError(
-            "there is nothing to plot: the fit ended before its first iteration, because it "
-            "started at a solution or could not start."
+            "there is nothing to plot: no iteration was recorded, because the fit was at a "
+            "solution, or ended, before the first one."
         )
     figure = prepared(figure, 7.5, 6.5)
     loss, slope, step, passes = figure.subplots(
@@ -55,11 +56,9 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
     handles, labels = loss.get_legend_handles_labels()
     loss.legend(handles, labels, fontsize="small", ncols=len(labels))
     figure.align_ylabels()
-    n = result.n_passes
-    figure.suptitle(
-        f"{int(at[-1])} iterations, {n} {'pass' if n == 1 else 'passes'} over all rows",
-        fontsize="medium",
-    )
+    iterations = f"{int(at[-1])} iteration{'' if at[-1] == 1 else 's'}"
+    n_passes = f"{result.n_passes} pass{'' if result.n_passes == 1 else 'es'}"
+    figure.suptitle(f"{iterations}, {n_passes} over all rows", fontsize="medium")
     return figure
 
 
@@ -88,8 +87,9 @@ def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
 
 
 def _log_where_possible(axes: Axes) -> None:
-    """Set a logarithmic scale, if there is anything positive to show on it."""
+    """Set a logarithmic scale, if there is something to show on it, and a span worth it."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-    if (values[np.isfinite(values)] > 0.0).any():
+    positive = values[np.isfinite(values) & (values > 0.0)]
+    if positive.size and positive.max() >= _WORTH_A_LOGARITHM * positive.min():
         axes.set_yscale("log")
     axes.grid(axis="y", color=QUIET, lw=0.4, alpha=0.4)

@@ -160,6 +160,10 @@ def axis_label(text: str, units: str) -> str:
     return f"{text} ({units})" if units else text
 
 
+def _numbered(name: str, n: int) -> list[str]:
+    return [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
+
+
 def _float(array: xr.DataArray) -> Vector:
     return np.asarray(array.values, np.float64)
 
@@ -174,9 +178,9 @@ def _quantities(array: xr.DataArray) -> list[Quantity]:
     if values.ndim == 1:
         return [Quantity(name, text, units, values)]
     columns = array.attrs.get("columns", [])
-    numbered = [f"{name}[{i}]" for i in range(values.shape[1])]
-    names = list(columns) if len(columns) == len(numbered) else numbered
-    texts = names if names is not numbered else [f"{text}[{i}]" for i in range(len(names))]
+    n = values.shape[1]
+    names = list(columns) if len(columns) == n else _numbered(name, n)
+    texts = names if len(columns) == n else _numbered(text, n)
     return [
         Quantity(one, label, units, values[:, i])
         for i, (one, label) in enumerate(zip(names, texts, strict=True))
