@@ -32,7 +32,7 @@ _SCALARS = (
 )
 _PAIR = ("cov_i", "cov_j")
 _MOST_LISTED = 200  # parameters, or correlations; of more, the first so many
-_MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, characters in HTML
+_MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, letters in HTML
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
@@ -142,8 +142,9 @@ def phases(phase_history: list[dict[str, Any]]) -> str:
     own = ("phase", "name", "start_time", "duration")
     rows = []
     for record in phase_history:
-        did = [f"{key}: {_short(value)}" for key, value in record.items() if key not in own]
-        rows.append((record["name"], f"{record['duration']:.2f}", "; ".join(did)))
+        did = {key: value for key, value in record.items() if key not in own and value is not None}
+        said = "; ".join(f"{key.replace('_', ' ')}: {_short(value)}" for key, value in did.items())
+        rows.append((record["name"], f"{record['duration']:.2f}", said))
     return html_parts.table(("phase", "seconds", "what it did"), rows)
 
 
@@ -151,6 +152,10 @@ def _short(value: Any) -> str:
     """Return a value in a few words."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value[:_MOST_BLOCKS]))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     text = f"{value:,}" if isinstance(value, int) else str(value)
