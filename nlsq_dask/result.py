@@ -268,9 +268,7 @@ class FitResult:
             )
         return predict(self._model, x, self.x, self._root if return_std else None, self.x_units)
 
-    def plot(
-        self, x: str | None = None, *, figure: Figure | SubFigure | None = None
-    ) -> Figure | SubFigure:
+    def plot(self, x: str | None = None, *, figure: Figure | SubFigure | None = None) -> Any:
         """Draw the data, the fit and the residuals, at the rows of ``sample``.
 
         Over the only quantity of x: the data (with error bars, if there are few), the curve with a
@@ -295,8 +293,8 @@ class FitResult:
 
         Returns
         -------
-        matplotlib.figure.Figure
-            The figure drawn into.
+        matplotlib Figure or SubFigure
+            What was drawn into.
 
         Raises
         ------
@@ -307,7 +305,7 @@ class FitResult:
         """
         return fit_plot.plot(self, x, figure)
 
-    def plot_history(self, *, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+    def plot_history(self, *, figure: Figure | SubFigure | None = None) -> Any:
         """Draw loss, gradient norm, steps and passes of every iteration, from ``history``.
 
         Each stage (warm-up, sample, all rows) has a colour and a line of its own, because its loss
@@ -320,8 +318,8 @@ class FitResult:
 
         Returns
         -------
-        matplotlib.figure.Figure
-            The figure drawn into.
+        matplotlib Figure or SubFigure
+            What was drawn into.
 
         Raises
         ------
@@ -338,7 +336,7 @@ class FitResult:
         *,
         dims: str | tuple[str, ...] | None = None,
         figure: Figure | SubFigure | None = None,
-    ) -> Figure | SubFigure:
+    ) -> Any:
         """Draw ``block_statistics``, as a profile along one dimension or a map of two.
 
         The title says which block is the extreme one, and a mark where it is.
@@ -354,8 +352,8 @@ class FitResult:
 
         Returns
         -------
-        matplotlib.figure.Figure
-            The figure drawn into.
+        matplotlib Figure or SubFigure
+            What was drawn into.
 
         Raises
         ------
