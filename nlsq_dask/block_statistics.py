@@ -25,7 +25,7 @@ def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
     xarray.Dataset
         ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` along the dimensions of y
         (``dim_0``, ... where it has no names), with the position of each block's first entry as
-        coordinates.
+        coordinates, whose attribute ``size`` is the number of entries along the dimension.
     """
 
     def on_grid(values: NDArray[Any]) -> NDArray[Any]:
@@ -42,7 +42,7 @@ def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
         "largest_residual": np.where(counts > 0, on_grid(sums.largest), np.nan),
     }
     starts = {
-        dim: np.cumsum((0, *sizes[:-1]))
+        dim: (dim, np.cumsum((0, *sizes[:-1])), {"size": sum(sizes)})
         for dim, sizes in zip(blocks.dims, blocks.y.chunks, strict=True)
     }
     return xr.Dataset({name: (blocks.dims, grid) for name, grid in values.items()}, coords=starts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -98,7 +98,7 @@ def _option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any
     return field(default=default, metadata=metadata)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class HybridStreamingConfig:
     """Options of a fit, as flat keyword arguments.
 
@@ -444,6 +444,20 @@ class HybridStreamingConfig:
                 f"min_success_rate={self.min_success_rate!r} needs enable_fault_tolerance=True; "
                 f"without it no block is left out."
             )
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
+        return f"{type(self).__name__}({options})"
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options whose values differ from the defaults."""
+        default = {option.name: option.default for option in fields(self)} | {
+            option.name: option.default_factory()
+            for option in fields(self)
+            if option.default_factory is not MISSING
+        }
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in values.items() if value != default[name]}
 
     # --- what "auto" means, and what options mean together
 

@@ -114,6 +114,7 @@ class Driver:
             parameters, self.normalizer, config, emit, self._iterations, journal
         )
         self._diagnostics = self._start_finder.diagnostics
+        self._sample: SampleProblem[Any] | None = None
 
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
@@ -205,6 +206,7 @@ class Driver:
         sample: SampleProblem[Any] = SampleProblem(
             context.exact_model, fit.sum_rows, rows, start, self._penalty, self._loss
         )
+        self._sample = sample
         if self._passes.must_report(sample.at_start):
             kernel: RowKernel[Any] = fit.kernel
             self._passes.reduce_anew(kernel, start)  # counts all bad rows, and raises
@@ -279,4 +281,7 @@ class Driver:
                 "left_out": [bad.record() for _, bad in sorted(self._passes.left_out.items())],
                 "retries": self._passes.n_retries,
             },
+            shown=None
+            if self._sample is None
+            else self._sample.shown(params, self._config.random_seed),
         )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask import html, report
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -50,6 +51,7 @@ from nlsq_dask.result import FitResult
 from nlsq_dask.verdict import make_result, to_go_on
 
 _PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
+_MOST_SHOWN = 20  # parameters in HTML
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,30 @@ class AdaptiveHybridStreamingOptimizer:
         self.normalization_jacobian: NDArray[np.float64] | None = None
         self.best_params_global: NDArray[np.float64] | None = None
         self.best_cost_global = float("inf")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config!r})"
+
+    def _repr_html_(self) -> str:
+        changed = self.config.changed().items()
+        options = [(name, repr(value)) for name, value in changed] or [("", "all as by default")]
+        status = "; ".join(
+            f"{_PHASES[phase]}: {status}" for phase, status in self.phase_status.items()
+        )
+        state = [("phases", status)]
+        if np.isfinite(self.best_cost_global):
+            state.append(("best cost over all rows", f"{self.best_cost_global:.8g}"))
+        if self.best_params_global is not None:
+            best = [f"{value:.6g}" for value in self.best_params_global[:_MOST_SHOWN]]
+            rest = ", ..." if len(self.best_params_global) > _MOST_SHOWN else ""
+            state.append(("best parameters so far", f"{', '.join(best)}{rest}"))
+        history = list(self.phase_history)
+        return html.page(
+            html.paragraph(f"<b>{type(self).__name__}</b>"),
+            html.collapsed("Options that differ from the defaults", html.facts(options), True),
+            html.facts(state),
+            html.collapsed("Phases of the last fit", report.phases(history)) if history else "",
+        )
 
     def fit(
         self,

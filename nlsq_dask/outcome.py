@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.covariance import Covariance
+from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Sums
 from nlsq_dask.stopping import StopReason
 
@@ -42,6 +43,8 @@ class Outcome:
         From which the fit can go on.
     diagnostics : dict
         Of warm-up and sample.
+    shown : (Rows, ndarray of shape (n,)), or None
+        Some usable rows of the data and the model there, at ``params``.
     """
 
     params: Vector
@@ -60,3 +63,4 @@ class Outcome:
     rows_cached: int
     checkpoint: str | None
     diagnostics: dict[str, Any]
+    shown: tuple[Rows, Vector] | None

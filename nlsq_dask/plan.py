@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 
 from dask.utils import format_bytes
 
+from nlsq_dask import html
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.jacobian import choose_mode
 from nlsq_dask.core.model import Model
@@ -93,12 +93,13 @@ class Plan:
         return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th>"
-            f"<td style='text-align:left'>{escape(text)}</td></tr>"
-            for name, text in self._lines()
+        n = len(self.problems)
+        words = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
+        return html.page(
+            html.paragraph(html.badge(words, html.CAUTION if n else html.GOOD)),
+            html.bullets(self.problems),
+            html.facts(self._lines()[:-1]),
         )
-        return f"<table>{rows}</table>"
 
 
 def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) -> Plan:

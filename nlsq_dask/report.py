@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import html as html_escape
-from typing import TYPE_CHECKING
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+
+from nlsq_dask import html as html_parts
 
 if TYPE_CHECKING:
     from nlsq_dask.result import FitResult
@@ -29,7 +31,8 @@ _SCALARS = (
     "rows_cached",
 )
 _PAIR = ("cov_i", "cov_j")
-_MOST_LISTED = 200  # parameters; of more, the first so many
+_MOST_LISTED = 200  # parameters, or correlations; of more, the first so many
+_MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, letters in HTML
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
@@ -77,17 +80,16 @@ def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
+    """Return the largest correlations that are not below ``least``, with the parameters' names."""
     errors, pcov = result.perr, result.pcov
     if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
         return []
     matrix = pcov / np.outer(errors, errors)
-    pairs = [
-        (result.param_names[i], result.param_names[j], float(matrix[i, j]))
-        for i in range(len(errors))
-        for j in range(i + 1, len(errors))
-        if abs(matrix[i, j]) >= least
-    ]
-    return sorted(pairs, key=lambda pair: -abs(pair[2]))
+    first, second = np.nonzero(np.triu(np.abs(matrix) >= least, 1))
+    values = matrix[first, second]
+    order = np.argsort(-np.abs(values), kind="stable")[:_MOST_LISTED]
+    names = result.param_names
+    return [(names[first[i]], names[second[i]], float(values[i])) for i in order]
 
 
 def fit_report(result: FitResult, min_correlation: float) -> str:
@@ -114,26 +116,74 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
 
 
 def html(result: FitResult) -> str:
-    """Return the report as HTML tables, for notebooks."""
+    """Return the report as HTML, for notebooks."""
+    verdict = (
+        ("Fit succeeded", html_parts.GOOD) if result.success else ("Fit failed", html_parts.BAD)
+    )
+    variables = html_parts.table(
+        ("parameter", "value", "standard error", "relative error", ""), _variables(result)
+    )
+    pairs = _correlations(result, 0.1)[:_MOST_PAIRS]
+    correlations = html_parts.table(
+        ("", "", "correlation", ""), [(a, b, f"{value:+.4f}", "") for a, b, value in pairs], 2
+    )
+    return html_parts.page(
+        html_parts.paragraph(html_parts.badge(*verdict), escape(result.message)),
+        html_parts.bullets(_remarks(result)),
+        variables,
+        html_parts.collapsed("Statistics", html_parts.facts(_statistics(result)), is_open=True),
+        html_parts.collapsed("Largest correlations", correlations) if pairs else "",
+        html_parts.collapsed("Phases", phases(result.phase_history)),
+    )
 
-    def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-        head = "".join(f"<th>{html_escape.escape(cell)}</th>" for cell in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html_escape.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-    verdict = "Fit succeeded" if result.success else "Fit FAILED"
-    parts = [
-        f"<h4>{verdict}</h4><p>{html_escape.escape(result.message)}</p>",
-        table(
-            ("parameter", "value", "standard error", "relative error", ""),
-            [tuple(row) for row in _variables(result)],
-        ),
-        table(("statistic", ""), [tuple(row) for row in _statistics(result)]),
+def phases(phase_history: list[dict[str, Any]]) -> str:
+    """Return a table of what the phases did, as HTML."""
+    own = ("phase", "name", "start_time", "duration")
+    rows = []
+    for record in phase_history:
+        did = {key: value for key, value in record.items() if key not in own and value is not None}
+        said = "; ".join(f"{key.replace('_', ' ')}: {_short(value)}" for key, value in did.items())
+        rows.append((record["name"], f"{record['duration']:.2f}", said))
+    return html_parts.table(("phase", "seconds", "what it did"), rows)
+
+
+def _short(value: Any) -> str:
+    """Return a value in a few words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value[:_MOST_BLOCKS]))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _remarks(result: FitResult) -> list[str]:
+    """Return what else a reader should know; the message names parameters and blocks."""
+    diagnostics = result.diagnostics
+    remarks = []
+    if diagnostics.get("last_step_without_pass"):
+        remarks.append("The last step was taken without a pass; cost and gradient are before it.")
+    if diagnostics.get("retries"):
+        remarks.append(f"Reading was tried again {diagnostics['retries']} times.")
+    remarks += [
+        f"Block {bad['block']}, {bad['rows']:,} rows, left out: {bad['error']}"
+        for bad in diagnostics.get("left_out", [])[:_MOST_BLOCKS]
     ]
-    return "".join(parts)
+    non_finite = diagnostics.get("non_finite") or {}
+    if non_finite:
+        trials = ", ".join(f"{count} ({stage})" for stage, count in non_finite.items())
+        remarks.append(f"Trial points at which something was not finite: {trials}.")
+    if result.pcov is None and not np.isfinite(result.perr).all():
+        remarks.append("Without a covariance, standard errors are not known: see cg_error_probes.")
+    if result.x_units:
+        units = "; ".join(f"{name}: {unit}" for name, unit in result.x_units.items())
+        remarks.append(f"Dates were measured in {units}.")
+    return remarks
 
 
 def dataset(result: FitResult) -> xr.Dataset:

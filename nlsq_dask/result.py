@@ -13,11 +13,15 @@ from scipy import stats
 
 from nlsq_dask import report
 from nlsq_dask.core.model import Model
+from nlsq_dask.plotting import blocks as block_plot
+from nlsq_dask.plotting import fit as fit_plot
+from nlsq_dask.plotting import history as history_plot
 from nlsq_dask.predict import predict
 from nlsq_dask.saving import NoModel, load, save
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.figure import Figure, SubFigure
 
 Vector = NDArray[np.float64]
 
@@ -76,7 +80,8 @@ class FitResult:
     block_statistics : xarray.Dataset or None
         ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
         every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
-        the position of each block's first entry as coordinates. None if there was no pass.
+        the position of each block's first entry as coordinates, whose attribute ``size`` is the
+        number of entries along the dimension. None if there was no pass.
     param_names : tuple of str
     p0 : ndarray, shape (p,)
         The start.
@@ -92,7 +97,7 @@ class FitResult:
         (the mean squared weighted residual over the rows of the stage), ``gradient_norm`` (of the
         relative loss, in normalized parameters), ``step_norm`` (of the trial, in normalized
         parameters), ``trust_radius`` (in parameters each of which changes the residuals' norm by
-        one a unit; NaN where there is none), ``accepted``, ``n_passes`` (before it), ``time`` (s
+        one a unit; NaN where there is none), ``accepted``, ``n_passes`` (so far), ``time`` (s
         since the epoch) and ``params`` (along ``param``), the last not for a fit of more than 1,000
         parameters that was resumed. What a callback is told of are these iterations.
     diagnostics : dict
@@ -108,6 +113,11 @@ class FitResult:
         What dates in x were measured in, by the names that messages give to those arrays, such as
         ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
         "days since 1970-01-01, calendar noleap"; "days" for durations. Empty without dates.
+    sample : xarray.Dataset or None
+        Up to 2,000 rows of those that were used, drawn at random, along ``row``: ``y_data``,
+        ``fitted`` (the model at ``x``), ``sigma`` if there is one, and the arrays of x under their
+        keys or names ("x" or "x_0", "x_1", ... without), an array of shape (n, k) along
+        ``feature``. It is what ``plot`` draws. None if there is no row.
     """
 
     x: Vector
@@ -142,6 +152,7 @@ class FitResult:
     history: xr.Dataset
     diagnostics: dict[str, Any]
     x_units: dict[str, str] = field(default_factory=dict)
+    sample: xr.Dataset | None = None
     _root: NDArray[np.float64] | None = field(default=None)
     _errors: Vector | None = field(default=None)
     _model: Model = field(kw_only=True)
@@ -162,6 +173,11 @@ class FitResult:
     def reduced_chi2(self) -> float:
         """``chi2 / dof``; infinite without degrees of freedom."""
         return self.chi2 / self.dof if self.dof > 0 else float("inf")
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the model is there for ``predict``; a loaded result may be without."""
+        return not isinstance(self._model.function, NoModel)
 
     def keys(self) -> list[str]:
         """Return the names of all values."""
@@ -291,11 +307,107 @@ class FitResult:
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
             Lazy for lazy x, and for named coordinates whose product is large.
         """
-        if isinstance(self._model.function, NoModel):
-            self._model.function()
+        if not self.has_model:
+            self._model.function()  # says how it can be had
         if return_std and self.pcov is None:
             raise ValueError(
                 f"there is no covariance of {len(self.x)} parameters, so there are no standard "
                 f"errors of values. Call predict(x) without return_std."
             )
         return predict(self._model, x, self.x, self._root if return_std else None, self.x_units)
+
+    def plot(self, x: str | None = None, *, figure: Figure | SubFigure | None = None) -> Any:
+        """Draw the data, the fit and the residuals, at the rows of ``sample``.
+
+        Over the only quantity of x: the data (with error bars, if there are few), the curve with a
+        band of two of its standard errors, and, where it is the same for all, two standard
+        deviations of a measurement. Below, residuals ``(y - model) / sigma`` with lines at zero and
+        at plus and minus one standard deviation (1 with sigma, else as the fit estimates it, or
+        the median of their sizes if some are far out), and a histogram beside the normal density.
+
+        Where x is several quantities, arrays or columns, no curve over one of them exists. Then the
+        data are drawn against the fit, and residuals against each quantity, at most six; with ``x``
+        the means of data and fit over neighbouring values of that quantity.
+
+        Means of residuals over neighbouring x are shown with their standard errors. Residuals that
+        are far out are marked at the edge of their panel, and counted.
+
+        Parameters
+        ----------
+        x : str, optional
+            Which quantity: the name of an array in ``sample``, or of a column, such as "x[1]".
+        figure : matplotlib Figure or SubFigure, optional
+            To draw into; a new one of pyplot's without it.
+
+        Returns
+        -------
+        matplotlib Figure or SubFigure
+            What was drawn into.
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to plot, or no such quantity.
+        ImportError
+            Without matplotlib.
+        """
+        return fit_plot.plot(self, x, figure)
+
+    def plot_history(self, *, figure: Figure | SubFigure | None = None) -> Any:
+        """Draw loss, gradient norm, steps and passes of every iteration, from ``history``.
+
+        Each stage (warm-up, sample, all rows) has a colour and a line of its own, because its loss
+        is over other rows; trials that were rejected are crosses.
+
+        Parameters
+        ----------
+        figure : matplotlib Figure or SubFigure, optional
+            To draw into; a new one of pyplot's without it.
+
+        Returns
+        -------
+        matplotlib Figure or SubFigure
+            What was drawn into.
+
+        Raises
+        ------
+        ValueError
+            If there was no iteration.
+        ImportError
+            Without matplotlib.
+        """
+        return history_plot.plot_history(self, figure)
+
+    def plot_blocks(
+        self,
+        quantity: str = "reduced_chi2",
+        *,
+        dims: str | tuple[str, ...] | None = None,
+        figure: Figure | SubFigure | None = None,
+    ) -> Any:
+        """Draw ``block_statistics``, as a profile along one dimension or a map of two.
+
+        The title says which block is the extreme one, and a mark where it is.
+
+        Parameters
+        ----------
+        quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
+        dims : str or tuple of str, optional
+            One or two dimensions of y. By default those with most blocks. Over further ones the
+            first two quantities are maxima, the others sums.
+        figure : matplotlib Figure or SubFigure, optional
+            To draw into; a new one of pyplot's without it.
+
+        Returns
+        -------
+        matplotlib Figure or SubFigure
+            What was drawn into.
+
+        Raises
+        ------
+        ValueError
+            If there was no pass over all rows, or for another quantity or dimension.
+        ImportError
+            Without matplotlib.
+        """
+        return block_plot.plot_blocks(self, quantity, dims, figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from nlsq_dask.errors import DataError
 Vector = NDArray[np.float64]
 
 _FEW_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
+_SHOWN_ROWS, _SHOWN_BYTES = 2000, 2**22  # most of what a result keeps to be drawn
 
 
 def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
@@ -88,11 +90,11 @@ class SampleProblem(Generic[R]):
         self._sum_rows = sum_rows
         self.y_reference = float(y.mean()) if len(y) else 0.0
         self._hold(rows, usable)
-        prediction = PredictionKernel.trace(model, BLOCK_ROWS)
+        self._prediction = PredictionKernel.trace(model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
-        self._fingerprint = prediction.program.fingerprint
+        self._fingerprint = self._prediction.program.fingerprint
         if len(usable):
-            check_row_wise(model, prediction, usable, start)
+            check_row_wise(model, self._prediction, usable, start)
 
     def _hold(self, rows: Rows, usable: Rows) -> None:
         self._rows = usable
@@ -128,6 +130,19 @@ class SampleProblem(Generic[R]):
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
         self._hold(rows, rows.usable())
+
+    def shown(self, params: Vector, seed: int) -> tuple[Rows, Vector] | None:
+        """Return some usable rows, drawn at random, and the model there; None if there are none.
+
+        Evenly spaced ones could not show a frequency that is a multiple of theirs.
+        """
+        most = max(min(_SHOWN_ROWS, _SHOWN_BYTES // self._model.layout.row_bytes), 1)
+        chosen = np.random.default_rng(seed).permutation(self.n_used)[:most]
+        if not chosen.size:
+            return None
+        rows = replace(self._rows.take(np.sort(chosen)), mask=None)
+        kernel = self._prediction
+        return rows, kernel(rows.pieces(kernel.piece_rows), params)[0]
 
     def prepare_warmup(
         self, normalizer: ParameterNormalizer, first_step: float, config: HybridStreamingConfig

@@ -47,7 +47,7 @@ class NoModel:
         """Say how the model can be had."""
         raise ValueError(
             f"this result was loaded without its model, {self.__name__!r}. To use that, load it "
-            f"with FitResult.load(path, model={self.__name__})."
+            f"with FitResult.load(path, model=...)."
         )
 
 

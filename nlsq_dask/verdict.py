@@ -18,6 +18,7 @@ from nlsq_dask.errors import DataWarning
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.result import FitResult
+from nlsq_dask.row_sample import row_sample
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]
@@ -105,6 +106,7 @@ def make_result(
             "undetermined": undetermined,
         },
         x_units=blocks.x_units,
+        sample=None if outcome.shown is None else row_sample(*outcome.shown, blocks),
         _model=model,
         _root=root,
         _errors=outcome.errors,

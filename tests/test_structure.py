@@ -90,12 +90,15 @@ ALLOWED: dict[str, set[str]] = {
         "sample_problem",
         "stopping",
     },
-    "report": {"result", "xarray"},
+    "html": set(),
+    "report": {"html", "result", "xarray"},
+    "plotting": {"plotting", "result", "xarray"},
     "predict": {"core", "data", "errors", "dask", "xarray"},
-    "plan": {"config", "core", "data", "engine", "dask"},
+    "plan": {"config", "core", "data", "engine", "html", "dask"},
     "saving": {"core", "errors", "result", "storage", "xarray"},
-    "result": {"core", "predict", "report", "saving", "xarray"},
+    "result": {"core", "plotting", "predict", "report", "saving", "xarray"},
     "block_statistics": {"core", "data", "xarray"},
+    "row_sample": {"core", "data", "xarray"},
     "verdict": {
         "block_statistics",
         "core",
@@ -104,6 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         "outcome",
         "parameters",
         "result",
+        "row_sample",
         "stopping",
         "xarray",
     },
@@ -117,12 +121,14 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "events",
         "gradient_fit",
+        "html",
         "interruption",
         "iterations",
         "observers",
         "verdict",
         "parameters",
         "plan",
+        "report",
         "result",
     },
     "curve_fit": {"config", "data", "errors", "optimizer", "stopping", "jax"},
@@ -171,7 +177,7 @@ def test_optional_libraries_are_imported_where_they_are_needed() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             found = {name.split(".")[0] for name in imported(node)}
-            assert not found & {"pandas", "cftime", "h5py", "tqdm"}, path
+            assert not found & {"pandas", "cftime", "h5py", "matplotlib", "tqdm"}, path
 
 
 def test_print_is_for_the_progress_observer() -> None:

@@ -62,7 +62,7 @@ class PredictionKernel:
                 values_and_std if with_std else values,
                 model.x_specs(piece_rows),
                 jax.ShapeDtypeStruct((p,), np.dtype("f8")),
-                jax.ShapeDtypeStruct((p, p), np.dtype("f8")),
+                jax.ShapeDtypeStruct((p, p) if with_std else (0, 0), np.dtype("f8")),
             )
 
         what = (cls, model.layout, model.dtype, p, piece_rows, with_std)
@@ -88,8 +88,8 @@ class PredictionKernel:
         ndarray, shape (1, n) or (2, n)
             Values, and their standard deviations.
         """
-        p = len(params)
-        root = np.zeros((p, p)) if root is None else root
+        if not self.with_std:
+            root = np.empty((0, 0))
         found = [np.empty((1 + self.with_std, 0))]
         for rows, n_rows in pieces:
             x = tuple(

@@ -16,6 +16,7 @@ from nlsq_dask.data.dates import doubt_of_rounding, to_days, without_date_object
 from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
 from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
+from nlsq_dask.data.labels import Label, label_of
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
 
@@ -48,6 +49,8 @@ class RowBlocks:
         What the numbers made of dates are, by the names of those arrays of x.
     doubts : tuple of str
         Sentences on what may be wrong with the data, as far as it is in memory.
+    labels : tuple of Label
+        What y and the arrays of x say of themselves.
     """
 
     y: da.Array
@@ -61,6 +64,7 @@ class RowBlocks:
     dims: tuple[str, ...]
     x_units: dict[str, str]
     doubts: tuple[str, ...]
+    labels: tuple[Label, ...]
 
     @property
     def arrays(self) -> tuple[da.Array, ...]:
@@ -154,6 +158,7 @@ def align(
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
     names = ["y_data", *x_array_names(x_names), *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
+    labels = tuple(map(label_of, given[: 1 + len(leaves)]))
     given = without_pandas(list(zip(names, given, strict=True)))
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
     cut = all(map(is_in_memory, given))
@@ -191,6 +196,7 @@ def align(
         _dims(given[0], y.ndim),
         {source.name: source.units for source in sources if source.units},
         tuple(source.doubt for source in sources if source.doubt),
+        labels,
     )
 
 

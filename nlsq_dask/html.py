@@ -1,0 +1,74 @@
+"""Pieces of HTML for notebooks, light or dark: colours come from the page, or in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+_PAD = "padding:0.15em 0.9em 0.15em 0.2em"
+_LEFT, _RIGHT = f"text-align:left;{_PAD}", f"text-align:right;{_PAD}"
+# Background with foreground, readable on any page.
+GOOD, BAD, CAUTION = ("#1b7837", "#ffffff"), ("#b2182b", "#ffffff"), ("#f1a340", "#000000")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1) -> str:
+    """Return a table of texts, in which the first ``n_left`` columns and the last are aligned left.
+
+    Other columns are numbers.
+    """
+    last = len(header) - 1
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        aligned = (_LEFT if i < n_left or i == last else _RIGHT for i in range(len(texts)))
+        pairs = zip(texts, aligned, strict=True)
+        return "".join(f"<{tag} style='{style}'>{escape(text)}</{tag}>" for text, style in pairs)
+
+    head = f"<thead><tr>{cells('th', header)}</tr></thead>" if any(header) else ""
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table>{head}<tbody>{body}</tbody></table>"
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return a table of names and what there is to say of each."""
+    return "<table><tbody>{}</tbody></table>".format(
+        "".join(
+            f"<tr><th style='{_LEFT}'>{escape(name)}</th><td style='{_LEFT}'>{escape(text)}</td>"
+            "</tr>"
+            for name, text in pairs
+        )
+    )
+
+
+def badge(text: str, colors: tuple[str, str]) -> str:
+    """Return a few words on a coloured ground."""
+    background, color = colors
+    return (
+        f"<span style='background:{background};color:{color};border-radius:0.3em;"
+        f"padding:0.15em 0.6em;font-weight:bold'>{escape(text)}</span>"
+    )
+
+
+def paragraph(*parts: str) -> str:
+    """Return a paragraph of pieces that are HTML already."""
+    return f"<p style='margin:0.4em 0'>{' '.join(parts)}</p>"
+
+
+def bullets(texts: Iterable[str]) -> str:
+    """Return a list of texts, or nothing."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f"<ul style='margin:0.2em 0'>{items}</ul>" if items else ""
+
+
+def collapsed(title: str, body: str, is_open: bool = False) -> str:
+    """Return what is shown by a click on its title."""
+    state = " open" if is_open else ""
+    style = "margin:0.3em 0"
+    return (
+        f"<details style='{style}'{state}><summary style='cursor:pointer'>{escape(title)}</summary>"
+        f"{body}</details>"
+    )
+
+
+def page(*parts: str) -> str:
+    """Return all pieces as one."""
+    return f"<div>{''.join(parts)}</div>"

@@ -1,0 +1,1 @@
+"""Pictures of a result, by matplotlib, which is imported where something is drawn."""

@@ -1,0 +1,140 @@
+"""What a pass found of each block, as a profile or a map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.plotting.figures import FIT, MEAN, QUIET, prepared
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from nlsq_dask.result import FitResult
+
+# What it is called, how further dimensions are put together, and whether little of it is bad.
+_QUANTITIES = {
+    "reduced_chi2": ("reduced χ² of a block", "maximum", False),
+    "largest_residual": ("largest weighted residual of a block", "maximum", False),
+    "chi2": ("χ² of a block", "sum", False),
+    "n_points": ("rows used in a block", "sum", True),
+}
+
+
+def plot_blocks(
+    result: FitResult, quantity: str, dims: Any, figure: Figure | SubFigure | None
+) -> Figure | SubFigure:
+    """Draw a quantity of the blocks; see ``FitResult.plot_blocks``."""
+    if quantity not in _QUANTITIES:
+        allowed = ", ".join(map(repr, _QUANTITIES))
+        raise ValueError(f"quantity must be one of {allowed}; got {quantity!r}.")
+    found = result.block_statistics
+    if found is None:
+        raise ValueError(
+            "there is nothing to plot: no pass over all rows was finished, so nothing is known of "
+            "the blocks."
+        )
+    values = found[quantity].astype(float)
+    along = _chosen(values, dims)
+    usable = values.where(found.n_points > 0) if quantity != "n_points" else values
+    if not np.isfinite(usable).any():
+        raise ValueError(f"there is nothing to plot: {quantity} is not finite in any block.")
+    text, how, few_is_bad = _QUANTITIES[quantity]
+    further = [dim for dim in values.dims if dim not in along]
+    reduced = usable
+    if further:
+        reduced = usable.max(further) if how == "maximum" else usable.sum(further, min_count=1)
+    worst = _extreme(usable, few_is_bad)
+    wide = len(along) == 2
+    figure = prepared(figure, 7.5, 5.2 if wide else 4.0)
+    axes = figure.add_subplot()
+    if wide:
+        _draw_map(figure, axes, reduced.transpose(*along), text, worst)
+    else:
+        _draw_profile(axes, reduced, str(along[0]), text, worst)
+    put_together = [str(dim) for dim in further if values.sizes[dim] > 1]
+    title = f"{text}, {how} over {', '.join(put_together)}" if put_together else text
+    axes.set_title(f"{title}\n{_sentence(usable, worst, few_is_bad)}", fontsize="medium")
+    return figure
+
+
+def _chosen(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
+    """Return one or two dimensions: those asked for, else those with the most blocks."""
+    there = tuple(map(str, values.dims))
+    if dims is None:
+        many = sorted(there, key=lambda dim: -values.sizes[dim])[:2]
+        several = [dim for dim in there if dim in many and values.sizes[dim] > 1]
+        return tuple(several) or there[:1]
+    asked = (dims,) if isinstance(dims, str) else tuple(dims)
+    if not 1 <= len(asked) <= 2 or len(set(asked)) != len(asked) or not set(asked) <= set(there):
+        raise ValueError(
+            f"dims must be one or two different ones of {', '.join(map(repr, there))}; got "
+            f"{dims!r}."
+        )
+    return asked
+
+
+def _extreme(values: xr.DataArray, is_least: bool) -> dict[str, int]:
+    filled = values.fillna(np.inf if is_least else -np.inf).values
+    place = filled.argmin() if is_least else filled.argmax()
+    index = np.unravel_index(int(place), filled.shape)
+    return {str(dim): int(i) for dim, i in zip(values.dims, index, strict=True)}
+
+
+def _sentence(values: xr.DataArray, at: dict[str, int], is_least: bool) -> str:
+    block = values.isel(at)
+    where = ", ".join(f"{dim} {int(block[dim])}" for dim in at)
+    return f"{'least' if is_least else 'largest'}: {float(block):.4g}, in the block from {where}"
+
+
+def _edges(coordinate: xr.DataArray) -> NDArray[np.float64]:
+    """Return where blocks begin, and where the last one ends."""
+    starts = np.asarray(coordinate, float)
+    last = starts[-1] - starts[-2] if len(starts) > 1 else 1.0
+    edges: NDArray[np.float64] = np.append(starts, coordinate.attrs.get("size", starts[-1] + last))
+    return edges
+
+
+def _draw_map(
+    figure: Figure | SubFigure, axes: Axes, values: xr.DataArray, text: str, worst: dict[str, int]
+) -> None:
+    import matplotlib as mpl
+    from matplotlib.patches import Rectangle
+
+    down, across = map(str, values.dims)
+    x, y = _edges(values[across]), _edges(values[down])
+    colors = mpl.colormaps["viridis"].with_extremes(bad=(0.5, 0.5, 0.5, 0.5))
+    mesh = axes.pcolormesh(x, y, np.ma.masked_invalid(values.values), cmap=colors)
+    figure.colorbar(mesh, ax=axes, label=text)
+    i, j = worst[down], worst[across]
+    axes.add_patch(
+        Rectangle(
+            (x[j], y[i]), x[j + 1] - x[j], y[i + 1] - y[i], fill=False, ec=FIT, lw=2, clip_on=False
+        )
+    )
+    axes.set(xlabel=f"{across} (position)", ylabel=f"{down} (position)")
+    axes.invert_yaxis()
+    if not np.isfinite(values.values).all():
+        axes.plot([], [], "s", color=(0.5, 0.5, 0.5, 0.5), label="no rows were used")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
+
+
+def _draw_profile(
+    axes: Axes, values: xr.DataArray, dim: str, text: str, worst: dict[str, int]
+) -> None:
+    edges, heights = _edges(values[dim]), np.asarray(values.values, float)
+    axes.stairs(heights, edges, color=MEAN, lw=1.4, baseline=None)
+    if len(heights) <= 200:
+        centres = 0.5 * (edges[1:] + edges[:-1])
+        axes.plot(centres, heights, "o", color=MEAN, ms=3.5)
+    i = worst[dim]
+    axes.plot(0.5 * (edges[i] + edges[i + 1]), heights[i], "o", ms=10, mfc="none", mec=FIT, mew=2)
+    median = float(np.median(heights[np.isfinite(heights)]))
+    axes.axhline(median, color=QUIET, lw=1, ls=(0, (4, 3)), label=f"median {median:.4g}")
+    axes.legend(fontsize="small")
+    axes.set(xlabel=f"{dim} (position)", ylabel=text)
+    axes.set_xlim(edges[0], edges[-1])

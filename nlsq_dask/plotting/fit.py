@@ -1,0 +1,306 @@
+"""Data, fit and residuals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.plotting.figures import DATES, FIT, MEAN, QUIET, date_axis, prepared, text_color
+from nlsq_dask.plotting.sampled import Quantity, Sampled, axis_label, means
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from nlsq_dask.result import FitResult
+
+Vector = NDArray[np.float64]
+
+_GRID = 1000  # places of a curve, beside those of the rows
+_FEW = 150  # rows that get error bars
+_ENOUGH = 20  # residuals for a histogram
+_MANY = 200  # residuals whose means say more than they do themselves
+_MOST_PANELS = 6
+
+
+def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) -> Figure | SubFigure:
+    """Draw data, fit and residuals; see ``FitResult.plot``."""
+    sampled = Sampled.of(result)
+    if x is None and len(sampled.quantities) > 1:
+        return _over_all(result, sampled, figure)
+    quantity = sampled.quantities[0] if x is None else sampled.quantity(x)
+    figure = prepared(figure, 7.5, 5.5)
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1.2), width_ratios=(6, 1))
+    upper = figure.add_subplot(grid[0, 0])
+    lower = figure.add_subplot(grid[1, 0], sharex=upper)
+    if len(sampled.quantities) == 1:
+        _draw_curve(upper, result, sampled, quantity)
+    else:
+        _draw_means(upper, sampled, quantity)
+    upper.set_ylabel(sampled.y_label)
+    upper.tick_params(labelbottom=False)
+    _draw_data_label(upper, result, sampled)
+    _draw_residuals(lower, sampled, quantity)
+    _draw_histogram(figure.add_subplot(grid[1, 1], sharey=lower), sampled)
+    _label_x(lower, quantity)
+    _title(figure, result, sampled)
+    return figure
+
+
+def _over_all(
+    result: FitResult, sampled: Sampled, figure: Figure | SubFigure | None
+) -> Figure | SubFigure:
+    """Draw observed against fitted, and residuals over each quantity of x."""
+    shown = sampled.quantities[:_MOST_PANELS]
+    columns = 2 if len(shown) in (2, 4) else 3
+    rows = -(-len(shown) // columns)
+    figure = prepared(figure, 8.5, 3.6 + 2.1 * rows)
+    grid = figure.add_gridspec(1 + rows, 6, height_ratios=(1.7, *(1,) * rows))
+    both = figure.add_subplot(grid[0, :4])
+    _draw_observed(both, sampled)
+    _draw_data_label(both, result, sampled)
+    across = figure.add_subplot(grid[0, 4:])
+    _draw_histogram(across, sampled, is_upright=True)
+    first: Axes | None = None
+    width = 6 // columns
+    for i, quantity in enumerate(shown):
+        row, column = divmod(i, columns)
+        place = grid[1 + row, column * width : (column + 1) * width]
+        axes = figure.add_subplot(place, sharey=first)
+        _draw_residuals(axes, sampled, quantity, has_label=column == 0)
+        axes.tick_params(labelleft=column == 0)
+        _label_x(axes, quantity)
+        first = first or axes
+    rest = len(sampled.quantities) - len(shown)
+    left_out = f"{len(shown)} of {len(sampled.quantities)} x are shown" if rest else ""
+    _title(figure, result, sampled, left_out)
+    return figure
+
+
+def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
+    """Draw data, the fitted curve, its band and the spread of measurements about it."""
+    x, y, sigma = quantity.values, sampled.y, sampled.sigma
+    if sigma is not None and len(y) <= _FEW:
+        axes.errorbar(
+            x, y, sigma, fmt="o", ms=3.5, lw=0.9, color=text_color(), alpha=0.75, label="data"
+        )
+    else:
+        _points(axes, x, y, label="data")
+    places, curve, std = _curve(result, sampled, quantity)
+    about = np.zeros_like(curve) if std is None else std
+    if np.isfinite(sampled.spread):
+        half = 2.0 * np.hypot(about, sampled.spread)
+        axes.fill_between(
+            places,
+            curve - half,
+            curve + half,
+            color=FIT,
+            alpha=0.16,
+            lw=0,
+            zorder=0,
+            label="± 2 s.d. of a measurement",
+        )
+    if std is not None:
+        axes.fill_between(
+            places,
+            curve - 2.0 * std,
+            curve + 2.0 * std,
+            color=FIT,
+            alpha=0.4,
+            lw=0,
+            zorder=2.5,
+            label="± 2 standard errors of the fit",
+        )
+    single: dict[str, Any] = {"marker": "_", "ms": 12} if len(places) == 1 else {}
+    axes.plot(places, curve, color=FIT, lw=1.6, zorder=3, label="fit", **single)
+    _view(axes, np.concatenate([y, curve]))
+
+
+def _curve(
+    result: FitResult, sampled: Sampled, quantity: Quantity
+) -> tuple[Vector, Vector, Vector | None]:
+    """Return places, the curve there and its standard errors; without a model, at the rows."""
+    x = quantity.values
+    if not result.has_model:
+        places, where = np.unique(x, return_index=True)
+        return places, sampled.fitted[where], None
+    places = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), _GRID)]))
+    given: Any = places if sampled.is_flat else places[:, None]
+    leaves = result._model.layout.assemble([given])
+    has_errors = result.pcov is not None and result._root is not None
+    if not has_errors or not np.isfinite(result.pcov).all():  # type: ignore[arg-type]
+        return places, np.asarray(result.predict(leaves)), None
+    curve, std = result.predict(leaves, return_std=True)
+    return places, np.asarray(curve), np.asarray(std)
+
+
+def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
+    """Draw data, and their means over neighbouring x beside those of the fit."""
+    x, y = quantity.values, sampled.y
+    _points(axes, x, y, label="data")
+    groups = means(x)
+    places = np.array([x[group].mean() for group in groups])
+    observed = np.array([y[group].mean() for group in groups])
+    fitted = np.array([sampled.fitted[group].mean() for group in groups])
+    errors = np.array([_error(sampled.y[group] - sampled.fitted[group]) for group in groups])
+    axes.plot(places, fitted, color=FIT, lw=1.6, zorder=3, label="mean of the fit")
+    axes.errorbar(
+        places,
+        observed,
+        errors,
+        fmt="o",
+        ms=4,
+        lw=1,
+        color=MEAN,
+        zorder=4,
+        label="mean of the data, ± its standard error",
+    )
+    _view(axes, np.concatenate([y, fitted]))
+
+
+def _draw_observed(axes: Axes, sampled: Sampled) -> None:
+    _points(axes, sampled.fitted, sampled.y, label="data")
+    both = np.concatenate([sampled.y, sampled.fitted])
+    both = both[np.isfinite(both)]
+    ends = [both.min(), both.max()] if both.size else [0.0, 1.0]
+    axes.plot(ends, ends, color=FIT, lw=1.6, zorder=3, label="data = fit")
+    axes.set(xlabel="fit", ylabel=sampled.y_label)
+
+
+def _draw_residuals(
+    axes: Axes, sampled: Sampled, quantity: Quantity, has_label: bool = True
+) -> None:
+    """Draw residuals over a quantity with their means, between lines at one standard deviation."""
+    x, residuals, limit = quantity.values, sampled.residuals, sampled.limit
+    far = np.abs(residuals) > limit
+    _points(axes, x[~far], residuals[~far])
+    edge = 1.12 * limit
+    for sign, marker in ((1, "^"), (-1, "v")):
+        out = far & (sign * residuals > 0)
+        axes.plot(x[out], np.full(out.sum(), sign * edge), marker, color=FIT, ms=3.5, alpha=0.7)
+    if far.any():
+        is_above = (residuals[far] > 0).sum() * 2 >= far.sum()
+        axes.annotate(
+            f"{far.sum():,} beyond",
+            (0.99, 0.04 if is_above else 0.96),
+            xycoords="axes fraction",
+            ha="right",
+            va="bottom" if is_above else "top",
+            fontsize="x-small",
+            color=FIT,
+        )
+    axes.axhline(0.0, color=QUIET, lw=1)
+    for sign in (-1, 1):
+        if np.isfinite(sampled.expected):
+            axes.axhline(sign * sampled.expected, color=QUIET, lw=0.8, ls=(0, (4, 3)))
+    near, there = residuals[~far], x[~far]
+    if len(near) >= _MANY:
+        groups = means(there)
+        axes.errorbar(
+            [there[group].mean() for group in groups],
+            [near[group].mean() for group in groups],
+            [_error(near[group]) for group in groups],
+            fmt="o",
+            ms=2.5,
+            lw=1,
+            color=MEAN,
+            zorder=4,
+        )
+    axes.set_ylim(-1.2 * limit, 1.2 * limit)
+    if has_label:
+        axes.set_ylabel(sampled.residual_label)
+
+
+def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
+    """Draw a histogram of residuals, beside the normal density that they should have."""
+    limit, residuals = sampled.limit, sampled.residuals
+    inside = residuals[np.abs(residuals) <= limit]
+    if len(inside) < _ENOUGH:
+        axes.set_axis_off()
+        return
+    axes.hist(
+        inside,
+        bins=np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41))).tolist(),
+        weights=np.ones(len(inside)) / len(residuals),
+        color=text_color(),
+        alpha=0.35,
+        orientation="vertical" if is_upright else "horizontal",
+        label="residuals",
+    )
+    edges = np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41)))
+    if np.isfinite(sampled.expected):
+        places = np.linspace(-limit, limit, 200)
+        shares = np.exp(-0.5 * (places / sampled.expected) ** 2)
+        shares *= (edges[1] - edges[0]) / (sampled.expected * np.sqrt(2.0 * np.pi))
+        pair = (places, shares) if is_upright else (shares, places)
+        axes.plot(*pair, color=MEAN, lw=1.2, label="normal")
+    if is_upright:
+        axes.set_xlabel(sampled.residual_label)
+        axes.set_yticks([])
+        axes.legend(fontsize="x-small", frameon=False)
+    else:
+        axes.tick_params(labelleft=False)
+        axes.set_xticks([])
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _points(axes: Axes, x: Vector, y: Vector, **options: Any) -> None:
+    """Draw small points, the more transparent the more there are."""
+    alpha = float(np.clip(14.0 / np.sqrt(max(len(x), 1)), 0.3, 0.8))
+    size = 4.0 if len(x) <= _FEW else 2.5
+    axes.plot(x, y, "o", ms=size, mew=0, color=text_color(), alpha=alpha, **options)
+
+
+def _error(values: Vector) -> float:
+    """Return the standard error of a mean; zero where there is nothing to tell it from."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _view(axes: Axes, values: Vector) -> None:
+    """Show these values; a wide band does not push them together."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _label_x(axes: Axes, quantity: Quantity) -> None:
+    finite = quantity.values[np.isfinite(quantity.values)]
+    if quantity.units == DATES and date_axis(axes, finite.min(), finite.max()):
+        axes.set_xlabel(quantity.text)
+    else:
+        axes.set_xlabel(axis_label(quantity.text, quantity.units))
+
+
+def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
+    """Draw the legend, which also says how many of the rows are drawn."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(sampled.y) < result.n_points:
+        drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"
+        labels = [drawn if label == "data" else label for label in labels]
+    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("data"))
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        fontsize="small",
+        frameon=False,
+        ncols=2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
+
+
+def _title(figure: Figure | SubFigure, result: FitResult, sampled: Sampled, more: str = "") -> None:
+    name = result._model.name
+    said = "" if name == "<lambda>" else f"{name}: "
+    if result.n_points:
+        said += f"{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
+    else:
+        said += f"{sampled.y.size:,} rows of a sample"
+    said += f"; {more}" if more else ""
+    if result.success:
+        figure.suptitle(said, fontsize="medium")
+    else:
+        figure.suptitle(f"FIT FAILED — {said}", fontsize="medium", color="#C8102E")

@@ -1,0 +1,95 @@
+"""The iterations of a fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.plotting.figures import FIT, FOURTH, MEAN, QUIET, THIRD, prepared, text_color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from nlsq_dask.result import FitResult
+
+Vector = NDArray[np.float64]
+
+_WORTH_A_LOGARITHM = 3.0  # largest value by smallest
+_STAGES = {"warm-up": THIRD, "sample": MEAN, "all rows": FIT}
+
+
+def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure | SubFigure:
+    """Draw loss, gradient, steps and passes; see ``FitResult.plot_history``."""
+    history = result.history
+    if not history.sizes["iteration"]:
+        raise ValueError(
+            "there is nothing to plot: no iteration was recorded, because the fit was at a "
+            "solution, or ended, before the first one."
+        )
+    figure = prepared(figure, 7.5, 6.5)
+    loss, slope, step, passes = figure.subplots(
+        4, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2, 2, 1)}
+    )
+    at = np.asarray(history.iteration, float)
+    stages, accepted = np.asarray(history.stage), np.asarray(history.accepted, bool)
+    for axes, name in ((loss, "loss"), (slope, "gradient_norm"), (step, "step_norm")):
+        _draw(axes, at, np.asarray(history[name], float), stages, accepted)
+    radius = np.asarray(history.trust_radius, float)
+    if np.isfinite(radius).any():
+        line = step.plot(at, radius, color=FOURTH, lw=1.2, ls=(0, (4, 2)), label="trust radius")
+        step.legend(handles=line, fontsize="small")
+    for axes in (loss, slope, step):
+        _log_where_possible(axes)
+    counts, color = np.asarray(history.n_passes, float), text_color()
+    passes.plot(at, counts, "o-", drawstyle="steps-pre", color=color, ms=2.5, lw=1)
+    passes.set_ylim(-0.08 * max(counts.max(), 1.0), 1.15 * max(counts.max(), 1.0))
+    passes.yaxis.get_major_locator().set_params(integer=True)
+    _shade(passes, at, stages)
+    loss.set_ylabel("loss")
+    slope.set_ylabel("gradient norm")
+    step.set_ylabel("step norm")
+    passes.set(xlabel="iteration", ylabel="passes")
+    passes.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = loss.get_legend_handles_labels()
+    loss.legend(handles, labels, fontsize="small", ncols=len(labels))
+    figure.align_ylabels()
+    iterations = f"{int(at[-1])} iteration{'' if at[-1] == 1 else 's'}"
+    n_passes = f"{result.n_passes} pass{'' if result.n_passes == 1 else 'es'}"
+    figure.suptitle(f"{iterations}, {n_passes} over all rows", fontsize="medium")
+    return figure
+
+
+def _draw(
+    axes: Axes, at: Vector, values: Vector, stages: NDArray[np.str_], accepted: NDArray[np.bool_]
+) -> None:
+    """One line a stage, for its rows are others; rejected trials are crosses."""
+    for stage, color in _STAGES.items():
+        here = stages == stage
+        if here.any():
+            axes.plot(at[here], values[here], "-", color=color, lw=1.2, alpha=0.7)
+            kept = here & accepted
+            axes.plot(at[kept], values[kept], "o", color=color, ms=4, label=stage)
+    lost = ~accepted
+    if lost.any():
+        color = text_color()
+        axes.plot(at[lost], values[lost], "x", color=color, ms=6, mew=1.4, label="rejected trial")
+    _shade(axes, at, stages)
+
+
+def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
+    """Separate runs of one stage by a line."""
+    for i in range(1, len(at)):
+        if stages[i] != stages[i - 1]:
+            axes.axvline(0.5 * (at[i - 1] + at[i]), color=QUIET, lw=0.8, ls=":")
+
+
+def _log_where_possible(axes: Axes) -> None:
+    """Set a logarithmic scale, if there is something to show on it, and a span worth it."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    positive = values[np.isfinite(values) & (values > 0.0)]
+    if positive.size and positive.max() >= _WORTH_A_LOGARITHM * positive.min():
+        axes.set_yscale("log")
+    axes.grid(axis="y", color=QUIET, lw=0.4, alpha=0.4)

@@ -1,0 +1,187 @@
+"""The rows that a result keeps, as what plots are made of: quantities of x, and residuals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from nlsq_dask.result import FitResult
+
+Vector = NDArray[np.float64]
+
+_CORE = 8.0  # robust standard deviations; residuals beyond are marked at the edge of a panel
+_EDGE = 6.0  # where that edge then is
+_IN_A_MEAN = 60  # rows; of 2,000 these are 33 means
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number a row of x: an array, or a column of one of shape (n, k).
+
+    Attributes
+    ----------
+    name : str
+        By which ``plot(x=...)`` knows it.
+    text, units : str
+        For an axis.
+    values : ndarray, shape (n,)
+    """
+
+    name: str
+    text: str
+    units: str
+    values: Vector
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Rows of the data in float64.
+
+    Attributes
+    ----------
+    y, fitted : ndarray, shape (n,)
+    sigma : ndarray, shape (n,), or None
+    quantities : list of Quantity
+    is_flat : bool
+        Whether the model takes one array of shape (n,).
+    y_label : str
+    residuals : ndarray, shape (n,)
+        ``y - fitted``, divided by sigma if there is one.
+    expected : float
+        Standard deviation that residuals should have: 1 with sigma, else what the fit estimates,
+        or, where some are far out, what the median of their sizes does. NaN if that is zero.
+    spread : float
+        Standard deviation of a measurement, if it is the same for all; else NaN.
+    limit : float
+        Largest residual that panels show where it is; larger ones are marked at the edge.
+    """
+
+    y: Vector
+    fitted: Vector
+    sigma: Vector | None
+    quantities: list[Quantity]
+    is_flat: bool
+    y_label: str
+    residuals: Vector
+    expected: float
+    spread: float
+    limit: float
+
+    @classmethod
+    def of(cls, result: FitResult) -> Sampled:
+        """Take the rows out of a result.
+
+        Raises
+        ------
+        ValueError
+            If it has none.
+        """
+        if result.sample is None:
+            raise ValueError(
+                "there is nothing to plot: this result holds no rows of the data, because the fit "
+                "ended before it read any, or all that it read are left out."
+            )
+        sample = result.sample
+        y, fitted = _float(sample["y_data"]), _float(sample["fitted"])
+        sigma = _float(sample["sigma"]) if "sigma" in sample else None
+        x = sorted(
+            (array for array in sample.data_vars.values() if "position" in array.attrs),
+            key=lambda array: int(array.attrs["position"]),
+        )
+        residuals = (y - fitted) if sigma is None else (y - fitted) / sigma
+        sizes = np.abs(residuals[np.isfinite(residuals)])
+        limit, estimated = float(sizes.max(initial=0.0)), float(np.sqrt(result.sigma_sq))
+        robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
+        if 0.0 < _CORE * robust < limit:
+            limit, estimated = _EDGE * robust, robust
+        if sigma is None:
+            spread = estimated
+        elif np.ptp(sigma) == 0.0:
+            spread = float(sigma[0]) * (1.0 if result.absolute_sigma else estimated)
+        else:
+            spread = np.nan
+        expected = 1.0 if sigma is not None else estimated
+        if expected < 3.0 * limit:
+            limit = max(limit, 1.2 * expected)
+        return cls(
+            y=y,
+            fitted=fitted,
+            sigma=sigma,
+            quantities=[quantity for array in x for quantity in _quantities(array)],
+            is_flat=len(x) == 1 and x[0].ndim == 1,
+            y_label=axis_label(sample["y_data"].attrs.get("long_name", "y"), _units(sample.y_data)),
+            residuals=residuals,
+            expected=expected if expected > 0.0 else np.nan,
+            spread=spread if spread > 0.0 else np.nan,
+            limit=limit or 1.0,
+        )
+
+    @property
+    def residual_label(self) -> str:
+        """What an axis of residuals is called."""
+        return "data − fit" if self.sigma is None else "(data − fit) / σ"  # noqa: RUF001
+
+    def quantity(self, name: Any) -> Quantity:
+        """Return the quantity of this name.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        for quantity in self.quantities:
+            if quantity.name == name:
+                return quantity
+        names = ", ".join(repr(quantity.name) for quantity in self.quantities[:20])
+        more = ", ..." if len(self.quantities) > 20 else ""
+        raise ValueError(f"x must be one of {names}{more}, or None; got {name!r}.")
+
+
+def means(values: Vector) -> list[NDArray[np.int64]]:
+    """Return groups of rows with neighbouring values, of which means are worth drawing.
+
+    They are those of equal values where there are few different ones, else of equal size.
+    """
+    order = np.argsort(values, kind="stable")
+    different, first = np.unique(values[order], return_index=True)
+    if len(values) >= _IN_A_MEAN * len(different):
+        return np.split(order, first[1:])
+    return np.array_split(order, max(len(values) // _IN_A_MEAN, 1))
+
+
+def axis_label(text: str, units: str) -> str:
+    """Return a label with its units, if it has any."""
+    return f"{text} ({units})" if units else text
+
+
+def _numbered(name: str, n: int) -> list[str]:
+    return [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
+
+
+def _float(array: xr.DataArray) -> Vector:
+    return np.asarray(array.values, np.float64)
+
+
+def _units(array: xr.DataArray) -> str:
+    return str(array.attrs.get("units", ""))
+
+
+def _quantities(array: xr.DataArray) -> list[Quantity]:
+    name, values, units = str(array.name), _float(array), _units(array)
+    text = str(array.attrs.get("long_name", name))
+    if values.ndim == 1:
+        return [Quantity(name, text, units, values)]
+    columns = array.attrs.get("columns", [])
+    n = values.shape[1]
+    names = list(columns) if len(columns) == n else _numbered(name, n)
+    texts = names if len(columns) == n else _numbered(text, n)
+    return [
+        Quantity(one, label, units, values[:, i])
+        for i, (one, label) in enumerate(zip(names, texts, strict=True))
+    ]
