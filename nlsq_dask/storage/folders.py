@@ -8,12 +8,15 @@ whole); the checksum tells if it was not.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from fsspec.core import url_to_fs
+
+_ABANDONED = 3600.0  # seconds
 
 
 class Folder(Protocol):
@@ -42,8 +45,9 @@ class _LocalFolder:
     def prepare(self, fit: str) -> None:
         """Make the folder, see that it can be written to, and remove what a killed fit has left."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self._folder.glob(f".{fit}-*.unfinished"):
-            unfinished.unlink(missing_ok=True)
+        for unfinished in self._folder.glob(".*.unfinished"):
+            if unfinished.name.startswith(f".{fit}-") or _is_abandoned(unfinished):
+                unfinished.unlink(missing_ok=True)
         probe = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
         probe.touch()
         probe.unlink()
@@ -79,6 +83,13 @@ class _LocalFolder:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nothing has been written to a file for long; another process may be writing it."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _ABANDONED
+    return False
 
 
 class _RemoteFolder:
