@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 from nlsq_dask.events import (
@@ -31,7 +32,10 @@ _FORMAT = f"  {{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS}"
 @cache
 def _bar_class() -> Any:
     """Return tqdm's bar for where this runs, without its thread and its lock of processes."""
-    from tqdm.auto import tqdm
+    if find_spec("ipywidgets") is None:  # without which the other one warns, in a notebook
+        from tqdm.std import tqdm
+    else:
+        from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
         monitor_interval = 0
