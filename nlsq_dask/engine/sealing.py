@@ -33,18 +33,24 @@ def sealed(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
     tasks : dict
         What is no node of a graph, a caller's future, stays as it is.
     """
+    opened: dict[int, Task] = {}  # of functions that many tasks call, sealed once
     return {
-        key: _sealed(key, node) if isinstance(node, GraphNode) else node
+        key: _sealed(key, node, opened) if isinstance(node, GraphNode) else node
         for key, node in tasks.items()
     }
 
 
-def _sealed(key: Any, node: GraphNode) -> Task:
+def _sealed(key: Any, node: GraphNode, opened: dict[int, Task]) -> Task:
     if isinstance(node, DataNode):
         return Task(key, unseal, seal(node.value))
+    if isinstance(node, Task) and not node.kwargs and all(type(a) is TaskRef for a in node.args):
+        function = id(node.func)
+        if function not in opened:
+            opened[function] = Task(None, unseal, seal(node.func))
+        return Task(key, operator.call, opened[function], *node.args)
     needed = tuple(node.dependencies)
-    opened = Task(None, unseal, seal(_Step(node, needed)))
-    return Task(key, operator.call, opened, *map(TaskRef, needed))
+    step = Task(None, unseal, seal(_Step(node, needed)))
+    return Task(key, operator.call, step, *map(TaskRef, needed))
 
 
 @dataclass(frozen=True)
