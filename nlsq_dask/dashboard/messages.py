@@ -180,7 +180,7 @@ def _of_warmup(event: WarmupEnded) -> list[str]:
     if event.cost_guard:
         found.append("layer 3, cost guard: back to the best point")
     if event.clipped:
-        found.append(f"layer 4, clipping: {event.clipped} steps were shortened")
+        found.append(f"layer 4, clipping: {event.clipped} of the steps shortened")
     if event.line_search_failures:
-        found.append(f"{event.line_search_failures} line searches failed")
+        found.append(f"line searches that failed: {event.line_search_failures}")
     return [*found, f"warm-up: {event.iterations} iterations, ended by {event.reason}"]

@@ -79,6 +79,7 @@ class View:
     """
 
     def __init__(self, fits: Fits) -> None:
+        from bokeh.layouts import column
         from bokeh.models import Div, Select
 
         self._fits = fits
@@ -104,7 +105,11 @@ class View:
             self._profile.figure,
             self._notes,
         ]
-        self.roots = [self._choice, self._head, *self._plots]
+        # One of the two is empty; together they take one place.
+        blocks = column(
+            self._map.figure, self._profile.figure, sizing_mode="stretch_width", name="blocks"
+        )
+        self.roots = [self._choice, self._head, *self._plots[:-3], blocks, self._notes]
 
     def update(self) -> None:
         """Copy what is new."""

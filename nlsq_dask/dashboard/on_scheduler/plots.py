@@ -134,7 +134,11 @@ class Phases(Bars):
         tips = [("phase", "@name"), ("seconds", "@seconds{0.00}"), ("state", "@state")]
         self.figure.add_tools(HoverTool(renderers=[bars], tooltips=tips))
         # Squares that are nowhere but in the legend: a phase is to be in it before it begins.
-        squares = [self.figure.scatter([], [], marker="square", color=c, size=10) for c in _PHASES]
+        nowhere = [float("nan")]
+        squares = [
+            self.figure.scatter(nowhere, nowhere, marker="square", color=c, size=10)
+            for c in _PHASES
+        ]
         named = zip(_PHASE_NAMES, squares, strict=True)
         items = [LegendItem(label=name, renderers=[square]) for name, square in named]
         _above(self.figure, Legend(items=items))
