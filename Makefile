@@ -10,7 +10,10 @@ NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyen
 .PHONY: demo test test-all lint bench bench-nlsq-env clean
 
 demo: $(VENV)/demo.stamp
-	$(VENV)/bin/python notebooks/climate_record.py --output demo-output
+	mkdir -p demo-output
+	DEMO_OUTPUT=$(CURDIR)/demo-output $(RUN) nbconvert --execute --to html \
+		--output-dir demo-output notebooks/climate_record.ipynb
+	@echo "See demo-output/climate_record.html"
 
 # As many processes as there are cores, up to four: most of the time goes into compiling models.
 test: $(VENV)/test.stamp

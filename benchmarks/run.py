@@ -34,6 +34,7 @@ LIMITS = {
     "client": 60,
     "many_parameters": 400,
     "checkpoints": 120,
+    "watching": 300,
     "gpu": 300,
 }
 

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.curve_fit import curve_fit
+from nlsq_dask.dashboard.metrics import metrics_collector
 from nlsq_dask.errors import (
     BlockReadError,
     CheckpointError,
@@ -48,5 +49,6 @@ __all__ = [
     "ResultFileError",
     "curve_fit",
     "get_defense_telemetry",
+    "metrics_collector",
     "reset_defense_telemetry",
 ]

@@ -367,7 +367,7 @@ class HybridStreamingConfig:
         None, _or(_PATH, None), "File for a JSON-lines record of the fit."
     )
     dashboard: bool = _aside(
-        True, _BOOL, "Serve a page on a cluster's dashboard; not built yet, none is served."
+        True, _BOOL, "Show the fit on a page, /nlsq, of a distributed cluster's dashboard."
     )
 
     # --- starts and the sample

@@ -131,6 +131,8 @@ class IterationFinished(Event):
         "warm-up", "sample" or "all rows".
     iteration : int
         Counted through all stages.
+    n_iterations : int
+        Since the last report: several in the warm-up, else one.
     params : ndarray, shape (p,)
         The current point.
     loss : float
@@ -150,6 +152,7 @@ class IterationFinished(Event):
 
     stage: str
     iteration: int
+    n_iterations: int
     params: NDArray[np.float64]
     loss: float
     gradient_norm: float

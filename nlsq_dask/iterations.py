@@ -96,6 +96,7 @@ class Iterations:
             IterationFinished(
                 stage,
                 self._count,
+                n_iterations,
                 params.copy(),
                 loss,
                 slope,

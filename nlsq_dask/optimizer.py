@@ -23,6 +23,7 @@ from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.starts import check_box
+from nlsq_dask.dashboard.observer import on_dashboard
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Driver
 from nlsq_dask.engine.faults import ReadPolicy
@@ -268,6 +269,10 @@ class AdaptiveHybridStreamingOptimizer:
 
         with ExitStack() as stack:
             observers += [stack.enter_context(watch) for watch in watching(config, level)]
+            page = stack.enter_context(on_dashboard(config.dashboard))
+            if page is not None:
+                observers.append(page)
+                remembering.append(page.remember)
             stack.enter_context(_saying_why(emit))
             journal = open_journal(config, describe, emit, remember)
             observers.append(journal.observe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"core", "data", "errors", "dask", "xarray", "zarr"},
     "engine": {"core", "data", "engine", "errors", "dask", "distributed", "zarr"},
     "observers": {"config", "events", "observers", "xarray"},
+    "dashboard": {"core", "dashboard", "engine", "events", "observers", "distributed"},
     "interruption": {"stopping"},
     "storage": {"errors", "storage"},
     "checkpoints": {"checkpoints", "config", "data", "errors", "events", "storage", "dask", "zarr"},
@@ -115,6 +117,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoints",
         "config",
         "core",
+        "dashboard",
         "data",
         "driver",
         "engine",
@@ -178,6 +181,18 @@ def test_optional_libraries_are_imported_where_they_are_needed() -> None:
         for node in ast.parse(path.read_text()).body:
             found = {name.split(".")[0] for name in imported(node)}
             assert not found & {"pandas", "cftime", "h5py", "matplotlib", "tqdm"}, path
+            assert not found & {"bokeh", "prometheus_client"}, path
+
+
+def test_what_is_sent_to_a_scheduler_needs_nothing_that_it_may_lack() -> None:
+    known = {*sys.stdlib_module_names, "distributed", "tornado", "bokeh", "prometheus_client"}
+    for path in (PACKAGE / "dashboard" / "on_scheduler").glob("*.py"):
+        for name in imports(path):
+            if name.startswith("nlsq_dask."):
+                assert name.startswith("nlsq_dask.dashboard.on_scheduler."), path
+            else:
+                # Bokeh needs NumPy; a scheduler without Bokeh never gets to that.
+                assert name.split(".")[0] in known | {"numpy"}, path
 
 
 def test_print_is_for_the_progress_observer() -> None:

@@ -26,6 +26,7 @@ from distributed.utils import thread_state  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.scheduling import TREE_WIDTH, Node, Tree
+from nlsq_dask.engine.sealing import sealed
 from nlsq_dask.engine.workers import Workers
 
 # Dask's own schedulers without a cluster, which tell of every task that has finished.
@@ -158,7 +159,7 @@ def run_tree(tree: Tree, workers: Workers, parts: Parts, watch: Watch) -> Any:
 def _run_on_cluster(
     tree: Tree, workers: Workers, client: Client, parts: Parts, watch: Watch
 ) -> Any:
-    futures: list[Future[Any]] = client.get(tree.tasks, list(tree.nodes), sync=False)
+    futures: list[Future[Any]] = client.get(sealed(tree.tasks), list(tree.nodes), sync=False)
     finished = as_completed(futures)
     try:
         while True:

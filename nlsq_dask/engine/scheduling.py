@@ -18,6 +18,7 @@ from dask.order import order
 from distributed import Client, Future
 from numpy.typing import NDArray
 
+from nlsq_dask.engine.sealing import seal, unseal
 from nlsq_dask.engine.workers import Workers
 
 Node = tuple[int, int]  # of a tree: level, 0 for leaves, and position in it
@@ -80,24 +81,20 @@ def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
     token = uuid.uuid4().hex
     if not workers.threads:  # a cluster that is still starting
         keys = [f"nlsq-{name}-{token}-{i}" for i in range(len(values))]
-        return list(workers.client.map(_itself, values, key=keys))
+        return list(workers.client.map(unseal, [seal(value) for value in values], key=keys))
     futures: dict[int, Any] = {}
     for address, share in workers.share_out(list(enumerate(values))).items():
         if not share:
             continue
         placed = workers.client.map(
-            _itself,
-            [value for _, value in share],
+            unseal,
+            [seal(value) for _, value in share],
             key=[f"nlsq-{name}-{token}-{i}" for i, _ in share],
             workers=[address],
             allow_other_workers=True,
         )
         futures.update(zip((i for i, _ in share), placed, strict=True))
     return [futures[i] for i in range(len(values))]
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def count_tree(n_leaves: int) -> int:

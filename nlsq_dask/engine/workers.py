@@ -15,6 +15,7 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
 from nlsq_dask.core.devices import CPU, local_platforms
+from nlsq_dask.engine.sealing import PackageFirst
 
 
 def _prepare(client_process: int) -> tuple[str, ...]:
@@ -87,7 +88,7 @@ class Workers:
         """Return the platforms of all processes, each of which wants a program of its own."""
         if self.client is None:
             return local_platforms()
-        answers = self.client.run(_prepare, os.getpid()).values()
+        answers = self.client.run(PackageFirst(_prepare), os.getpid()).values()
         found = {platform for answer in answers for platform in answer}
         return tuple(sorted(found)) or (CPU,)
 

@@ -1,4 +1,4 @@
-"""``DefenseLayerTelemetry``: how often the defence layers of the warm-up acted."""
+"""``DefenseLayerTelemetry``: how often the defence layers acted, and how much fits have done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import time
 from collections import deque
 from typing import Any
 
-from nlsq_dask.events import Event, WarmupEnded, WarmupStarted
+from nlsq_dask.events import (
+    Event,
+    FitAborted,
+    FitEnded,
+    IterationFinished,
+    PassFinished,
+    SampleRead,
+    WarmupEnded,
+    WarmupStarted,
+)
 
 _MODES = ("refinement", "careful", "exploration", "fixed")
 _MAX_EVENTS = 1000
@@ -31,6 +40,13 @@ class DefenseLayerTelemetry:
     lbfgs_history_buffer_fill_events : int
         Warm-ups in which the memory of L-BFGS was filled.
     lbfgs_line_search_failures : int
+    total_fits : int
+        Fits that have ended.
+    total_iterations, total_passes : int
+    total_rows_read, total_bytes_read : int
+        From the source, sampling included.
+    last_loss : float
+        That of the last iteration; NaN before there was one.
     """
 
     def __init__(self) -> None:
@@ -48,15 +64,36 @@ class DefenseLayerTelemetry:
             self.layer4_clipped_updates = 0
             self.lbfgs_history_buffer_fill_events = 0
             self.lbfgs_line_search_failures = 0
+            self.total_fits = 0
+            self.total_iterations = 0
+            self.total_passes = 0
+            self.total_rows_read = 0
+            self.total_bytes_read = 0
+            self.last_loss = float("nan")
             self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def __call__(self, event: Event) -> None:
-        """Count what an event of a fit says about the layers."""
+        """Count what an event of a fit says."""
         with self._lock:
-            if isinstance(event, WarmupStarted):
-                self._count_start(event)
-            elif isinstance(event, WarmupEnded):
-                self._count_end(event)
+            match event:
+                case WarmupStarted():
+                    self._count_start(event)
+                case WarmupEnded():
+                    self._count_end(event)
+                case IterationFinished():
+                    self.total_iterations += event.n_iterations
+                    self.last_loss = float(event.loss)
+                case PassFinished():
+                    self.total_passes += 1
+                    self._count_read(event.rows, event.bytes)
+                case SampleRead():
+                    self._count_read(event.rows_read, event.bytes)
+                case FitEnded() | FitAborted():
+                    self.total_fits += 1
+
+    def _count_read(self, rows: int, n_bytes: int) -> None:
+        self.total_rows_read += int(rows)
+        self.total_bytes_read += int(n_bytes)
 
     def _count_start(self, event: WarmupStarted) -> None:
         self.total_warmup_calls += 1
@@ -144,8 +181,8 @@ class DefenseLayerTelemetry:
         with self._lock:
             return list(self._events)[-n:] if n > 0 else []
 
-    def export_metrics(self) -> dict[str, int]:
-        """Return the counters under Prometheus names."""
+    def export_metrics(self) -> dict[str, float]:
+        """Return the counters, and the last loss, under Prometheus names."""
         with self._lock:
             modes = {
                 f"nlsq_defense_layer2_{mode}_total": count
@@ -160,6 +197,12 @@ class DefenseLayerTelemetry:
                 "nlsq_defense_layer4_clipped_updates_total": self.layer4_clipped_updates,
                 "nlsq_defense_lbfgs_history_fill_total": self.lbfgs_history_buffer_fill_events,
                 "nlsq_defense_lbfgs_line_search_failures_total": self.lbfgs_line_search_failures,
+                "nlsq_fits_total": self.total_fits,
+                "nlsq_iterations_total": self.total_iterations,
+                "nlsq_passes_total": self.total_passes,
+                "nlsq_rows_read_total": self.total_rows_read,
+                "nlsq_bytes_read_total": self.total_bytes_read,
+                "nlsq_last_loss": self.last_loss,
             }
 
 

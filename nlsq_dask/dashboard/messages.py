@@ -1,0 +1,186 @@
+"""What the page is told: small dicts of what msgpack knows, made from the events of a fit."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.core.block_sums import BlockSums
+from nlsq_dask.events import (
+    BlocksFinished,
+    BlocksLeftOut,
+    BlocksMeasured,
+    Event,
+    FitAborted,
+    FitEnded,
+    FitResumed,
+    FitStarted,
+    IterationFinished,
+    NonFiniteTrial,
+    PassFinished,
+    PhaseEnded,
+    PhaseStarted,
+    TournamentRound,
+    WarmupEnded,
+    WarmupStarted,
+)
+
+Message = dict[str, Any]
+
+_MOST_NAMES = 8  # of parameters
+_MOST_TEXT = 500  # characters of a sentence
+_MOST_CELLS = 100  # along each side of a map
+_MOST_STEPS = 1000  # of a profile
+
+
+class Messages:
+    """Makes messages of events; it remembers the grid of the fit."""
+
+    def __init__(self) -> None:
+        self._grid: tuple[int, ...] = ()
+        self._dims: tuple[str, ...] = ()
+
+    def of(self, event: Event) -> list[Message]:
+        """Return what the page is told of an event."""
+        match event:
+            case FitStarted():
+                self._grid, self._dims = event.grid, event.dims
+                return [_started(event)]
+            case PhaseStarted():
+                start = {"phase": event.phase, "name": event.name, "start": event.start_time}
+                return [{"kind": "phase", **start}]
+            case PhaseEnded():
+                end = {"duration": event.duration, "failed": event.failed}
+                return [{"kind": "phase ended", "phase": event.phase, **end}]
+            case IterationFinished():
+                return [_iteration(event)]
+            case BlocksFinished():
+                return [_progress(event)]
+            case BlocksMeasured() if self._grid:
+                return [{"kind": "map", "pass": event.number, **self._map(event.sums)}]
+            case PassFinished():
+                return [_pass(event)]
+            case FitEnded():
+                state = "finished" if event.success else "no success"
+                return [{"kind": "ended", "state": state, "text": event.message[:_MOST_TEXT]}]
+            case FitAborted():
+                return [{"kind": "ended", "state": "aborted", "text": event.error[:_MOST_TEXT]}]
+        now = time.time()
+        return [{"kind": "note", "time": now, "text": t[:_MOST_TEXT]} for t in _notes(event)]
+
+    def _map(self, sums: BlockSums) -> Message:
+        values = np.full(math.prod(self._grid), np.nan)
+        used = sums.n_used > 0
+        values[sums.index[used]] = sums.chi2[used] / sums.n_used[used]
+        table, axes = _two_largest(values.reshape(self._grid))
+        most = _MOST_STEPS if table.ndim == 1 else _MOST_CELLS
+        step = tuple(-(n // -most) for n in table.shape)
+        for axis, width in enumerate(step):
+            table = _worst(table, axis, width)
+        return {
+            "shape": list(table.shape),
+            "dims": [str(self._dims[axis]) for axis in axes],
+            "step": list(step),
+            "values": table.astype(np.float32).tobytes(),
+        }
+
+
+def _two_largest(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[int, ...]]:
+    """Return a table of the two longest dimensions, or of one if there is just one to see."""
+    by_length = sorted(range(table.ndim), key=lambda axis: -table.shape[axis])
+    kept = [axis for axis in by_length[:2] if table.shape[axis] > 1] or by_length[:1]
+    for axis in sorted(set(range(table.ndim)) - set(kept), reverse=True):
+        table = np.fmax.reduce(table, axis=axis)
+    return table, tuple(sorted(kept))
+
+
+def _worst(table: NDArray[np.float64], axis: int, width: int) -> NDArray[np.float64]:
+    """Return the largest of each ``width`` neighbours along an axis."""
+    if width == 1:
+        return table
+    starts = np.arange(0, table.shape[axis], width)
+    return np.asarray(np.fmax.reduceat(table, starts, axis=axis))
+
+
+def _started(event: FitStarted) -> Message:
+    return {
+        "kind": "started",
+        "time": time.time(),
+        "model": event.model[:80],
+        "names": [str(name)[:40] for name in event.param_names[:_MOST_NAMES]],
+        "n_params": len(event.param_names),
+        "n_rows": int(event.n_rows),
+        "grid": [int(n) for n in event.grid],
+        "dims": [str(dim) for dim in event.dims],
+    }
+
+
+def _iteration(event: IterationFinished) -> Message:
+    return {
+        "kind": "iteration",
+        "iteration": int(event.iteration),
+        "stage": event.stage,
+        "loss": float(event.loss),
+        "gradient_norm": float(event.gradient_norm),
+        "trust_radius": float(event.trust_radius),
+        "accepted": bool(event.accepted),
+    }
+
+
+def _progress(event: BlocksFinished) -> Message:
+    return {
+        "kind": "progress",
+        "time": time.time(),
+        "pass": event.number,
+        "blocks": int(event.blocks),
+        "n_blocks": int(event.n_blocks),
+        "bytes": int(event.bytes),
+        "seconds": float(event.seconds),
+    }
+
+
+def _pass(event: PassFinished) -> Message:
+    return {
+        "kind": "pass",
+        "pass": event.number,
+        "seconds": float(event.seconds),
+        "rows": int(event.rows + event.rows_cached),
+        "cached": int(event.rows_cached),
+        "bytes": int(event.bytes),
+    }
+
+
+def _notes(event: Event) -> list[str]:
+    match event:
+        case FitResumed():
+            return [f"going on from a checkpoint, after {event.n_passes} passes"]
+        case TournamentRound():
+            return [f"tournament, round {event.round}: {event.survivors} starts go on"]
+        case WarmupStarted(is_warm_start=True):
+            where = f"{event.start} fits already (relative loss {event.relative_loss:.3g})"
+            return [f"layer 1, warm start: {where}, so the warm-up is skipped"]
+        case WarmupStarted():
+            found = f"{event.mode} (relative loss {event.relative_loss:.3g} at {event.start})"
+            return [f"layer 2, first step: {found}"]
+        case WarmupEnded():
+            return _of_warmup(event)
+        case NonFiniteTrial():
+            return [f"{event.stage}: a trial point was not finite"]
+        case BlocksLeftOut():
+            return [f"left out: {sentence}" for sentence in event.sentences[:5]]
+    return []
+
+
+def _of_warmup(event: WarmupEnded) -> list[str]:
+    found = []
+    if event.cost_guard:
+        found.append("layer 3, cost guard: back to the best point")
+    if event.clipped:
+        found.append(f"layer 4, clipping: {event.clipped} of the steps shortened")
+    if event.line_search_failures:
+        found.append(f"line searches that failed: {event.line_search_failures}")
+    return [*found, f"warm-up: {event.iterations} iterations, ended by {event.reason}"]

@@ -1,0 +1,136 @@
+"""``Page``: tells the scheduler's page of a fit what happens in it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+from nlsq_dask.dashboard.messages import Message, Messages
+from nlsq_dask.dashboard.on_scheduler.plugin import HANDLER, PAGE
+from nlsq_dask.dashboard.shipping import ShippedPlugin
+from nlsq_dask.engine.workers import Workers
+from nlsq_dask.events import (
+    BlocksFinished,
+    Event,
+    FitAborted,
+    FitEnded,
+    FitStarted,
+    PhaseStarted,
+)
+from nlsq_dask.observers.logs import LOGGER
+from nlsq_dask.observers.telemetry import DefenseLayerTelemetry
+
+_INTERVAL = 0.5  # seconds between calls of the scheduler, each of which takes about a millisecond
+_SHORTER = 0.1  # where a person waits for something to be seen
+_PATIENCE = 10.0  # seconds that a scheduler may take to answer
+
+_registered: WeakSet[Any] = WeakSet()  # clients that have registered the plugin
+
+
+class Page:
+    """An observer that sends what happens to the scheduler of a client, several events at once.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._fit = uuid.uuid4().hex
+        self._messages = Messages()
+        self._telemetry = DefenseLayerTelemetry()
+        self._waiting: list[Message] = []
+        self._sent = -_INTERVAL
+        self._is_known = False
+        self._is_on = True
+
+    def __call__(self, event: Event) -> None:
+        """Take an event, and send what is waiting if it is time."""
+        self._safely(self._telemetry, event)
+        self._safely(self._take, event)
+
+    def remember(self, event: Event) -> None:
+        """Take an event of before, which is shown and counts nothing."""
+        self._safely(self._take, event)
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self._waiting:
+            self._safely(self._send)
+
+    def _safely(self, act: Callable[..., None], *args: Any) -> None:
+        # Whatever goes wrong here, in a scheduler of any version, which sends back its own
+        # exceptions, or on the way there, costs the page and not the fit.
+        if not self._is_on:
+            return
+        try:
+            act(*args)
+        except Exception as error:
+            self._is_on = False
+            self._waiting = []
+            LOGGER.warning("The fit goes on without its page: %s: %s", type(error).__name__, error)
+
+    def _take(self, event: Event) -> None:
+        new = self._messages.of(event)
+        if isinstance(event, BlocksFinished):  # the latest is enough
+            self._waiting = [m for m in self._waiting if m["kind"] != "progress"]
+        self._waiting += new
+        if self._is_time(event):
+            self._send()
+
+    def _is_time(self, event: Event) -> bool:
+        if isinstance(event, FitStarted | FitEnded | FitAborted):
+            return True
+        waited = time.monotonic() - self._sent
+        return waited >= (_SHORTER if isinstance(event, PhaseStarted) else _INTERVAL)
+
+    def _send(self) -> None:
+        batch = {
+            "fit": self._fit,
+            "client": self._client.id,
+            "messages": self._waiting,
+            "metrics": self._telemetry.export_metrics(),
+        }
+        self._waiting = []
+        answer = self._call(batch) if self._client in _registered else None
+        if answer is None:  # nor does a scheduler that was started anew know the call
+            self._client.register_plugin(ShippedPlugin())
+            _registered.add(self._client)
+            answer = self._call(batch)
+        self._sent = time.monotonic()
+        if not self._is_known:
+            self._is_known = True
+            self._say(answer["no_page"])
+
+    def _call(self, batch: dict[str, Any]) -> Any:
+        call = getattr(self._client.scheduler, HANDLER)
+        return self._client.sync(call, batch=batch, callback_timeout=_PATIENCE)
+
+    def _say(self, no_page: str) -> None:
+        if no_page:
+            LOGGER.info("The fit has no page: %s", no_page)
+            return
+        link = self._client.dashboard_link or ""
+        LOGGER.info("The fit can be watched at %s", link.removesuffix("status") + PAGE)
+
+
+@contextmanager
+def on_dashboard(is_wanted: bool) -> Iterator[Page | None]:
+    """Yield who tells the page of the active cluster of a fit, None where there is no cluster."""
+    client = Workers.active().client if is_wanted else None
+    if client is None:
+        yield None
+    elif client.asynchronous:
+        LOGGER.info("The fit has no page: the client is asynchronous.")
+        yield None
+    else:
+        page = Page(client)
+        try:
+            yield page
+        finally:
+            page.close()

@@ -1,0 +1,51 @@
+"""``Collector``: flat names and numbers, as prometheus_client wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Collector:
+    """A custom collector of prometheus_client.
+
+    Parameters
+    ----------
+    read : callable
+        Returns numbers by name; names that end in ``_total`` are of counters.
+    is_of_scheduler : bool
+        One of a scheduler steps aside where a driver in the same process, with a cluster of its
+        own, has put its collector into the same registry: both would show the same fits.
+    """
+
+    is_of_nlsq_dask = True
+
+    def __init__(self, read: Callable[[], dict[str, float]], is_of_scheduler: bool) -> None:
+        self._read = read
+        self.is_of_scheduler = is_of_scheduler
+
+    def describe(self) -> list[Any]:
+        """Return nothing: prometheus_client would refuse a second collector of these names."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the numbers."""
+        from prometheus_client import REGISTRY
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        if self.is_of_scheduler and any(not c.is_of_scheduler for c in registered(REGISTRY)):
+            return
+        for name, value in sorted(self._read().items()):
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(name, f"nlsq_dask: {_in_words(name)}", value=value)
+
+
+def registered(registry: Any) -> list[Any]:
+    """Return the collectors of this package in a registry, whichever copy of it made them."""
+    # There is no public list of them; without this attribute none is found, and nothing breaks.
+    everyone = list(getattr(registry, "_collector_to_names", ()))
+    return [c for c in everyone if getattr(c, "is_of_nlsq_dask", False)]
+
+
+def _in_words(name: str) -> str:
+    return name.removeprefix("nlsq_").removesuffix("_total").replace("_", " ")

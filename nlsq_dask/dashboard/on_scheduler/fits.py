@@ -1,0 +1,154 @@
+"""``Fits``: what is known of the last fits, from the messages of those who run them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+MOST_FITS = 20
+_MOST_ITERATIONS = 5000
+_MOST_RATES = 2000
+_MOST_NOTES = 200
+_RATE_INTERVAL = 0.4  # seconds over which bytes a second are counted at least
+
+
+class Fit:
+    """One fit.
+
+    Attributes
+    ----------
+    number : int
+        Counted from 1 on this scheduler.
+    state : str
+        "running", "finished", "no success", "aborted" or "lost".
+    """
+
+    def __init__(self, number: int, client: str) -> None:
+        self.number = number
+        self.client = client
+        self.state = "running"
+        self.text = ""
+        self.began = self.heard = time.time()
+        self.about: dict[str, Any] = {}
+        self.phases: list[dict[str, Any]] = []
+        self.iterations: deque[dict[str, Any]] = deque(maxlen=_MOST_ITERATIONS)
+        self.progress: dict[str, Any] = {}
+        self.rates: deque[tuple[float, float]] = deque(maxlen=_MOST_RATES)
+        self.last_pass: dict[str, Any] = {}
+        self.map: dict[str, Any] = {}
+        self.notes: deque[tuple[float, str]] = deque(maxlen=_MOST_NOTES)
+        self.metrics: dict[str, float] = {}
+        self._rated: dict[str, Any] = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its end is not known."""
+        return self.state == "running"
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return f"{self.number}: {self.about.get('model', 'fit')}"
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Take note of a message; one of another version's kind is no harm."""
+        match message.get("kind"):
+            case "started":
+                # One that goes on from a checkpoint began before this.
+                self.about = message
+            case "phase":
+                self.phases.append({**message, "duration": None, "failed": False})
+                self.began = min(self.began, message["start"])
+            case "phase ended":
+                if self.phases:
+                    self.phases[-1].update(message)
+            case "iteration":
+                self.iterations.append(message)
+            case "progress":
+                self._rate(message)
+                self.progress = message
+            case "pass":
+                self.last_pass, self.progress = message, {}
+            case "map":
+                self.map = message
+            case "note":
+                self.notes.append((message["time"], message["text"]))
+            case "ended":
+                self.end(message["state"], message["text"])
+
+    def end(self, state: str, text: str) -> None:
+        """Take note of the end."""
+        self.state, self.text, self.progress = state, text, {}
+
+    def _rate(self, new: dict[str, Any]) -> None:
+        old = self._rated
+        if old and old["pass"] == new["pass"] and new["blocks"]:
+            seconds = new["seconds"] - old["seconds"]
+            if seconds < _RATE_INTERVAL and new["blocks"] < new["n_blocks"]:
+                return
+            rate = (new["bytes"] - old["bytes"]) / max(seconds, 1e-3)
+            self.rates.append((new["time"], rate))
+        self._rated = new
+
+
+class Fits:
+    """The last fits, and what all fits have counted.
+
+    Attributes
+    ----------
+    recent : dict of str to Fit
+        By the names that those who run them gave them, in the order of their beginning.
+    version : int
+        Grows with every change.
+    """
+
+    def __init__(self) -> None:
+        self.recent: dict[str, Fit] = {}
+        self.version = 0
+        self._n_fits = 0
+        self._of_forgotten: dict[str, float] = {}
+        self._last_loss = float("nan")
+
+    def take(self, batch: dict[str, Any]) -> None:
+        """Take what one who runs a fit has sent: messages, and its counters as they stand."""
+        name = batch["fit"]
+        if name not in self.recent:
+            self._n_fits += 1
+            self.recent[name] = Fit(self._n_fits, batch["client"])
+            self._forget()
+        fit = self.recent[name]
+        fit.heard = time.time()
+        for message in batch["messages"]:
+            fit.take(message)
+        fit.metrics = dict(batch["metrics"])
+        for metric, value in fit.metrics.items():
+            if not metric.endswith("_total") and value == value:
+                self._last_loss = value
+        self.version += 1
+
+    def client_left(self, client: str) -> None:
+        """Take note that a client is gone: what it still ran is lost."""
+        for fit in self.recent.values():
+            if fit.client == client and fit.is_running:
+                fit.end("lost", "its client has left")
+                self.version += 1
+
+    def _forget(self) -> None:
+        """Forget the oldest that have ended; their counts stay."""
+        while len(self.recent) > MOST_FITS:
+            ended = [name for name, fit in self.recent.items() if not fit.is_running]
+            gone = self.recent.pop(ended[0] if ended else next(iter(self.recent)))
+            self._of_forgotten = _added(self._of_forgotten, gone.metrics)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the counters of all fits, and the last loss, under their Prometheus names."""
+        found = self._of_forgotten
+        for fit in list(self.recent.values()):
+            found = _added(found, fit.metrics)
+        return {**found, "nlsq_last_loss": self._last_loss}
+
+
+def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    counters = [name for name in other if name.endswith("_total")]
+    return {**one, **{name: one.get(name, 0) + other[name] for name in counters}}

@@ -1,0 +1,200 @@
+"""The page: a Bokeh document that copies what is known of the fits every half second."""
+
+from __future__ import annotations
+
+import html
+import time
+from typing import Any
+
+from nlsq_dask.dashboard.on_scheduler.fits import Fit, Fits
+from nlsq_dask.dashboard.on_scheduler.plots import (
+    COLOURS,
+    SLOTS,
+    Curves,
+    Map,
+    Phases,
+    Profile,
+    RunningPass,
+)
+from nlsq_dask.dashboard.on_scheduler.tables import CURVES, curve, pass_in_words, rates
+
+_PERIOD = 500  # milliseconds
+_STATES = {
+    "running": "#0072B2",
+    "finished": "#1a7f37",
+    "no success": "#b35900",
+    "aborted": "#b00020",
+    "lost": "#b00020",
+}
+_ALL = "all"
+
+# The menu is fixed at the top, and covers what is below it where it takes two lines.
+_TEMPLATE = """
+{% extends "base.html" %}
+{% block extra_resources %}
+<style>
+  body { padding-top: 0; height: auto; }
+  .navbar { position: sticky; margin: 0 -10px 0.6rem; z-index: 5; }
+  .nlsq { display: grid; gap: 14px; max-width: 2000px; }
+  .nlsq { grid-template-columns: repeat(auto-fit, minmax(560px, 1fr)); }
+  .nlsq > .wide { grid-column: 1 / -1; }
+  @media (max-width: 620px) { .nlsq { grid-template-columns: 100%; } }
+</style>
+{% endblock %}
+{% block content %}
+<div class="nlsq">
+  {% for root in roots %}
+  <div class="{{ 'wide' if root.name.startswith('wide') else '' }}" style="min-width: 0">
+    <div id="{{ root.elementid }}" data-root-id="{{ root.id }}" style="display: contents"></div>
+  </div>
+  {% endfor %}
+</div>
+{{ plot_script }}
+{% endblock %}
+"""
+
+
+def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -> None:
+    """Fill the document of a browser that has opened the page."""
+    from distributed.dashboard.components.scheduler import BOKEH_THEME, env
+
+    view = View(fits)
+    view.update()
+    for root in view.roots:
+        doc.add_root(root)
+    doc.title = "Dask: nonlinear fits"
+    doc.template = env.from_string(_TEMPLATE)
+    doc.template_variables.update(variables)
+    doc.theme = BOKEH_THEME
+    doc.add_periodic_callback(view.update, _PERIOD)
+
+
+class View:
+    """The models of one browser's page.
+
+    Attributes
+    ----------
+    roots : list of Model
+        In their order on the page.
+    """
+
+    def __init__(self, fits: Fits) -> None:
+        from bokeh.layouts import column
+        from bokeh.models import Div, Select
+
+        self._fits = fits
+        self._seen: tuple[Any, ...] = ()
+        self._choice = Select(
+            value=_ALL, options=[(_ALL, "all fits")], width=260, name="wide choice"
+        )
+        self._choice.on_change("value", lambda attribute, old, new: self.update())
+        self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
+        self._curves = {name: Curves(name, *about) for name, about in CURVES.items()}
+        self._rates = Curves("rate", "Data read a second", "seconds since the fit began", "MB/s")
+        self._phases = Phases()
+        self._pass = RunningPass()
+        self._map = Map()
+        self._profile = Profile()
+        self._notes = Div(sizing_mode="stretch_width", name="notes", stylesheets=[_FULL_WIDTH])
+        self._plots = [
+            self._pass.figure,
+            self._phases.figure,
+            *(curves.figure for curves in self._curves.values()),
+            self._rates.figure,
+            self._map.figure,
+            self._profile.figure,
+            self._notes,
+        ]
+        # One of the two is empty; together they take one place.
+        blocks = column(
+            self._map.figure, self._profile.figure, sizing_mode="stretch_width", name="blocks"
+        )
+        self.roots = [self._choice, self._head, *self._plots[:-3], blocks, self._notes]
+
+    def update(self) -> None:
+        """Copy what is new."""
+        every = list(self._fits.recent.values())
+        is_running = any(fit.is_running for fit in every)
+        seen = (self._fits.version, self._choice.value, time.time() if is_running else 0)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        self._offer(every)
+        chosen = [fit for fit in every if str(fit.number) == self._choice.value]
+        shown = chosen or every[-SLOTS:]
+        for plot in self._plots:
+            plot.visible = bool(shown)
+        if not shown:
+            self._head.text = _NOTHING
+            return
+        self._head.text = "".join(map(_of_fit, reversed(shown)))
+        self._phases.show(shown)
+        self._pass.show(shown)
+        for name, curves in self._curves.items():
+            curves.show(shown, lambda fit, name=name: curve(fit, name))
+        self._rates.show(shown, rates)
+        running = [fit for fit in shown if fit.is_running and fit.map]
+        mapped = [*running, *(fit for fit in reversed(shown) if fit.map)][:1]
+        self._map.show(mapped)
+        self._profile.show(mapped)
+        self._notes.text = _notes_of(shown)
+
+    def _offer(self, every: list[Fit]) -> None:
+        label = f"all fits (the last {SLOTS})" if len(every) > SLOTS else "all fits"
+        options = [(_ALL, label)]
+        options += [(str(fit.number), f"{fit.title}, {fit.state}") for fit in reversed(every)]
+        if options != self._choice.options:
+            self._choice.options = options
+        self._choice.visible = len(every) > 1
+        if self._choice.value not in [value for value, _ in options]:
+            self._choice.value = _ALL
+
+
+_FULL_WIDTH = ".bk-clearfix { width: 100%; }"
+_NOTHING = (
+    '<div style="font-size: 15px; color: #555; padding: 2rem 0.5rem">'
+    "<b>No fit yet.</b> A fit on this cluster shows up here by itself.</div>"
+)
+
+
+def _of_fit(fit: Fit) -> str:
+    about = fit.about
+    state = f'<b style="color: {_STATES.get(fit.state, "#333")}">{fit.state}</b>'
+    words = []
+    if about:
+        names = ", ".join(about["names"])
+        more = about["n_params"] - len(about["names"])
+        names += f" and {more:,} more parameters" if more else ""
+        grid = " x ".join(f"{n:,}" for n in about["grid"])
+        words = [names, f"{about['n_rows']:,} rows", f"blocks: {grid}"]
+    now = pass_in_words(fit)
+    loss = [entry["loss"] for entry in list(fit.iterations)[-1:]]
+    words += [f"loss {value:.6g}" for value in loss]
+    started = time.strftime("%H:%M:%S", time.localtime(fit.began))
+    text = " &middot; ".join(html.escape(word) for word in [f"since {started}", *words])
+    colour = COLOURS[fit.number % SLOTS]
+    end = html.escape(now or fit.text)
+    return (
+        f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {colour}; '
+        f'padding-left: 8px"><b>{html.escape(fit.title)}</b>: {state} '
+        f'<span style="color: #555">{text}</span><br>{end}</div>'
+    )
+
+
+def _notes_of(shown: list[Fit]) -> str:
+    entries = [(at, fit, text) for fit in shown for at, text in fit.notes]
+    lines = []
+    for at, fit, text in sorted(entries, key=lambda entry: entry[0], reverse=True)[:30]:
+        clock = time.strftime("%H:%M:%S", time.localtime(at))
+        which = f"{html.escape(fit.title)}: " if len(shown) > 1 else ""
+        colour = COLOURS[fit.number % SLOTS]
+        lines.append(
+            f'<tr><td style="color: #777; padding-right: 10px">{clock}</td><td>'
+            f'<span style="color: {colour}">{which}</span>{html.escape(text)}</td></tr>'
+        )
+    table = "".join(lines) or '<tr><td style="color: #777">nothing yet</td></tr>'
+    return (
+        '<div style="font-size: 13px; background: white; border: 1px solid #ccc; padding: 8px">'
+        '<div style="font-size: 15px; margin-bottom: 4px">Defence layers and other events</div>'
+        f'<div style="max-height: 240px; overflow-y: auto"><table>{table}</table></div></div>'
+    )

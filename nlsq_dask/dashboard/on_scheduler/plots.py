@@ -1,0 +1,254 @@
+"""The plots of the page, each with a method that shows what is known now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nlsq_dask.dashboard.on_scheduler.fits import Fit
+from nlsq_dask.dashboard.on_scheduler.tables import bars_of_pass, bars_of_phases, image, profile
+
+SLOTS = 6  # fits that are shown side by side
+# Of Okabe and Ito: told apart by everyone, on paper, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_PHASES = ("#999999", "#E69F00", "#0072B2", "#009E73")  # by number
+_PHASE_NAMES = ("normalization", "warm-up", "Gauss-Newton", "covariance")
+
+
+def _figure(title: str, **options: Any) -> Any:
+    from bokeh.plotting import figure
+
+    settings = {
+        "height": 270,
+        "sizing_mode": "stretch_width",
+        "tools": "pan,box_zoom,wheel_zoom,reset,save",
+        "toolbar_location": "above",
+        "output_backend": "canvas",
+        "background_fill_color": "white",
+        "border_fill_color": "white",
+        "outline_line_color": "#cccccc",
+    }
+    made = figure(title=title, **{**settings, **options})
+    made.title.text_font_size = "11pt"
+    made.title.text_font_style = "normal"
+    made.grid.grid_line_color = "#eeeeee"
+    made.toolbar.autohide = True
+    made.toolbar.logo = None
+    return made
+
+
+def _above(figure: Any, legend: Any) -> Any:
+    """Put a legend where it covers nothing."""
+    legend.orientation = "horizontal"
+    legend.label_text_font_size = "9pt"
+    legend.border_line_color = legend.background_fill_color = None
+    legend.padding, legend.margin, legend.spacing = 0, 0, 12
+    legend.glyph_height = legend.glyph_width = 14
+    figure.add_layout(legend, "above")
+    return legend
+
+
+class Curves:
+    """A curve a fit, each drawn by itself: in one table, those of two fits would be joined."""
+
+    def __init__(self, name: str, title: str, x: str, y: str, is_log: bool = False) -> None:
+        from bokeh.models import ColumnDataSource, Legend, LegendItem
+
+        self.figure = _figure(
+            title,
+            name=name,
+            x_axis_label=x,
+            y_axis_label=y,
+            y_axis_type="log" if is_log else "auto",
+        )
+        self._tables, self._items = [], []
+        for colour in COLOURS:
+            table = ColumnDataSource({"x": [], "y": [], "marker": [], "size": []})
+            line = self.figure.line("x", "y", source=table, color=colour, width=2)
+            points = self.figure.scatter(
+                "x", "y", source=table, color=colour, marker="marker", size="size"
+            )
+            self._tables.append(table)
+            self._items.append(LegendItem(label="", renderers=[line, points], visible=False))
+        self._legend = _above(self.figure, Legend(items=self._items, click_policy="hide"))
+
+    def show(self, fits: list[Fit], data: Any) -> None:
+        """Show these fits and no others."""
+        of_slot = {fit.number % SLOTS: fit for fit in fits}
+        for slot, (table, item) in enumerate(zip(self._tables, self._items, strict=True)):
+            fit = of_slot.get(slot)
+            new = {"x": [], "y": [], "marker": [], "size": []} if fit is None else data(fit)
+            if len(new["x"]) or len(table.data["x"]):
+                table.data = new
+            label = "" if fit is None else fit.title
+            if item.label != {"value": label}:
+                item.label = {"value": label}
+                item.visible = bool(label)
+        self._legend.visible = len(fits) > 1
+
+
+class Bars:
+    """Bars in a row a fit, with words beside them."""
+
+    def __init__(self, title: str, name: str, **options: Any) -> None:
+        from bokeh.models import ColumnDataSource, FactorRange
+
+        self._rows = FactorRange()
+        self.figure = _figure(title, name=name, y_range=self._rows, **options)
+        self.figure.ygrid.grid_line_color = None
+        self._table = ColumnDataSource()
+
+    def _fill(self, fits: list[Fit], data: dict[str, list[Any]]) -> None:
+        titles = [fit.title for fit in fits]  # from the bottom to the top
+        if titles != self._rows.factors:
+            self._rows.factors = titles
+            self.figure.height = 130 + 34 * max(len(titles), 2)
+        self._table.data = data
+
+
+class Phases(Bars):
+    """The time line of the phases."""
+
+    def __init__(self) -> None:
+        from bokeh.models import HoverTool, Legend, LegendItem
+
+        super().__init__(
+            "Phases",
+            "phases",
+            x_axis_label="seconds since the fit began",
+            tools="xpan,xwheel_zoom,reset,save",
+        )
+        self._table.data = bars_of_phases([], _PHASES)
+        bars = self.figure.hbar(
+            y="fit",
+            left="left",
+            right="right",
+            height=0.62,
+            color="color",
+            source=self._table,
+            line_color="white",
+        )
+        self.figure.text(
+            x="left", y="fit", text="label", source=self._table, text_font_size="9pt",
+            text_baseline="middle", x_offset=5, text_color="white",
+        )  # fmt: skip
+        tips = [("phase", "@name"), ("seconds", "@seconds{0.00}"), ("state", "@state")]
+        self.figure.add_tools(HoverTool(renderers=[bars], tooltips=tips))
+        # Squares that are nowhere but in the legend: a phase is to be in it before it begins.
+        nowhere = [float("nan")]
+        squares = [
+            self.figure.scatter(nowhere, nowhere, marker="square", color=c, size=10)
+            for c in _PHASES
+        ]
+        named = zip(_PHASE_NAMES, squares, strict=True)
+        items = [LegendItem(label=name, renderers=[square]) for name, square in named]
+        _above(self.figure, Legend(items=items))
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show these fits."""
+        self._fill(fits, bars_of_phases(fits, _PHASES))
+        self.figure.x_range.start = 0
+
+
+class RunningPass(Bars):
+    """How far the running pass of each fit is."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Blocks done in the running pass",
+            "pass",
+            x_range=(0, 100),
+            x_axis_label="% of the blocks",
+            tools="",
+        )
+        self._table.data = bars_of_pass([], COLOURS)
+        self.figure.hbar(
+            y="fit", left=0, right=100, height=0.62, color="#eeeeee", source=self._table
+        )
+        self.figure.hbar(
+            y="fit",
+            left=0,
+            right="share",
+            height=0.62,
+            color="color",
+            alpha=0.45,
+            source=self._table,
+        )
+        self.figure.text(
+            x=0, y="fit", text="label", source=self._table, text_font_size="9pt",
+            text_baseline="middle", x_offset=6, text_color="#222222",
+        )  # fmt: skip
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show these fits."""
+        self._fill(fits, bars_of_pass(fits, COLOURS))
+
+
+_BLOCKS = "Reduced chi-square of each block"
+
+
+class Map:
+    """Reduced chi-square of the blocks of a grid of two or more dimensions."""
+
+    def __init__(self) -> None:
+        from bokeh.models import (
+            BasicTicker,
+            ColorBar,
+            ColumnDataSource,
+            HoverTool,
+            LinearColorMapper,
+        )
+
+        self.figure = _figure(_BLOCKS, name="map", height=330, visible=False)
+        self._table = ColumnDataSource({"image": [], "w": [], "h": []})
+        self._mapper = LinearColorMapper(palette="Viridis256", nan_color="#dddddd", low=0, high=1)
+        picture = self.figure.image(
+            "image", x=0, y=0, dw="w", dh="h", source=self._table, color_mapper=self._mapper
+        )
+        bar = ColorBar(
+            color_mapper=self._mapper, title="reduced chi-square of each block", width=12,
+            title_text_font_size="9pt", title_text_font_style="normal", padding=6,
+        )  # fmt: skip
+        self.figure.add_layout(bar, "right")
+        self.figure.x_range.range_padding = self.figure.y_range.range_padding = 0
+        self.figure.grid.visible = False
+        self.figure.axis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
+        tips = [("block", "$x{0}, $y{0}"), ("reduced chi-square", "@image{0.0000}")]
+        self.figure.add_tools(HoverTool(renderers=[picture], tooltips=tips))
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show one fit, or none."""
+        found = image(fits[0]) if fits else None
+        self.figure.visible = found is not None
+        if found is None:
+            return
+        self._table.data = {"image": [found.table], "w": [found.width], "h": [found.height]}
+        self._mapper.low, self._mapper.high = found.low, found.high
+        self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = found.axes
+        self.figure.title.text = (
+            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
+        )
+
+
+class Profile:
+    """Reduced chi-square of the blocks of a grid of one dimension."""
+
+    def __init__(self) -> None:
+        from bokeh.models import ColumnDataSource
+
+        self.figure = _figure(
+            _BLOCKS, name="profile", height=330, visible=False, y_axis_label="reduced chi-square"
+        )
+        self._table = ColumnDataSource({"x": [], "y": []})
+        self.figure.step("x", "y", source=self._table, mode="after", color=COLOURS[0], width=1.5)
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show one fit, or none."""
+        found = profile(fits[0]) if fits else None
+        self.figure.visible = found is not None
+        if found is None:
+            return
+        self._table.data = {"x": found.x, "y": found.y}
+        self.figure.xaxis.axis_label = found.axis
+        self.figure.title.text = (
+            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
+        )

@@ -1,0 +1,99 @@
+"""``FitPages``: the plugin of a scheduler that serves the page and the metrics."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from nlsq_dask.dashboard.on_scheduler.collector import Collector, registered
+from nlsq_dask.dashboard.on_scheduler.fits import Fits
+from nlsq_dask.dashboard.on_scheduler.page import show_fits
+
+PLUGIN = "nlsq-dask"
+HANDLER = "nlsq_fit"  # under which a scheduler takes messages on fits
+PAGE = "nlsq"
+
+
+class FitPages(SchedulerPlugin):
+    """Takes messages on fits, and shows them.
+
+    Messages come by a call of their own: ``log_event`` would keep 100,000 of them.
+    """
+
+    name = PLUGIN
+    idempotent = True
+
+    def __init__(self) -> None:
+        self.fits = Fits()
+        self.no_page = ""
+        self.collector: Any = None
+
+    async def start(self, scheduler: Any) -> None:
+        """Begin to take messages, and add the page and the metrics to what the scheduler serves."""
+        before = scheduler.handlers.get(HANDLER)
+        if before is not None:
+            # Taken away and registered again. What it has put up is still there.
+            self.__dict__.update(before.__self__.__dict__)
+            return
+        self.no_page = _add_page(scheduler, self.fits)
+        self.collector = _add_metrics(self.fits)
+        scheduler.handlers[HANDLER] = self.take
+
+    def take(self, batch: dict[str, Any]) -> dict[str, str]:
+        """Take messages on a fit; return why there is no page, nothing if there is."""
+        self.fits.take(batch)
+        return {"no_page": self.no_page}
+
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        """Take note that a client is gone."""
+        self.fits.client_left(client)
+
+    async def close(self) -> None:
+        """Take the metrics away: the process may go on without this scheduler."""
+        if self.collector is not None:
+            from prometheus_client import REGISTRY
+
+            if self.collector in registered(REGISTRY):
+                REGISTRY.unregister(self.collector)
+
+
+def _add_page(scheduler: Any, fits: Fits) -> str:
+    """Add the page beside those of Dask; return why that cannot be, nothing if it could."""
+    served = [
+        app for app in scheduler.http_application.applications
+        if "/status" in getattr(app, "app_paths", ())
+    ]  # fmt: skip
+    if not served:
+        return "the scheduler serves no dashboard (it needs bokeh, and to be started with one)"
+    # A scheduler that serves a dashboard can import these.
+    from distributed.dashboard.core import BokehApplication
+    from distributed.dashboard.scheduler import template_variables
+    from tornado.ioloop import IOLoop
+
+    variables = template_variables(scheduler)
+    app = BokehApplication(
+        {f"/{PAGE}": partial(show_fits, fits)},
+        scheduler,
+        prefix=served[0].prefix,
+        template_variables=variables,
+    )
+    scheduler.http_application.add_application(app)
+    app.initialize(IOLoop.current())
+    app.start()
+    variables["pages"].append(PAGE)  # the menu of all pages, which share this list
+    return ""
+
+
+def _add_metrics(fits: Fits) -> Any:
+    try:
+        from prometheus_client import REGISTRY
+    except ImportError:
+        return None
+    for collector in registered(REGISTRY):
+        if collector.is_of_scheduler:  # of an earlier one in this process
+            REGISTRY.unregister(collector)
+    collector = Collector(fits.metrics, is_of_scheduler=True)
+    REGISTRY.register(collector)
+    return collector

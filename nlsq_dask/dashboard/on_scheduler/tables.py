@@ -1,0 +1,158 @@
+"""What is known of fits, as the columns that the page draws."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from nlsq_dask.dashboard.on_scheduler.fits import Fit
+
+# What is drawn of each iteration: title, axes, whether the second is logarithmic.
+CURVES = {
+    "loss": ("Loss: mean squared weighted residual", "iteration", "loss", True),
+    "gradient_norm": ("Gradient norm", "iteration", "|gradient|", True),
+    "trust_radius": ("Trust radius", "iteration", "radius", True),
+}
+_ALL_ROWS = "all rows"
+
+
+def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
+    """Return one number of every iteration; those over all rows have larger marks."""
+    found: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
+    for entry in list(fit.iterations):
+        value = entry[name]
+        is_full = entry["stage"] == _ALL_ROWS
+        # A logarithmic axis has no place for the others; there is a gap then.
+        found["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
+        found["x"].append(entry["iteration"])
+        found["marker"].append("circle" if entry["accepted"] else "x")
+        found["size"].append(9 if is_full else 4 if entry["accepted"] else 7)
+    return found
+
+
+def rates(fit: Fit) -> dict[str, list[Any]]:
+    """Return the megabytes a second that were read."""
+    found = list(fit.rates)
+    return {
+        "x": [at - fit.began for at, _ in found],
+        "y": [rate / 1e6 for _, rate in found],
+        "marker": ["circle"] * len(found),
+        "size": [4] * len(found),
+    }
+
+
+def bars_of_phases(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Return a bar for each phase of each fit."""
+    keys = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
+    found: dict[str, list[Any]] = {key: [] for key in keys}
+    ends = [fit.heard if not fit.is_running else time.time() for fit in fits]
+    spans = [end - fit.began for fit, end in zip(fits, ends, strict=True)]
+    for fit, end in zip(fits, ends, strict=True):
+        for phase in fit.phases:
+            left = phase["start"] - fit.began
+            is_open = phase["duration"] is None
+            right = end - fit.began if is_open else left + phase["duration"]
+            state = "failed" if phase["failed"] else "running" if is_open else "done"
+            seconds = max(right - left, 0.0)
+            has_room = seconds > 0.12 * max(spans)
+            values = (
+                fit.title,
+                f"{phase['phase']} {phase['name']}",
+                left,
+                left + seconds,
+                seconds,
+                f"{seconds:.1f} s" if has_room else "",
+                colours[phase["phase"] % len(colours)],
+                state,
+            )
+            for key, value in zip(keys, values, strict=True):
+                found[key].append(value)
+    return found
+
+
+def bars_of_pass(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Return a bar for each fit."""
+    return {
+        "fit": [fit.title for fit in fits],
+        "share": [100 * _share(fit) for fit in fits],
+        "label": [pass_in_words(fit) or fit.state for fit in fits],
+        "color": [colours[fit.number % len(colours)] for fit in fits],
+    }
+
+
+def _share(fit: Fit) -> float:
+    now = fit.progress
+    return float(now["blocks"] / max(now["n_blocks"], 1)) if now else 0.0
+
+
+def pass_in_words(fit: Fit) -> str:
+    """Return how far a running fit is."""
+    now = fit.progress
+    if not fit.is_running:
+        return ""
+    if not now:
+        phase = fit.phases[-1]["name"] if fit.phases else "beginning"
+        done = f" (pass {fit.last_pass['pass']} done)" if fit.last_pass else ""
+        return f"{phase}{done}"
+    words = f"pass {now['pass']}: {now['blocks']:,} of {now['n_blocks']:,} blocks"
+    if now["blocks"] and now["seconds"] > 0.0:
+        rate = now["bytes"] / now["seconds"]
+        left = now["seconds"] * (now["n_blocks"] / now["blocks"] - 1)
+        words += f", {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+    return words
+
+
+class Image:
+    """A map of the blocks."""
+
+    def __init__(self, table: Any, about: dict[str, Any]) -> None:
+        self.table = table
+        steps = about["step"]
+        self.height, self.width = (n * s for n, s in zip(table.shape, steps, strict=True))
+        self.axes = [_axis(dim) for dim in reversed(about["dims"])]
+        self.low, self.high = _limits(table)
+        self.note = _note(steps)
+
+
+class Line:
+    """A profile of the blocks."""
+
+    def __init__(self, table: Any, about: dict[str, Any]) -> None:
+        (step,) = about["step"]
+        self.x = [i * step for i in range(len(table) + 1)]
+        self.y = [*map(float, table), float(table[-1])]
+        self.axis = _axis(about["dims"][0])
+        self.note = _note(about["step"])
+
+
+def image(fit: Fit) -> Image | None:
+    """Return the map of a fit, if it has one of two dimensions."""
+    return Image(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 2 else None
+
+
+def profile(fit: Fit) -> Line | None:
+    """Return the profile of a fit, if its blocks lie along one dimension."""
+    return Line(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 1 else None
+
+
+def _table(about: dict[str, Any]) -> Any:
+    import numpy as np
+
+    return np.frombuffer(about["values"], np.float32).reshape(about["shape"])
+
+
+def _limits(table: Any) -> tuple[float, float]:
+    import numpy as np
+
+    found = table[np.isfinite(table)]
+    low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _axis(dim: str) -> str:
+    return f"block along {dim}"
+
+
+def _note(steps: list[int]) -> str:
+    return "" if max(steps) == 1 else f" (worst of each {' x '.join(map(str, steps))})"

@@ -1,0 +1,42 @@
+"""How the plugin gets to a scheduler that may lack this package: its code goes with it."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from functools import cache
+from typing import Any
+
+import cloudpickle
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from nlsq_dask.dashboard import on_scheduler
+from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN, FitPages
+
+_LOCK = threading.Lock()
+
+
+@cache
+def _parcel() -> bytes:
+    """Return the bytes of a new plugin with its code.
+
+    So a scheduler needs neither this package nor JAX, which would take it a second or two to
+    import. Classes that cloudpickle sends by value are whole modules of functions, no more.
+    """
+    with _LOCK:  # the registry of cloudpickle is that of the process
+        cloudpickle.register_pickle_by_value(on_scheduler)
+        try:
+            data: bytes = cloudpickle.dumps(FitPages())
+        finally:
+            cloudpickle.unregister_pickle_by_value(on_scheduler)
+    return data
+
+
+class ShippedPlugin(SchedulerPlugin):
+    """Registered in place of ``FitPages``, it arrives as one."""
+
+    name = PLUGIN
+    idempotent = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (_parcel(),)

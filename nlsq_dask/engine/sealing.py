@@ -1,0 +1,86 @@
+"""What a fit sends to workers, sealed from the scheduler that it passes through.
+
+Distributed unpickles graphs in the scheduler's process, which may lack this package, JAX or what
+the caller's arrays are read with. Only workers need these, so a scheduler sees keys, dependencies
+and bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dask._task_spec import DataNode, GraphNode, Task, TaskRef
+from distributed.protocol.pickle import dumps, loads
+
+unseal = loads  # a function that a scheduler has
+
+
+def seal(value: Any) -> bytes:
+    """Return the bytes of which ``unseal`` makes the value."""
+    data: bytes = dumps(PackageFirst(value))
+    return data
+
+
+def sealed(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a graph with the same keys and dependencies, and the rest as bytes.
+
+    Parameters
+    ----------
+    tasks : dict
+        What is no node of a graph, a caller's future, stays as it is.
+    """
+    opened: dict[int, Task] = {}  # of functions that many tasks call, sealed once
+    return {
+        key: _sealed(key, node, opened) if isinstance(node, GraphNode) else node
+        for key, node in tasks.items()
+    }
+
+
+def _sealed(key: Any, node: GraphNode, opened: dict[int, Task]) -> Task:
+    if isinstance(node, DataNode):
+        return Task(key, unseal, seal(node.value))
+    if isinstance(node, Task) and not node.kwargs and all(type(a) is TaskRef for a in node.args):
+        function = id(node.func)
+        if function not in opened:
+            opened[function] = Task(None, unseal, seal(node.func))
+        return Task(key, operator.call, opened[function], *node.args)
+    needed = tuple(node.dependencies)
+    step = Task(None, unseal, seal(_Step(node, needed)))
+    return Task(key, operator.call, step, *map(TaskRef, needed))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node, called with the results of the keys that it needs, in their order."""
+
+    node: GraphNode
+    needed: tuple[Any, ...]
+
+    def __call__(self, *results: Any) -> Any:
+        return self.node(dict(zip(self.needed, results, strict=True)))
+
+
+@dataclass(frozen=True)
+class PackageFirst:
+    """Unpickled, it is the value itself, and the package was imported before a module of it.
+
+    A thread that imports a module first holds that module's lock while it waits for the package's;
+    another one that imports the package then waits for the first, and Python raises an error.
+    """
+
+    value: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.getitem, ((_PACKAGE, self.value), 1)
+
+
+class _Package:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (__name__.partition(".")[0],)
+
+
+_PACKAGE = _Package()

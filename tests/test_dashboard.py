@@ -1,0 +1,460 @@
+"""The page of fits on a cluster's dashboard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import cloudpickle
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster, get_client
+from prometheus_client.parser import text_string_to_metric_families
+
+import nlsq_dask as nd
+from nlsq_dask.core.block_sums import BlockSums
+from nlsq_dask.dashboard.messages import Messages
+from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, Fits
+from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
+from nlsq_dask.dashboard.shipping import ShippedPlugin
+from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
+from tests.browser import CHROMIUM, Browser
+
+# A worker in this process would be told that its collector of metrics is there already.
+LOCAL = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0"}
+
+
+def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def other(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp2(-b * x) + c
+
+
+def slowly(block: np.ndarray, seconds: float) -> np.ndarray:
+    time.sleep(seconds)
+    return block
+
+
+def fit(model: Any = decay, n_blocks: int = 12, seconds: float = 0.0, **options: Any) -> Any:
+    # A group of blocks, which is one task, ends with 2**18 rows.
+    rows = 2_000 if not seconds else 2**18
+    x = da.linspace(0, 4, n_blocks * rows, chunks=rows)
+    y = 2.0 * da.exp(-0.7 * x) + 0.3 + 0.01 * da.sin(1e6 * x)
+    if seconds:
+        y = y.map_blocks(slowly, seconds, dtype=float, meta=np.zeros(0))
+    config = nd.HybridStreamingConfig(**{"verbose": 0, "cache": 0, **options})
+    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, [1.0, 1.0, 0.1])
+
+
+IS_OURS = '<div class="nlsq">'
+
+
+def fetch(url: str) -> str:
+    with urlopen(url, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def counted(url: str) -> dict[str, float]:
+    samples = [
+        (sample.name, sample.value)
+        for family in text_string_to_metric_families(fetch(url))
+        for sample in family.samples
+        if sample.name.startswith("nlsq_")
+    ]
+    assert len(dict(samples)) == len(samples)
+    return dict(samples)
+
+
+def pages(client: Client) -> list[dict[str, Any]]:
+    """Return what the scheduler knows of the last fits."""
+
+    def look(dask_scheduler: Any) -> list[dict[str, Any]]:
+        known = dask_scheduler.plugins["nlsq-dask"].fits.recent.values()
+        names = ("number", "state", "text", "about", "map", "metrics", "client")
+        return [
+            {name: getattr(fit, name) for name in names}
+            | {"iterations": list(fit.iterations), "phases": list(fit.phases)}
+            | {"notes": list(fit.notes)}
+            for fit in known
+        ]
+
+    return list(client.run_on_scheduler(look))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    return [line for line in lines if "page" in line or "watched" in line]
+
+
+@contextmanager
+def scheduler(
+    folder: Path, *arguments: str, without: str = "", n_workers: int = 1
+) -> Iterator[Client]:
+    """A scheduler in a process of its own, which cannot import some packages, and workers."""
+    file = folder / "scheduler.json"
+    script = (
+        "import sys\n"
+        f"for name in {without.split()!r}: sys.modules[name] = None\n"
+        "from distributed.cli.dask_scheduler import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    here = [sys.executable, "-c", script, "--scheduler-file", str(file), "--port", "0"]
+    here += ["--host", "127.0.0.1", "--dashboard-address", ":0", *arguments]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file)]
+    worker += ["--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["."])}
+    with (folder / "log").open("w") as log:
+        started = [
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            for command in [here, *[worker] * n_workers]
+        ]
+        try:
+            deadline = time.monotonic() + 60
+            while not file.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            with Client(scheduler_file=str(file), set_as_default=True) as client:
+                client.wait_for_workers(n_workers, 60)
+                yield client
+        finally:
+            for process in started:
+                process.kill()  # a worker without its scheduler would wait for it
+            for process in started:
+                process.wait(30)
+
+
+def address(client: Client) -> str:
+    port = client.scheduler_info()["services"]["dashboard"]
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def as_default(process_client: Client) -> Iterator[Client]:
+    with process_client.as_current():
+        yield process_client
+
+
+# --- messages
+
+
+def measured(grid: tuple[int, ...], values: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    messages = Messages()
+    dims = tuple("abcd"[: len(grid)])
+    messages.of(FitStarted("m", 1, grid, dims, ("p",)))
+    n = values.size
+    sums = BlockSums(np.arange(n), 7.0 * values.ravel(), np.full(n, 7), np.zeros(n))
+    (message,) = messages.of(BlocksMeasured(1, sums))
+    return message, np.frombuffer(message["values"], np.float32).reshape(message["shape"])
+
+
+def test_a_small_map_is_sent_as_it_is() -> None:
+    values = np.arange(12.0).reshape(3, 4)
+    message, table = measured((3, 4), values)
+    np.testing.assert_allclose(table, values, rtol=1e-6)
+    assert message["dims"] == ["a", "b"]
+    assert message["step"] == [1, 1]
+
+
+def test_a_large_map_shows_the_worst_of_neighbours() -> None:
+    values = np.random.default_rng(0).uniform(1, 2, (2001, 350))
+    values[1234, 222] = 99.0
+    message, table = measured(values.shape, values)
+    assert table.size <= 10_000
+    assert table.max() == np.float32(99.0)
+    down, across = message["step"]
+    assert table[1234 // down, 222 // across] == np.float32(99.0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "dims", "shape"),
+    [((5000,), ["a"], [1000]), ((1, 30), ["b"], [30]), ((2, 9, 8), ["b", "c"], [9, 8])],
+)
+def test_other_grids(grid: tuple[int, ...], dims: list[str], shape: list[int]) -> None:
+    message, table = measured(grid, np.arange(float(np.prod(grid))).reshape(grid))
+    assert message["dims"] == dims
+    assert message["shape"] == shape
+    assert table.max() == np.float32(np.prod(grid) - 1)
+
+
+def test_messages_are_small_and_plain() -> None:
+    import msgpack
+
+    names = tuple(f"p{i}" for i in range(5000))
+    (message,) = Messages().of(FitStarted("m", 10**9, (10**5,), ("row",), names))
+    assert len(msgpack.packb(message)) < 2_000
+    (message,) = Messages().of(BlocksFinished(1, np.int64(3), np.int64(9), 1, 3, 8, 0.5))
+    assert len(msgpack.packb(message)) < 200
+
+
+def batch(name: str, *messages: dict[str, Any], passes: int = 1) -> dict[str, Any]:
+    metrics = {"nlsq_passes_total": passes, "nlsq_last_loss": 0.5}
+    return {"fit": name, "client": "c", "messages": list(messages), "metrics": metrics}
+
+
+def test_old_fits_are_forgotten_and_their_counts_stay() -> None:
+    fits = Fits()
+    end = {"kind": "ended", "state": "finished", "text": ""}
+    fits.take(batch("one that runs on"))
+    for i in range(100):
+        fits.take(batch(str(i), passes=1))
+        fits.take(batch(str(i), end, passes=2))
+    assert len(fits.recent) == MOST_FITS
+    assert "one that runs on" in fits.recent
+    assert fits.metrics() == {"nlsq_passes_total": 201, "nlsq_last_loss": 0.5}
+
+
+def test_messages_of_another_version_are_no_harm() -> None:
+    fits = Fits()
+    fits.take(batch("a", {"kind": "unheard of"}, {}))
+    assert len(fits.recent) == 1
+
+
+# --- on a cluster
+
+
+def test_the_page_and_its_link(as_default: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "nlsq_dask"):
+        result = fit()
+    (line,) = said(caplog)
+    url = line.split()[-1]
+    assert "/nlsq" in url
+    assert IS_OURS in fetch(url)
+    for page in ("status", "nlsq", "workers"):
+        text = fetch(url.replace("nlsq", page))
+        assert text.count('href="nlsq"') == 1
+    *_, known = pages(as_default)
+    assert known["state"] == "finished"
+    assert known["text"] == result.message
+    assert known["about"]["model"] == "decay"
+    losses = [entry["loss"] for entry in known["iterations"]]
+    np.testing.assert_array_equal(losses, result.history.loss)
+    assert [phase["phase"] for phase in known["phases"]] == [0, 1, 2, 3]
+    assert all(phase["duration"] >= 0 for phase in known["phases"])
+    found = np.frombuffer(known["map"]["values"], np.float32)
+    np.testing.assert_allclose(found, result.block_statistics.reduced_chi2, rtol=1e-2)
+
+
+def test_dashboard_false_tells_nobody(as_default: Client) -> None:
+    fit()
+    n = len(pages(as_default))
+    last = pages(as_default)[-1]["number"]
+    fit(dashboard=False)
+    assert len(pages(as_default)) == n
+    assert pages(as_default)[-1]["number"] == last
+
+
+def test_metrics_agree_with_the_results(as_default: Client) -> None:
+    fit()
+    url = address(as_default) + "/metrics"
+    before = counted(url)
+    results = [fit(), fit(other)]
+    after = counted(url)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["nlsq_fits_total"] == 2
+    assert grown["nlsq_passes_total"] == sum(result.n_passes for result in results)
+    assert grown["nlsq_rows_read_total"] == sum(result.rows_read for result in results)
+    assert grown["nlsq_bytes_read_total"] == sum(result.bytes_read for result in results)
+    calls = sum(result.diagnostics["defense"]["total_warmup_calls"] for result in results)
+    assert grown["nlsq_defense_warmup_calls_total"] == calls
+    assert after["nlsq_last_loss"] == float(results[1].history.loss[-1])
+    assert set(after) == set(nd.get_defense_telemetry().export_metrics())
+
+
+def test_two_fits_at_once_from_two_clients(as_default: Client) -> None:
+    fit()
+    last = pages(as_default)[-1]["number"]
+    with Client(as_default.scheduler.address, set_as_default=False) as second:
+        clients = {decay: as_default, other: second}
+
+        def run(model: Any) -> None:
+            with clients[model].as_current():
+                fit(model, 30)
+
+        threads = [threading.Thread(target=run, args=[model]) for model in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        ours = [known for known in pages(as_default) if known["number"] > last]
+        assert {known["about"]["model"] for known in ours} == {"decay", "other"}
+        assert {known["client"] for known in ours} == {client.id for client in clients.values()}
+        assert {known["state"] for known in ours} == {"finished"}
+    assert fetch(address(as_default) + "/nlsq").count('href="nlsq"') == 1
+
+
+def test_registered_again_after_it_was_taken_away(as_default: Client) -> None:
+    fit()
+    n = len(pages(as_default))
+    as_default.unregister_scheduler_plugin(PLUGIN)
+    assert IS_OURS in fetch(address(as_default) + "/nlsq")
+    as_default.register_plugin(ShippedPlugin())
+    assert len(pages(as_default)) == n
+    fit()
+    assert len(pages(as_default)) == min(n + 1, MOST_FITS)
+    assert fetch(address(as_default) + "/status").count('href="nlsq"') == 1
+
+
+def test_an_error_and_a_resumed_fit_are_shown(as_default: Client, tmp_path: Path) -> None:
+    def stop(*_: Any) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        nd.AdaptiveHybridStreamingOptimizer(
+            nd.HybridStreamingConfig(verbose=0, callback_frequency=1)
+        ).fit(decay, *(da.linspace(0.1, 2, 100, chunks=30),) * 2, [1.0, 1.0, 0.1], callback=stop)
+    assert pages(as_default)[-1]["state"] == "aborted"
+    assert "enough" in pages(as_default)[-1]["text"]
+    whole = fit(checkpoint_dir=tmp_path)
+    before = counted(address(as_default) + "/metrics")
+    fit(resume_from_checkpoint=tmp_path)
+    *_, known = pages(as_default)
+    assert len(known["iterations"]) == len(whole.history.iteration)
+    assert known["about"]["model"] == "decay"
+    after = counted(address(as_default) + "/metrics")
+    assert after["nlsq_passes_total"] == before["nlsq_passes_total"]
+
+
+def test_a_fit_inside_a_task(as_default: Client) -> None:
+    def inside() -> bool:
+        with get_client().as_current():
+            return bool(fit().success)
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        assert as_default.submit(inside, pure=False).result(timeout=120)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert pages(as_default)[-1]["state"] == "finished"
+
+
+def test_trouble_with_the_page_is_one_line(
+    as_default: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, batch: Any) -> None:
+        raise OSError("no way there")
+
+    monkeypatch.setattr("nlsq_dask.dashboard.observer.Page._call", broken)
+    with caplog.at_level(logging.INFO, "nlsq_dask"):
+        assert fit().success
+    assert said(caplog) == ["The fit goes on without its page: OSError: no way there"]
+
+
+# --- other clusters
+
+
+@pytest.mark.parametrize(
+    ("without", "arguments", "has_page"),
+    [
+        ("nlsq_dask jax", [], True),
+        ("bokeh", [], False),
+        ("prometheus_client", [], True),
+        pytest.param("", ["--no-dashboard"], False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_scheduler_that_lacks_something(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    without: str,
+    arguments: list[str],
+    has_page: bool,
+) -> None:
+    with scheduler(tmp_path, *arguments, without=without) as client:
+        with caplog.at_level(logging.INFO, "nlsq_dask"):
+            assert fit().success
+        (line,) = said(caplog)
+        assert ("watched at" in line) == has_page, line
+        if has_page:
+            assert IS_OURS in fetch(address(client) + "/nlsq")
+        else:
+            with pytest.raises(HTTPError, match="404"):
+                fetch(address(client) + "/nlsq")
+        loaded = client.run_on_scheduler(lambda: [*__import__("sys").modules])
+        assert not [name for name in loaded if name == "jax" and without != "nlsq_dask jax"]
+        if without == "bokeh":
+            assert counted(address(client) + "/metrics")["nlsq_fits_total"] == 1
+
+
+def test_behind_a_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with scheduler(tmp_path, "--dashboard-prefix", "/some/where") as client:
+        assert fit().success
+        for page in ("status", "nlsq"):
+            text = fetch(f"{address(client)}/some/where/{page}")
+            assert text.count('href="nlsq"') == 1
+
+
+def test_a_cluster_in_this_process() -> None:
+    from prometheus_client import REGISTRY
+
+    for _ in range(2):
+        mine = nd.metrics_collector()
+        with LocalCluster(processes=False, **LOCAL) as cluster, Client(cluster) as client:
+            fit()
+            assert IS_OURS in fetch(address(client) + "/nlsq")
+            assert counted(address(client) + "/metrics")["nlsq_fits_total"] == 1
+            REGISTRY.register(mine)
+            try:
+                nd.reset_defense_telemetry()
+                fit()
+                assert counted(address(client) + "/metrics")["nlsq_fits_total"] == 1
+            finally:
+                REGISTRY.unregister(mine)
+            assert counted(address(client) + "/metrics")["nlsq_fits_total"] == 2
+    nothing_left = [c for c in REGISTRY._collector_to_names if hasattr(c, "is_of_nlsq_dask")]
+    assert nothing_left == []
+
+
+# --- in a browser
+
+LOSS = "Bokeh.documents[0].get_model_by_name('loss')"
+POINTS = f"{LOSS}.renderers.map(r => r.data_source.data.x.length).reduce((a, b) => a + b, 0)"
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("prefix", ["", "/some/where"])
+def test_a_browser_sees_two_fits(tmp_path: Path, prefix: str) -> None:
+    arguments = ["--dashboard-prefix", prefix] if prefix else []
+    with (
+        scheduler(tmp_path, *arguments, n_workers=2) as client,
+        Browser(tmp_path / "browser") as browser,
+    ):
+        base = address(client) + prefix
+        assert fit().success
+        browser.open(f"{base}/status", 1400, 1400)
+        browser.wait_for("document.querySelector(\"a[href='nlsq']\") !== null")
+        browser.evaluate("document.querySelector(\"a[href='nlsq']\").click()")
+        browser.wait_for(f"location.pathname == '{prefix}/nlsq'")
+        browser.wait_for("window.Bokeh && Bokeh.documents.length == 1")
+        before = browser.wait_for(POINTS)
+        threads = [threading.Thread(target=fit, args=[model, 12, 0.3]) for model in (decay, other)]
+        for thread in threads:
+            thread.start()
+        grown = browser.wait_for(f"{POINTS} > {before} && {POINTS}")
+        browser.wait_for(f"{POINTS} > {grown}")
+        shown = f"{LOSS}.renderers.filter(r => r.data_source.data.x.length).length"
+        browser.wait_for(f"{shown} == 6")  # a line and marks for each of three fits
+        for thread in threads:
+            thread.join()
+        browser.wait_for("document.title == 'Dask: nonlinear fits'")
+        for width in (1400, 600):
+            browser.open(f"{base}/nlsq", width, 1400)
+            browser.wait_for(f"window.Bokeh && Bokeh.documents.length == 1 && {POINTS} > 0")
+            time.sleep(1)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            menu = "document.querySelector('.navbar').getBoundingClientRect().bottom"
+            first = "document.querySelector('.nlsq').getBoundingClientRect().top"
+            assert browser.evaluate(f"{menu} <= {first}")
