@@ -7,7 +7,7 @@ NLSQ_VENV := .venv-nlsq
 # The nlsq package needs Python 3.12 or newer; the first of these that is one makes its environment.
 NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
-.PHONY: demo test test-all lint bench bench-nlsq-env clean
+.PHONY: demo test test-all lint docs bench bench-nlsq-env clean
 
 demo: $(VENV)/demo.stamp
 	mkdir -p demo-output
@@ -28,6 +28,10 @@ lint: $(VENV)/dev.stamp
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
+# docs/_build/html/index.html; `make docs DOCS_EXECUTE=cache` shows what the notebooks print, too.
+docs: $(VENV)/docs.stamp
+	DOCS_EXECUTE=$(or $(DOCS_EXECUTE),off) $(RUN) sphinx -W --keep-going -q docs docs/_build/html
+
 # `make bench BENCH="--quick"` tries the suite out; `make bench BENCH=kernel` runs one part of it.
 bench: $(VENV)/test.stamp
 	$(RUN) benchmarks.run $(BENCH)
@@ -36,7 +40,7 @@ bench: $(VENV)/test.stamp
 bench-nlsq-env: $(NLSQ_VENV)/nlsq.stamp
 
 clean:
-	rm -rf $(VENV) $(NLSQ_VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NLSQ_VENV) build dist demo-output docs/_build docs/notebooks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -17,17 +17,10 @@ from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Moments, Sums
-from nlsq_dask.engine.faults import BadBlock
+from nlsq_dask.engine.faults import BadBlock, ReadReport
 from nlsq_dask.engine.parts import Parts
-from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult, ReadReport
-from nlsq_dask.errors import (
-    BlockReadError,
-    CheckpointError,
-    ClusterLostError,
-    DataError,
-    NonFiniteDataError,
-    RowsChangedError,
-)
+from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult
+from nlsq_dask.errors import ClusterLostError, RowsChangedError
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksLeftOut,
@@ -38,6 +31,7 @@ from nlsq_dask.events import (
     SampleRead,
 )
 from nlsq_dask.interruption import Interruption
+from nlsq_dask.row_checks import are_unusable, check_rows, check_same, check_share
 from nlsq_dask.storage.codec import encode
 
 S = TypeVar("S", bound=Sums)
@@ -57,9 +51,6 @@ class RowsInUse:
 
     left_out: dict[int, BadBlock]
     moments: Moments | None
-
-
-_MOST_LISTED = 10  # blocks in a message
 
 
 @dataclass(frozen=True)
@@ -203,7 +194,7 @@ class Passes:
         if was_taken:
             again = self._data.sample(wanted, seed, left_out, self._watch)
             if again.rows is not None and not again.reading.lost:
-                _compare(sample.rows, again.rows)
+                check_same(sample.rows, again.rows)
         return sample.rows, sample.n_blocks
 
     def _make_sample(self, wanted: int, seed: int, left_out: frozenset[int]) -> _Sample:
@@ -340,7 +331,7 @@ class Passes:
         # Before it is remembered: it may be repaired, and then read again.
         self._check_share(lost)
         assert result.sums is not None  # it is an error to leave out all rows
-        self._check(result.sums)
+        check_rows(result.sums, self._omits_nan, self._data, self.n_rows)
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
@@ -410,7 +401,13 @@ class Passes:
                 parts_left.release()
 
     def _is_good(self, part: PassResult[S]) -> bool:
-        return not part.reading.lost and part.sums is not None and not self.must_report(part.sums)
+        if part.reading.lost or part.sums is None:
+            return False
+        return not are_unusable(part.sums, self._omits_nan)
+
+    def must_report(self, sums: Sums) -> bool:
+        """Whether sums over a part of the rows show that the data cannot be used as they are."""
+        return are_unusable(sums, self._omits_nan)
 
     def _watch(self, parts: Parts) -> None:
         self._interruption.check()
@@ -418,6 +415,10 @@ class Passes:
     def _named(self, reading: ReadReport) -> dict[int, BadBlock]:
         """Return what could not be read, in the caller's terms."""
         return {i: self._data.bad_block(i, reading.lost[i]) for i in sorted(reading.lost)}
+
+    def _check_share(self, new: dict[int, BadBlock]) -> None:
+        bad = list((self.left_out | new).values())
+        check_share(bad, self._data.blocks.n_rows, self._min_share)
 
     def _leave_out(self, new: dict[int, BadBlock]) -> bool:
         """Take note of what could not be read; return whether it is more than before.
@@ -436,54 +437,3 @@ class Passes:
         event = BlocksLeftOut(tuple(bad.sentence for bad in new.values()), missing)
         self._journal.once("leaving out", partial(self._emit, event))
         return True
-
-    def must_report(self, sums: Sums) -> bool:
-        """Whether sums over a part of the rows show that the data cannot be used as they are."""
-        return bool(sums.n_bad_sigma or (sums.n_bad and not self._omits_nan))
-
-    def _check(self, sums: Sums) -> None:
-        n_rows, grid = self.n_rows, self._data.blocks.grid
-        if sums.n_bad_sigma:
-            raise DataError(
-                f"sigma is zero or negative at {sums.n_bad_sigma:,} of {n_rows:,} rows; it must be "
-                f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
-            )
-        if sums.n_bad and not self._omits_nan:
-            block, where = self._data.first_not_finite(sums.first_bad_block)
-            raise NonFiniteDataError(
-                f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or "
-                f"sigma; the first of them are in block {block} of the grid {grid}{where}. Use "
-                f"nan_policy='omit' to leave such rows out.",
-                sums.n_bad,
-                block,
-            )
-        if not sums.n_used:
-            raise DataError(f"none of the {n_rows:,} rows can be used: all are masked or NaN.")
-
-    def _check_share(self, new: dict[int, BadBlock]) -> None:
-        """Raise a BlockReadError if too few rows are left with these blocks left out, too."""
-        bad = list((self.left_out | new).values())
-        n_all = self._data.blocks.n_rows
-        n_rows = n_all - sum(block.rows for block in bad)
-        if n_rows and n_rows >= self._min_share * n_all:
-            return
-        listed = "; ".join(block.sentence for block in bad[:_MOST_LISTED])
-        further = f"; and {len(bad) - _MOST_LISTED} blocks more" if len(bad) > _MOST_LISTED else ""
-        raise BlockReadError(
-            f"{n_rows:,} of {n_all:,} rows can be read, less than "
-            f"min_success_rate={self._min_share:g} of them. {listed}{further}. Repair or replace "
-            f"what is stored there, or lower min_success_rate.",
-            bad[0].array,
-            bad[0].block,
-            bad[0].chunk,
-        )
-
-
-def _compare(before: Rows, again: Rows) -> None:
-    """Raise a CheckpointError if rows that were read again are not what they were."""
-    for one, other in zip(before.arrays, again.arrays, strict=True):
-        if one is not None and other is not None and one.tobytes() != other.tobytes():
-            raise CheckpointError(
-                "the checkpoint is of other data: some rows were read again, and their values are "
-                "not what they were. Fit again without resume_from_checkpoint."
-            )

@@ -228,3 +228,40 @@ class BadBlock:
             "chunk": self.chunk,
             "error": self.error,
         }
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What went wrong while blocks were read.
+
+    Attributes
+    ----------
+    lost : dict of int to Fault
+        Blocks that could not be read, by flat index.
+    retries : dict of key to int
+        How often steps were tried again.
+    """
+
+    lost: dict[int, Fault] = field(default_factory=dict)
+    retries: dict[Key, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, index: int, fault: Fault | None, retries: dict[Key, int]) -> ReadReport:
+        """Return that of one block."""
+        return cls({} if fault is None else {index: fault}, retries)
+
+    @classmethod
+    def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
+        """Return what all of them say; what several groups have waited for counts once."""
+        wrong = [report for report in reports if report.lost or report.retries]
+        if len(wrong) <= 1:
+            return wrong[0] if wrong else cls()
+        return cls(
+            {index: fault for report in wrong for index, fault in report.lost.items()},
+            {key: count for report in wrong for key, count in report.retries.items()},
+        )
+
+    @property
+    def n_retries(self) -> int:
+        """How often something was tried again."""
+        return sum(self.retries.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import count, zip_longest
 from typing import Any, Generic, TypeVar
@@ -21,7 +21,7 @@ from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
-from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
+from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy, ReadReport
 from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.parts import Parts, Watch, WorkersReplacedError, run_tree
@@ -31,48 +31,6 @@ from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, ClusterLostError
 
 _MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
-
-
-@dataclass(frozen=True)
-class ReadReport:
-    """What went wrong while blocks were read.
-
-    Attributes
-    ----------
-    lost : dict of int to Fault
-        Blocks that could not be read, by flat index.
-    retries : dict of key to int
-        How often steps were tried again.
-    """
-
-    lost: dict[int, Fault] = field(default_factory=dict)
-    retries: dict[Any, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, read: ReadBlock | None) -> ReadReport:
-        """Return that of one block, None for one that did not have to be read."""
-        if read is None or (read.fault is None and not read.retries):
-            return _NOTHING_WRONG
-        return cls({} if read.fault is None else {read.index: read.fault}, read.retries)
-
-    @classmethod
-    def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
-        """Return what all of them say; what several groups have waited for counts once."""
-        wrong = [report for report in reports if report.lost or report.retries]
-        if len(wrong) <= 1:
-            return wrong[0] if wrong else _NOTHING_WRONG
-        return cls(
-            {index: fault for report in wrong for index, fault in report.lost.items()},
-            {key: count for report in wrong for key, count in report.retries.items()},
-        )
-
-    @property
-    def n_retries(self) -> int:
-        """How often something was tried again."""
-        return sum(self.retries.values())
-
-
-_NOTHING_WRONG = ReadReport()
 
 
 @dataclass(frozen=True)
@@ -435,7 +393,7 @@ def _reduce_block(
     read: ReadBlock | None,
 ) -> PassResult[S]:
     if rows is None:
-        return PassResult(None, None, ReadReport.of(read))
+        return PassResult(None, None, _report(read))
     further = {} if request.directions is None else {"directions": request.directions}
     sums = kernel(
         rows,
@@ -453,7 +411,12 @@ def _reduce_block(
     taken = thin_out(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
-    return PassResult(sums, sample, ReadReport.of(read))
+    return PassResult(sums, sample, _report(read))
+
+
+def _report(read: ReadBlock | None) -> ReadReport:
+    """Return what went wrong while a block was read; None stands for one that was there."""
+    return ReadReport() if read is None else ReadReport.of(read.index, read.fault, read.retries)
 
 
 def _combine(*parts: PassResult[S]) -> PassResult[S]:
@@ -468,7 +431,7 @@ def _combine(*parts: PassResult[S]) -> PassResult[S]:
 
 def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
     (read,) = reader.read(inputs)
-    block, report = read.block, ReadReport.of(read)
+    block, report = read.block, _report(read)
     if block is None:
         return Sample(None, 0, 0, 0, report)
     return Sample(block.take(plan.rows_of(i, len(block))), len(block), block.nbytes, 1, report)

@@ -1,0 +1,44 @@
+"""Sphinx configuration: `make docs` builds the site, with warnings as errors."""
+
+import os
+import shutil
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "nlsq_dask"
+author = "The nlsq_dask developers"
+version = release = version_of("nlsq-dask")
+
+extensions = [
+    "myst_nb",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+html_theme = "pydata_sphinx_theme"
+html_theme_options = {"show_prev_next": False, "navigation_with_keys": False}
+html_title = "nlsq_dask"
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+# The notebooks are kept without outputs, so a site that shows these has to run them.
+nb_execution_mode = os.environ.get("DOCS_EXECUTE", "off")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+
+autosummary_generate = False
+autodoc_typehints = "none"  # numpydoc says what types are, in words
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+# Where there is no network, references to other projects are plain text.
+intersphinx_mapping = {}
+
+# Sphinx reads sources below this folder alone.
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks")

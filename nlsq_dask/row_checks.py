@@ -1,0 +1,76 @@
+"""Whether the rows of the data can be used, with the sentences that say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nlsq_dask.core.rows import Rows
+from nlsq_dask.core.sums import Sums
+from nlsq_dask.engine.faults import BadBlock
+from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFiniteDataError
+
+_MOST_LISTED = 10  # blocks in a message
+
+
+def are_unusable(sums: Sums, omits_nan: bool) -> bool:
+    """Whether sums over a part of the rows show that the data cannot be used as they are."""
+    return bool(sums.n_bad_sigma or (sums.n_bad and not omits_nan))
+
+
+def check_rows(sums: Sums, omits_nan: bool, data: DataSet, n_rows: int) -> None:
+    """Raise a DataError if the rows that sums are over cannot be used.
+
+    Parameters
+    ----------
+    sums : Sums
+        Over ``n_rows`` rows.
+    omits_nan : bool
+        Whether rows with NaN or infinity are left out.
+    data : DataSet
+        Where the first of them are looked for.
+    n_rows : int
+    """
+    if sums.n_bad_sigma:
+        raise DataError(
+            f"sigma is zero or negative at {sums.n_bad_sigma:,} of {n_rows:,} rows; it must be "
+            f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
+        )
+    if sums.n_bad and not omits_nan:
+        block, where = data.first_not_finite(sums.first_bad_block)
+        raise NonFiniteDataError(
+            f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or sigma; "
+            f"the first of them are in block {block} of the grid {data.blocks.grid}{where}. Use "
+            f"nan_policy='omit' to leave such rows out.",
+            sums.n_bad,
+            block,
+        )
+    if not sums.n_used:
+        raise DataError(f"none of the {n_rows:,} rows can be used: all are masked or NaN.")
+
+
+def check_share(bad: Sequence[BadBlock], n_all: int, min_share: float) -> None:
+    """Raise a BlockReadError if too few of ``n_all`` rows are left without these blocks."""
+    n_rows = n_all - sum(block.rows for block in bad)
+    if n_rows and n_rows >= min_share * n_all:
+        return
+    listed = "; ".join(block.sentence for block in bad[:_MOST_LISTED])
+    further = f"; and {len(bad) - _MOST_LISTED} blocks more" if len(bad) > _MOST_LISTED else ""
+    raise BlockReadError(
+        f"{n_rows:,} of {n_all:,} rows can be read, less than min_success_rate={min_share:g} of "
+        f"them. {listed}{further}. Repair or replace what is stored there, or lower "
+        f"min_success_rate.",
+        bad[0].array,
+        bad[0].block,
+        bad[0].chunk,
+    )
+
+
+def check_same(before: Rows, again: Rows) -> None:
+    """Raise a CheckpointError if rows that were read again are not what they were."""
+    for one, other in zip(before.arrays, again.arrays, strict=True):
+        if one is not None and other is not None and one.tobytes() != other.tobytes():
+            raise CheckpointError(
+                "the checkpoint is of other data: some rows were read again, and their values are "
+                "not what they were. Fit again without resume_from_checkpoint."
+            )
