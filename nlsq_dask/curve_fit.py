@@ -67,6 +67,16 @@ def curve_fit(
     ------
     RuntimeError
         If no solution was found, as in SciPy; the message says what to try.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> x = np.linspace(0, 4, 1000)
+    >>> y = 2 * np.exp(-0.7 * x)
+    >>> popt, pcov = curve_fit(lambda x, a, b: a * jnp.exp(-b * x), x, y, p0=[1, 1])
+    >>> popt.round(6)
+    array([2. , 0.7])
     """
     known = inspect.signature(AdaptiveHybridStreamingOptimizer.fit).parameters
     unknown = [name for name in fit_options if name not in known]

@@ -101,6 +101,19 @@ class AdaptiveHybridStreamingOptimizer:
         The best parameters so far.
     best_cost_global : float
         Their cost over all rows; infinite before the first pass.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> import jax.numpy as jnp
+    >>> def decay(t, height, rate):
+    ...     return height * jnp.exp(-rate * t)
+    >>> t = da.linspace(0, 4, 100_000, chunks=10_000)
+    >>> y = 2 * da.exp(-0.7 * t) + 0.1 * da.cos(50 * t)
+    >>> optimizer = AdaptiveHybridStreamingOptimizer()
+    >>> result = optimizer.fit(decay, t, y, p0=[1, 1], verbose=0)
+    >>> result.success, result.popt.round(2)
+    (True, array([2. , 0.7]))
     """
 
     def __init__(self, config: HybridStreamingConfig | None = None) -> None:
