@@ -112,7 +112,7 @@ class HybridStreamingConfig:
         "auto",
         _one_of("auto", "bounds", "p0", "none"),
         "'auto' (by bounds if all are finite, else by p0), 'bounds' (to [0, 1]), "
-        "'p0' (by |p0|, 1 where it is 0) or 'none'.",
+        "'p0' (by ``|p0|``, 1 where it is 0) or 'none'.",
     )
 
     # --- phase 1: L-BFGS warm-up on a sample
@@ -409,8 +409,8 @@ class HybridStreamingConfig:
         1.0,
         _POSITIVE,
         "How far from there they are drawn, as a multiple of half the distance of the bounds, or "
-        "of |p0| (of 1 where it is 0) for a parameter without two finite ones; never outside of "
-        "the bounds.",
+        "of ``|p0|`` (of 1 where it is 0) for a parameter without two finite ones; never outside "
+        "of the bounds.",
     )
     sample_rows: int | str = _option(
         "auto",

@@ -11,7 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
-WITHOUT_CODE = {"mathematics", "api", "when_to_use", "howto_gpu"}
+WITHOUT_CODE = {
+    "api",
+    "howto",
+    "howto_gpu",
+    "learn",
+    "mathematics",
+    "reference",
+    "when_to_use",
+}
 
 
 def masked(text: str) -> list[str]:
