@@ -70,6 +70,10 @@ _POSITIVE: Rule = ("a number > 0", lambda v: _is_real(v) and v > 0)
 _NON_NEGATIVE: Rule = ("a number >= 0", lambda v: _is_real(v) and v >= 0)
 _TOLERANCE: Rule = ("a number > 0 and < 1", lambda v: _is_real(v) and 0 < v < 1)
 _FRACTION: Rule = ("a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
+_PATH_OR_FLAG: Rule = (
+    "a path (str or os.PathLike), True, False or None",
+    lambda v: v is None or isinstance(v, str | os.PathLike | bool),
+)
 _PATH: Rule = ("a path (str or os.PathLike)", lambda v: isinstance(v, str | os.PathLike))
 _CRITERIA: Rule = ("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
 _RANGES: Rule = ("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
@@ -311,11 +315,12 @@ class HybridStreamingConfig:
         "Seconds between checkpoints inside a pass, of what has been summed so far; twenty times "
         "as many as saving takes if that is more. 0 saves whenever a block group has been summed.",
     )
-    resume_from_checkpoint: str | os.PathLike[str] | None = _aside(
+    resume_from_checkpoint: str | os.PathLike[str] | bool | None = _aside(
         None,
-        _or(_PATH, None),
+        _PATH_OR_FLAG,
         "A checkpoint, or a folder whose newest one is taken, to go on from. Data, model, "
-        "arguments and those options that change the fit must be the same.",
+        "arguments and those options that change the fit must be the same. True goes on from what "
+        "is in checkpoint_dir, and begins if nothing is.",
     )
     validate_numerics: bool = _option(
         True,

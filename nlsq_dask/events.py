@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -257,9 +257,11 @@ class CheckpointWritten(Event):
 class FitResumed(Event):
     """The fit goes on from a checkpoint that was written after so many passes.
 
-    ``notes`` say what was unexpected about it.
+    ``started`` is what was said at its beginning; ``notes`` say what was unexpected about the
+    checkpoint.
     """
 
+    started: FitStarted | None
     path: str
     n_passes: int
     notes: tuple[str, ...]
@@ -282,6 +284,16 @@ class FitAborted(Event):
     is_passing: ClassVar[bool] = True
 
     error: str
+
+
+_MANY = 1000  # parameters, of which those of every iteration would fill a record
+
+
+def without_many_params(event: Event) -> Event:
+    """Return the event, without its parameters if they are too many to be kept of each."""
+    if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
+        return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
+    return event
 
 
 Observer = Callable[[Event], None]

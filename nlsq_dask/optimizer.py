@@ -314,8 +314,16 @@ class AdaptiveHybridStreamingOptimizer:
             except ClusterLostError as error:
                 raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
             outcome.diagnostics["defense"] = own.get_summary()
-            found = history.dataset(parameters.names)
-            result = make_result(outcome, model, parameters, blocks, self.phase_history, found)
+            result = make_result(
+                outcome,
+                model,
+                parameters,
+                blocks,
+                self.phase_history,
+                history.dataset(parameters.names),
+                call.loss,
+                config.cov_type,
+            )
             emit(FitEnded(result.success, result.message))
         return result
 
@@ -375,14 +383,15 @@ class AdaptiveHybridStreamingOptimizer:
             self.phase_status[event.phase] = "failed" if event.failed else "done"
             self.phase_history[-1].update(duration=event.duration, **event.details)
         elif isinstance(event, PassFinished):
-            if self.best_params_global is None or event.cost < self.best_cost_global:
+            is_better = self.best_params_global is None or event.cost < self.best_cost_global
+            if is_better and event.params.size:  # a checkpoint leaves out very many of them
                 self.best_params_global, self.best_cost_global = event.params, event.cost
         elif isinstance(event, BlocksLeftOut):  # costs of fewer rows are no better for being less
             self.best_cost_global = float("inf")
         elif (
             isinstance(event, IterationFinished)
             and not np.isfinite(self.best_cost_global)
-            and event.params.size  # a checkpoint leaves out very many of them
+            and event.params.size
         ):
             self.best_params_global = event.params
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nlsq_dask.result import FitResult
 
 _SCALARS = (
+    "loss",
+    "f_scale",
+    "cov_type",
     "success",
     "status",
     "message",
@@ -38,8 +41,14 @@ _MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, lette
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
     n, p = result.n_points, len(result.x)
     likelihood = n * np.log(result.chi2 / n) if n and result.chi2 > 0 else np.nan
+    asked = []
+    if result.loss != "linear":
+        asked.append(("loss", f"{result.loss}, f_scale = {result.f_scale:g}"))
+    if result.cov_type != "nonrobust":
+        asked.append(("covariance", result.cov_type))
     return [
         ("fitting method", "streaming Gauss-Newton"),
+        *asked,
         ("function evals", f"{result.nfev}"),
         ("data points", f"{n:,}"),
         ("omitted points", f"{result.n_omitted:,}"),

@@ -65,6 +65,10 @@ class FitResult:
         them.
     absolute_sigma : bool
         Whether sigma was meant in absolute terms.
+    loss : str
+    f_scale : float
+    cov_type : str
+        What was asked for; see ``fit`` and ``HybridStreamingConfig``.
     sigma_sq : float
         ``2 cost / dof``, without a penalty, by which pcov is scaled unless sigma is absolute.
     chi2, reduced_chi2 : float
@@ -93,13 +97,15 @@ class FitResult:
     phase_history : list of dict
         Each with phase, name, start_time (s since the epoch), duration (s) and what it did.
     history : xarray.Dataset
-        Along ``iteration``, each with its ``stage`` ("warm-up", "sample" or "all rows"): ``loss``
+        Along ``iteration``, those that are reported: all, but of the warm-up one in
+        ``callback_frequency``. Each with its ``stage`` ("warm-up", "sample" or "all rows"),
+        ``n_iterations`` (since the one before), ``loss``
         (the mean squared weighted residual over the rows of the stage), ``gradient_norm`` (of the
         relative loss, in normalized parameters), ``step_norm`` (of the trial, in normalized
         parameters), ``trust_radius`` (in parameters each of which changes the residuals' norm by
         one a unit; NaN where there is none), ``accepted``, ``n_passes`` (so far), ``time`` (s
-        since the epoch) and ``params`` (along ``param``), the last not for a fit of more than 1,000
-        parameters that was resumed. What a callback is told of are these iterations.
+        since the epoch) and, up to 1,000 of them, ``params`` (along ``param``).
+        What a callback is told of are these iterations.
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
         ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``;
@@ -134,6 +140,9 @@ class FitResult:
     nit: int
     pcov: NDArray[np.float64] | None
     absolute_sigma: bool
+    loss: str
+    f_scale: float
+    cov_type: str
     sigma_sq: float
     dof: int
     n_points: int

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.rows import Layout
-from nlsq_dask.errors import RecordError, ResultFileError
+from nlsq_dask.errors import ModelError, RecordError, ResultFileError
 from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal
 from nlsq_dask.storage.folders import normalized, open_folder
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from nlsq_dask.result import FitResult
 
 _KIND = "result"
+_MOST_TEXT = 2**26  # characters in an array of it
+_SAME = 1e-5  # relative to the largest value; a model may be in float32
 _TRACING = ("nlsq-dask", "jax", "jaxlib")  # with other ones a model may be traced to another text
 
 
@@ -68,6 +73,7 @@ def save(result: FitResult, path: str | os.PathLike[str]) -> None:
         },
     }
     folder, name = _split(path)
+    _check_target(path)
     try:
         open_folder(folder).write(name, seal(_KIND, codec.encode(_tagged(record))))
     except FileNotFoundError as error:
@@ -90,7 +96,8 @@ def load(
         result = kind(**record["values"], _model=known)
     except RecordError as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be used: {error}") from error
-    except (LookupError, TypeError, ValueError) as error:  # a record, but not of a result
+    except (LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        # A record, but not of a result.
         raise ResultFileError(
             f"{os.fspath(path)!r} cannot be used: it does not hold what a result is made of."
         ) from error
@@ -100,13 +107,41 @@ def load(
 def _with_model(result: FitResult, known: NoModel, model: Callable[..., Any]) -> FitResult:
     """Return the result with its model, or raise a ValueError if it is another one."""
     given = replace(result._model, function=model)
-    now = _described(given)
-    if now.versions == known.versions and now.fingerprint != known.fingerprint:
+    advice = "Leave it out to have the result without."
+    try:
+        now = _described(given)
+    except (ModelError, TypeError) as error:  # of the function itself, when it is called
+        raise ValueError(
+            f"model={given.name} cannot be that of this result, {known.__name__!r}: {error}. "
+            f"{advice}"
+        ) from error
+    if now.versions == known.versions:
+        is_same = now.fingerprint == known.fingerprint
+    else:  # the same model may be traced to another text
+        is_same = _agrees(replace(result, _model=given))
+    if not is_same:
         raise ValueError(
             f"model={now.__name__} computes something else than {known.__name__!r}, the model of "
-            f"this result. Leave it out to have the result without."
+            f"this result. {advice}"
         )
     return replace(result, _model=given)
+
+
+def _agrees(result: FitResult) -> bool:
+    """Whether the model gives what was kept of its values, at some rows of the data."""
+    if result.sample is None:
+        warnings.warn(
+            "This result keeps no rows, and was saved with other versions of the libraries: "
+            "whether the model is its own cannot be checked.",
+            stacklevel=5,
+        )
+        return True
+    kept = {k: v for k, v in result.sample.variables.items() if "position" in v.attrs}
+    leaves = [v.to_numpy() for v in sorted(kept.values(), key=lambda v: v.attrs["position"])]
+    values = result.predict(result._model.layout.assemble(leaves))
+    fitted = result.sample["fitted"].to_numpy()
+    size = float(np.abs(fitted).max(initial=0.0))
+    return bool(np.allclose(values, fitted, rtol=_SAME, atol=_SAME * size))
 
 
 def _described(model: Model) -> NoModel:
@@ -115,8 +150,20 @@ def _described(model: Model) -> NoModel:
     return NoModel(model.name, kernel.program.fingerprint, versions)
 
 
+def _check_target(path: str | os.PathLike[str]) -> None:
+    """Raise an OSError if something stands at a path that a file must not take the place of."""
+    where = Path(normalized(path))
+    if not os.fspath(path) or where.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; add the name of a file.")
+    if where.exists() and not where.is_file():
+        raise FileExistsError(f"{os.fspath(path)!r} is not a file, and will not be replaced.")
+
+
 def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
-    folder, slash, name = normalized(path).rpartition("/")
+    text = normalized(path)
+    if "://" not in text:  # what a link leads to is written, not the link
+        text = os.path.realpath(text)
+    folder, slash, name = text.rpartition("/")
     return folder or slash, name
 
 
@@ -143,6 +190,14 @@ def _tagged(value: Any) -> Any:
     return value
 
 
+def _text(words: list[str]) -> NDArray[np.str_]:
+    """Return an array of text, in which each word takes as much memory as the longest."""
+    longest = max(map(len, words), default=0)
+    if len(words) * longest > _MOST_TEXT:
+        raise ValueError(f"{len(words):,} words of up to {longest:,} characters")
+    return np.array(words, dtype=str)
+
+
 def _untagged(value: Any) -> Any:
     if not isinstance(value, list):
         return value
@@ -155,7 +210,7 @@ def _untagged(value: Any) -> Any:
         case "tuple":
             return tuple(map(_untagged, parts))
         case "text":
-            return np.array(_untagged(parts[0]), dtype=str)
+            return _text(_untagged(parts[0]))
         case "Dataset":
             variables, coords, attrs = map(_untagged, parts)
             found = {name: xr.Variable(*variable) for name, variable in variables.items()}

@@ -191,9 +191,9 @@ class SampleSolver:
         for start in starts:
             solution = self.solve(sums, start, judge, anchor_length).solution
             end = start if solution is None else solution
-            cost = sums(end).cost
+            found = sums(end)
             ends.append(end)
-            costs.append(cost if np.isfinite(cost) else np.inf)
+            costs.append(found.cost if found.is_finite else np.inf)
         best = min(costs) * (1.0 + _SAME_COST)
         return next(pair for pair in zip(ends, costs, strict=True) if pair[1] <= best)
 

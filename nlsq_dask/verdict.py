@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.block_statistics import block_statistics
+from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
@@ -34,6 +35,8 @@ def make_result(
     blocks: RowBlocks,
     phase_history: list[dict[str, Any]],
     history: xr.Dataset,
+    loss: Loss,
+    cov_type: str,
 ) -> FitResult:
     """Make the public result, and warn where the covariance cannot be trusted."""
     n_params = len(parameters.names)
@@ -79,6 +82,9 @@ def make_result(
         nit=outcome.iterations,
         pcov=pcov,
         absolute_sigma=outcome.absolute_sigma,
+        loss=loss.name,
+        f_scale=loss.f_scale,
+        cov_type=cov_type,
         sigma_sq=_sigma_sq(sums, n_params),
         dof=n_used - n_params,
         n_points=n_used,

@@ -517,6 +517,21 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     assert n_reads <= wanted + (4 + 2 * 3) * n_resumes
 
 
+def test_true_goes_on_if_there_is_something(tmp_path: Path) -> None:
+    expected = fit()
+    options = {"checkpoint_dir": tmp_path / "new", "resume_from_checkpoint": True}
+    with pytest.raises(CutError):
+        fit(call={"callback": cut_at(8)}, **options)
+    resumed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nlsq_dask.checkpoints.opening.load", lambda p: resumed.append(p) or load(p))
+        assert_same(fit(**options), expected)
+    assert resumed
+    with pytest.raises(ValueError, match=r"=True goes on .* checkpoint_dir; set that"):
+        fit(resume_from_checkpoint=True)
+    assert_same(fit(resume_from_checkpoint=False), expected)
+
+
 def test_tries_before_a_cut_are_counted(tmp_path: Path) -> None:
     rows = surviving_fit.BLOCK_ROWS  # so that each block is a part by itself
     state = {"is solved on the sample": False, "is broken": True, "reads": 0}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from distributed import Client
+from distributed import Client, worker_client
 
 import nlsq_dask as nd
 from nlsq_dask.core.compiled_program import compile_count
@@ -207,3 +207,14 @@ def test_model_errors_arrive_as_they_are(process_client: Client) -> None:
             process_client,
             lambda x, a, b, c: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
         )
+
+
+def test_a_fit_in_a_task_that_has_seceded(process_client: Client) -> None:
+    def inside() -> bool:
+        with worker_client() as client, client.as_current():
+            x = np.linspace(0.0, 4.0, 2_000)
+            config = nd.HybridStreamingConfig(verbose=0, dashboard=False)
+            optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+            return optimizer.fit(lambda x, a, b: a + b * x, x, 2.0 + x, [1.0, 1.0]).success
+
+    assert process_client.submit(inside, pure=False).result(timeout=120)

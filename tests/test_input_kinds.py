@@ -23,6 +23,7 @@ from distributed import Client
 
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
+from nlsq_dask.data.from_array import is_in_memory
 from nlsq_dask.engine.source_graph import SourceGraph
 from tests.problems import NO_WARMUP
 
@@ -374,3 +375,21 @@ def test_one_clear_sentence(case: str) -> None:
 def test_a_dask_dataframe_is_told_how_to_become_an_array() -> None:
     with pytest.raises(nd.DataError, match=r"to_dask_array\(lengths=True\)"):
         fit(DaskSeries())
+
+
+def test_what_was_read_from_a_store_is_in_memory(tmp_path: Path) -> None:
+    """Indexes are, as soon as the store is opened; so what is predicted at them is not lazy."""
+    t, z = np.linspace(0, 1, 50), np.linspace(0, 2, 40)
+    y = xr.DataArray(1.0 + t[:, None] + 2 * z, {"t": t, "z": z}, name="y").chunk(t=10)
+    y.to_zarr(tmp_path / "y.zarr", consolidated=False)
+    data = xr.open_zarr(tmp_path / "y.zarr", consolidated=False).y
+    config = nd.HybridStreamingConfig(verbose=0)
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
+        lambda x, a, b, c: a + b * x[0] + c * x[1], ("t", "z"), data, [0.0, 0.0, 0.0]
+    )
+    values = result.predict((data.t, data.z))
+    assert isinstance(values.data, np.ndarray)
+    np.testing.assert_allclose(values, data, rtol=1e-10)
+    without_dask = xr.open_zarr(tmp_path / "y.zarr", consolidated=False, chunks=None).y
+    assert not is_in_memory(without_dask)
+    assert is_in_memory(without_dask.load())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -147,6 +148,39 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert np.isfinite(again.predict(X)).all()
 
 
+def test_what_stands_at_the_path(tmp_path: Path) -> None:
+    result = fit()
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    result.save(target)
+    link.symlink_to(target)
+    target.write_bytes(b"")
+    result.save(link)
+    assert link.is_symlink()
+    assert nd.FitResult.load(target).success
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is not a file, and will not be replaced"):
+        result.save(pipe)
+    for folder in (tmp_path, ""):
+        with pytest.raises(IsADirectoryError, match="is a folder; add the name of a file"):
+            result.save(folder)
+    result.save(tmp_path / ("n" * 200 + "-" + "m" * 40))
+
+
+def test_with_other_versions_values_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result"
+    with monkeypatch.context() as patch:
+        patch.setattr("nlsq_dask.saving.version", lambda package: "0.0")
+        fit(on_grid, ("time", "depth"), a_grid()).save(path)
+    assert nd.FitResult.load(path, on_grid).has_model
+    with pytest.raises(ValueError, match="computes something else than 'on_grid'"):
+        nd.FitResult.load(path, lambda x, a, b, c: a * jnp.exp(-b * x[0]) - c * x[1])
+    for wrong in (decay, lambda x, a: a, 5):
+        with pytest.raises(ValueError, match="cannot be that of this result, 'on_grid'"):
+            nd.FitResult.load(path, wrong)
+
+
 def test_at_a_url() -> None:
     result = fit()
     result.save("memory://results/one.nlsq")
@@ -174,6 +208,8 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     wrong += [seal("checkpoint", encode({}))]
     wrong += [seal("result", encode(value)) for value in (None, 3, "text", {}, [], ["dict", 1])]
     wrong += [seal("result", encode(["dict", ["values", ["dict"]], ["model", ["dict"]]]))]
+    wrong += [seal("result", encode(["Dataset", 5, ["list"], ["dict"]]))]
+    wrong += [seal("result", encode(["text", ["list", "x" * 60_000, *["y"] * 60_000]]))]
     for _ in range(100):
         changed = bytearray(data)
         changed[random.integers(len(data))] ^= 1 << random.integers(8)

@@ -121,3 +121,15 @@ def test_all_reasons_are_here() -> None:
     interruptions = {reason for reason in StopReason if reason.is_interruption}  # tested with those
     assert {case[0] for case in CASES} | interruptions == set(StopReason)
     assert len({reason.status for reason in StopReason}) == len(StopReason)
+
+
+def test_a_start_with_a_cost_but_without_a_derivative() -> None:
+    x = np.linspace(0.01, 4.0, 30_000)
+
+    def model(x: Any, a: Any, tau: Any) -> Any:
+        return a * jnp.exp(-x / tau)
+
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    result = optimizer.fit(model, x, np.exp(-x), [1.0, 0.0])
+    assert not result.success
+    assert "not finite at the start" in result.message

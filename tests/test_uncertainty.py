@@ -240,3 +240,19 @@ def test_coverage(case: str) -> None:
     if case == "heteroscedastic":  # where the usual covariance is wrong
         wrong = simulate(n, 200, lambda x, y, _: fit(x, y).conf_interval())
         assert (wrong < 0.93).any() or (wrong > 0.97).any(), wrong
+
+
+@pytest.mark.parametrize("solver", ["normal", "qr"])
+def test_errors_of_the_curve_with_a_sandwich(solver: str) -> None:
+    x = np.linspace(0, 4, 2_000)
+    y = 2.0 * np.exp(-0.7 * x) + 0.1 * x * np.random.default_rng(0).standard_normal(x.size)
+    config = nd.HybridStreamingConfig(cov_type="HC1", gauss_newton_solver=solver, verbose=0)
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
+        lambda x, a, b: a * jnp.exp(-b * x), x, y, [1.0, 1.0]
+    )
+    a, b = result.popt
+    jacobian = np.stack([np.exp(-b * x), -a * x * np.exp(-b * x)], axis=1)
+    expected = np.sqrt(np.einsum("ni,ij,nj->n", jacobian, result.pcov, jacobian))
+    _, std = result.predict(x, return_std=True)
+    np.testing.assert_allclose(std, expected, rtol=1e-10)
+    assert "covariance           = HC1" in result.fit_report()

@@ -233,11 +233,59 @@ def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
         fit(log_file=tmp_path / "no-folder" / "fit.jsonl")
 
 
-def test_a_disk_that_is_full_does_not_end_the_fit(caplog: pytest.LogCaptureFixture) -> None:
-    result = fit(log_file="/dev/full")
+def test_a_disk_that_is_full_does_not_end_the_fit() -> None:
+    with pytest.warns(UserWarning, match="log_file='/dev/full' is written no further"):
+        result = fit(log_file="/dev/full")
     assert result.success
-    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "log_file=/dev/full is written no further" in warning.getMessage()
+
+
+class Ascii(io.TextIOWrapper):
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError("no space left")
+
+
+class NoTerminal:
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [lambda: None, closed, Ascii, Full, NoTerminal])
+def test_no_output_can_end_a_fit(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", stream())
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(sample_rows=300))
+    assert optimizer.fit(decay, X, Y, START, param_names=["ä", "ö", "ü"]).success
+
+
+def test_half_a_character_is_written_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "fit.jsonl"
+    config = nd.HybridStreamingConfig(verbose=0, sample_rows=300, log_file=path)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    assert optimizer.fit(decay, X, Y, START, param_names=["a\udc80", "b", "c"]).success
+    assert json.loads(path.read_text().splitlines()[0])["param_names"][0] == "a\\udc80"
+
+
+def test_the_record_of_a_resumed_fit_says_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "fit.jsonl"
+    fit(checkpoint_dir=tmp_path / "checkpoints", log_file=path)
+    fit(resume_from_checkpoint=tmp_path / "checkpoints", log_file=path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    (resumed,) = [record for record in records if record["event"] == "FitResumed"]
+    assert resumed["started"]["param_names"] == ["a", "b", "c"]
+    assert len({record["fit"] for record in records}) == 2
 
 
 def test_logging(caplog: pytest.LogCaptureFixture) -> None:

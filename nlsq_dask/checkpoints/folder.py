@@ -56,6 +56,11 @@ class CheckpointFolder:
     def _newest_first(self) -> list[str]:
         return sorted((n for n in self._files.names() if n.endswith(_SUFFIX)), reverse=True)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint, whole or not."""
+        return not self._newest_first()
+
     def newest(self) -> tuple[Checkpoint, list[str]]:
         """Return the newest checkpoint that is whole, and a note on each newer one that is not.
 

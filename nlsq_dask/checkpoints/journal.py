@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode, new_fit_name
@@ -31,9 +30,8 @@ from nlsq_dask.events import (
     EVENTS,
     CheckpointWritten,
     Event,
-    IterationFinished,
-    NonFiniteTrial,
     Observer,
+    without_many_params,
 )
 from nlsq_dask.storage.codec import encode
 
@@ -41,7 +39,6 @@ T = TypeVar("T")
 
 _STATE = "state"  # of a loop, among what is inside its scope
 _MOST_SAVING = 0.05  # of the time of a pass
-_MANY = 1000  # parameters, of which those of every iteration would fill the checkpoint
 
 
 class Journal:
@@ -172,9 +169,8 @@ class CheckpointJournal(Journal):
         """Remember what happened."""
         if event.is_passing:
             return
-        if isinstance(event, IterationFinished | NonFiniteTrial) and len(event.params) > _MANY:
-            event = replace(event, params=event.params[:0])
-        self._encoded_events.append((type(event).__name__, encode(event)))
+        kept = without_many_params(event)
+        self._encoded_events.append((type(kept).__name__, encode(kept)))
 
     def step(self, name: str, kind: type[T], make: Callable[[], T], saves: bool = False) -> T:
         """Return what the step found when it was made before, or make it."""

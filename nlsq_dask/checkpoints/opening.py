@@ -9,7 +9,7 @@ from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import CheckpointJournal, Journal
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.events import FitResumed, Observer, PassFinished
+from nlsq_dask.events import FitResumed, FitStarted, Observer, PassFinished
 from nlsq_dask.storage.folders import normalized
 
 
@@ -36,15 +36,20 @@ def open_journal(
     FileNotFoundError, CheckpointError
         If the checkpoint is not there, not usable, or of another fit.
     """
-    path = config.resume_from_checkpoint
     is_saving = config.enable_checkpoints and config.checkpoint_dir is not None
-    if path is None and not is_saving:
-        return Journal()
     folder = CheckpointFolder(config.checkpoint_dir or "") if is_saving else None
-    identity, interval = describe(), config.checkpoint_interval
-    if path is None:
-        return CheckpointJournal(identity, folder, interval, emit)
-    path = normalized(path)
+    wanted = config.resume_from_checkpoint
+    if wanted is True:
+        if folder is None or config.checkpoint_dir is None:
+            raise ValueError(
+                "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, too."
+            )
+        wanted = None if folder.is_empty else config.checkpoint_dir
+    if wanted is None or wanted is False:
+        if folder is None:
+            return Journal()
+        return CheckpointJournal(describe(), folder, config.checkpoint_interval, emit)
+    identity, interval, path = describe(), config.checkpoint_interval, normalized(wanted)
     checkpoint, notes = load(path)
     notes += checkpoint.identity.check(identity)
     if notes:
@@ -53,5 +58,6 @@ def open_journal(
     for event in journal.events:
         remember(event)
     n_passes = sum(isinstance(event, PassFinished) for event in journal.events)
-    emit(FitResumed(path, n_passes, tuple(notes)))
+    started = next((event for event in journal.events if isinstance(event, FitStarted)), None)
+    emit(FitResumed(started, path, n_passes, tuple(notes)))
     return journal

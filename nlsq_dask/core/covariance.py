@@ -103,4 +103,5 @@ def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> C
     if dof <= 0 or not np.isfinite(found.root).all():
         return replace(found, root=np.full_like(found.root, np.inf))
     factor = np.sqrt(n_rows / dof) if cov_type == "HC1" else 1.0
-    return replace(found, root=found.root @ (scores @ found.root).T * factor)
+    root = found.root @ (scores @ found.root).T * factor
+    return replace(found, root=np.asarray(np.linalg.qr(root.T, mode="r")).T)  # of shape (p, p)

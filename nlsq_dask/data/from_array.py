@@ -18,9 +18,13 @@ from nlsq_dask.errors import DataError
 
 def is_in_memory(value: Any) -> bool:
     """Whether the values are in this process's memory already."""
-    chunks = getattr(value, "chunks", None)
-    is_lazy = chunks is not None or "preferred_chunks" in getattr(value, "encoding", {})
-    return not is_lazy and not is_file(np.ma.getdata(value) if _is_masked(value) else value)
+    if getattr(value, "chunks", None) is not None:
+        return False
+    if "preferred_chunks" in getattr(value, "encoding", {}):
+        # Of an xarray store that was opened without Dask. What has been read since, as indexes are
+        # at once, keeps its encoding; there is no public name for that.
+        return bool(getattr(value.variable, "_in_memory", False))
+    return not is_file(np.ma.getdata(value) if _is_masked(value) else value)
 
 
 def _is_masked(value: Any) -> bool:

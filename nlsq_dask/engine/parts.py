@@ -194,7 +194,10 @@ def _seceded() -> Iterator[None]:
     """Make room for the tasks of a fit that runs in a task itself, as Dask's own compute does."""
     inside = bool(getattr(thread_state, "key", False))
     if inside:
-        secede()
+        try:
+            secede()
+        except KeyError:  # it has, as in ``distributed.worker_client``
+            inside = False
     try:
         yield
     finally:

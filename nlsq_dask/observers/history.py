@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nlsq_dask.events import Event, IterationFinished, PassFinished
+from nlsq_dask.events import Event, IterationFinished, PassFinished, without_many_params
 
 _NUMBERS = ("loss", "gradient_norm", "step_norm", "trust_radius", "time")
 
@@ -23,7 +23,9 @@ class History:
     def __call__(self, event: Event) -> None:
         """Take note of an iteration, or of a pass."""
         if isinstance(event, IterationFinished):
-            self._iterations.append(event)
+            kept = without_many_params(event)
+            assert isinstance(kept, IterationFinished)
+            self._iterations.append(kept)
             self._passes.append(self._n_passes)
         elif isinstance(event, PassFinished):
             self._n_passes += 1
@@ -37,13 +39,17 @@ class History:
             for name in _NUMBERS
         }
         values["accepted"] = "iteration", np.array([event.accepted for event in found], bool)
+        values["n_iterations"] = (
+            "iteration",
+            np.array([event.n_iterations for event in found], np.int64),
+        )
         values["n_passes"] = "iteration", np.array(self._passes, np.int64)
         coords: dict[str, Any] = {
             "iteration": np.array([event.iteration for event in found], np.int64),
             "stage": ("iteration", stages),
         }
         n_params = len(param_names)
-        # A checkpoint leaves out those of fits with very many.
+        # Very many are left out.
         if all(event.params.size == n_params for event in found):
             params = np.array([event.params for event in found]).reshape(-1, n_params)
             values["params"] = ("iteration", "param"), params

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
+import warnings
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +26,7 @@ from nlsq_dask.events import (
     FitEnded,
     IterationFinished,
     NonFiniteTrial,
+    without_many_params,
 )
 from nlsq_dask.observers.wording import sentence
 
@@ -31,7 +34,6 @@ LOGGER = logging.getLogger("nlsq_dask")
 LOGGER.addHandler(logging.NullHandler())  # so that nothing is printed unless it is asked for
 
 _INTERVAL = 10.0  # seconds between records on a running pass
-_MANY = 1000  # parameters, of which those of every iteration would fill the file
 
 
 class _NowAndThen:
@@ -86,9 +88,10 @@ def _level(event: Event) -> int:
 
 
 class JsonLines:
-    """Appends a line of JSON for every event: its name, the time and its values.
+    """Appends lines of JSON on a fit: time, name of the fit, name of the event, and its values.
 
-    Numbers that are not finite become null.
+    There is one for each event, and every ten seconds one on the running pass. Numbers that are not
+    finite become null, and parameters of more than 1,000 are left out.
 
     Parameters
     ----------
@@ -104,19 +107,22 @@ class JsonLines:
         self._path = Path(path).expanduser()
         self._file = self._path.open("ab")
         self._turns = _NowAndThen()
+        self._fit = uuid.uuid4().hex[:8]
         self._is_broken = False
 
     def __call__(self, event: Event) -> None:
         """Write the event."""
         if self._is_broken or not self._turns.lets_through(event):
             return
-        line = msgspec.json.encode(_record(event), enc_hook=_plain) + b"\n"
+        record = {"time": time.time(), "fit": self._fit, **_values(event)}
         try:
-            self._file.write(line)
+            self._file.write(_as_json(record) + b"\n")
             self._file.flush()
         except OSError as error:  # a full disk must not end the fit
             self._is_broken = True
-            LOGGER.warning("log_file=%s is written no further: %s", self._path, error)
+            warnings.warn(
+                f"log_file={str(self._path)!r} is written no further: {error}", stacklevel=2
+            )
 
     def close(self) -> None:
         """Close the file."""
@@ -124,11 +130,28 @@ class JsonLines:
             self._file.close()
 
 
-def _record(event: Event) -> dict[str, Any]:
+def _values(event: Event) -> dict[str, Any]:
+    event = without_many_params(event)
     values = {field.name: getattr(event, field.name) for field in fields(event)}
-    if isinstance(event, IterationFinished | NonFiniteTrial) and len(event.params) > _MANY:
-        del values["params"]
-    return {"time": time.time(), "event": type(event).__name__} | values
+    return {"event": type(event).__name__} | values
+
+
+def _as_json(record: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(record, enc_hook=_plain)
+    except UnicodeEncodeError:  # half of a pair, as in the name of a file that cannot be decoded
+        return msgspec.json.encode(_escaped(msgspec.to_builtins(record, enc_hook=_plain)))
+
+
+def _escaped(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_escaped(key): _escaped(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return list(map(_escaped, value))
+    return value
 
 
 def _plain(value: Any) -> Any:

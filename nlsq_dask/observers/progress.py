@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, TextIO
@@ -21,6 +22,7 @@ from nlsq_dask.events import (
     PassFinished,
     SampleRead,
 )
+from nlsq_dask.observers.logs import LOGGER
 from nlsq_dask.observers.wording import sentence
 
 _BAR_DELAY = 0.5  # seconds that a pass must last for a bar
@@ -44,9 +46,10 @@ def _bar_class() -> Any:
     return Bar
 
 
-def _shows_bars(stream: TextIO) -> bool:
+def _shows_bars(stream: Any) -> bool:
     """Whether what is written there can be written over: in terminals and in notebooks."""
-    return stream.isatty() or "ipykernel" in type(stream).__module__
+    is_terminal = getattr(stream, "isatty", None)
+    return bool(is_terminal and is_terminal()) or "ipykernel" in type(stream).__module__
 
 
 class Progress:
@@ -69,12 +72,24 @@ class Progress:
     ) -> None:
         self._log_frequency = log_frequency
         self._shows_sample = shows_sample
-        self._stream = stream or sys.stdout
+        self._stream = stream or sys.stdout  # None in a process without
+        self._is_on = self._stream is not None
         self._bar: Any = None
         self._pass_line_at = 0.0
 
     def __call__(self, event: Event) -> None:
         """Print the event if it is one of those that are shown."""
+        if not self._is_on:
+            return
+        try:
+            self._show(event)
+        except (OSError, ValueError) as error:
+            # Closed, a broken pipe, a full disk, an encoding without these characters: the fit
+            # goes on without being seen.
+            self._is_on = False
+            LOGGER.warning("Progress is printed no further: %s", error)
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, BlocksFinished):
             self._move(event)
             return
@@ -86,9 +101,10 @@ class Progress:
 
     def close(self) -> None:
         """Take away the bar."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(OSError, ValueError):  # of a stream that is closed
+                bar.close()
 
     def _print(self, line: str) -> None:
         if self._bar is None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from fsspec.core import url_to_fs
 
 _ABANDONED = 3600.0  # seconds
+_LONGEST_PREFIX = 64  # characters; the name of a fit has less
 
 
 class Folder(Protocol):
@@ -59,7 +60,7 @@ class _LocalFolder:
         return (self._folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        fit = name.rpartition("-")[0]
+        fit = name.rpartition("-")[0][:_LONGEST_PREFIX]
         unfinished = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
         try:
             with unfinished.open("wb") as file:
@@ -67,7 +68,7 @@ class _LocalFolder:
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(self._folder / name)
-        except OSError:
+        except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
         self._synchronize_folder()
