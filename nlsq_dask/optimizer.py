@@ -225,8 +225,6 @@ class AdaptiveHybridStreamingOptimizer:
             For arguments that cannot be used.
         BlockReadError
             For a block that could not be read (a DataError, too).
-        NotImplementedError
-            For options that are not built yet.
         FitInProgressError
             If this optimizer is running a fit already.
         CheckpointError, FileNotFoundError
@@ -352,7 +350,7 @@ class AdaptiveHybridStreamingOptimizer:
 
         Raises
         ------
-        DataError, ModelError, ValueError, TypeError, NotImplementedError
+        DataError, ModelError, ValueError, TypeError
             As ``fit`` would, except for what only the values of the data can tell and for blocks
             too large for a worker, which are among the plan's ``problems``.
         """

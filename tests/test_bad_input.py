@@ -286,8 +286,9 @@ TABLE: dict[str, Case] = {
     "what arrays are: a path": (
         dict(y="store.zarr"),
         nd.DataError,
-        "y_data has dtype <U10; expected real numbers. If it is a path, open it first, such "
-        "as with zarr.open_array(path) or xarray.open_zarr(path)['name'].",
+        "y_data has dtype <U10; expected real numbers. Dates as text become dates with "
+        "np.array(..., dtype='datetime64[ns]'). If it is a path, open it first, such as with "
+        "zarr.open_array(path) or xarray.open_zarr(path)['name'].",
     ),
     "what arrays are: a path of x": (
         dict(x="store.zarr"),

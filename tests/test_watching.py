@@ -76,7 +76,7 @@ def test_a_bar_in_a_terminal() -> None:
     text = terminal.getvalue()
     assert "pass 3:" in text
     assert "100/200 blocks" in text
-    assert "million rows/s" in text
+    assert "0.20 million rows/s" in text
     assert "50%" in text
     assert threading.active_count() == threads
     shown(PassFinished(3, np.ones(2), 1.0, 2.0, 200_000, 0, 0))

@@ -39,10 +39,11 @@ def check_trace(model: Model) -> None:
                 ) from error
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
                 raise ModelError(
-                    f"The model {model.name!r} raised {type(error).__name__}: {error} It was "
-                    f"called as model(x, *params) with {_describe_x(model)} of some rows, here "
-                    f"{n_rows}, and {model.n_params} single numbers. Write it with jax.numpy "
-                    f"instead of numpy or math, and with jnp.where instead of 'if' on values."
+                    f"The model {model.name!r} raised {type(error).__name__}: "
+                    f"{str(error).rstrip('.')}. It was called as model(x, *params) with "
+                    f"{_describe_x(model)} of some rows, here {n_rows}, and {model.n_params} "
+                    f"single numbers. Write it with jax.numpy instead of numpy or math, and with "
+                    f"jnp.where instead of 'if' on values."
                 ) from error
             _check_output(model, out, n_rows)
 

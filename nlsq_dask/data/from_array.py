@@ -122,7 +122,8 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
     advice = ""
     if dtype.kind in "US":
         advice = (
-            " If it is a path, open it first, such as with zarr.open_array(path) or "
+            " Dates as text become dates with np.array(..., dtype='datetime64[ns]'). If it is a "
+            "path, open it first, such as with zarr.open_array(path) or "
             "xarray.open_zarr(path)['name']."
         )
     if dtype.kind == "O":

@@ -23,7 +23,7 @@ from nlsq_dask.events import (
     SampleRead,
 )
 from nlsq_dask.observers.logs import LOGGER
-from nlsq_dask.observers.wording import sentence
+from nlsq_dask.observers.wording import in_words, sentence
 
 _BAR_DELAY = 0.5  # seconds that a pass must last for a bar
 _LINE_INTERVAL = 30.0  # seconds between lines on a pass where there can be no bar
@@ -128,8 +128,8 @@ class Progress:
                 bar_format=_FORMAT,
             )
         if event.seconds > 0.0:
-            rate = event.rows / event.seconds / 1e6
-            self._bar.set_postfix_str(f"{rate:.1f} million rows/s", refresh=False)
+            rate = in_words(event.rows / event.seconds)
+            self._bar.set_postfix_str(f"{rate} rows/s", refresh=False)
         self._bar.update(event.blocks - self._bar.n)
 
     def _say_now_and_then(self, event: BlocksFinished) -> None:

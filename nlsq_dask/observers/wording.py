@@ -61,6 +61,13 @@ def sentence(event: Event) -> str | None:
     return _of_iteration(event) or _of_pass(event)
 
 
+def in_words(rate: float) -> str:
+    """Return a rate with two digits at least, such as "3.2 million" or "510"."""
+    if rate >= 1e5:
+        return f"{rate / 1e6:.{1 if rate >= 1e6 else 2}f} million"
+    return f"{rate:,.0f}"
+
+
 def _of_iteration(event: Event) -> str | None:
     match event:
         case IterationFinished():
@@ -86,11 +93,11 @@ def _of_pass(event: Event) -> str | None:
             )
         case PassFinished():
             rows = event.rows + event.rows_cached
-            rate = rows / max(event.seconds, 1e-9) / 1e6
+            rate = in_words(rows / max(event.seconds, 1e-9))
             cached = f", {event.rows_cached:,} of them from memory" if event.rows_cached else ""
             retries = f", {event.retries} reads tried again" if event.retries else ""
             return (
                 f"  pass {event.number}: {rows:,} rows{cached} in {event.seconds:.2f} s "
-                f"({rate:.1f} million rows/s){retries}"
+                f"({rate} rows/s){retries}"
             )
     return None
