@@ -26,9 +26,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import nlsq_dask as nd
 from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.dashboard.messages import Messages
+from nlsq_dask.dashboard.observer import Page
 from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, Fits
 from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
-from nlsq_dask.dashboard.shipping import ShippedPlugin
+from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
 from tests.browser import CHROMIUM, Browser
 
@@ -350,6 +351,34 @@ def test_trouble_with_the_page_is_one_line(
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
     assert said(caplog) == ["The fit goes on without its page: OSError: no way there"]
+
+
+@pytest.mark.parametrize("python", ["3.9.1.final.0", "4.0.0.final.0"])
+def test_no_code_goes_to_another_python(
+    as_default: Client,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    python: str,
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("bytecode went to another Python")
+
+    monkeypatch.setattr("nlsq_dask.dashboard.observer._registered", set())
+    monkeypatch.setattr(
+        "nlsq_dask.dashboard.observer.Page._python_of_scheduler", lambda self: python
+    )
+    monkeypatch.setattr(as_default, "register_plugin", never)
+    with caplog.at_level(logging.INFO, "nlsq_dask"):
+        assert fit().success
+    (line,) = said(caplog)
+    assert line.startswith("The fit has no page: the scheduler runs Python " + python[:3])
+
+
+def test_the_python_of_the_scheduler_is_read(as_default: Client) -> None:
+    found = Page(as_default)._python_of_scheduler()
+    assert found.split(".")[:3] == [*map(str, sys.version_info[:3])]
+    assert why_not_to_ship(found) == ""
+    assert why_not_to_ship("3.1.0.final.0")  # no prefix of 3.1x
 
 
 # --- other clusters
