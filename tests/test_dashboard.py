@@ -27,7 +27,7 @@ import nlsq_dask as nd
 from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.dashboard.messages import Messages
 from nlsq_dask.dashboard.observer import Page
-from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, Fits
+from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fits
 from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
 from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
@@ -215,6 +215,40 @@ def test_old_fits_are_forgotten_and_their_counts_stay() -> None:
     assert len(fits.recent) == MOST_FITS
     assert "one that runs on" in fits.recent
     assert fits.metrics() == {"nlsq_passes_total": 201, "nlsq_last_loss": 0.5}
+
+
+def test_running_fits_are_not_forgotten_and_count_once() -> None:
+    fits = Fits()
+    names = [f"fit {i}" for i in range(25)]
+    for n in (1, 2, 3):
+        for name in names:
+            fits.take(batch(name, passes=n))
+        assert list(fits.recent) == names
+        assert fits.metrics()["nlsq_passes_total"] == 25 * n
+
+
+def test_one_of_very_many_that_is_heard_of_again_counts_once() -> None:
+    fits = Fits()
+    names = [f"fit {i}" for i in range(MOST_RUNNING + 30)]
+    for n in (1, 2, 3):
+        for name in names:
+            fits.take(batch(name, passes=n))
+        assert len(fits.recent) == MOST_RUNNING
+        assert fits.metrics()["nlsq_passes_total"] == n * len(names)
+    assert {fit.number for fit in fits.recent.values()} <= set(range(1, len(names) + 1))
+
+
+def test_a_client_that_comes_back_goes_on_and_counts_once() -> None:
+    fits = Fits()
+    fits.take(batch("a", passes=1))
+    fits.client_left("c")
+    assert fits.recent["a"].state == "lost"
+    for i in range(MOST_FITS):
+        fits.take(batch(str(i), passes=1))
+    assert "a" not in fits.recent
+    fits.take(batch("a", passes=2))
+    assert fits.recent["a"].is_running
+    assert fits.metrics()["nlsq_passes_total"] == MOST_FITS + 2
 
 
 def test_messages_of_another_version_are_no_harm() -> None:
