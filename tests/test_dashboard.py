@@ -28,7 +28,10 @@ from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.dashboard.messages import Messages
 from nlsq_dask.dashboard.observer import Page
 from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fits
+from nlsq_dask.dashboard.on_scheduler.page import View
+from nlsq_dask.dashboard.on_scheduler.plots import COLOURS
 from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
+from nlsq_dask.dashboard.on_scheduler.tables import bars_of_phases, pass_in_words, rates
 from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
 from tests.browser import CHROMIUM, Browser
@@ -251,6 +254,42 @@ def test_a_client_that_comes_back_goes_on_and_counts_once() -> None:
     assert fits.metrics()["nlsq_passes_total"] == MOST_FITS + 2
 
 
+@pytest.mark.parametrize("ahead", [0.0, -3600.0, 86400.0])
+def test_times_are_those_of_the_scheduler(ahead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr("nlsq_dask.dashboard.on_scheduler.fits.time.time", lambda: now + ahead)
+    fits = Fits()
+    phase = {"kind": "phase", "phase": 1, "name": "warm-up", "start": now - 2}
+    progress = {"kind": "progress", "pass": 1, "n_blocks": 9}
+    told = [
+        {**progress, "time": now + i, "blocks": i, "bytes": i * 5e6, "seconds": float(i)}
+        for i in range(3)
+    ]
+    note = {"kind": "note", "time": now + 1, "text": "so"}
+    fits.take({**batch("a", phase, *told, note), "time": now})
+    (fit,) = fits.recent.values()
+    bars = bars_of_phases([fit], COLOURS)
+    assert bars["left"] == pytest.approx([0], abs=1e-4)
+    assert bars["seconds"] == pytest.approx([2], abs=1e-4)
+    assert rates(fit)["x"] == pytest.approx([3, 4], abs=1e-4)
+    assert rates(fit)["y"] == pytest.approx([5, 5])
+    assert fit.notes[0][0] == pytest.approx(now + ahead + 1, abs=1e-4)
+    now += 5
+    fits.take({**batch("a"), "time": now})
+    assert bars_of_phases([fit], COLOURS)["seconds"] == pytest.approx([7], abs=1e-4)
+
+
+def test_bytes_a_second_are_those_gone_through() -> None:
+    """What is kept from an earlier pass is among them, so they are not called read."""
+    fits = Fits()
+    at = {"kind": "progress", "time": 1.0, "pass": 2, "blocks": 3, "n_blocks": 9, "seconds": 2.0}
+    fits.take(batch("a", {**at, "bytes": 30_000_000}))
+    (fit,) = fits.recent.values()
+    assert pass_in_words(fit) == ("pass 2: 3 of 9 blocks, going through 15 MB/s, 4 s left")
+    titles = [root.title.text for root in View(fits).roots if root.name == "rate"]
+    assert titles == ["Data gone through a second"]
+
+
 def test_messages_of_another_version_are_no_harm() -> None:
     fits = Fits()
     fits.take(batch("a", {"kind": "unheard of"}, {}))
@@ -286,7 +325,9 @@ def test_dashboard_false_tells_nobody(as_default: Client) -> None:
     fit()
     n = len(pages(as_default))
     last = pages(as_default)[-1]["number"]
+    before = counted(address(as_default) + "/metrics")
     fit(dashboard=False)
+    assert counted(address(as_default) + "/metrics") == before
     assert len(pages(as_default)) == n
     assert pages(as_default)[-1]["number"] == last
 

@@ -120,6 +120,7 @@ class Page:
 
     def _call(self, batch: dict[str, Any]) -> Any:
         call = getattr(self._client.scheduler, HANDLER)
+        batch = {**batch, "time": time.time()}  # the two clocks may differ
         return self._client.sync(call, batch=batch, callback_timeout=_PATIENCE)
 
     def _say(self, no_page: str) -> None:

@@ -22,13 +22,17 @@ class Fit:
     ----------
     number : int
         Counted from 1 on this scheduler.
+    ahead : float
+        Seconds by which this scheduler's clock is ahead of that of who runs the fit. All times kept
+        here are of this scheduler.
     state : str
         "running", "finished", "no success", "aborted" or "lost".
     """
 
-    def __init__(self, number: int, client: str) -> None:
+    def __init__(self, number: int, client: str, ahead: float = 0.0) -> None:
         self.number = number
         self.client = client
+        self.ahead = ahead
         self.state = "running"
         self.text = ""
         self.began = self.heard = time.time()
@@ -55,6 +59,8 @@ class Fit:
 
     def take(self, message: dict[str, Any]) -> None:
         """Take note of a message; one of another version's kind is no harm."""
+        times = {key: message[key] + self.ahead for key in ("time", "start") if key in message}
+        message = {**message, **times}
         match message.get("kind"):
             case "started":
                 # One that goes on from a checkpoint began before this.
@@ -118,7 +124,9 @@ class Fits:
         """Take what one who runs a fit has sent: messages, and its counters as they stand."""
         name = batch["fit"]
         if name not in self.recent:
-            self._add(name, batch["client"])
+            # The first batch was written just now.
+            now = time.time()
+            self._add(name, batch["client"], now - batch.get("time", now))
         fit = self.recent[name]
         if fit.state == "lost":  # its client has come back
             fit.state, fit.text = "running", ""
@@ -138,10 +146,10 @@ class Fits:
                 fit.end("lost", "its client has left")
                 self.version += 1
 
-    def _add(self, name: str, client: str) -> None:
+    def _add(self, name: str, client: str, ahead: float) -> None:
         number, metrics = self._forgotten.pop(name, (self._n_fits + 1, {}))
         self._n_fits = max(self._n_fits, number)
-        self.recent[name] = Fit(number, client)
+        self.recent[name] = Fit(number, client, ahead)
         self.recent[name].metrics = metrics
         self._forget()
 

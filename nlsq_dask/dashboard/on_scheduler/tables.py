@@ -32,7 +32,7 @@ def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
-    """Return the megabytes a second that were read."""
+    """Return the megabytes a second that were gone through: read, or kept on the workers."""
     found = list(fit.rates)
     return {
         "x": [at - fit.began for at, _ in found],
@@ -99,7 +99,7 @@ def pass_in_words(fit: Fit) -> str:
     if now["blocks"] and now["seconds"] > 0.0:
         rate = now["bytes"] / now["seconds"]
         left = now["seconds"] * (now["n_blocks"] / now["blocks"] - 1)
-        words += f", {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+        words += f", going through {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
     return words
 
 
