@@ -27,11 +27,17 @@ import nlsq_dask as nd
 from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.dashboard.messages import Messages
 from nlsq_dask.dashboard.observer import Page
-from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fits
+from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
 from nlsq_dask.dashboard.on_scheduler.page import View
-from nlsq_dask.dashboard.on_scheduler.plots import COLOURS
+from nlsq_dask.dashboard.on_scheduler.plots import COLOURS, Map
 from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
-from nlsq_dask.dashboard.on_scheduler.tables import bars_of_phases, pass_in_words, rates
+from nlsq_dask.dashboard.on_scheduler.tables import (
+    bars_of_phases,
+    image,
+    pass_in_words,
+    profile,
+    rates,
+)
 from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
 from tests.browser import CHROMIUM, Browser
@@ -191,6 +197,39 @@ def test_other_grids(grid: tuple[int, ...], dims: list[str], shape: list[int]) -
     assert message["dims"] == dims
     assert message["shape"] == shape
     assert table.max() == np.float32(np.prod(grid) - 1)
+
+
+def mapped(grid: tuple[int, ...], values: np.ndarray) -> Fit:
+    """Return a fit as the scheduler knows it, with what was measured of its blocks."""
+    message, _ = measured(grid, values)
+    fits = Fits()
+    fits.take(batch("a", {**message, "kind": "map"}))
+    return fits.recent["a"]
+
+
+def test_a_map_says_over_what_it_is_the_largest() -> None:
+    figure = Map()
+    figure.show([mapped((2, 9, 8), np.ones((2, 9, 8)))])
+    assert figure.figure.title.text.endswith(" (largest over a)")
+    figure.show([mapped((1, 9, 8), np.ones((1, 9, 8)))])
+    assert "largest" not in figure.figure.title.text
+    figure.show([mapped((3, 350, 150), np.ones((3, 350, 150)))])
+    assert figure.figure.title.text.endswith(" (largest over a; largest of each 4 x 2)")
+
+
+def test_a_map_ends_with_its_grid() -> None:
+    picture = image(mapped((350, 150), np.ones((350, 150))))
+    assert picture is not None
+    assert (picture.drawn, picture.size) == ((150, 352), (150, 350))
+    shown = Map()
+    shown.show([mapped((350, 150), np.ones((350, 150)))])
+    across, down = shown.figure.x_range, shown.figure.y_range
+    assert (across.start, across.end, across.bounds) == (0, 150, (0, 150))
+    assert (down.start, down.end, down.bounds) == (350, 0, (0, 350))  # downwards, as in results
+    line = profile(mapped((2001,), np.ones(2001)))
+    assert line is not None
+    assert line.x[-2:] == [1998, 2001]
+    assert len(line.x) == len(line.y)
 
 
 def test_messages_are_small_and_plain() -> None:
@@ -562,3 +601,53 @@ def test_a_browser_sees_two_fits(tmp_path: Path, prefix: str) -> None:
             menu = "document.querySelector('.navbar').getBoundingClientRect().bottom"
             first = "document.querySelector('.nlsq').getBoundingClientRect().top"
             assert browser.evaluate(f"{menu} <= {first}")
+
+
+# What stands in the tooltip, which is in a shadow root of a shadow root.
+TOOLTIP = """(function text(node) {
+    if (node.matches && node.matches(".bk-tooltip-row-value")) {
+        return [node.innerText]
+    }
+    const inside = [...(node.shadowRoot ? node.shadowRoot.children : []), ...node.children]
+    return inside.flatMap(text)
+})(document.body).join(" ").replace(/\\s+/g, " ")"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize(("shape", "step"), [((3, 4), (1, 1)), ((350, 150), (4, 2))])
+def test_the_block_under_the_pointer(
+    tmp_path: Path, shape: tuple[int, int], step: tuple[int, int]
+) -> None:
+    from bokeh.embed import file_html
+    from bokeh.resources import INLINE
+
+    values = np.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    shown = Map()
+    shown.show([mapped(shape, values)])
+    (tmp_path / "map.html").write_text(file_html(shown.figure, INLINE))
+    with Browser(tmp_path / "browser") as browser:
+        browser.open((tmp_path / "map.html").as_uri(), 800, 500)
+        browser.wait_for(
+            "window.Bokeh && Bokeh.documents.length == 1 && Bokeh.documents[0].is_idle"
+        )
+        plot = "Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name('map'))"
+        for row, column in [(0, 0), (0, shape[1] - 1), (shape[0] - 1, 0), (1, 2)]:
+            # A little before the end of the block, where rounding would name the next.
+            x, y = (
+                browser.evaluate(
+                    f"{plot}.frame.{axis}_scale.compute({at + 0.8}) + "
+                    f"{plot}.canvas_view.el.getBoundingClientRect().{side}"
+                )
+                for axis, at, side in (("x", column, "left"), ("y", row, "top"))
+            )
+            browser.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            places, worst = [], []
+            for at, width, size in zip((row, column), step, shape, strict=True):
+                first = at // width * width
+                last = min(first + width, size) - 1
+                places.append(f"{first} to {last}" if last > first else f"{first}")
+                worst.append(last)  # of values that grow
+            expected = f"{', '.join(places)} {values[tuple(worst)]:.4f}"
+            browser.wait_for(f"{TOOLTIP}.includes({expected!r})", 10)
