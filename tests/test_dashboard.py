@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -39,7 +39,7 @@ from nlsq_dask.dashboard.on_scheduler.tables import (
     rates,
 )
 from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
-from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
+from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
 from tests.browser import CHROMIUM, Browser
 
 # A worker in this process would be told that its collector of metrics is there already.
@@ -440,6 +440,47 @@ def test_an_error_and_a_resumed_fit_are_shown(as_default: Client, tmp_path: Path
     assert known["about"]["model"] == "decay"
     after = counted(address(as_default) + "/metrics")
     assert after["nlsq_passes_total"] == before["nlsq_passes_total"]
+
+
+def test_a_fit_that_was_cut_counts_once(
+    as_default: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(event: Event) -> None:
+        if isinstance(event, BlocksFinished) and event.number == 2 and event.blocks >= 3:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"n_blocks": 8, "seconds": 0.01, "gauss_newton_tol": 1e-12}
+    url = address(as_default) + "/metrics"
+    fit()  # else there are no metrics yet
+    process = nd.get_defense_telemetry().export_metrics()
+    before = counted(url)
+    whole = fit(**options)
+    undisturbed = counted(url)
+    with monkeypatch.context() as patch:
+        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([nullcontext(cut)]))
+        with pytest.raises(KeyboardInterrupt):
+            fit(**options, checkpoint_dir=tmp_path)
+    *_, first = pages(as_default)
+    assert first["state"] == "aborted"
+    assert first["metrics"]["nlsq_passes_total"] == 1
+    result = fit(**options, resume_from_checkpoint=tmp_path)
+    np.testing.assert_array_equal(result.popt, whole.popt)
+    *_, known = pages(as_default)
+    assert known["state"] == "finished"
+    # What was remembered is shown once.
+    shown = [entry["iteration"] for entry in known["iterations"]]
+    np.testing.assert_array_equal(shown, whole.history.iteration)
+    assert [phase["phase"] for phase in known["phases"]] == [0, 1, 2, 3]
+    after = counted(url)
+    once = {name: undisturbed[name] - before[name] for name in after}
+    both = {name: after[name] - undisturbed[name] for name in after}
+    for name in ("passes", "iterations", "rows_read", "bytes_read", "defense_warmup_calls"):
+        assert both[f"nlsq_{name}_total"] == once[f"nlsq_{name}_total"], name
+    assert both["nlsq_fits_total"] == 2  # both have ended
+    of_process = nd.get_defense_telemetry().export_metrics()
+    for name in after:
+        if name.endswith("_total"):
+            assert after[name] - before[name] == of_process[name] - process[name], name
 
 
 def test_a_fit_inside_a_task(as_default: Client) -> None:

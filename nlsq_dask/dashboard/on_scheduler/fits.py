@@ -59,7 +59,9 @@ class Fit:
 
     def take(self, message: dict[str, Any]) -> None:
         """Take note of a message; one of another version's kind is no harm."""
-        times = {key: message[key] + self.ahead for key in ("time", "start") if key in message}
+        times: dict[str, Any] = {
+            key: message[key] + self.ahead for key in ("time", "start") if key in message
+        }
         message = {**message, **times}
         match message.get("kind"):
             case "started":
