@@ -372,7 +372,10 @@ class HybridStreamingConfig:
         None, _or(_PATH, None), "File for a JSON-lines record of the fit."
     )
     dashboard: bool = _aside(
-        True, _BOOL, "Show the fit on a page, /nlsq, of a distributed cluster's dashboard."
+        True,
+        _BOOL,
+        "Show the fit on a page, /nlsq, of a distributed cluster's dashboard, and count it in the "
+        "metrics of the cluster's scheduler. With False it is in neither.",
     )
 
     # --- starts and the sample

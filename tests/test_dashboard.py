@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -26,10 +26,20 @@ from prometheus_client.parser import text_string_to_metric_families
 import nlsq_dask as nd
 from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.dashboard.messages import Messages
-from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, Fits
+from nlsq_dask.dashboard.observer import Page
+from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
+from nlsq_dask.dashboard.on_scheduler.page import View
+from nlsq_dask.dashboard.on_scheduler.plots import COLOURS, Map
 from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
-from nlsq_dask.dashboard.shipping import ShippedPlugin
-from nlsq_dask.events import BlocksFinished, BlocksMeasured, FitStarted
+from nlsq_dask.dashboard.on_scheduler.tables import (
+    bars_of_phases,
+    image,
+    pass_in_words,
+    profile,
+    rates,
+)
+from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
+from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
 from tests.browser import CHROMIUM, Browser
 
 # A worker in this process would be told that its collector of metrics is there already.
@@ -189,6 +199,39 @@ def test_other_grids(grid: tuple[int, ...], dims: list[str], shape: list[int]) -
     assert table.max() == np.float32(np.prod(grid) - 1)
 
 
+def mapped(grid: tuple[int, ...], values: np.ndarray) -> Fit:
+    """Return a fit as the scheduler knows it, with what was measured of its blocks."""
+    message, _ = measured(grid, values)
+    fits = Fits()
+    fits.take(batch("a", {**message, "kind": "map"}))
+    return fits.recent["a"]
+
+
+def test_a_map_says_over_what_it_is_the_largest() -> None:
+    figure = Map()
+    figure.show([mapped((2, 9, 8), np.ones((2, 9, 8)))])
+    assert figure.figure.title.text.endswith(" (largest over a)")
+    figure.show([mapped((1, 9, 8), np.ones((1, 9, 8)))])
+    assert "largest" not in figure.figure.title.text
+    figure.show([mapped((3, 350, 150), np.ones((3, 350, 150)))])
+    assert figure.figure.title.text.endswith(" (largest over a; largest of each 4 x 2)")
+
+
+def test_a_map_ends_with_its_grid() -> None:
+    picture = image(mapped((350, 150), np.ones((350, 150))))
+    assert picture is not None
+    assert (picture.drawn, picture.size) == ((150, 352), (150, 350))
+    shown = Map()
+    shown.show([mapped((350, 150), np.ones((350, 150)))])
+    across, down = shown.figure.x_range, shown.figure.y_range
+    assert (across.start, across.end, across.bounds) == (0, 150, (0, 150))
+    assert (down.start, down.end, down.bounds) == (350, 0, (0, 350))  # downwards, as in results
+    line = profile(mapped((2001,), np.ones(2001)))
+    assert line is not None
+    assert line.x[-2:] == [1998, 2001]
+    assert len(line.x) == len(line.y)
+
+
 def test_messages_are_small_and_plain() -> None:
     import msgpack
 
@@ -214,6 +257,76 @@ def test_old_fits_are_forgotten_and_their_counts_stay() -> None:
     assert len(fits.recent) == MOST_FITS
     assert "one that runs on" in fits.recent
     assert fits.metrics() == {"nlsq_passes_total": 201, "nlsq_last_loss": 0.5}
+
+
+def test_running_fits_are_not_forgotten_and_count_once() -> None:
+    fits = Fits()
+    names = [f"fit {i}" for i in range(25)]
+    for n in (1, 2, 3):
+        for name in names:
+            fits.take(batch(name, passes=n))
+        assert list(fits.recent) == names
+        assert fits.metrics()["nlsq_passes_total"] == 25 * n
+
+
+def test_one_of_very_many_that_is_heard_of_again_counts_once() -> None:
+    fits = Fits()
+    names = [f"fit {i}" for i in range(MOST_RUNNING + 30)]
+    for n in (1, 2, 3):
+        for name in names:
+            fits.take(batch(name, passes=n))
+        assert len(fits.recent) == MOST_RUNNING
+        assert fits.metrics()["nlsq_passes_total"] == n * len(names)
+    assert {fit.number for fit in fits.recent.values()} <= set(range(1, len(names) + 1))
+
+
+def test_a_client_that_comes_back_goes_on_and_counts_once() -> None:
+    fits = Fits()
+    fits.take(batch("a", passes=1))
+    fits.client_left("c")
+    assert fits.recent["a"].state == "lost"
+    for i in range(MOST_FITS):
+        fits.take(batch(str(i), passes=1))
+    assert "a" not in fits.recent
+    fits.take(batch("a", passes=2))
+    assert fits.recent["a"].is_running
+    assert fits.metrics()["nlsq_passes_total"] == MOST_FITS + 2
+
+
+@pytest.mark.parametrize("ahead", [0.0, -3600.0, 86400.0])
+def test_times_are_those_of_the_scheduler(ahead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr("nlsq_dask.dashboard.on_scheduler.fits.time.time", lambda: now + ahead)
+    fits = Fits()
+    phase = {"kind": "phase", "phase": 1, "name": "warm-up", "start": now - 2}
+    progress = {"kind": "progress", "pass": 1, "n_blocks": 9}
+    told = [
+        {**progress, "time": now + i, "blocks": i, "bytes": i * 5e6, "seconds": float(i)}
+        for i in range(3)
+    ]
+    note = {"kind": "note", "time": now + 1, "text": "so"}
+    fits.take({**batch("a", phase, *told, note), "time": now})
+    (fit,) = fits.recent.values()
+    bars = bars_of_phases([fit], COLOURS)
+    assert bars["left"] == pytest.approx([0], abs=1e-4)
+    assert bars["seconds"] == pytest.approx([2], abs=1e-4)
+    assert rates(fit)["x"] == pytest.approx([3, 4], abs=1e-4)
+    assert rates(fit)["y"] == pytest.approx([5, 5])
+    assert fit.notes[0][0] == pytest.approx(now + ahead + 1, abs=1e-4)
+    now += 5
+    fits.take({**batch("a"), "time": now})
+    assert bars_of_phases([fit], COLOURS)["seconds"] == pytest.approx([7], abs=1e-4)
+
+
+def test_bytes_a_second_are_those_gone_through() -> None:
+    """What is kept from an earlier pass is among them, so they are not called read."""
+    fits = Fits()
+    at = {"kind": "progress", "time": 1.0, "pass": 2, "blocks": 3, "n_blocks": 9, "seconds": 2.0}
+    fits.take(batch("a", {**at, "bytes": 30_000_000}))
+    (fit,) = fits.recent.values()
+    assert pass_in_words(fit) == ("pass 2: 3 of 9 blocks, going through 15 MB/s, 4 s left")
+    titles = [root.title.text for root in View(fits).roots if root.name == "rate"]
+    assert titles == ["Data gone through a second"]
 
 
 def test_messages_of_another_version_are_no_harm() -> None:
@@ -251,7 +364,9 @@ def test_dashboard_false_tells_nobody(as_default: Client) -> None:
     fit()
     n = len(pages(as_default))
     last = pages(as_default)[-1]["number"]
+    before = counted(address(as_default) + "/metrics")
     fit(dashboard=False)
+    assert counted(address(as_default) + "/metrics") == before
     assert len(pages(as_default)) == n
     assert pages(as_default)[-1]["number"] == last
 
@@ -327,6 +442,47 @@ def test_an_error_and_a_resumed_fit_are_shown(as_default: Client, tmp_path: Path
     assert after["nlsq_passes_total"] == before["nlsq_passes_total"]
 
 
+def test_a_fit_that_was_cut_counts_once(
+    as_default: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(event: Event) -> None:
+        if isinstance(event, BlocksFinished) and event.number == 2 and event.blocks >= 3:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"n_blocks": 8, "seconds": 0.01, "gauss_newton_tol": 1e-12}
+    url = address(as_default) + "/metrics"
+    fit()  # else there are no metrics yet
+    process = nd.get_defense_telemetry().export_metrics()
+    before = counted(url)
+    whole = fit(**options)
+    undisturbed = counted(url)
+    with monkeypatch.context() as patch:
+        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([nullcontext(cut)]))
+        with pytest.raises(KeyboardInterrupt):
+            fit(**options, checkpoint_dir=tmp_path)
+    *_, first = pages(as_default)
+    assert first["state"] == "aborted"
+    assert first["metrics"]["nlsq_passes_total"] == 1
+    result = fit(**options, resume_from_checkpoint=tmp_path)
+    np.testing.assert_array_equal(result.popt, whole.popt)
+    *_, known = pages(as_default)
+    assert known["state"] == "finished"
+    # What was remembered is shown once.
+    shown = [entry["iteration"] for entry in known["iterations"]]
+    np.testing.assert_array_equal(shown, whole.history.iteration)
+    assert [phase["phase"] for phase in known["phases"]] == [0, 1, 2, 3]
+    after = counted(url)
+    once = {name: undisturbed[name] - before[name] for name in after}
+    both = {name: after[name] - undisturbed[name] for name in after}
+    for name in ("passes", "iterations", "rows_read", "bytes_read", "defense_warmup_calls"):
+        assert both[f"nlsq_{name}_total"] == once[f"nlsq_{name}_total"], name
+    assert both["nlsq_fits_total"] == 2  # both have ended
+    of_process = nd.get_defense_telemetry().export_metrics()
+    for name in after:
+        if name.endswith("_total"):
+            assert after[name] - before[name] == of_process[name] - process[name], name
+
+
 def test_a_fit_inside_a_task(as_default: Client) -> None:
     def inside() -> bool:
         with get_client().as_current():
@@ -350,6 +506,34 @@ def test_trouble_with_the_page_is_one_line(
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
     assert said(caplog) == ["The fit goes on without its page: OSError: no way there"]
+
+
+@pytest.mark.parametrize("python", ["3.9.1.final.0", "4.0.0.final.0"])
+def test_no_code_goes_to_another_python(
+    as_default: Client,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    python: str,
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("bytecode went to another Python")
+
+    monkeypatch.setattr("nlsq_dask.dashboard.observer._registered", set())
+    monkeypatch.setattr(
+        "nlsq_dask.dashboard.observer.Page._python_of_scheduler", lambda self: python
+    )
+    monkeypatch.setattr(as_default, "register_plugin", never)
+    with caplog.at_level(logging.INFO, "nlsq_dask"):
+        assert fit().success
+    (line,) = said(caplog)
+    assert line.startswith("The fit has no page: the scheduler runs Python " + python[:3])
+
+
+def test_the_python_of_the_scheduler_is_read(as_default: Client) -> None:
+    found = Page(as_default)._python_of_scheduler()
+    assert found.split(".")[:3] == [*map(str, sys.version_info[:3])]
+    assert why_not_to_ship(found) == ""
+    assert why_not_to_ship("3.1.0.final.0")  # no prefix of 3.1x
 
 
 # --- other clusters
@@ -458,3 +642,53 @@ def test_a_browser_sees_two_fits(tmp_path: Path, prefix: str) -> None:
             menu = "document.querySelector('.navbar').getBoundingClientRect().bottom"
             first = "document.querySelector('.nlsq').getBoundingClientRect().top"
             assert browser.evaluate(f"{menu} <= {first}")
+
+
+# What stands in the tooltip, which is in a shadow root of a shadow root.
+TOOLTIP = """(function text(node) {
+    if (node.matches && node.matches(".bk-tooltip-row-value")) {
+        return [node.innerText]
+    }
+    const inside = [...(node.shadowRoot ? node.shadowRoot.children : []), ...node.children]
+    return inside.flatMap(text)
+})(document.body).join(" ").replace(/\\s+/g, " ")"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize(("shape", "step"), [((3, 4), (1, 1)), ((350, 150), (4, 2))])
+def test_the_block_under_the_pointer(
+    tmp_path: Path, shape: tuple[int, int], step: tuple[int, int]
+) -> None:
+    from bokeh.embed import file_html
+    from bokeh.resources import INLINE
+
+    values = np.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    shown = Map()
+    shown.show([mapped(shape, values)])
+    (tmp_path / "map.html").write_text(file_html(shown.figure, INLINE))
+    with Browser(tmp_path / "browser") as browser:
+        browser.open((tmp_path / "map.html").as_uri(), 800, 500)
+        browser.wait_for(
+            "window.Bokeh && Bokeh.documents.length == 1 && Bokeh.documents[0].is_idle"
+        )
+        plot = "Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name('map'))"
+        for row, column in [(0, 0), (0, shape[1] - 1), (shape[0] - 1, 0), (1, 2)]:
+            # A little before the end of the block, where rounding would name the next.
+            x, y = (
+                browser.evaluate(
+                    f"{plot}.frame.{axis}_scale.compute({at + 0.8}) + "
+                    f"{plot}.canvas_view.el.getBoundingClientRect().{side}"
+                )
+                for axis, at, side in (("x", column, "left"), ("y", row, "top"))
+            )
+            browser.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            places, worst = [], []
+            for at, width, size in zip((row, column), step, shape, strict=True):
+                first = at // width * width
+                last = min(first + width, size) - 1
+                places.append(f"{first} to {last}" if last > first else f"{first}")
+                worst.append(last)  # of values that grow
+            expected = f"{', '.join(places)} {values[tuple(worst)]:.4f}"
+            browser.wait_for(f"{TOOLTIP}.includes({expected!r})", 10)

@@ -77,6 +77,8 @@ class Messages:
         used = sums.n_used > 0
         values[sums.index[used]] = sums.chi2[used] / sums.n_used[used]
         table, axes = _two_largest(values.reshape(self._grid))
+        dropped = [i for i, n in enumerate(self._grid) if n > 1 and i not in axes]
+        size = list(table.shape)
         most = _MOST_STEPS if table.ndim == 1 else _MOST_CELLS
         step = tuple(-(n // -most) for n in table.shape)
         for axis, width in enumerate(step):
@@ -84,7 +86,9 @@ class Messages:
         return {
             "shape": list(table.shape),
             "dims": [str(self._dims[axis]) for axis in axes],
+            "size": size,
             "step": list(step),
+            "largest_over": [str(self._dims[axis]) for axis in dropped],
             "values": table.astype(np.float32).tobytes(),
         }
 

@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 from nlsq_dask.dashboard.messages import Message, Messages
 from nlsq_dask.dashboard.on_scheduler.plugin import HANDLER, PAGE
-from nlsq_dask.dashboard.shipping import ShippedPlugin
+from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.events import (
     BlocksFinished,
@@ -99,6 +99,11 @@ class Page:
         self._waiting = []
         answer = self._call(batch) if self._client in _registered else None
         if answer is None:  # nor does a scheduler that was started anew know the call
+            no_page = why_not_to_ship(self._python_of_scheduler())
+            if no_page:
+                self._is_on = False
+                self._say(no_page)
+                return
             self._client.register_plugin(ShippedPlugin())
             _registered.add(self._client)
             answer = self._call(batch)
@@ -107,8 +112,15 @@ class Page:
             self._is_known = True
             self._say(answer["no_page"])
 
+    def _python_of_scheduler(self) -> str:
+        # Client.get_versions would ask every worker, too.
+        ask = self._client.scheduler.versions
+        found = self._client.sync(ask, callback_timeout=_PATIENCE)
+        return str(found["host"]["python"])
+
     def _call(self, batch: dict[str, Any]) -> Any:
         call = getattr(self._client.scheduler, HANDLER)
+        batch = {**batch, "time": time.time()}  # the two clocks may differ
         return self._client.sync(call, batch=batch, callback_timeout=_PATIENCE)
 
     def _say(self, no_page: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 from functools import cache
 from typing import Any
@@ -30,6 +31,24 @@ def _parcel() -> bytes:
         finally:
             cloudpickle.unregister_pickle_by_value(on_scheduler)
     return data
+
+
+def why_not_to_ship(python: str) -> str:
+    """Return why the plugin cannot go to a scheduler of some version of Python, nothing if it can.
+
+    Its code travels as bytecode, which differs between minor versions of Python. The process of
+    the scheduler can crash where it runs that of another.
+
+    Parameters
+    ----------
+    python : str
+        The scheduler's version: numbers between dots, as ``Client.get_versions`` returns it.
+    """
+    theirs = ".".join(python.split(".")[:2])
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if theirs == ours:
+        return ""
+    return f"the scheduler runs Python {theirs} and this process {ours}; use one version for both"
 
 
 class ShippedPlugin(SchedulerPlugin):

@@ -6,7 +6,9 @@ import time
 from collections import deque
 from typing import Any
 
-MOST_FITS = 20
+MOST_FITS = 20  # unless more are running
+MOST_RUNNING = 200
+_MOST_FORGOTTEN = 1_000  # whose counters are kept apart
 _MOST_ITERATIONS = 5000
 _MOST_RATES = 2000
 _MOST_NOTES = 200
@@ -20,13 +22,17 @@ class Fit:
     ----------
     number : int
         Counted from 1 on this scheduler.
+    ahead : float
+        Seconds by which this scheduler's clock is ahead of that of who runs the fit. All times kept
+        here are of this scheduler.
     state : str
         "running", "finished", "no success", "aborted" or "lost".
     """
 
-    def __init__(self, number: int, client: str) -> None:
+    def __init__(self, number: int, client: str, ahead: float = 0.0) -> None:
         self.number = number
         self.client = client
+        self.ahead = ahead
         self.state = "running"
         self.text = ""
         self.began = self.heard = time.time()
@@ -53,6 +59,10 @@ class Fit:
 
     def take(self, message: dict[str, Any]) -> None:
         """Take note of a message; one of another version's kind is no harm."""
+        times: dict[str, Any] = {
+            key: message[key] + self.ahead for key in ("time", "start") if key in message
+        }
+        message = {**message, **times}
         match message.get("kind"):
             case "started":
                 # One that goes on from a checkpoint began before this.
@@ -107,17 +117,21 @@ class Fits:
         self.recent: dict[str, Fit] = {}
         self.version = 0
         self._n_fits = 0
-        self._of_forgotten: dict[str, float] = {}
+        # Number and counters by name: one that is heard of again counts on from there.
+        self._forgotten: dict[str, tuple[int, dict[str, float]]] = {}
+        self._of_others: dict[str, float] = {}  # sums
         self._last_loss = float("nan")
 
     def take(self, batch: dict[str, Any]) -> None:
         """Take what one who runs a fit has sent: messages, and its counters as they stand."""
         name = batch["fit"]
         if name not in self.recent:
-            self._n_fits += 1
-            self.recent[name] = Fit(self._n_fits, batch["client"])
-            self._forget()
+            # The first batch was written just now.
+            now = time.time()
+            self._add(name, batch["client"], now - batch.get("time", now))
         fit = self.recent[name]
+        if fit.state == "lost":  # its client has come back
+            fit.state, fit.text = "running", ""
         fit.heard = time.time()
         for message in batch["messages"]:
             fit.take(message)
@@ -134,18 +148,35 @@ class Fits:
                 fit.end("lost", "its client has left")
                 self.version += 1
 
+    def _add(self, name: str, client: str, ahead: float) -> None:
+        number, metrics = self._forgotten.pop(name, (self._n_fits + 1, {}))
+        self._n_fits = max(self._n_fits, number)
+        self.recent[name] = Fit(number, client, ahead)
+        self.recent[name].metrics = metrics
+        self._forget()
+
     def _forget(self) -> None:
         """Forget the oldest that have ended; their counts stay."""
-        while len(self.recent) > MOST_FITS:
-            ended = [name for name, fit in self.recent.items() if not fit.is_running]
-            gone = self.recent.pop(ended[0] if ended else next(iter(self.recent)))
-            self._of_forgotten = _added(self._of_forgotten, gone.metrics)
+        ended = [name for name, fit in self.recent.items() if not fit.is_running]
+        for name in ended[: max(len(self.recent) - MOST_FITS, 0)]:
+            self._drop(name)
+        while len(self.recent) > MOST_RUNNING:
+            self._drop(next(iter(self.recent)))
+
+    def _drop(self, name: str) -> None:
+        gone = self.recent.pop(name)
+        self._forgotten[name] = gone.number, gone.metrics
+        if len(self._forgotten) > _MOST_FORGOTTEN:
+            _, metrics = self._forgotten.pop(next(iter(self._forgotten)))
+            self._of_others = _added(self._of_others, metrics)
 
     def metrics(self) -> dict[str, float]:
         """Return the counters of all fits, and the last loss, under their Prometheus names."""
-        found = self._of_forgotten
-        for fit in list(self.recent.values()):
-            found = _added(found, fit.metrics)
+        every = [fit.metrics for fit in list(self.recent.values())]
+        every += [metrics for _, metrics in list(self._forgotten.values())]
+        found = self._of_others
+        for metrics in every:
+            found = _added(found, metrics)
         return {**found, "nlsq_last_loss": self._last_loss}
 
 

@@ -90,7 +90,9 @@ class View:
         self._choice.on_change("value", lambda attribute, old, new: self.update())
         self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
         self._curves = {name: Curves(name, *about) for name, about in CURVES.items()}
-        self._rates = Curves("rate", "Data read a second", "seconds since the fit began", "MB/s")
+        self._rates = Curves(
+            "rate", "Data gone through a second", "seconds since the fit began", "MB/s"
+        )
         self._phases = Phases()
         self._pass = RunningPass()
         self._map = Map()

@@ -183,6 +183,13 @@ class RunningPass(Bars):
         self._fill(fits, bars_of_pass(fits, COLOURS))
 
 
+# Which block, or blocks, of a dimension the pointer is over.
+_WHICH = """
+const {blocks, size} = about.data
+const first = Math.floor(value / blocks[axis]) * blocks[axis]
+const last = Math.min(first + blocks[axis], size[axis]) - 1
+return last > first ? `${first} to ${last}` : `${first}`
+"""
 _BLOCKS = "Reduced chi-square of each block"
 
 
@@ -194,12 +201,17 @@ class Map:
             BasicTicker,
             ColorBar,
             ColumnDataSource,
+            CustomJSHover,
             HoverTool,
             LinearColorMapper,
+            Range1d,
         )
 
-        self.figure = _figure(_BLOCKS, name="map", height=330, visible=False)
+        self.figure = _figure(
+            _BLOCKS, name="map", height=330, visible=False, x_range=Range1d(), y_range=Range1d()
+        )
         self._table = ColumnDataSource({"image": [], "w": [], "h": []})
+        self._about = ColumnDataSource({"blocks": [1, 1], "size": [0, 0]})
         self._mapper = LinearColorMapper(palette="Viridis256", nan_color="#dddddd", low=0, high=1)
         picture = self.figure.image(
             "image", x=0, y=0, dw="w", dh="h", source=self._table, color_mapper=self._mapper
@@ -209,11 +221,15 @@ class Map:
             title_text_font_size="9pt", title_text_font_style="normal", padding=6,
         )  # fmt: skip
         self.figure.add_layout(bar, "right")
-        self.figure.x_range.range_padding = self.figure.y_range.range_padding = 0
         self.figure.grid.visible = False
         self.figure.axis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-        tips = [("block", "$x{0}, $y{0}"), ("reduced chi-square", "@image{0.0000}")]
-        self.figure.add_tools(HoverTool(renderers=[picture], tooltips=tips))
+        # In the order of the grid, as in messages and results.
+        tips = [("block", "$y{custom}, $x{custom}"), ("reduced chi-square", "@image{0.0000}")]
+        which = {
+            name: CustomJSHover(args={"about": self._about, "axis": axis}, code=_WHICH)
+            for axis, name in enumerate(("$x", "$y"))
+        }
+        self.figure.add_tools(HoverTool(renderers=[picture], tooltips=tips, formatters=which))
 
     def show(self, fits: list[Fit]) -> None:
         """Show one fit, or none."""
@@ -221,12 +237,25 @@ class Map:
         self.figure.visible = found is not None
         if found is None:
             return
-        self._table.data = {"image": [found.table], "w": [found.width], "h": [found.height]}
+        width, height = found.drawn
+        self._table.data = {"image": [found.table], "w": [width], "h": [height]}
+        about = {"blocks": found.blocks, "size": list(found.size)}
+        if about != dict(self._about.data):  # else a person may have chosen what to see
+            self._about.data = about
+            _fix(self.figure.x_range, 0, found.size[0])
+            _fix(self.figure.y_range, found.size[1], 0)
         self._mapper.low, self._mapper.high = found.low, found.high
         self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = found.axes
         self.figure.title.text = (
             f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
         )
+
+
+def _fix(axis: Any, start: int, end: int) -> None:
+    """Let an axis show this and nothing beyond, the larger number first if it runs downwards."""
+    axis.update(
+        start=start, end=end, reset_start=start, reset_end=end, bounds=tuple(sorted((start, end)))
+    )
 
 
 class Profile:

@@ -32,7 +32,7 @@ def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
-    """Return the megabytes a second that were read."""
+    """Return the megabytes a second that were gone through: read, or kept on the workers."""
     found = list(fit.rates)
     return {
         "x": [at - fit.began for at, _ in found],
@@ -99,20 +99,34 @@ def pass_in_words(fit: Fit) -> str:
     if now["blocks"] and now["seconds"] > 0.0:
         rate = now["bytes"] / now["seconds"]
         left = now["seconds"] * (now["n_blocks"] / now["blocks"] - 1)
-        words += f", {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+        words += f", going through {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
     return words
 
 
 class Image:
-    """A map of the blocks."""
+    """A map of the blocks, the first dimension downwards.
+
+    Attributes
+    ----------
+    drawn : tuple of float
+        Width and height of the picture; all its cells are of one size, so that where blocks were
+        put together the last ones may go beyond the grid.
+    size : tuple of int
+        Width and height of the grid.
+    blocks : list of int
+        Blocks in a cell, from left to right and downwards.
+    """
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         self.table = table
-        steps = about["step"]
-        self.height, self.width = (n * s for n, s in zip(table.shape, steps, strict=True))
+        down, across = about["step"]
+        self.blocks = [across, down]
+        self.drawn = (table.shape[1] * across, table.shape[0] * down)
+        height, width = about.get("size", reversed(self.drawn))
+        self.size = (width, height)
         self.axes = [_axis(dim) for dim in reversed(about["dims"])]
         self.low, self.high = _limits(table)
-        self.note = _note(steps)
+        self.note = _note(about)
 
 
 class Line:
@@ -120,10 +134,11 @@ class Line:
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         (step,) = about["step"]
-        self.x = [i * step for i in range(len(table) + 1)]
+        (size,) = about.get("size", [len(table) * step])
+        self.x = [min(i * step, size) for i in range(len(table) + 1)]
         self.y = [*map(float, table), float(table[-1])]
         self.axis = _axis(about["dims"][0])
-        self.note = _note(about["step"])
+        self.note = _note(about)
 
 
 def image(fit: Fit) -> Image | None:
@@ -154,5 +169,9 @@ def _axis(dim: str) -> str:
     return f"block along {dim}"
 
 
-def _note(steps: list[int]) -> str:
-    return "" if max(steps) == 1 else f" (worst of each {' x '.join(map(str, steps))})"
+def _note(about: dict[str, Any]) -> str:
+    """Return what blocks the numbers are the largest of, where it is more than one."""
+    over, steps = about.get("largest_over", []), about["step"]
+    words = [f"largest over {', '.join(over)}"] if over else []
+    words += [f"largest of each {' x '.join(map(str, steps))}"] if max(steps) > 1 else []
+    return f" ({'; '.join(words)})" if words else ""
