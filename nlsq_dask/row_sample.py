@@ -21,7 +21,7 @@ def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr
     Parameters
     ----------
     rows : Rows
-        All of them usable.
+        All of them usable. Their sigma has the weights of groups in it, if there are any.
     fitted : ndarray, shape (n,)
     blocks : RowBlocks
         The data that they are from, for names and units.

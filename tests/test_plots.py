@@ -114,6 +114,11 @@ def line(axes: Any, label: str) -> Any:
     return next(one for one in axes.lines if one.get_label() == label)
 
 
+def levels_of(panel: Any) -> list[float]:
+    """Return where lines lie across a whole panel of residuals."""
+    return [float(one.get_ydata()[1]) for one in panel.lines if list(one.get_xdata()) == [0, 1]]
+
+
 def legend(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
@@ -175,7 +180,8 @@ def test_points_curve_and_band(few: nd.FitResult) -> None:
     np.testing.assert_array_equal(container.lines[0].get_xdata(), sample.x)
     np.testing.assert_array_equal(container.lines[0].get_ydata(), sample.y_data)
     bars = container.lines[2][0].get_segments()
-    np.testing.assert_allclose(np.ptp([bar[:, 1] for bar in bars], axis=1), 2 * sample.sigma)
+    one = np.sqrt(few.sigma_sq)  # sigma is not absolute
+    np.testing.assert_allclose(np.ptp([bar[:, 1] for bar in bars], axis=1), 2 * one * sample.sigma)
     curve = line(upper, "fit")
     values, std = few.predict(curve.get_xdata(), return_std=True)
     np.testing.assert_allclose(curve.get_ydata(), values)
@@ -186,8 +192,8 @@ def test_points_curve_and_band(few: nd.FitResult) -> None:
     np.testing.assert_allclose(highest, (values + 2 * std)[1:-1])
     residuals = (sample.y_data - sample.fitted) / sample.sigma
     np.testing.assert_allclose(lower.lines[0].get_ydata(), residuals)
-    levels = [one.get_ydata()[0] for one in lower.lines if len(one.get_xdata()) == 2]
-    assert levels == [0, -1, 1]
+    levels = levels_of(lower)
+    assert levels == pytest.approx([0, -one, one])
     assert lower.get_xlabel() == "x"
     assert lower.get_ylabel() == "(data − fit) / σ"  # noqa: RUF001
     assert sum(patch.get_width() for patch in across.patches) == pytest.approx(1)
@@ -204,8 +210,46 @@ def test_many_rows_with_outliers(many: nd.FitResult) -> None:
     assert f"{n_far} beyond" in [text.get_text() for text in lower.texts]
     assert lower.get_ylim()[1] < 1.5
     # The outliers do not widen the lines of one standard deviation.
-    levels = [one.get_ydata()[1] for one in lower.lines if list(one.get_xdata()) == [0, 1]]
-    assert levels == pytest.approx([0, -0.1, 0.1], abs=0.01)
+    assert levels_of(lower) == pytest.approx([0, -0.1, 0.1], abs=0.01)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_sigma_that_is_far_too_small(absolute: bool) -> None:
+    """Band, error bars, lines and density tell of one spread, and the histogram stays readable."""
+    x = np.linspace(0, 10, 400)
+    y = decay_of(x) + 0.5 * np.random.default_rng(5).standard_normal(400)
+    sigma = np.full(400, 0.005)
+    result = fit(decay, x, y, [2, 1, 0], sigma=sigma, absolute_sigma=absolute)
+    upper, lower, across = axes_of(result.plot())
+    spread = 0.005 if absolute else 0.005 * np.sqrt(result.sigma_sq)
+    curve = line(upper, "fit").get_ydata()
+    corners = upper.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].max() == pytest.approx((curve + 2 * spread).max(), rel=0.02)
+    assert levels_of(lower)[2] == pytest.approx(spread / 0.005)
+    tallest = max(bar.get_width() for bar in across.patches)
+    assert tallest < across.get_xlim()[1] < 2.5 * tallest
+    density = line(across, "normal").get_xdata()
+    assert (density.max() > 10 * tallest) == absolute
+
+
+def test_weights_without_sigma() -> None:
+    rng = np.random.default_rng(6)
+    group, t = np.repeat([0, 1], 60), np.tile(np.linspace(0, 5, 60), 2)
+    noise = 0.01 * np.where(group == 0, 0.1, 1.0)
+    y = 2 * np.exp(-t) + noise * rng.standard_normal(120)
+    config = dataclasses.replace(
+        CONFIG, enable_residual_weighting=True, residual_weights=(100.0, 1.0)
+    )
+
+    def model(x: Any, a: Any, b: Any) -> Any:
+        return a * jnp.exp(-b * x[1])
+
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, (group, t), y, [1, 1.5])
+    sample = result.sample
+    assert sample is not None
+    np.testing.assert_allclose(np.unique(sample.sigma), [0.1, 1])
+    *_, panel = axes_of(result.plot())
+    assert levels_of(panel) == pytest.approx([0, -0.01, 0.01], rel=0.2)
 
 
 def test_several_quantities(cube: nd.FitResult) -> None:

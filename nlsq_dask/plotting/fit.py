@@ -81,10 +81,10 @@ def _over_all(
 
 def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
     """Draw data, the fitted curve, its band and the spread of measurements about it."""
-    x, y, sigma = quantity.values, sampled.y, sampled.sigma
-    if sigma is not None and len(y) <= _FEW:
+    x, y, errors = quantity.values, sampled.y, sampled.errors
+    if errors is not None and len(y) <= _FEW:
         axes.errorbar(
-            x, y, sigma, fmt="o", ms=3.5, lw=0.9, color=text_color(), alpha=0.75, label="data"
+            x, y, errors, fmt="o", ms=3.5, lw=0.9, color=text_color(), alpha=0.75, label="data"
         )
     else:
         _points(axes, x, y, label="data")
@@ -220,22 +220,27 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
     if len(inside) < _ENOUGH:
         axes.set_axis_off()
         return
-    axes.hist(
+    edges = np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41)))
+    heights, *_ = axes.hist(
         inside,
-        bins=np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41))).tolist(),
+        bins=edges.tolist(),
         weights=np.ones(len(inside)) / len(residuals),
         color=text_color(),
         alpha=0.35,
         orientation="vertical" if is_upright else "horizontal",
         label="residuals",
     )
-    edges = np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41)))
+    tallest = float(np.max(heights))
+    top = tallest
     if np.isfinite(sampled.expected):
         places = np.linspace(-limit, limit, 200)
         shares = np.exp(-0.5 * (places / sampled.expected) ** 2)
         shares *= (edges[1] - edges[0]) / (sampled.expected * np.sqrt(2.0 * np.pi))
         pair = (places, shares) if is_upright else (shares, places)
         axes.plot(*pair, color=MEAN, lw=1.2, label="normal")
+        # The density of a sigma that is far too small is a spike, which may leave the panel.
+        top = max(tallest, min(float(shares.max()), 2.0 * tallest))
+    (axes.set_ylim if is_upright else axes.set_xlim)(0.0, 1.15 * top)
     if is_upright:
         axes.set_xlabel(sampled.residual_label)
         axes.set_yticks([])

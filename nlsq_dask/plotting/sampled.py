@@ -54,10 +54,12 @@ class Sampled:
     residuals : ndarray, shape (n,)
         ``y - fitted``, divided by sigma if there is one.
     expected : float
-        Standard deviation that residuals should have: 1 with sigma, else what the fit estimates,
-        or, where some are far out, what the median of their sizes does. NaN if that is zero.
+        Standard deviation that residuals should have: 1 with a sigma that is absolute, else what
+        the fit estimates, or, where some are far out, what the median of their sizes does. NaN if
+        that is zero.
     spread : float
-        Standard deviation of a measurement, if it is the same for all; else NaN.
+        Standard deviation of a measurement, if it is the same for all; else NaN. It is
+        ``expected`` times sigma, if there is one.
     limit : float
         Largest residual that panels show where it is; larger ones are marked at the edge.
     """
@@ -100,13 +102,12 @@ class Sampled:
         robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
         if 0.0 < _CORE * robust < limit:
             limit, estimated = _EDGE * robust, robust
+        # As in pcov: a sigma that is not absolute only says which rows count for more.
+        expected = 1.0 if sigma is not None and result.absolute_sigma else estimated
         if sigma is None:
-            spread = estimated
-        elif np.ptp(sigma) == 0.0:
-            spread = float(sigma[0]) * (1.0 if result.absolute_sigma else estimated)
+            spread = expected
         else:
-            spread = np.nan
-        expected = 1.0 if sigma is not None else estimated
+            spread = float(sigma[0]) * expected if np.ptp(sigma) == 0.0 else np.nan
         if expected < 3.0 * limit:
             limit = max(limit, 1.2 * expected)
         return cls(
@@ -121,6 +122,12 @@ class Sampled:
             spread=spread if spread > 0.0 else np.nan,
             limit=limit or 1.0,
         )
+
+    @property
+    def errors(self) -> Vector | None:
+        """Standard deviation of every measurement; None without sigma, or if it is zero."""
+        known = self.sigma is not None and np.isfinite(self.expected)
+        return self.sigma * self.expected if known else None  # type: ignore[operator]
 
     @property
     def residual_label(self) -> str:
