@@ -426,6 +426,40 @@ def test_history_of_a_fit(few: nd.FitResult, cube: nd.FitResult) -> None:
         assert n == int(result.history.accepted.sum())
 
 
+def test_the_scale_of_a_history_is_that_of_its_values(few: nd.FitResult) -> None:
+    """Lines that separate stages lie between 0 and 1 of their axes, which is no loss."""
+    history = xr.Dataset(
+        {
+            "loss": ("iteration", [101.0, 100.0, 100.0]),
+            "gradient_norm": ("iteration", [0.02, 0.01, 0.015]),
+            "step_norm": ("iteration", [1.0, 1.1, 1.2]),
+            "trust_radius": ("iteration", [np.nan, np.nan, 10.0]),
+            "accepted": ("iteration", [True] * 3),
+            "n_passes": ("iteration", [0, 0, 1]),
+        },
+        {"iteration": [10, 20, 21], "stage": ("iteration", ["warm-up", "warm-up", "all rows"])},
+    )
+    axes = dataclasses.replace(few, history=history).plot_history().axes
+    assert [one.get_yscale() for one in axes] == ["linear", "linear", "log", "linear"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_passes_and_iterations_are_counted_in_integers(few: nd.FitResult, n: int) -> None:
+    """Where no pass was made, the panel goes from 0 to 1; where one iteration was, beside it."""
+    first = few.history.isel(iteration=[0] * n).assign_coords(iteration=10 + np.arange(n))
+    figure = dataclasses.replace(few, history=first.assign(n_passes=0 * first.loss)).plot_history()
+    figure.canvas.draw()
+    passes = figure.axes[-1]
+    low, high = passes.get_ylim()
+    assert low == 0
+    assert 1 < high < 2
+    for axis in (passes.xaxis, passes.yaxis):
+        left, right = axis.get_view_interval()
+        shown = [tick for tick in axis.get_ticklocs() if left <= tick <= right]
+        assert shown
+        assert all(float(tick).is_integer() for tick in shown)
+
+
 def test_history_without_anything_positive(few: nd.FitResult) -> None:
     flat = few.history.assign(loss=0.0 * few.history.loss)
     figure = dataclasses.replace(few, history=flat).plot_history()
