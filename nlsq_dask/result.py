@@ -117,9 +117,9 @@ class FitResult:
         Up to 2,000 rows of those that were used, drawn at random, along ``row``: ``y_data``,
         ``fitted`` (the model at ``x``), ``sigma`` if there is one, and the arrays of x under their
         keys or names ("x" or "x_0", "x_1", ... without), an array of shape (n, k) along
-        ``feature``. With ``enable_residual_weighting``, ``sigma`` is what the fit divides by: the
-        given one, or 1, divided by the square root of the weight of the row's group. It is what
-        ``plot`` draws. None if there is no row.
+        ``feature``; a "/" in a name is a "_". With ``enable_residual_weighting``, ``sigma`` is what
+        the fit divides by: the given one, or 1, divided by the square root of the weight of the
+        row's group. It is what ``plot`` draws. None if there is no row.
     """
 
     x: Vector

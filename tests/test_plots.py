@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib import dates as mdates
@@ -165,6 +169,29 @@ def test_names_that_the_sample_needs_itself_are_changed() -> None:
     same = xr.DataArray(x, dims="row", name="t")
     sample = row_sample(Rows(y, (x, x)), y, align((same, same), y))
     assert list(sample.data_vars) == ["y_data", "fitted", "t", "t_3"]
+
+
+def test_no_array_takes_the_name_of_another() -> None:
+    x, y, _ = noisy(50)
+    columns = [i * x for i in range(5)]
+    named = [
+        xr.DataArray(column, dims="row", name=name)
+        for column, name in zip(columns, ("s_4", "s", "s", "s", "s_6"), strict=True)
+    ]
+    sample = row_sample(Rows(y, tuple(columns)), y, align(tuple(named), y))
+    assert len(set(sample.data_vars)) == 7
+    for array in sample.data_vars.values():
+        if "position" in array.attrs:
+            np.testing.assert_array_equal(array, columns[array.attrs["position"]])
+
+
+def test_names_that_files_refuse(tmp_path: Path) -> None:
+    x, y, _ = noisy(50)
+    blocks = align({"m/s": x, "m_s": x, "a/b": xr.DataArray(x, attrs={"long_name": "ratio"})}, y)
+    sample = row_sample(Rows(y, (x, x, x)), y, blocks)
+    assert list(sample.data_vars)[2:4] == ["m_s", "m_s_3"]
+    assert [sample[name].attrs["long_name"] for name in list(sample)[2:]] == ["m/s", "m_s", "ratio"]
+    sample.to_zarr(tmp_path / "sample.zarr", zarr_format=2)
 
 
 # --- result.plot()
