@@ -126,8 +126,9 @@ class Sampled:
     @property
     def errors(self) -> Vector | None:
         """Standard deviation of every measurement; None without sigma, or if it is zero."""
-        known = self.sigma is not None and np.isfinite(self.expected)
-        return self.sigma * self.expected if known else None  # type: ignore[operator]
+        if self.sigma is None or not np.isfinite(self.expected):
+            return None
+        return self.sigma * self.expected
 
     @property
     def residual_label(self) -> str:
