@@ -412,6 +412,18 @@ def test_a_notebook_shows_a_figure_once(few: nd.FitResult, monkeypatch: Any) -> 
     assert not plt.get_fignums()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_a_figure_is_shown_once(few: nd.FitResult, copied: Any, monkeypatch: Any) -> None:
+    figure = few.plot()
+    again = copied(figure)
+    monkeypatch.setattr(mpl, "get_backend", lambda: "module://matplotlib_inline.backend_inline")
+    before = len(plt.get_fignums())
+    with pytest.raises(NotImplementedError):
+        again._ipython_display_()
+    assert len(plt.get_fignums()) == before - 1
+    assert plt.fignum_exists(figure.number)
+
+
 # --- result.plot_history()
 
 
