@@ -339,6 +339,38 @@ def test_dates(calendar: str) -> None:
         assert lower.get_xlabel() == "time (days since 1970-01-01, calendar noleap)"
 
 
+def test_a_dollar_is_not_mathematics() -> None:
+    """``$x_$`` cannot be typeset, so that drawing it as mathematics is an error."""
+    rng = np.random.default_rng(7)
+    time, table = np.linspace(0, 5, 60), pd.DataFrame({"$a_$": rng.uniform(0, 1, 60), "b": 1.0})
+    cost = {"long_name": "cost $x_$", "units": "$_$"}
+    y = xr.DataArray(rng.normal(5, 1, (60, 4)), dims=("$x_$", "$y_$"), attrs=cost)
+    given = xr.DataArray(np.tile(time[:, None], 4), dims=y.dims, name="$t_$")
+
+    def flat(x: Any, a: Any) -> Any:
+        return a + 0.0 * x
+
+    flat.__name__ = "$f_$"
+    result = fit(flat, given, y.chunk({"$x_$": 20, "$y_$": 2}), [1])
+    upper, lower, _ = (figure := result.plot()).axes
+    figure.canvas.draw()
+    assert upper.get_ylabel() == r"cost \$x_\$ (\$_\$)"
+    assert lower.get_xlabel() == r"\$t_\$"
+    assert figure.get_suptitle().startswith(r"\$f_\$: ")
+    for dims in (None, "$x_$"):
+        (figure := result.plot_blocks(dims=dims)).canvas.draw()
+        assert r"\$x_\$ (position)" in (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())
+    result.plot_history().canvas.draw()
+
+    def plane(x: Any, a: Any, b: Any) -> Any:
+        return a * x[:, 0] + b
+
+    of_columns = fit(plane, table, table["$a_$"] + 0.1 * rng.normal(size=60), [1, 0])
+    for x in (None, "$a_$"):
+        (figure := of_columns.plot(x=x)).canvas.draw()
+        assert r"\$a_\$" in [axes.get_xlabel() for axes in figure.axes]
+
+
 def test_draws_into_a_given_figure(few: nd.FitResult) -> None:
     given = Figure()
     left, right = given.subfigures(1, 2)

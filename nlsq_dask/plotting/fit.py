@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import DATES, FIT, MEAN, QUIET, date_axis, prepared, text_color
-from nlsq_dask.plotting.sampled import Quantity, Sampled, axis_label, means
+from nlsq_dask.plotting.figures import (
+    DATES,
+    FIT,
+    MEAN,
+    QUIET,
+    date_axis,
+    label,
+    prepared,
+    text_color,
+)
+from nlsq_dask.plotting.sampled import Quantity, Sampled, means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -274,9 +283,9 @@ def _view(axes: Axes, values: Vector) -> None:
 def _label_x(axes: Axes, quantity: Quantity) -> None:
     finite = quantity.values[np.isfinite(quantity.values)]
     if quantity.units == DATES and date_axis(axes, finite.min(), finite.max()):
-        axes.set_xlabel(quantity.text)
+        axes.set_xlabel(label(quantity.text))
     else:
-        axes.set_xlabel(axis_label(quantity.text, quantity.units))
+        axes.set_xlabel(label(quantity.text, quantity.units))
 
 
 def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
@@ -284,7 +293,7 @@ def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(sampled.y) < result.n_points:
         drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"
-        labels = [drawn if label == "data" else label for label in labels]
+        labels = [drawn if text == "data" else text for text in labels]
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("data"))
     axes.legend(
         [handles[i] for i in order],
@@ -299,7 +308,7 @@ def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
 
 def _title(figure: Figure | SubFigure, result: FitResult, sampled: Sampled, more: str = "") -> None:
     name = result._model.name
-    said = "" if name == "<lambda>" else f"{name}: "
+    said = "" if name == "<lambda>" else f"{label(name)}: "
     if result.n_points:
         said += f"{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
     else:

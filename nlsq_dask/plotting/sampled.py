@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.plotting.figures import label
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -29,7 +31,7 @@ class Quantity:
     name : str
         By which ``plot(x=...)`` knows it.
     text, units : str
-        For an axis.
+        For an axis, by ``label``.
     values : ndarray, shape (n,)
     """
 
@@ -116,7 +118,7 @@ class Sampled:
             sigma=sigma,
             quantities=[quantity for array in x for quantity in _quantities(array)],
             is_flat=len(x) == 1 and x[0].ndim == 1,
-            y_label=axis_label(sample["y_data"].attrs.get("long_name", "y"), _units(sample.y_data)),
+            y_label=label(sample["y_data"].attrs.get("long_name", "y"), _units(sample.y_data)),
             residuals=residuals,
             expected=expected if expected > 0.0 else np.nan,
             spread=spread if spread > 0.0 else np.nan,
@@ -163,11 +165,6 @@ def means(values: Vector) -> list[NDArray[np.int64]]:
     return np.array_split(order, max(len(values) // _IN_A_MEAN, 1))
 
 
-def axis_label(text: str, units: str) -> str:
-    """Return a label with its units, if it has any."""
-    return f"{text} ({units})" if units else text
-
-
 def _numbered(name: str, n: int) -> list[str]:
     return [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
 
@@ -190,6 +187,6 @@ def _quantities(array: xr.DataArray) -> list[Quantity]:
     names = list(columns) if len(columns) == n else _numbered(name, n)
     texts = names if len(columns) == n else _numbered(text, n)
     return [
-        Quantity(one, label, units, values[:, i])
-        for i, (one, label) in enumerate(zip(names, texts, strict=True))
+        Quantity(one, text, units, values[:, i])
+        for i, (one, text) in enumerate(zip(names, texts, strict=True))
     ]
