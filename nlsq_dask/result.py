@@ -399,8 +399,8 @@ class FitResult:
         ----------
         quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
         dims : str or tuple of str, optional
-            One or two dimensions of y. By default those with most blocks. Over further ones the
-            first two quantities are maxima, the others sums.
+            One or two dimensions of y, as ``block_statistics`` names them. By default those with
+            most blocks. Over further ones the first two quantities are maxima, the others sums.
         figure : matplotlib Figure or SubFigure, optional
             To draw into; a new one of pyplot's without it.
 

@@ -572,11 +572,21 @@ def test_other_dimensions_and_quantities(cube: nd.FitResult) -> None:
     assert "least: 0, in the block from time 30, lat 0" in axes.get_title()
     axes = cube.plot_blocks("largest_residual", dims=("lon", "time")).axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("time (position)", "lon (position)")
-    for bad in ("latitude", ("lat", "lat"), (), ("time", "lat", "lon")):
+    for bad in ("latitude", ("lat", "lat"), (), ("time", "lat", "lon"), 0, (0, "lat"), False):
         with pytest.raises(ValueError, match="dims must be one or two different ones of 'time', "):
             cube.plot_blocks(dims=bad)
     with pytest.raises(ValueError, match=r"quantity must be one of 'reduced_chi2', .*'chisq'"):
         cube.plot_blocks("chisq")
+
+
+def test_dimensions_that_are_not_text() -> None:
+    y = xr.DataArray(np.random.default_rng(8).normal(5, 1, (20, 30)), dims=(0, 1))
+    result = fit(lambda x, a: a + 0.0 * x, np.zeros((20, 30)), y.chunk({0: 5, 1: 10}), [1.0])
+    for dims in (0, "0", [0], ("0",)):
+        assert result.plot_blocks(dims=dims).axes[0].get_xlabel() == "0 (position)"
+    assert result.plot_blocks(dims=(1, "0")).axes[0].get_ylabel() == "1 (position)"
+    with pytest.raises(ValueError, match=r"one or two different ones of '0', '1'; got \(1, '1'\)"):
+        result.plot_blocks(dims=(1, "1"))
 
 
 def test_a_profile_of_blocks() -> None:

@@ -69,9 +69,10 @@ def _chosen(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
     there = tuple(map(str, values.dims))
     if dims is None:
         many = sorted(there, key=lambda dim: -values.sizes[dim])[:2]
-        several = [dim for dim in there if dim in many and values.sizes[dim] > 1]
-        return tuple(several) or there[:1]
-    asked = (dims,) if isinstance(dims, str) else tuple(dims)
+        shown = [dim for dim in there if dim in many and values.sizes[dim] > 1]
+        return tuple(shown) or there[:1]
+    several = isinstance(dims, Iterable) and not isinstance(dims, str)
+    asked = tuple(map(str, dims)) if several else (str(dims),)
     if not 1 <= len(asked) <= 2 or len(set(asked)) != len(asked) or not set(asked) <= set(there):
         raise ValueError(
             f"dims must be one or two different ones of {', '.join(map(repr, there))}; got "
