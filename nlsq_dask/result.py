@@ -123,7 +123,9 @@ class FitResult:
         Up to 2,000 rows of those that were used, drawn at random, along ``row``: ``y_data``,
         ``fitted`` (the model at ``x``), ``sigma`` if there is one, and the arrays of x under their
         keys or names ("x" or "x_0", "x_1", ... without), an array of shape (n, k) along
-        ``feature``. It is what ``plot`` draws. None if there is no row.
+        ``feature``; a "/" in a name is a "_". With ``enable_residual_weighting``, ``sigma`` is what
+        the fit divides by: the given one, or 1, divided by the square root of the weight of the
+        row's group. It is what ``plot`` draws. None if there is no row.
     """
 
     x: Vector
@@ -328,11 +330,15 @@ class FitResult:
     def plot(self, x: str | None = None, *, figure: Figure | SubFigure | None = None) -> Any:
         """Draw the data, the fit and the residuals, at the rows of ``sample``.
 
-        Over the only quantity of x: the data (with error bars, if there are few), the curve with a
-        band of two of its standard errors, and, where it is the same for all, two standard
-        deviations of a measurement. Below, residuals ``(y - model) / sigma`` with lines at zero and
-        at plus and minus one standard deviation (1 with sigma, else as the fit estimates it, or
-        the median of their sizes if some are far out), and a histogram beside the normal density.
+        Over the only quantity of x: the data (with error bars, if there are few and they have
+        sigma), the curve with a band of two of its standard errors, and, where it is the same for
+        all, two standard deviations of a measurement. Below, residuals ``(y - model) / sigma`` with
+        lines at zero and at plus and minus one standard deviation, and a histogram beside the
+        normal density.
+
+        Of residuals a standard deviation is 1 with ``absolute_sigma`` and a sigma; else it is what
+        the fit estimates, ``sqrt(sigma_sq)``, or the median of their sizes if some are far out. Of
+        a measurement it is that times its sigma: the error bars and the band.
 
         Where x is several quantities, arrays or columns, no curve over one of them exists. Then the
         data are drawn against the fit, and residuals against each quantity, at most six; with ``x``
@@ -402,8 +408,8 @@ class FitResult:
         ----------
         quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
         dims : str or tuple of str, optional
-            One or two dimensions of y. By default those with most blocks. Over further ones the
-            first two quantities are maxima, the others sums.
+            One or two dimensions of y, as ``block_statistics`` names them. By default those with
+            most blocks. Over further ones the first two quantities are maxima, the others sums.
         figure : matplotlib Figure or SubFigure, optional
             To draw into; a new one of pyplot's without it.
 

@@ -18,10 +18,12 @@ _OWN_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
 def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr.Dataset:
     """Put rows and the fitted values there under names; see ``FitResult.sample``.
 
+    A "/" in a name, which netCDF and Zarr refuse, becomes "_"; ``long_name`` keeps it.
+
     Parameters
     ----------
     rows : Rows
-        All of them usable.
+        All of them usable. Their sigma has the weights of groups in it, if there are any.
     fitted : ndarray, shape (n,)
     blocks : RowBlocks
         The data that they are from, for names and units.
@@ -43,7 +45,7 @@ def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr
         dims = ("row",) if leaf.ndim == 1 else ("row", "feature" if tables == 1 else f"feature_{i}")
         if leaf.ndim == 2 and label.columns:
             about["columns"] = list(label.columns)
-        values[_unused(name, values)] = dims, leaf, about
+        values[_unused(name.replace("/", "_"), values)] = dims, leaf, about
     return xr.Dataset(values)
 
 
@@ -62,6 +64,10 @@ def _names(layout: Layout, labels: list[Label]) -> list[str]:
 
 
 def _unused(name: str, taken: dict[str, Any]) -> str:
+    """Return the name, or one made of it that no other array has."""
     if name in _OWN_NAMES or name.startswith("feature_"):
         name = f"x_{name}"
-    return name if name not in taken else f"{name}_{len(taken)}"
+    unused, number = name, len(taken)
+    while unused in taken:
+        unused, number = f"{name}_{number}", number + 1
+    return unused

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib import dates as mdates
@@ -114,6 +118,11 @@ def line(axes: Any, label: str) -> Any:
     return next(one for one in axes.lines if one.get_label() == label)
 
 
+def levels_of(panel: Any) -> list[float]:
+    """Return where lines lie across a whole panel of residuals."""
+    return [float(one.get_ydata()[1]) for one in panel.lines if list(one.get_xdata()) == [0, 1]]
+
+
 def legend(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
@@ -162,6 +171,29 @@ def test_names_that_the_sample_needs_itself_are_changed() -> None:
     assert list(sample.data_vars) == ["y_data", "fitted", "t", "t_3"]
 
 
+def test_no_array_takes_the_name_of_another() -> None:
+    x, y, _ = noisy(50)
+    columns = [i * x for i in range(5)]
+    named = [
+        xr.DataArray(column, dims="row", name=name)
+        for column, name in zip(columns, ("s_4", "s", "s", "s", "s_6"), strict=True)
+    ]
+    sample = row_sample(Rows(y, tuple(columns)), y, align(tuple(named), y))
+    assert len(set(sample.data_vars)) == 7
+    for array in sample.data_vars.values():
+        if "position" in array.attrs:
+            np.testing.assert_array_equal(array, columns[array.attrs["position"]])
+
+
+def test_names_that_files_refuse(tmp_path: Path) -> None:
+    x, y, _ = noisy(50)
+    blocks = align({"m/s": x, "m_s": x, "a/b": xr.DataArray(x, attrs={"long_name": "ratio"})}, y)
+    sample = row_sample(Rows(y, (x, x, x)), y, blocks)
+    assert list(sample.data_vars)[2:4] == ["m_s", "m_s_3"]
+    assert [sample[name].attrs["long_name"] for name in list(sample)[2:]] == ["m/s", "m_s", "ratio"]
+    sample.to_zarr(tmp_path / "sample.zarr", zarr_format=2)
+
+
 # --- result.plot()
 
 
@@ -175,7 +207,8 @@ def test_points_curve_and_band(few: nd.FitResult) -> None:
     np.testing.assert_array_equal(container.lines[0].get_xdata(), sample.x)
     np.testing.assert_array_equal(container.lines[0].get_ydata(), sample.y_data)
     bars = container.lines[2][0].get_segments()
-    np.testing.assert_allclose(np.ptp([bar[:, 1] for bar in bars], axis=1), 2 * sample.sigma)
+    one = np.sqrt(few.sigma_sq)  # sigma is not absolute
+    np.testing.assert_allclose(np.ptp([bar[:, 1] for bar in bars], axis=1), 2 * one * sample.sigma)
     curve = line(upper, "fit")
     values, std = few.predict(curve.get_xdata(), return_std=True)
     np.testing.assert_allclose(curve.get_ydata(), values)
@@ -186,8 +219,8 @@ def test_points_curve_and_band(few: nd.FitResult) -> None:
     np.testing.assert_allclose(highest, (values + 2 * std)[1:-1])
     residuals = (sample.y_data - sample.fitted) / sample.sigma
     np.testing.assert_allclose(lower.lines[0].get_ydata(), residuals)
-    levels = [one.get_ydata()[0] for one in lower.lines if len(one.get_xdata()) == 2]
-    assert levels == [0, -1, 1]
+    levels = levels_of(lower)
+    assert levels == pytest.approx([0, -one, one])
     assert lower.get_xlabel() == "x"
     assert lower.get_ylabel() == "(data − fit) / σ"  # noqa: RUF001
     assert sum(patch.get_width() for patch in across.patches) == pytest.approx(1)
@@ -204,8 +237,46 @@ def test_many_rows_with_outliers(many: nd.FitResult) -> None:
     assert f"{n_far} beyond" in [text.get_text() for text in lower.texts]
     assert lower.get_ylim()[1] < 1.5
     # The outliers do not widen the lines of one standard deviation.
-    levels = [one.get_ydata()[1] for one in lower.lines if list(one.get_xdata()) == [0, 1]]
-    assert levels == pytest.approx([0, -0.1, 0.1], abs=0.01)
+    assert levels_of(lower) == pytest.approx([0, -0.1, 0.1], abs=0.01)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_sigma_that_is_far_too_small(absolute: bool) -> None:
+    """Band, error bars, lines and density tell of one spread, and the histogram stays readable."""
+    x = np.linspace(0, 10, 400)
+    y = decay_of(x) + 0.5 * np.random.default_rng(5).standard_normal(400)
+    sigma = np.full(400, 0.005)
+    result = fit(decay, x, y, [2, 1, 0], sigma=sigma, absolute_sigma=absolute)
+    upper, lower, across = axes_of(result.plot())
+    spread = 0.005 if absolute else 0.005 * np.sqrt(result.sigma_sq)
+    curve = line(upper, "fit").get_ydata()
+    corners = upper.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].max() == pytest.approx((curve + 2 * spread).max(), rel=0.02)
+    assert levels_of(lower)[2] == pytest.approx(spread / 0.005)
+    tallest = max(bar.get_width() for bar in across.patches)
+    assert tallest < across.get_xlim()[1] < 2.5 * tallest
+    density = line(across, "normal").get_xdata()
+    assert (density.max() > 10 * tallest) == absolute
+
+
+def test_weights_without_sigma() -> None:
+    rng = np.random.default_rng(6)
+    group, t = np.repeat([0, 1], 60), np.tile(np.linspace(0, 5, 60), 2)
+    noise = 0.01 * np.where(group == 0, 0.1, 1.0)
+    y = 2 * np.exp(-t) + noise * rng.standard_normal(120)
+    config = dataclasses.replace(
+        CONFIG, enable_residual_weighting=True, residual_weights=(100.0, 1.0)
+    )
+
+    def model(x: Any, a: Any, b: Any) -> Any:
+        return a * jnp.exp(-b * x[1])
+
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, (group, t), y, [1, 1.5])
+    sample = result.sample
+    assert sample is not None
+    np.testing.assert_allclose(np.unique(sample.sigma), [0.1, 1])
+    *_, panel = axes_of(result.plot())
+    assert levels_of(panel) == pytest.approx([0, -0.01, 0.01], rel=0.2)
 
 
 def test_several_quantities(cube: nd.FitResult) -> None:
@@ -266,6 +337,38 @@ def test_dates(calendar: str) -> None:
         assert lower.get_xlabel() == "time"
     else:
         assert lower.get_xlabel() == "time (days since 1970-01-01, calendar noleap)"
+
+
+def test_a_dollar_is_not_mathematics() -> None:
+    """``$x_$`` cannot be typeset, so that drawing it as mathematics is an error."""
+    rng = np.random.default_rng(7)
+    time, table = np.linspace(0, 5, 60), pd.DataFrame({"$a_$": rng.uniform(0, 1, 60), "b": 1.0})
+    cost = {"long_name": "cost $x_$", "units": "$_$"}
+    y = xr.DataArray(rng.normal(5, 1, (60, 4)), dims=("$x_$", "$y_$"), attrs=cost)
+    given = xr.DataArray(np.tile(time[:, None], 4), dims=y.dims, name="$t_$")
+
+    def flat(x: Any, a: Any) -> Any:
+        return a + 0.0 * x
+
+    flat.__name__ = "$f_$"
+    result = fit(flat, given, y.chunk({"$x_$": 20, "$y_$": 2}), [1])
+    upper, lower, _ = (figure := result.plot()).axes
+    figure.canvas.draw()
+    assert upper.get_ylabel() == r"cost \$x_\$ (\$_\$)"
+    assert lower.get_xlabel() == r"\$t_\$"
+    assert figure.get_suptitle().startswith(r"\$f_\$: ")
+    for dims in (None, "$x_$"):
+        (figure := result.plot_blocks(dims=dims)).canvas.draw()
+        assert r"\$x_\$ (position)" in (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())
+    result.plot_history().canvas.draw()
+
+    def plane(x: Any, a: Any, b: Any) -> Any:
+        return a * x[:, 0] + b
+
+    of_columns = fit(plane, table, table["$a_$"] + 0.1 * rng.normal(size=60), [1, 0])
+    for x in (None, "$a_$"):
+        (figure := of_columns.plot(x=x)).canvas.draw()
+        assert r"\$a_\$" in [axes.get_xlabel() for axes in figure.axes]
 
 
 def test_draws_into_a_given_figure(few: nd.FitResult) -> None:
@@ -341,6 +444,18 @@ def test_a_notebook_shows_a_figure_once(few: nd.FitResult, monkeypatch: Any) -> 
     assert not plt.get_fignums()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_a_figure_is_shown_once(few: nd.FitResult, copied: Any, monkeypatch: Any) -> None:
+    figure = few.plot()
+    again = copied(figure)
+    monkeypatch.setattr(mpl, "get_backend", lambda: "module://matplotlib_inline.backend_inline")
+    before = len(plt.get_fignums())
+    with pytest.raises(NotImplementedError):
+        again._ipython_display_()
+    assert len(plt.get_fignums()) == before - 1
+    assert plt.fignum_exists(figure.number)
+
+
 # --- result.plot_history()
 
 
@@ -380,6 +495,40 @@ def test_history_of_a_fit(few: nd.FitResult, cube: nd.FitResult) -> None:
         drawn = [line(loss, stage) for stage in set(result.history.stage.values)]
         n = sum(len(one.get_xdata()) for one in drawn)
         assert n == int(result.history.accepted.sum())
+
+
+def test_the_scale_of_a_history_is_that_of_its_values(few: nd.FitResult) -> None:
+    """Lines that separate stages lie between 0 and 1 of their axes, which is no loss."""
+    history = xr.Dataset(
+        {
+            "loss": ("iteration", [101.0, 100.0, 100.0]),
+            "gradient_norm": ("iteration", [0.02, 0.01, 0.015]),
+            "step_norm": ("iteration", [1.0, 1.1, 1.2]),
+            "trust_radius": ("iteration", [np.nan, np.nan, 10.0]),
+            "accepted": ("iteration", [True] * 3),
+            "n_passes": ("iteration", [0, 0, 1]),
+        },
+        {"iteration": [10, 20, 21], "stage": ("iteration", ["warm-up", "warm-up", "all rows"])},
+    )
+    axes = dataclasses.replace(few, history=history).plot_history().axes
+    assert [one.get_yscale() for one in axes] == ["linear", "linear", "log", "linear"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_passes_and_iterations_are_counted_in_integers(few: nd.FitResult, n: int) -> None:
+    """Where no pass was made, the panel goes from 0 to 1; where one iteration was, beside it."""
+    first = few.history.isel(iteration=[0] * n).assign_coords(iteration=10 + np.arange(n))
+    figure = dataclasses.replace(few, history=first.assign(n_passes=0 * first.loss)).plot_history()
+    figure.canvas.draw()
+    passes = figure.axes[-1]
+    low, high = passes.get_ylim()
+    assert low == 0
+    assert 1 < high < 2
+    for axis in (passes.xaxis, passes.yaxis):
+        left, right = axis.get_view_interval()
+        shown = [tick for tick in axis.get_ticklocs() if left <= tick <= right]
+        assert shown
+        assert all(float(tick).is_integer() for tick in shown)
 
 
 def test_history_without_anything_positive(few: nd.FitResult) -> None:
@@ -423,11 +572,21 @@ def test_other_dimensions_and_quantities(cube: nd.FitResult) -> None:
     assert "least: 0, in the block from time 30, lat 0" in axes.get_title()
     axes = cube.plot_blocks("largest_residual", dims=("lon", "time")).axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("time (position)", "lon (position)")
-    for bad in ("latitude", ("lat", "lat"), (), ("time", "lat", "lon")):
+    for bad in ("latitude", ("lat", "lat"), (), ("time", "lat", "lon"), 0, (0, "lat"), False):
         with pytest.raises(ValueError, match="dims must be one or two different ones of 'time', "):
             cube.plot_blocks(dims=bad)
     with pytest.raises(ValueError, match=r"quantity must be one of 'reduced_chi2', .*'chisq'"):
         cube.plot_blocks("chisq")
+
+
+def test_dimensions_that_are_not_text() -> None:
+    y = xr.DataArray(np.random.default_rng(8).normal(5, 1, (20, 30)), dims=(0, 1))
+    result = fit(lambda x, a: a + 0.0 * x, np.zeros((20, 30)), y.chunk({0: 5, 1: 10}), [1.0])
+    for dims in (0, "0", [0], ("0",)):
+        assert result.plot_blocks(dims=dims).axes[0].get_xlabel() == "0 (position)"
+    assert result.plot_blocks(dims=(1, "0")).axes[0].get_ylabel() == "1 (position)"
+    with pytest.raises(ValueError, match=r"one or two different ones of '0', '1'; got \(1, '1'\)"):
+        result.plot_blocks(dims=(1, "1"))
 
 
 def test_a_profile_of_blocks() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import FIT, MEAN, QUIET, prepared
+from nlsq_dask.plotting.figures import FIT, MEAN, QUIET, label, prepared
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,7 +39,7 @@ def plot_blocks(
             "there is nothing to plot: no pass over all rows was finished, so nothing is known of "
             "the blocks."
         )
-    values = found[quantity].astype(float)
+    values = found[quantity].astype(float)  # its dimensions are str, whatever those of y are
     along = _chosen(values, dims)
     usable = values.where(found.n_points > 0) if quantity != "n_points" else values
     if not np.isfinite(usable).any():
@@ -58,7 +59,8 @@ def plot_blocks(
         _draw_profile(axes, reduced, str(along[0]), text, worst)
     put_together = [str(dim) for dim in further if values.sizes[dim] > 1]
     title = f"{text}, {how} over {', '.join(put_together)}" if put_together else text
-    axes.set_title(f"{title}\n{_sentence(usable, worst, few_is_bad)}", fontsize="medium")
+    title += f"\n{_sentence(usable, worst, few_is_bad)}"
+    axes.set_title(label(title), fontsize="medium")
     return figure
 
 
@@ -67,9 +69,10 @@ def _chosen(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
     there = tuple(map(str, values.dims))
     if dims is None:
         many = sorted(there, key=lambda dim: -values.sizes[dim])[:2]
-        several = [dim for dim in there if dim in many and values.sizes[dim] > 1]
-        return tuple(several) or there[:1]
-    asked = (dims,) if isinstance(dims, str) else tuple(dims)
+        shown = [dim for dim in there if dim in many and values.sizes[dim] > 1]
+        return tuple(shown) or there[:1]
+    several = isinstance(dims, Iterable) and not isinstance(dims, str)
+    asked = tuple(map(str, dims)) if several else (str(dims),)
     if not 1 <= len(asked) <= 2 or len(set(asked)) != len(asked) or not set(asked) <= set(there):
         raise ValueError(
             f"dims must be one or two different ones of {', '.join(map(repr, there))}; got "
@@ -116,7 +119,7 @@ def _draw_map(
             (x[j], y[i]), x[j + 1] - x[j], y[i + 1] - y[i], fill=False, ec=FIT, lw=2, clip_on=False
         )
     )
-    axes.set(xlabel=f"{across} (position)", ylabel=f"{down} (position)")
+    axes.set(xlabel=label(across, "position"), ylabel=label(down, "position"))
     axes.invert_yaxis()
     if not np.isfinite(values.values).all():
         axes.plot([], [], "s", color=(0.5, 0.5, 0.5, 0.5), label="no rows were used")
@@ -136,5 +139,5 @@ def _draw_profile(
     median = float(np.median(heights[np.isfinite(heights)]))
     axes.axhline(median, color=QUIET, lw=1, ls=(0, (4, 3)), label=f"median {median:.4g}")
     axes.legend(fontsize="small")
-    axes.set(xlabel=f"{dim} (position)", ylabel=text)
+    axes.set(xlabel=label(dim, "position"), ylabel=text)
     axes.set_xlim(edges[0], edges[-1])

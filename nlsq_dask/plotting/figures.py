@@ -61,6 +61,15 @@ def _display_once(figure: Figure) -> None:
     raise NotImplementedError
 
 
+def label(text: str, units: str = "") -> str:
+    r"""Return text of the data for a figure, with its units, if it has any.
+
+    Matplotlib reads what is between two ``$`` as mathematics, and raises an error while drawing
+    where it is none; ``\$`` is a dollar sign.
+    """
+    return (f"{text} ({units})" if units else text).replace("$", r"\$")
+
+
 def text_color() -> Any:
     """Return the colour of text in the style that is in use, white on black ones."""
     import matplotlib as mpl

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import DATES, FIT, MEAN, QUIET, date_axis, prepared, text_color
-from nlsq_dask.plotting.sampled import Quantity, Sampled, axis_label, means
+from nlsq_dask.plotting.figures import (
+    DATES,
+    FIT,
+    MEAN,
+    QUIET,
+    date_axis,
+    label,
+    prepared,
+    text_color,
+)
+from nlsq_dask.plotting.sampled import Quantity, Sampled, means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,10 +90,10 @@ def _over_all(
 
 def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
     """Draw data, the fitted curve, its band and the spread of measurements about it."""
-    x, y, sigma = quantity.values, sampled.y, sampled.sigma
-    if sigma is not None and len(y) <= _FEW:
+    x, y, errors = quantity.values, sampled.y, sampled.errors
+    if errors is not None and len(y) <= _FEW:
         axes.errorbar(
-            x, y, sigma, fmt="o", ms=3.5, lw=0.9, color=text_color(), alpha=0.75, label="data"
+            x, y, errors, fmt="o", ms=3.5, lw=0.9, color=text_color(), alpha=0.75, label="data"
         )
     else:
         _points(axes, x, y, label="data")
@@ -220,22 +229,27 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
     if len(inside) < _ENOUGH:
         axes.set_axis_off()
         return
-    axes.hist(
+    edges = np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41)))
+    heights, *_ = axes.hist(
         inside,
-        bins=np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41))).tolist(),
+        bins=edges.tolist(),
         weights=np.ones(len(inside)) / len(residuals),
         color=text_color(),
         alpha=0.35,
         orientation="vertical" if is_upright else "horizontal",
         label="residuals",
     )
-    edges = np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41)))
+    tallest = float(np.max(heights))
+    top = tallest
     if np.isfinite(sampled.expected):
         places = np.linspace(-limit, limit, 200)
         shares = np.exp(-0.5 * (places / sampled.expected) ** 2)
         shares *= (edges[1] - edges[0]) / (sampled.expected * np.sqrt(2.0 * np.pi))
         pair = (places, shares) if is_upright else (shares, places)
         axes.plot(*pair, color=MEAN, lw=1.2, label="normal")
+        # The density of a sigma that is far too small is a spike, which may leave the panel.
+        top = max(tallest, min(float(shares.max()), 2.0 * tallest))
+    (axes.set_ylim if is_upright else axes.set_xlim)(0.0, 1.15 * top)
     if is_upright:
         axes.set_xlabel(sampled.residual_label)
         axes.set_yticks([])
@@ -269,9 +283,9 @@ def _view(axes: Axes, values: Vector) -> None:
 def _label_x(axes: Axes, quantity: Quantity) -> None:
     finite = quantity.values[np.isfinite(quantity.values)]
     if quantity.units == DATES and date_axis(axes, finite.min(), finite.max()):
-        axes.set_xlabel(quantity.text)
+        axes.set_xlabel(label(quantity.text))
     else:
-        axes.set_xlabel(axis_label(quantity.text, quantity.units))
+        axes.set_xlabel(label(quantity.text, quantity.units))
 
 
 def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
@@ -279,7 +293,7 @@ def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(sampled.y) < result.n_points:
         drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"
-        labels = [drawn if label == "data" else label for label in labels]
+        labels = [drawn if text == "data" else text for text in labels]
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("data"))
     axes.legend(
         [handles[i] for i in order],
@@ -294,7 +308,7 @@ def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
 
 def _title(figure: Figure | SubFigure, result: FitResult, sampled: Sampled, more: str = "") -> None:
     name = result._model.name
-    said = "" if name == "<lambda>" else f"{name}: "
+    said = "" if name == "<lambda>" else f"{label(name)}: "
     if result.n_points:
         said += f"{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
     else:

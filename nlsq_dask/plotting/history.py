@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,17 +35,22 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
     )
     at = np.asarray(history.iteration, float)
     stages, accepted = np.asarray(history.stage), np.asarray(history.accepted, bool)
-    for axes, name in ((loss, "loss"), (slope, "gradient_norm"), (step, "step_norm")):
-        _draw(axes, at, np.asarray(history[name], float), stages, accepted)
     radius = np.asarray(history.trust_radius, float)
+    for axes, name in ((loss, "loss"), (slope, "gradient_norm"), (step, "step_norm")):
+        values = np.asarray(history[name], float)
+        _draw(axes, at, values, stages, accepted)
+        _log_where_possible(axes, np.append(values, radius) if axes is step else values)
     if np.isfinite(radius).any():
-        line = step.plot(at, radius, color=FOURTH, lw=1.2, ls=(0, (4, 2)), label="trust radius")
-        step.legend(handles=line, fontsize="small")
-    for axes in (loss, slope, step):
-        _log_where_possible(axes)
+        single: dict[str, Any] = {"marker": "_", "ms": 12} if len(at) == 1 else {}
+        (line,) = step.plot(
+            at, radius, color=FOURTH, lw=1.2, ls=(0, (4, 2)), label="trust radius", **single
+        )
+        step.legend(handles=[line], fontsize="small")
     counts, color = np.asarray(history.n_passes, float), text_color()
-    passes.plot(at, counts, "o-", drawstyle="steps-pre", color=color, ms=2.5, lw=1)
-    passes.set_ylim(-0.08 * max(counts.max(), 1.0), 1.15 * max(counts.max(), 1.0))
+    passes.plot(at, counts, "o-", drawstyle="steps-pre", color=color, ms=2.5, lw=1, clip_on=False)
+    passes.set_ylim(0.0, 1.15 * max(counts.max(), 1.0))
+    if len(at) == 1:  # else ticks would be parts of an iteration
+        passes.set_xlim(at[0] - 1.0, at[0] + 1.0)
     passes.yaxis.get_major_locator().set_params(integer=True)
     _shade(passes, at, stages)
     loss.set_ylabel("loss")
@@ -86,9 +91,11 @@ def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
             axes.axvline(0.5 * (at[i - 1] + at[i]), color=QUIET, lw=0.8, ls=":")
 
 
-def _log_where_possible(axes: Axes) -> None:
-    """Set a logarithmic scale, if there is something to show on it, and a span worth it."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+def _log_where_possible(axes: Axes, values: Vector) -> None:
+    """Set a logarithmic scale, if there is something to show on it, and a span worth it.
+
+    ``values`` are those of the history: lines that separate stages have others, of the axes.
+    """
     positive = values[np.isfinite(values) & (values > 0.0)]
     if positive.size and positive.max() >= _WORTH_A_LOGARITHM * positive.min():
         axes.set_yscale("log")

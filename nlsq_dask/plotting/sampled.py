@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.plotting.figures import label
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -29,7 +31,7 @@ class Quantity:
     name : str
         By which ``plot(x=...)`` knows it.
     text, units : str
-        For an axis.
+        For an axis, by ``label``.
     values : ndarray, shape (n,)
     """
 
@@ -54,10 +56,12 @@ class Sampled:
     residuals : ndarray, shape (n,)
         ``y - fitted``, divided by sigma if there is one.
     expected : float
-        Standard deviation that residuals should have: 1 with sigma, else what the fit estimates,
-        or, where some are far out, what the median of their sizes does. NaN if that is zero.
+        Standard deviation that residuals should have: 1 with a sigma that is absolute, else what
+        the fit estimates, or, where some are far out, what the median of their sizes does. NaN if
+        that is zero.
     spread : float
-        Standard deviation of a measurement, if it is the same for all; else NaN.
+        Standard deviation of a measurement, if it is the same for all; else NaN. It is
+        ``expected`` times sigma, if there is one.
     limit : float
         Largest residual that panels show where it is; larger ones are marked at the edge.
     """
@@ -100,13 +104,12 @@ class Sampled:
         robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
         if 0.0 < _CORE * robust < limit:
             limit, estimated = _EDGE * robust, robust
+        # As in pcov: a sigma that is not absolute only says which rows count for more.
+        expected = 1.0 if sigma is not None and result.absolute_sigma else estimated
         if sigma is None:
-            spread = estimated
-        elif np.ptp(sigma) == 0.0:
-            spread = float(sigma[0]) * (1.0 if result.absolute_sigma else estimated)
+            spread = expected
         else:
-            spread = np.nan
-        expected = 1.0 if sigma is not None else estimated
+            spread = float(sigma[0]) * expected if np.ptp(sigma) == 0.0 else np.nan
         if expected < 3.0 * limit:
             limit = max(limit, 1.2 * expected)
         return cls(
@@ -115,12 +118,19 @@ class Sampled:
             sigma=sigma,
             quantities=[quantity for array in x for quantity in _quantities(array)],
             is_flat=len(x) == 1 and x[0].ndim == 1,
-            y_label=axis_label(sample["y_data"].attrs.get("long_name", "y"), _units(sample.y_data)),
+            y_label=label(sample["y_data"].attrs.get("long_name", "y"), _units(sample.y_data)),
             residuals=residuals,
             expected=expected if expected > 0.0 else np.nan,
             spread=spread if spread > 0.0 else np.nan,
             limit=limit or 1.0,
         )
+
+    @property
+    def errors(self) -> Vector | None:
+        """Standard deviation of every measurement; None without sigma, or if it is zero."""
+        if self.sigma is None or not np.isfinite(self.expected):
+            return None
+        return self.sigma * self.expected
 
     @property
     def residual_label(self) -> str:
@@ -155,11 +165,6 @@ def means(values: Vector) -> list[NDArray[np.int64]]:
     return np.array_split(order, max(len(values) // _IN_A_MEAN, 1))
 
 
-def axis_label(text: str, units: str) -> str:
-    """Return a label with its units, if it has any."""
-    return f"{text} ({units})" if units else text
-
-
 def _numbered(name: str, n: int) -> list[str]:
     return [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
 
@@ -182,6 +187,6 @@ def _quantities(array: xr.DataArray) -> list[Quantity]:
     names = list(columns) if len(columns) == n else _numbered(name, n)
     texts = names if len(columns) == n else _numbered(text, n)
     return [
-        Quantity(one, label, units, values[:, i])
-        for i, (one, label) in enumerate(zip(names, texts, strict=True))
+        Quantity(one, text, units, values[:, i])
+        for i, (one, text) in enumerate(zip(names, texts, strict=True))
     ]
