@@ -692,3 +692,25 @@ def test_the_block_under_the_pointer(
                 worst.append(last)  # of values that grow
             expected = f"{', '.join(places)} {values[tuple(worst)]:.4f}"
             browser.wait_for(f"{TOOLTIP}.includes({expected!r})", 10)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_a_map_of_another_grid_is_seen_whole(tmp_path: Path) -> None:
+    def fit_grid(down: int, across: int) -> None:
+        x = da.linspace(0, 4, down * across * 100).reshape(down * 10, across * 10)
+        y = (2.0 * da.exp(-0.7 * x) + 0.3 + 0.01 * da.sin(1e6 * x)).rechunk(10)
+        config = nd.HybridStreamingConfig(verbose=0)
+        nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, x.rechunk(10), y, [1.0, 1.0, 0.1])
+
+    plot = "Bokeh.documents[0].get_model_by_name('map')"
+    ends = ", ".join(f"{plot}.{axis}_range.{end}" for axis in "xy" for end in ("start", "end"))
+    with scheduler(tmp_path) as client, Browser(tmp_path / "browser") as browser:
+        fit_grid(3, 5)
+        browser.open(f"{address(client)}/nlsq")
+        browser.wait_for(f"window.Bokeh && Bokeh.documents.length == 1 && {plot} !== null")
+        browser.wait_for(f"[{ends}].join() == '0,5,3,0'")
+        for down, across in [(6, 4), (2, 9)]:
+            fit_grid(down, across)
+            browser.wait_for(f"[{ends}].join() == '0,{across},{down},0'", 20)

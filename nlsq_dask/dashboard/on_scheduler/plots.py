@@ -253,9 +253,9 @@ class Map:
 
 def _fix(axis: Any, start: int, end: int) -> None:
     """Let an axis show this and nothing beyond, the larger number first if it runs downwards."""
-    axis.update(
-        start=start, end=end, reset_start=start, reset_end=end, bounds=tuple(sorted((start, end)))
-    )
+    axis.bounds = None  # a browser would keep a new end within the old bounds
+    axis.update(start=start, end=end, reset_start=start, reset_end=end)
+    axis.bounds = (min(start, end), max(start, end))
 
 
 class Profile:
