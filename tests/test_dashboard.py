@@ -714,3 +714,18 @@ def test_a_map_of_another_grid_is_seen_whole(tmp_path: Path) -> None:
         for down, across in [(6, 4), (2, 9)]:
             fit_grid(down, across)
             browser.wait_for(f"[{ends}].join() == '0,{across},{down},0'", 20)
+
+
+def test_metrics_come_back_after_another_scheduler_in_the_process(as_default: Client) -> None:
+    fit()
+    before = counted(address(as_default) + "/metrics")
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        client.as_current(),
+    ):
+        fit()
+        assert counted(address(client) + "/metrics")["nlsq_fits_total"] == 1
+    fit()
+    after = counted(address(as_default) + "/metrics")
+    assert after["nlsq_fits_total"] == before["nlsq_fits_total"] + 1

@@ -38,12 +38,13 @@ class FitPages(SchedulerPlugin):
             self.__dict__.update(before.__self__.__dict__)
             return
         self.no_page = _add_page(scheduler, self.fits)
-        self.collector = _add_metrics(self.fits)
+        self.collector = _shown(None, self.fits)
         scheduler.handlers[HANDLER] = self.take
 
     def take(self, batch: dict[str, Any]) -> dict[str, str]:
         """Take messages on a fit; return why there is no page, nothing if there is."""
         self.fits.take(batch)
+        self.collector = _shown(self.collector, self.fits)
         return {"no_page": self.no_page}
 
     def remove_client(self, scheduler: Any, client: str) -> None:
@@ -86,14 +87,22 @@ def _add_page(scheduler: Any, fits: Fits) -> str:
     return ""
 
 
-def _add_metrics(fits: Fits) -> Any:
+def _shown(collector: Any, fits: Fits) -> Any:
+    """Return the collector of these fits, made if it is None, and see that it is registered.
+
+    Of several schedulers in one process, which have one registry, the one that has heard of a fit
+    last is shown.
+    """
     try:
         from prometheus_client import REGISTRY
     except ImportError:
         return None
-    for collector in registered(REGISTRY):
-        if collector.is_of_scheduler:  # of an earlier one in this process
-            REGISTRY.unregister(collector)
-    collector = Collector(fits.metrics, is_of_scheduler=True)
+    known = registered(REGISTRY)
+    if collector is not None and collector in known:
+        return collector
+    for other in known:
+        if other.is_of_scheduler:
+            REGISTRY.unregister(other)
+    collector = collector or Collector(fits.metrics, is_of_scheduler=True)
     REGISTRY.register(collector)
     return collector
