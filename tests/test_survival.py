@@ -25,6 +25,7 @@ from distributed import Client, LocalCluster
 import nlsq_dask as nd
 from nlsq_dask.checkpoints.checkpoint import new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder
+from nlsq_dask.engine import parts
 from tests import surviving_fit
 from tests.surviving_fit import BLOCK_ROWS, N_BLOCKS
 
@@ -267,6 +268,26 @@ def test_all_workers_go_and_come_back(undisturbed: nd.FitResult) -> None:
 
         with meanwhile(1.0, go_and_come):
             result = surviving_fit.fit(seconds=0.05)
+    assert is_equal(result, undisturbed)
+
+
+@pytest.mark.slow
+def test_all_workers_go_when_a_result_is_about_to_be_fetched(
+    undisturbed: nd.FitResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, calls = parts._fetched, []
+
+    def too_late(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 2:
+            local.scale(0)
+            time.sleep(2.0)
+            local.scale(2)
+        return fetched(*args)
+
+    monkeypatch.setattr(parts, "_fetched", too_late)
+    with cluster() as (local, _):
+        result = surviving_fit.fit()
     assert is_equal(result, undisturbed)
 
 

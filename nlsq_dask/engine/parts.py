@@ -7,6 +7,7 @@ it had made them itself.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ class Amount(NamedTuple):
     blocks: int
     rows: int
     bytes: int
+
+
+_PATIENCE = 5.0  # seconds, and more each time, for a result to be sent
 
 
 @dataclass
@@ -180,13 +184,30 @@ def _run_on_cluster(
             parts.add(tree.nodes[future.key], future)
             watch(parts)
             if future.key == tree.root.key:
-                return future.result()
+                return _fetched(future, workers, parts, watch)
     finally:
         # One by one, because an error that is raised from a future keeps it, and this frame.
         kept = {value.key for value in parts.values.values() if isinstance(value, Future)}
         for future in futures:
             if future.key not in kept:
                 future.release()
+
+
+def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) -> Any:
+    """Return a result that was there; the workers that had it may have gone since.
+
+    Then it is computed again, which those that took their place may never be asked to do.
+    """
+    for patience in (_PATIENCE * 2**turn for turn in itertools.count()):
+        try:
+            return future.result(timeout=patience)
+        except TimeoutError:
+            if future.status == "error":
+                raise
+            watch(parts)
+            if workers.are_replaced:
+                raise WorkersReplacedError from None
+    raise AssertionError("unreachable")
 
 
 @contextmanager
