@@ -15,8 +15,6 @@ extensions = [
     "myst_nb",
     "numpydoc",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
-    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
@@ -31,13 +29,10 @@ nb_execution_mode = os.environ.get("DOCS_EXECUTE", "off")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 
-autosummary_generate = False
 autodoc_typehints = "none"  # numpydoc says what types are, in words
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
-# Where there is no network, references to other projects are plain text.
-intersphinx_mapping = {}
 
 # Sphinx reads sources below this folder alone.
 shutil.rmtree(HERE / "notebooks", ignore_errors=True)

@@ -401,9 +401,7 @@ class Passes:
                 parts_left.release()
 
     def _is_good(self, part: PassResult[S]) -> bool:
-        if part.reading.lost or part.sums is None:
-            return False
-        return not are_unusable(part.sums, self._omits_nan)
+        return not part.reading.lost and part.sums is not None and not self.must_report(part.sums)
 
     def must_report(self, sums: Sums) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from nlsq_dask.core.compiled_program import TRACED_BY
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.rows import Layout
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _KIND = "result"
 _MOST_TEXT = 2**26  # characters in an array of it
 _SAME = 1e-5  # relative to the largest value; a model may be in float32
-_TRACING = ("nlsq-dask", "jax", "jaxlib")  # with other ones a model may be traced to another text
 
 
 class NoModel:
@@ -136,8 +136,8 @@ def _agrees(result: FitResult) -> bool:
             stacklevel=5,
         )
         return True
-    kept = {k: v for k, v in result.sample.variables.items() if "position" in v.attrs}
-    leaves = [v.to_numpy() for v in sorted(kept.values(), key=lambda v: v.attrs["position"])]
+    kept = [v for v in result.sample.variables.values() if "position" in v.attrs]
+    leaves = [v.to_numpy() for v in sorted(kept, key=lambda v: v.attrs["position"])]
     values = result.predict(result._model.layout.assemble(leaves))
     fitted = result.sample["fitted"].to_numpy()
     size = float(np.abs(fitted).max(initial=0.0))
@@ -146,7 +146,7 @@ def _agrees(result: FitResult) -> bool:
 
 def _described(model: Model) -> NoModel:
     kernel = PredictionKernel.trace(model)
-    versions = {package: version(package) for package in _TRACING}
+    versions = {package: version(package) for package in TRACED_BY}
     return NoModel(model.name, kernel.program.fingerprint, versions)
 
 

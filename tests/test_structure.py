@@ -24,7 +24,17 @@ ALLOWED: dict[str, set[str]] = {
     "dashboard": {"core", "dashboard", "engine", "events", "observers", "distributed"},
     "interruption": {"stopping"},
     "storage": {"errors", "storage"},
-    "checkpoints": {"checkpoints", "config", "data", "errors", "events", "storage", "dask", "zarr"},
+    "checkpoints": {
+        "checkpoints",
+        "config",
+        "core",
+        "data",
+        "errors",
+        "events",
+        "storage",
+        "dask",
+        "zarr",
+    },
     "row_checks": {"core", "engine", "errors"},
     "passes": {
         "checkpoints",

@@ -16,13 +16,12 @@ import numpy as np
 import zarr
 
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.compiled_program import TRACED_BY
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import CheckpointError
 
-_PACKAGES = ("nlsq-dask", "jax", "jaxlib", "numpy", "scipy", "optax")
+_PACKAGES = (*TRACED_BY, "numpy", "scipy", "optax")
 _MOST_TEXT = 200  # characters of a value in a message
-# Without these the same model may be compiled to another text.
-_TRACING = ("nlsq-dask", "jax", "jaxlib")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Identity:
             *_differences("argument", self.arguments, now.arguments),
             *_differences("option", self.options, now.options),
         ]
-        traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in _TRACING)
+        traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in TRACED_BY)
         if traced_alike and self.model != now.model:
             differences.append("the model computes something else")
         if differences:

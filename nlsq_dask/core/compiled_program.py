@@ -25,6 +25,9 @@ from nlsq_dask.errors import ModelError
 
 T = TypeVar("T")
 
+# Packages without whose same versions one model may be traced to another text.
+TRACED_BY = ("nlsq-dask", "jax", "jaxlib")
+
 _CACHE_SIZE = 64
 _compiled: OrderedDict[str, Callable[..., Any]] = OrderedDict()
 _n_compiled = 0

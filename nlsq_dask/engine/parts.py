@@ -30,6 +30,7 @@ from nlsq_dask.engine.scheduling import TREE_WIDTH, Node, Tree
 from nlsq_dask.engine.sealing import sealed
 from nlsq_dask.engine.workers import Workers
 
+_PATIENCE = 5.0  # seconds, and more each time, for a result to be sent
 # Dask's own schedulers without a cluster, which tell of every task that has finished.
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
 
@@ -40,9 +41,6 @@ class Amount(NamedTuple):
     blocks: int
     rows: int
     bytes: int
-
-
-_PATIENCE = 5.0  # seconds, and more each time, for a result to be sent
 
 
 @dataclass
