@@ -329,6 +329,15 @@ def test_bytes_a_second_are_those_gone_through() -> None:
     assert titles == ["Data gone through a second"]
 
 
+def test_a_rate_is_taken_from_one_end_of_blocks_to_the_next() -> None:
+    fits = Fits()
+    for second, blocks in enumerate([0, 3, 3, 3, 6, 6, 9, 9]):
+        at = {"time": float(second), "seconds": float(second), "blocks": blocks, "n_blocks": 9}
+        fits.take(batch("a", {"kind": "progress", "pass": 1, "bytes": blocks * 1e6, **at}))
+    (fit,) = fits.recent.values()
+    assert rates(fit)["y"] == pytest.approx([3, 1, 1.5])
+
+
 def test_messages_of_another_version_are_no_harm() -> None:
     fits = Fits()
     fits.take(batch("a", {"kind": "unheard of"}, {}))

@@ -94,6 +94,8 @@ class Fit:
     def _rate(self, new: dict[str, Any]) -> None:
         old = self._rated
         if old and old["pass"] == new["pass"] and new["blocks"]:
+            if new["blocks"] == old["blocks"]:
+                return  # blocks end a group at a time, and nothing stands still in between
             seconds = new["seconds"] - old["seconds"]
             if seconds < _RATE_INTERVAL and new["blocks"] < new["n_blocks"]:
                 return
