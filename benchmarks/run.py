@@ -33,7 +33,7 @@ LIMITS = {
     "scheduler": 240,
     "client": 60,
     "many_parameters": 400,
-    "checkpoints": 120,
+    "checkpoints": 200,
     "watching": 300,
     "gpu": 300,
 }

@@ -25,14 +25,16 @@ from typing import Any
 
 import dask
 import numpy as np
+from dask._task_spec import TaskRef
 from dask.local import SynchronousExecutor
 from distributed import Client, Worker, wait
 
 from benchmarks import common
-from nlsq_dask.engine.scheduling import TaskGraph, hold
+from nlsq_dask.engine.parts import Parts, run_tree
+from nlsq_dask.engine.scheduling import TREE_WIDTH, TaskGraph, hold
 from nlsq_dask.engine.workers import Workers
 
-TREE_WIDTH, _P = 16, 10
+_P = 10
 
 
 def leaf(group: bytes, kernel: bytes, params: np.ndarray) -> np.ndarray:
@@ -49,9 +51,9 @@ class EmptyDataSet:
     """Groups held on the workers, and passes over them, as the package's engine makes them."""
 
     def __init__(self, n_groups: int) -> None:
-        workers = Workers.active()
-        self._groups = hold("group", [bytes(100)] * n_groups, workers)
-        (self._kernel,) = hold("kernel", [bytes(50_000)], workers)
+        self._workers = Workers.active()
+        self._groups = hold("group", [bytes(100)] * n_groups, self._workers)
+        (self._kernel,) = hold("kernel", [bytes(50_000)], self._workers)
         wait(self._groups)
 
     def reduce(self) -> int:
@@ -63,16 +65,17 @@ class EmptyDataSet:
             graph.constant("kernel", self._kernel),
             graph.constant("params", np.zeros(_P)),
         )
-        leaves = [
-            graph.task("leaf", i, importable.leaf, graph.constant(f"group-{i}", group), *constants)
-            for i, group in enumerate(self._groups)
-        ]
-        graph.run(graph.tree("combine", leaves, importable.combine))
-        n_tasks, level = len(leaves), len(leaves)
-        while level > 1:
-            level = -(-level // TREE_WIDTH)
-            n_tasks += level
-        return n_tasks
+
+        def add_leaf(i: int) -> TaskRef:
+            group = graph.constant(f"group-{i}", self._groups[i])
+            return graph.task("leaf", i, importable.leaf, group, *constants)
+
+        n_groups = len(self._groups)
+        tree = graph.tree(n_groups, add_leaf, importable.combine, {})
+        parts = Parts(np.ones((n_groups, 3), np.int64))
+        run_tree(tree, self._workers, parts, lambda parts: None)
+        parts.release()
+        return len(tree.nodes)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self
 
+from nlsq_dask.keywords import explaining_keywords
+
 # A rule is the sentence that says what is allowed, and the test for it.
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -617,3 +619,7 @@ def _parameters_section() -> str:
 
 if HybridStreamingConfig.__doc__ is not None:  # python -OO strips docstrings
     HybridStreamingConfig.__doc__ += _parameters_section()
+
+# Presets construct one, too, so that their keywords are explained as well.
+_explaining = explaining_keywords("HybridStreamingConfig")
+HybridStreamingConfig.__init__ = _explaining(HybridStreamingConfig.__init__)  # type: ignore[method-assign]

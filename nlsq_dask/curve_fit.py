@@ -14,6 +14,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.from_array import as_dask, is_in_memory
 from nlsq_dask.data.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
+from nlsq_dask.keywords import meant_by
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.stopping import StopReason
 
@@ -82,8 +83,8 @@ def curve_fit(
     unknown = [name for name in fit_options if name not in known]
     if unknown:
         raise TypeError(
-            f"curve_fit() got unexpected keyword arguments: {', '.join(unknown)}. Derivatives come "
-            f"from JAX; tolerances and limits are set by config=HybridStreamingConfig(...)."
+            f"curve_fit() has no argument {unknown[0]!r}. {meant_by(unknown[0])}".rstrip()
+            + " Options are set by config=HybridStreamingConfig(...); derivatives come from JAX."
         )
     x_data, model = _from_scipy_layout(f, xdata)
     optimizer = AdaptiveHybridStreamingOptimizer(config)

@@ -1,6 +1,20 @@
-"""The errors of the library: each is also the built-in error that a caller would expect."""
+"""Errors, each of which is also the built-in one that a caller would expect, and warnings."""
 
 from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:
+    """Warn in the name of the line outside the package that called it, however far up that is."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, category, stacklevel=level)
 
 
 class ModelError(ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from nlsq_dask.core.probing import batch_size, inverse_diagonal, lost_direction,
 from nlsq_dask.core.row_sums import GradientRowSums
 from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
-from nlsq_dask.errors import RowsChangedError
+from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import StoppedByCallbackError
@@ -430,11 +429,10 @@ class GradientFit:
         variances = inverse_diagonal(solve, probes)
         details["probes"] = n_probes
         if not (state.touched.all() and np.isfinite(variances).all()):
-            warnings.warn(
+            warn_caller(
                 "Standard errors of the parameters could not be estimated: the data do not "
                 "determine all of them, or cg_max_iterations is too small.",
                 OptimizeWarning,
-                stacklevel=5,
             )
             return np.full(len(params), np.inf)
         scale = 1.0 if context.absolute_sigma else sums.variance(len(params))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,12 @@ from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Driver
 from nlsq_dask.engine.faults import ReadPolicy
 from nlsq_dask.engine.reduce import DataSet
-from nlsq_dask.errors import ClusterLostError, FitInProgressError, MissingChunksWarning
+from nlsq_dask.errors import (
+    ClusterLostError,
+    FitInProgressError,
+    MissingChunksWarning,
+    warn_caller,
+)
 from nlsq_dask.events import (
     BlocksLeftOut,
     Event,
@@ -43,6 +47,7 @@ from nlsq_dask.events import (
 from nlsq_dask.gradient_fit import check_many_parameters
 from nlsq_dask.interruption import Interruption
 from nlsq_dask.iterations import Callback
+from nlsq_dask.keywords import explaining_keywords
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching
@@ -158,6 +163,7 @@ class AdaptiveHybridStreamingOptimizer:
             html.collapsed("Phases of the last fit", report.phases(history)) if history else "",
         )
 
+    @explaining_keywords("fit")
     def fit(
         self,
         model: Callable[..., Any],
@@ -292,7 +298,7 @@ class AdaptiveHybridStreamingOptimizer:
             policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
             data = stack.enter_context(closing(DataSet(blocks, config.cache, policy)))
             for sentence in data.missing_chunks():
-                warnings.warn(sentence, MissingChunksWarning, stacklevel=3)
+                warn_caller(sentence, MissingChunksWarning)
             driver = Driver(
                 model,
                 parameters,
@@ -325,6 +331,7 @@ class AdaptiveHybridStreamingOptimizer:
             emit(FitEnded(result.success, result.message))
         return result
 
+    @explaining_keywords("plan", others=False)
     def plan(
         self,
         model: Callable[..., Any],
@@ -431,7 +438,7 @@ def _align(
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
     for doubt in blocks.doubts:
-        warnings.warn(doubt, stacklevel=3)
+        warn_caller(doubt)
     traced = Model(model, n_params, blocks.layout, config.dtype)
     _warn_of_float32(traced)
     return blocks, traced
@@ -440,8 +447,7 @@ def _align(
 def _warn_of_float32(model: Model) -> None:
     names = float32_constants(model) if model.dtype == "float64" else []
     if names:
-        warnings.warn(
+        warn_caller(
             f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "
-            f"have 7 digits only. Make them NumPy arrays, or create them inside the model.",
-            stacklevel=4,
+            f"have 7 digits only. Make them NumPy arrays, or create them inside the model."
         )

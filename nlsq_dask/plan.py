@@ -20,6 +20,8 @@ from nlsq_dask.engine.workers import Workers
 
 _SMALL_BLOCK = 2**16  # bytes; reading one takes as long as asking for it
 _MANY_BLOCKS = 1000
+_SUMS_AT_ONCE = 40  # in a worker, until they are combined
+_LARGE = 0.2  # of a worker's memory
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,17 @@ def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) ->
         cache_per_worker=memory.cache_bytes,
         jacobian=mode.value,
         realigned=blocks.realigned,
-        problems=tuple(_problems(blocks, memory, workers)),
+        problems=tuple(_problems(blocks, memory, workers, model.n_params, config)),
     )
 
 
-def _problems(blocks: RowBlocks, memory: MemoryPlan, workers: Workers) -> list[str]:
+def _problems(
+    blocks: RowBlocks,
+    memory: MemoryPlan,
+    workers: Workers,
+    n_params: int,
+    config: HybridStreamingConfig,
+) -> list[str]:
     problems = [] if memory.problem is None else [memory.problem]
     n_blocks = int(blocks.block_rows().size)
     mean = memory.bytes_per_pass // n_blocks
@@ -144,9 +152,17 @@ def _problems(blocks: RowBlocks, memory: MemoryPlan, workers: Workers) -> list[s
             f"{n_blocks:,} blocks of {format_bytes(mean)} on average: asking for them takes "
             f"longer than reading them. Chunks of 10 to 100 MB are read faster"
         )
-    if len(memory.group_bytes) < sum(workers.threads.values()):
+    n_tasks, n_threads = len(memory.group_bytes), sum(workers.threads.values())
+    if n_tasks < n_threads:
         problems.append(
-            f"{len(memory.group_bytes)} tasks for {sum(workers.threads.values())} threads: some "
-            f"would have nothing to do. Smaller chunks give more tasks"
+            f"{n_tasks} task{'s' if n_tasks > 1 else ''} for {n_threads} threads: some would have "
+            f"nothing to do. Smaller chunks give more tasks"
+        )
+    matrix = 8 * n_params**2
+    if not config.is_without_matrices(n_params) and _SUMS_AT_ONCE * matrix > _LARGE * memory.limit:
+        problems.append(
+            f"a sum over rows holds a matrix of {n_params:,} x {n_params:,} parameters, "
+            f"{format_bytes(matrix)}, and a worker holds some dozens of sums. A lower "
+            f"cg_param_threshold does without matrices"
         )
     return problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from nlsq_dask.core.compiled_program import TRACED_BY
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.rows import Layout
-from nlsq_dask.errors import ModelError, RecordError, ResultFileError
+from nlsq_dask.errors import ModelError, RecordError, ResultFileError, warn_caller
 from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal
 from nlsq_dask.storage.folders import normalized, open_folder
@@ -130,10 +129,9 @@ def _with_model(result: FitResult, known: NoModel, model: Callable[..., Any]) ->
 def _agrees(result: FitResult) -> bool:
     """Whether the model gives what was kept of its values, at some rows of the data."""
     if result.sample is None:
-        warnings.warn(
+        warn_caller(
             "This result keeps no rows, and was saved with other versions of the libraries: "
-            "whether the model is its own cannot be checked.",
-            stacklevel=5,
+            "whether the model is its own cannot be checked."
         )
         return True
     kept = [v for v in result.sample.variables.values() if "position" in v.attrs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.errors import DataWarning
+from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.result import FitResult
@@ -47,13 +46,16 @@ def make_result(
     lost = outcome.undetermined if found is None else found.undetermined
     undetermined = [] if lost is None else _names(parameters, lost)
     at_bounds = _names(parameters, active != 0)
+    outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
+    beyond = _names(parameters, outward)
     pcov, root = _covariance(outcome)
     if found is not None and pcov is not None and not np.isfinite(pcov).all():
         _warn_of_covariance(undetermined, n_used, n_params)
     if undetermined and not outcome.has_covariance:
-        _warn(
+        warn_caller(
             f"The data do not determine {_listed(undetermined)}: other values fit as well as those "
-            f"that were found."
+            f"that were found.",
+            OptimizeWarning,
         )
     message = outcome.stop.sentence
     left_out = _left_out(outcome.diagnostics["left_out"], blocks)
@@ -62,11 +64,14 @@ def make_result(
         _warn_of_rows(left_out, outcome.diagnostics["left_out"])
     if at_bounds:
         message += f" At a bound: {_listed(at_bounds)}."
+    if outward.any():
+        message += f" The fit would be better beyond the bound of {_listed(beyond)}."
+    if sums is not None and n_used < n_params:
+        message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
     if undetermined:
         message += f" The data do not determine: {_listed(undetermined)}."
     if outcome.stop.is_interruption:
         message += to_go_on(outcome.checkpoint)
-    outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
@@ -170,11 +175,7 @@ def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> 
         reason = f"the data do not determine {_listed(undetermined)}"
     else:
         reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
-    _warn(f"Covariance of the parameters could not be estimated: {reason}.", stacklevel=6)
-
-
-def _warn(sentence: str, stacklevel: int = 5) -> None:
-    warnings.warn(sentence, OptimizeWarning, stacklevel=stacklevel)
+    warn_caller(f"Covariance of the parameters could not be estimated: {reason}.", OptimizeWarning)
 
 
 def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
@@ -192,9 +193,8 @@ def _warn_of_rows(sentence: str, records: list[dict[str, Any]]) -> None:
     listed = _listed([str(record["block"]) for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
-    warnings.warn(
+    warn_caller(
         f"{sentence} Blocks {listed}; the first because of {first['array']}: {where}"
         f"{first['error']}. All are in result.diagnostics['left_out'].",
         DataWarning,
-        stacklevel=5,
     )

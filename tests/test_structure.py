@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # What a room may import of the package, and of the libraries that are not for every room.
 ALLOWED: dict[str, set[str]] = {
-    "config": set(),
+    "keywords": set(),
+    "config": {"keywords"},
     "errors": set(),
     "stopping": set(),
     "events": {"core"},
@@ -20,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "core": {"config", "core", "errors", "stopping", "jax", "optax"},
     "data": {"core", "data", "errors", "dask", "xarray", "zarr"},
     "engine": {"core", "data", "engine", "errors", "dask", "distributed", "zarr"},
-    "observers": {"config", "events", "observers", "xarray"},
+    "observers": {"config", "errors", "events", "observers", "xarray"},
     "dashboard": {"core", "dashboard", "engine", "events", "observers", "distributed"},
     "interruption": {"stopping"},
     "storage": {"errors", "storage"},
@@ -147,6 +148,7 @@ ALLOWED: dict[str, set[str]] = {
         "html",
         "interruption",
         "iterations",
+        "keywords",
         "observers",
         "verdict",
         "parameters",
@@ -154,7 +156,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "result",
     },
-    "curve_fit": {"config", "data", "errors", "optimizer", "stopping", "jax"},
+    "curve_fit": {"config", "data", "errors", "keywords", "optimizer", "stopping", "jax"},
 }
 WATCHED = {"jax", "optax", "dask", "distributed", "xarray", "zarr"}
 NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}

@@ -17,7 +17,6 @@ before the last finished step or note are saved.
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode, new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder
 from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
     EVENTS,
     CheckpointWritten,
@@ -230,9 +230,8 @@ class CheckpointJournal(Journal):
 
     def _warn_once(self, error: OSError) -> None:
         if not self._has_warned:
-            warnings.warn(
-                f"A checkpoint could not be written: {error}. The fit goes on, and will try again.",
-                stacklevel=2,
+            warn_caller(
+                f"A checkpoint could not be written: {error}. The fit goes on, and will try again."
             )
         self._has_warned = True
 

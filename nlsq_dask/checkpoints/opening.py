@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import CheckpointJournal, Journal
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import FitResumed, FitStarted, Observer, PassFinished
 from nlsq_dask.storage.folders import normalized
 
@@ -53,7 +53,7 @@ def open_journal(
     checkpoint, notes = load(path)
     notes += checkpoint.identity.check(identity)
     if notes:
-        warnings.warn(f"Resuming a fit: {'; '.join(notes)}.", stacklevel=4)
+        warn_caller(f"Resuming a fit: {'; '.join(notes)}.")
     journal = CheckpointJournal(identity, folder, interval, emit, checkpoint, path)
     for event in journal.events:
         remember(event)

@@ -41,17 +41,26 @@ def check_trace(model: Model) -> None:
                 raise ModelError(
                     f"The model {model.name!r} raised {type(error).__name__}: "
                     f"{str(error).rstrip('.')}. It was called as model(x, *params) with "
-                    f"{_describe_x(model)} of some rows, here {n_rows}, and {model.n_params} "
-                    f"single numbers. Write it with jax.numpy instead of numpy or math, and with "
-                    f"jnp.where instead of 'if' on values."
+                    f"{_describe_x(model)} of b rows, here {n_rows}, and {model.n_params} "
+                    f"single numbers. {_advice(error)}"
                 ) from error
             _check_output(model, out, n_rows)
+
+
+def _advice(error: Exception) -> str:
+    if "unpack" in str(error):
+        return "x has as many quantities as x_data: a tuple of k arrays or of k names gives k."
+    if "positional argument" in str(error):
+        return "Its arguments after x are the parameters, one for each value of p0."
+    return "Write it with jax.numpy instead of numpy, math or scipy."
 
 
 def _describe_x(model: Model) -> str:
     names = model.layout.x_names
     if names is None:
-        return "x as one array"
+        (features,) = model.layout.x_features
+        shape = ", ".join(map(str, ("b", *features)))
+        return f"x as one array of shape ({shape}{'' if features else ','})"
     if isinstance(names, int):
         return f"x as a tuple of {names} arrays, in the order of x_data,"
     return f"x as a dict of {', '.join(map(repr, names))}"

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 import uuid
-import warnings
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
     ALL_ROWS,
     BlocksFinished,
@@ -120,9 +120,7 @@ class JsonLines:
             self._file.flush()
         except OSError as error:  # a full disk must not end the fit
             self._is_broken = True
-            warnings.warn(
-                f"log_file={str(self._path)!r} is written no further: {error}", stacklevel=2
-            )
+            warn_caller(f"log_file={str(self._path)!r} is written no further: {error}")
 
     def close(self) -> None:
         """Close the file."""

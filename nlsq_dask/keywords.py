@@ -1,0 +1,65 @@
+"""Keyword arguments that a call does not have: the message names the call that has them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_CALLS: dict[str, str] = {}  # by the keyword that they have
+
+# What SciPy and others call it.
+_ALSO_CALLED = {
+    "ftol": "gauss_newton_tol",
+    "xtol": "gauss_newton_tol",
+    "gtol": "gauss_newton_tol",
+    "tol": "gauss_newton_tol",
+    "maxfev": "gauss_newton_max_iterations",
+    "max_nfev": "gauss_newton_max_iterations",
+    "max_iterations": "gauss_newton_max_iterations",
+    "weights": "sigma",
+    "seed": "random_seed",
+}
+
+
+def explaining_keywords(
+    call: str, others: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function, so that it says of an unknown keyword where that belongs.
+
+    Parameters
+    ----------
+    call : str
+        The name by which users call it.
+    others : bool
+        Whether the messages of other calls name this one for its keywords.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = set(inspect.signature(function).parameters)
+        if others:
+            _CALLS.update(dict.fromkeys(known - {"self"}, call))
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for keyword in kwargs:
+                if keyword not in known:
+                    sentence = f"{call}() has no argument {keyword!r}. {meant_by(keyword)}"
+                    raise TypeError(sentence.rstrip())
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def meant_by(keyword: str) -> str:
+    """Return a sentence that names a call which has this keyword, or one like it, if any has."""
+    keyword = _ALSO_CALLED.get(keyword, keyword)
+    near = get_close_matches(keyword, _CALLS, n=1, cutoff=0.75)
+    return f"Do you mean {_CALLS[near[0]]}(..., {near[0]}=...)?" if near else ""
