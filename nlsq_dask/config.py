@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from nlsq_dask.keywords import explaining_keywords
+import numpy as np
 
-# A rule is the sentence that says what is allowed, and the test for it.
-Rule = tuple[str, Callable[[Any], bool]]
+from nlsq_dask.keywords import explaining_keywords, meant_by
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy scalar as a number of Python, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Rule(NamedTuple):
+    """What is allowed, as a sentence; the test for it; and the form in which it is kept."""
+
+    allowed: str
+    test: Callable[[Any], bool]
+    kept: Callable[[Any], Any] = _plain
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
 
 
 def _is_int(value: Any) -> bool:
@@ -22,25 +39,33 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and value == value
 
 
+def _is_finite(value: Any) -> bool:
+    return _is_real(value) and abs(value) <= sys.float_info.max
+
+
 def _int(low: int, high: int | None = None) -> Rule:
     if high is None:
-        return f"an integer >= {low}", lambda v: _is_int(v) and v >= low
-    return f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high
+        return Rule(f"an integer >= {low}", lambda v: _is_int(v) and v >= low)
+    return Rule(f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high)
 
 
 def _or(other: Rule, *values: object) -> Rule:
     """Extend a rule by special values such as None or "auto"."""
-    text, test = other
     names = ", ".join(map(repr, values))
 
     def is_special(value: Any) -> bool:
         return any(value is x or (isinstance(value, str) and value == x) for x in values)
 
-    return f"{text}, or {names}", lambda v: is_special(v) or test(v)
+    return Rule(
+        f"{other.allowed}, or {names}",
+        lambda v: is_special(v) or other.test(v),
+        lambda v: v if is_special(v) else other.kept(v),
+    )
 
 
 def _one_of(*values: str) -> Rule:
-    return f"one of {', '.join(map(repr, values))}", lambda v: isinstance(v, str) and v in values
+    allowed = f"one of {', '.join(map(repr, values))}"
+    return Rule(allowed, lambda v: isinstance(v, str) and v in values)
 
 
 def _is_sequence(value: Any) -> bool:
@@ -61,27 +86,37 @@ def _index_ranges(value: Any) -> bool:
     )
 
 
+def _weights(value: Any) -> bool:
+    if not _is_sequence(value) and getattr(value, "ndim", 0) != 1:
+        return False
+    return len(value) > 0 and all(_is_finite(weight) and weight > 0 for weight in value)
+
+
 _AUTO_CHUNK_SIZE = 2**20
 _AUTO_SAMPLE_ROWS = 2**16, 2**17
 _AUTO_SAMPLE_SHARE = 1 / 16
 _AUTO_SAMPLE_ROWS_A_PARAM = 32
 _AUTO_SAMPLE_BYTES = 64 * 2**20
 
-_BOOL: Rule = ("True or False", lambda v: isinstance(v, bool))
-_POSITIVE: Rule = ("a number > 0", lambda v: _is_real(v) and v > 0)
-_NON_NEGATIVE: Rule = ("a number >= 0", lambda v: _is_real(v) and v >= 0)
-_TOLERANCE: Rule = ("a number > 0 and < 1", lambda v: _is_real(v) and 0 < v < 1)
-_FRACTION: Rule = ("a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
-_PATH_OR_FLAG: Rule = (
+_BOOL = Rule("True or False", _is_bool)
+# Infinity is a limit that is never met; where a number is a size or a factor, it means nothing.
+_POSITIVE = Rule("a number > 0", lambda v: _is_real(v) and v > 0)
+_NON_NEGATIVE = Rule("a number >= 0", lambda v: _is_real(v) and v >= 0)
+_FINITE_POSITIVE = Rule("a finite number > 0", lambda v: _is_finite(v) and v > 0)
+_FINITE_NON_NEGATIVE = Rule("a finite number >= 0", lambda v: _is_finite(v) and v >= 0)
+_TOLERANCE = Rule("a number > 0 and < 1", lambda v: _is_real(v) and 0 < v < 1)
+_FRACTION = Rule("a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
+_PATH = Rule("a path (str or os.PathLike)", lambda v: isinstance(v, str | os.PathLike))
+_PATH_OR_FLAG = Rule(
     "a path (str or os.PathLike), True, False or None",
-    lambda v: v is None or isinstance(v, str | os.PathLike | bool),
+    lambda v: v is None or _is_bool(v) or _PATH.test(v),
 )
-_PATH: Rule = ("a path (str or os.PathLike)", lambda v: isinstance(v, str | os.PathLike))
-_CRITERIA: Rule = ("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
-_RANGES: Rule = ("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
-_WEIGHTS: Rule = (
-    "a sequence of numbers > 0, one a group",
-    lambda v: hasattr(v, "__len__") and len(v) > 0 and all(_is_real(x) and x > 0 for x in v),
+_CRITERIA = Rule("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
+_RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
+_WEIGHTS = Rule(
+    "a sequence of finite numbers > 0, one a group",
+    _weights,
+    lambda v: tuple(map(float, v)),  # compared and shown as a whole, which an array is not
 )
 
 # Switches that say nothing without another option.
@@ -149,13 +184,15 @@ class HybridStreamingConfig:
         "'backtracking'.",
     )
     lbfgs_initial_step_size: float = _option(
-        0.1, _POSITIVE, "First step size when the relative loss is below 1 ('careful')."
+        0.1, _FINITE_POSITIVE, "First step size when the relative loss is below 1 ('careful')."
     )
     lbfgs_exploration_step_size: float = _option(
-        0.1, _POSITIVE, "First step size when the relative loss is 1 or more ('exploration')."
+        0.1,
+        _FINITE_POSITIVE,
+        "First step size when the relative loss is 1 or more ('exploration').",
     )
     lbfgs_refinement_step_size: float = _option(
-        1.0, _POSITIVE, "First step size when the relative loss is below 0.1 ('refinement')."
+        1.0, _FINITE_POSITIVE, "First step size when the relative loss is below 0.1 ('refinement')."
     )
     gradient_clip_value: float | None = _option(
         None, _or(_POSITIVE, None), "Largest norm of a warm-up gradient; None for no clipping."
@@ -259,7 +296,7 @@ class HybridStreamingConfig:
         "Var(group) = mean((p - mean(p))^2) over the parameters of a group, as they are given; "
         "the first sum as the loss has it.",
     )
-    group_variance_lambda: float = _option(0.01, _NON_NEGATIVE, "Strength of that penalty.")
+    group_variance_lambda: float = _option(0.01, _FINITE_NON_NEGATIVE, "Strength of that penalty.")
     group_variance_indices: Sequence[tuple[int, int]] | None = _option(
         None,
         _or(_RANGES, None),
@@ -417,7 +454,7 @@ class HybridStreamingConfig:
     )
     scale_factor: float = _option(
         1.0,
-        _POSITIVE,
+        _FINITE_POSITIVE,
         "How far from there they are drawn, as a multiple of half the distance of the bounds, or "
         "of ``|p0|`` (of 1 where it is 0) for a parameter without two finite ones; never outside "
         "of the bounds.",
@@ -432,14 +469,20 @@ class HybridStreamingConfig:
     )
     random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample and of the tournament.")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option, which is checked when a fit starts; a name that is none is refused."""
+        option = self.__dataclass_fields__.get(name)
+        if option is None:
+            sentence = f"{type(self).__name__} has no option {name!r}. {meant_by(name)}"
+            raise AttributeError(sentence.rstrip())
+        rule: Rule = option.metadata["rule"]
+        super().__setattr__(name, rule.kept(value) if rule.test(value) else value)
+
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            allowed, is_allowed = option.metadata["rule"]
-            if not is_allowed(value):
-                raise ValueError(f"{option.name} must be {allowed}; got {value!r}.")
-            if _is_int(value):  # NumPy's integers, too
-                setattr(self, option.name, int(value))
+            value, rule = getattr(self, option.name), option.metadata["rule"]
+            if not rule.test(value):
+                raise ValueError(f"{option.name} must be {rule.allowed}; got {value!r}.")
         for switch, needed in _NEEDS.items():
             value = getattr(self, needed)
             if getattr(self, switch) and value is None:
@@ -448,12 +491,22 @@ class HybridStreamingConfig:
                 raise ValueError(
                     f"{needed} needs {switch}=True; without it {value!r} says nothing."
                 )
-
         if self.min_success_rate < 1.0 and not self.enable_fault_tolerance:
             raise ValueError(
                 f"min_success_rate={self.min_success_rate!r} needs enable_fault_tolerance=True; "
                 f"without it no block is left out."
             )
+        if self.resume_from_checkpoint is True:
+            if self.checkpoint_dir is None:
+                raise ValueError(
+                    "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, "
+                    "too."
+                )
+            if not self.enable_checkpoints:
+                raise ValueError(
+                    "resume_from_checkpoint=True needs enable_checkpoints=True; to go on without "
+                    "writing checkpoints, give the path of one."
+                )
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
@@ -601,9 +654,20 @@ class HybridStreamingConfig:
             "max_warmup_iterations": 100,
             "gauss_newton_tol": 1e-10,
             "gauss_newton_max_iterations": 200,
-            "checkpoint_frequency": 100,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
+
+
+_RAISES = """
+    Raises
+    ------
+    ValueError
+        For a value that is not allowed, or options that contradict each other.
+    TypeError
+        For a keyword that is no option.
+    AttributeError
+        Where something that is no option is set.
+"""
 
 
 def _parameters_section() -> str:

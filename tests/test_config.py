@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+import pickle
+from dataclasses import fields, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,6 +106,17 @@ def test_presets_take_overrides() -> None:
         ("min_success_rate", 0.0),
         ("group_variance_indices", [(3, 1)]),
         ("residual_weights", [1.0, -1.0]),
+        ("residual_weights", [1.0, float("inf")]),
+        ("residual_weights", [[1.0], [1.0, 2.0]]),
+        ("residual_weights", np.array(2.0)),
+        ("residual_weights", np.ones((2, 2))),
+        ("residual_weights", {1.0: 2.0}),
+        ("lbfgs_initial_step_size", float("inf")),
+        ("lbfgs_exploration_step_size", float("inf")),
+        ("lbfgs_refinement_step_size", float("inf")),
+        ("group_variance_lambda", float("inf")),
+        ("scale_factor", float("inf")),
+        pytest.param("scale_factor", 10**400, id="scale_factor-huge"),
         ("checkpoint_dir", 3),
         ("verbose", -1),
     ],
@@ -124,6 +136,44 @@ def test_numpy_integers_are_integers() -> None:
     config = Config(chunk_size=np.int64(2000), n_starts=np.int32(3))
     assert type(config.chunk_size) is int
     assert type(config.n_starts) is int
+
+
+def test_infinity_is_a_limit_that_is_never_met() -> None:
+    limits = ("max_walltime", "max_warmup_step_size", "gradient_clip_value", "checkpoint_interval")
+    assert Config(**dict.fromkeys(limits, np.inf)).max_walltime == np.inf
+
+
+def test_numpy_flags_are_flags() -> None:
+    config = Config(normalize=np.False_, checkpoint_dir="a", resume_from_checkpoint=np.True_)
+    assert config.normalize is False
+    assert config.resume_from_checkpoint is True
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, lambda v: np.array(v, "i4")])
+def test_weights_in_any_form_are_kept_as_one(form: Any) -> None:
+    config = Config(enable_residual_weighting=True, residual_weights=form([1, 2]))
+    assert config.residual_weights == (1.0, 2.0)
+    assert config == replace(config)
+    assert "residual_weights=(1.0, 2.0)" in repr(config)
+    config.residual_weights = form([3, 4])
+    assert "residual_weights=(3.0, 4.0)" in repr(config)
+
+
+def test_attributes_are_options_and_nothing_else() -> None:
+    config = Config()
+    with pytest.raises(AttributeError, match=r"no option 'gauss_newton_tolerance'. Do you mean .*"):
+        config.gauss_newton_tolerance = 1e-3  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no option 'dtype'"):
+        config.dtype = "float32"  # type: ignore[misc]
+    config.gauss_newton_tol = 1e-3
+    assert config == pickle.loads(pickle.dumps(config)) == Config(gauss_newton_tol=1e-3)
+
+
+def test_going_on_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match=r"=True goes on from what is in checkpoint_dir; set"):
+        Config(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"=True needs enable_checkpoints=True"):
+        Config(resume_from_checkpoint=True, checkpoint_dir="a", enable_checkpoints=False)
 
 
 def test_the_docstring_describes_every_option() -> None:

@@ -36,15 +36,11 @@ def open_journal(
     FileNotFoundError, CheckpointError
         If the checkpoint is not there, not usable, or of another fit.
     """
-    is_saving = config.enable_checkpoints and config.checkpoint_dir is not None
-    folder = CheckpointFolder(config.checkpoint_dir or "") if is_saving else None
+    directory = config.checkpoint_dir if config.enable_checkpoints else None
+    folder = None if directory is None else CheckpointFolder(directory)
     wanted = config.resume_from_checkpoint
-    if wanted is True:
-        if folder is None or config.checkpoint_dir is None:
-            raise ValueError(
-                "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, too."
-            )
-        wanted = None if folder.is_empty else config.checkpoint_dir
+    if wanted is True:  # which the configuration allows with a folder alone
+        wanted = None if folder is None or folder.is_empty else directory
     if wanted is None or wanted is False:
         if folder is None:
             return Journal()
