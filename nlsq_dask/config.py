@@ -163,7 +163,12 @@ class HybridStreamingConfig:
         "Iterations before 'plateau' and 'gradient' are tested; never more than "
         "max_warmup_iterations.",
     )
-    max_warmup_iterations: int = _option(500, _int(0), "Its most iterations; 0 for no warm-up.")
+    max_warmup_iterations: int = _option(
+        500,
+        _int(0),
+        "Its most iterations; 0 for no warm-up. Without 'max_iter' among the criteria only ten "
+        "times as many end it.",
+    )
     loss_plateau_threshold: float = _option(
         1e-4, _POSITIVE, "'plateau': relative change of the loss below this ends the warm-up."
     )

@@ -162,7 +162,7 @@ class StartFinder:
         if not skip:
             warmup = sample.prepare_warmup(self.normalizer, step, config)
             runs = [self._run_warmup(warmup, start, sample.variance)]
-            while self._may_restart(runs):
+            while self._may_restart(runs, warmup):
                 state = runs[-1]
                 warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
                 start = self._original(np.asarray(state.best_params))
@@ -187,13 +187,14 @@ class StartFinder:
             summary |= asdict(ended)
         return _WarmedUp(start, summary)
 
-    def _may_restart(self, runs: list[WarmupState]) -> bool:
+    def _may_restart(self, runs: list[WarmupState], warmup: Warmup) -> bool:
         """Whether to go on from the best point with smaller steps, after something not finite."""
+        last = runs[-1]
         return (
             self.config.validate_numerics
-            and int(runs[-1].end) == WarmupEnd.NON_FINITE
+            and int(last.end) == WarmupEnd.NON_FINITE
             and len(runs) <= _MOST_RESTARTS
-            and sum(int(run.iteration) for run in runs) < self.config.max_warmup_iterations
+            and int(last.iteration) < int(warmup.problem.max_iterations)
         )
 
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:

@@ -70,6 +70,20 @@ def test_the_warm_up_goes_on_with_smaller_steps() -> None:
     np.testing.assert_allclose(with_it.x, expected(), rtol=1e-7)
 
 
+def test_it_goes_on_as_long_as_its_limit_allows() -> None:
+    """Without "max_iter" that is ten times max_warmup_iterations, of which the first run took 6."""
+    options = dict(
+        max_warmup_iterations=3,
+        active_switching_criteria=["plateau"],
+        max_warmup_step_size=0.5,
+        lbfgs_line_search="backtracking",
+        lbfgs_exploration_step_size=5.0,
+    )
+    warm_up = fit(trap, **options).diagnostics["warm_up"]
+    assert warm_up["restarts"] == 1
+    assert 6 < warm_up["iterations"] <= 30
+
+
 def test_what_a_warm_up_did_is_counted_over_all_its_runs() -> None:
     options = dict(
         max_warmup_step_size=0.5,
