@@ -564,10 +564,6 @@ class HybridStreamingConfig:
     # --- presets: what differs from the defaults
 
     @classmethod
-    def _preset(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Self:
-        return cls(**{**values, **overrides})
-
-    @classmethod
     def aggressive(cls, **overrides: Any) -> Self:
         """Speed first: a short warm-up, a looser tolerance, pieces as large as possible."""
         values = {
@@ -578,7 +574,7 @@ class HybridStreamingConfig:
             "gradient_norm_threshold": 5e-3,
             "gauss_newton_tol": 1e-7,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
 
     @classmethod
     def conservative(cls, **overrides: Any) -> Self:
@@ -592,12 +588,12 @@ class HybridStreamingConfig:
             "gauss_newton_max_iterations": 200,
             "trust_region_initial": 0.5,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
 
     @classmethod
     def memory_optimized(cls, **overrides: Any) -> Self:
         """Small pieces, float32 arithmetic with float64 sums, nothing kept between passes."""
-        values = {
+        values: dict[str, Any] = {
             "chunk_size": 2**17,
             "precision": "float32",
             "cache": 0,
@@ -606,24 +602,22 @@ class HybridStreamingConfig:
             "checkpoint_frequency": 50,
             "cg_param_threshold": 1000,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
 
     @classmethod
     def with_multistart(cls, n_starts: int = 10, **overrides: Any) -> Self:
         """Hold a tournament over ``n_starts`` starts first."""
-        return cls._preset({"enable_multistart": True, "n_starts": n_starts}, overrides)
+        return cls(**({"enable_multistart": True, "n_starts": n_starts} | overrides))
 
     @classmethod
     def defense_strict(cls, **overrides: Any) -> Self:
         """Defence layers that act early: for starts that are already close."""
         values = {
-            "warm_start_threshold": 0.01,
-            "cost_increase_tolerance": 0.05,
             "max_warmup_step_size": 0.05,
             "warmup_iterations": 25,
             "max_warmup_iterations": 60,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
 
     @classmethod
     def defense_relaxed(cls, **overrides: Any) -> Self:
@@ -635,7 +629,7 @@ class HybridStreamingConfig:
             "warmup_iterations": 50,
             "max_warmup_iterations": 120,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
 
     @classmethod
     def defense_disabled(cls, **overrides: Any) -> Self:
@@ -646,7 +640,7 @@ class HybridStreamingConfig:
             "enable_cost_guard": False,
             "enable_step_clipping": False,
         }
-        return cls._preset(values, overrides)
+        return cls(**(values | overrides))
 
     @classmethod
     def scientific_default(cls, **overrides: Any) -> Self:
@@ -654,7 +648,6 @@ class HybridStreamingConfig:
         values = {
             "warm_start_threshold": 0.05,
             "cost_increase_tolerance": 0.2,
-            "max_warmup_step_size": 0.1,
             "warmup_iterations": 35,
             "max_warmup_iterations": 100,
             "gauss_newton_tol": 1e-10,
@@ -680,14 +673,14 @@ def _parameters_section() -> str:
     lines = ["", "    Parameters", "    ----------"]
     for option in fields(HybridStreamingConfig):
         default = option.default_factory() if callable(option.default_factory) else option.default
-        allowed, _ = option.metadata["rule"]
-        lines.append(f"    {option.name} : {allowed}, default {default!r}")
+        rule: Rule = option.metadata["rule"]
+        lines.append(f"    {option.name} : {rule.allowed}, default {default!r}")
         lines.append(f"        {option.metadata['doc']}")
     return "\n".join(lines) + "\n"
 
 
 if HybridStreamingConfig.__doc__ is not None:  # python -OO strips docstrings
-    HybridStreamingConfig.__doc__ += _parameters_section()
+    HybridStreamingConfig.__doc__ += _parameters_section() + _RAISES
 
 # Presets construct one, too, so that their keywords are explained as well.
 _explaining = explaining_keywords("HybridStreamingConfig")

@@ -179,6 +179,7 @@ def test_going_on_needs_a_folder() -> None:
 def test_the_docstring_describes_every_option() -> None:
     doc = inspect.getdoc(Config) or ""
     assert all(f"\n{f.name} : " in doc for f in fields(Config))
+    assert "\n\nRaises\n------\nValueError\n" in doc
 
 
 def test_a_fit_checks_and_copies_its_options() -> None:
