@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,14 +205,35 @@ def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vect
     if isinstance(value, Mapping):
         _reject_unknown(value, names, what)
         value = [value.get(name, missing) for name in names]
-    values = _vector(value, what)
+    no_bound = "-np.inf" if missing < 0 else "np.inf"
+    values = _vector(value, what, f"Write {no_bound} where there is no bound.", names)
     if values.shape not in ((1,), (len(names),)):
         raise ValueError(f"the {what} have {len(values)} values for {len(names)} parameters.")
     return np.broadcast_to(values, (len(names),)).copy()
 
 
-def _vector(values: Any, what: str) -> Vector:
-    array = np.atleast_1d(np.asarray(values))
+def _vector(values: Any, what: str, instead_of_none: str = "", names: Sequence[str] = ()) -> Vector:
+    """Return one or more real numbers as a vector.
+
+    Parameters
+    ----------
+    values : Any
+    what : str
+        What a message calls them.
+    instead_of_none : str
+        What it says of an entry that is None.
+    names : sequence of str
+        Of the parameters, where they are known.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # of lists in a list
+        raise ValueError(
+            f"{what} must be a sequence of real numbers; got {reprlib.repr(values)}."
+        ) from error
+    if array.ndim <= 1 and array.dtype.kind == "O":
+        _reject_first_not_real(array, what, instead_of_none, names)
+    array = np.atleast_1d(array)
     if array.ndim != 1 or array.dtype.kind not in "biuf":
         raise ValueError(
             f"{what} must be a sequence of real numbers; got shape {array.shape} and dtype "
@@ -220,10 +242,30 @@ def _vector(values: Any, what: str) -> Vector:
     return array.astype(np.float64)
 
 
+def _reject_first_not_real(
+    array: NDArray[Any], what: str, instead_of_none: str, names: Sequence[str]
+) -> None:
+    for i, entry in enumerate(array.reshape(-1)):
+        if not _is_real(entry):
+            where = f" as entry {i}" if array.ndim else ""
+            where = f" for parameter {names[i]!r}" if array.size == len(names) else where
+            advice = f" {instead_of_none}" if entry is None else ""
+            sentence = f"{what} must be real numbers; got {reprlib.repr(entry)}{where}.{advice}"
+            raise ValueError(sentence.rstrip())
+
+
 def _real(value: Any, what: str) -> float:
-    if np.ndim(value) != 0 or np.asarray(value).dtype.kind not in "biuf":
+    if not _is_real(value):
         raise ValueError(f"{what} must be a real number; got {value!r}.")
     return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # of lists in a list
+        return False
+    return array.ndim == 0 and array.dtype.kind in "biuf"
 
 
 def _reject_unknown(given: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:

@@ -87,6 +87,21 @@ TABLE: dict[str, Case] = {
         ValueError,
         "p0 must be a sequence of real numbers; got shape (3,) and dtype complex128.",
     ),
+    "the start: lists in a list": (
+        dict(p0=[1, [2], 3]),
+        ValueError,
+        "p0 must be a sequence of real numbers; got [1, [2], 3].",
+    ),
+    "the start: a list by name": (
+        dict(p0={"a": [1, [2]]}),
+        ValueError,
+        "p0['a'] must be a real number; got [1, [2]].",
+    ),
+    "the start: None": (
+        dict(p0=[1, None, 1]),
+        ValueError,
+        "p0 must be real numbers; got None as entry 1.",
+    ),
     "the start: no number of parameters": (
         dict(function=lambda x, *p: x * p[0]),
         ValueError,
@@ -123,6 +138,28 @@ TABLE: dict[str, Case] = {
         dict(bounds={"z": (0, 1)}),
         ValueError,
         "bounds names 'z'; the parameters are a, b, c.",
+    ),
+    "the bounds: None": (
+        dict(bounds=(0, [1, None, 2])),
+        ValueError,
+        "upper bounds must be real numbers; got None for parameter 'b'. Write np.inf where there "
+        "is no bound.",
+    ),
+    "the bounds: None by name": (
+        dict(bounds={"c": (None, 1)}),
+        ValueError,
+        "lower bounds must be real numbers; got None for parameter 'c'. Write -np.inf where there "
+        "is no bound.",
+    ),
+    "the bounds: None for all": (
+        dict(bounds=(None, 1)),
+        ValueError,
+        "lower bounds must be real numbers; got None. Write -np.inf where there is no bound.",
+    ),
+    "the bounds: lists in a list": (
+        dict(bounds=([0, [0], 0], 1)),
+        ValueError,
+        "lower bounds must be a sequence of real numbers; got [0, [0], 0].",
     ),
     # --- the model
     "the model: not callable": (
