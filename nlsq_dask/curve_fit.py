@@ -18,6 +18,11 @@ from nlsq_dask.keywords import meant_by
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.stopping import StopReason
 
+# No solutions, but what the caller wanted to have when the time was up.
+_ENDED_EARLY = {reason.status for reason in StopReason if reason.is_interruption} | {
+    StopReason.USER_STOP.status
+}
+
 
 def curve_fit(
     f: Callable[..., Any],
@@ -42,10 +47,13 @@ def curve_fit(
         Of shape (M,), or (k, M) for k independent variables; of any kind that ``fit`` takes.
     ydata : array, shape (M,)
     p0 : sequence or dict by name, optional
+        Start; what is missing comes from f's signature, then 1.0.
     sigma : array or scalar, optional
         Standard deviations of ydata.
     absolute_sigma : bool
-    bounds : (low, high)
+        Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
+    bounds : (low, high) or dict by name of (low, high)
+        Each of low and high a number, a sequence or a dict by name; infinite where there is none.
     full_output : bool
         Return infodict, message and ier as well.
     config : HybridStreamingConfig, optional
@@ -62,12 +70,15 @@ def curve_fit(
     message : str
         Only with ``full_output``.
     ier : int
-        Only with ``full_output``: 1 to 4 for a solution.
+        Only with ``full_output``: 1 to 4 for a solution; negative where the callback,
+        ``max_walltime`` or SIGTERM ended the fit, whose best parameters are returned then.
 
     Raises
     ------
     RuntimeError
         If no solution was found, as in SciPy; the message says what to try.
+    DataError, ModelError, ValueError, TypeError
+        For arguments that cannot be used, and whatever else ``fit`` raises.
 
     Examples
     --------
@@ -99,7 +110,7 @@ def curve_fit(
         absolute_sigma=absolute_sigma,
         **fit_options,
     )
-    if not result.success and result.status != StopReason.USER_STOP.status:
+    if not result.success and result.status not in _ENDED_EARLY:
         raise RuntimeError(f"Optimal parameters not found: {result.message}")
     if not full_output:
         return result.popt, result.pcov
@@ -122,10 +133,11 @@ def _from_scipy_layout(f: Callable[..., Any], xdata: Any) -> tuple[Any, Callable
         raise DataError(f"xdata has shape {xdata.shape}; expected (M,) or (k, M).")
     else:
         return xdata, f
+    if not callable(f):  # fit says so
+        return variables, f
 
     @functools.wraps(f)
     def stacked(x: Any, *params: Any) -> Any:
         return f(jnp.stack(x), *params)
 
-    stacked.__signature__ = inspect.signature(f)  # type: ignore[attr-defined]
     return variables, stacked

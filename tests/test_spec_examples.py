@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import signal
 from typing import Any
 
 import jax.numpy as jnp
@@ -178,3 +180,48 @@ def test_curve_fit_with_scipys_layout_of_several_variables(form: str) -> None:
 def test_curve_fit_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     curve_fit(exponential, x, y)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("sentence", "options", "callback"),
+    [
+        ("Stopped by the callback", {"callback_frequency": 1}, True),
+        ("Stopped: max_walltime", {"max_walltime": 1e-6}, False),
+        ("Stopped by SIGTERM", {"callback_frequency": 1, "stop_on_sigterm": True}, True),
+    ],
+)
+def test_curve_fit_returns_what_there_is_when_it_has_to_end(
+    sentence: str, options: dict[str, Any], callback: bool
+) -> None:
+    def end(params: Any, loss: float, iteration: int) -> None:
+        if "SIGTERM" not in sentence:
+            raise StopIteration
+        signal.raise_signal(signal.SIGTERM)
+
+    popt, pcov, info, message, ier = curve_fit(
+        exponential,
+        x,
+        y,
+        [2.0, 0.5, 0.3],
+        config=HybridStreamingConfig(verbose=0, **options),
+        callback=end if callback else None,
+        full_output=True,
+    )
+    assert message.startswith(sentence)
+    assert ier == info["result"].status < 0
+    assert np.isfinite(popt).all()
+    assert pcov.shape == (3, 3)
+
+
+def test_curve_fit_keeps_names_and_defaults_of_stacked_models() -> None:
+    class Plane:
+        def __call__(self, x: Any, slope: Any, other: Any = 2.5) -> Any:
+            return slope * x[0] + other * x[1]
+
+    u = rng.uniform(0, 1, (2, 3_000))
+    bound = functools.partial(lambda offset, x, a, b: a * x[0] + b * x[1] + offset, 1.0)
+    for model, names in ((Plane(), ("slope", "other")), (bound, ("a", "b"))):
+        found = curve_fit(model, u, 2 * u[0] + 3 * u[1], full_output=True)
+        assert found[2]["result"].param_names == names
+    with pytest.raises(TypeError, match="model must be a callable"):
+        curve_fit(3, u, u[0])  # type: ignore[arg-type]
