@@ -17,15 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.call import Call
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.covariance import Covariance
 from nlsq_dask.core.kernel import RowKernel, piece_rows_for
-from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import check_trace
-from nlsq_dask.core.normalize import ParameterNormalizer
-from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
@@ -34,9 +30,8 @@ from nlsq_dask.find_starts import StartFinder
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.gradient_fit import GradientFit
 from nlsq_dask.interruption import FitInterruptedError, Interruption
-from nlsq_dask.iterations import Callback, Iterations, StoppedByCallbackError
+from nlsq_dask.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.outcome import Outcome
-from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import Passes
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.stopping import StopReason
@@ -52,17 +47,10 @@ class Driver:
 
     Parameters
     ----------
-    model : Model
-    parameters : Parameters
+    call : Call
     data : DataSet
-    config : HybridStreamingConfig
-    nan_policy : {"raise", "omit"}
-    absolute_sigma : bool
-    loss : Loss
     emit : callable
         Receives every event.
-    callback : callable or None
-        The caller's ``callback(params, loss, iteration)``.
     journal : Journal
         Remembers what was done before the fit was resumed, and what is done.
     interruption : Interruption
@@ -71,47 +59,38 @@ class Driver:
 
     def __init__(
         self,
-        model: Model,
-        parameters: Parameters,
+        call: Call,
         data: DataSet,
-        config: HybridStreamingConfig,
-        nan_policy: str,
-        absolute_sigma: bool,
-        loss: Loss,
         emit: Observer,
-        callback: Callback | None,
         journal: Journal,
         interruption: Interruption,
     ) -> None:
-        self._model = model
-        self._parameters = parameters
-        self._data = data
+        config = call.config
+        self._model = call.model
+        self._parameters = call.parameters
+        self._normalizer = call.normalizer
+        self._penalty = call.penalty
+        self._loss = call.loss
+        self._absolute_sigma = call.absolute_sigma
         self._config = config
-        self._absolute_sigma = absolute_sigma
-        self._loss = loss
+        self._data = data
         self._emit = emit
-        self._penalty = GroupVariance.of(config, len(parameters.names))
         self._journal = journal
         self._passes = Passes(
             data,
-            nan_policy == "omit",
+            call.nan_policy == "omit",
             self._penalty,
             emit,
             config.min_success_rate,
             journal,
             interruption,
         )
-        self._iterations = Iterations(emit, callback, config.callback_frequency, interruption)
+        self._iterations = Iterations(emit, call.callback, config.callback_frequency, interruption)
         for event in journal.events:
             self._passes.count(event)
             self._iterations.count(event)
-        self.normalizer = ParameterNormalizer(
-            parameters.start,
-            (parameters.low, parameters.high),
-            config.normalization_strategy if config.normalize else "none",
-        )
         self._start_finder = StartFinder(
-            parameters, self.normalizer, config, emit, self._iterations, journal
+            call.parameters, call.normalizer, config, emit, self._iterations, journal
         )
         self._diagnostics = self._start_finder.diagnostics
         self._sample: SampleProblem[Any] | None = None
@@ -166,7 +145,7 @@ class Driver:
 
     def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
         """Trace the kernels, which depend on the number of parameters."""
-        details["strategy"] = self.normalizer.strategy
+        details["strategy"] = self._normalizer.strategy
         check_trace(self._model)
         row_bytes, config = self._model.layout.row_bytes, self._config
         details["platforms"] = self._data.platforms
@@ -177,7 +156,7 @@ class Driver:
             loss=self._loss,
             absolute_sigma=self._absolute_sigma,
             penalty=self._penalty,
-            normalizer=self.normalizer,
+            normalizer=self._normalizer,
             passes=self._passes,
             iterations=self._iterations,
             start_finder=self._start_finder,
@@ -219,7 +198,7 @@ class Driver:
 
         Its fingerprint does not tell if JAX has another version now; so its values are compared.
         """
-        start, scales = self._parameters.start, self.normalizer.scales
+        start, scales = self._parameters.start, self._normalizer.scales
         random = np.random.default_rng(0)
         shifts = _SHIFT * scales * random.uniform(-1.0, 1.0, (_POINTS, len(start)))
         points = [start, *np.clip(start + shifts, self._parameters.low, self._parameters.high)]

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core import newton_cg as cg
 from nlsq_dask.core.conjugate_gradients import LOST, solved_together
 from nlsq_dask.core.gradient_kernel import GradientKernel
@@ -25,7 +24,6 @@ from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import StoppedByCallbackError
-from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import RowsInUse
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import MORE_ITERATIONS
@@ -38,27 +36,6 @@ _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
 _SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
 _TAKES_PART = 1e-2  # of the largest share in a direction that is lost
 _CHANCE = 5.0  # standard deviations of a mean square that chance explains
-
-
-def check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
-    """Raise a ValueError for what needs matrices where there are too many parameters for them."""
-    n_params = len(parameters.names)
-    if not config.is_without_matrices(n_params):
-        return
-    unable = {
-        "bounds": parameters.has_bounds,
-        f"cov_type={config.cov_type!r}": config.cov_type != "nonrobust",
-        f"gauss_newton_solver={config.gauss_newton_solver!r}": config.gauss_newton_solver != "auto",
-        "enable_multistart": config.enable_multistart,
-    }
-    asked = [name for name, is_asked in unable.items() if is_asked]
-    if asked:
-        raise ValueError(
-            f"{', '.join(asked)} cannot be combined with conjugate gradients, which "
-            f"{n_params} parameters ask for with cg_param_threshold={config.cg_param_threshold}. "
-            f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
-            f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
-        )
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,25 @@
-"""``AdaptiveHybridStreamingOptimizer``: the public call; it parses, wires observers and wraps."""
+"""``AdaptiveHybridStreamingOptimizer``: the public call; it wires observers and wraps."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask import html, report
+from nlsq_dask.call import Call, parse_call
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.block_loops import BLOCK_ROWS
-from nlsq_dask.core.losses import Loss, check_loss
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.core.prediction import PredictionKernel
-from nlsq_dask.core.starts import check_box
 from nlsq_dask.dashboard.observer import on_dashboard
-from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.driver import Driver
 from nlsq_dask.engine.faults import ReadPolicy
 from nlsq_dask.engine.reduce import DataSet
@@ -44,43 +40,18 @@ from nlsq_dask.events import (
     PhaseEnded,
     PhaseStarted,
 )
-from nlsq_dask.gradient_fit import check_many_parameters
 from nlsq_dask.interruption import Interruption
 from nlsq_dask.iterations import Callback
 from nlsq_dask.keywords import explaining_keywords
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching
-from nlsq_dask.parameters import Parameters, parse_parameters
 from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
 from nlsq_dask.verdict import make_result, to_go_on
 
 _PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
 _MOST_SHOWN = 20  # parameters in HTML
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a call of ``fit`` asks for besides the data, the model and its parameters."""
-
-    nan_policy: str
-    absolute_sigma: bool
-    loss: Loss
-    callback: Callback | None
-
-    def arguments(self, parameters: Parameters) -> dict[str, Any]:
-        """Return all that must be the same when the fit is resumed."""
-        return {
-            "p0": parameters.start,
-            "lower bounds": parameters.low,
-            "upper bounds": parameters.high,
-            "param_names": parameters.names,
-            "nan_policy": self.nan_policy,
-            "absolute_sigma": bool(self.absolute_sigma),
-            "loss": self.loss.name,
-            "f_scale": self.loss.f_scale,
-        }
 
 
 class AdaptiveHybridStreamingOptimizer:
@@ -97,7 +68,8 @@ class AdaptiveHybridStreamingOptimizer:
     phase_history : list of dict
         A record a phase: phase, name, start_time (s since the epoch), duration (s), what it did.
     phase_status : dict of int to str
-        By phase: "pending", "running", "done" or "failed".
+        By phase: "pending", "running", "done" or "failed"; "done", too, if the callback,
+        ``max_walltime`` or SIGTERM ended it, which the result's ``status`` tells.
     normalizer : ParameterNormalizer or None
     normalized_model : NormalizedModelWrapper or None
     normalized_bounds : tuple of ndarray, or None
@@ -201,6 +173,8 @@ class AdaptiveHybridStreamingOptimizer:
         p0 : sequence or dict by name, optional
             Start; what is missing comes from the model's signature, then 1.0.
         bounds : (low, high) or dict by name of (low, high), optional
+            Each of low and high a number, a sequence or a dict by name; infinite where there is
+            none. No trial leaves them.
         sigma : array or scalar, optional
             Positive standard deviations of y, in anything that broadcasts against it.
         absolute_sigma : bool
@@ -214,6 +188,7 @@ class AdaptiveHybridStreamingOptimizer:
         nan_policy : {"raise", "omit"}
             What to do with rows that hold NaN or infinity in y, x or sigma.
         param_names : sequence of str, optional
+            Names to use instead of those in the model's signature, one a parameter.
         callback : callable, optional
             ``callback(params, loss, iteration)`` with the parameters, shape (p,), and the mean
             squared weighted residual, every ``callback_frequency`` iterations; StopIteration ends
@@ -244,27 +219,29 @@ class AdaptiveHybridStreamingOptimizer:
             )
         try:
             self._forget()
-            _check_choices(nan_policy, absolute_sigma, callback, verbose)
-            check_loss(loss, f_scale)
-            config = self._checked_config()
-            parameters = parse_parameters(model, p0, bounds, param_names)
-            blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
-            call = _Call(nan_policy, absolute_sigma, Loss(loss, float(f_scale)), callback)
-            level = config.verbose if verbose is None else verbose
-            return self._fit(traced, parameters, blocks, config, call, level)
+            call = parse_call(
+                self.config,
+                model,
+                x_data,
+                y_data,
+                p0,
+                bounds,
+                sigma,
+                absolute_sigma,
+                loss,
+                f_scale,
+                nan_policy,
+                param_names,
+                callback,
+                verbose,
+            )
+            return self._fit(call)
         finally:
             self._running.release()
 
-    def _fit(
-        self,
-        model: Model,
-        parameters: Parameters,
-        blocks: RowBlocks,
-        config: HybridStreamingConfig,
-        call: _Call,
-        level: int,
-    ) -> FitResult:
+    def _fit(self, call: Call) -> FitResult:
         """Wire the observers, open the journal, drive the phases and wrap what they found."""
+        config = call.config
         interruption = Interruption(config.max_walltime)
         own, history = DefenseLayerTelemetry(), History()
         remembering: list[Observer] = [self._observe, own, history]
@@ -279,13 +256,11 @@ class AdaptiveHybridStreamingOptimizer:
                 observer(event)
 
         def describe() -> Identity:
-            kernel = PredictionKernel.trace(replace(model, dtype="float64"), BLOCK_ROWS)
-            return Identity.of(
-                kernel.program.fingerprint, blocks, call.arguments(parameters), config
-            )
+            kernel = PredictionKernel.trace(replace(call.model, dtype="float64"), BLOCK_ROWS)
+            return Identity.of(kernel.program.fingerprint, call.blocks, call.arguments, config)
 
         with ExitStack() as stack:
-            observers += [stack.enter_context(watch) for watch in watching(config, level)]
+            observers += [stack.enter_context(watch) for watch in watching(config)]
             page = stack.enter_context(on_dashboard(config.dashboard))
             if page is not None:
                 observers.append(page)
@@ -296,23 +271,11 @@ class AdaptiveHybridStreamingOptimizer:
             if config.stop_on_sigterm:
                 stack.enter_context(interruption.heeding_sigterm())
             policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
-            data = stack.enter_context(closing(DataSet(blocks, config.cache, policy)))
+            data = stack.enter_context(closing(DataSet(call.blocks, config.cache, policy)))
             for sentence in data.missing_chunks():
                 warn_caller(sentence, MissingChunksWarning)
-            driver = Driver(
-                model,
-                parameters,
-                data,
-                config,
-                call.nan_policy,
-                call.absolute_sigma,
-                call.loss,
-                emit,
-                call.callback,
-                journal,
-                interruption,
-            )
-            self._publish(driver.normalizer, model.function)
+            self._publish(call)
+            driver = Driver(call, data, emit, journal, interruption)
             try:
                 outcome = driver.run()
             except ClusterLostError as error:
@@ -320,11 +283,11 @@ class AdaptiveHybridStreamingOptimizer:
             outcome.diagnostics["defense"] = own.get_summary()
             result = make_result(
                 outcome,
-                model,
-                parameters,
-                blocks,
+                call.model,
+                call.parameters,
+                call.blocks,
                 self.phase_history,
-                history.dataset(parameters.names),
+                history.dataset(call.parameters.names),
                 call.loss,
                 config.cov_type,
             )
@@ -351,6 +314,13 @@ class AdaptiveHybridStreamingOptimizer:
     ) -> Plan:
         """Say what ``fit`` would do with the same arguments; only metadata is read.
 
+        Parameters
+        ----------
+        model, x_data, y_data, p0, bounds
+            As of ``fit``.
+        sigma, absolute_sigma, loss, f_scale, nan_policy, param_names, callback, verbose
+            Likewise.
+
         Returns
         -------
         Plan
@@ -358,24 +328,33 @@ class AdaptiveHybridStreamingOptimizer:
         Raises
         ------
         DataError, ModelError, ValueError, TypeError
-            As ``fit`` would, except for what only the values of the data can tell and for blocks
-            too large for a worker, which are among the plan's ``problems``.
+            As ``fit`` would, except for what only the values of the data and the model can tell,
+            for a checkpoint that cannot be resumed, and for blocks too large for a worker, which
+            are among the plan's ``problems``.
         """
-        _check_choices(nan_policy, absolute_sigma, callback, verbose)
-        check_loss(loss, f_scale)
-        config = self._checked_config()
-        parameters = parse_parameters(model, p0, bounds, param_names)
-        blocks, traced = _align(model, parameters, x_data, y_data, sigma, config)
-        return make_plan(blocks, traced, config)
+        call = parse_call(
+            self.config,
+            model,
+            x_data,
+            y_data,
+            p0,
+            bounds,
+            sigma,
+            absolute_sigma,
+            loss,
+            f_scale,
+            nan_policy,
+            param_names,
+            callback,
+            verbose,
+        )
+        return make_plan(call.blocks, call.model, call.config)
 
-    def _checked_config(self) -> HybridStreamingConfig:
-        return self.config.validated_copy()
-
-    def _publish(self, normalizer: ParameterNormalizer, model: Callable[..., Any]) -> None:
-        self.normalizer = normalizer
-        self.normalized_model = NormalizedModelWrapper(model, normalizer)
-        self.normalized_bounds = normalizer.transform_bounds()
-        self.normalization_jacobian = normalizer.normalization_jacobian
+    def _publish(self, call: Call) -> None:
+        self.normalizer = call.normalizer
+        self.normalized_model = NormalizedModelWrapper(call.model.function, call.normalizer)
+        self.normalized_bounds = call.normalizer.transform_bounds()
+        self.normalization_jacobian = call.normalizer.normalization_jacobian
 
     def _observe(self, event: Event) -> None:
         """Keep the attributes that can be read while a fit runs."""
@@ -409,45 +388,3 @@ def _saying_why(emit: Observer) -> Iterator[None]:
     except BaseException as error:
         emit(FitAborted(f"{type(error).__name__}: {error}"))
         raise
-
-
-def _check_choices(
-    nan_policy: str, absolute_sigma: bool, callback: Callback | None, verbose: int | None
-) -> None:
-    if nan_policy not in ("raise", "omit"):
-        raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
-    if not isinstance(absolute_sigma, bool | np.bool_):
-        raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
-    if verbose is not None and (not isinstance(verbose, int) or verbose < 0):
-        raise ValueError(f"verbose must be an integer >= 0 or None; got {verbose!r}.")
-
-
-def _align(
-    model: Callable[..., Any],
-    parameters: Parameters,
-    x_data: Any,
-    y_data: Any,
-    sigma: Any,
-    config: HybridStreamingConfig,
-) -> tuple[RowBlocks, Model]:
-    n_params = len(parameters.names)
-    check_many_parameters(parameters, config)
-    check_box(parameters.low, parameters.high, config)
-    weights = config.residual_weights if config.enable_residual_weighting else None
-    blocks = align(x_data, y_data, sigma, weights)
-    for doubt in blocks.doubts:
-        warn_caller(doubt)
-    traced = Model(model, n_params, blocks.layout, config.dtype)
-    _warn_of_float32(traced)
-    return blocks, traced
-
-
-def _warn_of_float32(model: Model) -> None:
-    names = float32_constants(model) if model.dtype == "float64" else []
-    if names:
-        warn_caller(
-            f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "
-            f"have 7 digits only. Make them NumPy arrays, or create them inside the model."
-        )

@@ -35,6 +35,10 @@ def fit(function: Any = model, x: Any = X, y: Any = Y, **options: Any) -> nd.Fit
     return nd.AdaptiveHybridStreamingOptimizer().fit(function, x, y, **options)
 
 
+def plan(function: Any = model, x: Any = X, y: Any = Y, **options: Any) -> nd.Plan:
+    return nd.AdaptiveHybridStreamingOptimizer().plan(function, x, y, **options)
+
+
 def changed(values: np.ndarray, positions: Any, value: float) -> np.ndarray:
     """Return a copy with other values at some positions."""
     values = values.copy()
@@ -256,7 +260,7 @@ TABLE: dict[str, Case] = {
     "further arguments: verbose": (
         dict(verbose=-1),
         ValueError,
-        "verbose must be an integer >= 0 or None; got -1.",
+        "verbose must be an integer >= 0; got -1.",
     ),
     # --- what arrays are
     "what arrays are: lengths differ": (
@@ -463,6 +467,60 @@ TABLE: dict[str, Case] = {
         "float64. Give map_blocks or from_delayed the true ones.",
     ),
 }
+
+
+# What the values of the data or the model alone can tell, which a plan does not look at.
+BY_VALUES = ("what is in them", "the model: running sum", "the model: mean of the rows")
+
+
+@pytest.mark.parametrize("case", [name for name in TABLE if not name.startswith(BY_VALUES)])
+def test_a_plan_says_the_same(case: str) -> None:
+    given, error, sentence = TABLE[case]
+    with pytest.raises(error) as caught:
+        plan(**given)
+    assert str(caught.value).startswith(sentence)
+
+
+WITH_OPTIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        dict(enable_group_variance_regularization=True, group_variance_indices=[(1, 4)]),
+        {},
+        "group_variance_indices has the range (1, 4), but the model has 3 parameters",
+    ),
+    (
+        dict(normalization_strategy="bounds"),
+        dict(bounds=(0, [1, 2, np.inf])),
+        "strategy 'bounds' needs finite lower and upper bounds for every parameter",
+    ),
+    (
+        dict(enable_multistart=True, center_on_p0=False),
+        {},
+        "center_on_p0=False draws starts around the middle of the bounds, but no parameter has",
+    ),
+    (
+        dict(cg_param_threshold=3, cov_type="HC0"),
+        {},
+        "cov_type='HC0' cannot be combined with conjugate gradients, which 3 parameters ask for",
+    ),
+]
+
+
+@pytest.mark.parametrize("call", ["fit", "plan"])
+@pytest.mark.parametrize(("options", "given", "sentence"), WITH_OPTIONS)
+def test_options_that_do_not_go_with_the_arguments(
+    call: str, options: dict[str, Any], given: dict[str, Any], sentence: str
+) -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0, **options))
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        getattr(optimizer, call)(model, X, Y, **given)
+
+
+def test_numpy_numbers_and_flags_are_taken_as_pythons(capsys: pytest.CaptureFixture[str]) -> None:
+    result = fit(verbose=np.int64(0), absolute_sigma=np.True_)
+    assert result.absolute_sigma is True
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="verbose must be an integer >= 0; got True"):
+        fit(verbose=True)
 
 
 @pytest.mark.parametrize("case", TABLE)

@@ -306,15 +306,15 @@ def test_logging(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_who_watches() -> None:
-    def names(level: int, **options: Any) -> set[str]:
+    def names(**options: Any) -> set[str]:
         found: set[str] = set()
-        for watch in watching(nd.HybridStreamingConfig(**options), level):
+        for watch in watching(nd.HybridStreamingConfig(**options)):
             with watch as observer:
                 found.add(type(observer).__name__)
         return found
 
-    assert names(0) == {"LogRecords"}
-    assert names(1) == {"LogRecords", "Progress"}
+    assert names(verbose=0) == {"LogRecords"}
+    assert names() == {"LogRecords", "Progress"}
 
 
 @pytest.fixture(autouse=True)

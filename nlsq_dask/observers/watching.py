@@ -11,19 +11,10 @@ from nlsq_dask.observers.logs import JsonLines, LogRecords
 from nlsq_dask.observers.progress import Progress
 
 
-def watching(
-    config: HybridStreamingConfig, level: int
-) -> Iterator[AbstractContextManager[Observer]]:
-    """Yield the observers of a fit, each as what is to be entered for it.
-
-    Parameters
-    ----------
-    config : HybridStreamingConfig
-    level : int
-        How much is printed; see ``verbose``.
-    """
+def watching(config: HybridStreamingConfig) -> Iterator[AbstractContextManager[Observer]]:
+    """Yield the observers of a fit, each as what is to be entered for it."""
     yield nullcontext(LogRecords())
-    if level:
-        yield closing(Progress(config.log_frequency, shows_sample=level > 1))
+    if config.verbose:
+        yield closing(Progress(config.log_frequency, shows_sample=config.verbose > 1))
     if config.log_file is not None:
         yield closing(JsonLines(config.log_file))

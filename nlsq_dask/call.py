@@ -1,0 +1,158 @@
+"""``Call``: what a call of ``fit`` or ``plan`` asks for, checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.core.losses import Loss, check_loss
+from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_check import float32_constants
+from nlsq_dask.core.normalize import ParameterNormalizer
+from nlsq_dask.core.penalty import GroupVariance
+from nlsq_dask.core.starts import check_box
+from nlsq_dask.data.alignment import RowBlocks, align
+from nlsq_dask.errors import warn_caller
+from nlsq_dask.iterations import Callback
+from nlsq_dask.parameters import Parameters, parse_parameters
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is to be fitted to what, and how.
+
+    Attributes
+    ----------
+    config : HybridStreamingConfig
+        A copy of the caller's, with ``verbose`` as the call has it.
+    model : Model
+    parameters : Parameters
+    normalizer : ParameterNormalizer
+    penalty : GroupVariance
+    blocks : RowBlocks
+    loss : Loss
+    nan_policy : {"raise", "omit"}
+    absolute_sigma : bool
+    callback : callable or None
+    """
+
+    config: HybridStreamingConfig
+    model: Model
+    parameters: Parameters
+    normalizer: ParameterNormalizer
+    penalty: GroupVariance
+    blocks: RowBlocks
+    loss: Loss
+    nan_policy: str
+    absolute_sigma: bool
+    callback: Callback | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that must be the same when the fit is resumed, besides model, data and options."""
+        return {
+            "p0": self.parameters.start,
+            "lower bounds": self.parameters.low,
+            "upper bounds": self.parameters.high,
+            "param_names": self.parameters.names,
+            "nan_policy": self.nan_policy,
+            "absolute_sigma": self.absolute_sigma,
+            "loss": self.loss.name,
+            "f_scale": self.loss.f_scale,
+        }
+
+
+def parse_call(
+    config: HybridStreamingConfig,
+    model: Callable[..., Any],
+    x_data: Any,
+    y_data: Any,
+    p0: Any,
+    bounds: Any,
+    sigma: Any,
+    absolute_sigma: bool,
+    loss: str,
+    f_scale: float,
+    nan_policy: str,
+    param_names: Sequence[str] | None,
+    callback: Callback | None,
+    verbose: int | None,
+) -> Call:
+    """Check the arguments of ``fit``, which are described there, and bring them into one form.
+
+    Raises
+    ------
+    DataError, ModelError, ValueError, TypeError
+        For those that cannot be used, as far as can be told without reading data.
+    """
+    if nan_policy not in ("raise", "omit"):
+        raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
+    if not isinstance(absolute_sigma, bool | np.bool_):
+        raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
+    check_loss(loss, f_scale)
+    config = config.validated_copy() if verbose is None else replace(config, verbose=verbose)
+    parameters = parse_parameters(model, p0, bounds, param_names)
+    n_params = len(parameters.names)
+    _check_many_parameters(parameters, config)
+    check_box(parameters.low, parameters.high, config)
+    normalizer = ParameterNormalizer(
+        parameters.start,
+        (parameters.low, parameters.high),
+        config.normalization_strategy if config.normalize else "none",
+    )
+    penalty = GroupVariance.of(config, n_params)
+    weights = config.residual_weights if config.enable_residual_weighting else None
+    blocks = align(x_data, y_data, sigma, weights)
+    traced = Model(model, n_params, blocks.layout, config.dtype)
+    for doubt in (*blocks.doubts, *_doubts(traced)):
+        warn_caller(doubt)
+    return Call(
+        config=config,
+        model=traced,
+        parameters=parameters,
+        normalizer=normalizer,
+        penalty=penalty,
+        blocks=blocks,
+        loss=Loss(loss, float(f_scale)),
+        nan_policy=nan_policy,
+        absolute_sigma=bool(absolute_sigma),
+        callback=callback,
+    )
+
+
+def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
+    """Raise a ValueError for what needs matrices where there are too many parameters for them."""
+    n_params = len(parameters.names)
+    if not config.is_without_matrices(n_params):
+        return
+    unable = {
+        "bounds": parameters.has_bounds,
+        f"cov_type={config.cov_type!r}": config.cov_type != "nonrobust",
+        f"gauss_newton_solver={config.gauss_newton_solver!r}": config.gauss_newton_solver != "auto",
+        "enable_multistart": config.enable_multistart,
+    }
+    asked = [name for name, is_asked in unable.items() if is_asked]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)} cannot be combined with conjugate gradients, which "
+            f"{n_params} parameters ask for with cg_param_threshold={config.cg_param_threshold}. "
+            f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
+            f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
+        )
+
+
+def _doubts(model: Model) -> list[str]:
+    """Return what the caller may not have meant with the model."""
+    names = float32_constants(model) if model.dtype == "float64" else []
+    if not names:
+        return []
+    return [
+        f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "
+        f"have 7 digits only. Make them NumPy arrays, or create them inside the model."
+    ]
