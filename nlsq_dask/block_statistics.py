@@ -23,9 +23,10 @@ def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` along the dimensions of y
-        (``dim_0``, ... where it has no names), with the position of each block's first entry as
-        coordinates, whose attribute ``size`` is the number of entries along the dimension.
+        ``chi2``, ``n_points``, ``reduced_chi2`` (``chi2 / n_points``, as degrees of freedom
+        belong to no block) and ``largest_residual`` along the dimensions of y (``dim_0``, ... where
+        it has no names), with the position of each block's first entry as coordinates, whose
+        attribute ``size`` is the number of entries along the dimension.
     """
 
     def on_grid(values: NDArray[Any]) -> NDArray[Any]:

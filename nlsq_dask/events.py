@@ -85,8 +85,8 @@ class TournamentRound(Event):
 class WarmupStarted(Event):
     """Layers 1 and 2 have decided.
 
-    ``start`` is "p0" or the "winner" of a tournament; ``mode`` is None when the warm-up is skipped
-    because the start already fits.
+    ``start`` is "p0" or the "winner" of a tournament; ``mode`` is None when the warm-up is skipped,
+    because the start already fits (``is_warm_start``), is not finite, or no iterations are allowed.
     """
 
     start: str

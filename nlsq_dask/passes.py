@@ -19,7 +19,8 @@ from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Moments, Sums
 from nlsq_dask.engine.faults import BadBlock, ReadReport
 from nlsq_dask.engine.parts import Parts
-from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult
+from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.tasks import PassRequest, PassResult
 from nlsq_dask.errors import ClusterLostError, RowsChangedError
 from nlsq_dask.events import (
     BlocksFinished,

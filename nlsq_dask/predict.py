@@ -40,7 +40,7 @@ def predict(
     """
     given = _leaves(model, x)
     leaves = without_pandas([(f"x[{i}]", leaf) for i, leaf in enumerate(given)])
-    template = _template(leaves)
+    template = _template(leaves, has_columns=any(model.layout.x_features))
     is_lazy = not all(is_in_memory(leaf) for leaf in (template, *leaves))
     if is_lazy:  # what the caller does to an array until it is computed must not matter
         leaves = [copy.deepcopy(leaf) if is_in_memory(leaf) else leaf for leaf in leaves]
@@ -65,8 +65,8 @@ def predict(
     values = _lazy_values(blocks, kernel, params, root)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
-    if not is_lazy:
-        values = values.compute()
+    if not is_lazy:  # here, whatever cluster is active: the arrays are, and so is the package
+        values = values.compute(scheduler="threads")
 
     def labelled(array: Any) -> Any:
         if isinstance(template, xr.DataArray):
@@ -90,25 +90,46 @@ def _leaves(model: Model, x: Any) -> list[Any]:
     names = model.layout.x_names
     if isinstance(names, int):
         if not isinstance(x, tuple | list) or len(x) != names:
-            raise DataError(f"the model was fitted with a tuple of {names} arrays as x.")
+            raise DataError(
+                f"x is {_in_words(x)}; the model was fitted with a tuple of {names} arrays as x."
+            )
         return list(x)
     if isinstance(names, tuple):
         if not isinstance(x, dict) or set(x) != set(names):
-            raise DataError(f"the model was fitted with a dict of {', '.join(names)} as x.")
+            raise DataError(
+                f"x is {_in_words(x)}; the model was fitted with a dict of "
+                f"{', '.join(map(repr, names))} as x."
+            )
         return [x[name] for name in names]
     return [x]
 
 
-def _template(leaves: list[Any]) -> Any:
+def _in_words(x: Any) -> str:
+    if isinstance(x, dict):
+        return f"a dict of {', '.join(map(repr, x))}"
+    if isinstance(x, tuple | list):
+        return f"a {type(x).__name__} of {len(x)}"
+    return f"a {type(x).__name__}"
+
+
+def _template(leaves: list[Any], has_columns: bool) -> Any:
     """Return something with the shape, chunks and dimensions that the result will have."""
+    is_table = has_columns and len(leaves) == 1 and np.ndim(leaves[0]) == 2
     if all(isinstance(leaf, xr.DataArray) for leaf in leaves):
-        return _named_template(leaves)
+        return _named_template(leaves, is_table)
     if any(isinstance(leaf, str) for leaf in leaves):
         raise DataError(f"x is {leaves}; predict needs arrays as in the fit, not names.")
     shapes = [np.shape(leaf) for leaf in leaves]
     if () in shapes:
         raise DataError("x holds a single number; pass arrays of at least one dimension.")
-    is_table = len(shapes) == 1 and len(shapes[0]) == 2
+    if any(0 in shape for shape in shapes):
+        raise DataError(f"x is empty: its shape is {', '.join(map(str, shapes))}.")
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise DataError(
+            f"the arrays of x have shapes that do not broadcast: {', '.join(map(str, shapes))}."
+        ) from None
     if all(map(is_in_memory, leaves)):
         return np.zeros(shapes[0][:1] if is_table else np.broadcast_shapes(*shapes))
     lazy = [leaf.data if isinstance(leaf, xr.DataArray) else leaf for leaf in leaves]
@@ -119,9 +140,8 @@ def _template(leaves: list[Any]) -> Any:
     return functools.reduce(operator.add, arrays)
 
 
-def _named_template(leaves: list[xr.DataArray]) -> xr.DataArray:
+def _named_template(leaves: list[xr.DataArray], is_table: bool) -> xr.DataArray:
     """Broadcast by name; a result too large to be made at once is lazy whatever its x are."""
-    is_table = len(leaves) == 1 and leaves[0].ndim == 2
     sizes: dict[Any, int] = {}
     chunks: dict[Any, Any] = {}
     coords: dict[Any, Any] = {}

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_ALIASES = {"popt": "x"}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult:
@@ -82,8 +80,9 @@ class FitResult:
     condition_number : float
         Of the Jacobian with its columns scaled to unit length.
     block_statistics : xarray.Dataset or None
-        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
-        every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
+        ``chi2``, ``n_points``, ``reduced_chi2`` (here ``chi2 / n_points``) and
+        ``largest_residual`` (a weighted residual) of every block of the data, at the point where
+        ``cost`` stands; along the dimensions of y, with
         the position of each block's first entry as coordinates, whose attribute ``size`` is the
         number of entries along the dimension. None if there was no pass.
     param_names : tuple of str
@@ -233,7 +232,10 @@ class FitResult:
     def to_xarray(self) -> xr.Dataset:
         """Return parameters, errors (along ``param``) and covariance as a Dataset.
 
-        The names are xarray's own for ``curvefit``; the scalars are attributes.
+        Returns
+        -------
+        xarray.Dataset
+            The names are xarray's own for ``curvefit``; the scalars are attributes.
         """
         return report.dataset(self)
 
@@ -292,6 +294,11 @@ class FitResult:
         -------
         ndarray, shape (p, 2)
             Lower and upper ends; infinite where the data do not determine a parameter.
+
+        Raises
+        ------
+        ValueError
+            If the level is not between 0 and 1.
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must be between 0 and 1; got {level!r}.")
@@ -316,7 +323,15 @@ class FitResult:
         Returns
         -------
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
-            Lazy for lazy x, and for named coordinates whose product is large.
+            Lazy for lazy x, and for named coordinates whose product is large; what computes it,
+            a cluster's scheduler included, needs this package. Otherwise it is computed here.
+
+        Raises
+        ------
+        DataError
+            If x is not as in the fit.
+        ValueError
+            If there is no covariance for standard errors, or no model in a loaded result.
         """
         if not self.has_model:
             self._model.function()  # says how it can be had

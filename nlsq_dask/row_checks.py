@@ -46,7 +46,10 @@ def check_rows(sums: Sums, omits_nan: bool, data: DataSet, n_rows: int) -> None:
             block,
         )
     if not sums.n_used:
-        raise DataError(f"none of the {n_rows:,} rows can be used: all are masked or NaN.")
+        raise DataError(
+            f"none of the {n_rows:,} rows can be used: all are masked, NaN or infinite in y_data, "
+            f"x_data or sigma. Look at a few of them, and at the mask."
+        )
 
 
 def check_share(bad: Sequence[BadBlock], n_all: int, min_share: float) -> None:

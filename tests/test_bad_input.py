@@ -441,12 +441,14 @@ TABLE: dict[str, Case] = {
     "what is in them: nothing but NaN": (
         dict(y=np.full(N, np.nan), nan_policy="omit"),
         nd.DataError,
-        "none of the 4,000 rows can be used: all are masked or NaN.",
+        "none of the 4,000 rows can be used: all are masked, NaN or infinite in y_data, x_data or"
+        " sigma. Look at a few of them, and at the mask.",
     ),
     "what is in them: all masked": (
         dict(y=np.ma.masked_all(N)),
         nd.DataError,
-        "none of the 4,000 rows can be used: all are masked or NaN.",
+        "none of the 4,000 rows can be used: all are masked, NaN or infinite in y_data, x_data or"
+        " sigma. Look at a few of them, and at the mask.",
     ),
     "what is in them: huge numbers": (
         dict(y=Y * 1e200),

@@ -164,6 +164,25 @@ def test_a_missing_chunk_is_said_to_be_read_as_the_fill_value(tmp_path: Path) ->
     np.testing.assert_allclose(result.x, fit(X, filled).x, rtol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "listing", [[], ["other.txt"], PermissionError("403")], ids=["none", "others", "forbidden"]
+)
+def test_stores_that_do_not_list_what_they_hold_are_read(
+    listing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plain web server, whose store says of itself that it lists."""
+    x, y = store(tmp_path / "x", X), store(tmp_path / "y", Y)
+
+    async def list_prefix(self: Any, prefix: str) -> Any:
+        if isinstance(listing, Exception):
+            raise listing
+        for key in listing:
+            yield key
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "list_prefix", list_prefix)
+    assert fit(x, y).success
+
+
 def test_a_missing_chunk_of_nan(tmp_path: Path) -> None:
     x, y = store(tmp_path / "x", X), store(tmp_path / "y", Y, fill_value=np.nan)
     (tmp_path / "y/c/3").unlink()

@@ -272,14 +272,15 @@ def test_all_workers_go_and_come_back(undisturbed: nd.FitResult) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", [1, 2], ids=["sample", "pass"])
 def test_all_workers_go_when_a_result_is_about_to_be_fetched(
-    undisturbed: nd.FitResult, monkeypatch: pytest.MonkeyPatch
+    which: int, undisturbed: nd.FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched, calls = parts._fetched, []
 
     def too_late(*args: Any) -> Any:
         calls.append(0)
-        if len(calls) == 2:
+        if len(calls) == which:
             local.scale(0)
             time.sleep(2.0)
             local.scale(2)

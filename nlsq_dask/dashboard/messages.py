@@ -167,6 +167,8 @@ def _notes(event: Event) -> list[str]:
         case WarmupStarted(is_warm_start=True):
             where = f"{event.start} fits already (relative loss {event.relative_loss:.3g})"
             return [f"layer 1, warm start: {where}, so the warm-up is skipped"]
+        case WarmupStarted(mode=None):
+            return [f"warm-up skipped at {event.start} (relative loss {event.relative_loss:.3g})"]
         case WarmupStarted():
             found = f"{event.mode} (relative loss {event.relative_loss:.3g} at {event.start})"
             return [f"layer 2, first step: {found}"]

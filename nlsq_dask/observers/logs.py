@@ -105,7 +105,11 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).expanduser()
-        self._file = self._path.open("ab")
+        try:
+            self._file = self._path.open("ab")
+        except OSError as error:
+            error.add_note(f"log_file={str(path)!r} must be a file that can be written.")
+            raise
         self._turns = _NowAndThen()
         self._fit = uuid.uuid4().hex[:8]
         self._is_broken = False
