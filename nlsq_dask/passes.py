@@ -332,7 +332,8 @@ class Passes:
         # Before it is remembered: it may be repaired, and then read again.
         self._check_share(lost)
         assert result.sums is not None  # it is an error to leave out all rows
-        check_rows(result.sums, self._omits_nan, self._data, self.n_rows)
+        n_rows = self.n_rows - sum(bad.rows for bad in lost.values())  # not left out so far
+        check_rows(result.sums, self._omits_nan, self._data, n_rows)
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )

@@ -440,6 +440,14 @@ def test_a_block_that_is_lost_on_the_way(way: str, readings: int, tmp_path: Path
     )
 
 
+def test_bad_rows_are_counted_of_those_that_could_be_read(tmp_path: Path) -> None:
+    y = Y.copy()
+    y[5] = np.nan
+    data = Flaky(tmp_path, 1).data(y=y)
+    with pytest.raises(nd.NonFiniteDataError, match=r"1 of 11,000 rows hold NaN"):
+        fit(*data, min_success_rate=0.5, sample_rows=3)
+
+
 def test_blocks_that_are_lost_one_after_the_other(tmp_path: Path) -> None:
     x, y = Flaky(tmp_path, 0).data()
     for block, readings in ((5, 1), (6, 2), (9, 2), (11, 4)):
