@@ -592,7 +592,7 @@ class HybridStreamingConfig:
 
     @classmethod
     def memory_optimized(cls, **overrides: Any) -> Self:
-        """Small pieces, float32 arithmetic with float64 sums, nothing kept between passes."""
+        """Small pieces, float32 arithmetic, nothing kept, no matrices from 1,000 parameters on."""
         values: dict[str, Any] = {
             "chunk_size": 2**17,
             "precision": "float32",
@@ -621,7 +621,7 @@ class HybridStreamingConfig:
 
     @classmethod
     def defense_relaxed(cls, **overrides: Any) -> Self:
-        """Defence layers that act late: for starts that are far off."""
+        """Longer steps and more growth of the loss; layer 1 skips more warm-ups than by default."""
         values = {
             "warm_start_threshold": 0.5,
             "cost_increase_tolerance": 0.5,

@@ -153,10 +153,13 @@ def _named_template(leaves: list[xr.DataArray], is_table: bool) -> xr.DataArray:
             if dim in leaf.coords:
                 coords.setdefault(dim, leaf.coords[dim])
     lazy = bool(chunks) or math.prod(sizes.values()) > _MAX_AT_ONCE
-    values = da.zeros(
-        tuple(sizes.values()), chunks=tuple(chunks.get(dim, "auto") for dim in sizes), dtype=float
+    shape = tuple(sizes.values())
+    values = (
+        da.zeros(shape, chunks=tuple(chunks.get(dim, "auto") for dim in sizes))
+        if lazy
+        else np.zeros(shape)
     )
-    return xr.DataArray(values if lazy else values.compute(), coords=coords, dims=list(sizes))
+    return xr.DataArray(values, coords=coords, dims=list(sizes))
 
 
 def _lazy_values(

@@ -82,9 +82,9 @@ class FitResult:
     block_statistics : xarray.Dataset or None
         ``chi2``, ``n_points``, ``reduced_chi2`` (here ``chi2 / n_points``) and
         ``largest_residual`` (a weighted residual) of every block of the data, at the point where
-        ``cost`` stands; along the dimensions of y, with
-        the position of each block's first entry as coordinates, whose attribute ``size`` is the
-        number of entries along the dimension. None if there was no pass.
+        ``cost`` stands; along the dimensions of y, with the position of each block's first entry as
+        coordinates, whose attribute ``size`` is the number of entries along the dimension. None if
+        there was no pass.
     param_names : tuple of str
     p0 : ndarray, shape (p,)
         The start.
@@ -104,7 +104,8 @@ class FitResult:
         parameters), ``trust_radius`` (in parameters each of which changes the residuals' norm by
         one a unit; NaN where there is none), ``accepted``, ``n_passes`` (so far), ``time`` (s
         since the epoch) and, up to 1,000 of them, ``params`` (along ``param``).
-        What a callback is told of are these iterations.
+        A callback is told of those at which the count passes a multiple of
+        ``callback_frequency``.
     diagnostics : dict
         ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
         ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``;

@@ -53,7 +53,10 @@ def _advice(error: Exception) -> str:
         return "x has as many quantities as x_data: a tuple of k arrays or of k names gives k."
     if "positional argument" in str(error):
         return "Its arguments after x are the parameters, one for each value of p0."
-    return "Write it with jax.numpy instead of numpy, math or scipy."
+    return (
+        "Write it with jax.numpy instead of numpy, math or scipy, and with jnp.where instead of "
+        "'if' on values."
+    )
 
 
 def _describe_x(model: Model) -> str:
