@@ -317,6 +317,14 @@ class FitResult:
         -------
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
             Lazy for lazy x, and for named coordinates whose product is large.
+
+        Raises
+        ------
+        DataError
+            If x is not made as that of the fit was, or has no rows.
+        ValueError
+            If there is no model, in a result that was loaded without it; or no covariance for
+            ``return_std``.
         """
         if not self.has_model:
             self._model.function()  # says how it can be had
