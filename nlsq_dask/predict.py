@@ -68,8 +68,8 @@ def predict(
     values = _lazy_values(blocks, kernel, params, root)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
-    if not is_lazy:
-        values = values.compute()
+    if not is_lazy:  # by this process; a cluster would be sent what is here, and might be busy
+        values = values.compute(scheduler="threads")
 
     def labelled(array: Any) -> Any:
         if isinstance(template, xr.DataArray):

@@ -316,7 +316,9 @@ class FitResult:
         Returns
         -------
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
-            Lazy for lazy x, and for named coordinates whose product is large.
+            Lazy for lazy x, and for named coordinates whose product is large; on a cluster, the
+            scheduler's process needs this package to pass them on, unlike that of a fit. All else
+            is computed at once, by threads of this process.
 
         Raises
         ------

@@ -260,6 +260,25 @@ def test_predict_at_a_table_beside_a_column() -> None:
     np.testing.assert_allclose(named, y, rtol=1e-9)
 
 
+def test_predict_in_memory_needs_no_cluster() -> None:
+    import dask
+    import xarray as xr
+
+    def busy(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("x is in memory")
+
+    x, y = data()
+    result = fit(exponential, x, y)
+    lazy = result.predict(da.from_array(x, chunks=1000))
+    with dask.config.set(scheduler=busy):
+        values = result.predict(x)
+        named = result.predict(xr.DataArray(x, dims="t"))
+        with pytest.raises(AssertionError, match="in memory"):
+            lazy.compute()
+    np.testing.assert_array_equal(values, lazy)
+    np.testing.assert_array_equal(values, named)
+
+
 T, H = np.linspace(0, 1, 600).reshape(300, 2), np.linspace(0, 1, 300)
 
 
