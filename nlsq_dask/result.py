@@ -85,7 +85,9 @@ class FitResult:
         ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
         every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
         the position of each block's first entry as coordinates, whose attribute ``size`` is the
-        number of entries along the dimension. None if there was no pass.
+        number of entries along the dimension. Of a block ``reduced_chi2`` is ``chi2 / n_points``,
+        NaN without points: the parameters are fitted to all blocks together, so that no block has
+        degrees of freedom of its own. None if there was no pass.
     param_names : tuple of str
     p0 : ndarray, shape (p,)
         The start.
@@ -417,6 +419,7 @@ class FitResult:
         Parameters
         ----------
         quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
+            The first is ``chi2 / n_points`` of each block.
         dims : str or tuple of str, optional
             One or two dimensions of y, as ``block_statistics`` names them. By default those with
             most blocks. Over further ones the first two quantities are maxima, the others sums.
