@@ -185,6 +185,8 @@ def test_reports() -> None:
     report = result.fit_report()
     for part in ("[[Fit Statistics]]", "[[Variables]]", "[[Correlations]]", "C(", "init = 1"):
         assert part in report
+    assert f"passes over the data = {result.n_passes}\n" in report
+    assert "function evals" not in report  # each of them is a pass
     assert "<table>" in result._repr_html_()
     dataset = result.to_xarray()
     assert float(dataset.curvefit_errors.sel(param="b")) == result.perr[1]
