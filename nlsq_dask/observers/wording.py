@@ -45,6 +45,9 @@ def sentence(event: Event) -> str | None:
             )
         case WarmupStarted(is_warm_start=True):
             return f"  skipped: {event.start} fits (relative loss {event.relative_loss:.3g})"
+        case WarmupStarted(mode=None):
+            why = f"no iterations are allowed, or the model is not finite at {event.start}"
+            return f"  skipped: {why} (relative loss {event.relative_loss:.3g})"
         case WarmupStarted():
             loss = f"relative loss {event.relative_loss:.3g}"
             return f"  {loss} at {event.start}, first step: {event.mode}"
