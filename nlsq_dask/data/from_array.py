@@ -86,7 +86,7 @@ def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
         first = next(value.flat, None)
         raise DataError(
             f"{name} has dtype object, its first entry of type {type(first).__name__}; expected "
-            f"real numbers."
+            f"real numbers. Convert it, such as with .astype(float)."
         )
     sizes = list(value.shape)
     if cut and value.size:

@@ -105,7 +105,15 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).expanduser()
-        self._file = self._path.open("ab")
+        try:
+            self._file = self._path.open("ab")
+        except OSError as error:
+            raise OSError(  # of the class that its number has
+                error.errno,
+                f"log_file cannot be opened for writing ({error.strerror}); name a file "
+                f"in a folder that may be written to",
+                str(self._path),
+            ) from error
         self._turns = _NowAndThen()
         self._fit = uuid.uuid4().hex[:8]
         self._is_broken = False
