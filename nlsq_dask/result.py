@@ -223,6 +223,10 @@ class FitResult:
         ----------
         min_correlation : float
             Smallest absolute correlation that is listed.
+
+        Returns
+        -------
+        str
         """
         return report.fit_report(self, min_correlation)
 
@@ -236,6 +240,12 @@ class FitResult:
         """Return parameters, errors (along ``param``) and covariance as a Dataset.
 
         The names are xarray's own for ``curvefit``; the scalars are attributes.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``curvefit_coefficients``, ``curvefit_errors`` and, if there is a covariance,
+            ``curvefit_covariance`` along ``cov_i`` and ``cov_j``.
         """
         return report.dataset(self)
 
@@ -294,6 +304,11 @@ class FitResult:
         -------
         ndarray, shape (p, 2)
             Lower and upper ends; infinite where the data do not determine a parameter.
+
+        Raises
+        ------
+        ValueError
+            If ``level`` is not between 0 and 1.
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must be between 0 and 1; got {level!r}.")
