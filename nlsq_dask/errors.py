@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep  # without it, a module beside it begins alike
 
 
 def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:

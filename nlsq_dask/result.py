@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_ALIASES = {"popt": "x"}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -374,6 +375,16 @@ def test_a_polynomial_far_from_the_origin_is_solved_or_refused() -> None:
         result = fit(lambda x, a, b, c: a + b * x + c * x**2, t, y, [1, 1, 1])
         best = np.polyfit((t - t.mean()) / t.std(), y, 2, full=True)[1][0] / 2
         assert not result.success or result.cost <= best * (1 + 1e-6)
+
+
+def test_warnings_are_of_the_line_that_called() -> None:
+    """Also if that is in a module beside the package, whose path begins like the package's."""
+    path = f"{Path(nd.__file__).parent}_demo.py"
+    names = {"fit": nd.AdaptiveHybridStreamingOptimizer().fit, "x": H, "y": 2 * H}
+    code = "fit(lambda x, a, b: (a + b) * x, x, y, [1, 1], verbose=0)"
+    with pytest.warns(OptimizeWarning, match="not determine a, b") as caught:
+        exec(compile(code, path, "exec"), names)
+    assert [warning.filename for warning in caught] == [path]
 
 
 def test_numpy_warnings_do_not_reach_the_caller() -> None:
