@@ -66,12 +66,10 @@ class Identity:
         arguments : mapping of str to values
         config : HybridStreamingConfig
         """
-        names = ["y_data", *(f"x_data[{i}]" for i in range(len(blocks.x)))]
-        names += [] if blocks.sigma is None else ["sigma"]
-        names += [] if blocks.mask is None else ["mask"]
+        named_arrays = zip(blocks.layout.array_names, blocks.arrays, strict=True)
         return cls(
             model=model,
-            data={n: _described(a) for n, a in zip(names, blocks.arrays, strict=True)},
+            data={name: _described(array) for name, array in named_arrays},
             arguments={name: _text(value) for name, value in arguments.items()},
             options={
                 option.name: _text(getattr(config, option.name))
@@ -135,7 +133,7 @@ def _digests_in_memory(array: da.Array) -> Iterable[str]:
     """Yield digests of the NumPy arrays in the graph of an array, with their positions."""
     for key, node in dict(array.__dask_graph__()).items():
         value = getattr(node, "value", node)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufmM":
             digest = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view("u1").data)
             yield f"{key[1:] if isinstance(key, tuple) else ()} {digest.hexdigest()}"
 
