@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent) + os.sep  # without it, a module beside it begins alike
 

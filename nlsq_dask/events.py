@@ -162,6 +162,13 @@ class IterationFinished(Event):
     trust_radius: float
     time: float
 
+    def reaches_multiple(self, frequency: int) -> bool:
+        """Whether a multiple of ``frequency`` was reached since the last report.
+
+        The count itself need not be one: a warm-up may begin at any number.
+        """
+        return self.iteration // frequency > (self.iteration - self.n_iterations) // frequency
+
 
 @dataclass(frozen=True)
 class NonFiniteTrial(Event):

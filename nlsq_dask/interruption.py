@@ -62,4 +62,5 @@ class Interruption:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            # None where it was set outside of Python, which cannot set it again.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

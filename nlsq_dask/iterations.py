@@ -92,24 +92,23 @@ class Iterations:
         See ``IterationFinished`` for what the numbers are.
         """
         self._count += n_iterations
-        self._emit(
-            IterationFinished(
-                stage,
-                self._count,
-                n_iterations,
-                params.copy(),
-                loss,
-                slope,
-                accepted,
-                step_norm,
-                trust_radius,
-                time.time(),
-            )
+        event = IterationFinished(
+            stage,
+            self._count,
+            n_iterations,
+            params.copy(),
+            loss,
+            slope,
+            accepted,
+            step_norm,
+            trust_radius,
+            time.time(),
         )
+        self._emit(event)
         self.latest = params
         if stage != ALL_ROWS:  # the pass that follows checks when the iteration is remembered
             self._interruption.check()
-        if self._callback is None or self._count % self._frequency:
+        if self._callback is None or not event.reaches_multiple(self._frequency):
             return False
         try:
             self._callback(params.copy(), loss, self._count)

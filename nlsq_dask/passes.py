@@ -19,7 +19,8 @@ from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Moments, Sums
 from nlsq_dask.engine.faults import BadBlock, ReadReport
 from nlsq_dask.engine.parts import Parts
-from nlsq_dask.engine.reduce import DataSet, PassRequest, PassResult
+from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.tasks import PassRequest, PassResult
 from nlsq_dask.errors import ClusterLostError, RowsChangedError
 from nlsq_dask.events import (
     BlocksFinished,
@@ -331,7 +332,8 @@ class Passes:
         # Before it is remembered: it may be repaired, and then read again.
         self._check_share(lost)
         assert result.sums is not None  # it is an error to leave out all rows
-        check_rows(result.sums, self._omits_nan, self._data, self.n_rows)
+        n_rows = self.n_rows - sum(bad.rows for bad in lost.values())  # not left out so far
+        check_rows(result.sums, self._omits_nan, self._data, n_rows)
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )

@@ -297,6 +297,11 @@ TABLE: dict[str, Case] = {
         nd.DataError,
         "y_data has no rows (shape (0,)).",
     ),
+    "what arrays are: no columns": (
+        dict(function=lambda x, a: a * x.sum(axis=1), x=np.empty((N, 0))),
+        nd.DataError,
+        "x_data has no columns (shape (4000, 0)).",
+    ),
     "what arrays are: no arrays": (
         dict(x=()),
         nd.DataError,

@@ -164,6 +164,25 @@ def test_a_missing_chunk_is_said_to_be_read_as_the_fill_value(tmp_path: Path) ->
     np.testing.assert_allclose(result.x, fit(X, filled).x, rtol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "listing", [[], ["other.txt"], PermissionError("403")], ids=["none", "others", "forbidden"]
+)
+def test_stores_that_do_not_list_what_they_hold_are_read(
+    listing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plain web server, whose store says of itself that it lists."""
+    x, y = store(tmp_path / "x", X), store(tmp_path / "y", Y)
+
+    async def list_prefix(self: Any, prefix: str) -> Any:
+        if isinstance(listing, Exception):
+            raise listing
+        for key in listing:
+            yield key
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "list_prefix", list_prefix)
+    assert fit(x, y).success
+
+
 def test_a_missing_chunk_of_nan(tmp_path: Path) -> None:
     x, y = store(tmp_path / "x", X), store(tmp_path / "y", Y, fill_value=np.nan)
     (tmp_path / "y/c/3").unlink()
@@ -419,6 +438,14 @@ def test_a_block_that_is_lost_on_the_way(way: str, readings: int, tmp_path: Path
     np.testing.assert_allclose(
         result.perr, direct.perr, rtol=2e-3 if "cg" in str(options) else 1e-6
     )
+
+
+def test_bad_rows_are_counted_of_those_that_could_be_read(tmp_path: Path) -> None:
+    y = Y.copy()
+    y[5] = np.nan
+    data = Flaky(tmp_path, 1).data(y=y)
+    with pytest.raises(nd.NonFiniteDataError, match=r"1 of 11,000 rows hold NaN"):
+        fit(*data, min_success_rate=0.5, sample_rows=3)
 
 
 def test_blocks_that_are_lost_one_after_the_other(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
+from nlsq_dask.interruption import Interruption
+from nlsq_dask.iterations import Iterations
+from nlsq_dask.observers.progress import Progress
 
 RNG = np.random.default_rng(21)
 X = RNG.uniform(0, 5, 6_000)
@@ -82,6 +85,22 @@ def test_callback_frequency() -> None:
     )
     assert seen
     assert all(i % 7 == 0 for i in seen)
+
+
+def test_the_callback_is_called_where_reports_pass_over_its_multiples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[int] = []
+    iterations = Iterations(
+        Progress(log_frequency=10, shows_sample=True),
+        lambda p, loss, i: seen.append(i),
+        10,
+        Interruption(),
+    )
+    for n_iterations in (37, 2, 10, 10, 1):
+        iterations.report("warm-up", np.ones(3), 1.0, 1.0, 1.0, n_iterations=n_iterations)
+    assert seen == [37, 49, 59, 60]
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 @pytest.mark.parametrize("last", [1, 3, 1000])

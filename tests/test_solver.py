@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from functools import partial, wraps
 from typing import Any
 
 import dask.array as da
@@ -16,6 +17,7 @@ from nlsq_dask.core import triangle
 from nlsq_dask.core.jacobian import Mode
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.rows import Layout, Rows
@@ -218,6 +220,21 @@ def test_all_rows_are_worse_conditioned_than_the_sample() -> None:
     error = np.sqrt(result.sigma_sq * np.diag(inverse @ inverse.T))
     np.testing.assert_allclose(result.perr, error, rtol=1e-8)
     np.testing.assert_allclose(result.x, expected, atol=1e-3 * error.min())
+
+
+def test_float32_constants_are_found_inside_of_what_wraps_the_model() -> None:
+    outside = jnp.ones(1)
+
+    def model(x: Any, a: Any, b: Any = 0.0) -> Any:
+        return a * outside[0] * x + b
+
+    @wraps(model)
+    def wrapped(*args: Any) -> Any:
+        return model(*args)
+
+    for function in (model, wrapped, partial(model, b=1.0), partial(wrapped)):
+        layout = Layout(None, ((),), ("float64",), "float64", None, False)
+        assert float32_constants(Model(function, 1, layout, "float64")) == ["outside"]
 
 
 def test_float32_by_request() -> None:

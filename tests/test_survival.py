@@ -26,6 +26,7 @@ import nlsq_dask as nd
 from nlsq_dask.checkpoints.checkpoint import new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder
 from nlsq_dask.engine import parts
+from nlsq_dask.interruption import Interruption
 from tests import surviving_fit
 from tests.surviving_fit import BLOCK_ROWS, N_BLOCKS
 
@@ -144,6 +145,22 @@ def test_killed_while_a_checkpoint_is_written(
         os.utime(path, (0, 0))
     CheckpointFolder(checkpoints).prepare(new_fit_name())
     assert not list(checkpoints.glob(".*"))
+
+
+def test_a_handler_of_sigterm_that_is_not_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, setter = signal.getsignal(signal.SIGTERM), signal.signal
+
+    def unknown(number: int, handler: Any) -> Any:
+        previous = setter(number, handler)
+        return previous if handler is signal.SIG_DFL else None
+
+    monkeypatch.setattr(signal, "signal", unknown)
+    try:
+        with Interruption().heeding_sigterm():
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        setter(signal.SIGTERM, before)
 
 
 def test_sigterm_ends_a_fit_with_a_checkpoint(tmp_path: Path) -> None:
@@ -272,14 +289,15 @@ def test_all_workers_go_and_come_back(undisturbed: nd.FitResult) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", [1, 2], ids=["sample", "pass"])
 def test_all_workers_go_when_a_result_is_about_to_be_fetched(
-    undisturbed: nd.FitResult, monkeypatch: pytest.MonkeyPatch
+    which: int, undisturbed: nd.FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched, calls = parts._fetched, []
 
     def too_late(*args: Any) -> Any:
         calls.append(0)
-        if len(calls) == 2:
+        if len(calls) == which:
             local.scale(0)
             time.sleep(2.0)
             local.scale(2)

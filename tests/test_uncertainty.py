@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import dask
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
@@ -256,3 +257,39 @@ def test_errors_of_the_curve_with_a_sandwich(solver: str) -> None:
     _, std = result.predict(x, return_std=True)
     np.testing.assert_allclose(std, expected, rtol=1e-10)
     assert "covariance           = HC1" in result.fit_report()
+
+
+def test_one_x_of_several_dimensions_is_no_table() -> None:
+    """Fitted against a y of as many, it is predicted so, from any kind of array."""
+    x = np.random.default_rng(0).uniform(0, 4, (30, 40))
+    y = 2.0 * np.exp(-0.7 * x)
+
+    def decay(x: Any, a: Any, b: Any) -> Any:
+        return a * jnp.exp(-b * x)
+
+    result = nd.AdaptiveHybridStreamingOptimizer().fit(decay, x, y, [1, 1], verbose=0)
+    named = xr.DataArray(x, dims=("time", "place"))
+    for given in (x, da.from_array(x, chunks=(10, 20)), named):
+        predicted = result.predict(given)
+        assert type(predicted) is type(given)
+        np.testing.assert_allclose(np.asarray(predicted), y, rtol=1e-7)
+    with pytest.raises(nd.DataError, match=r"x is empty: its shape is \(0, 3\)"):
+        result.predict(np.zeros((0, 3)))
+
+
+def test_x_in_memory_is_predicted_here() -> None:
+    """Whatever scheduler is active: it may have no workers, or lack the package."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("no scheduler is needed")
+
+    x = np.linspace(0, 4, 100)
+    model = lambda x, a, b: a * x[0] + b * x[1]  # noqa: E731
+    optimizer = nd.AdaptiveHybridStreamingOptimizer()
+    result = optimizer.fit(model, (x, x**2), 2 * x + x**2, [1, 1], verbose=0)
+    with dask.config.set(scheduler=refuse):
+        np.testing.assert_allclose(result.predict((x, x**2)), 2 * x + x**2, rtol=1e-7)
+    with pytest.raises(nd.DataError, match=r"x is a tuple of 3; .*a tuple of 2 arrays as x\."):
+        result.predict((x, x, x))
+    with pytest.raises(nd.DataError, match=r"shapes that do not broadcast: \(100,\), \(3,\)\."):
+        result.predict((x, x[:3]))

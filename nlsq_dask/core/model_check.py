@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +130,11 @@ def float32_constants(model: Model) -> list[str]:
 
     Such an array was made where 64-bit values were off, so it has lost digits already.
     """
+    function = inspect.unwrap(model.function)
+    while isinstance(function, partial):
+        function = inspect.unwrap(function.func)
     try:
-        outside = inspect.getclosurevars(model.function)
+        outside = inspect.getclosurevars(function)
     except TypeError:  # a callable object or a builtin
         return []
     values = {**outside.globals, **outside.nonlocals}

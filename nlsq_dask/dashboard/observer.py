@@ -137,9 +137,6 @@ def on_dashboard(is_wanted: bool) -> Iterator[Page | None]:
     client = Workers.active().client if is_wanted else None
     if client is None:
         yield None
-    elif client.asynchronous:
-        LOGGER.info("The fit has no page: the client is asynchronous.")
-        yield None
     else:
         page = Page(client)
         try:

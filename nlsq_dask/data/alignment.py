@@ -296,6 +296,8 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
             f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not match "
             f"(chunks {array.chunks} and {y.chunks}). {_shape_advice(name, array, y, named)}"
         )
+    if 0 in array.shape[len(rows) :]:
+        raise DataError(f"{name} has no columns (shape {array.shape}).")
     if mask is not None and mask.ndim > len(rows):  # a row without one of its features is left out
         mask = mask.any(axis=-1)
     missing = (None,) * (y.ndim - len(rows))

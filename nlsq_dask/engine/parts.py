@@ -112,7 +112,9 @@ class Parts:
             return dict(self.values)
         client = next(iter(futures.values())).client
         # Of those alone that a worker has: for what was lost, it would wait until a worker comes.
-        there = {key for key, workers in client.who_has().items() if workers}
+        keys = [future.key for future in futures.values()]
+        holders = client.sync(client.scheduler.who_has, keys=keys)
+        there = {key for key, workers in holders.items() if workers}
         wanted = {n: future for n, future in futures.items() if future.key in there}
         found = client.gather(list(wanted.values()), errors="skip")
         if len(found) == len(wanted):

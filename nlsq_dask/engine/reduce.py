@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
-from itertools import count, zip_longest
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from dask._task_spec import TaskRef
@@ -16,91 +14,29 @@ from distributed.client import FutureCancelledError, FuturesCancelledError
 from numpy.typing import NDArray
 
 from nlsq_dask.core.kernel import RowKernel
-from nlsq_dask.core.rows import Rows
-from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.data.block import Block
-from nlsq_dask.data.sampling import SamplePlan, plan_sample, thin_out
-from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy, ReadReport
-from nlsq_dask.engine.group import CacheBudget, Group, Kept, ReadAhead
+from nlsq_dask.data.sampling import plan_sample
+from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
+from nlsq_dask.engine.group import CacheBudget, Group, ReadAhead
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.parts import Parts, Watch, WorkersReplacedError, run_tree
 from nlsq_dask.engine.scheduling import Node, TaskGraph, Tree, group_blocks, hold, send_once
-from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock, SourceGraph
+from nlsq_dask.engine.source_graph import Index, SourceGraph
+from nlsq_dask.engine.tasks import (
+    PassRequest,
+    PassResult,
+    S,
+    Sample,
+    combine,
+    join_samples,
+    not_finite,
+    reduce_group,
+    sample_block,
+)
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, ClusterLostError
 
 _MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows taken from a few blocks, and what it took to read them.
-
-    Attributes
-    ----------
-    rows : Rows or None
-        None if no block could be read.
-    rows_read, bytes_read : int
-    n_blocks : int
-    reading : ReadReport
-    """
-
-    rows: Rows | None
-    rows_read: int
-    bytes_read: int
-    n_blocks: int
-    reading: ReadReport
-
-
-@dataclass(frozen=True)
-class PassRequest:
-    """What is wanted of a pass.
-
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-        Where the sums are wanted.
-    candidates : ndarray, shape (k, p), or None
-        Where the cost alone is wanted.
-    directions : ndarray, shape (k, p), or None
-        Where products are wanted, of a kernel that makes them.
-    is_first : bool
-        Whether to sum what depends on the data alone.
-    sample_share : float
-        Share of the rows to bring back, taken evenly from all blocks.
-    seed : int
-    left_out : frozenset of int
-        Flat indices of blocks that are not wanted.
-    """
-
-    params: NDArray[np.float64]
-    candidates: NDArray[np.float64] | None = None
-    directions: NDArray[np.float64] | None = None
-    is_first: bool = True
-    sample_share: float = 0.0
-    seed: int = 0
-    left_out: frozenset[int] = frozenset()
-
-
-S = TypeVar("S", bound=Sums)
-
-
-@dataclass(frozen=True)
-class PassResult(Generic[S]):
-    """What a pass, or a part of one, brings back.
-
-    Attributes
-    ----------
-    sums : Sums or None
-        None if no block could be read.
-    sample : Rows or None
-    reading : ReadReport
-    """
-
-    sums: S | None
-    sample: Rows | None
-    reading: ReadReport
 
 
 class DataSet:
@@ -200,11 +136,17 @@ class DataSet:
         """
         parts = Parts(self._sizes(request), dict(known or {}))
         watch(parts)
-        for attempt in count(1):
+        result: PassResult[S] = self._attempted(
+            lambda: self._tree(kernel, request, parts.values), parts, watch
+        )
+        return result
+
+    def _attempted(self, make_tree: Callable[[], Tree], parts: Parts, watch: Watch) -> Any:
+        """Run a tree, made anew after workers were lost: what it refers to is placed again."""
+        attempt = 1
+        while True:
             try:
-                tree = self._tree(kernel, request, parts.values)
-                result: PassResult[S] = run_tree(tree, self._workers, parts, watch)
-                break
+                return run_tree(make_tree(), self._workers, parts, watch)
             except ReadFailedError as failed:
                 raise self._block_error(failed.fault) from failed.cause
             except (
@@ -215,7 +157,7 @@ class DataSet:
             ) as error:
                 self._recover(error, attempt)
                 parts.drop_lost()
-        return result
+            attempt += 1
 
     def _recover(self, error: Exception, attempt: int) -> None:
         """Make another attempt possible after workers were lost, or raise what is to be done.
@@ -260,10 +202,10 @@ class DataSet:
             group = graph.constant(f"group-{number}", self._groups[number])
             inputs = self._inputs[number]
             return graph.task(
-                "normal-equations", number, _reduce_group, group, *constants, inputs=inputs
+                "normal-equations", number, reduce_group, group, *constants, inputs=inputs
             )
 
-        tree = graph.tree(len(wanted), leaf, _combine, known)
+        tree = graph.tree(len(wanted), leaf, combine, known)
         if self._read_ahead is not None:
             # When a thread is done with its group, the one so many places further on is its next.
             positions = list(tree.leaves)
@@ -276,6 +218,8 @@ class DataSet:
 
     def _wanted(self, request: PassRequest) -> list[int]:
         """Return the groups of which not all blocks are left out."""
+        if not request.left_out:
+            return list(range(len(self._members)))
         return [i for i, own in enumerate(self._members) if not own <= request.left_out]
 
     def _sizes(self, request: PassRequest) -> NDArray[np.int64]:
@@ -302,22 +246,18 @@ class DataSet:
         block_rows = self._block_rows.copy()
         block_rows.flat[list(left_out)] = 0
         plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
-        readers, shared = self._source.readers([[block] for block in plan.blocks])
-        graph = TaskGraph(shared)
-        leaves = [
-            graph.task("sample", i, _sample_block, reader, plan, i, inputs=reader.inputs)
-            for i, reader in enumerate(readers)
-        ]
-        joined = graph.task("sample-join", 0, _join_samples, *leaves)
-        sample: Sample = self._run(graph, joined, watch)
-        return sample
 
-    def _run(self, graph: TaskGraph, result: TaskRef, watch: Watch = lambda parts: None) -> Any:
-        try:
-            parts = Parts(np.zeros((1, 3), np.int64))
-            return run_tree(graph.of_one(result), self._workers, parts, watch)
-        except ReadFailedError as failed:
-            raise self._block_error(failed.fault) from failed.cause
+        def tree() -> Tree:
+            readers, shared = self._source.readers([[block] for block in plan.blocks])
+            graph = TaskGraph(shared)
+            leaves = [
+                graph.task("sample", i, sample_block, reader, plan, i, inputs=reader.inputs)
+                for i, reader in enumerate(readers)
+            ]
+            return graph.of_one(graph.task("sample-join", 0, join_samples, *leaves))
+
+        sample: Sample = self._attempted(tree, _one_part(), watch)
+        return sample
 
     def _block_error(self, fault: Fault) -> BlockReadError:
         block = self._source.first_block_needing(fault.key)
@@ -357,10 +297,17 @@ class DataSet:
             Flat index of the block.
         """
         block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
-        ((reader,), shared) = self._source.readers([[block]])
-        graph = TaskGraph(shared)
-        task = graph.task("not-finite", 0, _not_finite, reader, inputs=reader.inputs)
-        found: tuple[int, Index, Index] | None = self._run(graph, task)
+
+        def tree() -> Tree:
+            ((reader,), shared) = self._source.readers([[block]])
+            graph = TaskGraph(shared)
+            return graph.of_one(
+                graph.task("not-finite", 0, not_finite, reader, inputs=reader.inputs)
+            )
+
+        found: tuple[int, Index, Index] | None = self._attempted(
+            tree, _one_part(), lambda parts: None
+        )
         if found is None:
             return block, ""
         i, position, shape = found
@@ -377,91 +324,6 @@ class DataSet:
         return [missing.sentence for missing in self._source.missing_chunks()]
 
 
-def _reduce_group(
-    group: Group, kernel: RowKernel[S], request: PassRequest, *inputs: Any
-) -> PassResult[S]:
-    blocks = group.blocks(inputs, request.left_out, kernel.placed)
-    parts = (_reduce_block(kernel, request, *block) for block in blocks)
-    return reduce(_combine, parts)
-
-
-def _reduce_block(
-    kernel: RowKernel[S],
-    request: PassRequest,
-    index: int,
-    rows: Kept | None,
-    read: ReadBlock | None,
-) -> PassResult[S]:
-    if rows is None:
-        return PassResult(None, None, _report(read))
-    further = {} if request.directions is None else {"directions": request.directions}
-    sums = kernel(
-        rows,
-        request.params,
-        index,
-        candidates=request.candidates,
-        wants_moments=request.is_first,
-        **further,
-    )
-    block = rows if read is None else read.block
-    if read is None:
-        sums = replace(sums, rows_cached=len(rows))
-    elif read.block is not None:
-        sums = replace(sums, rows_read=len(read.block), bytes_read=read.block.nbytes)
-    taken = thin_out(len(rows), request.sample_share, request.seed, index)
-    # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
-    sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
-    return PassResult(sums, sample, _report(read))
-
-
-def _report(read: ReadBlock | None) -> ReadReport:
-    """Return what went wrong while a block was read; None stands for one that was there."""
-    return ReadReport() if read is None else ReadReport.of(read.index, read.fault, read.retries)
-
-
-def _combine(*parts: PassResult[S]) -> PassResult[S]:
-    sums = [part.sums for part in parts if part.sums is not None]
-    rows = [part.sample for part in parts if part.sample is not None]
-    return PassResult(
-        reduce(lambda one, other: one.combine(other), sums) if sums else None,
-        Rows.concatenate(rows) if rows else None,
-        ReadReport.joined(part.reading for part in parts),
-    )
-
-
-def _sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
-    (read,) = reader.read(inputs)
-    block, report = read.block, _report(read)
-    if block is None:
-        return Sample(None, 0, 0, 0, report)
-    return Sample(block.take(plan.rows_of(i, len(block))), len(block), block.nbytes, 1, report)
-
-
-def _not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
-    """Return which array of a block is not finite, where first, and that array's shape."""
-    (read,) = reader.read(inputs)
-    if read.block is None:
-        return None
-    *arrays, mask = read.block.arrays
-    for i, array in enumerate(array for array in arrays if array is not None):
-        bad = np.asarray(~np.isfinite(array))
-        if mask is not None:
-            bad = bad & ~mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
-        if bad.any():
-            # Where an array does not vary, an entry belongs to all rows along that dimension.
-            repeated = tuple(i for i, n in enumerate(array.shape) if n < bad.shape[i])
-            bad = np.asarray(bad.any(axis=repeated, keepdims=True))
-            position = np.unravel_index(int(bad.argmax()), bad.shape)
-            return i, tuple(map(int, position)), array.shape
-    return None
-
-
-def _join_samples(*parts: Sample) -> Sample:
-    rows = [part.rows for part in parts if part.rows is not None]
-    return Sample(
-        Rows.concatenate(rows) if rows else None,
-        sum(part.rows_read for part in parts),
-        sum(part.bytes_read for part in parts),
-        sum(part.n_blocks for part in parts),
-        ReadReport.joined(part.reading for part in parts),
-    )
+def _one_part() -> Parts:
+    """Return parts for a result that is known as a whole or not at all."""
+    return Parts(np.zeros((1, 3), np.int64))

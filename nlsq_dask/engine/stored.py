@@ -190,7 +190,13 @@ def missing_chunks(regions: Sequence[StoredRegion]) -> tuple[str, ...]:
     async def listed() -> set[str]:
         return {key.removeprefix(prefix) async for key in array.store.list_prefix(prefix)}
 
-    present: set[str] = sync(listed()) - _METADATA
+    try:
+        found: set[str] = sync(listed())
+    except Exception:  # of the store's own library: no right to list, no connection
+        return ()
+    if not found & _METADATA:  # a web server gives what it is asked for by name, and no list
+        return ()
+    present = found - _METADATA
     sizes = array.shards or array.chunks
     if len(present) >= math.prod(-(n // -size) for n, size in zip(array.shape, sizes, strict=True)):
         return ()

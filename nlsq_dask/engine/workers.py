@@ -88,8 +88,9 @@ class Workers:
         """Return the platforms of all processes, each of which wants a program of its own."""
         if self.client is None:
             return local_platforms()
-        answers = self.client.run(PackageFirst(_prepare), os.getpid()).values()
-        found = {platform for answer in answers for platform in answer}
+        # A worker that leaves at this moment gives no answer, and needs no program.
+        answers = self.client.run(PackageFirst(_prepare), os.getpid(), on_error="ignore").values()
+        found = {platform for answer in answers if answer for platform in answer}
         return tuple(sorted(found)) or (CPU,)
 
     def share_out(self, items: list[Any]) -> dict[str, list[Any]]:

@@ -144,7 +144,7 @@ class Progress:
         match event:
             case IterationFinished():
                 wanted = self._shows_sample or event.stage == ALL_ROWS
-                return wanted and event.iteration % self._log_frequency == 0
+                return wanted and event.reaches_multiple(self._log_frequency)
             case NonFiniteTrial():
                 return self._shows_sample or event.stage != "sample"
             case SampleRead() | CheckpointWritten():
