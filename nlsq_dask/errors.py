@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-_PACKAGE = str(Path(__file__).parent) + os.sep  # without it, a module beside it begins alike
+_PACKAGE = os.path.dirname(__file__) + os.sep  # a module beside it may begin alike
 
 
 def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:

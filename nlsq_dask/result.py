@@ -80,9 +80,8 @@ class FitResult:
     condition_number : float
         Of the Jacobian with its columns scaled to unit length.
     block_statistics : xarray.Dataset or None
-        ``chi2``, ``n_points``, ``reduced_chi2`` (here ``chi2 / n_points``) and
-        ``largest_residual`` (a weighted residual) of every block of the data, at the point where
-        ``cost`` stands; along the dimensions of y, with
+        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
+        every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
         the position of each block's first entry as coordinates, whose attribute ``size`` is the
         number of entries along the dimension. Of a block ``reduced_chi2`` is ``chi2 / n_points``,
         NaN without points: the parameters are fitted to all blocks together, so that no block has
