@@ -23,10 +23,11 @@ def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        ``chi2``, ``n_points``, ``reduced_chi2`` (``chi2 / n_points``, as degrees of freedom
-        belong to no block) and ``largest_residual`` along the dimensions of y (``dim_0``, ... where
-        it has no names), with the position of each block's first entry as coordinates, whose
-        attribute ``size`` is the number of entries along the dimension.
+        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` along the dimensions of y
+        (``dim_0``, ... where it has no names), with the position of each block's first entry as
+        coordinates, whose attribute ``size`` is the number of entries along the dimension.
+        ``reduced_chi2`` is ``chi2 / n_points``, NaN without points: parameters are of all blocks,
+        and a block has no degrees of freedom of its own.
     """
 
     def on_grid(values: NDArray[Any]) -> NDArray[Any]:

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = os.path.dirname(__file__) + os.sep  # a module beside it may begin alike
 
 
 def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:

@@ -85,8 +85,9 @@ class TournamentRound(Event):
 class WarmupStarted(Event):
     """Layers 1 and 2 have decided.
 
-    ``start`` is "p0" or the "winner" of a tournament; ``mode`` is None when the warm-up is skipped,
-    because the start already fits (``is_warm_start``), is not finite, or no iterations are allowed.
+    ``start`` is "p0" or the "winner" of a tournament; ``mode`` is None when the warm-up is skipped:
+    because the start already fits (``is_warm_start``), ``max_warmup_iterations`` is 0, or the model
+    or its gradient is not finite at the start.
     """
 
     start: str

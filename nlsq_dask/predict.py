@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
+from nlsq_dask.core.rows import x_array_names
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.block import Block
-from nlsq_dask.data.from_array import is_in_memory, split_mask
+from nlsq_dask.data.from_array import as_numpy, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
+from nlsq_dask.data.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 
 _MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
+_X = "x"  # what messages call it, as the argument is called
 
 
 def predict(
@@ -37,15 +40,20 @@ def predict(
 
     With the root of the parameters' covariance (see ``Covariance``) a pair of values and their
     standard errors is returned. Dates in ``x`` must be in the units of the fit, ``x_units``.
+
+    Raises
+    ------
+    DataError
+        If ``x`` is not made as that of the fit was.
     """
-    given = _leaves(model, x)
-    leaves = without_pandas([(f"x[{i}]", leaf) for i, leaf in enumerate(given)])
-    template = _template(leaves, has_columns=any(model.layout.x_features))
+    names = [name.replace("x_data", _X, 1) for name in x_array_names(model.layout.x_names)]
+    leaves = without_pandas(list(zip(names, _leaves(model, x), strict=True)))
+    template = _template(leaves, names, model.layout.x_features)
     is_lazy = not all(is_in_memory(leaf) for leaf in (template, *leaves))
     if is_lazy:  # what the caller does to an array until it is computed must not matter
         leaves = [copy.deepcopy(leaf) if is_in_memory(leaf) else leaf for leaf in leaves]
-    blocks = align(model.layout.assemble(leaves), template)
-    _check_units(blocks.x_units, x_units or {})
+    blocks = align(model.layout.assemble(leaves), template, x_called=_X)
+    _check_units(names, model, blocks.x_units, x_units or {})
     layout = replace(
         blocks.layout,
         x_names=model.layout.x_names,
@@ -54,18 +62,13 @@ def predict(
         sigma_dtype=None,
         has_mask=False,
     )
-    if layout.x_features != model.layout.x_features:
-        raise DataError(
-            f"a row of x has the shape {layout.x_features}, the model was fitted with "
-            f"{model.layout.x_features}."
-        )
     kernel = PredictionKernel.trace(replace(model, layout=layout), with_std=root is not None)
     if root is not None and not np.isfinite(root).all():
         root = np.full_like(root, np.nan)
     values = _lazy_values(blocks, kernel, params, root)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
-    if not is_lazy:  # here, whatever cluster is active: the arrays are, and so is the package
+    if not is_lazy:  # by this process; a cluster would be sent what is here, and might be busy
         values = values.compute(scheduler="threads")
 
     def labelled(array: Any) -> Any:
@@ -76,89 +79,148 @@ def predict(
     return labelled(values[0]) if root is None else tuple(map(labelled, values))
 
 
-def _check_units(given: Mapping[str, str], fitted: Mapping[str, str]) -> None:
+def _check_units(
+    names: Sequence[str], model: Model, given: Mapping[str, str], fitted: Mapping[str, str]
+) -> None:
     """Refuse dates where the fit had others; numbers are taken to be in the fit's units."""
-    for name, units in given.items():
-        if units != fitted.get(name):
+    for name, known_as in zip(names, x_array_names(model.layout.x_names), strict=True):
+        units = given.get(name)
+        if units is not None and units != fitted.get(known_as):
             raise DataError(
                 f"{name} holds dates, which become {units!r}, but the model was fitted with "
-                f"{fitted.get(name, 'plain numbers')!r}. Pass x as in the fit."
+                f"{fitted.get(known_as, 'plain numbers')!r}. Pass x as in the fit."
             )
 
 
 def _leaves(model: Model, x: Any) -> list[Any]:
     names = model.layout.x_names
     if isinstance(names, int):
-        if not isinstance(x, tuple | list) or len(x) != names:
-            raise DataError(
-                f"x is {_in_words(x)}; the model was fitted with a tuple of {names} arrays as x."
-            )
-        return list(x)
-    if isinstance(names, tuple):
-        if not isinstance(x, dict) or set(x) != set(names):
-            raise DataError(
-                f"x is {_in_words(x)}; the model was fitted with a dict of "
-                f"{', '.join(map(repr, names))} as x."
-            )
-        return [x[name] for name in names]
-    return [x]
+        if isinstance(x, tuple | list) and len(x) == names:
+            return list(x)
+        wanted = f"a tuple of {names} array{'s' if names > 1 else ''}"
+    elif isinstance(names, tuple):
+        if isinstance(x, dict) and set(x) == set(names):
+            return [x[name] for name in names]
+        wanted = f"a dict with the keys {', '.join(map(repr, names))}"
+    else:
+        if not isinstance(x, tuple | dict):
+            return [x]
+        wanted = "one array"
+    raise DataError(f"x is {_in_words(x)}, but the model was fitted with {wanted}.")
 
 
 def _in_words(x: Any) -> str:
     if isinstance(x, dict):
-        return f"a dict of {', '.join(map(repr, x))}"
+        return f"a dict with the keys {', '.join(map(repr, x))}" if x else "an empty dict"
     if isinstance(x, tuple | list):
         return f"a {type(x).__name__} of {len(x)}"
-    return f"a {type(x).__name__}"
+    shape = getattr(x, "shape", None)
+    return f"of type {type(x).__name__}" + ("" if shape is None else f" and shape {shape}")
 
 
-def _template(leaves: list[Any], has_columns: bool) -> Any:
-    """Return something with the shape, chunks and dimensions that the result will have."""
-    is_table = has_columns and len(leaves) == 1 and np.ndim(leaves[0]) == 2
-    if all(isinstance(leaf, xr.DataArray) for leaf in leaves):
-        return _named_template(leaves, is_table)
-    if any(isinstance(leaf, str) for leaf in leaves):
+def _template(
+    leaves: list[Any], names: Sequence[str], x_features: Sequence[tuple[int, ...]]
+) -> Any:
+    """Return something with the shape, chunks and dimensions that the result will have.
+
+    Only where the fit had an array of shape (n, k), the last axis of one is no axis of rows.
+    """
+    if any(map(_is_of_names, leaves)):
         raise DataError(f"x is {leaves}; predict needs arrays as in the fit, not names.")
-    shapes = [np.shape(leaf) for leaf in leaves]
-    if () in shapes:
+    named = [is_xarray(leaf) for leaf in leaves]  # of all of them: it refuses a Dataset
+    shapes = [_rows_shape(*each) for each in zip(leaves, names, x_features, strict=True)]
+    if all(named):
+        template: Any = _named_template(leaves, names, shapes)
+        broadcast: tuple[int, ...] = template.shape
+    else:
+        lazy = None if all(map(is_in_memory, leaves)) else _zeros(leaves, names, shapes)
+        broadcast = _broadcast(shapes)
+        template = np.zeros(broadcast) if lazy is None else functools.reduce(operator.add, lazy)
+    if not broadcast:
         raise DataError("x holds a single number; pass arrays of at least one dimension.")
-    if any(0 in shape for shape in shapes):
-        raise DataError(f"x is empty: its shape is {', '.join(map(str, shapes))}.")
-    try:
-        np.broadcast_shapes(*shapes)
-    except ValueError:
+    if 0 in broadcast:
+        raise DataError(f"x has no rows: {_listed(names, leaves)}.")
+    is_flat = len(broadcast) == 1 and all(shape == broadcast for shape in shapes)
+    if not is_flat and (len(broadcast) == 1 or any(x_features)):
         raise DataError(
-            f"the arrays of x have shapes that do not broadcast: {', '.join(map(str, shapes))}."
-        ) from None
-    if all(map(is_in_memory, leaves)):
-        return np.zeros(shapes[0][:1] if is_table else np.broadcast_shapes(*shapes))
+            f"the arrays of x need an entry for each row, and as many rows as each other: "
+            f"{_listed(names, leaves)}."
+        )
+    return template
+
+
+def _is_of_names(leaf: Any) -> bool:
+    names = leaf if isinstance(leaf, list) else [leaf]
+    return bool(names) and all(isinstance(name, str) for name in names)
+
+
+def _rows_shape(leaf: Any, name: str, features: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an array of x without the axis of columns that it had in the fit."""
+    shape = leaf.shape if hasattr(leaf, "shape") else as_numpy(leaf, name).shape
+    if features and (len(shape) != 2 or shape[1:] != features):
+        raise DataError(
+            f"{name} has shape {shape}, but the model was fitted with one of shape "
+            f"(n, {features[0]})."
+        )
+    return tuple(shape[:1]) if features else tuple(shape)
+
+
+def _zeros(
+    leaves: list[Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> list[da.Array]:
+    """Return lazy arrays in the chunks of the leaves."""
     lazy = [leaf.data if isinstance(leaf, xr.DataArray) else leaf for leaf in leaves]
-    chunks = [split_mask(leaf, "x", False)[0].chunks for leaf in lazy]
-    if is_table:
-        return da.zeros(shapes[0][:1], chunks=chunks[0][:1])
-    arrays = [da.zeros(shape, chunks=c) for shape, c in zip(shapes, chunks, strict=True)]
-    return functools.reduce(operator.add, arrays)
+    chunks = [split_mask(*each, False)[0].chunks for each in zip(lazy, names, strict=True)]
+    return [da.zeros(s, chunks=c[: len(s)]) for s, c in zip(shapes, chunks, strict=True)]
 
 
-def _named_template(leaves: list[xr.DataArray], is_table: bool) -> xr.DataArray:
+def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise DataError(
+            f"the arrays of x have the shapes {', '.join(map(str, shapes))}, which do not "
+            f"broadcast against each other as they did in the fit."
+        ) from error
+
+
+def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:
+    return ", ".join(
+        f"{name} has shape {np.shape(leaf)}" for name, leaf in zip(names, leaves, strict=True)
+    )
+
+
+def _named_template(
+    leaves: list[xr.DataArray], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> xr.DataArray:
     """Broadcast by name; a result too large to be made at once is lazy whatever its x are."""
     sizes: dict[Any, int] = {}
     chunks: dict[Any, Any] = {}
     coords: dict[Any, Any] = {}
-    for leaf in leaves:
-        for dim in leaf.dims[:1] if is_table else leaf.dims:
-            sizes.setdefault(dim, leaf.sizes[dim])
+    for leaf, name, shape in zip(leaves, names, shapes, strict=True):
+        for dim in leaf.dims[: len(shape)]:
+            if sizes.setdefault(dim, leaf.sizes[dim]) != leaf.sizes[dim]:
+                raise DataError(
+                    f"{name} has size {leaf.sizes[dim]} along {dim!r}, another array of x has "
+                    f"{sizes[dim]}: {_listed(names, leaves)}."
+                )
             if leaf.chunks is not None and not isinstance(chunks.get(dim), tuple):
                 chunks[dim] = leaf.chunksizes[dim]
+            if dim in leaf.indexes and not leaf.indexes[dim].equals(
+                coords.get(dim, leaf.coords[dim]).to_index()
+            ):
+                raise DataError(
+                    f"the labels of {name} along {dim!r} differ from those of another array of x. "
+                    f"Align them first, for instance with xarray.align(..., join='inner')."
+                )
             if dim in leaf.coords:
                 coords.setdefault(dim, leaf.coords[dim])
-    lazy = bool(chunks) or math.prod(sizes.values()) > _MAX_AT_ONCE
-    shape = tuple(sizes.values())
-    values = (
-        da.zeros(shape, chunks=tuple(chunks.get(dim, "auto") for dim in sizes))
-        if lazy
-        else np.zeros(shape)
-    )
+    values: Any
+    if chunks or math.prod(sizes.values()) > _MAX_AT_ONCE:
+        by_dim = tuple(chunks.get(dim, "auto") for dim in sizes)
+        values = da.zeros(tuple(sizes.values()), chunks=by_dim, dtype=float)
+    else:
+        values = np.zeros(tuple(sizes.values()))
     return xr.DataArray(values, coords=coords, dims=list(sizes))
 
 

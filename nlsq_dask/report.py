@@ -41,16 +41,16 @@ _MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, lette
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
     n, p = result.n_points, len(result.x)
     likelihood = n * np.log(result.chi2 / n) if n and result.chi2 > 0 else np.nan
-    by = ", conjugate gradients" if result.pcov is None else ""
+    # Only a fit that holds no matrix of its parameters is without a covariance.
+    method = "streaming Gauss-Newton" + (", conjugate gradients" if result.pcov is None else "")
     asked = []
     if result.loss != "linear":
         asked.append(("loss", f"{result.loss}, f_scale = {result.f_scale:g}"))
     if result.cov_type != "nonrobust":
         asked.append(("covariance", result.cov_type))
     return [
-        ("fitting method", f"streaming Gauss-Newton{by}"),
+        ("fitting method", method),
         *asked,
-        ("function evals", f"{result.nfev}"),
         ("data points", f"{n:,}"),
         ("omitted points", f"{result.n_omitted:,}"),
         ("variables", f"{p}"),

@@ -80,11 +80,12 @@ class FitResult:
     condition_number : float
         Of the Jacobian with its columns scaled to unit length.
     block_statistics : xarray.Dataset or None
-        ``chi2``, ``n_points``, ``reduced_chi2`` (here ``chi2 / n_points``) and
-        ``largest_residual`` (a weighted residual) of every block of the data, at the point where
-        ``cost`` stands; along the dimensions of y, with the position of each block's first entry as
-        coordinates, whose attribute ``size`` is the number of entries along the dimension. None if
-        there was no pass.
+        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
+        every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
+        the position of each block's first entry as coordinates, whose attribute ``size`` is the
+        number of entries along the dimension. Of a block ``reduced_chi2`` is ``chi2 / n_points``,
+        NaN without points: the parameters are fitted to all blocks together, so that no block has
+        degrees of freedom of its own. None if there was no pass.
     param_names : tuple of str
     p0 : ndarray, shape (p,)
         The start.
@@ -221,6 +222,10 @@ class FitResult:
         ----------
         min_correlation : float
             Smallest absolute correlation that is listed.
+
+        Returns
+        -------
+        str
         """
         return report.fit_report(self, min_correlation)
 
@@ -233,10 +238,13 @@ class FitResult:
     def to_xarray(self) -> xr.Dataset:
         """Return parameters, errors (along ``param``) and covariance as a Dataset.
 
+        The names are xarray's own for ``curvefit``; the scalars are attributes.
+
         Returns
         -------
         xarray.Dataset
-            The names are xarray's own for ``curvefit``; the scalars are attributes.
+            ``curvefit_coefficients``, ``curvefit_errors`` and, if there is a covariance,
+            ``curvefit_covariance`` along ``cov_i`` and ``cov_j``.
         """
         return report.dataset(self)
 
@@ -299,7 +307,7 @@ class FitResult:
         Raises
         ------
         ValueError
-            If the level is not between 0 and 1.
+            If ``level`` is not between 0 and 1.
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must be between 0 and 1; got {level!r}.")
@@ -324,15 +332,17 @@ class FitResult:
         Returns
         -------
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
-            Lazy for lazy x, and for named coordinates whose product is large; what computes it,
-            a cluster's scheduler included, needs this package. Otherwise it is computed here.
+            Lazy for lazy x, and for named coordinates whose product is large; on a cluster, the
+            scheduler's process needs this package to pass them on, unlike that of a fit. All else
+            is computed at once, by threads of this process.
 
         Raises
         ------
         DataError
-            If x is not as in the fit.
+            If x is not made as that of the fit was, or has no rows.
         ValueError
-            If there is no covariance for standard errors, or no model in a loaded result.
+            If there is no model, in a result that was loaded without it; or no covariance for
+            ``return_std``.
         """
         if not self.has_model:
             self._model.function()  # says how it can be had
@@ -423,6 +433,7 @@ class FitResult:
         Parameters
         ----------
         quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
+            The first is ``chi2 / n_points`` of each block.
         dims : str or tuple of str, optional
             One or two dimensions of y, as ``block_statistics`` names them. By default those with
             most blocks. Over further ones the first two quantities are maxima, the others sums.

@@ -47,8 +47,9 @@ def check_rows(sums: Sums, omits_nan: bool, data: DataSet, n_rows: int) -> None:
         )
     if not sums.n_used:
         raise DataError(
-            f"none of the {n_rows:,} rows can be used: all are masked, NaN or infinite in y_data, "
-            f"x_data or sigma. Look at a few of them, and at the mask."
+            f"none of the {n_rows:,} rows can be used: each is masked, or holds NaN or infinity in "
+            f"y_data, x_data or sigma. Look at each of these alone: one of them without finite "
+            f"values, or a mask that is the wrong way round, leaves no row."
         )
 
 

@@ -310,7 +310,8 @@ TABLE: dict[str, Case] = {
     "what arrays are: nothing": (
         dict(y=None),
         nd.DataError,
-        "y_data has dtype object, its first entry of type NoneType; expected real numbers.",
+        "y_data has dtype object, its first entry of type NoneType; expected real numbers. "
+        "Convert it, such as with .astype(float).",
     ),
     "what arrays are: lists of different lengths": (
         dict(x=[[1, 2], [3]], y=[1, 2]),
@@ -446,14 +447,16 @@ TABLE: dict[str, Case] = {
     "what is in them: nothing but NaN": (
         dict(y=np.full(N, np.nan), nan_policy="omit"),
         nd.DataError,
-        "none of the 4,000 rows can be used: all are masked, NaN or infinite in y_data, x_data or"
-        " sigma. Look at a few of them, and at the mask.",
+        "none of the 4,000 rows can be used: each is masked, or holds NaN or infinity in y_data, "
+        "x_data or sigma. Look at each of these alone: one of them without finite values, or a "
+        "mask that is the wrong way round, leaves no row.",
     ),
     "what is in them: all masked": (
         dict(y=np.ma.masked_all(N)),
         nd.DataError,
-        "none of the 4,000 rows can be used: all are masked, NaN or infinite in y_data, x_data or"
-        " sigma. Look at a few of them, and at the mask.",
+        "none of the 4,000 rows can be used: each is masked, or holds NaN or infinity in y_data, "
+        "x_data or sigma. Look at each of these alone: one of them without finite values, or a "
+        "mask that is the wrong way round, leaves no row.",
     ),
     "what is in them: huge numbers": (
         dict(y=Y * 1e200),

@@ -45,6 +45,7 @@ def test_a_bad_block_among_200_is_the_extreme() -> None:
     result = fit(records(bad=True), sigma=0.1)
     found = result.block_statistics
     assert dict(found.sizes) == {"time": 20, "position": 10}
+    np.testing.assert_allclose(found.reduced_chi2, found.chi2 / found.n_points)
     worst = found.reduced_chi2.argmax(...)
     where = {dim: int(index) for dim, index in worst.items()}
     assert where == {"time": 7, "position": 3}

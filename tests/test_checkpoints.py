@@ -45,6 +45,10 @@ def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(-b * x) + c
 
 
+def of_dict(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return decay(x["t"], a, b, c)
+
+
 def local(x: Any, *params: Any) -> Any:
     p, group = jnp.stack(params), x[:, 0].astype(int)
     return p[group] * jnp.exp(-p[-1] * x[:, 1]) + p[9 + group]
@@ -338,6 +342,19 @@ def test_zarr_metadata_are_part_of_the_data(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
     moved = zarr.open_array(tmp_path / "moved", mode="r")
     assert fit(y=moved, resume_from_checkpoint=tmp_path / "checkpoints").success
+
+
+@pytest.mark.parametrize("kind", ["M8[ms]", "m8[ms]"])
+def test_dates_in_memory_are_part_of_the_data(kind: str, tmp_path: Path) -> None:
+    """One of them differs, which is in no sample."""
+    dates = np.sort((X * 86_400_000).astype(int)).astype(kind)
+    y = 2.0 * np.exp(-0.7 * np.sort(X)) + 0.3
+    fit(x={"t": dates}, y=y, model=of_dict, checkpoint_dir=tmp_path)
+    others = dates.copy()
+    others[N // 2] += 1
+    with pytest.raises(nd.CheckpointError, match=r"data x_data\['t'\] was .*values .* and is .*"):
+        fit(x={"t": others}, y=y, model=of_dict, resume_from_checkpoint=tmp_path)
+    assert fit(x={"t": dates}, y=y, model=of_dict, resume_from_checkpoint=tmp_path).success
 
 
 def test_what_does_not_change_the_fit_may_differ(saved: Path, expected: nd.FitResult) -> None:

@@ -97,6 +97,9 @@ def test_linear_in_its_parameters(local: Local) -> None:
     assert result.pcov is None
     assert result.phase_history[2]["solver"] == "conjugate gradients"
     assert "??" in result.fit_report()
+    method = "fitting method       = streaming Gauss-Newton"
+    assert f"{method}, conjugate gradients\n" in result.fit_report()
+    assert f"{method}\n" in dense.fit_report()
     assert "curvefit_covariance" not in result.to_xarray()
     values = result.predict(local.x[:5])
     np.testing.assert_allclose(values, dense.predict(local.x[:5]), rtol=1e-6)

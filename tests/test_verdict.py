@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -185,6 +186,8 @@ def test_reports() -> None:
     report = result.fit_report()
     for part in ("[[Fit Statistics]]", "[[Variables]]", "[[Correlations]]", "C(", "init = 1"):
         assert part in report
+    assert f"passes over the data = {result.n_passes}\n" in report
+    assert "function evals" not in report  # each of them is a pass
     assert "<table>" in result._repr_html_()
     dataset = result.to_xarray()
     assert float(dataset.curvefit_errors.sel(param="b")) == result.perr[1]
@@ -221,6 +224,128 @@ def test_predict_on_a_grid() -> None:
     np.testing.assert_allclose(named.compute(), y, rtol=1e-10)
 
 
+def test_predict_at_one_array_of_two_dimensions() -> None:
+    """The columns of an x of shape (n, k) are one row; of an image each entry is."""
+    import xarray as xr
+
+    x = np.linspace(0, 1, 600).reshape(20, 30)
+    y = 2 * x + 1
+    image = fit(lambda x, a, b: a * x + b, x, y, [1, 1], config=NO_WARMUP)
+    np.testing.assert_allclose(image.predict(x), y, rtol=1e-10)
+    lazy = image.predict(da.from_array(x, chunks=(5, 30)))
+    assert lazy.chunks == ((5,) * 4, (30,))
+    np.testing.assert_allclose(lazy, y, rtol=1e-10)
+    named = image.predict(xr.DataArray(x, dims=("t", "h")))
+    assert named.dims == ("t", "h")
+    np.testing.assert_allclose(named, y, rtol=1e-10)
+    value, error = image.predict(x, return_std=True)
+    assert value.shape == error.shape == x.shape
+
+
+def test_predict_at_a_table_beside_a_column() -> None:
+    import xarray as xr
+
+    table, column = RNG.uniform(0, 1, (500, 2)), RNG.uniform(0, 1, 500)
+    y = table @ [1, 2] + 3 * column
+    result = fit(
+        lambda x, a, b, c: a * x[0][:, 0] + b * x[0][:, 1] + c * x[1],
+        (table, column),
+        y,
+        config=NO_WARMUP,
+    )
+    np.testing.assert_allclose(result.predict((table, column)), y, rtol=1e-9)
+    lazy = result.predict((da.from_array(table, chunks=(100, 1)), column))
+    np.testing.assert_allclose(lazy, y, rtol=1e-9)
+    named = result.predict(
+        (xr.DataArray(table, dims=("t", "column")), xr.DataArray(column, dims="t"))
+    )
+    assert named.dims == ("t",)
+    np.testing.assert_allclose(named, y, rtol=1e-9)
+
+
+def test_predict_in_memory_needs_no_cluster() -> None:
+    import dask
+    import xarray as xr
+
+    def busy(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("x is in memory")
+
+    x, y = data()
+    result = fit(exponential, x, y)
+    lazy = result.predict(da.from_array(x, chunks=1000))
+    with dask.config.set(scheduler=busy):
+        values = result.predict(x)
+        named = result.predict(xr.DataArray(x, dims="t"))
+        with pytest.raises(AssertionError, match="in memory"):
+            lazy.compute()
+    np.testing.assert_array_equal(values, lazy)
+    np.testing.assert_array_equal(values, named)
+
+
+T, H = np.linspace(0, 1, 600).reshape(300, 2), np.linspace(0, 1, 300)
+
+
+def one(x: Any, a: Any, b: Any) -> Any:
+    return a * x + b
+
+
+def of_columns(x: Any, a: Any, b: Any) -> Any:
+    return a * x[:, 0] + b
+
+
+def of_a_pair(x: Any, a: Any, b: Any) -> Any:
+    return a * x[0][:, 0] + b * x[1] ** 2
+
+
+def of_a_dict(x: Any, a: Any, b: Any) -> Any:
+    return a * x[0] + b * x["h"] ** 2
+
+
+@pytest.mark.parametrize(
+    ("model", "fitted", "x", "sentence"),
+    [
+        (one, H, (H, H), "x is a tuple of 2, but the model was fitted with one array."),
+        (one, H, {"h": H}, "x is a dict with the keys 'h', but the model was fitted with one"),
+        (one, H, [], "x has no rows: x has shape (0,)."),
+        (one, H, ["h"], "x is [['h']]; predict needs arrays as in the fit, not names."),
+        (one, H, np.array(["h"]), "x has dtype <U1; expected real numbers."),
+        (
+            of_columns,
+            T,
+            H,
+            "x has shape (300,), but the model was fitted with one of shape (n, 2).",
+        ),
+        (of_columns, T, T[:, :1], "x has shape (300, 1), but the model was fitted with one of"),
+        (of_a_pair, (T, H), T, "x is of type ndarray and shape (300, 2), but the model was fitted"),
+        (of_a_pair, (T, H), (T, H[:9]), "arrays of x have the shapes (300,), (9,), which do not"),
+        (of_a_pair, (T, H), (T, H[:1]), "x[0] has shape (300, 2), x[1] has shape (1,)."),
+        (of_a_pair, (T, H), (T, H[:, None]), "x[0] has shape (300, 2), x[1] has shape (300, 1)."),
+        (of_a_dict, {0: H, "h": H}, {}, "x is an empty dict, but the model was fitted with a dict"),
+        (of_a_dict, {0: H, "h": H}, H, "the model was fitted with a dict with the keys 0, 'h'."),
+        (of_a_dict, {0: H, "h": H}, {0: H, "h": H[:9]}, "the shapes (300,), (9,), which do not"),
+    ],
+)
+def test_predict_at_something_else(model: Any, fitted: Any, x: Any, sentence: str) -> None:
+    result = fit(model, fitted, np.cos(9 * H), [1, 1], config=NO_WARMUP)
+    with pytest.raises(nd.DataError) as caught:
+        result.predict(x)
+    assert sentence in str(caught.value)
+    assert "_data" not in str(caught.value)
+
+
+def test_predict_at_names_that_do_not_match() -> None:
+    import xarray as xr
+
+    result = fit(of_a_dict, {0: H, "h": H}, np.cos(9 * H), [1, 1], config=NO_WARMUP)
+    along = xr.DataArray(H, {"t": H}, "t")
+    with pytest.raises(nd.DataError, match=r"x\['h'\] has size 9 along 't', .*has 300"):
+        result.predict({0: along, "h": along[:9]})
+    with pytest.raises(nd.DataError, match=r"labels of x\['h'\] along 't' differ from those of an"):
+        result.predict({0: along, "h": along.assign_coords(t=H + 1)})
+    with pytest.raises(nd.DataError, match=r"an entry for each row.*x\['h'\] has shape \(\)"):
+        result.predict({0: along, "h": along[0].drop_vars("t")})
+
+
 # --- cases that a careful reader tried
 
 
@@ -250,6 +375,16 @@ def test_a_polynomial_far_from_the_origin_is_solved_or_refused() -> None:
         result = fit(lambda x, a, b, c: a + b * x + c * x**2, t, y, [1, 1, 1])
         best = np.polyfit((t - t.mean()) / t.std(), y, 2, full=True)[1][0] / 2
         assert not result.success or result.cost <= best * (1 + 1e-6)
+
+
+def test_warnings_are_of_the_line_that_called() -> None:
+    """Also if that is in a module beside the package, whose path begins like the package's."""
+    path = f"{Path(nd.__file__).parent}_demo.py"
+    names = {"fit": nd.AdaptiveHybridStreamingOptimizer().fit, "x": H, "y": 2 * H}
+    code = "fit(lambda x, a, b: (a + b) * x, x, y, [1, 1], verbose=0)"
+    with pytest.warns(OptimizeWarning, match="not determine a, b") as caught:
+        exec(compile(code, path, "exec"), names)
+    assert [warning.filename for warning in caught] == [path]
 
 
 def test_numpy_warnings_do_not_reach_the_caller() -> None:

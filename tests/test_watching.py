@@ -19,7 +19,8 @@ import pytest
 from distributed import Client
 
 import nlsq_dask as nd
-from nlsq_dask.events import BlocksFinished, Event, FitEnded, PassFinished
+from nlsq_dask.dashboard.messages import Messages
+from nlsq_dask.events import BlocksFinished, Event, FitEnded, PassFinished, WarmupStarted
 from nlsq_dask.observers import logs, progress
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.watching import watching
@@ -198,6 +199,26 @@ def test_history_goes_on_in_a_resumed_fit(tmp_path: Path) -> None:
     assert again.history.identical(whole.history)
 
 
+NOT_FINITE_THERE = [1.0, -1e4, 0.1]
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize(
+    ("start", "options"), [(START, {"max_warmup_iterations": 0}), (NOT_FINITE_THERE, {})]
+)
+def test_a_warmup_that_is_skipped(
+    start: list[float], options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = nd.HybridStreamingConfig(warmup_iterations=0, sample_rows=300, **options)
+    nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, X, Y, start)
+    out = capsys.readouterr().out
+    assert "  skipped: no iterations are allowed, or the model is not finite at p0 (rel" in out
+    assert "None" not in out
+    event = WarmupStarted("p0", 0.5, None, is_warm_start=False)
+    (note,) = Messages().of(event)
+    assert note["text"].startswith("the warm-up is skipped: no iterations are allowed, or")
+
+
 def test_json_lines_say_what_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_INTERVAL", 0.0)
     path = tmp_path / "fit.jsonl"
@@ -229,7 +250,7 @@ def test_json_lines_say_what_happened(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no-folder"):
+    with pytest.raises(FileNotFoundError, match=r"log_file cannot be opened .*no-folder"):
         fit(log_file=tmp_path / "no-folder" / "fit.jsonl")
 
 

@@ -66,10 +66,10 @@ class Identity:
         arguments : mapping of str to values
         config : HybridStreamingConfig
         """
-        names = blocks.layout.array_names
+        named_arrays = zip(blocks.layout.array_names, blocks.arrays, strict=True)
         return cls(
             model=model,
-            data={n: _described(a) for n, a in zip(names, blocks.arrays, strict=True)},
+            data={name: _described(array) for name, array in named_arrays},
             arguments={name: _text(value) for name, value in arguments.items()},
             options={
                 option.name: _text(getattr(config, option.name))

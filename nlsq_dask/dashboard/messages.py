@@ -168,7 +168,8 @@ def _notes(event: Event) -> list[str]:
             where = f"{event.start} fits already (relative loss {event.relative_loss:.3g})"
             return [f"layer 1, warm start: {where}, so the warm-up is skipped"]
         case WarmupStarted(mode=None):
-            return [f"warm-up skipped at {event.start} (relative loss {event.relative_loss:.3g})"]
+            why = f"no iterations are allowed, or the model is not finite at {event.start}"
+            return [f"the warm-up is skipped: {why} (relative loss {event.relative_loss:.3g})"]
         case WarmupStarted():
             found = f"{event.mode} (relative loss {event.relative_loss:.3g} at {event.start})"
             return [f"layer 2, first step: {found}"]

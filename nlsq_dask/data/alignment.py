@@ -138,7 +138,11 @@ class _Source:
 
 
 def align(
-    x_data: Any, y_data: Any, sigma: Any = None, group_weights: Sequence[float] | None = None
+    x_data: Any,
+    y_data: Any,
+    sigma: Any = None,
+    group_weights: Sequence[float] | None = None,
+    x_called: str = "x_data",
 ) -> RowBlocks:
     """Make one grid of blocks of x, y and sigma, reading nothing.
 
@@ -149,6 +153,8 @@ def align(
     sigma : array, optional
     group_weights : sequence of float, optional
         Weights of the groups of rows, see ``weighted_sigma``.
+    x_called : str
+        What the caller calls x, for messages.
 
     Raises
     ------
@@ -156,7 +162,8 @@ def align(
         If the arrays cannot be matched; the message shows shapes and chunks.
     """
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
-    names = ["y_data", *x_array_names(x_names), *([] if sigma is None else ["sigma"])]
+    called = [name.replace("x_data", x_called, 1) for name in x_array_names(x_names)]
+    names = ["y_data", *called, *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     labels = tuple(map(label_of, given[: 1 + len(leaves)]))
     given = without_pandas(list(zip(names, given, strict=True)))

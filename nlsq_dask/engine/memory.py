@@ -92,10 +92,10 @@ class MemoryPlan:
             f"a worker would need {format_bytes(needed)} and has {format_bytes(self.limit)}: each "
             f"of its {self.threads} threads reads a block of up to "
             f"{format_bytes(self.task_bytes // _COPIES)}. Use smaller chunks (rechunk the arrays, "
-            f"or open them with chunks=...), fewer threads a worker, or workers with more memory."
+            f"or open them with chunks=...), fewer threads a worker, or workers with more memory"
         )
 
     def check(self) -> None:
         """Raise a DataError if a worker would not have enough memory."""
         if self.problem is not None:
-            raise DataError(self.problem)
+            raise DataError(f"{self.problem}.")

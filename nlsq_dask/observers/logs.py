@@ -108,8 +108,12 @@ class JsonLines:
         try:
             self._file = self._path.open("ab")
         except OSError as error:
-            error.add_note(f"log_file={str(path)!r} must be a file that can be written.")
-            raise
+            raise OSError(  # of the class that its number has
+                error.errno,
+                f"log_file cannot be opened for writing ({error.strerror}); name a file "
+                f"in a folder that may be written to",
+                str(self._path),
+            ) from error
         self._turns = _NowAndThen()
         self._fit = uuid.uuid4().hex[:8]
         self._is_broken = False

@@ -124,7 +124,14 @@ class DefenseLayerTelemetry:
         self._events.append({"type": kind, "timestamp": time.time(), "data": data})
 
     def get_trigger_rates(self) -> dict[str, float]:
-        """Return how often each layer acted, in percent of the warm-ups."""
+        """Return how often each layer acted, in percent of the warm-ups.
+
+        Returns
+        -------
+        dict of str to float
+            Shares of the warm-ups, but of ``lbfgs_line_search_failure_rate``: a warm-up may have
+            several of these failures, all of which count, so that it may be above 100.
+        """
         with self._lock:
             modes = self.layer2_lr_mode_counts
             counts = {

@@ -46,7 +46,8 @@ def sentence(event: Event) -> str | None:
         case WarmupStarted(is_warm_start=True):
             return f"  skipped: {event.start} fits (relative loss {event.relative_loss:.3g})"
         case WarmupStarted(mode=None):
-            return f"  skipped at {event.start} (relative loss {event.relative_loss:.3g})"
+            why = f"no iterations are allowed, or the model is not finite at {event.start}"
+            return f"  skipped: {why} (relative loss {event.relative_loss:.3g})"
         case WarmupStarted():
             loss = f"relative loss {event.relative_loss:.3g}"
             return f"  {loss} at {event.start}, first step: {event.mode}"

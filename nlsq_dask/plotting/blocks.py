@@ -29,7 +29,10 @@ _QUANTITIES = {
 def plot_blocks(
     result: FitResult, quantity: str, dims: Any, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Draw a quantity of the blocks; see ``FitResult.plot_blocks``."""
+    """Draw a quantity of the blocks; see ``FitResult.plot_blocks``.
+
+    The reduced chi-square of a block is per point, not per degree of freedom.
+    """
     if quantity not in _QUANTITIES:
         allowed = ", ".join(map(repr, _QUANTITIES))
         raise ValueError(f"quantity must be one of {allowed}; got {quantity!r}.")
