@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import sys
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from distributed import Client, worker_client
+from distributed import Client, LocalCluster, worker_client
 
 import nlsq_dask as nd
 from nlsq_dask.core.compiled_program import compile_count
@@ -207,6 +208,33 @@ def test_model_errors_arrive_as_they_are(process_client: Client) -> None:
             process_client,
             lambda x, a, b, c: jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
         )
+
+
+@pytest.mark.parametrize("way", ["default client", "its get"])
+def test_an_asynchronous_client_is_named(way: str) -> None:
+    async def run() -> None:
+        async with (
+            LocalCluster(
+                n_workers=1, processes=False, dashboard_address=":0", asynchronous=True
+            ) as cluster,
+            Client(cluster, asynchronous=True) as client,
+        ):
+            x = np.linspace(0.0, 4.0, 2_000)
+            optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+
+            def fit() -> nd.FitResult:
+                return optimizer.fit(lambda x, a, b: a + b * x, x, 2.0 + x, [1.0, 1.0])
+
+            scheduler = client.get if way == "its get" else None
+            with (
+                dask.config.set(scheduler=scheduler),
+                pytest.raises(RuntimeError, match=r"the active client is asynchronous; a fit nee"),
+            ):
+                fit()
+            # It is so in its own event loop alone.
+            assert (await asyncio.to_thread(fit)).success
+
+    asyncio.run(run())
 
 
 def test_a_fit_in_a_task_that_has_seceded(process_client: Client) -> None:

@@ -22,7 +22,9 @@ from distributed import Client, LocalCluster
 import nlsq_dask as nd
 from nlsq_dask.core import kernel
 from nlsq_dask.core.product_loops import Product
+from nlsq_dask.engine import reduce
 from nlsq_dask.engine.group import kept_bytes
+from nlsq_dask.engine.parts import Parts
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
 CHUNK = 2**18
@@ -76,6 +78,22 @@ def test_the_budget_is_honoured_and_given_back(n_groups: int, exact: nd.FitResul
     np.testing.assert_array_equal(result.pcov, exact.pcov)
     gc.collect()
     assert kept_bytes() == 0
+
+
+def test_what_a_pass_covers_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of groups it would take a while at each pass."""
+    covered: list[np.ndarray] = []
+
+    def recorded(sizes: np.ndarray, *known: Any) -> Parts:
+        if len(sizes) > 1:  # a pass, not the sample
+            covered.append(sizes)
+        return Parts(sizes, *known)
+
+    monkeypatch.setattr(reduce, "Parts", recorded)
+    result = fit()
+    assert len(covered) == result.n_passes > 1
+    np.testing.assert_array_equal(covered[0], [[1, CHUNK, 16 * CHUNK]] * 10)
+    assert all(sizes is covered[0] for sizes in covered)
 
 
 @pytest.mark.parametrize("n_groups", [4, 10])

@@ -184,6 +184,15 @@ def test_the_sample_is_bounded_and_seeded(grid: tuple[int, ...], seed: int) -> N
     assert positions[-1] < 1000
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("sample_rows", [1, 3, 15, 17])
+def test_no_block_is_read_for_no_row(sample_rows: int, in_memory: bool) -> None:
+    plan = plan_sample(np.full(400, 1000), sample_rows, 0, in_memory)
+    assert len(plan.blocks) == min(sample_rows, 16)
+    assert min(plan.counts) >= 1
+    assert sum(plan.counts) == sample_rows
+
+
 def test_combining_sums_is_summing() -> None:
     parts = [
         NormalEquations(

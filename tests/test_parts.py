@@ -7,7 +7,7 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from nlsq_dask.engine.parts import Parts, run_tree
 from nlsq_dask.engine.scheduling import TREE_WIDTH, TaskGraph
@@ -59,6 +59,29 @@ def test_whatever_was_kept_is_what_it_says(scheduler: str) -> None:
     with dask.config.set(scheduler=scheduler):
         for n in [1, 2, 16, 17, 256, 257, *random.integers(1, 600, 25)]:
             assert reduced(int(n), random) == tuple(range(n))
+
+
+@pytest.mark.timeout(60)
+def test_parts_whose_workers_go_before_they_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        LocalCluster(
+            n_workers=1, processes=False, dashboard_address=":0", silence_logs=50
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        future = client.submit(leaf, 0)
+        assert future.result() == (0,)
+        gathers = client._gather
+
+        async def too_late(*args: Any, **options: Any) -> Any:
+            for worker in cluster.workers.values():
+                await worker.close()
+            return await gathers(*args, **options)
+
+        monkeypatch.setattr(client, "_gather", too_late)
+        parts = Parts(np.ones((2, 3), np.int64), {(0, 0): future, (0, 1): (1,)})
+        assert parts.collect() == {(0, 1): (1,)}
+        parts.release()
 
 
 def test_on_a_cluster(process_client: Client) -> None:

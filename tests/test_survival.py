@@ -20,12 +20,15 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed.client import FutureCancelledError, FuturesCancelledError
 
 import nlsq_dask as nd
 from nlsq_dask.checkpoints.checkpoint import new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder
-from nlsq_dask.engine import parts
+from nlsq_dask.engine import parts, reduce
+from nlsq_dask.engine.scheduling import Tree
+from nlsq_dask.engine.workers import Workers
 from nlsq_dask.interruption import Interruption
 from tests import surviving_fit
 from tests.surviving_fit import BLOCK_ROWS, N_BLOCKS
@@ -307,6 +310,57 @@ def test_all_workers_go_when_a_result_is_about_to_be_fetched(
     with cluster() as (local, _):
         result = surviving_fit.fit()
     assert is_equal(result, undisturbed)
+
+
+LOST: dict[str, Callable[[], Exception]] = {  # made when raised: an error keeps where it was
+    "KilledWorker": lambda: KilledWorker("task", None, 3),
+    "FutureCancelledError": lambda: FutureCancelledError("task", "lost dependencies"),
+    "FuturesCancelledError": lambda: FuturesCancelledError([]),
+    "WorkersReplacedError": lambda: parts.WorkersReplacedError("all were replaced by others"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_workers_that_are_lost_while_the_sample_is_read(
+    name: str,
+    undisturbed: nd.FitResult,
+    process_client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs, trees = reduce.run_tree, []
+
+    def lost_once(tree: Tree, *args: Any) -> Any:
+        trees.append(tree)
+        if len(trees) == 1:
+            raise LOST[name]()
+        return runs(tree, *args)
+
+    monkeypatch.setattr(reduce, "run_tree", lost_once)
+    with process_client.as_current():
+        result = surviving_fit.fit()
+    assert ["sample" in str(tree.root.key) for tree in trees[:3]] == [True, True, False]
+    assert trees[0] is not trees[1]  # what it refers to was placed anew
+    assert is_equal(result, undisturbed)
+    trees.clear()
+    gc.collect()  # the error that was survived refers to what it came from
+    assert not process_client.futures
+
+
+def test_workers_that_are_lost_again_and_again_while_the_sample_is_read(
+    process_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_sent(future: Any, timeout: float | None = None) -> Any:
+        raise TimeoutError
+
+    monkeypatch.setattr(Future, "result", not_sent)
+    monkeypatch.setattr(Workers, "are_replaced", True)
+    with (
+        process_client.as_current(),
+        pytest.raises(
+            nd.ClusterLostError, match=r"again and again \(all were replaced by others\)"
+        ),
+    ):
+        surviving_fit.fit()
 
 
 @pytest.mark.slow

@@ -82,7 +82,8 @@ def plan_sample(
         share = _SHARE if len(filled) * _SHARE >= 2 else _LARGEST_SHARE
         readable = max(share * n_rows, _FREE_ROWS)
         n_blocks = min(n_blocks, math.floor(readable * len(filled) / n_rows))
-    n_blocks = max(1, min(len(filled), n_blocks))
+    # A block that no row would be taken from is not read.
+    n_blocks = max(1, min(len(filled), n_blocks, sample_rows))
     random = np.random.default_rng(seed)
     points = qmc.LatinHypercube(d=block_rows.ndim, rng=random).random(n_blocks)
     cells = [tuple(map(int, cell)) for cell in points * np.array(block_rows.shape)]

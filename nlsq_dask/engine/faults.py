@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import time
 from collections.abc import Iterable, Mapping
@@ -106,7 +105,8 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
     for key in node.dependencies:
         if isinstance(values[key], Fault):
             return values[key], 0
-    for retries in itertools.count():
+    retries = 0
+    while True:
         try:
             return node(values), retries
         except (MemoryError, DataError):
@@ -120,7 +120,7 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
                     return fault, retries
                 raise ReadFailedError(fault, error) from error
         time.sleep(min(_FIRST_PAUSE * _GROWTH**retries, _LONGEST_PAUSE))
-    raise AssertionError("unreachable")
+        retries += 1
 
 
 def _text(error: Exception) -> str:

@@ -7,7 +7,7 @@ it had made them itself.
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from nlsq_dask.engine.sealing import sealed
 from nlsq_dask.engine.workers import Workers
 
 _PATIENCE = 5.0  # seconds, and more each time, for a result to be sent
+_GATHER_INTERVAL = 1.0  # seconds between questions whether what is gathered is still there
 # Dask's own schedulers without a cluster, which tell of every task that has finished.
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
 
@@ -112,17 +113,40 @@ class Parts:
             return dict(self.values)
         client = next(iter(futures.values())).client
         # Of those alone that a worker has: for what was lost, it would wait until a worker comes.
-        keys = [future.key for future in futures.values()]
-        holders = client.sync(client.scheduler.who_has, keys=keys)
-        there = {key for key, workers in holders.items() if workers}
+        there = client.sync(_there, client, list(futures.values()))
         wanted = {n: future for n, future in futures.items() if future.key in there}
-        found = client.gather(list(wanted.values()), errors="skip")
+        found = client.sync(_gathered, client, list(wanted.values()))
         if len(found) == len(wanted):
             self.values.update(zip(wanted, found, strict=True))
         return {n: v for n, v in self.values.items() if not isinstance(v, Future)}
 
 
+async def _there(client: Client, futures: list[Future[Any]]) -> set[Any]:
+    """Return the keys of what a worker has."""
+    assert client.scheduler is not None
+    holders = await client.scheduler.who_has(keys=[future.key for future in futures])
+    return {key for key, workers in holders.items() if workers}
+
+
+async def _gathered(client: Client, futures: list[Future[Any]]) -> list[Any]:
+    """Return results that were there, or nothing if one of them goes before it is sent.
+
+    The gathering would wait until a worker comes. It is not cancelled, because others that gather
+    at the same time wait for the same answer; it ends when the futures are released.
+    """
+    gathering = asyncio.ensure_future(client.gather(futures, errors="skip", asynchronous=True))
+    while True:
+        done, _ = await asyncio.wait([gathering], timeout=_GATHER_INTERVAL)
+        if done:
+            return list(await gathering)
+        if len(await _there(client, futures)) < len(futures):
+            return []
+
+
 Watch = Callable[[Parts], None]
+
+
+_REPLACED = "all were replaced by others"
 
 
 class WorkersReplacedError(Exception):
@@ -176,7 +200,7 @@ def _run_on_cluster(
                     # A scheduler leaves tasks that asked for a lost worker waiting, even if they
                     # allowed others, when there was none at all for a while.
                     if workers.are_replaced:
-                        raise WorkersReplacedError
+                        raise WorkersReplacedError(_REPLACED)
                     watched = time.monotonic()
             future: Future[Any] = next(finished)
             if future.status != "finished":
@@ -198,7 +222,8 @@ def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) 
 
     Then it is computed again, which those that took their place may never be asked to do.
     """
-    for patience in (_PATIENCE * 2**turn for turn in itertools.count()):
+    patience = _PATIENCE
+    while True:
         try:
             return future.result(timeout=patience)
         except TimeoutError:
@@ -206,8 +231,8 @@ def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) 
                 raise
             watch(parts)
             if workers.are_replaced:
-                raise WorkersReplacedError from None
-    raise AssertionError("unreachable")
+                raise WorkersReplacedError(_REPLACED) from None
+        patience *= 2
 
 
 @contextmanager

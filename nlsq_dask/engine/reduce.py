@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -74,6 +74,7 @@ class DataSet:
         self._block_groups = groups
         self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
         self._place()
+        self._all_sizes = self._amounts(range(len(groups)), frozenset())
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
             self._read_ahead = ReadAhead(self._workers.most_threads)
@@ -223,10 +224,15 @@ class DataSet:
         return [i for i, own in enumerate(self._members) if not own <= request.left_out]
 
     def _sizes(self, request: PassRequest) -> NDArray[np.int64]:
-        """Return the ``Amount`` of each wanted group."""
+        """Return the ``Amount`` of each wanted group, found once for the passes over all."""
+        if not request.left_out:
+            return self._all_sizes
+        return self._amounts(self._wanted(request), request.left_out)
+
+    def _amounts(self, groups: Iterable[int], left_out: frozenset[int]) -> NDArray[np.int64]:
         sizes = []
-        for i in self._wanted(request):
-            blocks = list(self._members[i] - request.left_out)
+        for i in groups:
+            blocks = list(self._members[i] - left_out)
             rows = self._block_rows.flat[blocks].sum()
             share = len(blocks) / len(self._members[i])
             sizes.append((len(blocks), rows, share * self.memory.group_bytes[i]))

@@ -240,7 +240,7 @@ class SourceGraph:
         needed = {dep for node in shared.values() for dep in node.dependencies}
         shared |= {key: self._nodes[key] for key in needed if key in self._nodes}
         shared = {key: SharedStep.wrapped(node, self._policy) for key, node in shared.items()}
-        readers = [self._reader(group, i, owners) for i, group in enumerate(groups)]
+        readers = [self._reader(group, owners) for group in groups]
         return readers, {**shared, **self._futures}
 
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
@@ -336,7 +336,7 @@ class SourceGraph:
             return False
         return bool(node.value.nbytes > _MAX_INLINE_BYTES)
 
-    def _reader(self, group: Sequence[Index], i: int, owners: dict[Key, int]) -> GroupReader:
+    def _reader(self, group: Sequence[Index], owners: dict[Key, int]) -> GroupReader:
         steps: dict[Key, GraphNode] = {}
         inputs: dict[Key, None] = {}
 

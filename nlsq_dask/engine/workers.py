@@ -17,6 +17,11 @@ from distributed.system import MEMORY_LIMIT
 from nlsq_dask.core.devices import CPU, local_platforms
 from nlsq_dask.engine.sealing import PackageFirst
 
+_ASYNCHRONOUS = (
+    "the active client is asynchronous; a fit needs a synchronous one: Client(...) without "
+    "asynchronous=True."
+)
+
 
 def _prepare(client_process: int) -> tuple[str, ...]:
     """Return a worker's platforms; where JAX has not started, let it take no whole card."""
@@ -47,10 +52,23 @@ class Workers:
 
     @classmethod
     def active(cls) -> Workers:
-        """Return the workers of the active client, else those of Dask's configuration."""
-        get = get_scheduler()
+        """Return the workers of the active client, else those of Dask's configuration.
+
+        Raises
+        ------
+        RuntimeError
+            If the client is asynchronous here, which it is in its own event loop only.
+        """
+        try:
+            get = get_scheduler()
+        except RuntimeError as error:  # Dask's own, which does not say what to do
+            if "asynchronous" not in str(error):
+                raise
+            raise RuntimeError(_ASYNCHRONOUS) from error
         client = getattr(get, "__self__", None)
         if isinstance(client, Client):
+            if client.asynchronous:  # Dask does not ask where it is given the client's own get
+                raise RuntimeError(_ASYNCHRONOUS)
             workers = client.scheduler_info(n_workers=-1)["workers"]
             limits = [info["memory_limit"] or MEMORY_LIMIT for info in workers.values()]
             threads = {address: int(info["nthreads"]) for address, info in workers.items()}
