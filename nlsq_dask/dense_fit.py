@@ -226,14 +226,13 @@ class DenseFit:
         them, because all rows fit its solution worse than it did by more than chance explains, the
         fit starts once more on the new one; that costs a pass if it leads to a better point.
         """
-        expected = 2.0 * sample.reduce(start).cost / max(sample.n_used, 1)
-        chance = 1.0 + 5.0 * float(np.sqrt(2.0 / max(sample.n_used, 1)))
+        most, chance = sample.most_expected(start), sample.chance
         sums, rows = self.context.passes.first(
             self._kernel, start, self.context.sample_rows, self.context.config.random_seed
         )
         if rows is not None:
             sample.exchange(rows)
-        if sums.is_finite and not 2.0 * sums.cost / sums.n_used > expected * chance:
+        if sums.is_finite and not sums.variance(0) > most:
             return start, sums
         again = self._solve_on_sample(sample, self.context.start_finder.find(sample, {}), {})
         state = gn.start(start, sums, self._settings)

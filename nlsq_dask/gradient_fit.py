@@ -35,7 +35,6 @@ Sample = SampleProblem[GradientRowSums]
 _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
 _SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
 _TAKES_PART = 1e-2  # of the largest share in a direction that is lost
-_CHANCE = 5.0  # standard deviations of a mean square that chance explains
 
 
 @dataclass(frozen=True)
@@ -197,15 +196,12 @@ class GradientFit:
         them, because all rows fit its solution worse than chance explains, the new one is solved as
         well; where nothing is finite at either solution, the starts themselves are tried.
         """
-        fit, n_used = self.context, max(sample.n_used, 1)
-        n_params = len(start)
-        expected = 2.0 * sample.reduce(start).cost / max(n_used - n_params, 1)
-        chance = (1.0 + _CHANCE * np.sqrt(2.0 / n_used)) * (1.0 + n_params / n_used)
+        fit, most = self.context, sample.most_expected(start)
         seed = fit.config.random_seed
         sums, rows = fit.passes.first(self._kernel, start, fit.sample_rows, seed)
         if rows is not None:
             sample.exchange(rows)
-        if sums.is_finite and not sums.variance(0) > expected * chance:
+        if sums.is_finite and not (sample.is_informative and sums.variance(0) > most):
             return start, sums
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
         costs = [sample.reduce(end).cost for end in ends]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -27,6 +28,7 @@ from nlsq_dask.errors import DataError
 Vector = NDArray[np.float64]
 
 _FEW_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
+_CHANCE = 5.0  # standard deviations of a mean square that chance explains
 _SHOWN_ROWS, _SHOWN_BYTES = 2000, 2**22  # most of what a result keeps to be drawn
 
 
@@ -115,6 +117,21 @@ class SampleProblem(Generic[R]):
     def n_used(self) -> int:
         """Number of usable rows."""
         return len(self._rows)
+
+    @property
+    def chance(self) -> float:
+        """How many times the sample's mean square others may have at its solution, by chance.
+
+        Of n rows to which p parameters were fitted it is 1 - p / n times the variance on average,
+        and 1 + p / n times it of rows that they were not fitted to.
+        """
+        n_rows = max(self.n_used, 1)
+        fitted = self._model.n_params / n_rows if self.is_informative else 0.0
+        return (1.0 + _CHANCE * math.sqrt(2.0 / n_rows)) * (1.0 + fitted) / (1.0 - fitted)
+
+    def most_expected(self, params: Vector) -> float:
+        """Return up to which mean square, at the sample's solution, other rows are like these."""
+        return self.reduce(params).variance(0) * self.chance if self.n_used else 0.0
 
     @property
     def variance(self) -> float:

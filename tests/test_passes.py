@@ -12,6 +12,8 @@ import pytest
 import zarr
 
 import nlsq_dask as nd
+from nlsq_dask.events import SampleSolved
+from nlsq_dask.observers.progress import Progress
 from tests.problems import PROBLEMS, Problem, scipy_fit
 
 Config = nd.HybridStreamingConfig
@@ -168,3 +170,23 @@ def test_rows_read_of_ten_million(problem: Problem, is_ordered: bool, tmp_path: 
     result = fit(problem.model, x, y, start_at)
     assert result.success
     assert result.rows_read <= (3.2 if is_ordered else 2.3) * n
+
+
+@pytest.mark.parametrize("threshold", [50, 500])
+def test_the_sample_is_solved_once_where_many_parameters_were_fitted_to_it(
+    threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fits its solution better than all rows do by (1 + p / n) / (1 - p / n), and not worse."""
+    solved: list[SampleSolved] = []
+    monkeypatch.setattr(
+        Progress, "__call__", lambda _, e: solved.extend([e] * isinstance(e, SampleSolved))
+    )
+    n, n_params = 40_000, 100
+    rng = np.random.default_rng(8)
+    x, truth = rng.integers(0, n_params, n), rng.normal(size=n_params)
+    y = truth[x] + 0.1 * rng.standard_normal(n)
+    options = {"sample_rows": 500, "cg_param_threshold": threshold, "max_warmup_iterations": 0}
+    nd.AdaptiveHybridStreamingOptimizer(Config(verbose=1, **options)).fit(
+        lambda x, *p: jnp.stack(p)[x.astype(int)], x, y, np.ones(n_params)
+    )
+    assert len(solved) == 1
