@@ -32,7 +32,8 @@ class Event:
 class FitStarted(Event):
     """The arguments were understood; ``n_rows`` rows in a grid of blocks will be fitted.
 
-    ``dims`` are the names of the grid's dimensions.
+    ``dims`` are the names of the grid's dimensions; ``notes`` are sentences on how the arguments
+    were understood, where that may surprise.
     """
 
     model: str
@@ -40,6 +41,7 @@ class FitStarted(Event):
     grid: tuple[int, ...]
     dims: tuple[str, ...]
     param_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def n_blocks(self) -> int:

@@ -70,6 +70,8 @@ def make_result(
         message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
     if undetermined:
         message += f" The data do not determine: {_listed(undetermined)}."
+    if not outcome.stop.is_success and not outcome.stop.is_interruption:
+        message += _on_dates(blocks)
     if outcome.stop.is_interruption:
         message += to_go_on(outcome.checkpoint)
     return FitResult(
@@ -122,6 +124,14 @@ def make_result(
         _root=root,
         _errors=outcome.errors,
     )
+
+
+def _on_dates(blocks: RowBlocks) -> str:
+    """Say which numbers the model gets for dates: a decay from 1970 on is nothing today."""
+    notes = blocks.date_notes()
+    if not notes:
+        return ""
+    return f" Note that {'; '.join(notes)}. A decay or growth needs an origin near the data."
 
 
 def to_go_on(checkpoint: str | None) -> str:

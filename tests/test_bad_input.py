@@ -266,26 +266,21 @@ TABLE: dict[str, Case] = {
     "what arrays are: lengths differ": (
         dict(x=X[:-1]),
         nd.DataError,
-        "x_data has shape (3999,) and y_data has shape (4000,): they do not match (chunks "
-        "((3999,),) and ((4000,),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a "
-        "tuple of (n,); for an N-d y_data arrays that broadcast against it, such as t[:, "
-        "None, None], or xarray.DataArrays, which are matched by name.",
+        "x_data has shape (3999,) and y_data has shape (4000,): they do not match. For a 1-d "
+        "y_data pass x of shape (n,) or (n, k), or a tuple of (n,).",
     ),
     "what arrays are: chunks differ as well": (
         dict(x=LAZY_X[:-1], y=LAZY_Y),
         nd.DataError,
         "x_data has shape (3999,) and y_data has shape (4000,): they do not match (chunks "
         "((500, 500, 500, 500, 500, 500, 500, 499),) and ((500, 500, 500, 500, 500, 500, 500,"
-        " 500),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,); for "
-        "an N-d y_data arrays that broadcast against it, such as t[:, None, None], or "
-        "xarray.DataArrays, which are matched by name.",
+        " 500),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,).",
     ),
     "what arrays are: features in rows": (
         dict(x=np.stack([X, X])),
         nd.DataError,
-        "x_data has shape (2, 4000) and y_data has shape (4000,): they do not match (chunks "
-        "((2,), (4000,)) and ((4000,),)). A row of x is a row of the array: pass x_data.T, or"
-        " a tuple of arrays.",
+        "x_data has shape (2, 4000) and y_data has shape (4000,): they do not match. A row "
+        "of x is a row of the array: pass x_data.T, or a tuple of arrays.",
     ),
     "what arrays are: one number": (
         dict(y=3.0),
@@ -333,16 +328,15 @@ TABLE: dict[str, Case] = {
     "what arrays are: a path": (
         dict(y="store.zarr"),
         nd.DataError,
-        "y_data has dtype <U10; expected real numbers. Dates as text become dates with "
-        "np.array(..., dtype='datetime64[ns]'). If it is a path, open it first, such as with "
-        "zarr.open_array(path) or xarray.open_zarr(path)['name'].",
+        "y_data is the text 'store.zarr'; pass the array itself, such as dataset['store.zarr']. "
+        "(A path: open it first, with xarray.open_zarr(path)['name'] or zarr.open_array(path).)",
     ),
     "what arrays are: a path of x": (
         dict(x="store.zarr"),
         nd.DataError,
         "x_data names the coordinate 'store.zarr', but y_data is of type ndarray; names need "
-        "an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name']. (For a path, "
-        "open it first.)",
+        "an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name'] of a store that "
+        "xarray wrote. Otherwise pass the arrays themselves.",
     ),
     "what arrays are: unknown chunks": (
         dict(x=LAZY_X[LAZY_X > 1]),
@@ -363,13 +357,14 @@ TABLE: dict[str, Case] = {
     "what arrays are: no such coordinate": (
         dict(x="u", y=NAMED_Y),
         nd.DataError,
-        "x_data names the coordinate 'u'; y_data has ['t'].",
+        "x_data names the coordinate 'u'; y_data has ['t']. Another variable of its Dataset is "
+        "passed as it is: dataset['u'].",
     ),
     "what arrays are: no coordinates": (
         dict(x="t", y=xr.DataArray(Y, dims="t")),
         nd.DataError,
-        "x_data names the coordinate 't'; y_data has none; give it one with "
-        "y_data.assign_coords(t=...).",
+        "x_data names 't', a dimension of y_data without a coordinate; give it one, such as its "
+        "positions: y_data.assign_coords(t=numpy.arange(4000)).",
     ),
     "what arrays are: other labels": (
         dict(x=xr.DataArray(X, coords={"t": X + 1}, dims="t"), y=NAMED_Y),
@@ -380,9 +375,9 @@ TABLE: dict[str, Case] = {
     "what arrays are: other dimensions": (
         dict(x=xr.DataArray(X, dims="s"), y=NAMED_Y),
         nd.DataError,
-        "x_data has shape (1, 4000) and y_data has shape (4000,): they do not match (chunks "
-        "((1,), (4000,)) and ((4000,),)). Dimensions are matched by name, ('s',) with ('t',):"
-        " rename those of x_data that are meant to be others.",
+        "x_data has shape (1, 4000) and y_data has shape (4000,): they do not match. "
+        "Dimensions are matched by name, ('s',) with ('t',): rename those of x_data that are "
+        "meant to be others.",
     ),
     "what arrays are: a covariance as sigma": (
         dict(sigma=np.ones((N, N), np.int8)),
@@ -393,8 +388,53 @@ TABLE: dict[str, Case] = {
     "what arrays are: sigma of another length": (
         dict(sigma=np.ones(5)),
         nd.DataError,
-        "sigma has shape (5,) and y_data has shape (4000,): they do not match (chunks ((5,),)"
-        " and ((4000,),)). Pass one number, or an array that broadcasts against y_data.",
+        "sigma has shape (5,) and y_data has shape (4000,): they do not match. Pass "
+        "one number, or an array that broadcasts against y_data.",
+    ),
+    "what arrays are: the order of arguments": (
+        dict(x=Y, y=("lat", "lon")),
+        nd.DataError,
+        "y_data is a tuple of 2; expected one array. The order of the arguments is fit(model, "
+        "x_data, y_data, p0).",
+    ),
+    "what arrays are: sigma by name": (
+        dict(sigma="error"),
+        nd.DataError,
+        "sigma is the text 'error'; pass the array itself, such as dataset['error'].",
+    ),
+    "what arrays are: which dimension of squares": (
+        dict(x=X[:5], y=np.ones((5, 5))),
+        nd.DataError,
+        "x_data has shape (5,), which fits several dimensions of y_data, of shape (5, 5). Say "
+        "which: x_data[:, None] for dimension 0 or x_data[None, :] for dimension 1.",
+    ),
+    "what arrays are: which dimension for sigma": (
+        dict(
+            x=xr.DataArray(X[:5], dims="t"),
+            y=xr.DataArray(np.ones((5, 5)), dims=("t", "u")),
+            sigma=X[:5],
+        ),
+        nd.DataError,
+        "sigma has shape (5,), which fits several dimensions of y_data, of shape (5, 5). Say "
+        "which: sigma[:, None] for dimension 0 or sigma[None, :] for dimension 1.",
+    ),
+    "what arrays are: the first of two dimensions": (
+        dict(x=X[:5], y=np.ones((5, 4))),
+        nd.DataError,
+        "x_data has shape (5,) and y_data has shape (5, 4): they do not match. Pass "
+        "x_data[:, None] for dimension 0 of y_data.",
+    ),
+    "what arrays are: the first of two dimensions, of Zarr": (
+        dict(x=zarr_group()["t"], y=np.ones((3, 4))),
+        nd.DataError,
+        "x_data has shape (3,) and y_data has shape (3, 4): they do not match (chunks ((3,),) and "
+        "((3,), (4,))). Pass x_data[:][:, None] for dimension 0 of y_data.",
+    ),
+    "what arrays are: a dimension of size 1": (
+        dict(y=Y[:, None]),
+        nd.DataError,
+        "x_data has shape (4000,) and y_data has shape (4000, 1): they do not match. y_data has a "
+        "dimension of size 1: pass y_data[:, 0].",
     ),
     # --- what is in them
     "what is in them: NaN in y": (

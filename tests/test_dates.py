@@ -6,10 +6,12 @@ from fractions import Fraction
 
 import cftime
 import dask.array as da
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from scipy.optimize import OptimizeWarning
 
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
@@ -128,3 +130,24 @@ def test_dates_as_labels() -> None:
 def test_no_doubt_of_a_short_grid_in_predict() -> None:
     result = fit(DATES)
     assert result.predict(DATES[:1] + np.arange(3)).shape == (3,)
+
+
+def test_a_fit_says_which_numbers_dates_become(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = np.arange(1000)
+    time = np.datetime64("2025-03-01", "s") + 60 * seconds
+    y = xr.DataArray(3 * np.exp(-seconds / 200), {"time": time})
+
+    def decay(t, height, lifetime):  # type: ignore[no-untyped-def]
+        return height * jnp.exp(-t / lifetime)
+
+    with pytest.warns(OptimizeWarning, match="could not be estimated"):
+        result = nd.AdaptiveHybridStreamingOptimizer().fit(decay, "time", y, [1, 0.1])
+    number = int((np.datetime64("2025-01-01") - np.datetime64("1970-01-01")).astype(int))
+    note = (
+        f"x_data (time) holds dates, which the model gets as days since 1970-01-01: 2025-01-01 is "
+        f"{number:,}."
+    )
+    assert note in capsys.readouterr().out
+    assert not result.success
+    assert note in result.message
+    assert "an origin near the data" in result.message

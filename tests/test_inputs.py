@@ -151,6 +151,10 @@ def test_xarray_dimensions_in_any_order_and_lazy_store(tmp_path: Any) -> None:
         assert fit(tilted, arrays, turned, sigma=store.s, **options).popt == pytest.approx(
             expected.popt
         )
+        mixed = ("time", store.height, "tilt")  # names beside arrays
+        assert fit(tilted, mixed, turned, sigma=store.s, **options).popt == pytest.approx(
+            expected.popt
+        )
 
 
 # --- starts and bounds that work

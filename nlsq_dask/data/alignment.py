@@ -12,11 +12,12 @@ import dask.array as da
 import numpy as np
 
 from nlsq_dask.core.rows import Layout, x_array_names
-from nlsq_dask.data.dates import doubt_of_rounding, to_days, without_date_objects
+from nlsq_dask.data.dates import doubt_of_rounding, in_words, to_days, without_date_objects
 from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
 from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.labels import Label, label_of
+from nlsq_dask.data.shapes import check_unambiguous, mismatch, rows_shape
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
 
@@ -81,6 +82,16 @@ class RowBlocks:
     def grid(self) -> tuple[int, ...]:
         """Number of blocks along each dimension of y."""
         return tuple(map(len, self.y.chunks))
+
+    def date_notes(self) -> list[str]:
+        """Return a sentence on every array of x that holds dates."""
+        names = self.layout.array_names[1:]
+        return [
+            f"{name}{f' ({label.name})' if label.name else ''} holds dates, which the model gets "
+            f"as {in_words(self.x_units[name])}"
+            for name, label in zip(names, self.labels[1:], strict=False)
+            if name in self.x_units
+        ]
 
     def block_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the number of rows of every block, in the shape of the grid."""
@@ -161,6 +172,8 @@ def align(
     DataError
         If the arrays cannot be matched; the message shows shapes and chunks.
     """
+    _check_kind("y_data", y_data)
+    _check_kind("sigma", sigma)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
     called = [name.replace("x_data", x_called, 1) for name in x_array_names(x_names)]
     names = ["y_data", *called, *([] if sigma is None else ["sigma"])]
@@ -177,6 +190,10 @@ def align(
             for name, value in zip(names[1:], given[1:], strict=True)
         ),
     ]
+    by_position = [s for s in sources[1:] if not _both_named(s.given, first.given)]
+    check_unambiguous(
+        [(s.name, s.given, np.shape(s.given)) for s in by_position], first.values.shape
+    )
     after, mask = _unify(sources, first.values.ndim)
     y, x = after[0], tuple(after[1 : 1 + len(leaves)])
     deviation = None if sigma is None else after[-1]
@@ -205,6 +222,23 @@ def align(
         tuple(source.doubt for source in sources if source.doubt),
         labels,
     )
+
+
+def _check_kind(name: str, value: Any) -> None:
+    """Refuse text, and more than one array where one is wanted."""
+    if isinstance(value, str):
+        raise DataError(
+            f"{name} is the text {value!r}; pass the array itself, such as dataset[{value!r}]. "
+            f"(A path: open it first, with xarray.open_zarr(path)['name'] or "
+            f"zarr.open_array(path).)"
+        )
+    is_names = isinstance(value, list) and any(isinstance(each, str) for each in value)
+    is_several = isinstance(value, tuple) and any(isinstance(v, str) or np.ndim(v) for v in value)
+    if is_names or is_several or isinstance(value, dict):
+        raise DataError(
+            f"{name} is a {type(value).__name__} of {len(value)}; expected one array. The order of "
+            f"the arguments is fit(model, x_data, y_data, p0)."
+        )
 
 
 def _first_source(y_data: Any, cut: bool) -> _Source:
@@ -264,11 +298,15 @@ def _values(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None
     return split_mask(value, name, cut)
 
 
+def _both_named(value: Any, y: Any) -> bool:
+    return is_xarray(value) and is_xarray(y)
+
+
 def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     """Bring one array to the dimensions of y: by name where both have names, else by position."""
     y, given, units, doubt = first.values, value, "", ""
     allows_features = y.ndim == 1 and name != "sigma"
-    both_named = is_xarray(value) and is_xarray(first.given)
+    both_named = _both_named(value, first.given)
     if name != "sigma":
         value, units = without_date_objects(value, name, is_in_memory(value))
         if units and is_in_memory(value) and value.dtype.kind in "mM":
@@ -283,18 +321,16 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
             f"sigma has shape {array.shape} and y_data {y.shape}: a covariance matrix of the data "
             f"is not supported. Pass one standard deviation a row, or transform the data."
         )
-    rows = array.shape[:1] if allows_features and array.ndim == 2 else array.shape
-    if allows_features:
-        fits = rows == y.shape
-    else:
-        fits = len(rows) <= y.ndim and all(
-            size in (1, n) for size, n in zip(rows[::-1], y.shape[::-1], strict=False)
-        )
-    if not fits:
-        named = (given.dims, first.given.dims) if both_named else None
-        raise DataError(
-            f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not match "
-            f"(chunks {array.chunks} and {y.chunks}). {_shape_advice(name, array, y, named)}"
+    rows = rows_shape(name, array.shape, y.shape, allows_features)
+    if rows is None:
+        is_lazy = not (is_in_memory(given) and is_in_memory(first.given))
+        raise mismatch(
+            name,
+            given,
+            array.shape,
+            y.shape,
+            (array.chunks, y.chunks) if is_lazy else None,
+            (given.dims, first.given.dims) if both_named else None,
         )
     if 0 in array.shape[len(rows) :]:
         raise DataError(f"{name} has no columns (shape {array.shape}).")
@@ -304,23 +340,6 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     if missing:
         array, mask = array[missing], None if mask is None else mask[missing]
     return _Source(name, given, array, mask, units, doubt)
-
-
-def _shape_advice(name: str, array: da.Array, y: da.Array, dims: tuple[Any, Any] | None) -> str:
-    if dims is not None:
-        return (
-            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} "
-            f"that are meant to be others."
-        )
-    if name == "sigma":
-        return "Pass one number, or an array that broadcasts against y_data."
-    if y.ndim == 1 and array.ndim == 2 and array.shape[1] == len(y):
-        return f"A row of x is a row of the array: pass {name}.T, or a tuple of arrays."
-    return (
-        "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,); for an N-d y_data "
-        "arrays that broadcast against it, such as t[:, None, None], or xarray.DataArrays, which "
-        "are matched by name."
-    )
 
 
 def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:

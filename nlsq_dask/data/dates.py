@@ -72,6 +72,11 @@ def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
     return value, units
 
 
+def in_words(units: str) -> str:
+    """Return the units with a number to go by, as most are surprised by its size."""
+    return f"{units}: 2025-01-01 is 20,089" if units == _EPOCH else units
+
+
 def doubt_of_rounding(value: Any, name: str) -> str:
     """Say so where days since 1970 lose digits that differences within the data would have.
 

@@ -22,10 +22,12 @@ def lazy_data(array: xr.DataArray, name: str, cut: bool = False) -> da.Array:
 
 def resolve_coordinates(x_data: Any, y: Any) -> Any:
     """Replace names of coordinates of ``y`` by the coordinates themselves."""
+    if isinstance(x_data, list) and not all(isinstance(each, str) for each in x_data):
+        return x_data  # of numbers: one array
     if isinstance(x_data, str):
         return _coordinate(x_data, y)
-    if isinstance(x_data, tuple | list) and x_data and all(isinstance(v, str) for v in x_data):
-        return tuple(_coordinate(name, y) for name in x_data)
+    if isinstance(x_data, tuple | list) and x_data:
+        return tuple(_coordinate(v, y) if isinstance(v, str) else v for v in x_data)
     if isinstance(x_data, dict):
         return {k: _coordinate(v, y) if isinstance(v, str) else v for k, v in x_data.items()}
     return x_data
@@ -35,15 +37,22 @@ def _coordinate(name: str, y: Any) -> xr.DataArray:
     if not isinstance(y, xr.DataArray):
         raise DataError(
             f"x_data names the coordinate {name!r}, but y_data is of type {type(y).__name__}; "
-            f"names need an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name']. "
-            f"(For a path, open it first.)"
+            f"names need an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name'] of "
+            f"a store that xarray wrote. Otherwise pass the arrays themselves."
         )
-    if name not in y.coords:
-        there = sorted(map(str, y.coords))
-        has = str(there) if there else f"none; give it one with y_data.assign_coords({name}=...)"
-        raise DataError(f"x_data names the coordinate {name!r}; y_data has {has}.")
-    coordinate: xr.DataArray = y.coords[name]
-    return coordinate
+    if name in y.coords:
+        coordinate: xr.DataArray = y.coords[name]
+        return coordinate
+    if name in y.dims:
+        raise DataError(
+            f"x_data names {name!r}, a dimension of y_data without a coordinate; give it one, such "
+            f"as its positions: y_data.assign_coords({name}=numpy.arange({y.sizes[name]}))."
+        )
+    there = sorted(map(str, y.coords))
+    raise DataError(
+        f"x_data names the coordinate {name!r}; y_data has {there or 'none'}. Another variable of "
+        f"its Dataset is passed as it is: dataset[{name!r}]."
+    )
 
 
 def like_dims(

@@ -1,0 +1,141 @@
+"""Which dimensions of y an array belongs to where positions decide, and what to say if none do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import zarr
+
+from nlsq_dask.errors import DataError
+
+Shape = tuple[int, ...]
+
+
+def rows_shape(name: str, shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | None:
+    """Return the part of a shape that belongs to rows, None if it does not match that of y.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls the array.
+    shape, y_shape : tuple of int
+    allows_features : bool
+        Whether the array is an x of a 1-d y, which has an entry or a row of k for each of y's.
+    """
+    if allows_features:
+        rows = shape[:1] if len(shape) == 2 else shape
+        return rows if rows == y_shape else None
+    is_broadcast = len(shape) <= len(y_shape) and all(
+        size in (1, n) for size, n in zip(shape[::-1], y_shape[::-1], strict=False)
+    )
+    return shape if is_broadcast else None
+
+
+def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -> None:
+    """Refuse arrays of fewer dimensions than y that could belong to several of them.
+
+    Broadcasting would put them along the last ones without a word: a 1-d time against square
+    images along their columns. Where one of the arrays has all dimensions of y, as ``t[:, None]``,
+    the caller knows the rule, and it is followed.
+
+    Parameters
+    ----------
+    named : sequence of (name, value, shape)
+        What positions are to decide of.
+    y_shape : tuple of int
+
+    Raises
+    ------
+    DataError
+    """
+    ndim = len(y_shape)
+    if any(len(shape) == ndim for name, _, shape in named if name != "sigma"):
+        return
+    for name, value, shape in named:
+        places = _places(shape, y_shape)
+        if len(places) > 1:
+            ways = " or ".join(
+                f"{_index(value, name, axes, ndim)} for {_ordinal(axes)}" for axes in places
+            )
+            raise DataError(
+                f"{name} has shape {shape}, which fits several dimensions of y_data, of shape "
+                f"{y_shape}. Say which: {ways}."
+            )
+
+
+def mismatch(
+    name: str,
+    value: Any,
+    shape: Shape,
+    y_shape: Shape,
+    chunks: tuple[Any, Any] | None,
+    dims: tuple[Any, Any] | None,
+) -> DataError:
+    """Return the error on an array that does not match y.
+
+    Parameters
+    ----------
+    name : str
+    value : array
+        As it was given.
+    shape, y_shape : tuple of int
+    chunks : pair, optional
+        Those of the array and of y, where one of them has any.
+    dims : pair, optional
+        Names of the dimensions of both, where names decide.
+    """
+    in_chunks = f" (chunks {chunks[0]} and {chunks[1]})" if chunks else ""
+    return DataError(
+        f"{name} has shape {shape} and y_data has shape {y_shape}: they do not match{in_chunks}. "
+        f"{_advice(name, value, shape, y_shape, dims)}"
+    )
+
+
+def _advice(
+    name: str, value: Any, shape: Shape, y_shape: Shape, dims: tuple[Any, Any] | None
+) -> str:
+    ndim = len(y_shape)
+    if dims is not None:
+        return (
+            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} "
+            f"that are meant to be others."
+        )
+    if 1 in y_shape and shape == tuple(n for n in y_shape if n > 1):
+        kept = ", ".join("0" if n == 1 else ":" for n in y_shape)
+        return f"y_data has a dimension of size 1: pass y_data[{kept}]."
+    places = _places(shape, y_shape)
+    if places and len(shape) < ndim:
+        return f"Pass {_index(value, name, places[0], ndim)} for {_ordinal(places[0])} of y_data."
+    if name == "sigma":
+        return "Pass one number, or an array that broadcasts against y_data."
+    if ndim == 1:
+        if len(shape) == 2 and shape[1:] == y_shape:
+            return f"A row of x is a row of the array: pass {name}.T, or a tuple of arrays."
+        return "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,)."
+    return (
+        f"For a {ndim}-d y_data pass arrays that broadcast against it, such as "
+        f"t[{', '.join([':'] + ['None'] * (ndim - 1))}], or xarray.DataArrays, which are matched "
+        f"by name."
+    )
+
+
+def _places(shape: Shape, y_shape: Shape) -> list[Shape]:
+    """Return the dimensions of y, in order, whose sizes those of the array are."""
+    if len(shape) >= len(y_shape) or 1 in shape or not shape:
+        return []
+    axes = combinations(range(len(y_shape)), len(shape))
+    return [found for found in axes if shape == tuple(np.take(y_shape, found).tolist())]
+
+
+def _index(value: Any, name: str, axes: Shape, ndim: int) -> str:
+    """Return the expression that puts an array along these dimensions of y."""
+    read = "[:]" if isinstance(value, zarr.Array) else ""  # which has no index None
+    return f"{name}{read}[{', '.join(':' if axis in axes else 'None' for axis in range(ndim))}]"
+
+
+def _ordinal(axes: Shape) -> str:
+    numbers = " and ".join(map(str, axes))
+    return f"dimension {numbers}" if len(axes) == 1 else f"dimensions {numbers}"
