@@ -43,12 +43,13 @@ class Plan:
     n_workers, threads : int
         Processes, and the most threads that one of them has.
     peak_memory : int
-        Bytes that a worker needs at most, ``cache_per_worker`` and Python with its libraries
-        included.
+        Bytes that a worker needs at most: Python with its libraries, what its running tasks read,
+        and the cache, which is ``cache_per_worker`` or all data if these are less.
     memory_limit : int
         Bytes that the smallest worker has.
     cache_per_worker : int
-        Bytes of blocks that may stay in a worker between passes.
+        Bytes of blocks that may stay in a worker between passes; what ``cache`` allows, however
+        many there are.
     jacobian : {"forward", "reverse"}
         Mode of differentiation.
     realigned : tuple of str

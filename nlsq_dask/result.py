@@ -39,7 +39,13 @@ class FitResult:
     success : bool
         Whether they are a solution.
     status : int
-        Positive for success; see ``message``.
+        Positive for success: 2 and 3 where the reduction of the cost or the step that is left is
+        below ``gauss_newton_tol``, 4 where the last step was taken without another pass, 1 where
+        floating point resolves no more. 0 at the limit of iterations. Negative where it ended
+        otherwise: -1 no step reduces the cost, -2 the model is not finite at the start, -3 or at
+        any trial from here, -4 the callback, -5 the model does not react to a parameter, -6 a
+        valley too flat for float64, -7 steps that bring hardly anything, -8 ``max_walltime``, -9
+        SIGTERM.
     message : str
         Why the fit ended, and what to try if it is not a solution.
     cost : float
