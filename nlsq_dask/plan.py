@@ -48,8 +48,7 @@ class Plan:
     memory_limit : int
         Bytes that the smallest worker has.
     cache_per_worker : int
-        Bytes of blocks that may stay in a worker between passes; what ``cache`` allows, however
-        many there are.
+        Most bytes of blocks that may stay in a worker between passes.
     jacobian : {"forward", "reverse"}
         Mode of differentiation.
     realigned : tuple of str
