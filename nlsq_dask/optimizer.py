@@ -93,6 +93,7 @@ class AdaptiveHybridStreamingOptimizer:
     (True, array([2. , 0.7]))
     """
 
+    @explaining_keywords("AdaptiveHybridStreamingOptimizer")
     def __init__(self, config: HybridStreamingConfig | None = None) -> None:
         if config is not None and not isinstance(config, HybridStreamingConfig):
             raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
