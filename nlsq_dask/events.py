@@ -266,13 +266,15 @@ class FitResumed(Event):
     """The fit goes on from a checkpoint that was written after so many passes.
 
     ``started`` is what was said at its beginning; ``notes`` say what was unexpected about the
-    checkpoint.
+    checkpoint. ``is_within_pass`` tells that it holds a part of one more pass, of which the first
+    ``BlocksFinished`` says how much.
     """
 
     started: FitStarted | None
     path: str
     n_passes: int
     notes: tuple[str, ...]
+    is_within_pass: bool
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,10 @@ class AdaptiveHybridStreamingOptimizer:
                 outcome = driver.run()
             except ClusterLostError as error:
                 raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
+            except KeyboardInterrupt as error:  # of which tracebacks show the notes last
+                if journal.last_path is not None:
+                    error.add_note(to_go_on(journal.last_path).strip())
+                raise
             outcome.diagnostics["defense"] = own.get_summary()
             result = make_result(
                 outcome,
