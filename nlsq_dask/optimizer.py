@@ -30,6 +30,7 @@ from nlsq_dask.errors import (
     warn_caller,
 )
 from nlsq_dask.events import (
+    PHASES,
     BlocksLeftOut,
     Event,
     FitAborted,
@@ -50,7 +51,6 @@ from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
 from nlsq_dask.verdict import make_result, to_go_on
 
-_PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
 _MOST_SHOWN = 20  # parameters in HTML
 
 
@@ -104,7 +104,7 @@ class AdaptiveHybridStreamingOptimizer:
     def _forget(self) -> None:
         self.current_phase = 0
         self.phase_history: list[dict[str, Any]] = []
-        self.phase_status = dict.fromkeys(range(len(_PHASES)), "pending")
+        self.phase_status = dict.fromkeys(range(len(PHASES)), "pending")
         self.normalizer: ParameterNormalizer | None = None
         self.normalized_model: NormalizedModelWrapper | None = None
         self.normalized_bounds: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
@@ -119,7 +119,7 @@ class AdaptiveHybridStreamingOptimizer:
         changed = self.config.changed().items()
         options = [(name, repr(value)) for name, value in changed] or [("", "all as by default")]
         status = "; ".join(
-            f"{_PHASES[phase]}: {status}" for phase, status in self.phase_status.items()
+            f"{PHASES[phase]}: {status}" for phase, status in self.phase_status.items()
         )
         state = [("phases", status)]
         if np.isfinite(self.best_cost_global):
