@@ -16,7 +16,7 @@ from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.starts import check_box
 from nlsq_dask.data.alignment import RowBlocks, align
-from nlsq_dask.errors import warn_caller
+from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.iterations import Callback
 from nlsq_dask.parameters import Parameters, parse_parameters
 
@@ -110,7 +110,9 @@ def parse_call(
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
     traced = Model(model, n_params, blocks.layout, config.dtype)
-    for doubt in (*blocks.doubts, *_doubts(traced)):
+    for doubt in blocks.doubts:
+        warn_caller(doubt, DataWarning)
+    for doubt in _doubts(traced):
         warn_caller(doubt)
     return Call(
         config=config,

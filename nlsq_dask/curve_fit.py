@@ -95,7 +95,7 @@ def curve_fit(
     if unknown:
         raise TypeError(
             f"curve_fit() has no argument {unknown[0]!r}. {meant_by(unknown[0])}".rstrip()
-            + " Options are set by config=HybridStreamingConfig(...); derivatives come from JAX."
+            + " Options are set by config=HybridStreamingConfig(...)."
         )
     x_data, model = _from_scipy_layout(f, xdata)
     optimizer = AdaptiveHybridStreamingOptimizer(config)

@@ -72,20 +72,19 @@ class DenseFit:
         kernel = trace(context.model, platforms=context.platforms, loss=context.loss)
         self._kernel = replace(kernel, uses_all_devices=config.enable_multi_device)
         self._sample_kernel = trace(context.exact_model, loss=context.loss)
-        scales = context.normalizer.scales
         self._settings = Settings(
             low=parameters.low,
             high=parameters.high,
             tol=config.gauss_newton_tol,
             max_iterations=config.gauss_newton_max_iterations,
             patience=_PATIENCE,
-            sizes=scales,
+            sizes=context.normalizer.scales,
             regularization=config.regularization_factor,
             initial_radius=config.trust_region_initial,
             epsilon=float(np.finfo(context.model.dtype).eps),
             recovers=config.validate_numerics,
         )
-        self._sample_solver = SampleSolver.of(self._settings, scales, config)
+        self._sample_solver = SampleSolver.of(self._settings, config)
         self._state: gn.State | None = None
 
     @property
@@ -264,7 +263,7 @@ class DenseFit:
         details["cov_type"] = cov_type
         is_classical = cov_type == "nonrobust"
         absolute_sigma = self.context.absolute_sigma or not is_classical
-        found = covariance(sums, self.context.normalizer.scales, absolute_sigma, epsilon)
+        found = covariance(sums, absolute_sigma, epsilon)
         if not is_classical and np.isfinite(found.root).all():
             assert state.solution is not None
             kernel = self._kernel.making(Product.SCORES, self.context.model)

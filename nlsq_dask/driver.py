@@ -25,7 +25,7 @@ from nlsq_dask.core.model_check import check_trace
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
-from nlsq_dask.events import FitStarted, Observer, PhaseEnded, PhaseStarted
+from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.find_starts import StartFinder
 from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.gradient_fit import GradientFit
@@ -107,15 +107,15 @@ class Driver:
             tuple(f"{note}." for note in blocks.date_notes()),
         )
         self._journal.once("beginning", partial(self._emit, started))
-        with self._phase(0, "normalization") as details:
+        with self._phase(0) as details:
             fit = self._prepared(details)
         try:
-            with self._phase(1, "L-BFGS warm-up") as details:
+            with self._phase(1) as details:
                 sample: Any = self._read_sample(fit, details)
                 starts = self._start_finder.find(sample, details)
-            with self._phase(2, "Gauss-Newton") as details:
+            with self._phase(2) as details:
                 solved = fit.solve(sample, starts, details)
-            with self._phase(3, "covariance") as details:
+            with self._phase(3) as details:
                 solved, covariance, errors = self._errors(fit, sample, solved, details)
         except StoppedByCallbackError as stopped:
             return self._outcome(stopped.params, StopReason.USER_STOP, None, None, None)
@@ -217,9 +217,9 @@ class Driver:
             )
 
     @contextmanager
-    def _phase(self, number: int, name: str) -> Iterator[dict[str, Any]]:
+    def _phase(self, number: int) -> Iterator[dict[str, Any]]:
         """Run a phase; one that had begun before the fit was resumed goes on."""
-        details: dict[str, Any] = {}
+        name, details = PHASES[number], dict[str, Any]()
         before = [event for event in self._journal.events if getattr(event, "phase", -1) == number]
         if any(isinstance(event, PhaseEnded) for event in before):
             yield details

@@ -73,7 +73,7 @@ class BlockReadError(DataError):
 
 
 class DataWarning(UserWarning):
-    """The fit goes on, but not over all that the data seem to hold."""
+    """The fit goes on, but perhaps not over what the data seem to hold."""
 
 
 class MissingChunksWarning(DataWarning):

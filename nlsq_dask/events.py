@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.block_sums import BlockSums
 
+PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")  # by number
 ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass
 
 
@@ -268,13 +269,15 @@ class FitResumed(Event):
     """The fit goes on from a checkpoint that was written after so many passes.
 
     ``started`` is what was said at its beginning; ``notes`` say what was unexpected about the
-    checkpoint.
+    checkpoint. ``is_within_pass`` tells that it holds a part of one more pass, of which the first
+    ``BlocksFinished`` says how much.
     """
 
     started: FitStarted | None
     path: str
     n_passes: int
     notes: tuple[str, ...]
+    is_within_pass: bool
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from nlsq_dask.sample_problem import SampleProblem
 
 Vector = NDArray[np.float64]
 
+_LONGEST_BURST = 10  # iterations after which max_walltime, SIGTERM and Ctrl-C are heeded
 _MOST_RESTARTS = 3  # of a warm-up that met something not finite
 _SMALLER = 0.1  # steps of each restart
 _MOST_SURVIVORS = 8  # that go on from a tournament, however few have left
@@ -204,13 +205,19 @@ class StartFinder:
             state = state if noted is None else unpacked(state, noted)
             while int(state.end) == WarmupEnd.RUNNING:
                 before = state
-                state = warmup.run(state, int(before.iteration) + self.config.callback_frequency)
+                state = warmup.run(state, self._burst_end(int(before.iteration)))
                 self._report(state, before, variance)
                 self.journal.note(packed(state))
                 frequency = self.config.checkpoint_frequency
                 if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()
         return state
+
+    def _burst_end(self, done: int) -> int:
+        """Return the iteration after which there is something to do beside iterating."""
+        config = self.config
+        every = (config.callback_frequency, config.checkpoint_frequency, _LONGEST_BURST)
+        return min(done - done % frequency + frequency for frequency in every)
 
     def _report(self, state: WarmupState, before: WarmupState, variance: float) -> None:
         """Report a burst of iterations, as one step from best point to best point."""

@@ -21,9 +21,22 @@ _ALSO_CALLED = {
     "tol": "gauss_newton_tol",
     "maxfev": "gauss_newton_max_iterations",
     "max_nfev": "gauss_newton_max_iterations",
+    "maxiter": "gauss_newton_max_iterations",
+    "max_iter": "gauss_newton_max_iterations",
     "max_iterations": "gauss_newton_max_iterations",
     "weights": "sigma",
     "seed": "random_seed",
+}
+
+# What SciPy asks for and this package has no other name for.
+_FROM_JAX = "Leave it out: the derivatives come from JAX, which takes them of the model."
+_NOT_NEEDED = {
+    "method": "Leave it out: there is one method, Gauss-Newton in a trust region over all rows.",
+    "jac": _FROM_JAX,
+    "Dfun": _FROM_JAX,
+    "epsfcn": _FROM_JAX,
+    "diff_step": _FROM_JAX,
+    "check_finite": "nan_policy takes its place: 'raise', as by default, or 'omit'.",
 }
 
 
@@ -59,7 +72,9 @@ def explaining_keywords(
 
 
 def meant_by(keyword: str) -> str:
-    """Return a sentence that names a call which has this keyword, or one like it, if any has."""
+    """Return a sentence that says what to write instead of a keyword, if that is known."""
+    if keyword in _NOT_NEEDED:
+        return _NOT_NEEDED[keyword]
     keyword = _ALSO_CALLED.get(keyword, keyword)
     near = get_close_matches(keyword, _CALLS, n=1, cutoff=0.75)
     return f"Do you mean {_CALLS[near[0]]}(..., {near[0]}=...)?" if near else ""

@@ -30,6 +30,7 @@ from nlsq_dask.errors import (
     warn_caller,
 )
 from nlsq_dask.events import (
+    PHASES,
     BlocksLeftOut,
     Event,
     FitAborted,
@@ -50,7 +51,6 @@ from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
 from nlsq_dask.verdict import make_result, to_go_on
 
-_PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")
 _MOST_SHOWN = 20  # parameters in HTML
 
 
@@ -93,6 +93,7 @@ class AdaptiveHybridStreamingOptimizer:
     (True, array([2. , 0.7]))
     """
 
+    @explaining_keywords("AdaptiveHybridStreamingOptimizer")
     def __init__(self, config: HybridStreamingConfig | None = None) -> None:
         if config is not None and not isinstance(config, HybridStreamingConfig):
             raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
@@ -103,7 +104,7 @@ class AdaptiveHybridStreamingOptimizer:
     def _forget(self) -> None:
         self.current_phase = 0
         self.phase_history: list[dict[str, Any]] = []
-        self.phase_status = dict.fromkeys(range(len(_PHASES)), "pending")
+        self.phase_status = dict.fromkeys(range(len(PHASES)), "pending")
         self.normalizer: ParameterNormalizer | None = None
         self.normalized_model: NormalizedModelWrapper | None = None
         self.normalized_bounds: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
@@ -118,7 +119,7 @@ class AdaptiveHybridStreamingOptimizer:
         changed = self.config.changed().items()
         options = [(name, repr(value)) for name, value in changed] or [("", "all as by default")]
         status = "; ".join(
-            f"{_PHASES[phase]}: {status}" for phase, status in self.phase_status.items()
+            f"{PHASES[phase]}: {status}" for phase, status in self.phase_status.items()
         )
         state = [("phases", status)]
         if np.isfinite(self.best_cost_global):
@@ -280,6 +281,10 @@ class AdaptiveHybridStreamingOptimizer:
                 outcome = driver.run()
             except ClusterLostError as error:
                 raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
+            except KeyboardInterrupt as error:  # of which tracebacks show the notes last
+                if journal.last_path is not None:
+                    error.add_note(to_go_on(journal.last_path).strip())
+                raise
             outcome.diagnostics["defense"] = own.get_summary()
             result = make_result(
                 outcome,

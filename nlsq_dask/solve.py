@@ -103,17 +103,14 @@ class SampleSolver:
     ----------
     settings : Settings
         Of float64 arithmetic.
-    scales : ndarray, shape (p,)
-        Of the normalization.
     config : HybridStreamingConfig
     """
 
     settings: Settings
-    scales: Vector
     config: HybridStreamingConfig
 
     @classmethod
-    def of(cls, settings: Settings, scales: Vector, config: HybridStreamingConfig) -> Self:
+    def of(cls, settings: Settings, config: HybridStreamingConfig) -> Self:
         """Make one from the settings for all rows."""
         settings = replace(
             settings,
@@ -121,7 +118,7 @@ class SampleSolver:
             max_iterations=MORE_ITERATIONS * settings.max_iterations,
             patience=MORE_ITERATIONS * settings.patience,
         )
-        return cls(settings, scales, config)
+        return cls(settings, config)
 
     def solve(
         self,
@@ -138,7 +135,7 @@ class SampleSolver:
         sums.make(first_product(self.config))
         if not sums(start).is_finite:
             return gn.start(start, sums(start), self.settings)
-        pull = _Pull(start, _variance(sums(start)), anchor_length * self.scales)
+        pull = _Pull(start, _variance(sums(start)), anchor_length * self.settings.sizes)
 
         def reduce(params: Vector) -> NormalEquations:
             return pull.added_to(sums(params), params)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import nlsq_dask as nd
 from nlsq_dask.checkpoints.checkpoint import Checkpoint
 from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.journal import CheckpointJournal
+from nlsq_dask.events import BlocksFinished, Event
 from nlsq_dask.storage.codec import encode
 from tests import surviving_fit
 
@@ -532,6 +534,30 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     wanted = expected.rows_read / surviving_fit.BLOCK_ROWS
     # Four blocks to compare; and of each of two threads what it computed, and had read ahead.
     assert n_reads <= wanted + (4 + 2 * 3) * n_resumes
+
+
+def test_ctrl_c_says_how_to_go_on_and_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(event: Event) -> None:
+        if isinstance(event, BlocksFinished) and event.blocks >= 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nlsq_dask.optimizer.watching", lambda _: iter([nullcontext(cut)]))
+        with pytest.raises(KeyboardInterrupt) as plain:
+            surviving_fit.fit()
+        assert not hasattr(plain.value, "__notes__")
+        with pytest.raises(KeyboardInterrupt) as caught:
+            surviving_fit.fit(checkpoint_dir=tmp_path)
+    (saved,) = tmp_path.iterdir()
+    assert caught.value.__notes__ == [
+        f"To go on: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
+    ]
+    assert surviving_fit.fit(resume_from_checkpoint=saved, verbose=1).success
+    assert f"Going on from {saved}, after 0 passes and a part of the next\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_true_goes_on_if_there_is_something(tmp_path: Path) -> None:

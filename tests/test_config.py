@@ -132,6 +132,47 @@ def test_unknown_names() -> None:
         Config(learning_rate=1)
 
 
+OPTIMIZER = nd.AdaptiveHybridStreamingOptimizer
+SCIPY = {"method": "lm"}, {"jac": None}, {"epsfcn": 1e-8}, {"check_finite": False}
+
+
+@pytest.mark.parametrize(
+    ("call", "keywords", "sentence"),
+    [
+        (OPTIMIZER, {"cov_type": "HC1"}, "Do you mean HybridStreamingConfig(..., cov_type=...)?"),
+        (OPTIMIZER, {"sigma": 1.0}, "Do you mean fit(..., sigma=...)?"),
+        (OPTIMIZER, {"verbos": 0}, "Do you mean fit(..., verbose=...)?"),
+        (
+            OPTIMIZER().fit,
+            {"config": Config()},
+            "Do you mean AdaptiveHybridStreamingOptimizer(..., config=...)?",
+        ),
+        *(
+            (call, {name: 10}, "Do you mean HybridStreamingConfig(..., gauss_newton_max_it")
+            for name in ("max_iter", "maxiter", "max_nfev")
+            for call in (Config, OPTIMIZER, OPTIMIZER().fit, nd.curve_fit)
+        ),
+        *(
+            (call, keywords, sentence)
+            for call in (OPTIMIZER().fit, OPTIMIZER().plan, nd.curve_fit)
+            for keywords, sentence in zip(
+                SCIPY,
+                ("there is one method", "come from JAX", "come from JAX", "nan_policy takes its"),
+                strict=True,
+            )
+        ),
+    ],
+)
+def test_what_is_said_of_a_keyword_that_a_call_does_not_have(
+    call: Any, keywords: dict[str, Any], sentence: str
+) -> None:
+    (name,) = keywords
+    data = () if call in (Config, OPTIMIZER) else (model, X, Y)
+    with pytest.raises(TypeError, match=rf"\(\) has no argument '{name}'\. ") as caught:
+        call(*data, **keywords)
+    assert sentence in str(caught.value)
+
+
 def test_numpy_integers_are_integers() -> None:
     config = Config(chunk_size=np.int64(2000), n_starts=np.int32(3))
     assert type(config.chunk_size) is int

@@ -5,6 +5,7 @@ Compared with SciPy's sparse solution, and with the fit by matrices where that i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import dask.array as da
@@ -19,6 +20,7 @@ from scipy.sparse.linalg import spsolve
 import nlsq_dask as nd
 from nlsq_dask.core import probing
 from nlsq_dask.core.conjugate_gradients import LinearSolve
+from nlsq_dask.passes import Passes
 
 Config = nd.HybridStreamingConfig
 
@@ -269,6 +271,34 @@ def test_a_sample_unlike_the_rest() -> None:
         found = optimizer.fit(model, *lazy, [1, -1e-5])
         assert found.success
         assert found.x[1] == pytest.approx(-1e-6, rel=0.5)
+
+
+def test_a_new_sample_of_fewer_rows_than_parameters_changes_no_start(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows fit the first one's solution badly, but five rows cannot tell a better start."""
+    sample, first, tried = Passes.sample, Passes.first, []
+
+    def unlike(*args: Any) -> Any:
+        rows, n_blocks = sample(*args)
+        return replace(rows, y=2.0 * rows.y), n_blocks
+
+    def five(*args: Any) -> Any:
+        sums, rows = first(*args)
+        assert rows is not None
+        return sums, rows.take(np.arange(5))
+
+    def other(passes: Passes, kernel: Any, params: np.ndarray, known: Any) -> Any:
+        tried.append(params)
+        return known[1], known[1]
+
+    monkeypatch.setattr(Passes, "sample", unlike)
+    monkeypatch.setattr(Passes, "first", five)
+    monkeypatch.setattr(Passes, "reduce_beside", other)
+    result = local.fit(4_000, sample_rows=2_000)
+    assert result.success
+    assert not tried
+    np.testing.assert_allclose(result.x, local.sparse_solution()[0], rtol=1e-6, atol=1e-6)
 
 
 class Shared(Local):

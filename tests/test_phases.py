@@ -87,6 +87,26 @@ def test_callback_frequency() -> None:
     assert all(i % 7 == 0 for i in seen)
 
 
+def test_how_long_bursts_of_the_warm_up_are_changes_nothing_of_it() -> None:
+    results = [
+        fit(callback_frequency=frequency, checkpoint_frequency=checkpoints)
+        for frequency, checkpoints in ((1, 100), (7, 100), (10_000, 100), (10_000, 3))
+    ]
+    assert warm_up(results[0])["iterations"] > 20
+    for result in results[1:]:
+        assert warm_up(result) == warm_up(results[0])
+        assert result.popt.tobytes() == results[0].popt.tobytes()
+        assert result.pcov.tobytes() == results[0].pcov.tobytes()
+
+
+def test_a_warm_up_can_be_ended_every_ten_iterations_however_rare_the_callback_is() -> None:
+    """With each report of iterations max_walltime and SIGTERM are heeded."""
+    history = fit(callback_frequency=10_000).history
+    iterations = history.iteration[history.stage == "warm-up"].values
+    assert len(iterations) > 2
+    assert np.diff(iterations, prepend=0).max() == 10
+
+
 def test_the_callback_is_called_where_reports_pass_over_its_multiples(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

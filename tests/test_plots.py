@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 import sys
 from collections.abc import Iterator
@@ -320,6 +321,28 @@ def test_columns_of_a_table() -> None:
     assert [panel.get_xlabel() for panel in panels] == [f"x[{i}]" for i in range(6)]
     assert "6 of 8 x are shown" in figure.get_suptitle()
     assert axes_of(result.plot(x="x[7]"))[1].get_xlabel() == "x[7]"
+
+
+@pytest.mark.parametrize("years", [0.1, 1.9, 41.0])
+@pytest.mark.parametrize("n_quantities", [1, 3])
+def test_dates_do_not_run_into_each_other(n_quantities: int, years: float) -> None:
+    t = np.datetime64("1979-01-17") + np.linspace(0, years * 31_556_952, 200).astype("m8[s]")
+    others = [np.linspace(i, 10, 200) for i in range(1, n_quantities)]
+    result = fit(
+        lambda x, a: a * (x if n_quantities == 1 else x[-1]),
+        (t, *others)[:n_quantities] if others else t,
+        np.linspace(1, 2, 200),
+        [1.0],
+    )
+    figure = result.plot()
+    figure.canvas.draw()
+    axes = next(axes for axes in figure.axes if axes.get_xlabel().startswith("x"))
+    assert isinstance(axes.xaxis.get_major_formatter(), mdates.ConciseDateFormatter)
+    low, high = axes.get_xlim()
+    ticks = [t for t in axes.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks]
+    assert len(boxes) >= 2
+    assert all(one.x1 < next_one.x0 for one, next_one in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap"])

@@ -236,6 +236,11 @@ class CheckpointJournal(Journal):
         self._has_warned = True
 
     @property
+    def is_within_pass(self) -> bool:
+        """Whether there is a part of a pass that was cut, which notes what is finished of it."""
+        return any("/pass " in path and path.endswith(f"/{_STATE}") for path in self._entries)
+
+    @property
     def is_due(self) -> bool:
         """Whether the last checkpoint is older than the interval."""
         if self._folder is None:

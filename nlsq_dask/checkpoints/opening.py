@@ -55,5 +55,5 @@ def open_journal(
         remember(event)
     n_passes = sum(isinstance(event, PassFinished) for event in journal.events)
     started = next((event for event in journal.events if isinstance(event, FitStarted)), None)
-    emit(FitResumed(started, path, n_passes, tuple(notes)))
+    emit(FitResumed(started, path, n_passes, tuple(notes), journal.is_within_pass))
     return journal

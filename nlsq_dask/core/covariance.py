@@ -22,9 +22,6 @@ class Covariance:
     ----------
     root : ndarray, shape (p, p)
         The covariance is ``root @ root.T``. It has what that loses by squaring.
-    sigma_sq : float
-        Variance of a residual, ``2 cost / dof`` with the cost of the rows alone; infinite without
-        degrees of freedom.
     condition_number : float
         Of the column-scaled Jacobian.
     undetermined : ndarray of bool, shape (p,)
@@ -32,7 +29,6 @@ class Covariance:
     """
 
     root: Matrix
-    sigma_sq: float
     condition_number: float
     undetermined: NDArray[np.bool_]
 
@@ -45,37 +41,32 @@ class Covariance:
         return np.asarray((pcov + pcov.T) / 2)
 
 
-def covariance(
-    sums: NormalEquations, scales: Vector, absolute_sigma: bool, epsilon: float
-) -> Covariance:
-    """Invert ``J^T J`` in normalized space and transform back: ``Cov = D C D^T``.
+def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> Covariance:
+    """Invert ``J^T J`` with its columns scaled to length 1, and transform back.
 
     Parameters
     ----------
     sums : NormalEquations
         At the solution.
-    scales : ndarray, shape (p,)
-        Diagonal D of the normalization's Jacobian.
     absolute_sigma : bool
         Whether sigma is meant in absolute terms; if not, the covariance is scaled by the variance
         of the residuals, as in ``scipy.optimize.curve_fit``.
     epsilon : float
         Machine epsilon of the arithmetic that made the sums.
     """
-    p = len(scales)
-    dof, sigma_sq = sums.n_used - p, sums.variance(p)
-    norms = np.sqrt(np.diag(sums.jtj)) * scales
+    p = len(sums.jtj)
+    norms = np.sqrt(np.diag(sums.jtj))
     columns = np.where(norms > 0.0, norms, 1.0)
-    spectrum = Spectrum.of(sums, columns / scales, epsilon)
+    spectrum = Spectrum.of(sums, columns, epsilon)
     lost = spectrum.is_lost
     undetermined = np.asarray((np.abs(spectrum.vectors[:, lost]) > 1e-3).any(axis=1))
-    if lost.any() or (dof <= 0 and not absolute_sigma):
+    if lost.any() or (sums.n_used <= p and not absolute_sigma):
         root = np.full((p, p), np.inf)
     else:
-        root = spectrum.inverse_root * (scales / columns)[:, None]
+        root = spectrum.inverse_root / columns[:, None]
         if not absolute_sigma:
-            root = root * np.sqrt(sigma_sq)
-    return Covariance(root, sigma_sq, spectrum.condition, undetermined)
+            root = root * np.sqrt(sums.variance(p))
+    return Covariance(root, spectrum.condition, undetermined)
 
 
 def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:

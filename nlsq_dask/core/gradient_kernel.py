@@ -49,14 +49,11 @@ class GradientKernel(RowKernel[GradientSums]):
     ----------
     n_directions : int
         How many directions it takes.
-    is_diagonal : bool
-        Whether the diagonal of ``J^T J`` takes the place of the one product.
     """
 
     sums_type: ClassVar[type[Sums]] = GradientSums
 
     n_directions: int = 1
-    is_diagonal: bool = False
 
     @classmethod
     def trace(
@@ -69,6 +66,8 @@ class GradientKernel(RowKernel[GradientSums]):
         is_diagonal: bool = False,
     ) -> Self:
         """Trace the kernel of this model for pieces of this length.
+
+        With ``is_diagonal`` the diagonal of ``J^T J`` takes the place of the one product.
 
         Raises
         ------
@@ -105,7 +104,6 @@ class GradientKernel(RowKernel[GradientSums]):
             },
             loss=loss,
             n_directions=n_directions,
-            is_diagonal=is_diagonal,
         )
 
     def _no_sums(self, platform: str) -> Any:

@@ -28,6 +28,7 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
+from nlsq_dask.observers.wording import passes_before
 
 Message = dict[str, Any]
 
@@ -161,7 +162,7 @@ def _pass(event: PassFinished) -> Message:
 def _notes(event: Event) -> list[str]:
     match event:
         case FitResumed():
-            return [f"going on from a checkpoint, after {event.n_passes} passes"]
+            return [f"going on from a checkpoint, {passes_before(event)}"]
         case TournamentRound():
             return [f"tournament, round {event.round}: {event.survivors} starts go on"]
         case WarmupStarted(is_warm_start=True):

@@ -12,6 +12,7 @@ import dask.array as da
 import numpy as np
 
 from nlsq_dask.core.rows import Layout, x_array_names
+from nlsq_dask.data.attributes import doubts_of_attributes
 from nlsq_dask.data.dates import doubt_of_rounding, in_words, to_days, without_date_objects
 from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
@@ -179,6 +180,9 @@ def align(
     names = ["y_data", *called, *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     labels = tuple(map(label_of, given[: 1 + len(leaves)]))
+    doubts = [
+        text for pair in zip(given, names, strict=True) for text in doubts_of_attributes(*pair)
+    ]
     given = without_pandas(list(zip(names, given, strict=True)))
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
     cut = all(map(is_in_memory, given))
@@ -219,7 +223,7 @@ def align(
         split_bytes,
         _dims(given[0], y.ndim),
         {source.name: source.units for source in sources if source.units},
-        tuple(source.doubt for source in sources if source.doubt),
+        (*doubts, *(source.doubt for source in sources if source.doubt)),
         labels,
     )
 

@@ -34,7 +34,7 @@ def sentence(event: Event) -> str | None:
             first = f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
             return "\n".join([first, *(f"  {note}" for note in event.notes)])
         case FitResumed():
-            return f"Going on from {event.path}, after {event.n_passes} passes"
+            return f"Going on from {event.path}, {passes_before(event)}"
         case PhaseStarted():
             return f"Phase {event.phase}: {event.name}"
         case SampleRead():
@@ -63,6 +63,12 @@ def sentence(event: Event) -> str | None:
         case FitEnded():
             return event.message
     return _of_iteration(event) or _of_pass(event)
+
+
+def passes_before(event: FitResumed) -> str:
+    """Return which passes a fit that goes on need not make again."""
+    number = "1 pass" if event.n_passes == 1 else f"{event.n_passes} passes"
+    return f"after {number}{' and a part of the next' if event.is_within_pass else ''}"
 
 
 def in_words(rate: float) -> str:

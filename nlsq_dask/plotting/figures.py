@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FIT, MEAN, THIRD, FOURTH = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 QUIET = "0.5"  # grey lines, seen on white and on black
 DATES = "days since 1970-01-01"
+_DATE_WIDTH = 0.5  # inches that a tick's label takes, with the gap beside it
 
 
 def prepared(figure: Figure | SubFigure | None, width: float, height: float) -> Figure | SubFigure:
@@ -85,7 +86,11 @@ def date_axis(axes: Axes, low: float, high: float) -> bool:
     days = np.array([first, last]).astype("datetime64[D]").astype(float)
     if not days[0] < low <= high < days[1] or dates.get_epoch() != "1970-01-01T00:00:00":
         return False
-    locator = dates.AutoDateLocator()
+    width = axes.get_window_extent().width / axes.figure.dpi
+    most = int(np.clip(width / _DATE_WIDTH, 5, 11))
+    # Below so few the locator takes the next shorter unit, two of whose longest intervals are one
+    # of the longer, such as six months of a year: they must fit in as well.
+    locator = dates.AutoDateLocator(minticks=(most - 1) // 2, maxticks=most)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
     return True

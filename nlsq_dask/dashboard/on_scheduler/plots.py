@@ -11,6 +11,7 @@ SLOTS = 6  # fits that are shown side by side
 # Of Okabe and Ito: told apart by everyone, on paper, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PHASES = ("#999999", "#E69F00", "#0072B2", "#009E73")  # by number
+# Short ones of events.PHASES, which is not installed where this runs.
 _PHASE_NAMES = ("normalization", "warm-up", "Gauss-Newton", "covariance")
 
 
