@@ -146,7 +146,7 @@ class Driver:
     def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
         """Trace the kernels, which depend on the number of parameters."""
         details["strategy"] = self._normalizer.strategy
-        check_trace(self._model)
+        check_trace(self._model, self._data.blocks.x_labels)
         row_bytes, config = self._model.layout.row_bytes, self._config
         details["platforms"] = self._data.platforms
         context = FitContext(

@@ -106,7 +106,7 @@ class Plan:
 
 def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) -> Plan:
     """Say what a fit of this model to these blocks would do on the active workers."""
-    check_trace(model)
+    check_trace(model, blocks.x_labels)
     block_rows = blocks.block_rows()
     groups = group_blocks(block_rows)
     workers = Workers.active()

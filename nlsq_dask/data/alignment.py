@@ -73,6 +73,11 @@ class RowBlocks:
         return (self.y, *self.x, *(array for array in optional if array is not None))
 
     @property
+    def x_labels(self) -> list[str]:
+        """Names that the arrays of x have of themselves, empty where they have none."""
+        return [label.name for label in self.labels[1:]]
+
+    @property
     def n_rows(self) -> int:
         """Number of rows."""
         return int(self.y.size)
