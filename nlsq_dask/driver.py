@@ -98,8 +98,14 @@ class Driver:
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
         blocks = self._data.blocks
-        names = self._parameters.names
-        started = FitStarted(self._model.name, blocks.n_rows, blocks.grid, blocks.dims, names)
+        started = FitStarted(
+            self._model.name,
+            blocks.n_rows,
+            blocks.grid,
+            blocks.dims,
+            self._parameters.names,
+            self._parameters.remark,
+        )
         self._journal.once("beginning", partial(self._emit, started))
         with self._phase(0, "normalization") as details:
             fit = self._prepared(details)

@@ -32,7 +32,8 @@ class Event:
 class FitStarted(Event):
     """The arguments were understood; ``n_rows`` rows in a grid of blocks will be fitted.
 
-    ``dims`` are the names of the grid's dimensions.
+    ``dims`` are the names of the grid's dimensions; ``remark`` says what the caller may not have
+    meant.
     """
 
     model: str
@@ -40,6 +41,7 @@ class FitStarted(Event):
     grid: tuple[int, ...]
     dims: tuple[str, ...]
     param_names: tuple[str, ...]
+    remark: str = ""
 
     @property
     def n_blocks(self) -> int:

@@ -1,4 +1,4 @@
-"""What is said of a model that cannot be used: what is wrong with it, and what to write instead."""
+"""What is said of a model, a start or bounds that cannot be used, and what to write instead."""
 
 from __future__ import annotations
 
@@ -76,7 +76,18 @@ def test_a_dict_that_is_taken_for_something_else(model: Any) -> None:
     assert said.endswith("x as one argument, a dict: its arrays are x['t'], x['lat'].")
 
 
-def test_x_as_separate_arguments() -> None:
+@pytest.mark.parametrize(
+    ("x", "parts"),
+    [((T, LAT), "x"), (["t", "lat"], "x"), ({"t": T, "lat": LAT}, "x['t'], x['lat']")],
+)
+def test_x_as_separate_arguments(x: Any, parts: str) -> None:
+    assert message(separate, x, NAMED) == (
+        "p0 has 2 values, but the model takes 3 parameters (lat, a, b). The model gets x as one "
+        f"argument: write `def model(x, a, b)`, and begin with `t, lat = {parts}`."
+    )
+
+
+def test_x_as_separate_arguments_without_p0() -> None:
     assert "begin with `x0, x1 = x`" in message(separate, (T, LAT), p0=None)
 
 
@@ -147,3 +158,75 @@ def test_rows_picked_by_a_condition() -> None:
     said = message(lambda x, a, b: a * x[x > 1] + b, T)
     assert said.endswith("jnp.where(x > 3, this, that) gives a value for each row.")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("n", "names"), [(2, "a, b"), (4, "a, b, c, d"), (5, "a, b, ..."), (9, "a, b, ...")]
+)
+def test_a_start_for_parameters_in_a_vector(n: int, names: str) -> None:
+    assert message(lambda x, p: p[0] * x, T, p0=[1.0] * n) == (
+        f"p0 has {n} values, but the model takes 1 parameter (p). Each parameter is an argument of "
+        f"its own: write `def model(x, {names})`, or `def model(x, *p)` for a tuple p of them."
+    )
+
+
+def test_arguments_in_another_order() -> None:
+    order = "The order of arguments is model, x, y, p0."
+    said = message(lambda x, a, b: a * x + b, T, [1.0, 1.0], Y)
+    assert said == f"p0 has 60 values, but the model takes 2 parameters (a, b). {order}"
+    with pytest.raises(TypeError, match=rf"got an array of shape \(60,\)\. {order}$"):
+        nd.AdaptiveHybridStreamingOptimizer().fit(T, Y, separate)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=rf"got '[^']{{,40}}'\. {order}$"):
+        nd.AdaptiveHybridStreamingOptimizer().fit("a * x + b" * 99, T, Y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pairs", [[(0, 2), (0, 3)], [(0, 2), (0, None), (0, 4)], np.eye(3, 2)])
+def test_bounds_in_pairs(pairs: Any) -> None:
+    with pytest.raises(ValueError, match=r"^(bounds must be|the lower bound)") as caught:
+        nd.AdaptiveHybridStreamingOptimizer().fit(
+            lambda x, *p: p[0] * x, T, Y, [1.0] * len(pairs), pairs
+        )
+    assert str(caught.value).endswith(
+        "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
+    )
+
+
+def wave(x: Any, height: Any, width: Any, offset: Any, slope: Any = 0.1) -> Any:
+    return height * jnp.sin(x / width) + offset + slope * x
+
+
+@pytest.mark.parametrize(
+    ("p0", "bounds", "remark"),
+    [
+        ({"height": 1}, None, "Not in p0, so they start at: width = 1, offset = 1"),
+        ({"height": 1, "width": 2}, {"offset": (2, 4)}, "Not in p0, so they start at: offset = 3"),
+        ({"height": 1, "width": 2, "offset": 0}, None, ""),
+        (None, None, ""),
+        ([1, 1, 1], None, ""),
+    ],
+)
+def test_a_start_that_leaves_parameters_out(
+    p0: Any, bounds: Any, remark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer()
+    problems = optimizer.plan(wave, T, Y, p0, bounds).problems
+    optimizer.fit(wave, T, Y, p0, bounds, callback=stop, verbose=1)
+    lines = capsys.readouterr().out.splitlines()
+    if remark:
+        assert remark in problems
+        assert lines[1] == remark
+    else:
+        assert not any("p0" in problem for problem in problems)
+        assert lines[1] == "Phase 0: normalization"
+
+
+def test_a_start_that_leaves_very_many_parameters_out(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"c{i}" for i in range(50)]
+    nd.AdaptiveHybridStreamingOptimizer().fit(
+        lambda x, *p: p[0] * x + sum(p), T, Y, {"c0": 1}, param_names=names, callback=stop
+    )
+    assert ", c20 = 1, 29 more\n" in capsys.readouterr().out
+
+
+def stop(*_: Any) -> None:
+    raise StopIteration

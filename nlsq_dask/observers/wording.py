@@ -31,7 +31,8 @@ def sentence(event: Event) -> str | None:
             names = ", ".join(event.param_names[:_MOST_NAMES])
             if len(event.param_names) > _MOST_NAMES:
                 names += f" and {len(event.param_names) - _MOST_NAMES:,} more parameters"
-            return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
+            remark = f"\n{event.remark}" if event.remark else ""
+            return f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks{remark}"
         case FitResumed():
             return f"Going on from {event.path}, after {event.n_passes} passes"
         case PhaseStarted():
