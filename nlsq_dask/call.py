@@ -97,7 +97,7 @@ def parse_call(
         raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     check_loss(loss, f_scale)
     config = config.validated_copy() if verbose is None else replace(config, verbose=verbose)
-    parameters = parse_parameters(model, p0, bounds, param_names)
+    parameters = parse_parameters(model, p0, bounds, param_names, *_parts_of_x(x_data))
     n_params = len(parameters.names)
     _check_many_parameters(parameters, config)
     check_box(parameters.low, parameters.high, config)
@@ -126,6 +126,14 @@ def parse_call(
         absolute_sigma=bool(absolute_sigma),
         callback=callback,
     )
+
+
+def _parts_of_x(x_data: Any) -> tuple[int, str]:
+    """Return how many arrays there are in x, and what a model writes to get them all."""
+    if isinstance(x_data, dict):
+        return len(x_data), ", ".join(f"x[{key!r}]" for key in x_data)
+    are_names = isinstance(x_data, list) and all(isinstance(name, str) for name in x_data)
+    return (len(x_data) if isinstance(x_data, tuple) or are_names else 1), "x"
 
 
 def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:

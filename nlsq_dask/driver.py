@@ -104,7 +104,7 @@ class Driver:
             blocks.grid,
             blocks.dims,
             self._parameters.names,
-            tuple(f"{note}." for note in blocks.date_notes()),
+            self._notes(),
         )
         self._journal.once("beginning", partial(self._emit, started))
         with self._phase(0) as details:
@@ -125,6 +125,10 @@ class Driver:
         if solved.stop.is_success:
             self._journal.save()
         return self._outcome(solved.params, solved.stop, solved, covariance, errors)
+
+    def _notes(self) -> tuple[str, ...]:
+        remark = [self._parameters.remark] if self._parameters.remark else []
+        return (*remark, *(f"{note}." for note in self._data.blocks.date_notes()))
 
     def _errors(
         self,
@@ -152,7 +156,7 @@ class Driver:
     def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
         """Trace the kernels, which depend on the number of parameters."""
         details["strategy"] = self._normalizer.strategy
-        check_trace(self._model)
+        check_trace(self._model, self._data.blocks.x_labels)
         row_bytes, config = self._model.layout.row_bytes, self._config
         details["platforms"] = self._data.platforms
         context = FitContext(

@@ -353,7 +353,7 @@ class AdaptiveHybridStreamingOptimizer:
             callback,
             verbose,
         )
-        return make_plan(call.blocks, call.model, call.config)
+        return make_plan(call.blocks, call.model, call.config, call.parameters.remark)
 
     def _publish(self, call: Call) -> None:
         self.normalizer = call.normalizer

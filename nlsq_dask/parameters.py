@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 
+_MOST_LISTED = 20  # parameters in a sentence
+_FAR_TOO_MANY = 10  # times as many values in p0 as there are parameters; no miscount is so large
+_OF_PAIRS = "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
+_ORDER = "The order of arguments is model, x, y, p0."
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -25,21 +30,37 @@ class Parameters:
     start : ndarray, shape (p,)
     low, high : ndarray, shape (p,)
         Bounds; infinite where there are none.
+    not_given : tuple of str
+        Names that a p0 by name leaves out, and for which the model has no default either.
     """
 
     names: tuple[str, ...]
     start: Vector
     low: Vector
     high: Vector
+    not_given: tuple[str, ...] = ()
 
     @property
     def has_bounds(self) -> bool:
         """Whether any bound is finite."""
         return bool(np.isfinite(self.low).any() or np.isfinite(self.high).any())
 
+    @property
+    def remark(self) -> str:
+        """What the caller may not have meant with p0; empty where there is nothing."""
+        starts = [
+            f"{name} = {value:g}"
+            for name, value in zip(self.names, self.start, strict=True)
+            if name in self.not_given
+        ]
+        if len(starts) > _MOST_LISTED:
+            starts = [*starts[:_MOST_LISTED], f"{len(starts) - _MOST_LISTED:,} more"]
+        return f"Not in p0, so they start at: {', '.join(starts)}" if starts else ""
+
 
 @dataclass(frozen=True)
 class _Signature:
+    first: str  # what the model calls x
     names: tuple[str, ...]
     defaults: Mapping[str, float]
     is_open: bool  # takes *params, so the number is not known
@@ -50,6 +71,8 @@ def parse_parameters(
     p0: Any,
     bounds: Any,
     param_names: Sequence[str] | None,
+    n_x: int = 1,
+    x_parts: str = "x",
 ) -> Parameters:
     """Bring names, start and bounds together.
 
@@ -63,6 +86,10 @@ def parse_parameters(
         Each of low and high a scalar, a sequence or a dict by name.
     param_names : sequence of str, optional
         Names to use instead of those of the signature.
+    n_x : int
+        Number of the arrays of x.
+    x_parts : str
+        What a model writes to get them all, for messages.
 
     Raises
     ------
@@ -70,14 +97,15 @@ def parse_parameters(
         The message names the parameter or the number that does not fit.
     """
     signature = _read_signature(model)
-    names = _names(signature, p0, param_names)
+    separate_x = _separate_x(signature, p0, n_x, x_parts)
+    names = _names(signature, p0, param_names, separate_x)
     low, high = _bounds(bounds, names)
     start = np.ones(len(names))
-    given = np.zeros(len(names), bool)
+    given, has_default = np.zeros(len(names), bool), np.zeros(len(names), bool)
     # The signature's own names count for its defaults, whatever the caller calls the parameters.
     for i, original in enumerate(signature.names[: len(names)]):
         if original in signature.defaults:
-            start[i] = signature.defaults[original]
+            start[i], has_default[i] = signature.defaults[original], True
     if isinstance(p0, Mapping):
         _reject_unknown(p0, names, "p0")
         for name, value in p0.items():
@@ -95,7 +123,9 @@ def parse_parameters(
                 f"{high[i]:g}]. Move p0 inside or widen the bounds."
             )
     start = np.where(given, start, _inside(start, low, high))
-    return Parameters(names, start, low, high)
+    left_out = ~(given | has_default) if isinstance(p0, Mapping) else np.zeros(len(names), bool)
+    not_given = tuple(itertools.compress(names, left_out))
+    return Parameters(names, start, low, high, not_given)
 
 
 def _inside(start: Vector, low: Vector, high: Vector) -> Vector:
@@ -112,11 +142,13 @@ def _inside(start: Vector, low: Vector, high: Vector) -> Vector:
 
 def _read_signature(model: Callable[..., Any]) -> _Signature:
     if not callable(model):
-        raise TypeError(f"model must be a callable model(x, *params); got {model!r}.")
+        is_array = hasattr(model, "shape") and hasattr(model, "dtype")
+        got = f"an array of shape {model.shape}" if is_array else reprlib.repr(model)
+        raise TypeError(f"model must be a callable model(x, *params); got {got}. {_ORDER}")
     try:
         parameters = list(inspect.signature(model).parameters.values())
     except ValueError:  # builtins have no signature
-        return _Signature((), {}, True)
+        return _Signature("x", (), {}, True)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     # A default that is no number (None, a text, a flag) is an option of the model, not a start.
@@ -131,14 +163,17 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
             f"the model has keyword-only arguments without default ({', '.join(required)}); bind "
             f"them first, for instance with functools.partial."
         )
-    return _Signature(tuple(p.name for p in fitted), defaults, is_open)
+    first = positional[0].name if positional else "x"
+    return _Signature(first, tuple(p.name for p in fitted), defaults, is_open)
 
 
 def _is_start(default: Any) -> bool:
     return np.ndim(default) == 0 and np.asarray(default).dtype.kind in "iuf"
 
 
-def _names(signature: _Signature, p0: Any, param_names: Sequence[str] | None) -> tuple[str, ...]:
+def _names(
+    signature: _Signature, p0: Any, param_names: Sequence[str] | None, separate_x: str
+) -> tuple[str, ...]:
     known = signature.names
     if p0 is None or isinstance(p0, Mapping):
         if signature.is_open and param_names is None:
@@ -153,9 +188,10 @@ def _names(signature: _Signature, p0: Any, param_names: Sequence[str] | None) ->
         optional = [name in signature.defaults for name in known]
         least = max((i + 1 for i, is_optional in enumerate(optional) if not is_optional), default=0)
         if not signature.is_open and not least <= n <= len(known):
+            takes = f"{len(known)} parameter{'' if len(known) == 1 else 's'}"
             raise ValueError(
-                f"p0 has {n} values, but the model takes {len(known)} parameters "
-                f"({', '.join(known)})."
+                f"p0 has {n} value{'' if n == 1 else 's'}, but the model takes {takes} "
+                f"({', '.join(known)}). {_of_number(n, len(known)) or separate_x}".rstrip()
             )
     if n == 0:
         raise ValueError("the model has no parameters to fit: expected model(x, a, b, ...).")
@@ -168,6 +204,30 @@ def _names(signature: _Signature, p0: Any, param_names: Sequence[str] | None) ->
     if len(set(names)) != n:
         raise ValueError(f"the parameter names {names} are not all different.")
     return names
+
+
+def _of_number(n: int, n_known: int) -> str:
+    """Return what is likely where p0 has so many more values than the model has parameters."""
+    if n > _FAR_TOO_MANY * max(n_known, 1):
+        return _ORDER
+    if n_known == 1 < n:
+        names = ", ".join("abcd"[:n]) if n <= 4 else "a, b, ..."
+        return (
+            f"Each parameter is an argument of its own: write `def model(x, {names})`, or "
+            f"`def model(x, *p)` for a tuple p of them."
+        )
+    return ""
+
+
+def _separate_x(signature: _Signature, p0: Any, n_x: int, x_parts: str) -> str:
+    """Return what to do if the model takes the arrays of x as separate arguments."""
+    known, n_more = signature.names, n_x - 1
+    if n_x < 2 or p0 is None or isinstance(p0, Mapping) or len(known) != np.size(p0) + n_more:
+        return ""
+    return (
+        f"The model gets x as one argument: write `def model({', '.join(('x', *known[n_more:]))})`"
+        f", and begin with `{', '.join((signature.first, *known[:n_more]))} = {x_parts}`."
+    )
 
 
 def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
@@ -188,7 +248,7 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
     if len(bounds) != 2:
         raise ValueError(
             f"bounds must be (low, high) or a dict of (low, high) by name; got {len(bounds)} "
-            f"entries."
+            f"entries. {_OF_PAIRS if _are_pairs(bounds) else ''}".rstrip()
         )
     low = _side(bounds[0], names, -np.inf, "lower bounds")
     high = _side(bounds[1], names, np.inf, "upper bounds")
@@ -196,9 +256,14 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
         if not a < b:
             raise ValueError(
                 f"the lower bound {a:g} of parameter {name!r} must be less than its upper bound "
-                f"{b:g}."
+                f"{b:g}. {_OF_PAIRS if n == 2 and _are_pairs(bounds) else ''}".rstrip()
             )
     return low, high
+
+
+def _are_pairs(bounds: Sequence[Any] | NDArray[Any]) -> bool:
+    """Whether these are low and high of one parameter after the other, as of SciPy's minimize."""
+    return all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in bounds)
 
 
 def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vector:

@@ -54,7 +54,7 @@ class Plan:
     realigned : tuple of str
         Arrays whose chunks are split to agree with the others, and how.
     problems : tuple of str
-        What would stop the fit or make it slow.
+        What would stop the fit or make it slow, and what may not be meant.
     """
 
     n_rows: int
@@ -104,13 +104,25 @@ class Plan:
         )
 
 
-def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) -> Plan:
-    """Say what a fit of this model to these blocks would do on the active workers."""
-    check_trace(model)
+def make_plan(
+    blocks: RowBlocks, model: Model, config: HybridStreamingConfig, remark: str = ""
+) -> Plan:
+    """Say what a fit of this model to these blocks would do on the active workers.
+
+    Parameters
+    ----------
+    blocks : RowBlocks
+    model : Model
+    config : HybridStreamingConfig
+    remark : str
+        What the caller may not have meant, which is a problem of the plan's.
+    """
+    check_trace(model, blocks.x_labels)
     block_rows = blocks.block_rows()
     groups = group_blocks(block_rows)
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
+    remarks = [remark] if remark else []
     sample = plan_sample(
         block_rows,
         config.sample_size(blocks.n_rows, blocks.layout.row_bytes, model.n_params),
@@ -133,7 +145,7 @@ def make_plan(blocks: RowBlocks, model: Model, config: HybridStreamingConfig) ->
         cache_per_worker=memory.cache_bytes,
         jacobian=mode.value,
         realigned=blocks.realigned,
-        problems=tuple(_problems(blocks, memory, workers, model.n_params, config)),
+        problems=(*remarks, *_problems(blocks, memory, workers, model.n_params, config)),
     )
 
 

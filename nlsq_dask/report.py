@@ -34,6 +34,7 @@ _SCALARS = (
     "rows_cached",
 )
 _PAIR = ("cov_i", "cov_j")
+_LARGE_RATIO = 1e3  # from which on two digits after the point say nothing
 _MOST_LISTED = 200  # parameters, or correlations; of more, the first so many
 _MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, letters in HTML
 
@@ -48,6 +49,8 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
         asked.append(("loss", f"{result.loss}, f_scale = {result.f_scale:g}"))
     if result.cov_type != "nonrobust":
         asked.append(("covariance", result.cov_type))
+    if scale := _scale_of_errors(result):
+        asked.append(("standard errors", scale))
     return [
         ("fitting method", method),
         *asked,
@@ -76,7 +79,7 @@ def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
         result.active_mask,
         strict=True,
     ):
-        relative = f"{abs(error / value):.2%}" if value and np.isfinite(error) else "??"
+        relative = _percent(abs(error / value)) if value and np.isfinite(error) else "??"
         remarks = [f"init = {init:g}"]
         if np.isfinite(low) or np.isfinite(high):
             remarks.append(f"bounds = {low:g}:{high:g}")
@@ -87,6 +90,23 @@ def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
             rows.append((f"... {len(result.x) - _MOST_LISTED} more in popt", "", "", "", ""))
             break
     return rows
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < _LARGE_RATIO else f"{100.0 * ratio:.3g}%"
+
+
+def _scale_of_errors(result: FitResult) -> str:
+    """Return what standard errors are measured by, where sigma was given; else nothing.
+
+    Those of a sandwich do not depend on it.
+    """
+    has_sigma = result.sample is not None and "sigma" in result.sample
+    if result.cov_type != "nonrobust" or not (has_sigma or result.absolute_sigma):
+        return ""
+    if result.absolute_sigma:
+        return "from sigma as it is (absolute_sigma=True)"
+    return "scaled by the scatter of residuals (absolute_sigma=False)"
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:

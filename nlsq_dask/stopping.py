@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Self
 
+_FIXED = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
+
 
 class StopReason(Enum):
     """Why a fit ended: a status as SciPy counts (positive for success) and a sentence."""
@@ -38,8 +40,8 @@ class StopReason(Enum):
     CREEPING = (
         -7,
         "Not converged: the steps along a curved or flat valley have become so short that many of "
-        "them brought hardly anything. Start closer to the solution, fix one of the parameters, or "
-        "write the model in parameters that depend less on each other.",
+        "them brought hardly anything. Start closer to the solution, fix one of the parameters "
+        f"({_FIXED}), or write the model in parameters that depend less on each other.",
     )
     STALLED = (
         -1,
@@ -50,13 +52,14 @@ class StopReason(Enum):
     NO_SENSITIVITY = (
         -5,
         "Not converged: at this point the model does not react to some of its parameters, so "
-        "nothing can be said of them. Start them closer to the solution, or leave them out.",
+        "nothing can be said of them. Start them closer to the solution, leave them out, or fix "
+        f"them ({_FIXED}).",
     )
     FLAT_VALLEY = (
         -6,
         "Not converged: the parameters lie in a valley so flat that float64 cannot tell where its "
-        "lowest point is. Fix or leave out one of the parameters that are not determined, or "
-        "measure x from its mean and in units of its spread.",
+        "lowest point is. Leave out or fix one of the parameters that are not determined "
+        f"({_FIXED}), or measure x from its mean and in units of its spread.",
     )
     NON_FINITE_START = (
         -2,
@@ -81,6 +84,16 @@ class StopReason(Enum):
     def is_success(self) -> bool:
         """Whether the parameters are a solution."""
         return self.status > 0
+
+    @property
+    def may_have_started_far_off(self) -> bool:
+        """Whether a start that is far off is a likely cause."""
+        return self in (
+            StopReason.ITERATION_LIMIT,
+            StopReason.CREEPING,
+            StopReason.STALLED,
+            StopReason.NO_SENSITIVITY,
+        )
 
     @property
     def is_interruption(self) -> bool:

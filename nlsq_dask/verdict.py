@@ -25,6 +25,10 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
 _MOST_LISTED = 20  # blocks or parameters in a sentence
+_MULTISTART = (
+    " If the start may be far off: finite bounds and HybridStreamingConfig.with_multistart("
+    "n_starts=30, center_on_p0=False) try many."
+)
 
 
 def make_result(
@@ -58,6 +62,8 @@ def make_result(
             OptimizeWarning,
         )
     message = outcome.stop.sentence
+    if outcome.stop.may_have_started_far_off and _could_use_multistart(outcome):
+        message += _MULTISTART
     left_out = _left_out(outcome.diagnostics["left_out"], blocks)
     if left_out:
         message += f" {left_out}"
@@ -141,11 +147,19 @@ def to_go_on(checkpoint: str | None) -> str:
     return f" To go on: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
+def _could_use_multistart(outcome: Outcome) -> bool:
+    """Whether it was not used, and is possible: not without a matrix of the parameters."""
+    return outcome.has_covariance and "multistart" not in outcome.diagnostics
+
+
 def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:
-    """Return pcov and its root: None for too many parameters, infinite where nothing was found."""
+    """Return pcov and its root: None for too many parameters, infinite where nothing was found.
+
+    Where the model does not react to some parameters, what rounding makes of them is nothing.
+    """
     if not outcome.has_covariance:
         return None, None
-    if outcome.covariance is None:
+    if outcome.covariance is None or outcome.stop is StopReason.NO_SENSITIVITY:
         nothing = np.full((len(outcome.params),) * 2, np.inf)
         return nothing, nothing
     return outcome.covariance.pcov, outcome.covariance.root
@@ -183,6 +197,8 @@ def _r_squared(sums: Sums | None) -> float:
 def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:
     if undetermined:
         reason = f"the data do not determine {_listed(undetermined)}"
+    elif n_used > n_params:
+        reason = "at this point the model does not react to some of them"
     else:
         reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
     warn_caller(f"Covariance of the parameters could not be estimated: {reason}.", OptimizeWarning)

@@ -180,15 +180,17 @@ TABLE: dict[str, Case] = {
         dict(function=lambda x, a, b: a * np.exp(np.asarray(-b * x))),
         nd.ModelError,
         "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
-        "numpy or math, and with jnp.where instead of 'if' on values of x or of the "
-        "parameters.",
+        "numpy or math (jnp.exp for np.exp and math.exp), with jax.scipy instead of scipy "
+        "(jax.scipy.special for scipy.special), and without float(), int() and .item() of "
+        "values of x or of the parameters.",
     ),
     "the model: a branch": (
         dict(function=lambda x, a, b: a * x if b > 0 else x),
         nd.ModelError,
-        "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
-        "numpy or math, and with jnp.where instead of 'if' on values of x or of the "
-        "parameters.",
+        "The model '<lambda>' cannot be traced by JAX: it asks whether values of x or of the "
+        "parameters are true, as 'if', 'and', 'or', 'not', min() and max() do. Write "
+        "jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' and 'or', and "
+        "jnp.minimum and jnp.maximum.",
     ),
     "the model: nothing returned": (
         dict(function=lambda x, a: None),

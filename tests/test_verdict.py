@@ -455,15 +455,6 @@ def test_predict_of_a_large_grid_is_lazy() -> None:
         result.predict((0.5, 0.5))
 
 
-@pytest.mark.parametrize(
-    "model", [lambda x, a: a * x.year, lambda x, a: a * x["year"], lambda x, a: a * x[0].item()]
-)
-def test_models_that_raise(model: Any) -> None:
-    x, y = data()
-    with pytest.raises(nd.ModelError, match=r"jax\.numpy"):
-        fit(model, (x, x), y, [1.0])
-
-
 # --- problems that fits were seen to refuse, or to end before the solution
 
 

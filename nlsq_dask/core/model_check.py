@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -11,6 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.model import Model
+from nlsq_dask.core.model_advice import (
+    BRANCHES,
+    NOT_IN_JAX,
+    advice,
+    asks_for_truth,
+    of_columns,
+)
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.rows import Rows
@@ -20,43 +28,43 @@ from nlsq_dask.errors import ModelError
 _PROBE_ROWS = (7, 12)
 
 
-def check_trace(model: Model) -> None:
-    """Raise a ModelError unless the function can be traced and returns one real value a row."""
+def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
+    """Raise a ModelError unless the function can be traced and returns one real value a row.
+
+    Parameters
+    ----------
+    model : Model
+    x_labels : sequence of str
+        What the arrays of x call themselves, for messages; empty where they do not.
+    """
     params = jax.ShapeDtypeStruct((model.n_params,), np.dtype(model.dtype))
     with x64():
         for n_rows in _PROBE_ROWS:
             try:
                 out = jax.eval_shape(model.raw, model.x_specs(n_rows), params)
+            except jax.errors.TracerBoolConversionError as error:
+                raise _untraceable(model, BRANCHES) from error
             except (
                 jax.errors.TracerArrayConversionError,
                 jax.errors.ConcretizationTypeError,
-                jax.errors.TracerBoolConversionError,
                 jax.errors.TracerIntegerConversionError,
             ) as error:
-                raise ModelError(
-                    f"The model {model.name!r} cannot be traced by JAX: write it with "
-                    f"jax.numpy instead of numpy or math, and with jnp.where instead of "
-                    f"'if' on values of x or of the parameters."
-                ) from error
+                raise _untraceable(model, NOT_IN_JAX) from error
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                if asks_for_truth(error):
+                    raise _untraceable(model, BRANCHES) from error
+                said = str(error).partition("\n")[0].rstrip(".")  # JAX goes on with its manual
                 raise ModelError(
-                    f"The model {model.name!r} raised {type(error).__name__}: "
-                    f"{str(error).rstrip('.')}. It was called as model(x, *params) with "
-                    f"{_describe_x(model)} of b rows, here {n_rows}, and {model.n_params} "
-                    f"single numbers. {_advice(error)}"
+                    f"The model {model.name!r} raised {type(error).__name__}: {said}. It was "
+                    f"called as model(x, *params) with {_describe_x(model)} of b rows, here "
+                    f"{n_rows}, and {model.n_params} single numbers. "
+                    f"{advice(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)
 
 
-def _advice(error: Exception) -> str:
-    if "unpack" in str(error):
-        return "x has as many quantities as x_data: a tuple of k arrays or of k names gives k."
-    if "positional argument" in str(error):
-        return "Its arguments after x are the parameters, one for each value of p0."
-    return (
-        "Write it with jax.numpy instead of numpy, math or scipy, and with jnp.where instead of "
-        "'if' on values."
-    )
+def _untraceable(model: Model, what_to_do: str) -> ModelError:
+    return ModelError(f"The model {model.name!r} cannot be traced by JAX: {what_to_do}")
 
 
 def _describe_x(model: Model) -> str:
@@ -80,7 +88,7 @@ def _check_output(model: Model, out: object, n_rows: int) -> None:
         given = ", ".join(str((n_rows, *features)) for features in model.layout.x_features)
         raise ModelError(
             f"The model {model.name!r} must return one value a row: for x of shape {given} it "
-            f"returned shape {out.shape}, expected ({n_rows},)."
+            f"returned shape {out.shape}, expected ({n_rows},). {of_columns(model)}".rstrip()
         )
     if np.dtype(out.dtype).kind != "f":
         raise ModelError(

@@ -75,6 +75,11 @@ class RowBlocks:
         return (self.y, *self.x, *(array for array in optional if array is not None))
 
     @property
+    def x_labels(self) -> list[str]:
+        """Names that the arrays of x have of themselves, empty where they have none."""
+        return [label.name for label in self.labels[1:]]
+
+    @property
     def n_rows(self) -> int:
         """Number of rows."""
         return int(self.y.size)
@@ -88,9 +93,9 @@ class RowBlocks:
         """Return a sentence on every array of x that holds dates."""
         names = self.layout.array_names[1:]
         return [
-            f"{name}{f' ({label.name})' if label.name else ''} holds dates, which the model gets "
-            f"as {in_words(self.x_units[name])}"
-            for name, label in zip(names, self.labels[1:], strict=False)
+            f"{name}{f' ({label})' if label else ''} holds dates, which the model gets as "
+            f"{in_words(self.x_units[name])}"
+            for name, label in zip(names, self.x_labels, strict=False)
             if name in self.x_units
         ]
 

@@ -1,0 +1,97 @@
+"""What to do about a model that raised an error, or gave another shape, when it was traced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from nlsq_dask.core.model import Model
+
+_IN_JAX = (
+    "rite it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "
+    "jax.scipy instead of scipy (jax.scipy.special for scipy.special)"
+)
+NOT_IN_JAX = (
+    f"w{_IN_JAX}, and without float(), int() and .item() of values of x or of the parameters."
+)
+BRANCHES = (
+    "it asks whether values of x or of the parameters are true, as 'if', 'and', 'or', 'not', min() "
+    "and max() do. Write jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' "
+    "and 'or', and jnp.minimum and jnp.maximum."
+)
+_GENERAL = f"W{_IN_JAX}, and with jnp.where instead of 'if' on values."
+_MASKS = (
+    "Rows cannot be picked by a condition: jnp.where(x > 3, this, that) gives a value for each row."
+)
+_SINGLE_NUMBERS = (
+    "Each parameter is an argument of its own: write `def model(x, a, b)`, or `def model(x, *p)` "
+    "for a tuple p of them."
+)
+_UNPACK = "x has as many quantities as x_data: a tuple of k arrays or of k names gives k."
+# Single parameters that were indexed or unpacked, in the words of JAX.
+_IS_SINGLE = re.compile(r"\b0-d(imensional)?\b")
+# A tuple or a dict that was calculated with, in the words of Python and JAX; unpacking a dict gives
+# its keys, which are texts.
+_IS_TUPLE = re.compile(r"\btuple\b|can't multiply sequence")
+_IS_DICT = re.compile(r"\bdict\b|\bstr\b|can't multiply sequence|to a scalar index")
+
+
+def asks_for_truth(error: Exception) -> bool:
+    """Whether this is NumPy's error of an 'if' on an array, which advises a.any() or a.all()."""
+    return "truth value of an array" in str(error)
+
+
+def advice(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
+    """Return what to do about an error; nothing where it says all itself.
+
+    Parameters
+    ----------
+    model : Model
+    error : Exception
+        That the model raised.
+    x_labels : sequence of str
+        What the arrays of x call themselves, empty where they do not.
+    """
+    text, names = str(error), model.layout.x_names
+    if re.match(r"module '(jax|numpy)\b.*' has no attribute", text):
+        return ""  # a name that is misspelt
+    if "boolean indices must be concrete" in text:
+        return _MASKS
+    if "positional argument" in text:
+        return "Its arguments after x are the parameters, one for each value of p0."
+    if isinstance(names, int) and _IS_TUPLE.search(text):
+        return of_tuple(names, x_labels)
+    if isinstance(names, tuple) and (isinstance(error, KeyError) or _IS_DICT.search(text)):
+        return f"The model gets x as one argument, a dict: its arrays are {_items(names)}."
+    if _IS_SINGLE.search(text):
+        return _SINGLE_NUMBERS
+    if "unpack" in text:
+        return of_columns(model) or _UNPACK
+    return _GENERAL
+
+
+def of_tuple(n: int, x_labels: Sequence[str]) -> str:
+    """Return how a model begins that gets ``n`` arrays of x."""
+    are_names = len(set(x_labels)) == n and all(map(str.isidentifier, x_labels))
+    names = x_labels if are_names else [f"x{i}" for i in range(n)]
+    return (
+        f"The model gets x as one argument, a tuple of {n} arrays: begin with "
+        f"`{', '.join(names)}{',' * (n == 1)} = x`."
+    )
+
+
+def of_columns(model: Model) -> str:
+    """Return how a model gets at the columns of x, where x is one array with columns."""
+    if model.layout.x_names is not None or model.layout.x_features == ((),):
+        return ""
+    ((n,),) = model.layout.x_features
+    columns = (
+        " and ".join(f"x[:, {i}]" for i in range(n)) if n <= 2 else f"x[:, 0] to x[:, {n - 1}]"
+    )
+    names = ", ".join(f"x{i}" for i in range(n)) if n <= 4 else "x0, x1, ..."
+    begins = f", and `{names} = x.T` gives them names" if n > 1 else ""
+    return f"x is a block of rows, of shape (b, {n}): its columns are {columns}{begins}."
+
+
+def _items(names: Sequence[str]) -> str:
+    return ", ".join(f"x[{name!r}]" for name in names)

@@ -1,0 +1,232 @@
+"""What is said of a model, a start or bounds that cannot be used, and what to write instead."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import xarray as xr
+
+import nlsq_dask as nd
+
+T = np.linspace(0.0, 4.0, 60)
+LAT = np.cos(3.0 * T)
+Y = 2.0 * T + LAT
+NAMED = xr.DataArray(Y, {"t": T, "lat": ("t", LAT)}, "t")
+
+
+def message(model: Any, x: Any, y: Any = Y, p0: Any = (1.0, 1.0)) -> str:
+    with pytest.raises(ValueError) as caught:
+        nd.AdaptiveHybridStreamingOptimizer().fit(model, x, y, p0, verbose=0)
+    return str(caught.value)
+
+
+def separate(t: Any, lat: Any, a: Any, b: Any) -> Any:
+    return a * jnp.exp(-t) + b * lat
+
+
+def unpacking(x: Any, a: Any, b: Any) -> Any:
+    t, lat = x
+    return a * t + b * lat
+
+
+def branching(t: Any, a: Any, b: Any) -> Any:
+    if t > 3:
+        return a * t
+    return b * t
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, a, b: a * x + b,
+        lambda x, a, b: x * a + b,
+        lambda x, a, b: a * jnp.exp(x) + b,
+        lambda x, a, b: a * jnp.exp(-b * (2 * x)),
+        lambda x, a, b: x**a + b,
+        lambda x, a, b: a * x[:, 0] + b,
+        lambda x, a, b: a * x["t"] + b,
+        lambda x, a, b: a * x.t + b,
+    ],
+)
+def test_a_tuple_that_is_not_unpacked(model: Any) -> None:
+    said = message(model, (T, LAT))
+    assert said.endswith(
+        "The model gets x as one argument, a tuple of 2 arrays: begin with `x0, x1 = x`."
+    )
+    said = message(model, ("t", "lat"), NAMED)
+    assert said.endswith("a tuple of 2 arrays: begin with `t, lat = x`.")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, a, b: a * x + b,
+        lambda x, a, b: a * x[0] + b,
+        lambda x, a, b: a * x["T"] + b,
+        lambda x, a, b: a * next(iter(x)) + b,  # the key, as of t, lat = x
+    ],
+)
+def test_a_dict_that_is_taken_for_something_else(model: Any) -> None:
+    said = message(model, {"t": T, "lat": LAT})
+    assert said.endswith("x as one argument, a dict: its arrays are x['t'], x['lat'].")
+
+
+@pytest.mark.parametrize(
+    ("x", "parts"),
+    [((T, LAT), "x"), (["t", "lat"], "x"), ({"t": T, "lat": LAT}, "x['t'], x['lat']")],
+)
+def test_x_as_separate_arguments(x: Any, parts: str) -> None:
+    assert message(separate, x, NAMED) == (
+        "p0 has 2 values, but the model takes 3 parameters (lat, a, b). The model gets x as one "
+        f"argument: write `def model(x, a, b)`, and begin with `t, lat = {parts}`."
+    )
+
+
+def test_x_as_separate_arguments_without_p0() -> None:
+    assert "begin with `x0, x1 = x`" in message(separate, (T, LAT), p0=None)
+
+
+@pytest.mark.parametrize("p0", [None, [1.0]])
+@pytest.mark.parametrize(
+    "model", [lambda x, p: p[0] * x + p[1], lambda x, p: sum(v * x**i for i, v in enumerate(p))]
+)
+def test_parameters_in_a_vector(model: Any, p0: Any) -> None:
+    said = message(model, T, p0=p0)
+    assert "write `def model(x, a, b)`, or `def model(x, *p)` for a tuple p of them" in said
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, a, b: a * x[0] + b * x[1],
+        lambda x, a, b: a * x + b,
+        unpacking,
+    ],
+)
+def test_columns_of_x_are_not_its_rows(model: Any) -> None:
+    said = message(model, np.stack([T, LAT], axis=1))
+    assert said.endswith(
+        "x is a block of rows, of shape (b, 2): its columns are x[:, 0] and x[:, 1], and "
+        "`x0, x1 = x.T` gives them names."
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, a, b: a * np.exp(-b * x),
+        lambda x, a, b: math.exp(a) * x + b,
+        lambda x, a, b: a * math.exp(b * x),
+        lambda x, a, b: a * scipy.special.erf(x) + b,
+        lambda x, a, b: float(a) * x + b,
+        lambda x, a, b: x[0].item() * a + b,
+    ],
+)
+def test_functions_of_other_libraries(model: Any) -> None:
+    said = message(model, T)
+    assert "jnp.exp for np.exp and math.exp" in said
+    assert "jax.scipy.special for scipy.special" in said
+
+
+def test_a_name_that_jax_does_not_have() -> None:
+    said = message(lambda x, a, b: a * jnp.expp(b * x), T)
+    assert "module 'jax.numpy' has no attribute 'expp'" in said
+    assert said.endswith("and 2 single numbers.")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        branching,
+        lambda x, a, b: a * x if b > 0 else x,
+        lambda x, a, b: jnp.where((x > 0) and (x < 2), a, b),
+        lambda x, a, b: a * max(x, b),
+    ],
+)
+def test_conditions_on_values(model: Any) -> None:
+    said = message(model, T)
+    assert "Write jnp.where(x > 3, this, that) instead of 'if'" in said
+    assert ".any()" not in said
+
+
+def test_rows_picked_by_a_condition() -> None:
+    said = message(lambda x, a, b: a * x[x > 1] + b, T)
+    assert said.endswith("jnp.where(x > 3, this, that) gives a value for each row.")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("n", "names"), [(2, "a, b"), (4, "a, b, c, d"), (5, "a, b, ..."), (9, "a, b, ...")]
+)
+def test_a_start_for_parameters_in_a_vector(n: int, names: str) -> None:
+    assert message(lambda x, p: p[0] * x, T, p0=[1.0] * n) == (
+        f"p0 has {n} values, but the model takes 1 parameter (p). Each parameter is an argument of "
+        f"its own: write `def model(x, {names})`, or `def model(x, *p)` for a tuple p of them."
+    )
+
+
+def test_arguments_in_another_order() -> None:
+    order = "The order of arguments is model, x, y, p0."
+    said = message(lambda x, a, b: a * x + b, T, [1.0, 1.0], Y)
+    assert said == f"p0 has 60 values, but the model takes 2 parameters (a, b). {order}"
+    with pytest.raises(TypeError, match=rf"got an array of shape \(60,\)\. {order}$"):
+        nd.AdaptiveHybridStreamingOptimizer().fit(T, Y, separate)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=rf"got '[^']{{,40}}'\. {order}$"):
+        nd.AdaptiveHybridStreamingOptimizer().fit("a * x + b" * 99, T, Y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pairs", [[(0, 2), (0, 3)], [(0, 2), (0, None), (0, 4)], np.eye(3, 2)])
+def test_bounds_in_pairs(pairs: Any) -> None:
+    with pytest.raises(ValueError, match=r"^(bounds must be|the lower bound)") as caught:
+        nd.AdaptiveHybridStreamingOptimizer().fit(
+            lambda x, *p: p[0] * x, T, Y, [1.0] * len(pairs), pairs
+        )
+    assert str(caught.value).endswith(
+        "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
+    )
+
+
+def wave(x: Any, height: Any, width: Any, offset: Any, slope: Any = 0.1) -> Any:
+    return height * jnp.sin(x / width) + offset + slope * x
+
+
+@pytest.mark.parametrize(
+    ("p0", "bounds", "remark"),
+    [
+        ({"height": 1}, None, "Not in p0, so they start at: width = 1, offset = 1"),
+        ({"height": 1, "width": 2}, {"offset": (2, 4)}, "Not in p0, so they start at: offset = 3"),
+        ({"height": 1, "width": 2, "offset": 0}, None, ""),
+        (None, None, ""),
+        ([1, 1, 1], None, ""),
+    ],
+)
+def test_a_start_that_leaves_parameters_out(
+    p0: Any, bounds: Any, remark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer()
+    problems = optimizer.plan(wave, T, Y, p0, bounds).problems
+    optimizer.fit(wave, T, Y, p0, bounds, callback=stop, verbose=1)
+    lines = capsys.readouterr().out.splitlines()
+    if remark:
+        assert remark in problems
+        assert lines[1] == f"  {remark}"
+    else:
+        assert not any("p0" in problem for problem in problems)
+        assert lines[1] == "Phase 0: normalization"
+
+
+def test_a_start_that_leaves_very_many_parameters_out(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"c{i}" for i in range(50)]
+    nd.AdaptiveHybridStreamingOptimizer().fit(
+        lambda x, *p: p[0] * x + sum(p), T, Y, {"c0": 1}, param_names=names, callback=stop
+    )
+    assert ", c20 = 1, 29 more\n" in capsys.readouterr().out
+
+
+def stop(*_: Any) -> None:
+    raise StopIteration

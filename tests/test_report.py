@@ -1,0 +1,89 @@
+"""What a result says to a person: its report, and what its message advises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import OptimizeWarning
+
+import nlsq_dask as nd
+
+X = np.linspace(0.0, 5.0, 500)
+Y = 2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * np.random.default_rng(2).standard_normal(500)
+
+MULTISTART = "HybridStreamingConfig.with_multistart(n_starts=30, center_on_p0=False)"
+
+
+def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-b * x) + c
+
+
+def peak(x: Any, height: Any, centre: Any, width: Any) -> Any:
+    return height * jnp.exp(-0.5 * ((x - centre) / width) ** 2)
+
+
+def fit(model: Any, p0: Any, config: dict[str, Any] | None = None, **options: Any) -> nd.FitResult:
+    asked = nd.HybridStreamingConfig(verbose=0, **(config or {}))
+    return nd.AdaptiveHybridStreamingOptimizer(asked).fit(model, X, Y, p0, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+def test_a_start_far_off_is_told_of_multistart() -> None:
+    start = [1.0, 500.0, 20.0]
+    assert MULTISTART in fit(peak, start).message
+    box = ([0.5, 400.0, 10.0], [2.0, 600.0, 30.0])
+    after_it = fit(peak, start, {"enable_multistart": True, "n_starts": 2}, bounds=box)
+    assert not after_it.success
+    assert "with_multistart" not in after_it.message
+    assert "with_multistart" not in fit(decay, [2.0, 1.0, 0.0]).message
+
+
+def test_a_flat_valley_says_how_to_fix_a_parameter() -> None:
+    result = fit(decay, [-3.0, -2.0, 40.0])
+    assert not result.success
+    assert "fix one of the parameters (such as b at 2: lambda x, a, c: model(x, a, 2.0, c))" in (
+        result.message
+    )
+    assert MULTISTART in result.message
+
+
+def test_nothing_is_known_of_parameters_that_the_model_does_not_react_to() -> None:
+    """Also where rounding leaves a little more than nothing of the derivatives."""
+    with pytest.warns(OptimizeWarning, match="does not react to some of them"):
+        result = fit(peak, [1.0, 500.0, 20.0])
+    assert "does not react" in result.message
+    assert np.isinf(result.pcov).all()
+    assert np.isinf(result.perr).all()
+    assert "height: 1 +/- inf (??) (init = 1)\n" in result.fit_report().replace("  ", " ")
+
+
+def test_relative_errors_are_short() -> None:
+    """Of a parameter whose value is zero but for rounding they have very many digits."""
+    result = fit(decay, [2.0, 1.0, 0.0])
+    report = replace(result, x=result.x * 1e-90).fit_report()
+    assert "e+89%)" in report
+    assert max(map(len, report.splitlines())) < 100
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, None),
+        ({"sigma": 0.05}, "scaled by the scatter of residuals (absolute_sigma=False)"),
+        (
+            {"sigma": 0.05, "absolute_sigma": True},
+            "from sigma as it is (absolute_sigma=True)",
+        ),
+        ({"sigma": 0.05, "config": {"cov_type": "HC1"}}, None),
+    ],
+)
+def test_what_standard_errors_are_measured_by(options: dict[str, Any], line: str | None) -> None:
+    report = fit(decay, [2.0, 1.0, 0.0], **options).fit_report()
+    if line is None:
+        assert "standard errors" not in report
+    else:
+        assert f"    # standard errors      = {line}\n" in report
