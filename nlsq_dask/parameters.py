@@ -224,9 +224,11 @@ def _separate_x(signature: _Signature, p0: Any, n_x: int, x_parts: str) -> str:
     known, n_more = signature.names, n_x - 1
     if n_x < 2 or p0 is None or isinstance(p0, Mapping) or len(known) != np.size(p0) + n_more:
         return ""
+    separate = ", ".join(known[:n_more])
     return (
-        f"The model gets x as one argument: write `def model({', '.join(('x', *known[n_more:]))})`"
-        f", and begin with `{', '.join((signature.first, *known[:n_more]))} = {x_parts}`."
+        f"Give it one value for each. Or, if {separate} should be of x: the model gets x as one "
+        f"argument, so write `def model({', '.join(('x', *known[n_more:]))})`, and begin with "
+        f"`{signature.first}, {separate} = {x_parts}`."
     )
 
 
@@ -302,7 +304,7 @@ def _vector(values: Any, what: str, instead_of_none: str = "", names: Sequence[s
     if array.ndim != 1 or array.dtype.kind not in "biuf":
         raise ValueError(
             f"{what} must be a sequence of real numbers; got shape {array.shape} and dtype "
-            f"{array.dtype}."
+            f"{array.dtype}. {_ORDER if what == 'p0' and array.ndim > 1 else ''}".rstrip()
         )
     return array.astype(np.float64)
 

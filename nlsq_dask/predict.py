@@ -126,7 +126,10 @@ def _template(
     Only where the fit had an array of shape (n, k), the last axis of one is no axis of rows.
     """
     if any(map(_is_of_names, leaves)):
-        raise DataError(f"x is {leaves}; predict needs arrays as in the fit, not names.")
+        raise DataError(
+            f"x is {leaves}; predict needs arrays as in the fit, not names; dates "
+            f"are np.array(['2030-01-01'], 'datetime64[D]')."
+        )
     named = [is_xarray(leaf) for leaf in leaves]  # of all of them: it refuses a Dataset
     shapes = [_rows_shape(*each) for each in zip(leaves, names, x_features, strict=True)]
     if all(named):

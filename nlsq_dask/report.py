@@ -35,6 +35,8 @@ _SCALARS = (
 )
 _PAIR = ("cov_i", "cov_j")
 _LARGE_RATIO = 1e3  # from which on two digits after the point say nothing
+_FAR_FROM_ONE = 2.0  # reduced chi-square, which of 100 rows chance takes to 1.3 or so
+_FEW = 100  # degrees of freedom
 _MOST_LISTED = 200  # parameters, or correlations; of more, the first so many
 _MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, letters in HTML
 
@@ -58,7 +60,7 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
         ("omitted points", f"{result.n_omitted:,}"),
         ("variables", f"{p}"),
         ("chi-square", f"{result.chi2:.8g}"),
-        ("reduced chi-square", f"{result.reduced_chi2:.8g}"),
+        ("reduced chi-square", f"{result.reduced_chi2:.8g}{_doubt_of_sigma(result)}"),
         ("Akaike info crit", f"{likelihood + 2 * p:.8g}"),
         ("Bayesian info crit", f"{likelihood + np.log(max(n, 1)) * p:.8g}"),
         ("R-squared", f"{result.r_squared:.8g}"),
@@ -96,6 +98,17 @@ def _percent(ratio: float) -> str:
     return f"{ratio:.2%}" if ratio < _LARGE_RATIO else f"{100.0 * ratio:.3g}%"
 
 
+def _doubt_of_sigma(result: FitResult) -> str:
+    """Return what a reduced chi-square far from 1 means, where errors rely on it that it is 1."""
+    if not result.absolute_sigma or result.cov_type != "nonrobust" or result.dof < _FEW:
+        return ""
+    if result.reduced_chi2 > _FAR_FROM_ONE:
+        return "  (residuals are larger than sigma: check the model, or sigma)"
+    if result.reduced_chi2 < 1.0 / _FAR_FROM_ONE:
+        return "  (residuals are smaller than sigma: check sigma)"
+    return ""
+
+
 def _scale_of_errors(result: FitResult) -> str:
     """Return what standard errors are measured by, where sigma was given; else nothing.
 
@@ -105,7 +118,8 @@ def _scale_of_errors(result: FitResult) -> str:
     if result.cov_type != "nonrobust" or not (has_sigma or result.absolute_sigma):
         return ""
     if result.absolute_sigma:
-        return "from sigma as it is (absolute_sigma=True)"
+        given = "as it is" if has_sigma else "= 1, as none was given"
+        return f"from sigma {given} (absolute_sigma=True)"
     return "scaled by the scatter of residuals (absolute_sigma=False)"
 
 

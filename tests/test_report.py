@@ -78,6 +78,7 @@ def test_relative_errors_are_short() -> None:
             {"sigma": 0.05, "absolute_sigma": True},
             "from sigma as it is (absolute_sigma=True)",
         ),
+        ({"absolute_sigma": True}, "from sigma = 1, as none was given (absolute_sigma=True)"),
         ({"sigma": 0.05, "config": {"cov_type": "HC1"}}, None),
     ],
 )
@@ -87,3 +88,15 @@ def test_what_standard_errors_are_measured_by(options: dict[str, Any], line: str
         assert "standard errors" not in report
     else:
         assert f"    # standard errors      = {line}\n" in report
+
+
+@pytest.mark.parametrize(
+    ("sigma", "doubt"),
+    [(0.05, ""), (0.02, "residuals are larger than sigma"), (0.2, "residuals are smaller than")],
+)
+def test_a_sigma_that_does_not_fit_the_residuals(sigma: float, doubt: str) -> None:
+    for absolute_sigma in (True, False):
+        report = fit(decay, [2, 1, 0], sigma=sigma, absolute_sigma=absolute_sigma).fit_report()
+        (line,) = (line for line in report.splitlines() if "reduced chi-square" in line)
+        assert doubt in line if absolute_sigma else "residuals" not in line
+        assert doubt or "residuals" not in line
