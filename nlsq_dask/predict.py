@@ -127,7 +127,7 @@ def _template(
     """
     if any(map(_is_of_names, leaves)):
         raise DataError(
-            f"x is {leaves}; predict needs arrays as in the fit, not names; dates "
+            f"x is {leaves}; predict needs arrays as in the fit, not names. Dates "
             f"are np.array(['2030-01-01'], 'datetime64[D]')."
         )
     named = [is_xarray(leaf) for leaf in leaves]  # of all of them: it refuses a Dataset
