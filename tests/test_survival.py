@@ -169,10 +169,19 @@ def test_a_handler_of_sigterm_that_is_not_pythons(monkeypatch: pytest.MonkeyPatc
 def test_sigterm_ends_a_fit_with_a_checkpoint(tmp_path: Path) -> None:
     expected = surviving_fit.fit()
     before = signal.getsignal(signal.SIGTERM)
-    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM])
-    timer.start()
-    stopped = surviving_fit.fit(seconds=0.02, checkpoint_dir=tmp_path, stop_on_sigterm=True)
-    timer.join()
+    log = tmp_path / "reads.txt"
+
+    def terminate() -> None:  # by what was read: before the fit has begun it would end the tests
+        while not log.exists() or len(log.read_text().splitlines()) < 25:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate, daemon=True)
+    thread.start()
+    stopped = surviving_fit.fit(
+        str(log), seconds=0.02, checkpoint_dir=tmp_path / "kept", stop_on_sigterm=True
+    )
+    thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     assert not stopped.success
     assert "SIGTERM" in stopped.message
