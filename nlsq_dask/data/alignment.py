@@ -330,7 +330,7 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
             f"sigma has shape {array.shape} and y_data {y.shape}: a covariance matrix of the data "
             f"is not supported. Pass one standard deviation a row, or transform the data."
         )
-    rows = rows_shape(name, array.shape, y.shape, allows_features)
+    rows = rows_shape(array.shape, y.shape, allows_features)
     if rows is None:
         is_lazy = not (is_in_memory(given) and is_in_memory(first.given))
         raise mismatch(

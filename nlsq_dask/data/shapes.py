@@ -14,13 +14,11 @@ from nlsq_dask.errors import DataError
 Shape = tuple[int, ...]
 
 
-def rows_shape(name: str, shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | None:
+def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | None:
     """Return the part of a shape that belongs to rows, None if it does not match that of y.
 
     Parameters
     ----------
-    name : str
-        What the caller calls the array.
     shape, y_shape : tuple of int
     allows_features : bool
         Whether the array is an x of a 1-d y, which has an entry or a row of k for each of y's.
