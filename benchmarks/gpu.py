@@ -23,7 +23,7 @@ from jax import lax
 
 from benchmarks import common, kernel
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.rows import Layout
+from nlsq_dask.rows.rows import Layout
 
 _BLOCK = 2**18  # rows at once: a GPU wants many
 

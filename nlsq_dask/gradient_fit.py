@@ -18,13 +18,13 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
 from nlsq_dask.core.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
 from nlsq_dask.core.row_sums import GradientRowSums
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import StoppedByCallbackError
 from nlsq_dask.passes import RowsInUse
+from nlsq_dask.rows.rows import Rows
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import MORE_ITERATIONS
 from nlsq_dask.stopping import StopReason

@@ -16,7 +16,6 @@ from nlsq_dask.call import Call, parse_call
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.dashboard.observer import on_dashboard
@@ -49,6 +48,7 @@ from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_tel
 from nlsq_dask.observers.watching import watching
 from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
+from nlsq_dask.rows.rows import BLOCK_ROWS
 from nlsq_dask.verdict import make_result, to_go_on
 
 _MOST_SHOWN = 20  # parameters in HTML

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.covariance import Covariance
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Sums
+from nlsq_dask.rows.rows import Rows
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

@@ -15,7 +15,6 @@ from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import Moments, Sums
 from nlsq_dask.engine.faults import BadBlock, ReadReport
 from nlsq_dask.engine.parts import Parts
@@ -33,6 +32,7 @@ from nlsq_dask.events import (
 )
 from nlsq_dask.interruption import Interruption
 from nlsq_dask.row_checks import are_unusable, check_rows, check_same, check_share
+from nlsq_dask.rows.rows import Rows
 from nlsq_dask.storage.codec import encode
 
 S = TypeVar("S", bound=Sums)

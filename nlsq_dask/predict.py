@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
-from nlsq_dask.core.rows import x_array_names
 from nlsq_dask.data.alignment import RowBlocks, align
-from nlsq_dask.data.block import Block
 from nlsq_dask.data.from_array import as_numpy, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
 from nlsq_dask.data.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
+from nlsq_dask.rows.block import Block
+from nlsq_dask.rows.rows import x_array_names
 
 _MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
 _X = "x"  # what messages call it, as the argument is called

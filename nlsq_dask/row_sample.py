@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.labels import Label
+from nlsq_dask.rows.rows import Layout, Rows
 
 _OWN_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
 

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.lbfgs_warmup import Warmup
 from nlsq_dask.core.losses import LARGEST, SMALLEST, Loss
 from nlsq_dask.core.model import Model
@@ -20,10 +19,10 @@ from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.core.row_sums import RowSums
-from nlsq_dask.core.rows import Array, Rows
 from nlsq_dask.core.sums import Sums
 from nlsq_dask.core.tournament import Tournament, rows_of_round
 from nlsq_dask.errors import DataError
+from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
 
 Vector = NDArray[np.float64]
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from nlsq_dask.core.compiled_program import TRACED_BY
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.prediction import PredictionKernel
-from nlsq_dask.core.rows import Layout
 from nlsq_dask.errors import ModelError, RecordError, ResultFileError, warn_caller
+from nlsq_dask.rows.rows import Layout
 from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal
 from nlsq_dask.storage.folders import normalized, open_folder

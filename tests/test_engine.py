@@ -303,7 +303,7 @@ def test_several_devices_share_the_work(solver: str, loss: str) -> None:
 def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
     from nlsq_dask.core.model import Model
     from nlsq_dask.core.normal_equations import NormalEquationsKernel
-    from nlsq_dask.core.rows import Layout
+    from nlsq_dask.rows.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
     kernel = NormalEquationsKernel.trace(
@@ -317,7 +317,7 @@ def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
 def test_gradients_can_be_lowered_for_a_gpu(is_diagonal: bool) -> None:
     from nlsq_dask.core.gradient_kernel import GradientKernel
     from nlsq_dask.core.model import Model
-    from nlsq_dask.core.rows import Layout
+    from nlsq_dask.rows.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
     kernel = GradientKernel.trace(

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nlsq_dask as nd
-from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NormalEquations
-from nlsq_dask.core.windows import flat_range
 from nlsq_dask.data.alignment import align
-from nlsq_dask.data.block import Block
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.scheduling import group_blocks
+from nlsq_dask.rows.block import Block
+from nlsq_dask.rows.rows import Layout, Rows
+from nlsq_dask.rows.windows import flat_range
 
 N = 3_000
 X = np.random.default_rng(0).uniform(0, 4, N)

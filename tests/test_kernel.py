@@ -20,9 +20,9 @@ from nlsq_dask.core.jacobian import Mode, choose_mode
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Layout, Rows
 from nlsq_dask.core.sums import NormalEquations
-from nlsq_dask.data.block import Block
+from nlsq_dask.rows.block import Block
+from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP
 
 N_ROWS = 20_000

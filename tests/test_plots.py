@@ -24,9 +24,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import nlsq_dask as nd
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.data.alignment import align
 from nlsq_dask.row_sample import row_sample
+from nlsq_dask.rows.rows import Rows
 from nlsq_dask.saving import NoModel
 from tests.problems import NO_WARMUP
 

@@ -20,7 +20,7 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.product_loops import Product
-from nlsq_dask.core.rows import Layout, Rows
+from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP
 
 

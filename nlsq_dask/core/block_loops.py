@@ -19,11 +19,10 @@ from jax import lax
 from nlsq_dask.core.devices import CPU
 from nlsq_dask.core.losses import rho, robust
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.rows import Rows
+from nlsq_dask.rows.rows import BLOCK_ROWS, Rows
 
 _STRETCH = 16  # blocks after which the sums are looked at
 _GPU_BLOCK_ROWS = 2**18
-BLOCK_ROWS = 1024  # whose columns are in a core's cache; 1,000 to 2,000 were equally fast
 # On a CPU sums run in so many lanes side by side. Of its own accord XLA does that only in a matrix
 # product, which spends more time on preparations than on sums where there are few columns.
 _LANES = 128

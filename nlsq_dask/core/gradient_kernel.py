@@ -20,10 +20,10 @@ from nlsq_dask.core.gradient_loops import (
 from nlsq_dask.core.kernel import RowKernel, RowSource, no_rows, trace_sums
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.sums import NO_BLOCK, GradientSums, Sums
 from nlsq_dask.errors import ModelError
+from nlsq_dask.rows.device_rows import PlacedRows
 
 
 def _trace(

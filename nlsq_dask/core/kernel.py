@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import BLOCK_ROWS, Carry, MakeLoops, accumulator, lanes_for
+from nlsq_dask.core.block_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.core.compiled_program import Program
 from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.placed_rows import Piece, PlacedRows
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Array, Layout
 from nlsq_dask.core.sums import NO_BLOCK, Sums
-from nlsq_dask.core.windows import SLACK, Memory, MemoryPool, windows
+from nlsq_dask.rows.device_rows import Piece, PlacedRows
+from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Layout
+from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
 # Larger pieces take more memory for copies, smaller ones more calls.

@@ -29,8 +29,8 @@ from nlsq_dask.core.losses import LINEAR, Loss, rho
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.penalty import GroupVariance, total_variance
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.errors import ModelError
+from nlsq_dask.rows.rows import Rows
 
 _LINE_SEARCH_STEPS = 20
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that is no change

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask.core.rows import Layout
 from nlsq_dask.core.vectorized import of_vector
+from nlsq_dask.rows.rows import Layout
 
 TRACED_ROWS = 1024  # in a jaxpr; more than a model would have of anything else
 _MANY_PARAMS = 64  # from which on tracing them one by one takes time that is felt

@@ -21,8 +21,8 @@ from nlsq_dask.core.model_advice import (
 )
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.prediction import PredictionKernel
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.errors import ModelError
+from nlsq_dask.rows.rows import Rows
 
 # Two numbers of rows at which the result's shape is looked at; any two that differ will do.
 _PROBE_ROWS = (7, 12)

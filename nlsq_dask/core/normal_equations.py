@@ -16,10 +16,10 @@ from nlsq_dask.core.jacobian import Mode, choose_mode
 from nlsq_dask.core.kernel import RowKernel, RowSource, no_rows, trace_sums
 from nlsq_dask.core.losses import Loss
 from nlsq_dask.core.model import Model
-from nlsq_dask.core.placed_rows import PlacedRows
 from nlsq_dask.core.precision import x64
 from nlsq_dask.core.product_loops import Product, combined_products, no_product, product_loops
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations, Sums
+from nlsq_dask.rows.device_rows import PlacedRows
 
 
 def _trace(

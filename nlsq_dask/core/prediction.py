@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.compiled_program import Program, traced_once
 from nlsq_dask.core.jacobian import choose_mode, residual_and_jacobian
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Layout, Rows
+from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
 
 
 @dataclass(frozen=True)

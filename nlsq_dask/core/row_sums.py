@@ -14,8 +14,8 @@ from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.product_loops import Product
-from nlsq_dask.core.rows import Rows
 from nlsq_dask.core.sums import GradientSums, NormalEquations, Sums
+from nlsq_dask.rows.rows import Rows
 
 Vector = NDArray[np.float64]
 S_co = TypeVar("S_co", bound=Sums, covariant=True)

@@ -21,14 +21,13 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.block_loops import BLOCK_ROWS
 from nlsq_dask.core.compiled_program import compiled_once
 from nlsq_dask.core.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.core.losses import LINEAR, Loss, robust
 from nlsq_dask.core.model import Model
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.precision import x64
-from nlsq_dask.core.rows import Rows
+from nlsq_dask.rows.rows import BLOCK_ROWS, Rows
 
 _GROUP = 4  # candidates side by side; more would only be computed in vain in the late rounds
 _STEPS = 10  # trial points of a candidate in a round

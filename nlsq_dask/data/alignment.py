@@ -11,7 +11,6 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from nlsq_dask.core.rows import Layout, x_array_names
 from nlsq_dask.data.attributes import doubts_of_attributes
 from nlsq_dask.data.dates import doubt_of_rounding, in_words, to_days, without_date_objects
 from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
@@ -21,6 +20,7 @@ from nlsq_dask.data.labels import Label, label_of
 from nlsq_dask.data.shapes import check_unambiguous, mismatch, rows_shape
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
+from nlsq_dask.rows.rows import Layout, x_array_names
 
 _SMALL_CHUNK = 2**20  # bytes; coordinates, which are split without anyone noticing
 

@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nlsq_dask.core.placed_rows import PlacedRows
-from nlsq_dask.data.block import Block
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
+from nlsq_dask.rows.block import Block
+from nlsq_dask.rows.device_rows import PlacedRows
 
 Kept = Block | PlacedRows
 

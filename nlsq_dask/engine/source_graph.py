@@ -20,9 +20,7 @@ from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 
-from nlsq_dask.core.rows import Layout
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.data.block import Block
 from nlsq_dask.engine.faults import (
     Fault,
     ReadPolicy,
@@ -35,6 +33,8 @@ from nlsq_dask.engine.stored import (
     missing_chunks,
     stored_regions,
 )
+from nlsq_dask.rows.block import Block
+from nlsq_dask.rows.rows import Layout
 
 Key = Any
 Index = tuple[int, ...]

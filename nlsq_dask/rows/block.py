@@ -10,9 +10,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.rows import Array, Layout, Rows
-from nlsq_dask.core.windows import flat_range
 from nlsq_dask.errors import DataError
+from nlsq_dask.rows.rows import Array, Layout, Rows
+from nlsq_dask.rows.windows import flat_range
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.rows import Array, Rows
+from nlsq_dask.rows.rows import Array, Rows
 
 ALIGNMENT = 64  # bytes; XLA takes a NumPy array that begins at a multiple without copying it
 SLACK = 64  # rows by which a window is longer than what is wanted of it
