@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import common, kernel
-from nlsq_dask.core.model import Model
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Layout
 
 _BLOCK = 2**18  # rows at once: a GPU wants many

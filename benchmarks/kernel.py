@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from nlsq_dask.core.jacobian import Mode, choose_mode
 from nlsq_dask.core.kernel import piece_rows_for
-from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
+from nlsq_dask.model.jacobian import Mode, choose_mode
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
 
 SIZES = (3, 10, 20, 60)

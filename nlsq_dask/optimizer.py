@@ -17,7 +17,6 @@ from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
-from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.dashboard.observer import on_dashboard
 from nlsq_dask.driver import Driver
 from nlsq_dask.engine.faults import ReadPolicy
@@ -43,6 +42,7 @@ from nlsq_dask.events import (
 from nlsq_dask.interruption import Interruption
 from nlsq_dask.iterations import Callback
 from nlsq_dask.keywords import explaining_keywords
+from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching

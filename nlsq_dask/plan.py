@@ -8,15 +8,15 @@ from dask.utils import format_bytes
 
 from nlsq_dask import html
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.jacobian import choose_mode
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.model_check import check_trace
-from nlsq_dask.core.precision import x64
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.scheduling import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
+from nlsq_dask.model.check import check_trace
+from nlsq_dask.model.jacobian import choose_mode
+from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.model import Model
 
 _SMALL_BLOCK = 2**16  # bytes; reading one takes as long as asking for it
 _MANY_BLOCKS = 1000

@@ -15,13 +15,13 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.from_array import as_numpy, is_in_memory, split_mask
 from nlsq_dask.data.from_pandas import without_pandas
 from nlsq_dask.data.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import x_array_names
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from nlsq_dask import report
-from nlsq_dask.core.model import Model
+from nlsq_dask.model.model import Model
 from nlsq_dask.plotting import blocks as block_plot
 from nlsq_dask.plotting import fit as fit_plot
 from nlsq_dask.plotting import history as history_plot

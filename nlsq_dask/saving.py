@@ -13,10 +13,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.core.compiled_program import TRACED_BY
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.prediction import PredictionKernel
 from nlsq_dask.errors import ModelError, RecordError, ResultFileError, warn_caller
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.model.program import TRACED_BY
 from nlsq_dask.rows.rows import Layout
 from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal

@@ -18,7 +18,7 @@ import pytest
 from distributed import Client, LocalCluster, worker_client
 
 import nlsq_dask as nd
-from nlsq_dask.core.compiled_program import compile_count
+from nlsq_dask.model.program import compile_count
 from tests.problems import NO_WARMUP
 
 N = 60_000

@@ -257,7 +257,7 @@ DEVICES = """
 import sys
 import jax, numpy as np, jax.numpy as jnp
 import nlsq_dask as nd
-from nlsq_dask.core.compiled_program import compile_count
+from nlsq_dask.model.program import compile_count
 
 x = np.random.default_rng(0).uniform(0, 5, 300_000)
 y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * np.random.default_rng(1).normal(size=len(x))
@@ -301,8 +301,8 @@ def test_several_devices_share_the_work(solver: str, loss: str) -> None:
 
 @pytest.mark.parametrize("product", list(Product))
 def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
-    from nlsq_dask.core.model import Model
     from nlsq_dask.core.normal_equations import NormalEquationsKernel
+    from nlsq_dask.model.model import Model
     from nlsq_dask.rows.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
@@ -316,7 +316,7 @@ def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
 @pytest.mark.parametrize("is_diagonal", [False, True])
 def test_gradients_can_be_lowered_for_a_gpu(is_diagonal: bool) -> None:
     from nlsq_dask.core.gradient_kernel import GradientKernel
-    from nlsq_dask.core.model import Model
+    from nlsq_dask.model.model import Model
     from nlsq_dask.rows.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)

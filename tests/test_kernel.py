@@ -16,11 +16,11 @@ from jax import lax
 import nlsq_dask as nd
 from nlsq_dask.core import block_loops
 from nlsq_dask.core import kernel as kernel_module
-from nlsq_dask.core.jacobian import Mode, choose_mode
-from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
-from nlsq_dask.core.precision import x64
 from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.model.jacobian import Mode, choose_mode
+from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP

@@ -14,12 +14,12 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask.core import triangle
-from nlsq_dask.core.jacobian import Mode
 from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.model_check import float32_constants
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.product_loops import Product
+from nlsq_dask.model.check import float32_constants
+from nlsq_dask.model.jacobian import Mode
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP
 

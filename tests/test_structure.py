@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "stopping", "keywords", "html", "parameters"),
     ("config", "interruption", "rows", "storage"),
+    ("model",),
     ("core",),
     ("data", "events", "solve", "sample_problem", "outcome"),
     ("engine", "observers", "checkpoints", "iterations", "block_statistics", "row_sample"),
@@ -31,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 TOGETHER = {"result", "report", "saving", "plotting"}
 # The rooms that import a library which is not for every room.
 USERS = {
-    "jax": {"core", "curve_fit", "rows"},
+    "jax": {"core", "curve_fit", "model", "rows"},
     "optax": {"core"},
     "dask": {"data", "engine", "checkpoints", "predict", "plan"},
     "distributed": {"engine", "dashboard"},
@@ -50,7 +51,7 @@ USERS = {
     },
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-PURE = ("rows", "core")
+PURE = ("rows", "model", "core")
 NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
 
 

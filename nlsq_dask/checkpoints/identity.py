@@ -16,9 +16,9 @@ import numpy as np
 import zarr
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.compiled_program import TRACED_BY
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import CheckpointError
+from nlsq_dask.model.program import TRACED_BY
 
 _PACKAGES = (*TRACED_BY, "numpy", "scipy", "optax")
 _MOST_TEXT = 200  # characters of a value in a message

@@ -9,8 +9,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.compiled_program import Program, traced_once
-from nlsq_dask.core.devices import CPU
 from nlsq_dask.core.gradient_loops import (
     combined_gradients,
     gradient_block_rows,
@@ -19,10 +17,11 @@ from nlsq_dask.core.gradient_loops import (
 )
 from nlsq_dask.core.kernel import RowKernel, RowSource, no_rows, trace_sums
 from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.precision import x64
 from nlsq_dask.core.sums import NO_BLOCK, GradientSums, Sums
 from nlsq_dask.errors import ModelError
+from nlsq_dask.model.jax_scope import CPU, x64
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.program import Program, traced_once
 from nlsq_dask.rows.device_rows import PlacedRows
 
 

@@ -22,7 +22,7 @@ from nlsq_dask.core.block_loops import (
     lanes_for,
 )
 from nlsq_dask.core.losses import LINEAR
-from nlsq_dask.core.model import Model
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 _MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once

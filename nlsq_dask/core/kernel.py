@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.block_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.core.block_sums import BlockSums
-from nlsq_dask.core.compiled_program import Program
-from nlsq_dask.core.devices import CPU, platform_of, usable_devices
 from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.precision import x64
 from nlsq_dask.core.sums import NO_BLOCK, Sums
+from nlsq_dask.model.jax_scope import CPU, platform_of, usable_devices, x64
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.program import Program
 from nlsq_dask.rows.device_rows import Piece, PlacedRows
 from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Layout
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows

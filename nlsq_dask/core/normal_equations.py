@@ -10,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.block_loops import block_rows_for
-from nlsq_dask.core.compiled_program import Program, traced_once
-from nlsq_dask.core.devices import CPU
-from nlsq_dask.core.jacobian import Mode, choose_mode
 from nlsq_dask.core.kernel import RowKernel, RowSource, no_rows, trace_sums
 from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.precision import x64
 from nlsq_dask.core.product_loops import Product, combined_products, no_product, product_loops
 from nlsq_dask.core.sums import NO_BLOCK, NormalEquations, Sums
+from nlsq_dask.model.jacobian import Mode, choose_mode
+from nlsq_dask.model.jax_scope import CPU, x64
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.program import Program, traced_once
 from nlsq_dask.rows.device_rows import PlacedRows
 
 

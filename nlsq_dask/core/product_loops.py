@@ -23,11 +23,11 @@ from nlsq_dask.core.block_loops import (
     lane_sums,
     lanes_for,
 )
-from nlsq_dask.core.devices import CPU
-from nlsq_dask.core.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.core.losses import LINEAR
-from nlsq_dask.core.model import Model
 from nlsq_dask.core.triangle import extended, merged, part_rows
+from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
+from nlsq_dask.model.jax_scope import CPU
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 _MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.kernel import RowKernel
-from nlsq_dask.core.model import Model
 from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.penalty import GroupVariance
 from nlsq_dask.core.product_loops import Product
 from nlsq_dask.core.sums import GradientSums, NormalEquations, Sums
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 Vector = NDArray[np.float64]

@@ -21,12 +21,12 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.compiled_program import compiled_once
-from nlsq_dask.core.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.core.losses import LINEAR, Loss, robust
-from nlsq_dask.core.model import Model
 from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.precision import x64
+from nlsq_dask.model.jacobian import Mode, choose_mode, residual_and_jacobian
+from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.program import compiled_once
 from nlsq_dask.rows.rows import BLOCK_ROWS, Rows
 
 _GROUP = 4  # candidates side by side; more would only be computed in vain in the late rounds

@@ -14,8 +14,8 @@ from dask.threaded import get as get_threaded
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
-from nlsq_dask.core.devices import CPU, local_platforms
 from nlsq_dask.engine.sealing import PackageFirst
+from nlsq_dask.model.jax_scope import CPU, local_platforms
 
 _ASYNCHRONOUS = (
     "the active client is asynchronous; a fit needs a synchronous one: Client(...) without "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask.core.vectorized import of_vector
+from nlsq_dask.model.vectorized import of_vector
 from nlsq_dask.rows.rows import Layout
 
 TRACED_ROWS = 1024  # in a jaxpr; more than a model would have of anything else

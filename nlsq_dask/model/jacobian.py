@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask.core.model import TRACED_ROWS, Model
+from nlsq_dask.model.model import TRACED_ROWS, Model
 
 _MOST_FORWARD = 5  # parameters; up to there forward mode was never the slower one, see below
 # Calls into a scalar library, ten times as dear as a vectorized exponential.

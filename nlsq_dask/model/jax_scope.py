@@ -1,10 +1,25 @@
-"""The devices on which a process evaluates its rows."""
+"""The scope in which JAX is used, 64-bit on this thread alone, and the devices of a process."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 
 CPU, CUDA = "cpu", "cuda"  # as jax.export names them
+
+
+@contextmanager
+def x64(device: jax.Device | None = None) -> Iterator[None]:
+    """Enter a scope of 64-bit JAX values on a device, local to the calling thread.
+
+    The settings of the caller's own program are left as they are. Every task has to
+    enter the scope itself, because it does not pass from thread to thread.
+    """
+    device = device or jax.local_devices(backend="cpu")[0]
+    with jax.enable_x64(True), jax.default_device(device):
+        yield
 
 
 def platform_of(device: jax.Device) -> str:

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.model_advice import (
+from nlsq_dask.errors import ModelError
+from nlsq_dask.model.advice import (
     BRANCHES,
     NOT_IN_JAX,
     advice,
     asks_for_truth,
     of_columns,
 )
-from nlsq_dask.core.precision import x64
-from nlsq_dask.core.prediction import PredictionKernel
-from nlsq_dask.errors import ModelError
+from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import Rows
 
 # Two numbers of rows at which the result's shape is looked at; any two that differ will do.

@@ -19,9 +19,8 @@ import jax
 import numpy as np
 from jax import export
 
-from nlsq_dask.core.devices import CPU
-from nlsq_dask.core.precision import x64
 from nlsq_dask.errors import ModelError
+from nlsq_dask.model.jax_scope import CPU, x64
 
 T = TypeVar("T")
 

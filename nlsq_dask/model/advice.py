@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from nlsq_dask.core.model import Model
+from nlsq_dask.model.model import Model
 
 _IN_JAX = (
     "rite it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.compiled_program import Program, traced_once
-from nlsq_dask.core.jacobian import choose_mode, residual_and_jacobian
-from nlsq_dask.core.model import Model
-from nlsq_dask.core.precision import x64
+from nlsq_dask.model.jacobian import choose_mode, residual_and_jacobian
+from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.program import Program, traced_once
 from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
 
 

@@ -1,0 +1,1 @@
+"""The model of the caller: traced, differentiated, compiled, checked."""
