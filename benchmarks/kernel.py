@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from nlsq_dask.core.kernel import piece_rows_for
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
+from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.kernel import piece_rows_for
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows

@@ -8,8 +8,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.kernels.block_sums import BlockSums
 
 
 def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.covariance import Covariance, covariance, sandwich
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
 from nlsq_dask.core.point import Settings
-from nlsq_dask.core.product_loops import Product
-from nlsq_dask.core.row_sums import NormalRowSums
-from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.in_memory import NormalRowSums
+from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.passes import RowsInUse
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.sample_problem import SampleProblem

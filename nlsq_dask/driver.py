@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from nlsq_dask.call import Call
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.core.covariance import Covariance
-from nlsq_dask.core.kernel import RowKernel, piece_rows_for
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
@@ -30,6 +29,7 @@ from nlsq_dask.fit_context import FitContext, Solved
 from nlsq_dask.gradient_fit import GradientFit
 from nlsq_dask.interruption import FitInterruptedError, Interruption
 from nlsq_dask.iterations import Iterations, StoppedByCallbackError
+from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.passes import Passes

@@ -13,15 +13,15 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.core import newton_cg as cg
 from nlsq_dask.core.conjugate_gradients import LOST, solved_together
-from nlsq_dask.core.gradient_kernel import GradientKernel
 from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
 from nlsq_dask.core.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
-from nlsq_dask.core.row_sums import GradientRowSums
-from nlsq_dask.core.sums import GradientSums
 from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.kernels.gradient_kernel import GradientKernel
+from nlsq_dask.kernels.in_memory import GradientRowSums
+from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
 from nlsq_dask.passes import RowsInUse
 from nlsq_dask.rows.rows import Rows

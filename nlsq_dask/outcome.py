@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.covariance import Covariance
-from nlsq_dask.core.sums import Sums
+from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.stopping import StopReason
 

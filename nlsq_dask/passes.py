@@ -12,10 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.core.kernel import RowKernel
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
-from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.sums import Moments, Sums
 from nlsq_dask.engine.faults import BadBlock, ReadReport
 from nlsq_dask.engine.parts import Parts
 from nlsq_dask.engine.reduce import DataSet
@@ -31,6 +27,10 @@ from nlsq_dask.events import (
     SampleRead,
 )
 from nlsq_dask.interruption import Interruption
+from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.sums import Moments, Sums
 from nlsq_dask.row_checks import are_unusable, check_rows, check_same, check_share
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.storage.codec import encode

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.lbfgs_warmup import Warmup
-from nlsq_dask.core.losses import LARGEST, SMALLEST, Loss
 from nlsq_dask.core.normalize import ParameterNormalizer
-from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.row_sums import RowSums
-from nlsq_dask.core.sums import Sums
 from nlsq_dask.core.tournament import Tournament, rows_of_round
 from nlsq_dask.errors import DataError
+from nlsq_dask.kernels.in_memory import RowSums
+from nlsq_dask.kernels.losses import LARGEST, SMALLEST, Loss
+from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel

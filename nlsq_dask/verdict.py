@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.block_statistics import block_statistics
-from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import DataWarning, warn_caller
+from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.parameters import Parameters

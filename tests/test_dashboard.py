@@ -24,7 +24,6 @@ from distributed import Client, LocalCluster, get_client
 from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
-from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.dashboard.messages import Messages
 from nlsq_dask.dashboard.observer import Page
 from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
@@ -40,6 +39,7 @@ from nlsq_dask.dashboard.on_scheduler.tables import (
 )
 from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
+from nlsq_dask.kernels.block_sums import BlockSums
 from tests.browser import CHROMIUM, Browser
 
 # A worker in this process would be told that its collector of metrics is there already.

@@ -20,11 +20,11 @@ import pytest
 from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
-from nlsq_dask.core import kernel
-from nlsq_dask.core.product_loops import Product
 from nlsq_dask.engine import reduce
 from nlsq_dask.engine.group import kept_bytes
 from nlsq_dask.engine.parts import Parts
+from nlsq_dask.kernels import kernel
+from nlsq_dask.kernels.dense_loops import Product
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
 CHUNK = 2**18
@@ -301,7 +301,7 @@ def test_several_devices_share_the_work(solver: str, loss: str) -> None:
 
 @pytest.mark.parametrize("product", list(Product))
 def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
-    from nlsq_dask.core.normal_equations import NormalEquationsKernel
+    from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
     from nlsq_dask.model.model import Model
     from nlsq_dask.rows.rows import Layout
 
@@ -315,7 +315,7 @@ def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
 
 @pytest.mark.parametrize("is_diagonal", [False, True])
 def test_gradients_can_be_lowered_for_a_gpu(is_diagonal: bool) -> None:
-    from nlsq_dask.core.gradient_kernel import GradientKernel
+    from nlsq_dask.kernels.gradient_kernel import GradientKernel
     from nlsq_dask.model.model import Model
     from nlsq_dask.rows.rows import Layout
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nlsq_dask as nd
-from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.data.alignment import align
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.scheduling import group_blocks
+from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows
 from nlsq_dask.rows.windows import flat_range

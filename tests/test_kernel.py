@@ -14,10 +14,10 @@ import pytest
 from jax import lax
 
 import nlsq_dask as nd
-from nlsq_dask.core import block_loops
-from nlsq_dask.core import kernel as kernel_module
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.kernels import block_loops
+from nlsq_dask.kernels import kernel as kernel_module
+from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.core import triangle
-from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
-from nlsq_dask.core.product_loops import Product
+from nlsq_dask.kernels import tsqr
+from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.model.check import float32_constants
 from nlsq_dask.model.jacobian import Mode
 from nlsq_dask.model.model import Model
@@ -121,7 +121,7 @@ def test_rows_added_to_a_triangle() -> None:
     rng = np.random.default_rng(0)
     rows, further = rng.normal(size=(50, 4)), rng.normal(size=(3, 4))
     expected = np.linalg.qr(np.vstack([rows, further]), mode="r")
-    found = triangle.with_rows(np.linalg.qr(rows, mode="r"), further)
+    found = tsqr.with_rows(np.linalg.qr(rows, mode="r"), further)
     np.testing.assert_allclose(positive(found), positive(expected), rtol=1e-12)
 
 

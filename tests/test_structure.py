@@ -15,6 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "stopping", "keywords", "html", "parameters"),
     ("config", "interruption", "rows", "storage"),
     ("model",),
+    ("kernels",),
     ("core",),
     ("data", "events", "solve", "sample_problem", "outcome"),
     ("engine", "observers", "checkpoints", "iterations", "block_statistics", "row_sample"),
@@ -32,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 TOGETHER = {"result", "report", "saving", "plotting"}
 # The rooms that import a library which is not for every room.
 USERS = {
-    "jax": {"core", "curve_fit", "model", "rows"},
+    "jax": {"core", "curve_fit", "kernels", "model", "rows"},
     "optax": {"core"},
     "dask": {"data", "engine", "checkpoints", "predict", "plan"},
     "distributed": {"engine", "dashboard"},
@@ -51,7 +52,7 @@ USERS = {
     },
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-PURE = ("rows", "model", "core")
+PURE = ("rows", "model", "kernels", "core")
 NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.core.spectrum import Spectrum
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.kernels.sums import NormalEquations
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]

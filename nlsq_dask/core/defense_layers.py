@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.sums import Sums
+from nlsq_dask.kernels.sums import Sums
 
 _REFINEMENT_BELOW, _CAREFUL_BELOW = 0.1, 1.0
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.core.defense_layers import clip_step, cost_increased
-from nlsq_dask.core.losses import LINEAR, Loss, rho
-from nlsq_dask.core.penalty import GroupVariance, total_variance
 from nlsq_dask.errors import ModelError
+from nlsq_dask.kernels.losses import LINEAR, Loss, rho
+from nlsq_dask.kernels.penalty import GroupVariance, total_variance
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import compiled_once

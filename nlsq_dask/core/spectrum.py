@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.sums import NormalEquations
+from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.rows import BLOCK_ROWS
 
 Vector = NDArray[np.float64]

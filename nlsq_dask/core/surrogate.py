@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 from nlsq_dask.core import gauss_newton as gn
 from nlsq_dask.core.point import Point
-from nlsq_dask.core.sums import NormalEquations
 from nlsq_dask.core.trust_region import Vector
+from nlsq_dask.kernels.sums import NormalEquations
 
 Reduce = Callable[[Vector], NormalEquations]
 

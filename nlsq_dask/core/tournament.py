@@ -21,8 +21,8 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.losses import LINEAR, Loss, robust
-from nlsq_dask.core.penalty import GroupVariance
+from nlsq_dask.kernels.losses import LINEAR, Loss, robust
+from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.jacobian import Mode, choose_mode, residual_and_jacobian
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model

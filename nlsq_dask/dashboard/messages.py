@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_sums import BlockSums
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksLeftOut,
@@ -28,6 +27,7 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
+from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.observers.wording import passes_before
 
 Message = dict[str, Any]

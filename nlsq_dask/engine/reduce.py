@@ -13,7 +13,6 @@ from distributed import KilledWorker
 from distributed.client import FutureCancelledError, FuturesCancelledError
 from numpy.typing import NDArray
 
-from nlsq_dask.core.kernel import RowKernel
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
@@ -35,6 +34,7 @@ from nlsq_dask.engine.tasks import (
 )
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, ClusterLostError
+from nlsq_dask.kernels.kernel import RowKernel
 
 _MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
 

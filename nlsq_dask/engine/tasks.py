@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.kernel import RowKernel
-from nlsq_dask.core.sums import Sums
 from nlsq_dask.data.sampling import SamplePlan, thin_out
 from nlsq_dask.engine.faults import ReadReport
 from nlsq_dask.engine.group import Group, Kept
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
+from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Rows
 

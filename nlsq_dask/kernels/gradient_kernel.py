@@ -9,16 +9,16 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.gradient_loops import (
+from nlsq_dask.errors import ModelError
+from nlsq_dask.kernels.gradient_loops import (
     combined_gradients,
     gradient_block_rows,
     gradient_loops,
     no_gradient,
 )
-from nlsq_dask.core.kernel import RowKernel, RowSource, no_rows, trace_sums
-from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.sums import NO_BLOCK, GradientSums, Sums
-from nlsq_dask.errors import ModelError
+from nlsq_dask.kernels.kernel import RowKernel, RowSource, no_rows, trace_sums
+from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.sums import NO_BLOCK, GradientSums, Sums
 from nlsq_dask.model.jax_scope import CPU, x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, traced_once

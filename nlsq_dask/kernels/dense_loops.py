@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.core.block_loops import (
+from nlsq_dask.kernels.block_loops import (
     BlockLoops,
     MakeLoops,
     block_rows_for,
@@ -23,8 +23,8 @@ from nlsq_dask.core.block_loops import (
     lane_sums,
     lanes_for,
 )
-from nlsq_dask.core.losses import LINEAR
-from nlsq_dask.core.triangle import extended, merged, part_rows
+from nlsq_dask.kernels.losses import LINEAR
+from nlsq_dask.kernels.tsqr import extended, merged, part_rows
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model

@@ -8,12 +8,12 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.gradient_kernel import GradientKernel
-from nlsq_dask.core.kernel import RowKernel
-from nlsq_dask.core.normal_equations import NormalEquationsKernel
-from nlsq_dask.core.penalty import GroupVariance
-from nlsq_dask.core.product_loops import Product
-from nlsq_dask.core.sums import GradientSums, NormalEquations, Sums
+from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.gradient_kernel import GradientKernel
+from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.sums import GradientSums, NormalEquations, Sums
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 

@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core import triangle
-from nlsq_dask.core.block_sums import BlockSums
-from nlsq_dask.core.penalty import GroupVariance
+from nlsq_dask.kernels import tsqr
+from nlsq_dask.kernels.block_sums import BlockSums
+from nlsq_dask.kernels.penalty import GroupVariance
 
 NO_BLOCK = -1
 Moments = tuple[float, float, float, float]  # weight, y_sum, y_square and signal
@@ -29,7 +29,7 @@ def _joined(one: BlockSums | None, other: BlockSums | None) -> BlockSums | None:
 def _merged(
     one: NDArray[np.float64] | None, other: NDArray[np.float64] | None
 ) -> NDArray[np.float64] | None:
-    return None if one is None or other is None else triangle.merged(one, other)
+    return None if one is None or other is None else tsqr.merged(one, other)
 
 
 # How fields combine that are not just added.
@@ -223,7 +223,7 @@ class NormalEquations(Sums):
         joined = None
         if self.triangle is not None:
             rows = np.column_stack([jacobian, residuals])[:, : self.triangle.shape[1]]
-            joined = triangle.with_rows(self.triangle, rows)
+            joined = tsqr.with_rows(self.triangle, rows)
         penalty = 0.5 * float(residuals @ residuals)
         return replace(
             self,

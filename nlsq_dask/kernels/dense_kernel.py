@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import block_rows_for
-from nlsq_dask.core.kernel import RowKernel, RowSource, no_rows, trace_sums
-from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.product_loops import Product, combined_products, no_product, product_loops
-from nlsq_dask.core.sums import NO_BLOCK, NormalEquations, Sums
+from nlsq_dask.kernels.block_loops import block_rows_for
+from nlsq_dask.kernels.dense_loops import Product, combined_products, no_product, product_loops
+from nlsq_dask.kernels.kernel import RowKernel, RowSource, no_rows, trace_sums
+from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.sums import NO_BLOCK, NormalEquations, Sums
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import CPU, x64
 from nlsq_dask.model.model import Model

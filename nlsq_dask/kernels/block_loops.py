@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask.core.losses import rho, robust
+from nlsq_dask.kernels.losses import rho, robust
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import BLOCK_ROWS, Rows

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.core.block_loops import (
+from nlsq_dask.kernels.block_loops import (
     BlockLoops,
     MakeLoops,
     block_rows_for,
     dot,
     lanes_for,
 )
-from nlsq_dask.core.losses import LINEAR
+from nlsq_dask.kernels.losses import LINEAR
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 

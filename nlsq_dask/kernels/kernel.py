@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.block_loops import Carry, MakeLoops, accumulator, lanes_for
-from nlsq_dask.core.block_sums import BlockSums
-from nlsq_dask.core.losses import Loss
-from nlsq_dask.core.sums import NO_BLOCK, Sums
+from nlsq_dask.kernels.block_loops import Carry, MakeLoops, accumulator, lanes_for
+from nlsq_dask.kernels.block_sums import BlockSums
+from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.sums import NO_BLOCK, Sums
 from nlsq_dask.model.jax_scope import CPU, platform_of, usable_devices, x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program
