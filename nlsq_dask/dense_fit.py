@@ -9,10 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core import gauss_newton as gn
-from nlsq_dask.core.covariance import Covariance, covariance, sandwich
-from nlsq_dask.core.point import Settings
-from nlsq_dask.core.surrogate import forecast
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
 from nlsq_dask.iterations import StoppedByCallbackError
@@ -24,6 +20,10 @@ from nlsq_dask.passes import RowsInUse
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import SampleSolver, first_product, solve
+from nlsq_dask.solvers import gauss_newton as gn
+from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
+from nlsq_dask.solvers.point import Settings
+from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

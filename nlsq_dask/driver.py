@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from nlsq_dask.call import Call
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.core.covariance import Covariance
 from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
@@ -34,6 +33,7 @@ from nlsq_dask.model.check import check_trace
 from nlsq_dask.outcome import Outcome
 from nlsq_dask.passes import Passes
 from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

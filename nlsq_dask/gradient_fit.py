@@ -11,10 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
-from nlsq_dask.core import newton_cg as cg
-from nlsq_dask.core.conjugate_gradients import LOST, solved_together
-from nlsq_dask.core.preconditioner import DiagonalPreconditioner, SamplePreconditioner, filled
-from nlsq_dask.core.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
 from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
 from nlsq_dask.fit_context import FitContext, Solved, may_go_on
@@ -27,6 +23,10 @@ from nlsq_dask.passes import RowsInUse
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solve import MORE_ITERATIONS
+from nlsq_dask.solvers import newton_cg as cg
+from nlsq_dask.solvers.conjugate_gradients import LOST, solved_together
+from nlsq_dask.solvers.preconditioners import DiagonalPreconditioner, SamplePreconditioner, filled
+from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

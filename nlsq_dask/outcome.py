@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.covariance import Covariance
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
+from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

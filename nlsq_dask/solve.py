@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core import gauss_newton as gn
-from nlsq_dask.core.point import Point, Settings
 from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.kernels.dense_loops import Product
 from nlsq_dask.kernels.in_memory import NormalRowSums
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers import gauss_newton as gn
+from nlsq_dask.solvers.point import Point, Settings
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

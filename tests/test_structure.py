@@ -16,6 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "interruption", "rows", "storage"),
     ("model",),
     ("kernels",),
+    ("solvers",),
     ("core",),
     ("data", "events", "solve", "sample_problem", "outcome"),
     ("engine", "observers", "checkpoints", "iterations", "block_statistics", "row_sample"),
@@ -52,7 +53,7 @@ USERS = {
     },
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-PURE = ("rows", "model", "kernels", "core")
+PURE = ("rows", "model", "kernels", "solvers", "core")
 NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
 
 

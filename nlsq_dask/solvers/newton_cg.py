@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.conjugate_gradients import LinearSolve
 from nlsq_dask.kernels.sums import GradientSums
+from nlsq_dask.solvers.conjugate_gradients import LinearSolve
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

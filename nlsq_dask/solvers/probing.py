@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.conjugate_gradients import LOST, LinearSolve
+from nlsq_dask.solvers.conjugate_gradients import LOST, LinearSolve
 
 Vector = NDArray[np.float64]
 Vectors = NDArray[np.float64]

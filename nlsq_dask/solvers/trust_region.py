@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from nlsq_dask.core.spectrum import Spectrum
+from nlsq_dask.solvers.scaled_svd import Spectrum
 
 Vector = NDArray[np.float64]
 

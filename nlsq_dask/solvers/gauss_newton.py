@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.point import Point, Settings, column_scale
-from nlsq_dask.core.spectrum import Spectrum
-from nlsq_dask.core.trust_region import Vector, restricted_step
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers.point import Point, Settings, column_scale
+from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.trust_region import Vector, restricted_step
 from nlsq_dask.stopping import StopReason
 
 _ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least

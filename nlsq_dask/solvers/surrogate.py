@@ -31,10 +31,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core import gauss_newton as gn
-from nlsq_dask.core.point import Point
-from nlsq_dask.core.trust_region import Vector
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers import gauss_newton as gn
+from nlsq_dask.solvers.point import Point
+from nlsq_dask.solvers.trust_region import Vector
 
 Reduce = Callable[[Vector], NormalEquations]
 

@@ -9,9 +9,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.spectrum import Spectrum
-from nlsq_dask.core.trust_region import Quadratic, Vector
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.trust_region import Quadratic, Vector
 from nlsq_dask.stopping import StopReason
 
 _LEAST_FACTOR = 1e-8  # of regularization; J^T J loses what is below, which QR would keep

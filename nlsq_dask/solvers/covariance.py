@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.core.spectrum import Spectrum
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers.scaled_svd import Spectrum
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
