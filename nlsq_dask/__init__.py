@@ -3,7 +3,6 @@
 from importlib.metadata import version as _version
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.curve_fit import curve_fit
 from nlsq_dask.dashboard.metrics import metrics_collector
 from nlsq_dask.errors import (
@@ -26,6 +25,7 @@ from nlsq_dask.observers.telemetry import (
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.plan import Plan
 from nlsq_dask.result import FitResult
+from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
 
 __version__ = _version("nlsq-dask")
 

@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.defense_layers import first_step_size, is_warm_start, relative_loss
-from nlsq_dask.core.lbfgs_warmup import (
+from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
+from nlsq_dask.iterations import Iterations, StoppedByCallbackError
+from nlsq_dask.parameters import Parameters
+from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.warmup.defense_layers import first_step_size, is_warm_start, relative_loss
+from nlsq_dask.warmup.lbfgs import (
     Warmup,
     WarmupEnd,
     WarmupState,
@@ -24,12 +28,8 @@ from nlsq_dask.core.lbfgs_warmup import (
     packed,
     unpacked,
 )
-from nlsq_dask.core.normalize import ParameterNormalizer
-from nlsq_dask.core.starts import draw_starts
-from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
-from nlsq_dask.iterations import Iterations, StoppedByCallbackError
-from nlsq_dask.parameters import Parameters
-from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.warmup.multistart import draw_starts
+from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]
 

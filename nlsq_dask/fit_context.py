@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.normalize import ParameterNormalizer
 from nlsq_dask.events import Observer
 from nlsq_dask.find_starts import StartFinder
 from nlsq_dask.iterations import Iterations
@@ -20,6 +19,7 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.parameters import Parameters
 from nlsq_dask.passes import Passes
 from nlsq_dask.stopping import StopReason
+from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]
 

@@ -16,7 +16,6 @@ from nlsq_dask.call import Call, parse_call
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.normalize import NormalizedModelWrapper, ParameterNormalizer
 from nlsq_dask.dashboard.observer import on_dashboard
 from nlsq_dask.driver import Driver
 from nlsq_dask.engine.faults import ReadPolicy
@@ -50,6 +49,7 @@ from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.result import FitResult
 from nlsq_dask.rows.rows import BLOCK_ROWS
 from nlsq_dask.verdict import make_result, to_go_on
+from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
 
 _MOST_SHOWN = 20  # parameters in HTML
 

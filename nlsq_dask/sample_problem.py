@@ -11,9 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.lbfgs_warmup import Warmup
-from nlsq_dask.core.normalize import ParameterNormalizer
-from nlsq_dask.core.tournament import Tournament, rows_of_round
 from nlsq_dask.errors import DataError
 from nlsq_dask.kernels.in_memory import RowSums
 from nlsq_dask.kernels.losses import LARGEST, SMALLEST, Loss
@@ -23,6 +20,9 @@ from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
+from nlsq_dask.warmup.lbfgs import Warmup
+from nlsq_dask.warmup.multistart import Tournament, rows_of_round
+from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]
 

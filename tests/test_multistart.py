@@ -16,7 +16,7 @@ from scipy.optimize import OptimizeWarning
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
-from nlsq_dask.core.starts import draw_box, draw_starts
+from nlsq_dask.warmup.multistart import draw_box, draw_starts
 from tests.many_minima import PROBLEMS, ManyMinima, peak, wave
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}

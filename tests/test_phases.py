@@ -194,7 +194,7 @@ def test_layer_2_chooses_the_first_step(start: list[float], mode: str) -> None:
 
 def test_layer_3_goes_back_to_the_best_point() -> None:
     # A line search never lets the loss grow, so the guard is given a negative margin to act on.
-    from nlsq_dask.core.defense_layers import cost_increased
+    from nlsq_dask.warmup.defense_layers import cost_increased
 
     assert bool(cost_increased(1.06, 1.0, 0.05))
     assert not bool(cost_increased(1.04, 1.0, 0.05))

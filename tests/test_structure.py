@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("kernels",),
     ("solvers",),
-    ("core",),
+    ("warmup",),
     ("data", "events", "solve", "sample_problem", "outcome"),
     ("engine", "observers", "checkpoints", "iterations", "block_statistics", "row_sample"),
     ("predict", "row_checks", "find_starts", "dashboard", "call", "plan"),
@@ -34,8 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 TOGETHER = {"result", "report", "saving", "plotting"}
 # The rooms that import a library which is not for every room.
 USERS = {
-    "jax": {"core", "curve_fit", "kernels", "model", "rows"},
-    "optax": {"core"},
+    "jax": {"curve_fit", "kernels", "model", "rows", "solvers", "warmup"},
+    "optax": {"warmup"},
     "dask": {"data", "engine", "checkpoints", "predict", "plan"},
     "distributed": {"engine", "dashboard"},
     "zarr": {"data", "engine", "checkpoints"},
@@ -53,8 +53,8 @@ USERS = {
     },
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-PURE = ("rows", "model", "kernels", "solvers", "core")
-NOT_IN_CORE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
+PURE = ("rows", "model", "kernels", "solvers", "warmup")
+IMPURE = {"time", "logging", "os", "pathlib", "dask", "distributed"}
 
 
 def imports(path: Path) -> set[str]:
@@ -88,9 +88,9 @@ def test_imports_go_down(room: str, path: Path) -> None:
             assert room in USERS.get(top, {room}), name
 
 
-def test_the_core_knows_no_dask_files_or_clocks() -> None:
+def test_the_mathematics_knows_no_dask_files_or_clocks() -> None:
     for path in [path for room in PURE for path in (PACKAGE / room).glob("*.py")]:
-        assert not {name.split(".")[0] for name in imports(path)} & NOT_IN_CORE, path
+        assert not {name.split(".")[0] for name in imports(path)} & IMPURE, path
 
 
 def test_optional_libraries_are_imported_where_they_are_needed() -> None:

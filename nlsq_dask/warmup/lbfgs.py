@@ -23,7 +23,6 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.core.defense_layers import clip_step, cost_increased
 from nlsq_dask.errors import ModelError
 from nlsq_dask.kernels.losses import LINEAR, Loss, rho
 from nlsq_dask.kernels.penalty import GroupVariance, total_variance
@@ -31,6 +30,7 @@ from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import compiled_once
 from nlsq_dask.rows.rows import Rows
+from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
 
 _LINE_SEARCH_STEPS = 20
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that is no change

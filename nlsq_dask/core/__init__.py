@@ -1,1 +1,0 @@
-"""The mathematics: pure functions on small immutable records; no Dask, files, clocks or logging."""

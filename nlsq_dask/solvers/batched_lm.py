@@ -1,0 +1,171 @@
+"""Damped Gauss-Newton (Levenberg-Marquardt) for many starts at a time, in one program.
+
+Candidates are improved side by side, a group of them vmapped, on rows in memory. Bounds are kept,
+and a parameter on a bound does not move outwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nlsq_dask.kernels.losses import LINEAR, robust
+from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
+from nlsq_dask.model.model import Model
+from nlsq_dask.rows.rows import BLOCK_ROWS
+
+_STEPS = 10  # trial points of a candidate
+# Multiples of the curvature that are added to it: at first, and by what they change. The first
+# steps are short, because long ones leave narrow basins.
+FIRST_DAMPING, _LESS, _MORE = 1.0, 0.3, 3.0
+_LEAST_DAMPING, _MOST_DAMPING = 1e-9, 1e9
+
+
+class Problem(NamedTuple):
+    """Everything that differs from fit to fit, as arguments of the program."""
+
+    y: Any
+    x: Any
+    inverse_sigma: Any
+    f_scale: Any
+    scales: Any
+    offsets: Any
+    low: Any
+    high: Any
+    penalty: Any
+
+
+class Objective(NamedTuple):
+    """The mean squared weighted residual with half its derivatives by normalized parameters.
+
+    A penalty is part of it, as in ``GroupVariance``.
+
+    Infinite where anything is not finite. With a robust loss ``f_scale^2 rho`` takes the place of
+    the squares.
+    """
+
+    loss: Any
+    gradient: Any
+    curvature: Any
+
+
+class Candidate(NamedTuple):
+    """A point, normalized, shape (p,), with its damping and the loss where it was last judged."""
+
+    params: Any
+    damping: Any
+    loss: Any
+
+
+def make_objective(
+    model: Model, mode: Mode, loss: str, problem: Problem, n_rows: Any
+) -> Callable[[Any], Objective]:
+    """Return the objective over the first so many rows.
+
+    It is summed block by block, so that the Jacobian of all rows is never in memory.
+    """
+    size = min(BLOCK_ROWS, problem.y.shape[0])
+    linearized = residual_and_jacobian(model, mode)
+    factors = jnp.append(problem.scales, 1.0)
+    p = model.n_params
+
+    def objective(q: Any) -> Objective:
+        params = (q * problem.scales + problem.offsets).astype(model.dtype)
+
+        def add(i: Any, sums: Any) -> Any:
+            y, x, inverse_sigma = jax.tree.map(
+                lambda array: lax.dynamic_slice_in_dim(array, i * size, size),
+                (problem.y, problem.x, problem.inverse_sigma),
+            )
+            _, stacked = linearized(x, y.astype(model.dtype), params, factors)
+            counts = i * size + jnp.arange(size) < n_rows
+            stacked = jnp.where(counts, stacked * inverse_sigma, 0.0)
+            terms = stacked[-1] ** 2
+            if loss != LINEAR:
+                terms, jacobian_scale, residual_scale = robust(loss, terms / problem.f_scale**2)
+                terms = problem.f_scale**2 * terms
+                stacked = stacked * jnp.where(
+                    jnp.arange(p + 1)[:, None] < p, jacobian_scale, residual_scale
+                )
+            return sums[0] + terms.sum(), sums[1] + stacked @ stacked.T
+
+        nothing = jnp.zeros(()), jnp.zeros((p + 1, p + 1))
+        n_blocks = (n_rows + size - 1) // size
+        total, gram = jax.tree.map(
+            lambda array: array / n_rows, lax.fori_loop(0, n_blocks, add, nothing)
+        )
+        further = jnp.column_stack([problem.penalty * problem.scales, problem.penalty @ params])
+        total, gram = total + (further[:, p] ** 2).sum(), gram + further.T @ further
+        is_finite = jnp.isfinite(total) & jnp.isfinite(gram).all()
+        return Objective(jnp.where(is_finite, total, jnp.inf), gram[:p, p], gram[:p, :p])
+
+    return objective
+
+
+def _step(problem: Problem, params: Any, damping: Any, here: Objective) -> Any:
+    """Return the point to which a damped Gauss-Newton step leads, inside the bounds.
+
+    Parameters on a bound do not move outwards, so that the others are not led astray by them.
+    """
+    low, high = problem.low, problem.high
+    held = ((params <= low) & (here.gradient > 0)) | ((params >= high) & (here.gradient < 0))
+    norms = jnp.sqrt(jnp.diag(here.curvature))
+    free = ~held & (norms > 0)
+    scale = jnp.where(free, norms, 1.0)
+    eye = jnp.eye(len(params))
+    curvature = jnp.where(free[:, None] & free, here.curvature / scale[:, None] / scale, eye)
+    slope = jnp.where(free, here.gradient / scale, 0.0)
+    factor = jax.scipy.linalg.cho_factor(curvature + damping * eye)
+    trial = jnp.clip(params - jax.scipy.linalg.cho_solve(factor, slope) / scale, low, high)
+    return jnp.where(jnp.isfinite(trial).all(), trial, params)
+
+
+def _improved(
+    problem: Problem, objective: Callable[[Any], Objective], candidate: Candidate
+) -> Candidate:
+    """Lead a candidate downhill by a fixed number of trial points."""
+
+    def attempt(_: Any, state: Any) -> Any:
+        params, damping, here = state
+        trial = _step(problem, params, damping, here)
+        there = objective(trial)
+        is_better = there.loss < here.loss
+        damping = jnp.clip(
+            damping * jnp.where(is_better, _LESS, _MORE), _LEAST_DAMPING, _MOST_DAMPING
+        )
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(is_better, new, old), (trial, there), (params, here)
+        )
+        return kept[0], damping, kept[1]
+
+    start = candidate.params, candidate.damping, objective(candidate.params)
+    params, damping, here = lax.fori_loop(0, _STEPS, attempt, start)
+    return Candidate(params, damping, here.loss)
+
+
+def improve_groups(
+    model: Model,
+    mode: Mode,
+    loss: str,
+    problem: Problem,
+    groups: Candidate,
+    n_groups: Any,
+    n_rows: Any,
+) -> Candidate:
+    """Lead the candidates of the first so many groups downhill, one group after the other."""
+    objective = make_objective(model, mode, loss, problem, n_rows)
+    improve: Callable[[Candidate], Candidate] = jax.vmap(
+        lambda candidate: _improved(problem, objective, candidate)
+    )
+
+    def improve_group(i: Any, groups: Candidate) -> Candidate:
+        found = improve(Candidate(*(array[i] for array in groups)))
+        pairs = zip(groups, found, strict=True)
+        return Candidate(*(array.at[i].set(new) for array, new in pairs))
+
+    result: Candidate = lax.fori_loop(0, n_groups, improve_group, groups)
+    return result
