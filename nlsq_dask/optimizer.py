@@ -12,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask import html, report
-from nlsq_dask.call import Call, parse_call
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.dashboard.observer import on_dashboard
-from nlsq_dask.driver import Driver
 from nlsq_dask.engine.faults import ReadPolicy
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import (
@@ -38,8 +36,10 @@ from nlsq_dask.events import (
     PhaseEnded,
     PhaseStarted,
 )
-from nlsq_dask.interruption import Interruption
-from nlsq_dask.iterations import Callback
+from nlsq_dask.fit.driver import Driver
+from nlsq_dask.fit.interruption import Interruption
+from nlsq_dask.fit.iterations import Callback
+from nlsq_dask.fit.problem import Call, parse_call
 from nlsq_dask.keywords import explaining_keywords
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.history import History

@@ -18,7 +18,7 @@ from scipy.optimize import OptimizeWarning
 from scipy.sparse.linalg import spsolve
 
 import nlsq_dask as nd
-from nlsq_dask.passes import Passes
+from nlsq_dask.fit.passes import Passes
 from nlsq_dask.solvers import probing
 from nlsq_dask.solvers.conjugate_gradients import LinearSolve
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.interruption import Interruption
-from nlsq_dask.iterations import Iterations
+from nlsq_dask.fit.interruption import Interruption
+from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.observers.progress import Progress
 
 RNG = np.random.default_rng(21)

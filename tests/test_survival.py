@@ -29,7 +29,7 @@ from nlsq_dask.checkpoints.folder import CheckpointFolder
 from nlsq_dask.engine import parts, reduce
 from nlsq_dask.engine.scheduling import Tree
 from nlsq_dask.engine.workers import Workers
-from nlsq_dask.interruption import Interruption
+from nlsq_dask.fit.interruption import Interruption
 from tests import surviving_fit
 from tests.surviving_fit import BLOCK_ROWS, N_BLOCKS
 

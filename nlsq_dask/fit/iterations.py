@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.events import ALL_ROWS, Event, IterationFinished, NonFiniteTrial, Observer
-from nlsq_dask.interruption import Interruption
+from nlsq_dask.fit.interruption import Interruption
 
 Vector = NDArray[np.float64]
 

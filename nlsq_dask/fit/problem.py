@@ -11,12 +11,12 @@ import numpy as np
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.errors import DataWarning, warn_caller
-from nlsq_dask.iterations import Callback
+from nlsq_dask.fit.iterations import Callback
+from nlsq_dask.fit.parameters import Parameters, parse_parameters
 from nlsq_dask.kernels.losses import Loss, check_loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.check import float32_constants
 from nlsq_dask.model.model import Model
-from nlsq_dask.parameters import Parameters, parse_parameters
 from nlsq_dask.warmup.multistart import check_box
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 

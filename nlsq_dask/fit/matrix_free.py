@@ -13,16 +13,16 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
-from nlsq_dask.fit_context import FitContext, Solved, may_go_on
-from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.fit.context import FitContext, Solved, may_go_on
+from nlsq_dask.fit.iterations import StoppedByCallbackError
+from nlsq_dask.fit.loop import MORE_ITERATIONS
+from nlsq_dask.fit.passes import RowsInUse
+from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.gradient_kernel import GradientKernel
 from nlsq_dask.kernels.in_memory import GradientRowSums
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
-from nlsq_dask.passes import RowsInUse
 from nlsq_dask.rows.rows import Rows
-from nlsq_dask.sample_problem import SampleProblem
-from nlsq_dask.solve import MORE_ITERATIONS
 from nlsq_dask.solvers import newton_cg as cg
 from nlsq_dask.solvers.conjugate_gradients import LOST, solved_together
 from nlsq_dask.solvers.preconditioners import DiagonalPreconditioner, SamplePreconditioner, filled

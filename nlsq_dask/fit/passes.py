@@ -26,12 +26,12 @@ from nlsq_dask.events import (
     PassFinished,
     SampleRead,
 )
-from nlsq_dask.interruption import Interruption
+from nlsq_dask.fit.interruption import Interruption
+from nlsq_dask.fit.row_checks import are_unusable, check_rows, check_same, check_share
 from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
 from nlsq_dask.kernels.kernel import RowKernel
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.sums import Moments, Sums
-from nlsq_dask.row_checks import are_unusable, check_rows, check_same, check_share
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.storage.codec import encode
 

@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.events import ALL_ROWS, SampleSolved
-from nlsq_dask.fit_context import FitContext, Solved, may_go_on
-from nlsq_dask.iterations import StoppedByCallbackError
+from nlsq_dask.fit.context import FitContext, Solved, may_go_on
+from nlsq_dask.fit.iterations import StoppedByCallbackError
+from nlsq_dask.fit.loop import SampleSolver, first_product, solve
+from nlsq_dask.fit.passes import RowsInUse
+from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
 from nlsq_dask.kernels.dense_loops import Product
 from nlsq_dask.kernels.in_memory import NormalRowSums
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.passes import RowsInUse
 from nlsq_dask.rows.rows import Rows
-from nlsq_dask.sample_problem import SampleProblem
-from nlsq_dask.solve import SampleSolver, first_product, solve
 from nlsq_dask.solvers import gauss_newton as gn
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.point import Settings

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
-from nlsq_dask.iterations import Iterations, StoppedByCallbackError
-from nlsq_dask.parameters import Parameters
-from nlsq_dask.sample_problem import SampleProblem
+from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
+from nlsq_dask.fit.parameters import Parameters
+from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.warmup.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.warmup.lbfgs import (
     Warmup,

@@ -17,22 +17,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.call import Call
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.dense_fit import DenseFit
 from nlsq_dask.engine.reduce import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
 from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
-from nlsq_dask.find_starts import StartFinder
-from nlsq_dask.fit_context import FitContext, Solved
-from nlsq_dask.gradient_fit import GradientFit
-from nlsq_dask.interruption import FitInterruptedError, Interruption
-from nlsq_dask.iterations import Iterations, StoppedByCallbackError
+from nlsq_dask.fit.context import FitContext, Solved
+from nlsq_dask.fit.dense import DenseFit
+from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
+from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
+from nlsq_dask.fit.matrix_free import GradientFit
+from nlsq_dask.fit.outcome import Outcome
+from nlsq_dask.fit.passes import Passes
+from nlsq_dask.fit.problem import Call
+from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
 from nlsq_dask.model.check import check_trace
-from nlsq_dask.outcome import Outcome
-from nlsq_dask.passes import Passes
-from nlsq_dask.sample_problem import SampleProblem
 from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.stopping import StopReason
 

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.events import Observer
-from nlsq_dask.find_starts import StartFinder
-from nlsq_dask.iterations import Iterations
+from nlsq_dask.fit.iterations import Iterations
+from nlsq_dask.fit.parameters import Parameters
+from nlsq_dask.fit.passes import Passes
+from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
-from nlsq_dask.parameters import Parameters
-from nlsq_dask.passes import Passes
 from nlsq_dask.stopping import StopReason
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 

@@ -1,0 +1,1 @@
+"""One fit: the problem, its four phases, the passes over all rows, and what they find."""
