@@ -20,7 +20,7 @@ import zarr
 from benchmarks import common
 from benchmarks.memory import memory_mb
 from nlsq_dask.data.alignment import align
-from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.dataset import DataSet
 
 _CHUNK = 1_000_000
 

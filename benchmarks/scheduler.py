@@ -30,8 +30,8 @@ from dask.local import SynchronousExecutor
 from distributed import Client, Worker, wait
 
 from benchmarks import common
-from nlsq_dask.engine.parts import Parts, run_tree
-from nlsq_dask.engine.scheduling import TREE_WIDTH, TaskGraph, hold
+from nlsq_dask.engine.execution import Parts, run_tree
+from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph, hold
 from nlsq_dask.engine.workers import Workers
 
 _P = 10

@@ -16,8 +16,8 @@ from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.opening import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.dashboard.observer import on_dashboard
-from nlsq_dask.engine.faults import ReadPolicy
-from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.dataset import DataSet
+from nlsq_dask.engine.retries import ReadPolicy
 from nlsq_dask.errors import (
     ClusterLostError,
     FitInProgressError,

@@ -11,7 +11,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.scheduling import count_tree, group_blocks
+from nlsq_dask.engine.reduction_tree import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.model.jacobian import choose_mode

@@ -20,9 +20,9 @@ import pytest
 from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
-from nlsq_dask.engine import reduce
-from nlsq_dask.engine.group import kept_bytes
-from nlsq_dask.engine.parts import Parts
+from nlsq_dask.engine import dataset
+from nlsq_dask.engine.block_group import kept_bytes
+from nlsq_dask.engine.execution import Parts
 from nlsq_dask.kernels import kernel
 from nlsq_dask.kernels.dense_loops import Product
 
@@ -89,7 +89,7 @@ def test_what_a_pass_covers_is_found_once(monkeypatch: pytest.MonkeyPatch) -> No
             covered.append(sizes)
         return Parts(sizes, *known)
 
-    monkeypatch.setattr(reduce, "Parts", recorded)
+    monkeypatch.setattr(dataset, "Parts", recorded)
     result = fit()
     assert len(covered) == result.n_passes > 1
     np.testing.assert_array_equal(covered[0], [[1, CHUNK, 16 * CHUNK]] * 10)

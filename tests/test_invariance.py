@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.scheduling import group_blocks
+from nlsq_dask.engine.reduction_tree import group_blocks
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
-from nlsq_dask.engine.parts import Parts, run_tree
-from nlsq_dask.engine.scheduling import TREE_WIDTH, TaskGraph
+from nlsq_dask.engine.execution import Parts, run_tree
+from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph
 from nlsq_dask.engine.workers import Workers
 
 

@@ -21,7 +21,7 @@ from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.engine.faults import (
+from nlsq_dask.engine.retries import (
     Fault,
     ReadPolicy,
     SharedStep,

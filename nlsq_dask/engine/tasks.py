@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.data.sampling import SamplePlan, thin_out
-from nlsq_dask.engine.faults import ReadReport
-from nlsq_dask.engine.group import Group, Kept
+from nlsq_dask.engine.block_group import Group, Kept
+from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
 from nlsq_dask.kernels.kernel import RowKernel
 from nlsq_dask.kernels.sums import Sums

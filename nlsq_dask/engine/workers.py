@@ -14,7 +14,7 @@ from dask.threaded import get as get_threaded
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
-from nlsq_dask.engine.sealing import PackageFirst
+from nlsq_dask.engine.serialization import PackageFirst
 from nlsq_dask.model.jax_scope import CPU, local_platforms
 
 _ASYNCHRONOUS = (

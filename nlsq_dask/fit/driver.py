@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
 from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.fit.context import FitContext, Solved

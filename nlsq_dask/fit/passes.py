@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.engine.faults import BadBlock, ReadReport
-from nlsq_dask.engine.parts import Parts
-from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.dataset import DataSet
+from nlsq_dask.engine.execution import Parts
+from nlsq_dask.engine.retries import BadBlock, ReadReport
 from nlsq_dask.engine.tasks import PassRequest, PassResult
 from nlsq_dask.errors import ClusterLostError, RowsChangedError
 from nlsq_dask.events import (

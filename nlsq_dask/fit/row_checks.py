@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nlsq_dask.engine.faults import BadBlock
-from nlsq_dask.engine.reduce import DataSet
+from nlsq_dask.engine.dataset import DataSet
+from nlsq_dask.engine.retries import BadBlock
 from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFiniteDataError
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows

@@ -26,8 +26,8 @@ from distributed import Client, Future, as_completed, rejoin, secede
 from distributed.utils import thread_state  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from nlsq_dask.engine.scheduling import TREE_WIDTH, Node, Tree
-from nlsq_dask.engine.sealing import sealed
+from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
+from nlsq_dask.engine.serialization import sealed
 from nlsq_dask.engine.workers import Workers
 
 _PATIENCE = 5.0  # seconds, and more each time, for a result to be sent

@@ -18,7 +18,7 @@ from dask.order import order
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from nlsq_dask.engine.sealing import seal, unseal
+from nlsq_dask.engine.serialization import seal, unseal
 from nlsq_dask.engine.workers import Workers
 
 Node = tuple[int, int]  # of a tree: level, 0 for leaves, and position in it

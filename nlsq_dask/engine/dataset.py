@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.faults import BadBlock, Fault, ReadFailedError, ReadPolicy
-from nlsq_dask.engine.group import CacheBudget, Group, ReadAhead
+from nlsq_dask.engine.block_group import CacheBudget, Group, ReadAhead
+from nlsq_dask.engine.execution import Parts, Watch, WorkersReplacedError, run_tree
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.parts import Parts, Watch, WorkersReplacedError, run_tree
-from nlsq_dask.engine.scheduling import Node, TaskGraph, Tree, group_blocks, hold, send_once
+from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, group_blocks, hold, send_once
+from nlsq_dask.engine.retries import BadBlock, Fault, ReadFailedError, ReadPolicy
 from nlsq_dask.engine.source_graph import Index, SourceGraph
 from nlsq_dask.engine.tasks import (
     PassRequest,
