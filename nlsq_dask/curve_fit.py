@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.data.from_array import as_dask, is_in_memory
-from nlsq_dask.data.from_xarray import is_xarray
+from nlsq_dask.data.sources.from_array import as_dask, is_in_memory
+from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.keywords import meant_by
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer

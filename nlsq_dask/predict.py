@@ -16,9 +16,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks, align
-from nlsq_dask.data.from_array import as_numpy, is_in_memory, split_mask
-from nlsq_dask.data.from_pandas import without_pandas
-from nlsq_dask.data.from_xarray import is_xarray
+from nlsq_dask.data.sources.from_array import as_numpy, is_in_memory, split_mask
+from nlsq_dask.data.sources.from_pandas import without_pandas
+from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel

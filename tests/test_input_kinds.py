@@ -23,7 +23,7 @@ from distributed import Client
 
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
-from nlsq_dask.data.from_array import is_in_memory
+from nlsq_dask.data.sources.from_array import is_in_memory
 from nlsq_dask.engine.source_graph import SourceGraph
 from tests.problems import NO_WARMUP
 

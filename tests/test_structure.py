@@ -30,9 +30,9 @@ TOGETHER = {"result", "report", "saving", "plotting"}
 USERS = {
     "jax": {"curve_fit", "kernels", "model", "rows", "solvers", "warmup"},
     "optax": {"warmup"},
-    "dask": {"data", "engine", "checkpoints", "predict", "plan"},
+    "dask": {"data", "engine", "predict", "plan"},
     "distributed": {"engine", "dashboard"},
-    "zarr": {"data", "engine", "checkpoints"},
+    "zarr": {"data", "engine"},
     "xarray": {
         "data",
         "observers",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -11,12 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-import dask.array as da
 import numpy as np
-import zarr
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.data.fingerprints import describe_array, digest
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.model.program import TRACED_BY
 
@@ -69,7 +66,7 @@ class Identity:
         named_arrays = zip(blocks.layout.array_names, blocks.arrays, strict=True)
         return cls(
             model=model,
-            data={name: _described(array) for name, array in named_arrays},
+            data={name: describe_array(array) for name, array in named_arrays},
             arguments={name: _text(value) for name, value in arguments.items()},
             options={
                 option.name: _text(getattr(config, option.name))
@@ -118,46 +115,6 @@ def _differences(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> 
             yield f"{what} {name} was {one} and is {other}"
 
 
-def _described(array: da.Array) -> str:
-    """Return shape, dtype and chunks of an array, and digests of the Zarr metadata behind it."""
-    sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else _digest(str(s)) for s in array.chunks]
-    text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
-    metadata = sorted({_digest(_metadata(store)) for store in _zarr_arrays(array)})
-    # Sorted, because the names of arrays in memory, and so their order, are new in each fit.
-    values = sorted(_digests_in_memory(array))
-    text += f", values {_digest(' '.join(values))}" if values else ""
-    return f"{text}, Zarr {' '.join(metadata)}" if metadata else text
-
-
-def _digests_in_memory(array: da.Array) -> Iterable[str]:
-    """Yield digests of the NumPy arrays in the graph of an array, with their positions."""
-    for key, node in dict(array.__dask_graph__()).items():
-        value = getattr(node, "value", node)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufmM":
-            digest = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view("u1").data)
-            yield f"{key[1:] if isinstance(key, tuple) else ()} {digest.hexdigest()}"
-
-
-def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
-    """Yield the Zarr arrays that stand in the graph of an array as such."""
-    seen: set[int] = set()
-    for node in dict(array.__dask_graph__()).values():
-        for part in (node, *getattr(node, "args", ())):
-            value = getattr(part, "value", part)  # of a node that holds a literal
-            if isinstance(value, zarr.Array) and id(value) not in seen:
-                seen.add(id(value))
-                yield value
-
-
-def _metadata(array: zarr.Array[Any]) -> str:
-    metadata = array.metadata.to_dict()
-    return json.dumps({**metadata, "attributes": {}}, sort_keys=True, default=str)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _text(value: Any) -> str:
     """Return a value as text, the same for all forms in which it may be given."""
     if isinstance(value, str | bool | None):
@@ -166,7 +123,7 @@ def _text(value: Any) -> str:
         return _text(np.asarray(value).tolist())
     if isinstance(value, Iterable):
         text = f"[{', '.join(map(_text, value))}]"
-        return text if len(text) < _MOST_TEXT else f"{text[:_MOST_TEXT]}... {_digest(text)}"
+        return text if len(text) < _MOST_TEXT else f"{text[:_MOST_TEXT]}... {digest(text)}"
     return repr(value)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from nlsq_dask.data.attributes import doubts_of_attributes
 from nlsq_dask.data.dates import doubt_of_rounding, in_words, to_days, without_date_objects
-from nlsq_dask.data.from_array import check_numbers, is_in_memory, split_mask
-from nlsq_dask.data.from_pandas import without_pandas
-from nlsq_dask.data.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.labels import Label, label_of
 from nlsq_dask.data.shapes import check_unambiguous, mismatch, rows_shape
+from nlsq_dask.data.sources.from_array import check_numbers, is_in_memory, split_mask
+from nlsq_dask.data.sources.from_pandas import without_pandas
+from nlsq_dask.data.sources.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
 from nlsq_dask.rows.rows import Layout, x_array_names

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from nlsq_dask.data.from_array import is_in_memory
-from nlsq_dask.data.from_xarray import is_xarray
+from nlsq_dask.data.sources.from_array import is_in_memory
+from nlsq_dask.data.sources.from_xarray import is_xarray
 
 _FILLS = "_FillValue", "missing_value"
 _PACKED = {"scale_factor": 1.0, "add_offset": 0.0}  # with the values that change nothing

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.data.from_array import as_numpy
+from nlsq_dask.data.sources.from_array import as_numpy
 from nlsq_dask.errors import DataError
 
 _DURATION = "days"

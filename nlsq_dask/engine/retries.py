@@ -10,7 +10,7 @@ from typing import Any
 
 from dask._task_spec import GraphNode, Task, TaskRef
 
-from nlsq_dask.engine.stored import failing_chunk
+from nlsq_dask.data.sources.from_zarr import failing_chunk
 from nlsq_dask.errors import DataError
 
 Key = Any

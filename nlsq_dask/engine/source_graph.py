@@ -21,17 +21,17 @@ from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 
 from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.data.sources.from_zarr import (
+    StoredRegion,
+    missing_chunks,
+    stored_regions,
+)
 from nlsq_dask.engine.retries import (
     Fault,
     ReadPolicy,
     SharedStep,
     run_step,
     unwrapped,
-)
-from nlsq_dask.engine.stored import (
-    StoredRegion,
-    missing_chunks,
-    stored_regions,
 )
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout

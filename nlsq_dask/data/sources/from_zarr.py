@@ -1,4 +1,4 @@
-"""What a step of a graph reads from a store: which Zarr array, and which of its chunks."""
+"""Zarr arrays as Dask arrays, and which chunks of a store a step of a graph reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import zarr
 from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef
@@ -18,6 +19,17 @@ Region = tuple[slice, ...]
 
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
 _MOST_PROBED = 256  # chunks that are read one by one to find the one that cannot be
+
+
+def from_zarr(array: zarr.Array[Any]) -> da.Array:
+    """Return a Dask array whose chunks are what the store holds as one object.
+
+    That is a shard where the array is sharded, otherwise a chunk. (Dask alone would take the
+    inner chunks of a shard, and so read every shard many times.) The array itself is written into
+    each task, so that reading does not depend on one shared task.
+    """
+    lazy: da.Array = da.from_zarr(array, chunks=array.shards or array.chunks, inline_array=True)
+    return lazy
 
 
 @dataclass(frozen=True)

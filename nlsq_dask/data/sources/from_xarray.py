@@ -7,7 +7,7 @@ from typing import Any
 import dask.array as da
 import xarray as xr
 
-from nlsq_dask.data.from_array import as_dask
+from nlsq_dask.data.sources.from_array import as_dask
 from nlsq_dask.errors import DataError
 
 

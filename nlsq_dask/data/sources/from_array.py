@@ -11,8 +11,8 @@ import numpy as np
 import zarr
 from dask.array.core import normalize_chunks, slices_from_chunks
 
-from nlsq_dask.data.from_files import block_rows, files_by_name, from_file, is_file
-from nlsq_dask.data.from_zarr import from_zarr
+from nlsq_dask.data.sources.from_files import block_rows, files_by_name, from_file, is_file
+from nlsq_dask.data.sources.from_zarr import from_zarr
 from nlsq_dask.errors import DataError
 
 

@@ -1,0 +1,53 @@
+"""Descriptions of arrays that can be compared: shape, dtype, chunks and digests of the values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import zarr
+
+
+def describe_array(array: da.Array) -> str:
+    """Return shape, dtype and chunks of an array, and digests of the Zarr metadata behind it."""
+    sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else digest(str(s)) for s in array.chunks]
+    text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
+    metadata = sorted({digest(_metadata(store)) for store in _zarr_arrays(array)})
+    # Sorted, because the names of arrays in memory, and so their order, are new in each fit.
+    values = sorted(_digests_in_memory(array))
+    text += f", values {digest(' '.join(values))}" if values else ""
+    return f"{text}, Zarr {' '.join(metadata)}" if metadata else text
+
+
+def _digests_in_memory(array: da.Array) -> Iterable[str]:
+    """Yield digests of the NumPy arrays in the graph of an array, with their positions."""
+    for key, node in dict(array.__dask_graph__()).items():
+        value = getattr(node, "value", node)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufmM":
+            digest = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view("u1").data)
+            yield f"{key[1:] if isinstance(key, tuple) else ()} {digest.hexdigest()}"
+
+
+def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
+    """Yield the Zarr arrays that stand in the graph of an array as such."""
+    seen: set[int] = set()
+    for node in dict(array.__dask_graph__()).values():
+        for part in (node, *getattr(node, "args", ())):
+            value = getattr(part, "value", part)  # of a node that holds a literal
+            if isinstance(value, zarr.Array) and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+def _metadata(array: zarr.Array[Any]) -> str:
+    metadata = array.metadata.to_dict()
+    return json.dumps({**metadata, "attributes": {}}, sort_keys=True, default=str)
+
+
+def digest(text: str) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The kinds of arrays that x, y and sigma may come as, one a file."""
