@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask import html, report
 from nlsq_dask.checkpoints.identity import Identity
-from nlsq_dask.checkpoints.opening import open_journal
+from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.dashboard.observer import on_dashboard
 from nlsq_dask.engine.dataset import DataSet

@@ -567,7 +567,7 @@ def test_true_goes_on_if_there_is_something(tmp_path: Path) -> None:
         fit(call={"callback": cut_at(8)}, **options)
     resumed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nlsq_dask.checkpoints.opening.load", lambda p: resumed.append(p) or load(p))
+        patch.setattr("nlsq_dask.checkpoints.journal.load", lambda p: resumed.append(p) or load(p))
         assert_same(fit(**options), expected)
     assert resumed
     with pytest.raises(ValueError, match=r"=True goes on .* checkpoint_dir; set that"):

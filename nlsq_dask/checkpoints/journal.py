@@ -23,17 +23,22 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode, new_fit_name
-from nlsq_dask.checkpoints.folder import CheckpointFolder
+from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
     EVENTS,
     CheckpointWritten,
     Event,
+    FitResumed,
+    FitStarted,
     Observer,
+    PassFinished,
     without_many_params,
 )
 from nlsq_dask.storage.codec import encode
+from nlsq_dask.storage.folders import normalized
 
 T = TypeVar("T")
 
@@ -271,3 +276,49 @@ class CheckpointJournal(Journal):
     def _settle(self, path: str, value: Any) -> None:
         self._entries[path] = encode(value)
         self._n_settled = len(self._encoded_events)
+
+
+def open_journal(
+    config: HybridStreamingConfig,
+    describe: Callable[[], Identity],
+    emit: Observer,
+    remember: Observer,
+) -> Journal:
+    """Return the journal that a configuration asks for, with what a checkpoint holds.
+
+    Parameters
+    ----------
+    config : HybridStreamingConfig
+    describe : callable
+        Returns what is fitted.
+    emit : callable
+        Receives a ``FitResumed`` if the fit goes on from a checkpoint.
+    remember : callable
+        Receives what had happened before.
+
+    Raises
+    ------
+    FileNotFoundError, CheckpointError
+        If the checkpoint is not there, not usable, or of another fit.
+    """
+    directory = config.checkpoint_dir if config.enable_checkpoints else None
+    folder = None if directory is None else CheckpointFolder(directory)
+    wanted = config.resume_from_checkpoint
+    if wanted is True:  # which the configuration allows with a folder alone
+        wanted = None if folder is None or folder.is_empty else directory
+    if wanted is None or wanted is False:
+        if folder is None:
+            return Journal()
+        return CheckpointJournal(describe(), folder, config.checkpoint_interval, emit)
+    identity, interval, path = describe(), config.checkpoint_interval, normalized(wanted)
+    checkpoint, notes = load(path)
+    notes += checkpoint.identity.check(identity)
+    if notes:
+        warn_caller(f"Resuming a fit: {'; '.join(notes)}.")
+    journal = CheckpointJournal(identity, folder, interval, emit, checkpoint, path)
+    for event in journal.events:
+        remember(event)
+    n_passes = sum(isinstance(event, PassFinished) for event in journal.events)
+    started = next((event for event in journal.events if isinstance(event, FitStarted)), None)
+    emit(FitResumed(started, path, n_passes, tuple(notes), journal.is_within_pass))
+    return journal
