@@ -4,7 +4,6 @@ from importlib.metadata import version as _version
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curve_fit import curve_fit
-from nlsq_dask.dashboard.metrics import metrics_collector
 from nlsq_dask.errors import (
     BlockReadError,
     CheckpointError,
@@ -17,6 +16,7 @@ from nlsq_dask.errors import (
     NonFiniteDataError,
     ResultFileError,
 )
+from nlsq_dask.observers.dashboard.metrics import metrics_collector
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
     get_defense_telemetry,

@@ -15,7 +15,6 @@ from nlsq_dask import html, report
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.dashboard.observer import on_dashboard
 from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.engine.retries import ReadPolicy
 from nlsq_dask.errors import (
@@ -42,6 +41,7 @@ from nlsq_dask.fit.iterations import Callback
 from nlsq_dask.fit.problem import Call, parse_call
 from nlsq_dask.keywords import explaining_keywords
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching

@@ -24,22 +24,22 @@ from distributed import Client, LocalCluster, get_client
 from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
-from nlsq_dask.dashboard.messages import Messages
-from nlsq_dask.dashboard.observer import Page
-from nlsq_dask.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
-from nlsq_dask.dashboard.on_scheduler.page import View
-from nlsq_dask.dashboard.on_scheduler.plots import COLOURS, Map
-from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN
-from nlsq_dask.dashboard.on_scheduler.tables import (
+from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
+from nlsq_dask.kernels.block_sums import BlockSums
+from nlsq_dask.observers.dashboard.messages import Messages
+from nlsq_dask.observers.dashboard.observer import Page
+from nlsq_dask.observers.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
+from nlsq_dask.observers.dashboard.on_scheduler.page import View
+from nlsq_dask.observers.dashboard.on_scheduler.plots import COLOURS, Map
+from nlsq_dask.observers.dashboard.on_scheduler.plugin import PLUGIN
+from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     bars_of_phases,
     image,
     pass_in_words,
     profile,
     rates,
 )
-from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
-from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
-from nlsq_dask.kernels.block_sums import BlockSums
+from nlsq_dask.observers.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from tests.browser import CHROMIUM, Browser
 
 # A worker in this process would be told that its collector of metrics is there already.
@@ -296,7 +296,8 @@ def test_a_client_that_comes_back_goes_on_and_counts_once() -> None:
 @pytest.mark.parametrize("ahead", [0.0, -3600.0, 86400.0])
 def test_times_are_those_of_the_scheduler(ahead: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
-    monkeypatch.setattr("nlsq_dask.dashboard.on_scheduler.fits.time.time", lambda: now + ahead)
+    clock = "nlsq_dask.observers.dashboard.on_scheduler.fits.time.time"
+    monkeypatch.setattr(clock, lambda: now + ahead)
     fits = Fits()
     phase = {"kind": "phase", "phase": 1, "name": "warm-up", "start": now - 2}
     progress = {"kind": "progress", "pass": 1, "n_blocks": 9}
@@ -511,7 +512,7 @@ def test_trouble_with_the_page_is_one_line(
     def broken(self: Any, batch: Any) -> None:
         raise OSError("no way there")
 
-    monkeypatch.setattr("nlsq_dask.dashboard.observer.Page._call", broken)
+    monkeypatch.setattr("nlsq_dask.observers.dashboard.observer.Page._call", broken)
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
     assert said(caplog) == ["The fit goes on without its page: OSError: no way there"]
@@ -527,9 +528,9 @@ def test_no_code_goes_to_another_python(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("bytecode went to another Python")
 
-    monkeypatch.setattr("nlsq_dask.dashboard.observer._registered", set())
+    monkeypatch.setattr("nlsq_dask.observers.dashboard.observer._registered", set())
     monkeypatch.setattr(
-        "nlsq_dask.dashboard.observer.Page._python_of_scheduler", lambda self: python
+        "nlsq_dask.observers.dashboard.observer.Page._python_of_scheduler", lambda self: python
     )
     monkeypatch.setattr(as_default, "register_plugin", never)
     with caplog.at_level(logging.INFO, "nlsq_dask"):

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
-from nlsq_dask.dashboard.on_scheduler.collector import registered
+from nlsq_dask.observers.dashboard.on_scheduler.collector import registered
 
 X = np.random.default_rng(0).uniform(0, 4, 30_000)
 Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(len(X))

@@ -17,8 +17,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "model"),
     ("kernels",),
     ("events", "solvers", "block_statistics", "row_sample"),
-    ("engine", "warmup", "observers", "checkpoints", "predict"),
-    ("fit", "dashboard", "plan"),
+    ("engine", "warmup", "checkpoints", "predict"),
+    ("fit", "observers", "plan"),
     ("result", "report", "saving", "plotting"),
     ("verdict",),
     ("optimizer",),
@@ -31,7 +31,7 @@ USERS = {
     "jax": {"curve_fit", "kernels", "model", "rows", "solvers", "warmup"},
     "optax": {"warmup"},
     "dask": {"data", "engine", "predict", "plan"},
-    "distributed": {"engine", "dashboard"},
+    "distributed": {"engine", "observers"},
     "zarr": {"data", "engine"},
     "xarray": {
         "data",
@@ -97,10 +97,10 @@ def test_optional_libraries_are_imported_where_they_are_needed() -> None:
 
 def test_what_is_sent_to_a_scheduler_needs_nothing_that_it_may_lack() -> None:
     known = {*sys.stdlib_module_names, "distributed", "tornado", "bokeh", "prometheus_client"}
-    for path in (PACKAGE / "dashboard" / "on_scheduler").glob("*.py"):
+    for path in (PACKAGE / "observers" / "dashboard" / "on_scheduler").glob("*.py"):
         for name in imports(path):
             if name.startswith("nlsq_dask."):
-                assert name.startswith("nlsq_dask.dashboard.on_scheduler."), path
+                assert name.startswith("nlsq_dask.observers.dashboard.on_scheduler."), path
             else:
                 # Bokeh needs NumPy; a scheduler without Bokeh never gets to that.
                 assert name.split(".")[0] in known | {"numpy"}, path

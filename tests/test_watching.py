@@ -19,9 +19,9 @@ import pytest
 from distributed import Client
 
 import nlsq_dask as nd
-from nlsq_dask.dashboard.messages import Messages
 from nlsq_dask.events import BlocksFinished, Event, FitEnded, PassFinished, WarmupStarted
 from nlsq_dask.observers import logs, progress
+from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.watching import watching
 

@@ -28,7 +28,7 @@ from nlsq_dask.events import (
     NonFiniteTrial,
     without_many_params,
 )
-from nlsq_dask.observers.wording import sentence
+from nlsq_dask.observers.format import sentence
 
 LOGGER = logging.getLogger("nlsq_dask")
 LOGGER.addHandler(logging.NullHandler())  # so that nothing is printed unless it is asked for

@@ -22,8 +22,8 @@ from nlsq_dask.events import (
     PassFinished,
     SampleRead,
 )
+from nlsq_dask.observers.format import in_words, sentence
 from nlsq_dask.observers.logs import LOGGER
-from nlsq_dask.observers.wording import in_words, sentence
 
 _BAR_DELAY = 0.5  # seconds that a pass must last for a bar
 _LINE_INTERVAL = 30.0  # seconds between lines on a pass where there can be no bar

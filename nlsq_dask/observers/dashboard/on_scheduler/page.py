@@ -6,8 +6,8 @@ import html
 import time
 from typing import Any
 
-from nlsq_dask.dashboard.on_scheduler.fits import Fit, Fits
-from nlsq_dask.dashboard.on_scheduler.plots import (
+from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit, Fits
+from nlsq_dask.observers.dashboard.on_scheduler.plots import (
     COLOURS,
     SLOTS,
     Curves,
@@ -16,7 +16,7 @@ from nlsq_dask.dashboard.on_scheduler.plots import (
     Profile,
     RunningPass,
 )
-from nlsq_dask.dashboard.on_scheduler.tables import CURVES, curve, pass_in_words, rates
+from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, curve, pass_in_words, rates
 
 _PERIOD = 500  # milliseconds
 _STATES = {

@@ -11,8 +11,8 @@ from typing import Any
 import cloudpickle
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from nlsq_dask.dashboard import on_scheduler
-from nlsq_dask.dashboard.on_scheduler.plugin import PLUGIN, FitPages
+from nlsq_dask.observers.dashboard import on_scheduler
+from nlsq_dask.observers.dashboard.on_scheduler.plugin import PLUGIN, FitPages
 
 _LOCK = threading.Lock()
 

@@ -28,7 +28,7 @@ from nlsq_dask.events import (
     WarmupStarted,
 )
 from nlsq_dask.kernels.block_sums import BlockSums
-from nlsq_dask.observers.wording import passes_before
+from nlsq_dask.observers.format import passes_before
 
 Message = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nlsq_dask.dashboard.on_scheduler.collector import Collector
+from nlsq_dask.observers.dashboard.on_scheduler.collector import Collector
 from nlsq_dask.observers.telemetry import get_defense_telemetry
 
 

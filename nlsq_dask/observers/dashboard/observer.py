@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-from nlsq_dask.dashboard.messages import Message, Messages
-from nlsq_dask.dashboard.on_scheduler.plugin import HANDLER, PAGE
-from nlsq_dask.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.events import (
     BlocksFinished,
@@ -21,6 +18,9 @@ from nlsq_dask.events import (
     FitStarted,
     PhaseStarted,
 )
+from nlsq_dask.observers.dashboard.messages import Message, Messages
+from nlsq_dask.observers.dashboard.on_scheduler.plugin import HANDLER, PAGE
+from nlsq_dask.observers.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.observers.logs import LOGGER
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry
 

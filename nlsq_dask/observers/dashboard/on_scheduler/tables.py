@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from nlsq_dask.dashboard.on_scheduler.fits import Fit
+from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 
 # What is drawn of each iteration: title, axes, whether the second is logarithmic.
 CURVES = {

@@ -7,9 +7,9 @@ from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from nlsq_dask.dashboard.on_scheduler.collector import Collector, registered
-from nlsq_dask.dashboard.on_scheduler.fits import Fits
-from nlsq_dask.dashboard.on_scheduler.page import show_fits
+from nlsq_dask.observers.dashboard.on_scheduler.collector import Collector, registered
+from nlsq_dask.observers.dashboard.on_scheduler.fits import Fits
+from nlsq_dask.observers.dashboard.on_scheduler.page import show_fits
 
 PLUGIN = "nlsq-dask"
 HANDLER = "nlsq_fit"  # under which a scheduler takes messages on fits

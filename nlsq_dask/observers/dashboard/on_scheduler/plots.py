@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from nlsq_dask.dashboard.on_scheduler.fits import Fit
-from nlsq_dask.dashboard.on_scheduler.tables import bars_of_pass, bars_of_phases, image, profile
+from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
+from nlsq_dask.observers.dashboard.on_scheduler.tables import (
+    bars_of_pass,
+    bars_of_phases,
+    image,
+    profile,
+)
 
 SLOTS = 6  # fits that are shown side by side
 # Of Okabe and Ito: told apart by everyone, on paper, too.
