@@ -24,7 +24,7 @@ from nlsq_dask.observers.telemetry import (
 )
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.plan import Plan
-from nlsq_dask.result import FitResult
+from nlsq_dask.results.result import FitResult
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
 
 __version__ = _version("nlsq-dask")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask import html, report
+from nlsq_dask import html
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -46,9 +46,10 @@ from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching
 from nlsq_dask.plan import Plan, make_plan
-from nlsq_dask.result import FitResult
+from nlsq_dask.results import report
+from nlsq_dask.results.build import make_result, to_go_on
+from nlsq_dask.results.result import FitResult
 from nlsq_dask.rows.rows import BLOCK_ROWS
-from nlsq_dask.verdict import make_result, to_go_on
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
 
 _MOST_SHOWN = 20  # parameters in HTML

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
-from nlsq_dask.row_sample import row_sample
+from nlsq_dask.results.datasets import row_sample
+from nlsq_dask.results.saving import NoModel
 from nlsq_dask.rows.rows import Rows
-from nlsq_dask.saving import NoModel
 from tests.problems import NO_WARMUP
 
 CONFIG = nd.HybridStreamingConfig(verbose=0, sample_rows=3_000, **NO_WARMUP)

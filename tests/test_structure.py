@@ -16,35 +16,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "rows", "storage"),
     ("data", "model"),
     ("kernels",),
-    ("events", "solvers", "block_statistics", "row_sample"),
-    ("engine", "warmup", "checkpoints", "predict"),
+    ("events", "solvers"),
+    ("engine", "warmup", "checkpoints"),
     ("fit", "observers", "plan"),
-    ("result", "report", "saving", "plotting"),
-    ("verdict",),
+    ("results",),
     ("optimizer",),
     ("curve_fit",),
 )
-# These import each other.
-TOGETHER = {"result", "report", "saving", "plotting"}
 # The rooms that import a library which is not for every room.
 USERS = {
     "jax": {"curve_fit", "kernels", "model", "rows", "solvers", "warmup"},
     "optax": {"warmup"},
-    "dask": {"data", "engine", "predict", "plan"},
+    "dask": {"data", "engine", "plan", "results"},
     "distributed": {"engine", "observers"},
     "zarr": {"data", "engine"},
-    "xarray": {
-        "data",
-        "observers",
-        "report",
-        "plotting",
-        "predict",
-        "saving",
-        "result",
-        "block_statistics",
-        "row_sample",
-        "verdict",
-    },
+    "xarray": {"data", "observers", "results"},
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 PURE = ("rows", "model", "kernels", "solvers", "warmup")
@@ -76,8 +62,7 @@ def test_imports_go_down(room: str, path: Path) -> None:
         top, _, rest = name.partition(".")
         if top == "nlsq_dask":
             other = rest.split(".")[0]
-            is_inside = other == room or {room, other} <= TOGETHER
-            assert is_inside or FLOOR_OF[other] < FLOOR_OF[room], name
+            assert other == room or FLOOR_OF[other] < FLOOR_OF[room], name
         else:
             assert room in USERS.get(top, {room}), name
 

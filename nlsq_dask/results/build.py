@@ -9,7 +9,6 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
-from nlsq_dask.block_statistics import block_statistics
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.fit.outcome import Outcome
@@ -17,8 +16,8 @@ from nlsq_dask.fit.parameters import Parameters
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
-from nlsq_dask.result import FitResult
-from nlsq_dask.row_sample import row_sample
+from nlsq_dask.results.datasets import block_statistics, row_sample
+from nlsq_dask.results.result import FitResult
 from nlsq_dask.stopping import StopReason
 
 Vector = NDArray[np.float64]

@@ -23,7 +23,7 @@ from nlsq_dask.storage.envelope import seal, unseal
 from nlsq_dask.storage.folders import normalized, open_folder
 
 if TYPE_CHECKING:
-    from nlsq_dask.result import FitResult
+    from nlsq_dask.results.result import FitResult
 
 _KIND = "result"
 _MOST_TEXT = 2**26  # characters in an array of it

@@ -11,7 +11,7 @@ import xarray as xr
 from nlsq_dask import html as html_parts
 
 if TYPE_CHECKING:
-    from nlsq_dask.result import FitResult
+    from nlsq_dask.results.result import FitResult
 
 _SCALARS = (
     "loss",

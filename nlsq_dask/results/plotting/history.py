@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import FIT, FOURTH, MEAN, QUIET, THIRD, prepared, text_color
+from nlsq_dask.results.plotting.figures import FIT, FOURTH, MEAN, QUIET, THIRD, prepared, text_color
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from nlsq_dask.result import FitResult
+    from nlsq_dask.results.result import FitResult
 
 Vector = NDArray[np.float64]
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import FIT, MEAN, QUIET, label, prepared
+from nlsq_dask.results.plotting.figures import FIT, MEAN, QUIET, label, prepared
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from nlsq_dask.result import FitResult
+    from nlsq_dask.results.result import FitResult
 
 # What it is called, how further dimensions are put together, and whether little of it is bad.
 _QUANTITIES = {

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import label
+from nlsq_dask.results.plotting.figures import label
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from nlsq_dask.result import FitResult
+    from nlsq_dask.results.result import FitResult
 
 Vector = NDArray[np.float64]
 

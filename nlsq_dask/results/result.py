@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from nlsq_dask import report
 from nlsq_dask.model.model import Model
-from nlsq_dask.plotting import blocks as block_plot
-from nlsq_dask.plotting import fit as fit_plot
-from nlsq_dask.plotting import history as history_plot
-from nlsq_dask.predict import predict
-from nlsq_dask.saving import NoModel, load, save
+from nlsq_dask.results import report
+from nlsq_dask.results.plotting import blocks as block_plot
+from nlsq_dask.results.plotting import fit as fit_plot
+from nlsq_dask.results.plotting import history as history_plot
+from nlsq_dask.results.predict import predict
+from nlsq_dask.results.saving import NoModel, load, save
 
 if TYPE_CHECKING:
     import xarray as xr

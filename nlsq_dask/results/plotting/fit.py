@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.plotting.figures import (
+from nlsq_dask.results.plotting.figures import (
     DATES,
     FIT,
     MEAN,
@@ -17,13 +17,13 @@ from nlsq_dask.plotting.figures import (
     prepared,
     text_color,
 )
-from nlsq_dask.plotting.sampled import Quantity, Sampled, means
+from nlsq_dask.results.plotting.sampled import Quantity, Sampled, means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from nlsq_dask.result import FitResult
+    from nlsq_dask.results.result import FitResult
 
 Vector = NDArray[np.float64]
 
