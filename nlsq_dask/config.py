@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from nlsq_dask.keywords import explaining_keywords, meant_by
+from nlsq_dask._keywords import explaining_keywords, meant_by
 
 
 def _plain(value: Any) -> Any:

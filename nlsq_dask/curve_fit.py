@@ -10,13 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from nlsq_dask._keywords import meant_by
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.sources.from_array import as_dask, is_in_memory
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
-from nlsq_dask.keywords import meant_by
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 # No solutions, but what the caller wanted to have when the time was up.
 _ENDED_EARLY = {reason.status for reason in StopReason if reason.is_interruption} | {

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask import html
+from nlsq_dask import _html as html
+from nlsq_dask._keywords import explaining_keywords
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -39,7 +40,6 @@ from nlsq_dask.fit.driver import Driver
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Callback
 from nlsq_dask.fit.problem import Call, parse_call
-from nlsq_dask.keywords import explaining_keywords
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History

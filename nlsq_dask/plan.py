@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dask.utils import format_bytes
 
-from nlsq_dask import html
+from nlsq_dask import _html as html
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample

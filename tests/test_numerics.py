@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 X = np.linspace(0, 1, 3_000)
 Y = 2.0 * X + np.sqrt(0.02) + 0.01 * np.random.default_rng(0).standard_normal(len(X))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 N = 2_000
 LONG = 200_000

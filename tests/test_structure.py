@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # The rooms of the package, floor by floor: imports go down, never up and never sideways.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "stopping", "keywords", "html"),
+    ("errors", "status", "_keywords", "_html"),
     ("config", "rows", "storage"),
     ("data", "model"),
     ("kernels",),
@@ -50,9 +50,7 @@ def imported(node: ast.AST) -> set[str]:
 
 
 def rooms() -> list[tuple[str, Path]]:
-    files = [
-        path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem[0] != "_"
-    ]
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
     return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in files]
 
 

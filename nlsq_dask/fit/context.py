@@ -18,7 +18,7 @@ from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]

@@ -24,7 +24,7 @@ from nlsq_dask.solvers import gauss_newton as gn
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.point import Settings
 from nlsq_dask.solvers.surrogate import forecast
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[NormalRowSums]

@@ -34,7 +34,7 @@ from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.solvers.covariance import Covariance
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 

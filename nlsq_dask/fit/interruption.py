@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 
 class FitInterruptedError(Exception):

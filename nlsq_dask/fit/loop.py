@@ -16,7 +16,7 @@ from nlsq_dask.kernels.in_memory import NormalRowSums
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers import gauss_newton as gn
 from nlsq_dask.solvers.point import Point, Settings
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 Judge = Callable[[gn.State, gn.Trial, NormalEquations], gn.State]

@@ -27,7 +27,7 @@ from nlsq_dask.solvers import newton_cg as cg
 from nlsq_dask.solvers.conjugate_gradients import LOST, solved_together
 from nlsq_dask.solvers.preconditioners import DiagonalPreconditioner, SamplePreconditioner, filled
 from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[GradientRowSums]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 

@@ -18,7 +18,7 @@ from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
 from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.result import FitResult
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from nlsq_dask import html as html_parts
+from nlsq_dask import _html as html_parts
 
 if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult

@@ -19,7 +19,7 @@ from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.point import Point, Settings, column_scale
 from nlsq_dask.solvers.scaled_svd import Spectrum
 from nlsq_dask.solvers.trust_region import Vector, restricted_step
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 _ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.solvers.conjugate_gradients import LinearSolve
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 

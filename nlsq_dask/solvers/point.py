@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.scaled_svd import Spectrum
 from nlsq_dask.solvers.trust_region import Quadratic, Vector
-from nlsq_dask.stopping import StopReason
+from nlsq_dask.status import StopReason
 
 _LEAST_FACTOR = 1e-8  # of regularization; J^T J loses what is below, which QR would keep
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
