@@ -3,121 +3,35 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from numbers import Integral, Real
-from typing import Any, NamedTuple, Self
-
-import numpy as np
+from typing import Any, Self
 
 from nlsq_dask._keywords import explaining_keywords, meant_by
-
-
-def _plain(value: Any) -> Any:
-    """Return a NumPy scalar as a number of Python, and anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-class Rule(NamedTuple):
-    """What is allowed, as a sentence; the test for it; and the form in which it is kept."""
-
-    allowed: str
-    test: Callable[[Any], bool]
-    kept: Callable[[Any], Any] = _plain
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool | np.bool_)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value == value
-
-
-def _is_finite(value: Any) -> bool:
-    return _is_real(value) and abs(value) <= sys.float_info.max
-
-
-def _int(low: int, high: int | None = None) -> Rule:
-    if high is None:
-        return Rule(f"an integer >= {low}", lambda v: _is_int(v) and v >= low)
-    return Rule(f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high)
-
-
-def _or(other: Rule, *values: object) -> Rule:
-    """Extend a rule by special values such as None or "auto"."""
-    names = ", ".join(map(repr, values))
-
-    def is_special(value: Any) -> bool:
-        return any(value is x or (isinstance(value, str) and value == x) for x in values)
-
-    return Rule(
-        f"{other.allowed}, or {names}",
-        lambda v: is_special(v) or other.test(v),
-        lambda v: v if is_special(v) else other.kept(v),
-    )
-
-
-def _one_of(*values: str) -> Rule:
-    allowed = f"one of {', '.join(map(repr, values))}"
-    return Rule(allowed, lambda v: isinstance(v, str) and v in values)
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _criteria(value: Any) -> bool:
-    allowed = {"plateau", "gradient", "max_iter"}
-    if not _is_sequence(value) or len(value) == 0:
-        return False
-    return all(isinstance(name, str) and name in allowed for name in value)
-
-
-def _index_ranges(value: Any) -> bool:
-    return _is_sequence(value) and all(
-        _is_sequence(pair) and len(pair) == 2 and all(map(_is_int, pair)) and 0 <= pair[0] < pair[1]
-        for pair in value
-    )
-
-
-def _weights(value: Any) -> bool:
-    if not _is_sequence(value) and getattr(value, "ndim", 0) != 1:
-        return False
-    return len(value) > 0 and all(_is_finite(weight) and weight > 0 for weight in value)
-
+from nlsq_dask.config.rules import (
+    BOOL,
+    CRITERIA,
+    FINITE_NON_NEGATIVE,
+    FINITE_POSITIVE,
+    FRACTION,
+    NON_NEGATIVE,
+    PATH,
+    PATH_OR_FLAG,
+    POSITIVE,
+    RANGES,
+    TOLERANCE,
+    WEIGHTS,
+    Rule,
+    integer,
+    one_of,
+    or_else,
+)
 
 _AUTO_CHUNK_SIZE = 2**20
 _AUTO_SAMPLE_ROWS = 2**16, 2**17
 _AUTO_SAMPLE_SHARE = 1 / 16
 _AUTO_SAMPLE_ROWS_A_PARAM = 32
 _AUTO_SAMPLE_BYTES = 64 * 2**20
-
-_BOOL = Rule("True or False", _is_bool)
-# Infinity is a limit that is never met; where a number is a size or a factor, it means nothing.
-_POSITIVE = Rule("a number > 0", lambda v: _is_real(v) and v > 0)
-_NON_NEGATIVE = Rule("a number >= 0", lambda v: _is_real(v) and v >= 0)
-_FINITE_POSITIVE = Rule("a finite number > 0", lambda v: _is_finite(v) and v > 0)
-_FINITE_NON_NEGATIVE = Rule("a finite number >= 0", lambda v: _is_finite(v) and v >= 0)
-_TOLERANCE = Rule("a number > 0 and < 1", lambda v: _is_real(v) and 0 < v < 1)
-_FRACTION = Rule("a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
-_PATH = Rule("a path (str or os.PathLike)", lambda v: isinstance(v, str | os.PathLike))
-_PATH_OR_FLAG = Rule(
-    "a path (str or os.PathLike), True, False or None",
-    lambda v: v is None or _is_bool(v) or _PATH.test(v),
-)
-_CRITERIA = Rule("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
-_RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
-_WEIGHTS = Rule(
-    "a sequence of finite numbers > 0, one a group",
-    _weights,
-    lambda v: tuple(map(float, v)),  # compared and shown as a whole, which an array is not
-)
 
 # Switches that say nothing without another option.
 _NEEDS = {
@@ -148,10 +62,10 @@ class HybridStreamingConfig:
     """
 
     # --- phase 0: normalization
-    normalize: bool = _option(True, _BOOL, "Normalize the parameters for the warm-up.")
+    normalize: bool = _option(True, BOOL, "Normalize the parameters for the warm-up.")
     normalization_strategy: str = _option(
         "auto",
-        _one_of("auto", "bounds", "p0", "none"),
+        one_of("auto", "bounds", "p0", "none"),
         "'auto' (by bounds if all are finite, else by p0), 'bounds' (to [0, 1]), "
         "'p0' (by ``|p0|``, 1 where it is 0) or 'none'.",
     )
@@ -159,102 +73,102 @@ class HybridStreamingConfig:
     # --- phase 1: L-BFGS warm-up on a sample
     warmup_iterations: int = _option(
         200,
-        _int(0),
+        integer(0),
         "Iterations before 'plateau' and 'gradient' are tested; never more than "
         "max_warmup_iterations.",
     )
     max_warmup_iterations: int = _option(
         500,
-        _int(0),
+        integer(0),
         "Its most iterations; 0 for no warm-up. Without 'max_iter' among the criteria only ten "
         "times as many end it.",
     )
     loss_plateau_threshold: float = _option(
-        1e-4, _POSITIVE, "'plateau': relative change of the loss below this ends the warm-up."
+        1e-4, POSITIVE, "'plateau': relative change of the loss below this ends the warm-up."
     )
     gradient_norm_threshold: float = _option(
         1e-3,
-        _POSITIVE,
+        POSITIVE,
         "'gradient': a norm below this ends the warm-up; gradient of the relative loss with "
         "respect to the normalized parameters.",
     )
     active_switching_criteria: Sequence[str] = _option(
-        ["plateau", "gradient", "max_iter"], _CRITERIA, "The criteria in force; any one switches."
+        ["plateau", "gradient", "max_iter"], CRITERIA, "The criteria in force; any one switches."
     )
-    lbfgs_history_size: int = _option(10, _int(1), "Pairs that L-BFGS remembers.")
+    lbfgs_history_size: int = _option(10, integer(1), "Pairs that L-BFGS remembers.")
     lbfgs_line_search: str = _option(
         "wolfe",
-        _one_of("wolfe", "strong_wolfe", "backtracking"),
+        one_of("wolfe", "strong_wolfe", "backtracking"),
         "'wolfe' (optax's zoom search), 'strong_wolfe' (without its approximate-decrease test) or "
         "'backtracking'.",
     )
     lbfgs_initial_step_size: float = _option(
-        0.1, _FINITE_POSITIVE, "First step size when the relative loss is below 1 ('careful')."
+        0.1, FINITE_POSITIVE, "First step size when the relative loss is below 1 ('careful')."
     )
     lbfgs_exploration_step_size: float = _option(
         0.1,
-        _FINITE_POSITIVE,
+        FINITE_POSITIVE,
         "First step size when the relative loss is 1 or more ('exploration').",
     )
     lbfgs_refinement_step_size: float = _option(
-        1.0, _FINITE_POSITIVE, "First step size when the relative loss is below 0.1 ('refinement')."
+        1.0, FINITE_POSITIVE, "First step size when the relative loss is below 0.1 ('refinement')."
     )
     gradient_clip_value: float | None = _option(
-        None, _or(_POSITIVE, None), "Largest norm of a warm-up gradient; None for no clipping."
+        None, or_else(POSITIVE, None), "Largest norm of a warm-up gradient; None for no clipping."
     )
 
     # --- the four defence layers of the warm-up
     enable_warm_start_detection: bool = _option(
-        True, _BOOL, "Layer 1: skip the warm-up when p0 already fits."
+        True, BOOL, "Layer 1: skip the warm-up when p0 already fits."
     )
     warm_start_threshold: float = _option(
         0.01,
-        _POSITIVE,
+        POSITIVE,
         "Layer 1: relative loss below which the warm-up is skipped; penalties count. On noisy "
         "data that of a perfect fit is noise / signal variance, so this can never fire there.",
     )
     enable_adaptive_warmup_lr: bool = _option(
-        True, _BOOL, "Layer 2: choose the first step size by the relative loss."
+        True, BOOL, "Layer 2: choose the first step size by the relative loss."
     )
     enable_cost_guard: bool = _option(
-        True, _BOOL, "Layer 3: abort when the loss grows, back to the best point."
+        True, BOOL, "Layer 3: abort when the loss grows, back to the best point."
     )
     cost_increase_tolerance: float = _option(
-        0.05, _NON_NEGATIVE, "Layer 3: relative growth over the first loss that aborts."
+        0.05, NON_NEGATIVE, "Layer 3: relative growth over the first loss that aborts."
     )
-    enable_step_clipping: bool = _option(True, _BOOL, "Layer 4: limit the length of an update.")
+    enable_step_clipping: bool = _option(True, BOOL, "Layer 4: limit the length of an update.")
     max_warmup_step_size: float = _option(
-        0.1, _POSITIVE, "Layer 4: largest L2 norm of an update, in normalized space."
+        0.1, POSITIVE, "Layer 4: largest L2 norm of an update, in normalized space."
     )
 
     # --- phase 2: Gauss-Newton
     gauss_newton_max_iterations: int = _aside(
         100,
-        _int(1),
+        integer(1),
         "Most trial points over all rows; ten times as many on the sample, which is in memory.",
     )
     gauss_newton_tol: float = _option(
         1e-8,
-        _TOLERANCE,
+        TOLERANCE,
         "Converged when sqrt(predicted reduction / cost) is below this; or the step of each "
         "parameter relative to it, and the whole step is negligible beside the standard errors.",
     )
     trust_region_initial: float = _option(
         1.0,
-        _POSITIVE,
+        POSITIVE,
         "First trust radius, as a multiple of the scaled length of the start; with conjugate "
         "gradients a smaller one damps the first step on the sample more.",
     )
     regularization_factor: float = _option(
         1e-10,
-        _TOLERANCE,
+        TOLERANCE,
         "Singular values of the column-scaled Jacobian below this fraction of the largest are "
         "damped as if they were that large. Fractions below 1e-8 damp rounding only. Conjugate "
         "gradients, which leave small ones out by themselves, do not need it.",
     )
     gauss_newton_solver: str = _option(
         "auto",
-        _one_of("auto", "normal", "qr"),
+        one_of("auto", "normal", "qr"),
         "Sums from which the step is solved: 'normal', the normal equations, which square the "
         "condition number of the Jacobian; 'qr', a tree of QR factorizations, which does not and "
         "takes longer to compute; 'auto' goes over from the first to the second where the "
@@ -262,21 +176,21 @@ class HybridStreamingConfig:
     )
     cg_param_threshold: int = _option(
         2000,
-        _int(1),
+        integer(1),
         "Parameters from which on conjugate gradients solve the step, with one pass an iteration "
         "and nothing larger than a vector of the parameters; there is no covariance then.",
     )
-    cg_max_iterations: int = _option(100, _int(1), "Most conjugate-gradient iterations a step.")
+    cg_max_iterations: int = _option(100, integer(1), "Most conjugate-gradient iterations a step.")
     cg_relative_tolerance: float = _option(
         1e-4,
-        _TOLERANCE,
+        TOLERANCE,
         "Residual that ends them, relative to the first one, in the norm of the preconditioner; up "
         "to 0.1 where the step is so long that its quadratic is not exact.",
     )
-    cg_absolute_tolerance: float = _option(1e-10, _NON_NEGATIVE, "Absolute residual, likewise.")
+    cg_absolute_tolerance: float = _option(1e-10, NON_NEGATIVE, "Absolute residual, likewise.")
     cg_error_probes: int = _option(
         0,
-        _int(0),
+        integer(0),
         "Standard errors with conjugate gradients: 0 for none; k for estimates from k random "
         "vectors of signs, whose errors have a relative spread of some 0.7 / sqrt(k) where "
         "parameters are strongly correlated, less elsewhere; k >= p for exact ones. At most 8 MiB "
@@ -286,7 +200,7 @@ class HybridStreamingConfig:
     # --- phase 3: covariance
     cov_type: str = _option(
         "nonrobust",
-        _one_of("nonrobust", "HC0", "HC1"),
+        one_of("nonrobust", "HC0", "HC1"),
         "Covariance: 'nonrobust' relies on sigma being right in each row, or in proportion; 'HC0' "
         "and 'HC1' (times n / (n - p)) are sandwich estimators that do not. They take one pass "
         "more.",
@@ -295,129 +209,129 @@ class HybridStreamingConfig:
     # --- penalties and weights by group
     enable_group_variance_regularization: bool = _option(
         False,
-        _BOOL,
+        BOOL,
         "Penalize the variance within groups of parameters: the fit minimizes "
         "1/2 (sum r^2 + group_variance_lambda * n * sum Var(group)), with n rows used and "
         "Var(group) = mean((p - mean(p))^2) over the parameters of a group, as they are given; "
         "the first sum as the loss has it.",
     )
-    group_variance_lambda: float = _option(0.01, _FINITE_NON_NEGATIVE, "Strength of that penalty.")
+    group_variance_lambda: float = _option(0.01, FINITE_NON_NEGATIVE, "Strength of that penalty.")
     group_variance_indices: Sequence[tuple[int, int]] | None = _option(
         None,
-        _or(_RANGES, None),
+        or_else(RANGES, None),
         "The groups, as (start, end) ranges of parameters, the end excluded.",
     )
     enable_residual_weighting: bool = _option(
         False,
-        _BOOL,
+        BOOL,
         "Weight squared residuals by group: sigma is divided by the root of the group's weight. "
         "The group is the first column of x_data (x[:, 0], or the first of several arrays), an "
         "integer from 0.",
     )
     residual_weights: Sequence[float] | None = _option(
-        None, _or(_WEIGHTS, None), "One weight a group."
+        None, or_else(WEIGHTS, None), "One weight a group."
     )
 
     # --- arithmetic and memory
     precision: str = _option(
         "auto",
-        _one_of("auto", "float64", "float32"),
+        one_of("auto", "float64", "float32"),
         "Arithmetic of model and Jacobian; sums beyond some thousand rows are always float64. "
         "'auto' is float64.",
     )
     chunk_size: int | str = _aside(
         "auto",
-        _or(_int(1), "auto"),
+        or_else(integer(1), "auto"),
         "Most rows that one kernel call is given; a larger chunk is taken in pieces, of 4 MB at "
         "most. 'auto' is 2**20.",
     )
     cache: int | str = _aside(
         "auto",
-        _or(_int(0), "auto"),
+        or_else(integer(0), "auto"),
         "Bytes of memory, over all workers, in which blocks may stay between passes; 0 for none. "
         "'auto' is 20 % of each worker's memory. Blocks stay by whole groups; arrays in memory are "
         "not kept twice.",
     )
 
     # --- surviving
-    enable_checkpoints: bool = _aside(True, _BOOL, "Write checkpoints to checkpoint_dir.")
+    enable_checkpoints: bool = _aside(True, BOOL, "Write checkpoints to checkpoint_dir.")
     checkpoint_dir: str | os.PathLike[str] | None = _aside(
         None,
-        _or(_PATH, None),
+        or_else(PATH, None),
         "Folder of the checkpoints, or an fsspec URL of one; the last three of a fit are kept. "
         "None writes no files.",
     )
     checkpoint_frequency: int = _aside(
         100,
-        _int(1),
+        integer(1),
         "Iterations of the warm-up between checkpoints; there is one at the end of each pass over "
         "all rows, too.",
     )
     checkpoint_interval: float = _aside(
         30.0,
-        _NON_NEGATIVE,
+        NON_NEGATIVE,
         "Seconds between checkpoints inside a pass, of what has been summed so far; twenty times "
         "as many as saving takes if that is more. 0 saves whenever a block group has been summed.",
     )
     resume_from_checkpoint: str | os.PathLike[str] | bool | None = _aside(
         None,
-        _PATH_OR_FLAG,
+        PATH_OR_FLAG,
         "A checkpoint, or a folder whose newest one is taken, to go on from. Data, model, "
         "arguments and those options that change the fit must be the same. True goes on from what "
         "is in checkpoint_dir, and begins if nothing is.",
     )
     validate_numerics: bool = _option(
         True,
-        _BOOL,
+        BOOL,
         "Where cost or gradient at a trial point are NaN or infinite, go back to the best point "
         "and try a smaller step; False ends the warm-up, or the fit, at the first such point.",
     )
     enable_fault_tolerance: bool = _aside(
         True,
-        _BOOL,
+        BOOL,
         "Try again what could not be read; False makes the first error of the source the end.",
     )
     max_retries_per_batch: int = _aside(
         2,
-        _int(0),
+        integer(0),
         "How often reading is tried again, at the step of a block that failed, with pauses that "
         "grow from 0.1 s by a factor of 4, to 10 s at most.",
     )
     min_success_rate: float = _aside(
         1.0,
-        _FRACTION,
+        FRACTION,
         "Share of the rows that must be readable. Below 1, blocks that stay unreadable are left "
         "out as long as so many rows remain, with a warning; the result says which.",
     )
     max_walltime: float | None = _aside(
         None,
-        _or(_POSITIVE, None),
+        or_else(POSITIVE, None),
         "Seconds after which the fit ends, with a checkpoint if there is a checkpoint_dir, and "
         "without success. Block groups that are being computed then are waited for.",
     )
     stop_on_sigterm: bool = _aside(
         False,
-        _BOOL,
+        BOOL,
         "End the fit in the same way on SIGTERM, which batch schedulers send before they kill.",
     )
     enable_multi_device: bool = _aside(
-        False, _BOOL, "Share a worker's blocks among its local devices."
+        False, BOOL, "Share a worker's blocks among its local devices."
     )
 
     # --- watching
-    callback_frequency: int = _aside(10, _int(1), "Iterations between calls of the callback.")
+    callback_frequency: int = _aside(10, integer(1), "Iterations between calls of the callback.")
     verbose: int = _aside(
         1,
-        _int(0),
+        integer(0),
         "0 prints nothing, 1 phases and iterations over all rows, 2 those on the sample, too.",
     )
-    log_frequency: int = _aside(1, _int(1), "Iterations between printed lines.")
+    log_frequency: int = _aside(1, integer(1), "Iterations between printed lines.")
     log_file: str | os.PathLike[str] | None = _aside(
-        None, _or(_PATH, None), "File for a JSON-lines record of the fit."
+        None, or_else(PATH, None), "File for a JSON-lines record of the fit."
     )
     dashboard: bool = _aside(
         True,
-        _BOOL,
+        BOOL,
         "Show the fit on a page, /nlsq, of a distributed cluster's dashboard, and count it in the "
         "metrics of the cluster's scheduler. With False it is in neither.",
     )
@@ -425,54 +339,56 @@ class HybridStreamingConfig:
     # --- starts and the sample
     enable_multistart: bool = _option(
         False,
-        _BOOL,
+        BOOL,
         "Hold a tournament of starts on the sample before the warm-up; it reads nothing more. In "
         "each round all candidates take 10 Levenberg-Marquardt steps on a minibatch, are judged by "
         "their cost on it, and the worse ones leave. The warm-up goes on from the winner; up to 7 "
         "other survivors, and p0 with a warm-up of its own, are tried as well.",
     )
-    n_starts: int = _option(10, _int(1), "Candidates of the tournament, the first of them p0.")
+    n_starts: int = _option(10, integer(1), "Candidates of the tournament, the first of them p0.")
     multistart_sampler: str = _option(
         "lhs",
-        _one_of("lhs", "sobol", "halton"),
+        one_of("lhs", "sobol", "halton"),
         "How the other candidates are drawn: 'lhs' (Latin hypercube), or scrambled 'sobol' or "
         "'halton' sequences.",
     )
-    elimination_rounds: int = _option(3, _int(1, 60), "Rounds of the tournament.")
+    elimination_rounds: int = _option(3, integer(1, 60), "Rounds of the tournament.")
     elimination_fraction: float = _option(
         0.5,
-        _TOLERANCE,
+        TOLERANCE,
         "Share of the candidates that leave in a round, rounded down to whole ones; those at which "
         "the model is not finite leave in any case.",
     )
     batches_per_round: int = _option(
         50,
-        _int(1),
+        integer(1),
         "Minibatches on which a round works. They have 32 rows in the first round and twice as "
         "many in each further one, as long as the sample has them.",
     )
     center_on_p0: bool = _option(
         True,
-        _BOOL,
+        BOOL,
         "Draw the candidates around p0; False: around the middle of the bounds, those parameters "
         "that have two finite ones (one at least must).",
     )
     scale_factor: float = _option(
         1.0,
-        _FINITE_POSITIVE,
+        FINITE_POSITIVE,
         "How far from there they are drawn, as a multiple of half the distance of the bounds, or "
         "of ``|p0|`` (of 1 where it is 0) for a parameter without two finite ones; never outside "
         "of the bounds.",
     )
     sample_rows: int | str = _option(
         "auto",
-        _or(_int(1), "auto"),
+        or_else(integer(1), "auto"),
         "Rows of the in-memory sample on which Gauss-Newton is solved before the first pass and "
         "that forecasts the steps between passes; the warm-up takes at most 2**14 of them. 'auto' "
         "is a 16th of all rows, from 2**16 to 2**17, or 32 a parameter; fewer where these would "
         "take more than 64 MB.",
     )
-    random_seed: int = _option(0, _int(0, 2**63 - 1), "Seed of the sample and of the tournament.")
+    random_seed: int = _option(
+        0, integer(0, 2**63 - 1), "Seed of the sample and of the tournament."
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option, which is checked when a fit starts; a name that is none is refused."""

@@ -1,0 +1,113 @@
+"""What an option may be: a sentence for messages and documentation, and the test for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy scalar as a number of Python, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Rule(NamedTuple):
+    """What is allowed, as a sentence; the test for it; and the form in which it is kept."""
+
+    allowed: str
+    test: Callable[[Any], bool]
+    kept: Callable[[Any], Any] = _plain
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_real(value) and abs(value) <= sys.float_info.max
+
+
+def integer(low: int, high: int | None = None) -> Rule:
+    """Allow an integer between two limits, both included."""
+    if high is None:
+        return Rule(f"an integer >= {low}", lambda v: _is_int(v) and v >= low)
+    return Rule(f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high)
+
+
+def or_else(other: Rule, *values: object) -> Rule:
+    """Extend a rule by special values such as None or "auto"."""
+    names = ", ".join(map(repr, values))
+
+    def is_special(value: Any) -> bool:
+        return any(value is x or (isinstance(value, str) and value == x) for x in values)
+
+    return Rule(
+        f"{other.allowed}, or {names}",
+        lambda v: is_special(v) or other.test(v),
+        lambda v: v if is_special(v) else other.kept(v),
+    )
+
+
+def one_of(*values: str) -> Rule:
+    """Allow some strings."""
+    allowed = f"one of {', '.join(map(repr, values))}"
+    return Rule(allowed, lambda v: isinstance(v, str) and v in values)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _criteria(value: Any) -> bool:
+    allowed = {"plateau", "gradient", "max_iter"}
+    if not _is_sequence(value) or len(value) == 0:
+        return False
+    return all(isinstance(name, str) and name in allowed for name in value)
+
+
+def _index_ranges(value: Any) -> bool:
+    return _is_sequence(value) and all(
+        _is_sequence(pair) and len(pair) == 2 and all(map(_is_int, pair)) and 0 <= pair[0] < pair[1]
+        for pair in value
+    )
+
+
+def _weights(value: Any) -> bool:
+    if not _is_sequence(value) and getattr(value, "ndim", 0) != 1:
+        return False
+    return len(value) > 0 and all(_is_finite(weight) and weight > 0 for weight in value)
+
+
+BOOL = Rule("True or False", _is_bool)
+# Infinity is a limit that is never met; where a number is a size or a factor, it means nothing.
+POSITIVE = Rule("a number > 0", lambda v: _is_real(v) and v > 0)
+NON_NEGATIVE = Rule("a number >= 0", lambda v: _is_real(v) and v >= 0)
+FINITE_POSITIVE = Rule("a finite number > 0", lambda v: _is_finite(v) and v > 0)
+FINITE_NON_NEGATIVE = Rule("a finite number >= 0", lambda v: _is_finite(v) and v >= 0)
+TOLERANCE = Rule("a number > 0 and < 1", lambda v: _is_real(v) and 0 < v < 1)
+FRACTION = Rule("a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
+PATH = Rule("a path (str or os.PathLike)", lambda v: isinstance(v, str | os.PathLike))
+PATH_OR_FLAG = Rule(
+    "a path (str or os.PathLike), True, False or None",
+    lambda v: v is None or _is_bool(v) or PATH.test(v),
+)
+CRITERIA = Rule("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
+RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
+WEIGHTS = Rule(
+    "a sequence of finite numbers > 0, one a group",
+    _weights,
+    lambda v: tuple(map(float, v)),  # compared and shown as a whole, which an array is not
+)
