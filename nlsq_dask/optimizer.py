@@ -39,7 +39,7 @@ from nlsq_dask.events import (
 from nlsq_dask.fit.driver import Driver
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Callback
-from nlsq_dask.fit.problem import Call, parse_call
+from nlsq_dask.fit.problem import FitProblem, validate_arguments
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
@@ -221,7 +221,7 @@ class AdaptiveHybridStreamingOptimizer:
             )
         try:
             self._forget()
-            call = parse_call(
+            problem = validate_arguments(
                 self.config,
                 model,
                 x_data,
@@ -237,13 +237,13 @@ class AdaptiveHybridStreamingOptimizer:
                 callback,
                 verbose,
             )
-            return self._fit(call)
+            return self._fit(problem)
         finally:
             self._running.release()
 
-    def _fit(self, call: Call) -> FitResult:
+    def _fit(self, problem: FitProblem) -> FitResult:
         """Wire the observers, open the journal, drive the phases and wrap what they found."""
-        config = call.config
+        config = problem.config
         interruption = Interruption(config.max_walltime)
         own, history = DefenseLayerTelemetry(), History()
         remembering: list[Observer] = [self._observe, own, history]
@@ -258,8 +258,9 @@ class AdaptiveHybridStreamingOptimizer:
                 observer(event)
 
         def describe() -> Identity:
-            kernel = PredictionKernel.trace(replace(call.model, dtype="float64"), BLOCK_ROWS)
-            return Identity.of(kernel.program.fingerprint, call.blocks, call.arguments, config)
+            kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), BLOCK_ROWS)
+            model = kernel.program.fingerprint
+            return Identity.of(model, problem.blocks, problem.arguments, config)
 
         with ExitStack() as stack:
             observers += [stack.enter_context(watch) for watch in watching(config)]
@@ -273,11 +274,11 @@ class AdaptiveHybridStreamingOptimizer:
             if config.stop_on_sigterm:
                 stack.enter_context(interruption.heeding_sigterm())
             policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
-            data = stack.enter_context(closing(DataSet(call.blocks, config.cache, policy)))
+            data = stack.enter_context(closing(DataSet(problem.blocks, config.cache, policy)))
             for sentence in data.missing_chunks():
                 warn_caller(sentence, MissingChunksWarning)
-            self._publish(call)
-            driver = Driver(call, data, emit, journal, interruption)
+            self._publish(problem)
+            driver = Driver(problem, data, emit, journal, interruption)
             try:
                 outcome = driver.run()
             except ClusterLostError as error:
@@ -289,12 +290,12 @@ class AdaptiveHybridStreamingOptimizer:
             outcome.diagnostics["defense"] = own.get_summary()
             result = make_result(
                 outcome,
-                call.model,
-                call.parameters,
-                call.blocks,
+                problem.model,
+                problem.parameters,
+                problem.blocks,
                 self.phase_history,
-                history.dataset(call.parameters.names),
-                call.loss,
+                history.dataset(problem.parameters.names),
+                problem.loss,
                 config.cov_type,
             )
             emit(FitEnded(result.success, result.message))
@@ -338,7 +339,7 @@ class AdaptiveHybridStreamingOptimizer:
             for a checkpoint that cannot be resumed, and for blocks too large for a worker, which
             are among the plan's ``problems``.
         """
-        call = parse_call(
+        problem = validate_arguments(
             self.config,
             model,
             x_data,
@@ -354,13 +355,13 @@ class AdaptiveHybridStreamingOptimizer:
             callback,
             verbose,
         )
-        return make_plan(call.blocks, call.model, call.config, call.parameters.remark)
+        return make_plan(problem.blocks, problem.model, problem.config, problem.parameters.remark)
 
-    def _publish(self, call: Call) -> None:
-        self.normalizer = call.normalizer
-        self.normalized_model = NormalizedModelWrapper(call.model.function, call.normalizer)
-        self.normalized_bounds = call.normalizer.transform_bounds()
-        self.normalization_jacobian = call.normalizer.normalization_jacobian
+    def _publish(self, problem: FitProblem) -> None:
+        self.normalizer = problem.normalizer
+        self.normalized_model = NormalizedModelWrapper(problem.model.function, problem.normalizer)
+        self.normalized_bounds = problem.normalizer.transform_bounds()
+        self.normalization_jacobian = problem.normalizer.normalization_jacobian
 
     def _observe(self, event: Event) -> None:
         """Keep the attributes that can be read while a fit runs."""

@@ -28,7 +28,7 @@ from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.matrix_free import GradientFit
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Passes
-from nlsq_dask.fit.problem import Call
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
@@ -47,7 +47,7 @@ class Driver:
 
     Parameters
     ----------
-    call : Call
+    problem : FitProblem
     data : DataSet
     emit : callable
         Receives every event.
@@ -59,38 +59,40 @@ class Driver:
 
     def __init__(
         self,
-        call: Call,
+        problem: FitProblem,
         data: DataSet,
         emit: Observer,
         journal: Journal,
         interruption: Interruption,
     ) -> None:
-        config = call.config
-        self._model = call.model
-        self._parameters = call.parameters
-        self._normalizer = call.normalizer
-        self._penalty = call.penalty
-        self._loss = call.loss
-        self._absolute_sigma = call.absolute_sigma
+        config = problem.config
+        self._model = problem.model
+        self._parameters = problem.parameters
+        self._normalizer = problem.normalizer
+        self._penalty = problem.penalty
+        self._loss = problem.loss
+        self._absolute_sigma = problem.absolute_sigma
         self._config = config
         self._data = data
         self._emit = emit
         self._journal = journal
         self._passes = Passes(
             data,
-            call.nan_policy == "omit",
+            problem.nan_policy == "omit",
             self._penalty,
             emit,
             config.min_success_rate,
             journal,
             interruption,
         )
-        self._iterations = Iterations(emit, call.callback, config.callback_frequency, interruption)
+        self._iterations = Iterations(
+            emit, problem.callback, config.callback_frequency, interruption
+        )
         for event in journal.events:
             self._passes.count(event)
             self._iterations.count(event)
         self._start_finder = StartFinder(
-            call.parameters, call.normalizer, config, emit, self._iterations, journal
+            problem.parameters, problem.normalizer, config, emit, self._iterations, journal
         )
         self._diagnostics = self._start_finder.diagnostics
         self._sample: SampleProblem[Any] | None = None

@@ -1,4 +1,4 @@
-"""``Call``: what a call of ``fit`` or ``plan`` asks for, checked before anything is read."""
+"""``FitProblem``: the arguments of ``fit`` or ``plan``, validated before anything is read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 
 @dataclass(frozen=True)
-class Call:
-    """What is to be fitted to what, and how.
+class FitProblem:
+    """The model, the data and the options of one fit.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Call:
         }
 
 
-def parse_call(
+def validate_arguments(
     config: HybridStreamingConfig,
     model: Callable[..., Any],
     x_data: Any,
@@ -81,8 +81,8 @@ def parse_call(
     param_names: Sequence[str] | None,
     callback: Callback | None,
     verbose: int | None,
-) -> Call:
-    """Check the arguments of ``fit``, which are described there, and bring them into one form.
+) -> FitProblem:
+    """Validate the arguments of ``fit``, which are described there.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def parse_call(
         warn_caller(doubt, DataWarning)
     for doubt in _doubts(traced):
         warn_caller(doubt)
-    return Call(
+    return FitProblem(
         config=config,
         model=traced,
         parameters=parameters,
