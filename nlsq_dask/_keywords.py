@@ -6,10 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+First = TypeVar("First")
+Owner = TypeVar("Owner")
 
 _CALLS: dict[str, str] = {}  # by the keyword that they have
 
@@ -67,6 +69,29 @@ def explaining_keywords(
             return function(*args, **kwargs)
 
         return checked
+
+    return decorate
+
+
+def arguments_of(
+    source: Callable[Concatenate[First, P], Any],
+) -> Callable[[Callable[Concatenate[Owner, P], R]], Callable[Concatenate[Owner, P], R]]:
+    """Give a method the signature of a function, with ``self`` in the place of its first argument.
+
+    Parameters
+    ----------
+    source : callable
+        Names, kinds, defaults and annotations of the arguments are written there alone.
+    """
+
+    def decorate(
+        method: Callable[Concatenate[Owner, P], R],
+    ) -> Callable[Concatenate[Owner, P], R]:
+        own, given = inspect.signature(method), inspect.signature(source)
+        this, *_ = own.parameters.values()
+        _, *arguments = given.parameters.values()
+        method.__signature__ = own.replace(parameters=[this, *arguments])  # type: ignore[attr-defined]
+        return method
 
     return decorate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask import _html as html
-from nlsq_dask._keywords import explaining_keywords
+from nlsq_dask._keywords import arguments_of, explaining_keywords
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -38,7 +38,6 @@ from nlsq_dask.events import (
 )
 from nlsq_dask.fit.driver import Driver
 from nlsq_dask.fit.interruption import Interruption
-from nlsq_dask.fit.iterations import Callback
 from nlsq_dask.fit.problem import FitProblem, validate_arguments
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.dashboard.observer import on_dashboard
@@ -138,23 +137,8 @@ class AdaptiveHybridStreamingOptimizer:
         )
 
     @explaining_keywords("fit")
-    def fit(
-        self,
-        model: Callable[..., Any],
-        x_data: Any,
-        y_data: Any,
-        p0: Any = None,
-        bounds: Any = None,
-        *,
-        sigma: Any = None,
-        absolute_sigma: bool = False,
-        loss: str = "linear",
-        f_scale: float = 1.0,
-        nan_policy: str = "raise",
-        param_names: Sequence[str] | None = None,
-        callback: Callback | None = None,
-        verbose: int | None = None,
-    ) -> FitResult:
+    @arguments_of(validate_arguments)
+    def fit(self, *args: Any, **kwargs: Any) -> FitResult:
         """Fit ``model`` to all rows.
 
         Runs on the active ``distributed.Client``, else on the scheduler of Dask's configuration,
@@ -221,23 +205,7 @@ class AdaptiveHybridStreamingOptimizer:
             )
         try:
             self._forget()
-            problem = validate_arguments(
-                self.config,
-                model,
-                x_data,
-                y_data,
-                p0,
-                bounds,
-                sigma,
-                absolute_sigma,
-                loss,
-                f_scale,
-                nan_policy,
-                param_names,
-                callback,
-                verbose,
-            )
-            return self._fit(problem)
+            return self._fit(validate_arguments(self.config, *args, **kwargs))
         finally:
             self._running.release()
 
@@ -288,37 +256,14 @@ class AdaptiveHybridStreamingOptimizer:
                     error.add_note(to_go_on(journal.last_path).strip())
                 raise
             outcome.diagnostics["defense"] = own.get_summary()
-            result = make_result(
-                outcome,
-                problem.model,
-                problem.parameters,
-                problem.blocks,
-                self.phase_history,
-                history.dataset(problem.parameters.names),
-                problem.loss,
-                config.cov_type,
-            )
+            iterations = history.dataset(problem.parameters.names)
+            result = make_result(outcome, problem, self.phase_history, iterations)
             emit(FitEnded(result.success, result.message))
         return result
 
     @explaining_keywords("plan", others=False)
-    def plan(
-        self,
-        model: Callable[..., Any],
-        x_data: Any,
-        y_data: Any,
-        p0: Any = None,
-        bounds: Any = None,
-        *,
-        sigma: Any = None,
-        absolute_sigma: bool = False,
-        loss: str = "linear",
-        f_scale: float = 1.0,
-        nan_policy: str = "raise",
-        param_names: Sequence[str] | None = None,
-        callback: Callback | None = None,
-        verbose: int | None = None,
-    ) -> Plan:
+    @arguments_of(validate_arguments)
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Say what ``fit`` would do with the same arguments; only metadata is read.
 
         Parameters
@@ -339,23 +284,7 @@ class AdaptiveHybridStreamingOptimizer:
             for a checkpoint that cannot be resumed, and for blocks too large for a worker, which
             are among the plan's ``problems``.
         """
-        problem = validate_arguments(
-            self.config,
-            model,
-            x_data,
-            y_data,
-            p0,
-            bounds,
-            sigma,
-            absolute_sigma,
-            loss,
-            f_scale,
-            nan_policy,
-            param_names,
-            callback,
-            verbose,
-        )
-        return make_plan(problem.blocks, problem.model, problem.config, problem.parameters.remark)
+        return make_plan(validate_arguments(self.config, *args, **kwargs))
 
     def _publish(self, problem: FitProblem) -> None:
         self.normalizer = problem.normalizer

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
-from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.reduction_tree import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.model.model import Model
 
 _SMALL_BLOCK = 2**16  # bytes; reading one takes as long as asking for it
 _MANY_BLOCKS = 1000
@@ -104,31 +102,17 @@ class Plan:
         )
 
 
-def make_plan(
-    blocks: RowBlocks, model: Model, config: HybridStreamingConfig, remark: str = ""
-) -> Plan:
-    """Say what a fit of this model to these blocks would do on the active workers.
-
-    Parameters
-    ----------
-    blocks : RowBlocks
-    model : Model
-    config : HybridStreamingConfig
-    remark : str
-        What the caller may not have meant, which is a problem of the plan's.
-    """
+def make_plan(problem: FitProblem) -> Plan:
+    """Say what a fit would do on the active workers."""
+    blocks, model, config = problem.blocks, problem.model, problem.config
     check_trace(model, blocks.x_labels)
     block_rows = blocks.block_rows()
     groups = group_blocks(block_rows)
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
+    remark = problem.parameters.remark
     remarks = [remark] if remark else []
-    sample = plan_sample(
-        block_rows,
-        config.sample_size(blocks.n_rows, blocks.layout.row_bytes, model.n_params),
-        config.random_seed,
-        blocks.in_memory,
-    )
+    sample = plan_sample(block_rows, problem.sample_rows, config.random_seed, blocks.in_memory)
     with x64():
         mode = choose_mode(model, model.jaxpr())
     return Plan(
@@ -145,17 +129,12 @@ def make_plan(
         cache_per_worker=memory.cache_bytes,
         jacobian=mode.value,
         realigned=blocks.realigned,
-        problems=(*remarks, *_problems(blocks, memory, workers, model.n_params, config)),
+        problems=(*remarks, *_problems(problem, memory, workers)),
     )
 
 
-def _problems(
-    blocks: RowBlocks,
-    memory: MemoryPlan,
-    workers: Workers,
-    n_params: int,
-    config: HybridStreamingConfig,
-) -> list[str]:
+def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> list[str]:
+    blocks, n_params = problem.blocks, problem.model.n_params
     problems = [] if memory.problem is None else [memory.problem]
     n_blocks = int(blocks.block_rows().size)
     mean = memory.bytes_per_pass // n_blocks
@@ -171,7 +150,7 @@ def _problems(
             f"nothing to do. Smaller chunks give more tasks"
         )
     matrix = 8 * n_params**2
-    if not config.is_without_matrices(n_params) and _SUMS_AT_ONCE * matrix > _LARGE * memory.limit:
+    if not problem.is_without_matrices and _SUMS_AT_ONCE * matrix > _LARGE * memory.limit:
         problems.append(
             f"a sum over rows holds a matrix of {n_params:,} x {n_params:,} parameters, "
             f"{format_bytes(matrix)}, and a worker holds some dozens of sums. A lower "

@@ -18,8 +18,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("events", "solvers"),
     ("engine", "warmup", "checkpoints"),
-    ("fit", "observers", "plan"),
-    ("results",),
+    ("fit", "observers"),
+    ("results", "plan"),
     ("optimizer",),
     ("curve_fit",),
 )

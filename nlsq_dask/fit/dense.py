@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.events import ALL_ROWS, SampleSolved
-from nlsq_dask.fit.context import FitContext, Solved, may_go_on
+from nlsq_dask.fit.context import FitContext, may_go_on
 from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import SampleSolver, first_product, solve
+from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import RowsInUse
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
@@ -67,21 +68,22 @@ class DenseFit:
 
     def __init__(self, context: FitContext) -> None:
         self.context = context
-        config, parameters = context.config, context.parameters
+        problem = self._problem = context.problem
+        config, parameters = problem.config, problem.parameters
         trace = partial(NormalEquationsKernel.trace, piece_rows=context.piece_rows)
-        kernel = trace(context.model, platforms=context.platforms, loss=context.loss)
+        kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
         self._kernel = replace(kernel, uses_all_devices=config.enable_multi_device)
-        self._sample_kernel = trace(context.exact_model, loss=context.loss)
+        self._sample_kernel = trace(problem.exact_model, loss=problem.loss)
         self._settings = Settings(
             low=parameters.low,
             high=parameters.high,
             tol=config.gauss_newton_tol,
             max_iterations=config.gauss_newton_max_iterations,
             patience=_PATIENCE,
-            sizes=context.normalizer.scales,
+            sizes=problem.normalizer.scales,
             regularization=config.regularization_factor,
             initial_radius=config.trust_region_initial,
-            epsilon=float(np.finfo(context.model.dtype).eps),
+            epsilon=float(np.finfo(problem.model.dtype).eps),
             recovers=config.validate_numerics,
         )
         self._sample_solver = SampleSolver.of(self._settings, config)
@@ -95,15 +97,15 @@ class DenseFit:
     def sum_rows(self, rows: Rows, y_reference: float) -> NormalRowSums:
         """Return the sums over rows in memory."""
         kernel = replace(self._sample_kernel, y_reference=y_reference)
-        return NormalRowSums(self.context.exact_model, kernel, rows, self.context.penalty)
+        return NormalRowSums(self._problem.exact_model, kernel, rows, self._problem.penalty)
 
-    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
+    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Outcome:
         """Converge on the sample, then over all rows."""
         start = self._solve_on_sample(sample, starts, details)
         state = self._begun(sample, start)
         return self._solve_on_all_rows(state, sample, details)
 
-    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Solved:
+    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Outcome:
         """Go on from the solution, because there are fewer rows now than it was found with."""
         state = self._state
         assert state is not None
@@ -145,19 +147,19 @@ class DenseFit:
 
     def _begun(self, sample: Sample, start: Vector) -> gn.State:
         """Choose the kernel for all rows, and make the first pass."""
-        is_exact = self.context.is_exact
+        is_exact = self._problem.is_exact
         factors = self._kernel.factors if is_exact else sample.reduce.factors(start)
         kernel = replace(self._kernel, y_reference=sample.y_reference, factors=factors)
-        product = sample.reduce.kernel.product if is_exact else first_product(self.context.config)
-        self._kernel = kernel.making(product, self.context.model)
+        product = sample.reduce.kernel.product if is_exact else first_product(self._problem.config)
+        self._kernel = kernel.making(product, self._problem.model)
         return gn.start(*self._first_pass(sample, start), self._settings)
 
     def _solve_on_all_rows(
         self, state: gn.State, sample: Sample, details: dict[str, Any]
-    ) -> Solved:
+    ) -> Outcome:
         """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
         passes = self.context.passes
-        may_change = self.context.config.gauss_newton_solver == "auto" and self.context.is_exact
+        may_change = self._problem.config.gauss_newton_solver == "auto" and self._problem.is_exact
 
         def reduce(state: gn.State, trial: gn.Trial) -> NormalEquations:
             return passes.reduce(self._kernel, trial.params, gn.candidates(state, trial))
@@ -166,7 +168,7 @@ class DenseFit:
             return passes.reduce_anew(self._kernel, params)
 
         def reduce_by_qr(params: Vector) -> NormalEquations:
-            self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
+            self._kernel = self._kernel.making(Product.TRIANGLE, self._problem.model)
             return reduce_anew(params)
 
         journal = self.context.journal
@@ -190,12 +192,12 @@ class DenseFit:
         assert state.solution is not None
         details |= {
             "iterations": state.iteration,
-            "passes": passes.n_passes,
+            "passes": passes.counts.n_passes,
             "reason": state.stop.name.lower(),
             "solver": "qr" if self._kernel.product.is_factorized else "normal",
         }
         point = state.point
-        return Solved(state.solution, state.stop, point.sums, point.params, state.iteration)
+        return Outcome(state.solution, state.stop, point.sums, point.params, state.iteration)
 
     def _remember(self, state: gn.State, trial: gn.Trial | None) -> None:
         self._state = state
@@ -204,19 +206,19 @@ class DenseFit:
     def _gone_on_with(self, state: gn.State) -> gn.State:
         """Go on with a state that may have been made by another process, for less iterations."""
         if state.point.sums.triangle is not None:
-            self._kernel = self._kernel.making(Product.TRIANGLE, self.context.model)
+            self._kernel = self._kernel.making(Product.TRIANGLE, self._problem.model)
         state = replace(state, point=replace(state.point, settings=self._settings))
         if may_go_on(state.stop, state.iteration, self._settings.max_iterations):
             return replace(state, stop=None, solution=None)
         return state
 
-    def so_far(self, stop: StopReason) -> Solved | None:
+    def so_far(self, stop: StopReason) -> Outcome | None:
         """Return the accepted point of the solve over all rows, as its end; None before it."""
         if self._state is None or not self._state.point.sums.is_finite:
             return None
         point = self._state.point
         self._state = replace(self._state, stop=stop, solution=point.params, carried_jtj=None)
-        return Solved(point.params, stop, point.sums, point.params, self._state.iteration)
+        return Outcome(point.params, stop, point.sums, point.params, self._state.iteration)
 
     def _first_pass(self, sample: Sample, start: Vector) -> tuple[Vector, NormalEquations]:
         """Return a start for all rows with its sums: the sample's solution, or a better one.
@@ -227,7 +229,10 @@ class DenseFit:
         """
         most, chance = sample.most_expected(start), sample.chance
         sums, rows = self.context.passes.first(
-            self._kernel, start, self.context.sample_rows, self.context.config.random_seed
+            self._kernel,
+            start,
+            self._problem.sample_rows,
+            self._problem.config.random_seed,
         )
         if rows is not None:
             sample.exchange(rows)
@@ -239,7 +244,7 @@ class DenseFit:
         reached = sample.reduce(start if ahead is None else ahead.params)
         there = sample.reduce(again)
         if not there.is_finite:
-            again = self.context.parameters.start
+            again = self._problem.parameters.start
             there = sample.reduce(again)
         if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
             return start, sums
@@ -256,17 +261,17 @@ class DenseFit:
         state = self._state
         if state is None or not state.point.sums.is_finite:
             return None
-        if self.context.config.cov_type != "nonrobust" and not may_pass:
+        if self._problem.config.cov_type != "nonrobust" and not may_pass:
             return None
         sums, epsilon = state.sums_at_solution, self._settings.epsilon
-        cov_type = self.context.config.cov_type
+        cov_type = self._problem.config.cov_type
         details["cov_type"] = cov_type
         is_classical = cov_type == "nonrobust"
-        absolute_sigma = self.context.absolute_sigma or not is_classical
+        absolute_sigma = self._problem.absolute_sigma or not is_classical
         found = covariance(sums, absolute_sigma, epsilon)
         if not is_classical and np.isfinite(found.root).all():
             assert state.solution is not None
-            kernel = self._kernel.making(Product.SCORES, self.context.model)
+            kernel = self._kernel.making(Product.SCORES, self._problem.model)
             scores = self.context.passes.scores(kernel, state.solution)
             found = sandwich(found, scores, sums.n_used, cov_type)
         details["condition_number"] = found.condition_number
@@ -287,7 +292,7 @@ class DenseFit:
         self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
     ) -> gn.State:
         """Judge a trial and report it; the callback may end the solve."""
-        scales = self.context.normalizer.scales
+        scales = self._problem.normalizer.scales
         step_norm = float(np.linalg.norm((trial.params - state.point.params) / scales))
         state = self._watched(state, trial, sums, stage)
         point = state.point

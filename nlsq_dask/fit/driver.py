@@ -11,17 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.errors import CheckpointError, RowsChangedError
 from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
-from nlsq_dask.fit.context import FitContext, Solved
+from nlsq_dask.fit.context import FitContext
 from nlsq_dask.fit.dense import DenseFit
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
@@ -33,10 +33,7 @@ from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
 from nlsq_dask.model.check import check_trace
-from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.status import StopReason
-
-Vector = NDArray[np.float64]
 
 _POINTS, _SHIFT = 3, 0.3  # near p0, in normalized parameters, at which models are compared
 _SAME_COST = 1e-6  # relative difference that another version or processor may make
@@ -65,49 +62,26 @@ class Driver:
         journal: Journal,
         interruption: Interruption,
     ) -> None:
-        config = problem.config
-        self._model = problem.model
-        self._parameters = problem.parameters
-        self._normalizer = problem.normalizer
-        self._penalty = problem.penalty
-        self._loss = problem.loss
-        self._absolute_sigma = problem.absolute_sigma
-        self._config = config
+        self._problem = problem
         self._data = data
         self._emit = emit
         self._journal = journal
-        self._passes = Passes(
-            data,
-            problem.nan_policy == "omit",
-            self._penalty,
-            emit,
-            config.min_success_rate,
-            journal,
-            interruption,
-        )
+        self._passes = Passes(problem, data, emit, journal, interruption)
         self._iterations = Iterations(
-            emit, problem.callback, config.callback_frequency, interruption
+            emit, problem.callback, problem.config.callback_frequency, interruption
         )
         for event in journal.events:
             self._passes.count(event)
             self._iterations.count(event)
-        self._start_finder = StartFinder(
-            problem.parameters, problem.normalizer, config, emit, self._iterations, journal
-        )
+        self._start_finder = StartFinder(problem, emit, self._iterations, journal)
         self._diagnostics = self._start_finder.diagnostics
         self._sample: SampleProblem[Any] | None = None
 
     def run(self) -> Outcome:
         """Run all phases; problems of the data or the model are raised, others are a verdict."""
-        blocks = self._data.blocks
-        started = FitStarted(
-            self._model.name,
-            blocks.n_rows,
-            blocks.grid,
-            blocks.dims,
-            self._parameters.names,
-            self._notes(),
-        )
+        problem, blocks = self._problem, self._problem.blocks
+        names, model = problem.parameters.names, problem.model.name
+        started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
         self._journal.once("beginning", partial(self._emit, started))
         with self._phase(0) as details:
             fit = self._prepared(details)
@@ -116,91 +90,74 @@ class Driver:
                 sample: Any = self._read_sample(fit, details)
                 starts = self._start_finder.find(sample, details)
             with self._phase(2) as details:
-                solved = fit.solve(sample, starts, details)
+                outcome = fit.solve(sample, starts, details)
             with self._phase(3) as details:
-                solved, covariance, errors = self._errors(fit, sample, solved, details)
+                outcome = self._with_errors(fit, sample, outcome, details)
         except StoppedByCallbackError as stopped:
-            return self._outcome(stopped.params, StopReason.USER_STOP, None, None, None)
+            return self._finished(Outcome(stopped.params, StopReason.USER_STOP))
         except FitInterruptedError as interrupted:
             self._journal.save()
-            return self._so_far(fit, interrupted.reason)
-        if solved.stop.is_success:
+            return self._finished(self._so_far(fit, interrupted.reason))
+        if outcome.stop.is_success:
             self._journal.save()
-        return self._outcome(solved.params, solved.stop, solved, covariance, errors)
+        return self._finished(outcome)
 
-    def _notes(self) -> tuple[str, ...]:
-        remark = [self._parameters.remark] if self._parameters.remark else []
-        return (*remark, *(f"{note}." for note in self._data.blocks.date_notes()))
-
-    def _errors(
+    def _with_errors(
         self,
         fit: DenseFit | GradientFit,
         sample: SampleProblem[Any],
-        solved: Solved,
+        outcome: Outcome,
         details: dict[str, Any],
-    ) -> tuple[Solved, Covariance | None, Vector | None]:
+    ) -> Outcome:
         while True:
             try:
-                return solved, fit.covariance(details), fit.errors(details)
+                covariance, errors = fit.covariance(details), fit.errors(details)
+                return replace(outcome, covariance=covariance, errors=errors)
             except RowsChangedError:  # in a pass of this phase
-                solved = fit.solve_again(sample, details)
+                outcome = fit.solve_again(sample, details)
 
     def _so_far(self, fit: DenseFit | GradientFit, reason: StopReason) -> Outcome:
         """Return what is known where a fit is interrupted."""
-        solved = fit.so_far(reason)
-        if solved is None:
+        outcome = fit.so_far(reason)
+        if outcome is None:
             latest = self._iterations.latest
-            params = self._parameters.start if latest is None else latest
-            return self._outcome(params, reason, None, None, None)
-        covariance = fit.covariance({}, may_pass=False)
-        return self._outcome(solved.params, reason, solved, covariance, None)
+            return Outcome(self._problem.parameters.start if latest is None else latest, reason)
+        return replace(outcome, covariance=fit.covariance({}, may_pass=False))
 
     def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
         """Trace the kernels, which depend on the number of parameters."""
-        details["strategy"] = self._normalizer.strategy
-        check_trace(self._model, self._data.blocks.x_labels)
-        row_bytes, config = self._model.layout.row_bytes, self._config
+        problem = self._problem
+        details["strategy"] = problem.normalizer.strategy
         details["platforms"] = self._data.platforms
+        check_trace(problem.model, problem.blocks.x_labels)
         context = FitContext(
-            model=self._model,
-            parameters=self._parameters,
-            config=config,
-            loss=self._loss,
-            absolute_sigma=self._absolute_sigma,
-            penalty=self._penalty,
-            normalizer=self._normalizer,
+            problem=problem,
             passes=self._passes,
             iterations=self._iterations,
             start_finder=self._start_finder,
             emit=self._emit,
             journal=self._journal,
-            sample_rows=config.sample_size(
-                self._data.blocks.n_rows, row_bytes, self._model.n_params
+            piece_rows=piece_rows_for(
+                self._data.longest_block, problem.config.piece_rows, problem.model.layout.row_bytes
             ),
-            piece_rows=piece_rows_for(self._data.longest_block, config.piece_rows, row_bytes),
             platforms=details["platforms"],
         )
-        return GradientFit(context) if self._is_without_matrices else DenseFit(context)
-
-    @property
-    def _is_without_matrices(self) -> bool:
-        return self._config.is_without_matrices(len(self._parameters.names))
+        return GradientFit(context) if problem.is_without_matrices else DenseFit(context)
 
     def _read_sample(
         self, fit: DenseFit | GradientFit, details: dict[str, Any]
     ) -> SampleProblem[Any]:
-        context = fit.context
-        rows, n_blocks = self._passes.sample(context.sample_rows, self._config.random_seed)
+        problem = self._problem
+        rows, n_blocks = self._passes.sample(problem.sample_rows, problem.config.random_seed)
         details["sample"] = {"rows": len(rows), "blocks": n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
-        start = self._parameters.start
-        sample: SampleProblem[Any] = SampleProblem(
-            context.exact_model, fit.sum_rows, rows, start, self._penalty, self._loss
-        )
+        sample: SampleProblem[Any] = SampleProblem(problem, fit.sum_rows, rows)
         self._sample = sample
         if self._passes.must_report(sample.at_start):
             kernel: RowKernel[Any] = fit.kernel
-            self._passes.reduce_anew(kernel, start)  # counts all bad rows, and raises
+            self._passes.reduce_anew(
+                kernel, problem.parameters.start
+            )  # counts all bad rows, and raises
         if self._journal.is_kept:
             self._compare(sample)
         return sample
@@ -210,10 +167,11 @@ class Driver:
 
         Its fingerprint does not tell if JAX has another version now; so its values are compared.
         """
-        start, scales = self._parameters.start, self._normalizer.scales
+        parameters, scales = self._problem.parameters, self._problem.normalizer.scales
+        start = parameters.start
         random = np.random.default_rng(0)
         shifts = _SHIFT * scales * random.uniform(-1.0, 1.0, (_POINTS, len(start)))
-        points = [start, *np.clip(start + shifts, self._parameters.low, self._parameters.high)]
+        points = [start, *np.clip(start + shifts, parameters.low, parameters.high)]
         now = [float(sample.reduce(point).cost) for point in points]
         before = self._journal.step("costs of the sample near p0", list[float], lambda: now)
         if not np.allclose(now, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
@@ -242,37 +200,19 @@ class Driver:
         ended = PhaseEnded(number, name, seconds(), False, details)
         self._journal.once(f"end of phase {number}", partial(self._emit, ended))
 
-    def _outcome(
-        self,
-        params: Vector,
-        stop: StopReason,
-        solved: Solved | None,
-        covariance: Covariance | None,
-        errors: Vector | None,
-    ) -> Outcome:
-        return Outcome(
-            params=params,
-            stop=stop,
-            sums=None if solved is None else solved.sums,
-            sums_at=None if solved is None else solved.sums_at,
-            iterations=0 if solved is None else solved.iterations,
-            covariance=covariance,
-            undetermined=None if solved is None else solved.undetermined,
-            errors=errors,
-            has_covariance=not self._is_without_matrices,
-            absolute_sigma=self._absolute_sigma,
-            n_passes=self._passes.n_passes,
-            rows_read=self._passes.rows_read,
-            bytes_read=self._passes.bytes_read,
-            rows_cached=self._passes.rows_cached,
+    def _finished(self, outcome: Outcome) -> Outcome:
+        """Add what was counted on the way, and rows to be drawn."""
+        sample, seed = self._sample, self._problem.config.random_seed
+        counts = self._passes.counts
+        return replace(
+            outcome,
+            counts=counts,
             checkpoint=self._journal.last_path,
             diagnostics=self._diagnostics
             | {
                 "non_finite": dict(self._iterations.non_finite),
                 "left_out": [bad.record() for _, bad in sorted(self._passes.left_out.items())],
-                "retries": self._passes.n_retries,
+                "retries": counts.retries,
             },
-            shown=None
-            if self._sample is None
-            else self._sample.shown(params, self._config.random_seed),
+            sample=None if sample is None else sample.shown(outcome.params, seed),
         )

@@ -13,9 +13,10 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.errors import RowsChangedError, warn_caller
 from nlsq_dask.events import ALL_ROWS, SampleSolved
-from nlsq_dask.fit.context import FitContext, Solved, may_go_on
+from nlsq_dask.fit.context import FitContext, may_go_on
 from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import MORE_ITERATIONS
+from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import RowsInUse
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.gradient_kernel import GradientKernel
@@ -68,18 +69,19 @@ class GradientFit:
 
     def __init__(self, context: FitContext) -> None:
         self.context = context
-        self._kernel = self._traced(context.model, platforms=context.platforms)
-        exact = context.exact_model
+        problem = self._problem = context.problem
+        self._kernel = self._traced(problem.model, platforms=context.platforms)
+        exact = problem.exact_model
         self._sample_kernels = self._traced(exact), self._traced(exact, is_diagonal=True)
-        self._settings = cg.CgSettings.of(context.config, context.model.dtype)
+        self._settings = cg.CgSettings.of(problem.config, problem.model.dtype)
         self._state: cg.CgState | None = None
         self._sample: Sample | None = None
         self._undetermined: NDArray[np.bool_] | None = None
 
     def _traced(self, model: Model, **options: Any) -> GradientKernel:
         context = self.context
-        kernel = GradientKernel.trace(model, context.piece_rows, loss=context.loss, **options)
-        return replace(kernel, uses_all_devices=context.config.enable_multi_device)
+        kernel = GradientKernel.trace(model, context.piece_rows, loss=self._problem.loss, **options)
+        return replace(kernel, uses_all_devices=self._problem.config.enable_multi_device)
 
     @property
     def kernel(self) -> GradientKernel:
@@ -89,9 +91,9 @@ class GradientFit:
     def sum_rows(self, rows: Rows, y_reference: float) -> GradientRowSums:
         """Return the sums over rows in memory."""
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
-        return GradientRowSums(kernel, diagonal, rows, self.context.penalty)
+        return GradientRowSums(kernel, diagonal, rows, self._problem.penalty)
 
-    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Solved:
+    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Outcome:
         """Converge on the sample, then over all rows."""
         self._sample = sample
         start = self._solve_on_sample(sample, starts, details)
@@ -101,7 +103,7 @@ class GradientFit:
         state = cg.begin(start, sums, self._settings, precondition)
         return self._solve_on_all_rows(state, precondition, details)
 
-    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Solved:
+    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Outcome:
         """Go on from the solution, because there are fewer rows now than it was found with."""
         state = self._state
         assert state is not None
@@ -115,7 +117,7 @@ class GradientFit:
 
     def _solve_on_all_rows(
         self, state: cg.CgState, precondition: cg.MakePreconditioner, details: dict[str, Any]
-    ) -> Solved:
+    ) -> Outcome:
         """Converge over all rows, a pass an iteration."""
 
         def reduce(ask: cg.Ask) -> GradientSums:
@@ -146,17 +148,17 @@ class GradientFit:
         details |= {
             "iterations": state.iteration,
             "products": state.n_products,
-            "passes": self.context.passes.n_passes,
+            "passes": self.context.passes.counts.n_passes,
             "reason": state.stop.name.lower(),
             "solver": "conjugate gradients",
         }
-        return Solved(
+        return Outcome(
             state.solution,
             state.stop,
             state.sums,
             state.params,
             state.iteration,
-            self._undetermined,
+            undetermined=self._undetermined,
         )
 
     def _remember(self, state: cg.CgState) -> None:
@@ -170,13 +172,13 @@ class GradientFit:
             return replace(state, stop=None, solution=None)
         return state
 
-    def so_far(self, stop: StopReason) -> Solved | None:
+    def so_far(self, stop: StopReason) -> Outcome | None:
         """Return the accepted point of the solve over all rows, as its end; None before it."""
         state = self._state
         if state is None or not state.sums.is_finite:
             return None
         self._state = replace(state, stop=stop, solution=state.params)
-        return Solved(state.params, stop, state.sums, state.params, state.iteration)
+        return Outcome(state.params, stop, state.sums, state.params, state.iteration)
 
     def _reduce(
         self, params: Vector, candidates: NDArray[np.float64] | None, direction: Vector | None
@@ -197,8 +199,8 @@ class GradientFit:
         well; where nothing is finite at either solution, the starts themselves are tried.
         """
         fit, most = self.context, sample.most_expected(start)
-        seed = fit.config.random_seed
-        sums, rows = fit.passes.first(self._kernel, start, fit.sample_rows, seed)
+        seed = self._problem.config.random_seed
+        sums, rows = fit.passes.first(self._kernel, start, self._problem.sample_rows, seed)
         if rows is not None:
             sample.exchange(rows)
         if sums.is_finite and not (sample.is_informative and sums.variance(0) > most):
@@ -222,10 +224,10 @@ class GradientFit:
         assert state.solution is not None
         if state.touched.all():
             return state
-        signs = np.random.default_rng(self.context.config.random_seed).choice(
+        signs = np.random.default_rng(self._problem.config.random_seed).choice(
             [-1.0, 1.0], len(state.params)
         )
-        sums = self._reduce(state.solution, None, signs * self.context.normalizer.scales)
+        sums = self._reduce(state.solution, None, signs * self._problem.normalizer.scales)
         touched = state.touched | (sums.products[0] != 0.0)
         stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
         return replace(state, touched=touched, stop=stop)
@@ -240,8 +242,8 @@ class GradientFit:
         params, sample = state.solution, self._sample
         if state.stop is StopReason.NO_SENSITIVITY or params is None or sample is None:
             return None
-        config = self.context.config
-        diagonal = filled(sample.reduce.diagonal(params), self.context.normalizer.scales)
+        config = self._problem.config
+        diagonal = filled(sample.reduce.diagonal(params), self._problem.normalizer.scales)
         direction = lost_direction(
             partial(sample.reduce.product, params),
             diagonal,
@@ -301,7 +303,7 @@ class GradientFit:
             return sums.at(ask.params, ask.candidates, ask.direction)
 
         precondition = self._remembering(partial(self._by_diagonal, sample))
-        damping = _SAMPLE_DAMPING / self.context.config.trust_region_initial**2
+        damping = _SAMPLE_DAMPING / self._problem.config.trust_region_initial**2
         state = cg.begin(start, sums(start), settings, precondition, damping)
         state = self._iterated(state, reduce, precondition, "sample")
         assert state.solution is not None
@@ -319,7 +321,7 @@ class GradientFit:
         remember: Callable[[cg.CgState], None] = lambda state: None,
     ) -> cg.CgState:
         """Ask and tell until the state says to stop; trials are reported as iterations."""
-        scales = self.context.normalizer.scales
+        scales = self._problem.normalizer.scales
         while state.stop is None:
             ask, before = state.wanted, state.params
             try:
@@ -347,12 +349,12 @@ class GradientFit:
         return state
 
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
-        scales = self.context.normalizer.scales
+        scales = self._problem.normalizer.scales
         return DiagonalPreconditioner(filled(sample.reduce.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
         """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
-        diagonal = filled(sample.reduce.diagonal(params), self.context.normalizer.scales)
+        diagonal = filled(sample.reduce.diagonal(params), self._problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
             partial(sample.reduce.product, params),
@@ -373,7 +375,7 @@ class GradientFit:
         context, state = self.context, self._state
         if self._undetermined is not None:
             return np.full(len(self._undetermined), np.inf)
-        n_probes = context.config.cg_error_probes
+        n_probes = self._problem.config.cg_error_probes
         if not n_probes or state is None or self._sample is None or not state.sums.is_finite:
             return None
         assert state.solution is not None
@@ -381,7 +383,7 @@ class GradientFit:
         n_probes = min(n_probes, len(params))
         at_once = batch_size(n_probes, len(params))
         kernel = replace(
-            self._traced(context.model, platforms=context.platforms, n_directions=at_once),
+            self._traced(self._problem.model, platforms=context.platforms, n_directions=at_once),
             y_reference=self._kernel.y_reference,
         )
 
@@ -391,14 +393,14 @@ class GradientFit:
             return found[: len(vectors)]
 
         precondition = self._by_sample(self._sample, sums.n_used, params)
-        most = context.config.cg_max_iterations
+        most = self._problem.config.cg_max_iterations
 
         def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
             # A step, so that the passes of a batch need not be remembered longer than it.
             make = partial(solved_together, products, vectors, precondition, most)
             return context.journal.step("probes", NDArray[np.float64], make)
 
-        probes = probe_batches(n_probes, len(params), context.config.random_seed)
+        probes = probe_batches(n_probes, len(params), self._problem.config.random_seed)
         variances = inverse_diagonal(solve, probes)
         details["probes"] = n_probes
         if not (state.touched.all() and np.isfinite(variances).all()):
@@ -408,5 +410,5 @@ class GradientFit:
                 OptimizeWarning,
             )
             return np.full(len(params), np.inf)
-        scale = 1.0 if context.absolute_sigma else sums.variance(len(params))
+        scale = 1.0 if self._problem.absolute_sigma else sums.variance(len(params))
         return np.asarray(np.sqrt(variances * scale))

@@ -1,8 +1,9 @@
-"""``Outcome``: what the phases of a fit found."""
+"""``Outcome``: where a fit has ended, and what its phases know of that point."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -17,50 +18,34 @@ Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the phases found.
+class ReadCounts:
+    """How much of the source was read, and how often."""
 
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-    stop : StopReason
-    sums : Sums or None
-        Over all rows, at ``sums_at``; None if there was no pass over them.
-    sums_at : ndarray, shape (p,), or None
-        The last accepted point.
-    iterations : int
-        Gauss-Newton iterations over all rows.
-    covariance : Covariance or None
-    has_covariance : bool
-        Whether there would be one after a solve that found something.
-    undetermined : ndarray of bool, shape (p,), or None
-        Parameters that the data do not determine, where that does not come from the covariance.
-    errors : ndarray, shape (p,), or None
-        Standard errors, where they do not come from the covariance.
-    absolute_sigma : bool
-    n_passes, rows_read, bytes_read, rows_cached : int
-    checkpoint : str or None
-        From which the fit can go on.
-    diagnostics : dict
-        Of warm-up and sample.
-    shown : (Rows, ndarray of shape (n,)), or None
-        Some usable rows of the data and the model there, at ``params``.
-    """
+    n_passes: int = 0
+    rows_read: int = 0
+    bytes_read: int = 0
+    rows_cached: int = 0  # in the workers' memory from an earlier pass
+    retries: int = 0
+
+    def __add__(self, other: ReadCounts) -> ReadCounts:
+        return ReadCounts(*map(add, astuple(self), astuple(other)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a fit has ended; phase 2 makes it, and what follows adds to it."""
 
     params: Vector
     stop: StopReason
-    sums: Sums | None
-    sums_at: Vector | None
-    iterations: int
-    covariance: Covariance | None
-    has_covariance: bool
-    undetermined: NDArray[np.bool_] | None
-    errors: Vector | None
-    absolute_sigma: bool
-    n_passes: int
-    rows_read: int
-    bytes_read: int
-    rows_cached: int
-    checkpoint: str | None
-    diagnostics: dict[str, Any]
-    shown: tuple[Rows, Vector] | None
+    sums: Sums | None = None  # over all rows; None if there was no pass over them
+    sums_at: Vector | None = None  # the last accepted point
+    iterations: int = 0  # of Gauss-Newton over all rows
+    covariance: Covariance | None = None
+    # Standard errors, and the parameters that the data do not determine, where they do not come
+    # from the covariance.
+    errors: Vector | None = None
+    undetermined: NDArray[np.bool_] | None = None
+    counts: ReadCounts = ReadCounts()
+    checkpoint: str | None = None  # from which the fit can be resumed
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    sample: tuple[Rows, Vector] | None = None  # some usable rows, and the model there

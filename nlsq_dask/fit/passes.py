@@ -27,6 +27,8 @@ from nlsq_dask.events import (
     SampleRead,
 )
 from nlsq_dask.fit.interruption import Interruption
+from nlsq_dask.fit.outcome import ReadCounts
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.row_checks import are_unusable, check_rows, check_same, check_share
 from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
 from nlsq_dask.kernels.kernel import RowKernel
@@ -99,63 +101,47 @@ class Passes:
 
     Parameters
     ----------
+    problem : FitProblem
+        Says what rows with NaN are, how many must be readable, and which penalty counts.
     data : DataSet
-    omits_nan : bool
-        Whether rows with NaN or infinity are left out; if not, they are an error.
-    penalty : GroupVariance
-        Added to the sums.
     emit : callable
         Receives a ``PassFinished`` a pass.
-    min_share : float
-        Of the rows, that must be readable.
     journal : Journal
     interruption : Interruption
         May end a pass.
 
     Attributes
     ----------
-    n_passes, rows_read, bytes_read, rows_cached, n_retries : int
+    counts : ReadCounts
     left_out : dict of int to BadBlock
         Blocks that could not be read, by their flat index.
     """
 
     def __init__(
         self,
+        problem: FitProblem,
         data: DataSet,
-        omits_nan: bool,
-        penalty: GroupVariance,
         emit: Observer,
-        min_share: float,
         journal: Journal,
         interruption: Interruption,
     ) -> None:
         self._data = data
-        self._omits_nan = omits_nan
-        self._penalty = penalty
+        self._omits_nan = problem.nan_policy == "omit"
+        self._penalty = problem.penalty
         self._emit = emit
-        self._min_share = min_share
+        self._min_share = problem.config.min_success_rate
         self._journal = journal
         self._interruption = interruption
-        self.n_passes = 0
-        self.rows_read = 0
-        self.bytes_read = 0
-        self.rows_cached = 0
-        self.n_retries = 0
+        self.counts = ReadCounts()
         self.left_out: dict[int, BadBlock] = {}
         self._moments: Moments | None = None
 
     def count(self, event: Event) -> None:
         """Count what was read, now or before the fit was resumed."""
         if isinstance(event, PassFinished):
-            self.n_passes += 1
-            self.rows_cached += event.rows_cached
-            self.rows_read += event.rows
-            self.bytes_read += event.bytes
-            self.n_retries += event.retries
+            self.counts += ReadCounts(1, event.rows, event.bytes, event.rows_cached, event.retries)
         elif isinstance(event, SampleRead):
-            self.rows_read += event.rows_read
-            self.bytes_read += event.bytes
-            self.n_retries += event.retries
+            self.counts += ReadCounts(0, event.rows_read, event.bytes, 0, event.retries)
 
     def _report(self, event: PassFinished | SampleRead) -> None:
         self.count(event)
@@ -338,10 +324,10 @@ class Passes:
             penalty, request.params, request.candidates, request.directions
         )
         if sums.blocks is not None:
-            self._emit(BlocksMeasured(self.n_passes + 1, sums.blocks))
+            self._emit(BlocksMeasured(self.counts.n_passes + 1, sums.blocks))
         self._report(
             PassFinished(
-                self.n_passes + 1,
+                self.counts.n_passes + 1,
                 request.params.copy(),
                 sums.cost if sums.is_finite else np.inf,
                 time.perf_counter() - began,
@@ -375,7 +361,7 @@ class Passes:
 
         def tell(parts: Parts) -> None:
             done, all_of_it, seconds = parts.finished, parts.total, time.perf_counter() - began
-            number, n_blocks, n_rows = self.n_passes + 1, all_of_it.blocks, all_of_it.rows
+            number, n_blocks, n_rows = self.counts.n_passes + 1, all_of_it.blocks, all_of_it.rows
             self._emit(
                 BlocksFinished(
                     number, done.blocks, n_blocks, done.rows, n_rows, done.bytes, seconds

@@ -52,6 +52,33 @@ class FitProblem:
     callback: Callback | None
 
     @property
+    def exact_model(self) -> Model:
+        """The model in float64, as it is evaluated on the sample."""
+        return replace(self.model, dtype="float64")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all rows are evaluated in float64, too."""
+        return self.model.dtype == "float64"
+
+    @property
+    def is_without_matrices(self) -> bool:
+        """Whether conjugate gradients solve the step, and no p-by-p matrix is allocated."""
+        return self.config.is_without_matrices(self.model.n_params)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the arguments were understood, where that may surprise."""
+        remark = [self.parameters.remark] if self.parameters.remark else []
+        return (*remark, *(f"{note}." for note in self.blocks.date_notes()))
+
+    @property
+    def sample_rows(self) -> int:
+        """Rows wanted for the sample."""
+        layout, n_params = self.model.layout, self.model.n_params
+        return self.config.sample_size(self.blocks.n_rows, layout.row_bytes, n_params)
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """All that must be the same when the fit is resumed, besides model, data and options."""
         return {
@@ -71,18 +98,21 @@ def validate_arguments(
     model: Callable[..., Any],
     x_data: Any,
     y_data: Any,
-    p0: Any,
-    bounds: Any,
-    sigma: Any,
-    absolute_sigma: bool,
-    loss: str,
-    f_scale: float,
-    nan_policy: str,
-    param_names: Sequence[str] | None,
-    callback: Callback | None,
-    verbose: int | None,
+    p0: Any = None,
+    bounds: Any = None,
+    *,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    loss: str = "linear",
+    f_scale: float = 1.0,
+    nan_policy: str = "raise",
+    param_names: Sequence[str] | None = None,
+    callback: Callback | None = None,
+    verbose: int | None = None,
 ) -> FitProblem:
     """Validate the arguments of ``fit``, which are described there.
+
+    Its signature and defaults, but for the configuration, are those of ``fit`` and ``plan``.
 
     Raises
     ------

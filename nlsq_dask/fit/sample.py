@@ -10,19 +10,16 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import DataError
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.in_memory import RowSums
-from nlsq_dask.kernels.losses import LARGEST, SMALLEST, Loss
-from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.losses import LARGEST, SMALLEST
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.check import check_row_wise
-from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
 from nlsq_dask.warmup.multistart import Tournament, rows_of_round
-from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]
 
@@ -52,15 +49,12 @@ class SampleProblem(Generic[R]):
 
     Parameters
     ----------
-    model : Model
-        In float64, whatever the arithmetic over all rows.
+    problem : FitProblem
+        Whose model is evaluated in float64, whatever the arithmetic over all rows.
     sum_rows : callable
         Returns the sums over given rows, which measure y from a given reference.
     rows : Rows
         As they were read, unusable ones among them.
-    start : ndarray, shape (p,)
-    penalty : GroupVariance
-    loss : Loss
 
     Attributes
     ----------
@@ -74,28 +68,24 @@ class SampleProblem(Generic[R]):
 
     def __init__(
         self,
-        model: Model,
+        problem: FitProblem,
         sum_rows: Callable[[Rows, float], R],
         rows: Rows,
-        start: Vector,
-        penalty: GroupVariance,
-        loss: Loss,
     ) -> None:
-        self._model = model
-        self._loss = loss
-        self._penalty = penalty
-        self._start = start
+        self._problem = problem
+        self._model = problem.exact_model
+        self._start = problem.parameters.start
         usable = rows.usable()
         y = usable.y.astype(np.float64)
         _check_units(y, usable.sigma)
         self._sum_rows = sum_rows
         self.y_reference = float(y.mean()) if len(y) else 0.0
         self._hold(rows, usable)
-        self._prediction = PredictionKernel.trace(model, BLOCK_ROWS)
+        self._prediction = PredictionKernel.trace(self._model, BLOCK_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = self._prediction.program.fingerprint
         if len(usable):
-            check_row_wise(model, self._prediction, usable, start)
+            check_row_wise(self._model, self._prediction, usable, self._start)
 
     def _hold(self, rows: Rows, usable: Rows) -> None:
         self._rows = usable
@@ -160,10 +150,9 @@ class SampleProblem(Generic[R]):
         kernel = self._prediction
         return rows, kernel(rows.pieces(kernel.piece_rows), params)[0]
 
-    def prepare_warmup(
-        self, normalizer: ParameterNormalizer, first_step: float, config: HybridStreamingConfig
-    ) -> Warmup:
+    def prepare_warmup(self, first_step: float) -> Warmup:
         """Make the L-BFGS problem of the usable rows, padded by repetition to a power of two."""
+        problem, normalizer = self._problem, self._problem.normalizer
         n_rows = min(self.n_used, _FEW_ROWS)
         capacity = 1 << (n_rows - 1).bit_length()
         return Warmup.prepare(
@@ -174,19 +163,19 @@ class SampleProblem(Generic[R]):
             normalizer.transform_bounds(),
             self.variance,
             first_step,
-            config,
-            self._loss,
-            self._penalty,
+            problem.config,
+            problem.loss,
+            problem.penalty,
             self._fingerprint,
         )
 
-    def prepare_tournament(
-        self, normalizer: ParameterNormalizer, config: HybridStreamingConfig
-    ) -> Tournament:
+    def prepare_tournament(self) -> Tournament:
         """Make a tournament on the usable rows, as many as its last round takes.
 
         They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
         """
+        problem, normalizer = self._problem, self._problem.normalizer
+        config = problem.config
         n_rows = min(self.n_used, rows_of_round(config.elimination_rounds - 1, config))
         capacity = 1 << (n_rows - 1).bit_length()
         order = np.random.default_rng(config.random_seed).permutation(self.n_used)[:n_rows]
@@ -196,7 +185,7 @@ class SampleProblem(Generic[R]):
             n_rows,
             (normalizer.scales, normalizer.offsets),
             normalizer.transform_bounds(),
-            self._loss,
-            self._penalty,
+            problem.loss,
+            problem.penalty,
             self._fingerprint,
         )

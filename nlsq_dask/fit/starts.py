@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
-from nlsq_dask.fit.parameters import Parameters
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.warmup.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.warmup.lbfgs import (
@@ -29,7 +28,6 @@ from nlsq_dask.warmup.lbfgs import (
     unpacked,
 )
 from nlsq_dask.warmup.multistart import draw_starts
-from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]
 
@@ -63,9 +61,7 @@ class StartFinder:
 
     Attributes
     ----------
-    parameters : Parameters
-    normalizer : ParameterNormalizer
-    config : HybridStreamingConfig
+    problem : FitProblem
     emit : callable
         Receives events.
     iterations : Iterations
@@ -74,9 +70,7 @@ class StartFinder:
         What was done last, by "warm_up" and "multistart".
     """
 
-    parameters: Parameters
-    normalizer: ParameterNormalizer
-    config: HybridStreamingConfig
+    problem: FitProblem
     emit: Observer
     iterations: Iterations
     journal: Journal
@@ -90,7 +84,7 @@ class StartFinder:
         return found.starts
 
     def _find(self, sample: SampleProblem[Any]) -> _Found:
-        own, is_asked = self.parameters.start, self.config.enable_multistart
+        own, is_asked = self.problem.parameters.start, self.problem.config.enable_multistart
         if not sample.is_informative:
             skipped = {"skipped": _SKIPPED}
             return _Found([own], skipped, {"multistart": skipped} if is_asked else {})
@@ -116,12 +110,14 @@ class StartFinder:
 
     def _hold_tournament(self, sample: SampleProblem[Any]) -> _Found:
         """Return the survivors, the best one first; where the caller's start wins, as it was."""
-        own, config = self.parameters.start, self.config
-        candidates = draw_starts(own, self.parameters.low, self.parameters.high, config)
-        tournament = sample.prepare_tournament(self.normalizer, config)
+        own, config = self.problem.parameters.start, self.problem.config
+        candidates = draw_starts(
+            own, self.problem.parameters.low, self.problem.parameters.high, config
+        )
+        tournament = sample.prepare_tournament()
         rounds = []
         for number, found in enumerate(
-            tournament.rounds(self.normalizer.normalize(candidates), config), start=1
+            tournament.rounds(self.problem.normalizer.normalize(candidates), config), start=1
         ):
             rounds.append(found)
             best = float(found.losses[found.survivors[0]])
@@ -152,7 +148,7 @@ class StartFinder:
         return self.journal.step("warm-up", _WarmedUp, make)
 
     def _make_warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
-        config, sums = self.config, sample.reduce(start)
+        config, sums = self.problem.config, sample.reduce(start)
         loss = relative_loss(sums)
         is_warm = is_warm_start(loss, config)
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
@@ -161,7 +157,7 @@ class StartFinder:
         self.journal.once("beginning", partial(self.emit, began))
         summary = asdict(began)
         if not skip:
-            warmup = sample.prepare_warmup(self.normalizer, step, config)
+            warmup = sample.prepare_warmup(step)
             runs = [self._run_warmup(warmup, start, sample.variance)]
             while self._may_restart(runs, warmup):
                 state = runs[-1]
@@ -192,14 +188,14 @@ class StartFinder:
         """Whether to go on from the best point with smaller steps, after something not finite."""
         last = runs[-1]
         return (
-            self.config.validate_numerics
+            self.problem.config.validate_numerics
             and int(last.end) == WarmupEnd.NON_FINITE
             and len(runs) <= _MOST_RESTARTS
             and int(last.iteration) < int(warmup.problem.max_iterations)
         )
 
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
-        state = warmup.start(self.normalizer.normalize(start))
+        state = warmup.start(self.problem.normalizer.normalize(start))
         with self.journal.loop("iterations"):
             noted = self.journal.noted(list[NDArray[Any]])
             state = state if noted is None else unpacked(state, noted)
@@ -208,14 +204,14 @@ class StartFinder:
                 state = warmup.run(state, self._burst_end(int(before.iteration)))
                 self._report(state, before, variance)
                 self.journal.note(packed(state))
-                frequency = self.config.checkpoint_frequency
+                frequency = self.problem.config.checkpoint_frequency
                 if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()
         return state
 
     def _burst_end(self, done: int) -> int:
         """Return the iteration after which there is something to do beside iterating."""
-        config = self.config
+        config = self.problem.config
         every = (config.callback_frequency, config.checkpoint_frequency, _LONGEST_BURST)
         return min(done - done % frequency + frequency for frequency in every)
 
@@ -238,8 +234,8 @@ class StartFinder:
 
     def _original(self, normalized: Vector) -> Vector:
         """Return normalized parameters in the original space, inside the bounds."""
-        params = self.normalizer.denormalize(normalized)
-        return np.clip(params, self.parameters.low, self.parameters.high)
+        params = self.problem.normalizer.denormalize(normalized)
+        return np.clip(params, self.problem.parameters.low, self.problem.parameters.high)
 
 
 def _distinct(starts: list[Vector]) -> list[Vector]:

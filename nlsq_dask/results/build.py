@@ -13,9 +13,8 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.parameters import Parameters
-from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import Sums
-from nlsq_dask.model.model import Model
 from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.status import StopReason
@@ -32,16 +31,13 @@ _MULTISTART = (
 
 def make_result(
     outcome: Outcome,
-    model: Model,
-    parameters: Parameters,
-    blocks: RowBlocks,
+    problem: FitProblem,
     phase_history: list[dict[str, Any]],
     history: xr.Dataset,
-    loss: Loss,
-    cov_type: str,
 ) -> FitResult:
     """Make the public result, and warn where the covariance cannot be trusted."""
-    n_params = len(parameters.names)
+    parameters, blocks = problem.parameters, problem.blocks
+    n_params, counts = len(parameters.names), outcome.counts
     sums, found = outcome.sums, outcome.covariance
     active = _active_mask(outcome.params, parameters)
     gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
@@ -51,17 +47,17 @@ def make_result(
     at_bounds = _names(parameters, active != 0)
     outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
     beyond = _names(parameters, outward)
-    pcov, root = _covariance(outcome)
+    pcov, root = _covariance(outcome, problem)
     if found is not None and pcov is not None and not np.isfinite(pcov).all():
         _warn_of_covariance(undetermined, n_used, n_params)
-    if undetermined and not outcome.has_covariance:
+    if undetermined and problem.is_without_matrices:
         warn_caller(
             f"The data do not determine {_listed(undetermined)}: other values fit as well as those "
             f"that were found.",
             OptimizeWarning,
         )
     message = outcome.stop.sentence
-    if outcome.stop.may_have_started_far_off and _could_use_multistart(outcome):
+    if outcome.stop.may_have_started_far_off and _could_use_multistart(problem):
         message += _MULTISTART
     left_out = _left_out(outcome.diagnostics["left_out"], blocks)
     if left_out:
@@ -89,14 +85,14 @@ def make_result(
         grad=gradient,
         optimality=float(np.abs(np.where(outward, 0.0, gradient)).max()),
         active_mask=active,
-        nfev=outcome.n_passes,
-        njev=outcome.n_passes,
+        nfev=counts.n_passes,
+        njev=counts.n_passes,
         nit=outcome.iterations,
         pcov=pcov,
-        absolute_sigma=outcome.absolute_sigma,
-        loss=loss.name,
-        f_scale=loss.f_scale,
-        cov_type=cov_type,
+        absolute_sigma=problem.absolute_sigma,
+        loss=problem.loss.name,
+        f_scale=problem.loss.f_scale,
+        cov_type=problem.config.cov_type,
         sigma_sq=_sigma_sq(sums, n_params),
         dof=n_used - n_params,
         n_points=n_used,
@@ -109,10 +105,10 @@ def make_result(
         param_names=parameters.names,
         p0=parameters.start,
         bounds=(parameters.low, parameters.high),
-        n_passes=outcome.n_passes,
-        rows_read=outcome.rows_read,
-        bytes_read=outcome.bytes_read,
-        rows_cached=outcome.rows_cached,
+        n_passes=counts.n_passes,
+        rows_read=counts.rows_read,
+        bytes_read=counts.bytes_read,
+        rows_cached=counts.rows_cached,
         phase_history=phase_history,
         history=history,
         diagnostics={
@@ -124,8 +120,8 @@ def make_result(
             "undetermined": undetermined,
         },
         x_units=blocks.x_units,
-        sample=None if outcome.shown is None else row_sample(*outcome.shown, blocks),
-        _model=model,
+        sample=None if outcome.sample is None else row_sample(*outcome.sample, blocks),
+        _model=problem.model,
         _root=root,
         _errors=outcome.errors,
     )
@@ -146,17 +142,17 @@ def to_go_on(checkpoint: str | None) -> str:
     return f" To go on: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
-def _could_use_multistart(outcome: Outcome) -> bool:
+def _could_use_multistart(problem: FitProblem) -> bool:
     """Whether it was not used, and is possible: not without a matrix of the parameters."""
-    return outcome.has_covariance and "multistart" not in outcome.diagnostics
+    return not (problem.is_without_matrices or problem.config.enable_multistart)
 
 
-def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:
+def _covariance(outcome: Outcome, problem: FitProblem) -> tuple[Matrix | None, Matrix | None]:
     """Return pcov and its root: None for too many parameters, infinite where nothing was found.
 
     Where the model does not react to some parameters, what rounding makes of them is nothing.
     """
-    if not outcome.has_covariance:
+    if problem.is_without_matrices:
         return None, None
     if outcome.covariance is None or outcome.stop is StopReason.NO_SENSITIVITY:
         nothing = np.full((len(outcome.params),) * 2, np.inf)
