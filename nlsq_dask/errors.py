@@ -80,13 +80,6 @@ class MissingChunksWarning(DataWarning):
     """Chunks are not in their Zarr store, which gives their fill value instead."""
 
 
-class RowsChangedError(Exception):
-    """Blocks were left out in a pass whose sums would have been compared with those of another.
-
-    It stays inside the library: whoever compares makes the other sums anew.
-    """
-
-
 class FitInProgressError(RuntimeError):
     """A second fit was started on an optimizer that is still running one."""
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.block_sums import BlockSums
+from nlsq_dask.engine.block_sums import BlockSums
 
 PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")  # by number
 ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass

@@ -400,6 +400,32 @@ def test_more_iterations_than_before(tmp_path: Path) -> None:
     assert result.nit == whole.nit
 
 
+def test_what_a_checkpoint_does_not_know_counts_as_its_default(
+    saved: Path, expected: nd.FitResult, tmp_path: Path
+) -> None:
+    checkpoint, _ = load(saved)
+    for name, field in (("random_seed", "options"), ("f_scale", "arguments")):
+        del getattr(checkpoint.identity, field)[name]
+    older = tmp_path / "older"
+    older.write_bytes(checkpoint.to_bytes())
+    with pytest.raises(nd.CheckpointError, match="argument f_scale was None and is 1.0"):
+        fit(resume_from_checkpoint=older)
+    checkpoint.identity.arguments["f_scale"] = "1.0"
+    older.write_bytes(checkpoint.to_bytes())
+    assert_same(fit(resume_from_checkpoint=older), expected)
+    with pytest.raises(nd.CheckpointError, match="option random_seed was 0 and is 1"):
+        fit(resume_from_checkpoint=older, random_seed=1)
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_its_version(
+    saved: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    older.write_bytes(load(saved)[0].to_bytes().replace(b"version 2", b"version 1", 1))
+    with pytest.raises(nd.CheckpointError, match="its format has version 1; this version"):
+        fit(resume_from_checkpoint=older)
+
+
 def test_missing_paths_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; give a checkpoint"):
         fit(resume_from_checkpoint=tmp_path / "nowhere")

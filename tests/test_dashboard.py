@@ -24,8 +24,8 @@ from distributed import Client, LocalCluster, get_client
 from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
+from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
-from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
 from nlsq_dask.observers.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import dask
@@ -17,7 +18,7 @@ import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.reduction_tree import group_blocks
-from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.kernels.sums import GradientSums, NormalEquations, Sums
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows
 from nlsq_dask.rows.windows import flat_range
@@ -201,15 +202,20 @@ def test_combining_sums_is_summing() -> None:
             cost=i,
             n_used=i,
             n_bad=i % 2,
-            first_bad_block=i if i % 2 else -1,
+            largest=float(i % 3),
         )
         for i in range(4)
     ]
     total = parts[0]
     for part in parts[1:]:
         total = total.combine(part)
-    assert (total.cost, total.n_used, total.n_bad, total.first_bad_block) == (6, 6, 2, 1)
+    assert (total.cost, total.n_used, total.n_bad, total.largest) == (6, 6, 2, 2.0)
     np.testing.assert_array_equal(total.jtj, np.full((2, 2), 6))
+
+
+@pytest.mark.parametrize("kind", [NormalEquations, GradientSums])
+def test_each_field_of_sums_says_how_it_combines(kind: type[Sums]) -> None:
+    assert all(callable(field.metadata["combine"]) for field in fields(kind))
 
 
 def test_padding_costs_no_copy_where_none_is_needed() -> None:

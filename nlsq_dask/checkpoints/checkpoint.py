@@ -17,6 +17,9 @@ from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal
 
 _KIND = "checkpoint"
+# Grows where a record changes its meaning. A field that an older file does not have counts as its
+# default, and one that is no longer known is ignored.
+_VERSION = 2
 _FIT_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 T = TypeVar("T")
 
@@ -58,7 +61,7 @@ class Checkpoint:
 
     def to_bytes(self) -> bytes:
         """Return the contents of a file."""
-        return seal(_KIND, codec.encode(self))
+        return seal(_KIND, codec.encode(self), _VERSION)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Checkpoint:
@@ -70,7 +73,7 @@ class Checkpoint:
             If it is no checkpoint, of another version, or damaged.
         """
         try:
-            body = unseal(_KIND, data)
+            body = unseal(_KIND, data, _VERSION)
         except RecordError as error:
             raise CheckpointError(str(error)) from error
         found = decode(body, cls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -89,10 +89,12 @@ class Identity:
         CheckpointError
             If it is another fit, saying what differs.
         """
+        # An argument or option that is newer than the checkpoint counts as its default.
+        options = {o.name: _text(_default(o)) for o in fields(HybridStreamingConfig)}
         differences = [
             *_differences("data", self.data, now.data),
-            *_differences("argument", self.arguments, now.arguments),
-            *_differences("option", self.options, now.options),
+            *_differences("argument", self.arguments, now.arguments, unknown=repr(None)),
+            *_differences("option", {**options, **self.options}, {**options, **now.options}),
         ]
         traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in TRACED_BY)
         if traced_alike and self.model != now.model:
@@ -108,9 +110,15 @@ class Identity:
         ]
 
 
-def _differences(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterable[str]:
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def _differences(
+    what: str, then: Mapping[str, str], now: Mapping[str, str], unknown: str = "not given"
+) -> Iterable[str]:
     for name in sorted({*then, *now}):
-        one, other = then.get(name, "not given"), now.get(name, "not given")
+        one, other = then.get(name, unknown), now.get(name, unknown)
         if one != other:
             yield f"{what} {name} was {one} and is {other}"
 

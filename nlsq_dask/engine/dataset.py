@@ -25,9 +25,7 @@ from nlsq_dask.engine.tasks import (
     PassRequest,
     PassResult,
     S,
-    Sample,
     combine,
-    join_samples,
     not_finite,
     reduce_group,
     sample_block,
@@ -35,6 +33,7 @@ from nlsq_dask.engine.tasks import (
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.sums import Sums
 
 _MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
 
@@ -244,7 +243,7 @@ class DataSet:
         seed: int,
         left_out: frozenset[int] = frozenset(),
         watch: Watch = lambda parts: None,
-    ) -> Sample:
+    ) -> PassResult[Sums]:
         """Read a few blocks and take rows from each, as if those left out were not there.
 
         ``watch`` may raise to end that, as in ``reduce``.
@@ -260,9 +259,9 @@ class DataSet:
                 graph.task("sample", i, sample_block, reader, plan, i, inputs=reader.inputs)
                 for i, reader in enumerate(readers)
             ]
-            return graph.of_one(graph.task("sample-join", 0, join_samples, *leaves))
+            return graph.of_one(graph.task("sample-join", 0, combine, *leaves))
 
-        sample: Sample = self._attempted(tree, _one_part(), watch)
+        sample: PassResult[Sums] = self._attempted(tree, _one_part(), watch)
         return sample
 
     def _block_error(self, fault: Fault) -> BlockReadError:

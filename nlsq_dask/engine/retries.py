@@ -232,33 +232,26 @@ class BadBlock:
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What went wrong while blocks were read.
+    """What was read, and what went wrong with it."""
 
-    Attributes
-    ----------
-    lost : dict of int to Fault
-        Blocks that could not be read, by flat index.
-    retries : dict of key to int
-        How often steps were tried again.
-    """
-
-    lost: dict[int, Fault] = field(default_factory=dict)
-    retries: dict[Key, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, index: int, fault: Fault | None, retries: dict[Key, int]) -> ReadReport:
-        """Return that of one block."""
-        return cls({} if fault is None else {index: fault}, retries)
+    rows_read: int = 0
+    bytes_read: int = 0
+    rows_cached: int = 0  # in a worker's memory from an earlier pass
+    n_blocks: int = 0  # read, not cached
+    lost: dict[int, Fault] = field(default_factory=dict)  # blocks not read, by flat index
+    retries: dict[Key, int] = field(default_factory=dict)  # by step
 
     @classmethod
     def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
         """Return what all of them say; what several groups have waited for counts once."""
-        wrong = [report for report in reports if report.lost or report.retries]
-        if len(wrong) <= 1:
-            return wrong[0] if wrong else cls()
+        reports = list(reports)
         return cls(
-            {index: fault for report in wrong for index, fault in report.lost.items()},
-            {key: count for report in wrong for key, count in report.retries.items()},
+            sum(report.rows_read for report in reports),
+            sum(report.bytes_read for report in reports),
+            sum(report.rows_cached for report in reports),
+            sum(report.n_blocks for report in reports),
+            {index: fault for report in reports for index, fault in report.lost.items()},
+            {key: count for report in reports for key, count in report.retries.items()},
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Generic, TypeVar
 
@@ -11,32 +11,13 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.sampling import SamplePlan, thin_out
 from nlsq_dask.engine.block_group import Group, Kept
+from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
 from nlsq_dask.kernels.kernel import RowKernel
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Rows
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows taken from a few blocks, and what it took to read them.
-
-    Attributes
-    ----------
-    rows : Rows or None
-        None if no block could be read.
-    rows_read, bytes_read : int
-    n_blocks : int
-    reading : ReadReport
-    """
-
-    rows: Rows | None
-    rows_read: int
-    bytes_read: int
-    n_blocks: int
-    reading: ReadReport
 
 
 @dataclass(frozen=True)
@@ -74,19 +55,13 @@ S = TypeVar("S", bound=Sums)
 
 @dataclass(frozen=True)
 class PassResult(Generic[S]):
-    """What a pass, or a part of one, brings back.
+    """What a pass, or a part of one, brings back."""
 
-    Attributes
-    ----------
-    sums : Sums or None
-        None if no block could be read.
-    sample : Rows or None
-    reading : ReadReport
-    """
-
-    sums: S | None
-    sample: Rows | None
+    sums: S | None  # None if no block could be read, or nothing was to be summed
+    rows: Rows | None
     reading: ReadReport
+    blocks: BlockSums | None = None  # of each block by itself
+    first_bad_block: int | None = None  # flat index of the first with a row that is not finite
 
 
 def reduce_group(
@@ -94,8 +69,7 @@ def reduce_group(
 ) -> PassResult[S]:
     """Sum over the blocks of a group, read now or kept from an earlier pass."""
     blocks = group.blocks(inputs, request.left_out, kernel.placed)
-    parts = (_reduce_block(kernel, request, *block) for block in blocks)
-    return reduce(combine, parts)
+    return combine(*(_reduce_block(kernel, request, *block) for block in blocks))
 
 
 def _reduce_block(
@@ -105,51 +79,56 @@ def _reduce_block(
     rows: Kept | None,
     read: ReadBlock | None,
 ) -> PassResult[S]:
+    report = _report(read, rows)
     if rows is None:
-        return PassResult(None, None, _report(read))
+        return PassResult(None, None, report)
     further = {} if request.directions is None else {"directions": request.directions}
     sums = kernel(
         rows,
         request.params,
-        index,
         candidates=request.candidates,
         wants_moments=request.is_first,
         **further,
     )
     block = rows if read is None else read.block
-    if read is None:
-        sums = replace(sums, rows_cached=len(rows))
-    elif read.block is not None:
-        sums = replace(sums, rows_read=len(read.block), bytes_read=read.block.nbytes)
     taken = thin_out(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
-    return PassResult(sums, sample, _report(read))
+    measured = BlockSums.of(index, sums.chi2, sums.n_used, sums.largest)
+    return PassResult(sums, sample, report, measured, index if sums.n_bad else None)
 
 
-def _report(read: ReadBlock | None) -> ReadReport:
-    """Return what went wrong while a block was read; None stands for one that was there."""
-    return ReadReport() if read is None else ReadReport.of(read.index, read.fault, read.retries)
+def _report(read: ReadBlock | None, rows: Kept | None) -> ReadReport:
+    """Return how a block was read; None stands for one that was in memory."""
+    if read is None:
+        return ReadReport(rows_cached=0 if rows is None else len(rows))
+    if read.block is None:
+        lost = {} if read.fault is None else {read.index: read.fault}
+        return ReadReport(lost=lost, retries=read.retries)
+    return ReadReport(len(read.block), read.block.nbytes, 0, 1, retries=read.retries)
 
 
 def combine(*parts: PassResult[S]) -> PassResult[S]:
     """Combine parts of a pass, in the order of their rows."""
     sums = [part.sums for part in parts if part.sums is not None]
-    rows = [part.sample for part in parts if part.sample is not None]
+    rows = [part.rows for part in parts if part.rows is not None]
+    blocks = [part.blocks for part in parts if part.blocks is not None]
+    bad = [part.first_bad_block for part in parts if part.first_bad_block is not None]
     return PassResult(
         reduce(lambda one, other: one.combine(other), sums) if sums else None,
         Rows.concatenate(rows) if rows else None,
         ReadReport.joined(part.reading for part in parts),
+        BlockSums.joined(blocks) if blocks else None,
+        min(bad, default=None),
     )
 
 
-def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> Sample:
+def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> PassResult[Sums]:
     """Read the i-th block of a plan and take its rows."""
     (read,) = reader.read(inputs)
-    block, report = read.block, _report(read)
-    if block is None:
-        return Sample(None, 0, 0, 0, report)
-    return Sample(block.take(plan.rows_of(i, len(block))), len(block), block.nbytes, 1, report)
+    block = read.block
+    rows = None if block is None else block.take(plan.rows_of(i, len(block)))
+    return PassResult(None, rows, _report(read, block))
 
 
 def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
@@ -169,15 +148,3 @@ def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | 
             position = np.unravel_index(int(bad.argmax()), bad.shape)
             return i, tuple(map(int, position)), array.shape
     return None
-
-
-def join_samples(*parts: Sample) -> Sample:
-    """Put the rows of several blocks together, in their order."""
-    rows = [part.rows for part in parts if part.rows is not None]
-    return Sample(
-        Rows.concatenate(rows) if rows else None,
-        sum(part.rows_read for part in parts),
-        sum(part.bytes_read for part in parts),
-        sum(part.n_blocks for part in parts),
-        ReadReport.joined(part.reading for part in parts),
-    )

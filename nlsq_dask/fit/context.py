@@ -10,7 +10,6 @@ from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.starts import StartFinder
-from nlsq_dask.status import StopReason
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,3 @@ class FitContext:
     journal: Journal
     piece_rows: int  # that a kernel is given at once
     platforms: tuple[str, ...]  # of the workers
-
-
-def may_go_on(stop: StopReason | None, iteration: int, max_iterations: int) -> bool:
-    """Whether a solve that had ended for this reason goes on when the fit is resumed."""
-    if stop is StopReason.ITERATION_LIMIT:
-        return iteration < max_iterations
-    return stop is StopReason.USER_STOP

@@ -1,4 +1,4 @@
-"""Phases 2 and 3 with matrices: Gauss-Newton in a trust region, and the covariance."""
+"""``DenseFit``: Gauss-Newton in a trust region and the covariance, with matrices of parameters."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.events import ALL_ROWS, SampleSolved
-from nlsq_dask.fit.context import FitContext, may_go_on
+from nlsq_dask.events import SampleSolved
+from nlsq_dask.fit.context import FitContext
+from nlsq_dask.fit.full_fit import FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import SampleSolver, first_product, solve
-from nlsq_dask.fit.outcome import Outcome
-from nlsq_dask.fit.passes import RowsInUse
+from nlsq_dask.fit.loop import SampleSolver, first_product
+from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
 from nlsq_dask.kernels.dense_loops import Product
 from nlsq_dask.kernels.in_memory import NormalRowSums
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.rows import Rows
-from nlsq_dask.solvers import gauss_newton as gn
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
+from nlsq_dask.solvers.gauss_newton import GaussNewton, State
+from nlsq_dask.solvers.gauss_newton import start as begin
 from nlsq_dask.solvers.point import Settings
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import StopReason
@@ -42,37 +44,19 @@ class _OnSample:
     product: Product
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """The state of the solve over all rows.
+class DenseFit(FullFit[State, NormalEquations]):
+    """Phases 2 and 3 of a fit whose step is solved with matrices of its parameters."""
 
-    With the trial whose sums are wanted next, and the rows that its sums are over.
-    """
-
-    state: gn.State
-    trial: gn.Trial | None
-    rows: RowsInUse
-
-
-class DenseFit:
-    """Phases 2 and 3 of a fit whose step is solved with matrices of its parameters.
-
-    Parameters
-    ----------
-    context : FitContext
-
-    Attributes
-    ----------
-    context : FitContext
-    """
+    state_type = State
 
     def __init__(self, context: FitContext) -> None:
-        self.context = context
-        problem = self._problem = context.problem
+        super().__init__(context)
+        problem = self.problem
         config, parameters = problem.config, problem.parameters
         trace = partial(NormalEquationsKernel.trace, piece_rows=context.piece_rows)
         kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
-        self._kernel = replace(kernel, uses_all_devices=config.enable_multi_device)
+        kernel = replace(kernel, uses_all_devices=config.enable_multi_device)
+        self._kernels = {kernel.product: kernel}
         self._sample_kernel = trace(problem.exact_model, loss=problem.loss)
         self._settings = Settings(
             low=parameters.low,
@@ -87,223 +71,122 @@ class DenseFit:
             recovers=config.validate_numerics,
         )
         self._sample_solver = SampleSolver.of(self._settings, config)
-        self._state: gn.State | None = None
+        self._first_product = first_product(config)
 
-    @property
-    def kernel(self) -> NormalEquationsKernel:
-        """The kernel for all rows."""
-        return self._kernel
+    def kernel(self, request: Request) -> NormalEquationsKernel:
+        """Return the kernel that makes what is asked for of all rows."""
+        product = request.product
+        if product not in self._kernels:
+            known = next(iter(self._kernels.values()))
+            self._kernels[product] = known.making(product, self.problem.model)
+        return self._kernels[product]
 
     def sum_rows(self, rows: Rows, y_reference: float) -> NormalRowSums:
         """Return the sums over rows in memory."""
         kernel = replace(self._sample_kernel, y_reference=y_reference)
-        return NormalRowSums(self._problem.exact_model, kernel, rows, self._problem.penalty)
-
-    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Outcome:
-        """Converge on the sample, then over all rows."""
-        start = self._solve_on_sample(sample, starts, details)
-        state = self._begun(sample, start)
-        return self._solve_on_all_rows(state, sample, details)
-
-    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Outcome:
-        """Go on from the solution, because there are fewer rows now than it was found with."""
-        state = self._state
-        assert state is not None
-        assert state.solution is not None
-        sums = self.context.passes.reduce_anew(self._kernel, state.solution)
-        begun = gn.resumed(state, sums, state.solution)
-        if state.stop is StopReason.USER_STOP:
-            begun = replace(begun, stop=state.stop, solution=state.solution)
-        return self._solve_on_all_rows(begun, sample, details)
+        return NormalRowSums(self.problem.exact_model, kernel, rows, self.problem.penalty)
 
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        """Converge on the sample; return its solution, or the best start if it has none."""
         if not sample.is_informative:
             return starts[0]
-
-        def find() -> _OnSample:
-            return self._find_on_sample(sample, starts)
-
+        find = partial(self._find_on_sample, sample, starts)
         found = self.context.journal.step("solution of the sample", _OnSample, find)
         sample.reduce.make(found.product)
         details["sample_iterations"] = found.iterations
         return found.params
 
     def _find_on_sample(self, sample: Sample, starts: list[Vector]) -> _OnSample:
-        solver = self._sample_solver
-        watched = partial(self._watched, stage="sample")
-        start = solver.best_start(sample.reduce_few, starts, watched)
-        state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
+        solver, races = self._sample_solver, self._reporting("sample", are_iterations=False)
+        start = solver.best_start(sample.reduce_few, starts, races)
+        state = solver.solve(sample.reduce, start, self._reporting("sample"))
         product = sample.reduce.kernel.product
         if state.stop is StopReason.NON_FINITE_START:
             return _OnSample(start, state.iteration, product)
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
-        self.context.emit(SampleSolved(state.iteration, state.point.sums.mean_square))
+        self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
         return _OnSample(state.solution, state.iteration, product)
 
-    def _begun(self, sample: Sample, start: Vector) -> gn.State:
-        """Choose the kernel for all rows, and make the first pass."""
-        is_exact = self._problem.is_exact
-        factors = self._kernel.factors if is_exact else sample.reduce.factors(start)
-        kernel = replace(self._kernel, y_reference=sample.y_reference, factors=factors)
-        product = sample.reduce.kernel.product if is_exact else first_product(self._problem.config)
-        self._kernel = kernel.making(product, self._problem.model)
-        return gn.start(*self._first_pass(sample, start), self._settings)
+    def _prepare(self, sample: Sample, start: Vector) -> None:
+        known = next(iter(self._kernels.values()))
+        factors = known.factors
+        if self.problem.is_exact:
+            self._first_product = sample.reduce.kernel.product
+        else:
+            factors = sample.reduce.factors(start)
+        kernel = replace(known, y_reference=sample.y_reference, factors=factors)
+        self._kernels = {kernel.product: kernel}
 
-    def _solve_on_all_rows(
-        self, state: gn.State, sample: Sample, details: dict[str, Any]
-    ) -> Outcome:
-        """Converge over all rows, a pass a trial; the sample, renewed, forecasts the trials."""
-        passes = self.context.passes
-        may_change = self._problem.config.gauss_newton_solver == "auto" and self._problem.is_exact
+    def _first_request(self, params: Vector) -> Request:
+        return Request(params, product=self._first_product, is_fresh=True)
 
-        def reduce(state: gn.State, trial: gn.Trial) -> NormalEquations:
-            return passes.reduce(self._kernel, trial.params, gn.candidates(state, trial))
-
-        def reduce_anew(params: Vector) -> NormalEquations:
-            return passes.reduce_anew(self._kernel, params)
-
-        def reduce_by_qr(params: Vector) -> NormalEquations:
-            self._kernel = self._kernel.making(Product.TRIANGLE, self._problem.model)
-            return reduce_anew(params)
-
-        journal = self.context.journal
-        with journal.loop("all rows"):
-            ahead, trial = journal.noted(_Ahead), None
-            if ahead is not None:
-                passes.rows_in_use = ahead.rows
-                state, trial = self._gone_on_with(ahead.state), ahead.trial
-            state = solve(
-                state,
-                lambda state: forecast(state, sample.reduce) or gn.propose(state),
-                reduce,
-                reduce_by_qr if may_change else None,
-                partial(self._judged, stage=ALL_ROWS),
-                reduce_anew,
-                self._remember,
-                trial,
-            )
-        self._state = state
-        assert state.stop is not None
-        assert state.solution is not None
-        details |= {
-            "iterations": state.iteration,
-            "passes": passes.counts.n_passes,
-            "reason": state.stop.name.lower(),
-            "solver": "qr" if self._kernel.product.is_factorized else "normal",
-        }
-        point = state.point
-        return Outcome(state.solution, state.stop, point.sums, point.params, state.iteration)
-
-    def _remember(self, state: gn.State, trial: gn.Trial | None) -> None:
-        self._state = state
-        self.context.journal.note(_Ahead(state, trial, self.context.passes.rows_in_use))
-
-    def _gone_on_with(self, state: gn.State) -> gn.State:
-        """Go on with a state that may have been made by another process, for less iterations."""
-        if state.point.sums.triangle is not None:
-            self._kernel = self._kernel.making(Product.TRIANGLE, self._problem.model)
-        state = replace(state, point=replace(state.point, settings=self._settings))
-        if may_go_on(state.stop, state.iteration, self._settings.max_iterations):
-            return replace(state, stop=None, solution=None)
-        return state
-
-    def so_far(self, stop: StopReason) -> Outcome | None:
-        """Return the accepted point of the solve over all rows, as its end; None before it."""
-        if self._state is None or not self._state.point.sums.is_finite:
-            return None
-        point = self._state.point
-        self._state = replace(self._state, stop=stop, solution=point.params, carried_jtj=None)
-        return Outcome(point.params, stop, point.sums, point.params, self._state.iteration)
-
-    def _first_pass(self, sample: Sample, start: Vector) -> tuple[Vector, NormalEquations]:
-        """Return a start for all rows with its sums: the sample's solution, or a better one.
-
-        The rows that the pass brings back are from all blocks. Where the first sample was not like
-        them, because all rows fit its solution worse than it did by more than chance explains, the
-        fit starts once more on the new one; that costs a pass if it leads to a better point.
-        """
-        most, chance = sample.most_expected(start), sample.chance
-        sums, rows = self.context.passes.first(
-            self._kernel,
-            start,
-            self._problem.sample_rows,
-            self._problem.config.random_seed,
+    def _make_solver(self, sample: Sample, sums: NormalEquations) -> GaussNewton:
+        is_auto = self.problem.config.gauss_newton_solver == "auto"
+        return GaussNewton(
+            self._settings,
+            self._first_product,
+            may_factorize=is_auto and self.problem.is_exact,
+            forecast=lambda state: forecast(state, sample.reduce),
         )
-        if rows is not None:
-            sample.exchange(rows)
-        if sums.is_finite and not sums.variance(0) > most:
-            return start, sums
-        again = self._solve_on_sample(sample, self.context.start_finder.find(sample, {}), {})
-        state = gn.start(start, sums, self._settings)
+
+    def _better_start(
+        self,
+        sample: Sample,
+        start: Vector,
+        first: Reduced[NormalEquations],
+        starts: list[Vector],
+        chance: float,
+    ) -> tuple[Vector, Reduced[NormalEquations]]:
+        """Start once more on the new sample; a pass decides where that leads to a better point."""
+        found = self.context.start_finder.find(sample, {})
+        again = self._solve_on_sample(sample, found, {})
+        state = begin(start, first.sums, self._settings)
         ahead = None if state.stop is not None else forecast(state, sample.reduce)
         reached = sample.reduce(start if ahead is None else ahead.params)
         there = sample.reduce(again)
         if not there.is_finite:
-            again = self._problem.parameters.start
+            again = self.problem.parameters.start
             there = sample.reduce(again)
         if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
-            return start, sums
-        other, sums = self.context.passes.reduce_beside(self._kernel, again, (start, sums))
-        if other.is_finite and not (sums.is_finite and sums.cost <= other.cost):
+            return start, first
+        kernel = self.kernel(self._first_request(again))
+        other, first = self.context.passes.run_beside(kernel, again, start, first)
+        if other.sums.is_finite and not (
+            first.sums.is_finite and first.sums.cost <= other.sums.cost
+        ):
             return again, other
-        return start, sums
+        return start, first
+
+    def _describe(self, state: State) -> dict[str, Any]:
+        return {"solver": "qr" if state.product.is_factorized else "normal"}
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
         """Return the covariance at the solution, or None where nothing is finite.
 
         Also None where it takes a pass which may not be made.
         """
-        state = self._state
-        if state is None or not state.point.sums.is_finite:
+        state, cov_type = self._state, self.problem.config.cov_type
+        if state is None or not state.sums.is_finite:
             return None
-        if self._problem.config.cov_type != "nonrobust" and not may_pass:
+        is_classical = cov_type == "nonrobust"
+        if not (is_classical or may_pass):
             return None
         sums, epsilon = state.sums_at_solution, self._settings.epsilon
-        cov_type = self._problem.config.cov_type
         details["cov_type"] = cov_type
-        is_classical = cov_type == "nonrobust"
-        absolute_sigma = self._problem.absolute_sigma or not is_classical
+        absolute_sigma = self.problem.absolute_sigma or not is_classical
         found = covariance(sums, absolute_sigma, epsilon)
         if not is_classical and np.isfinite(found.root).all():
-            assert state.solution is not None
-            kernel = self._kernel.making(Product.SCORES, self._problem.model)
-            scores = self.context.passes.scores(kernel, state.solution)
-            found = sandwich(found, scores, sums.n_used, cov_type)
+            found = sandwich(found, self._scores(state), sums.n_used, cov_type)
         details["condition_number"] = found.condition_number
         return found
 
-    def errors(self, details: dict[str, Any]) -> None:
-        """Say that the standard errors are those of the covariance."""
-
-    def _watched(
-        self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
-    ) -> gn.State:
-        """Judge a trial and report it if it is not finite."""
-        if not sums.is_finite:
-            self.context.iterations.report_non_finite(stage, trial.params, sums.n_nonfinite)
-        return gn.judge(state, trial, sums)
-
-    def _judged(
-        self, state: gn.State, trial: gn.Trial, sums: NormalEquations, stage: str
-    ) -> gn.State:
-        """Judge a trial and report it; the callback may end the solve."""
-        scales = self._problem.normalizer.scales
-        step_norm = float(np.linalg.norm((trial.params - state.point.params) / scales))
-        state = self._watched(state, trial, sums, stage)
-        point = state.point
-        if self.context.iterations.report(
-            stage,
-            point.params,
-            point.sums.mean_square,
-            point.sums.relative_slope(scales),
-            step_norm,
-            state.radius,
-            accepted=point.params is trial.params,
-        ):
-            state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
-        return state
+    def _scores(self, state: State) -> NDArray[np.float64]:
+        """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
+        assert state.solution is not None
+        request = Request(state.solution, product=Product.SCORES)
+        sums = self.context.passes.run(self.kernel(request), request, is_penalized=False).sums
+        assert sums.triangle is not None
+        return sums.triangle[:, : len(state.solution)]

@@ -19,19 +19,21 @@ import numpy as np
 
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.dataset import DataSet
-from nlsq_dask.errors import CheckpointError, RowsChangedError
+from nlsq_dask.errors import CheckpointError
 from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.fit.context import FitContext
 from nlsq_dask.fit.dense import DenseFit
+from nlsq_dask.fit.full_fit import FullFit
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
-from nlsq_dask.fit.matrix_free import GradientFit
+from nlsq_dask.fit.matrix_free import MatrixFreeFit
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
-from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
+from nlsq_dask.kernels.kernel import piece_rows_for
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.status import StopReason
 
@@ -104,19 +106,19 @@ class Driver:
 
     def _with_errors(
         self,
-        fit: DenseFit | GradientFit,
+        fit: FullFit[Any, Any],
         sample: SampleProblem[Any],
         outcome: Outcome,
         details: dict[str, Any],
     ) -> Outcome:
         while True:
-            try:
-                covariance, errors = fit.covariance(details), fit.errors(details)
+            before = self._passes.n_left_out
+            covariance, errors = fit.covariance(details), fit.errors(details)
+            if self._passes.n_left_out == before:
                 return replace(outcome, covariance=covariance, errors=errors)
-            except RowsChangedError:  # in a pass of this phase
-                outcome = fit.solve_again(sample, details)
+            outcome = fit.solve_again(sample, details)
 
-    def _so_far(self, fit: DenseFit | GradientFit, reason: StopReason) -> Outcome:
+    def _so_far(self, fit: FullFit[Any, Any], reason: StopReason) -> Outcome:
         """Return what is known where a fit is interrupted."""
         outcome = fit.so_far(reason)
         if outcome is None:
@@ -124,7 +126,7 @@ class Driver:
             return Outcome(self._problem.parameters.start if latest is None else latest, reason)
         return replace(outcome, covariance=fit.covariance({}, may_pass=False))
 
-    def _prepared(self, details: dict[str, Any]) -> DenseFit | GradientFit:
+    def _prepared(self, details: dict[str, Any]) -> FullFit[Any, Any]:
         """Trace the kernels, which depend on the number of parameters."""
         problem = self._problem
         details["strategy"] = problem.normalizer.strategy
@@ -142,11 +144,9 @@ class Driver:
             ),
             platforms=details["platforms"],
         )
-        return GradientFit(context) if problem.is_without_matrices else DenseFit(context)
+        return MatrixFreeFit(context) if problem.is_without_matrices else DenseFit(context)
 
-    def _read_sample(
-        self, fit: DenseFit | GradientFit, details: dict[str, Any]
-    ) -> SampleProblem[Any]:
+    def _read_sample(self, fit: FullFit[Any, Any], details: dict[str, Any]) -> SampleProblem[Any]:
         problem = self._problem
         rows, n_blocks = self._passes.sample(problem.sample_rows, problem.config.random_seed)
         details["sample"] = {"rows": len(rows), "blocks": n_blocks}
@@ -154,10 +154,9 @@ class Driver:
         sample: SampleProblem[Any] = SampleProblem(problem, fit.sum_rows, rows)
         self._sample = sample
         if self._passes.must_report(sample.at_start):
-            kernel: RowKernel[Any] = fit.kernel
-            self._passes.reduce_anew(
-                kernel, problem.parameters.start
-            )  # counts all bad rows, and raises
+            # Counts all bad rows, and raises.
+            request = Request(problem.parameters.start, is_fresh=True)
+            self._passes.run(fit.kernel(request), request)
         if self._journal.is_kept:
             self._compare(sample)
         return sample

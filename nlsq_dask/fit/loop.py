@@ -1,25 +1,30 @@
-"""The loop of phase 2, over whichever rows, with the sums that their condition number asks for."""
+"""``iterate``: the loop of phase 2, for any solver and any rows; and dense solves of the sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.errors import RowsChangedError
 from nlsq_dask.kernels.dense_loops import Product
 from nlsq_dask.kernels.in_memory import NormalRowSums
-from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.solvers import gauss_newton as gn
+from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.sums import NormalEquations, Sums
+from nlsq_dask.solvers.gauss_newton import GaussNewton, State
 from nlsq_dask.solvers.point import Point, Settings
+from nlsq_dask.solvers.solver import Solver, SolverState
 from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
-Judge = Callable[[gn.State, gn.Trial, NormalEquations], gn.State]
+S = TypeVar("S", bound=Sums)
+T = TypeVar("T", bound=SolverState[Any])
+
+# Told of the sums at a request, and of the states before and after; returns whether to stop.
+Report = Callable[[Request, Sums, SolverState[Sums], SolverState[Sums]], bool]
 
 MORE_ITERATIONS = 10  # times those over all rows, because they cost no reading
 # How far, in normalized parameters, the sample may take what it does not determine.
@@ -42,57 +47,36 @@ def first_product(config: HybridStreamingConfig) -> Product:
     return Product.TRIANGLE if config.gauss_newton_solver == "qr" else Product.GRAM
 
 
-def solve(
-    state: gn.State,
-    propose: Callable[[gn.State], gn.Trial],
-    reduce: Callable[[gn.State, gn.Trial], NormalEquations],
-    reduce_by_qr: Callable[[Vector], NormalEquations] | None,
-    judge: Judge,
-    reduce_anew: Callable[[Vector], NormalEquations] | None = None,
-    remember: Callable[[gn.State, gn.Trial | None], None] = lambda state, trial: None,
-    trial: gn.Trial | None = None,
-) -> gn.State:
-    """Iterate until the state says to stop.
+def iterate(
+    solver: Solver[T, S],
+    state: T,
+    evaluate: Callable[[Request], S | None],
+    report: Report,
+    remember: Callable[[T], None] = lambda state: None,
+) -> T:
+    """Ask and tell until the state says to stop.
 
     Parameters
     ----------
-    state : State
-    propose : callable
-        Returns the next trial.
-    reduce : callable
-        Sums at the trial.
-    reduce_by_qr : callable or None
-        Sums at given parameters by QR factorizations, which ``reduce`` makes from then on. Called
-        where J^T J loses too many digits; None if that is not wanted.
-    judge : callable
-        ``gauss_newton.judge``, or one that reports, too.
-    reduce_anew : callable, optional
-        Sums at given parameters, over the rows that are left if ``reduce`` has said that these are
-        no longer the same.
+    solver : Solver
+    state : SolverState
+    evaluate : callable
+        Returns the sums at a request, None if they are over other rows than those of the state.
+    report : callable
     remember : callable
-        Told of every new state, and of the trial whose sums are wanted next, if there is one.
-    trial : Trial, optional
-        That was proposed from ``state`` already.
+        Receives every new state.
     """
-    while True:
-        if trial is None:
-            if reduce_by_qr is not None and gn.loses_digits(state):
-                state = gn.resumed(state, reduce_by_qr(state.point.params))
-            if state.stop is not None:
-                return state
-            trial = propose(state)
-            state = gn.take_last_step(state, trial)
-            if state.stop is not None:
-                remember(state, None)
-                return state
-            remember(state, trial)
-        try:
-            state = judge(state, trial, reduce(state, trial))
-        except RowsChangedError:
-            assert reduce_anew is not None
-            state = gn.resumed(state, reduce_anew(state.point.params))
-        trial = None
-        remember(state, trial)
+    while state.stop is None:
+        request = solver.ask(state)
+        sums = evaluate(request)
+        if sums is None:
+            state = solver.restart(state, state.params)
+        else:
+            before, state = state, solver.tell(state, sums)
+            if report(request, sums, before, state):
+                state = solver.end(state, StopReason.USER_STOP)
+        remember(state)
+    return state
 
 
 @dataclass(frozen=True)
@@ -124,46 +108,39 @@ class SampleSolver:
         self,
         sums: NormalRowSums,
         start: Vector,
-        judge: Judge = gn.judge,
+        report: Report,
         anchor_length: float = _ANCHOR_LENGTH,
-    ) -> gn.State:
+    ) -> State:
         """Converge from a start; ``sums`` are left as the solution's condition number asks for.
 
         The rows may say nothing of some parameters (a peak that they missed). A weak pull towards
         the start keeps those in place, and moves the others by far less than their errors.
         """
-        sums.make(first_product(self.config))
+        product = first_product(self.config)
+        solver = GaussNewton(self.settings, product, self.config.gauss_newton_solver == "auto")
+        sums.make(product)
         if not sums(start).is_finite:
-            return gn.start(start, sums(start), self.settings)
+            return solver.init(start, sums(start))
         pull = _Pull(start, _variance(sums(start)), anchor_length * self.settings.sizes)
 
-        def reduce(params: Vector) -> NormalEquations:
-            return pull.added_to(sums(params), params)
-
-        def reduce_by_qr(params: Vector) -> NormalEquations:
-            sums.make(Product.TRIANGLE)
-            return reduce(params)
+        def evaluate(request: Request) -> NormalEquations:
+            sums.make(request.product)
+            return pull.added_to(sums(request.params), request.params)
 
         params = start
         while True:
-            state = solve(
-                gn.start(params, reduce(params), self.settings),
-                gn.propose,
-                lambda state, trial: reduce(trial.params),
-                reduce_by_qr if self.config.gauss_newton_solver == "auto" else None,
-                judge,
-            )
+            begun = solver.init(params, evaluate(Request(params, product=product)))
+            state = iterate(solver, begun, evaluate, report)
             assert state.solution is not None
-            params = state.solution
+            params, product = state.solution, state.product
+            solver = replace(solver, product=product)
             if state.stop in _NO_FURTHER or not pull.relaxed(_variance(sums(params))):
                 break
         if not state.point.is_ill_conditioned:
             sums.make(first_product(self.config))
         return state
 
-    def best_start(
-        self, sums: NormalRowSums, starts: list[Vector], judge: Judge = gn.judge
-    ) -> Vector:
+    def best_start(self, sums: NormalRowSums, starts: list[Vector], report: Report) -> Vector:
         """Return where the best of some starts leads to, the first of those that are equally good.
 
         A warm-up may end in a valley that Gauss-Newton would not have entered from the start, and
@@ -172,21 +149,21 @@ class SampleSolver:
         """
         tol = max(self.settings.tol, _RACE_TOL)
         rough = replace(self, settings=replace(self.settings, tol=tol))
-        best, least = rough._race(sums, starts, _ANCHOR_LENGTH, judge)
+        best, least = rough._race(sums, starts, _ANCHOR_LENGTH, report)
         n_used, n_params = max(sums(best).n_used, 1), len(best)
         if np.isfinite(least) and Point.of(best, sums(best), self.settings).measure > _PULLED:
-            races = (rough._race(sums, starts, length, judge) for length in _FREE_LENGTHS)
+            races = (rough._race(sums, starts, length, report) for length in _FREE_LENGTHS)
             other, cost = min(races, key=lambda race: race[1])
             if cost * (1.0 + _CHANCE * n_params / n_used) < least:
                 return other
         return best
 
     def _race(
-        self, sums: NormalRowSums, starts: list[Vector], anchor_length: float, judge: Judge
+        self, sums: NormalRowSums, starts: list[Vector], anchor_length: float, report: Report
     ) -> tuple[Vector, float]:
         ends, costs = [], []
         for start in starts:
-            solution = self.solve(sums, start, judge, anchor_length).solution
+            solution = self.solve(sums, start, report, anchor_length).solution
             end = start if solution is None else solution
             found = sums(end)
             ends.append(end)

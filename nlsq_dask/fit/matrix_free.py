@@ -1,4 +1,4 @@
-"""Phase 2 for many parameters: Gauss-Newton by conjugate gradients, and errors by probing."""
+"""``MatrixFreeFit``: Gauss-Newton by conjugate gradients, and errors by probing."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
-from nlsq_dask.errors import RowsChangedError, warn_caller
-from nlsq_dask.events import ALL_ROWS, SampleSolved
-from nlsq_dask.fit.context import FitContext, may_go_on
+from nlsq_dask.errors import warn_caller
+from nlsq_dask.events import SampleSolved
+from nlsq_dask.fit.context import FitContext
+from nlsq_dask.fit.full_fit import FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import MORE_ITERATIONS
-from nlsq_dask.fit.outcome import Outcome
-from nlsq_dask.fit.passes import RowsInUse
+from nlsq_dask.fit.loop import MORE_ITERATIONS, iterate
+from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.gradient_kernel import GradientKernel
 from nlsq_dask.kernels.in_memory import GradientRowSums
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers import newton_cg as cg
 from nlsq_dask.solvers.conjugate_gradients import LOST, solved_together
-from nlsq_dask.solvers.preconditioners import DiagonalPreconditioner, SamplePreconditioner, filled
+from nlsq_dask.solvers.preconditioners import (
+    DiagonalPreconditioner,
+    SamplePreconditioner,
+    filled,
+)
 from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
 from nlsq_dask.status import StopReason
 
@@ -47,174 +52,78 @@ class _OnSample:
     n_products: int
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """The state of the solve over all rows, and the rows that they are."""
+class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
+    """Phases 2 and 3 of a fit of so many parameters that nothing may be a matrix of them."""
 
-    state: cg.CgState
-    rows: RowsInUse
-
-
-class GradientFit:
-    """Phases 2 and 3 of a fit of so many parameters that nothing may be a matrix of them.
-
-    Parameters
-    ----------
-    context : FitContext
-
-    Attributes
-    ----------
-    context : FitContext
-    """
+    state_type = cg.CgState
 
     def __init__(self, context: FitContext) -> None:
-        self.context = context
-        problem = self._problem = context.problem
+        super().__init__(context)
+        problem = self.problem
         self._kernel = self._traced(problem.model, platforms=context.platforms)
         exact = problem.exact_model
         self._sample_kernels = self._traced(exact), self._traced(exact, is_diagonal=True)
         self._settings = cg.CgSettings.of(problem.config, problem.model.dtype)
-        self._state: cg.CgState | None = None
         self._sample: Sample | None = None
         self._undetermined: NDArray[np.bool_] | None = None
 
     def _traced(self, model: Model, **options: Any) -> GradientKernel:
-        context = self.context
-        kernel = GradientKernel.trace(model, context.piece_rows, loss=self._problem.loss, **options)
-        return replace(kernel, uses_all_devices=self._problem.config.enable_multi_device)
+        piece_rows, loss = self.context.piece_rows, self.problem.loss
+        kernel = GradientKernel.trace(model, piece_rows, loss=loss, **options)
+        return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
 
-    @property
-    def kernel(self) -> GradientKernel:
-        """The kernel for all rows."""
+    def kernel(self, request: Request) -> GradientKernel:
+        """Return the kernel that makes what is asked for of all rows."""
         return self._kernel
 
     def sum_rows(self, rows: Rows, y_reference: float) -> GradientRowSums:
         """Return the sums over rows in memory."""
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
-        return GradientRowSums(kernel, diagonal, rows, self._problem.penalty)
+        return GradientRowSums(kernel, diagonal, rows, self.problem.penalty)
 
-    def solve(self, sample: Sample, starts: list[Vector], details: dict[str, Any]) -> Outcome:
-        """Converge on the sample, then over all rows."""
+    def _prepare(self, sample: Sample, start: Vector) -> None:
         self._sample = sample
-        start = self._solve_on_sample(sample, starts, details)
         self._kernel = replace(self._kernel, y_reference=sample.y_reference)
-        start, sums = self._first_pass(sample, start, starts)
+
+    def _make_solver(self, sample: Sample, sums: GradientSums) -> cg.NewtonCg:
         precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
-        state = cg.begin(start, sums, self._settings, precondition)
-        return self._solve_on_all_rows(state, precondition, details)
+        return cg.NewtonCg(self._settings, precondition)
 
-    def solve_again(self, sample: Sample, details: dict[str, Any]) -> Outcome:
-        """Go on from the solution, because there are fewer rows now than it was found with."""
-        state = self._state
-        assert state is not None
-        assert state.solution is not None
-        sums = self._reduce_anew(state.solution)
-        precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
-        begun = cg.resumed(state, sums, precondition, state.solution)
-        if state.stop is StopReason.USER_STOP:
-            begun = replace(begun, stop=state.stop, solution=state.solution)
-        return self._solve_on_all_rows(begun, precondition, details)
-
-    def _solve_on_all_rows(
-        self, state: cg.CgState, precondition: cg.MakePreconditioner, details: dict[str, Any]
-    ) -> Outcome:
-        """Converge over all rows, a pass an iteration."""
-
-        def reduce(ask: cg.Ask) -> GradientSums:
-            return self._reduce(ask.params, ask.candidates, ask.direction)
-
-        journal, passes = self.context.journal, self.context.passes
-        with journal.loop("all rows"):
-            ahead = journal.noted(_Ahead)
-            if ahead is None:
-                self._remember(state)
-            else:
-                passes.rows_in_use = ahead.rows
-                self._state = state = self._gone_on_with(ahead.state)
-            state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
-            while state.stop is not None and state.stop.is_success:
-                try:
-                    state = self._with_sensitivity(state)
-                    self._undetermined = self._without_effect(state)
-                    break
-                except RowsChangedError:
-                    assert state.solution is not None
-                    sums = self._reduce_anew(state.solution)
-                    state = cg.resumed(state, sums, precondition, state.solution)
-                    state = self._iterated(state, reduce, precondition, ALL_ROWS, self._remember)
-        assert state.stop is not None
-        assert state.solution is not None
-        self._state = state
-        details |= {
-            "iterations": state.iteration,
-            "products": state.n_products,
-            "passes": self.context.passes.counts.n_passes,
-            "reason": state.stop.name.lower(),
-            "solver": "conjugate gradients",
-        }
-        return Outcome(
-            state.solution,
-            state.stop,
-            state.sums,
-            state.params,
-            state.iteration,
-            undetermined=self._undetermined,
-        )
-
-    def _remember(self, state: cg.CgState) -> None:
-        self._state = state
-        self.context.journal.note(_Ahead(state, self.context.passes.rows_in_use))
-
-    def _gone_on_with(self, state: cg.CgState) -> cg.CgState:
-        """Go on with a state that may have been made by another process, for less iterations."""
-        state = replace(state, settings=self._settings)
-        if may_go_on(state.stop, state.iteration, self._settings.max_iterations):
-            return replace(state, stop=None, solution=None)
-        return state
-
-    def so_far(self, stop: StopReason) -> Outcome | None:
-        """Return the accepted point of the solve over all rows, as its end; None before it."""
-        state = self._state
-        if state is None or not state.sums.is_finite:
-            return None
-        self._state = replace(state, stop=stop, solution=state.params)
-        return Outcome(state.params, stop, state.sums, state.params, state.iteration)
-
-    def _reduce(
-        self, params: Vector, candidates: NDArray[np.float64] | None, direction: Vector | None
-    ) -> GradientSums:
-        directions = None if direction is None else direction[None]
-        return self.context.passes.reduce(self._kernel, params, candidates, directions)
-
-    def _reduce_anew(self, params: Vector) -> GradientSums:
-        return self.context.passes.reduce_anew(self._kernel, params)
-
-    def _first_pass(
-        self, sample: Sample, start: Vector, starts: list[Vector]
-    ) -> tuple[Vector, GradientSums]:
-        """Return a start for all rows with its sums: the sample's solution, or a better one.
-
-        The rows that the pass brings back are from all blocks. Where the first sample was not like
-        them, because all rows fit its solution worse than chance explains, the new one is solved as
-        well; where nothing is finite at either solution, the starts themselves are tried.
-        """
-        fit, most = self.context, sample.most_expected(start)
-        seed = self._problem.config.random_seed
-        sums, rows = fit.passes.first(self._kernel, start, self._problem.sample_rows, seed)
-        if rows is not None:
-            sample.exchange(rows)
-        if sums.is_finite and not (sample.is_informative and sums.variance(0) > most):
-            return start, sums
+    def _better_start(
+        self,
+        sample: Sample,
+        start: Vector,
+        first: Reduced[GradientSums],
+        starts: list[Vector],
+        chance: float,
+    ) -> tuple[Vector, Reduced[GradientSums]]:
+        """Solve the new sample; where nothing is finite at either solution, try the starts."""
+        if first.sums.is_finite and not sample.is_informative:
+            return start, first
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
         costs = [sample.reduce(end).cost for end in ends]
         best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
         for other in (best, *starts):
-            there, sums = fit.passes.reduce_beside(self._kernel, other, (start, sums))
-            if there.is_finite and not (sums.is_finite and sums.cost <= there.cost):
-                start, sums = other, there
-            if sums.is_finite:
+            there, first = self.context.passes.run_beside(self._kernel, other, start, first)
+            if there.sums.is_finite and not (
+                first.sums.is_finite and first.sums.cost <= there.sums.cost
+            ):
+                start, first = other, there
+            if first.sums.is_finite:
                 break
-        return start, sums
+        return start, first
+
+    def _describe(self, state: cg.CgState) -> dict[str, Any]:
+        return {"products": state.n_products, "solver": "conjugate gradients"}
+
+    def _confirmed(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
+        """Look at a solution once more, because the steps to it say little of single parameters."""
+        assert state.stop is not None
+        if not state.stop.is_success:
+            return state, self._undetermined
+        state = self._with_sensitivity(state)
+        self._undetermined = self._without_effect(state)
+        return state, self._undetermined
 
     def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
         """Say whether the model reacts to all parameters, by one more pass.
@@ -224,13 +133,18 @@ class GradientFit:
         assert state.solution is not None
         if state.touched.all():
             return state
-        signs = np.random.default_rng(self._problem.config.random_seed).choice(
+        signs = np.random.default_rng(self.problem.config.random_seed).choice(
             [-1.0, 1.0], len(state.params)
         )
-        sums = self._reduce(state.solution, None, signs * self._problem.normalizer.scales)
-        touched = state.touched | (sums.products[0] != 0.0)
+        (product,) = self._products(state.solution, signs * self.problem.normalizer.scales)
+        touched = state.touched | (product != 0.0)
         stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
         return replace(state, touched=touched, stop=stop)
+
+    def _products(self, params: Vector, *directions: Vector) -> NDArray[np.float64]:
+        """Return ``J^T J v`` over all rows, by a pass."""
+        request = Request(params, directions=np.array(directions), is_trial=False)
+        return self.context.passes.run(self._kernel, request).sums.products
 
     def _without_effect(self, state: cg.CgState) -> NDArray[np.bool_] | None:
         """Return which parameters take part in a direction that no row sees, if there is one.
@@ -242,8 +156,8 @@ class GradientFit:
         params, sample = state.solution, self._sample
         if state.stop is StopReason.NO_SENSITIVITY or params is None or sample is None:
             return None
-        config = self._problem.config
-        diagonal = filled(sample.reduce.diagonal(params), self._problem.normalizer.scales)
+        config = self.problem.config
+        diagonal = filled(sample.reduce.diagonal(params), self.problem.normalizer.scales)
         direction = lost_direction(
             partial(sample.reduce.product, params),
             diagonal,
@@ -252,7 +166,8 @@ class GradientFit:
         )
         if direction is None:
             return None
-        sums = self._reduce(params, None, direction)
+        request = Request(params, directions=direction[None], is_trial=False)
+        sums = self.context.passes.run(self._kernel, request).sums
         weight = sums.n_used / max(sample.n_used, 1)
         shares = np.abs(direction) * np.sqrt(diagonal)
         if not abs(float(direction @ sums.products[0])) <= LOST * weight * float(shares @ shares):
@@ -274,15 +189,10 @@ class GradientFit:
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        """Return the sample's solution, or the best start if it has none."""
-        sums = sample.reduce
-        finite = [start for start in starts if sums(start).is_finite]
+        finite = [start for start in starts if sample.reduce(start).is_finite]
         if not finite or not sample.is_informative:
             return starts[0]
-
-        def find() -> _OnSample:
-            return self._find_on_sample(sample, finite)
-
+        find = partial(self._find_on_sample, sample, finite)
         found = self.context.journal.step("solution of the sample", _OnSample, find)
         details |= {"sample_iterations": found.iterations, "sample_products": found.n_products}
         return found.params
@@ -296,65 +206,24 @@ class GradientFit:
             max_iterations=MORE_ITERATIONS * self._settings.max_iterations,
             epsilon=float(np.finfo(np.float64).eps),
         )
-
-        def reduce(ask: cg.Ask) -> GradientSums:
-            if ask.is_trial and not len(ask.candidates):
-                return sums(ask.params)
-            return sums.at(ask.params, ask.candidates, ask.direction)
-
+        damping = _SAMPLE_DAMPING / self.problem.config.trust_region_initial**2
         precondition = self._remembering(partial(self._by_diagonal, sample))
-        damping = _SAMPLE_DAMPING / self._problem.config.trust_region_initial**2
-        state = cg.begin(start, sums(start), settings, precondition, damping)
-        state = self._iterated(state, reduce, precondition, "sample")
+        solver = cg.NewtonCg(settings, precondition, damping)
+        begun = solver.init(start, sums(start))
+        state = iterate(solver, begun, sums.at, self._reporting("sample"))
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
         return _OnSample(state.solution, state.iteration, state.n_products)
 
-    def _iterated(
-        self,
-        state: cg.CgState,
-        reduce: Callable[[cg.Ask], GradientSums],
-        precondition: cg.MakePreconditioner,
-        stage: str,
-        remember: Callable[[cg.CgState], None] = lambda state: None,
-    ) -> cg.CgState:
-        """Ask and tell until the state says to stop; trials are reported as iterations."""
-        scales = self._problem.normalizer.scales
-        while state.stop is None:
-            ask, before = state.wanted, state.params
-            try:
-                sums = reduce(ask)
-            except RowsChangedError:
-                state = cg.resumed(state, self._reduce_anew(state.params), precondition)
-                remember(state)
-                continue
-            if not sums.is_finite:
-                self.context.iterations.report_non_finite(stage, ask.params, sums.n_nonfinite)
-            state = cg.told(state, sums, precondition)
-            if not ask.is_trial:
-                remember(state)
-                continue
-            if self.context.iterations.report(
-                stage,
-                state.params,
-                state.sums.mean_square,
-                state.sums.relative_slope(scales),
-                float(np.linalg.norm((ask.params - before) / scales)),
-                accepted=state.params is not before,
-            ):
-                state = replace(state, stop=StopReason.USER_STOP, solution=state.params)
-            remember(state)
-        return state
-
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
-        scales = self._problem.normalizer.scales
+        scales = self.problem.normalizer.scales
         return DiagonalPreconditioner(filled(sample.reduce.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
         """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
-        diagonal = filled(sample.reduce.diagonal(params), self._problem.normalizer.scales)
+        diagonal = filled(sample.reduce.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
             partial(sample.reduce.product, params),
@@ -372,43 +241,50 @@ class GradientFit:
 
         They are infinite where it is known to have none.
         """
-        context, state = self.context, self._state
+        state, sample = self._state, self._sample
         if self._undetermined is not None:
             return np.full(len(self._undetermined), np.inf)
-        n_probes = self._problem.config.cg_error_probes
-        if not n_probes or state is None or self._sample is None or not state.sums.is_finite:
+        n_probes = self.problem.config.cg_error_probes
+        if not n_probes or state is None or sample is None or not state.sums.is_finite:
             return None
-        assert state.solution is not None
-        params, sums = state.solution, state.sums
-        n_probes = min(n_probes, len(params))
-        at_once = batch_size(n_probes, len(params))
-        kernel = replace(
-            self._traced(self._problem.model, platforms=context.platforms, n_directions=at_once),
-            y_reference=self._kernel.y_reference,
-        )
-
-        def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-            filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
-            found = context.passes.reduce(kernel, params, None, filled_up).products
-            return found[: len(vectors)]
-
-        precondition = self._by_sample(self._sample, sums.n_used, params)
-        most = self._problem.config.cg_max_iterations
-
-        def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-            # A step, so that the passes of a batch need not be remembered longer than it.
-            make = partial(solved_together, products, vectors, precondition, most)
-            return context.journal.step("probes", NDArray[np.float64], make)
-
-        probes = probe_batches(n_probes, len(params), self._problem.config.random_seed)
-        variances = inverse_diagonal(solve, probes)
-        details["probes"] = n_probes
+        n_params, sums = len(state.params), state.sums
+        n_probes = details["probes"] = min(n_probes, n_params)
+        probes = probe_batches(n_probes, n_params, self.problem.config.random_seed)
+        variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
         if not (state.touched.all() and np.isfinite(variances).all()):
             warn_caller(
                 "Standard errors of the parameters could not be estimated: the data do not "
                 "determine all of them, or cg_max_iterations is too small.",
                 OptimizeWarning,
             )
-            return np.full(len(params), np.inf)
-        scale = 1.0 if self._problem.absolute_sigma else sums.variance(len(params))
+            return np.full(n_params, np.inf)
+        scale = 1.0 if self.problem.absolute_sigma else sums.variance(n_params)
         return np.asarray(np.sqrt(variances * scale))
+
+    def _probe_solver(
+        self, sample: Sample, state: cg.CgState, n_probes: int
+    ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """Return what solves ``J^T J u = v`` over all rows for a batch of probes."""
+        context, params = self.context, state.solution
+        assert params is not None
+        at_once = batch_size(n_probes, len(params))
+        kernel = replace(
+            self._traced(self.problem.model, platforms=context.platforms, n_directions=at_once),
+            y_reference=self._kernel.y_reference,
+        )
+        precondition = self._by_sample(sample, state.sums.n_used, params)
+        most, n_left_out = self.problem.config.cg_max_iterations, context.passes.n_left_out
+
+        def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+            if context.passes.n_left_out > n_left_out:  # the fit is solved again
+                return np.full_like(vectors, np.nan)
+            filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
+            request = Request(params, directions=filled_up, is_trial=False)
+            return context.passes.run(kernel, request).sums.products[: len(vectors)]
+
+        def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+            # A step, so that the passes of a batch need not be remembered longer than it.
+            make = partial(solved_together, products, vectors, precondition, most)
+            return context.journal.step("probes", NDArray[np.float64], make)
+
+        return solve

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
@@ -39,6 +40,7 @@ class Outcome:
     stop: StopReason
     sums: Sums | None = None  # over all rows; None if there was no pass over them
     sums_at: Vector | None = None  # the last accepted point
+    blocks: BlockSums | None = None  # of the residuals of each block there
     iterations: int = 0  # of Gauss-Newton over all rows
     covariance: Covariance | None = None
     # Standard errors, and the parameters that the data do not determine, where they do not come

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
+from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.engine.execution import Parts
 from nlsq_dask.engine.retries import BadBlock, ReadReport
 from nlsq_dask.engine.tasks import PassRequest, PassResult
-from nlsq_dask.errors import ClusterLostError, RowsChangedError
+from nlsq_dask.errors import ClusterLostError
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksLeftOut,
@@ -30,66 +31,44 @@ from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.outcome import ReadCounts
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.row_checks import are_unusable, check_rows, check_same, check_share
-from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
 from nlsq_dask.kernels.kernel import RowKernel
 from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Moments, Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.storage.codec import encode
 
+Vector = NDArray[np.float64]
 S = TypeVar("S", bound=Sums)
+Found = TypeVar("Found", bound=Sums | None)
 
 
 @dataclass(frozen=True)
 class RowsInUse:
-    """The rows that sums are over.
+    """The rows that sums are over."""
 
-    Attributes
-    ----------
-    left_out : dict of int to BadBlock
-        Blocks that could not be read, by their flat index.
-    moments : tuple of float, or None
-        Sums over these rows that depend on the data alone; None if there were none yet.
-    """
-
-    left_out: dict[int, BadBlock]
-    moments: Moments | None
+    left_out: dict[int, BadBlock]  # blocks that could not be read, by flat index
+    moments: Moments | None  # sums of the data alone; None if there were none yet
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """What sampling has found: rows if there are any, and blocks that could not be read."""
+class Reduced(Generic[Found]):
+    """What a pass found, or sampling, which has no sums."""
 
-    rows: Rows | None
-    n_blocks: int
-    lost: dict[int, BadBlock]
-
-
-@dataclass(frozen=True)
-class _Pass(Generic[S]):
-    """What a pass has found: sums, perhaps rows, and blocks that could not be read."""
-
-    sums: S
-    rows: Rows | None
-    lost: dict[int, BadBlock]
+    sums: Found
+    rows: Rows | None = None
+    blocks: BlockSums | None = None  # of the residuals of each block
+    n_blocks: int = 0  # read
+    lost: dict[int, BadBlock] = field(default_factory=dict)  # not read, and not left out before
 
 
 @dataclass(frozen=True)
 class _Cut(Generic[S]):
-    """What was finished of a pass that was cut.
+    """What was finished of a pass that was cut."""
 
-    Attributes
-    ----------
-    seconds : float
-        That it took.
-    retries : int
-        How often reading these parts was tried again.
-    parts : list of (int, int, PassResult)
-        Each with its level and position in the tree.
-    """
-
-    seconds: float = 0.0
-    retries: int = 0
+    seconds: float = 0.0  # that it took
+    retries: int = 0  # of reading these parts
+    # Each with its level and position in the tree.
     parts: list[tuple[int, int, PassResult[S]]] = field(default_factory=list)
 
 
@@ -97,7 +76,8 @@ class Passes:
     """Reads the data set for a fit and keeps count of it.
 
     A block that could not be read is left out from then on, if so many rows may be missing. Then
-    sums from before are over other rows than those that follow, and must not be compared with them.
+    sums from before are over other rows than those that follow, and must not be compared with them:
+    ``n_left_out`` tells.
 
     Parameters
     ----------
@@ -157,6 +137,11 @@ class Passes:
         self.left_out, self._moments = dict(rows.left_out), rows.moments
 
     @property
+    def n_left_out(self) -> int:
+        """Number of blocks left out; sums from before it grew are over other rows."""
+        return len(self.left_out)
+
+    @property
     def n_rows(self) -> int:
         """Number of rows, without those left out."""
         return self._data.blocks.n_rows - sum(bad.rows for bad in self.left_out.values())
@@ -174,8 +159,8 @@ class Passes:
         was_taken = any(isinstance(event, SampleRead) for event in self._journal.events)
         while True:
             left_out = frozenset(self.left_out)
-            make = partial(self._make_sample, wanted, seed, left_out)
-            sample = self._journal.step("sample", _Sample, make)
+            read = partial(self._read_sample, wanted, seed, left_out)
+            sample = self._journal.step("sample", Reduced[None], read)
             if not self._leave_out(sample.lost) and sample.rows is not None:
                 break
         if was_taken:
@@ -184,160 +169,115 @@ class Passes:
                 check_same(sample.rows, again.rows)
         return sample.rows, sample.n_blocks
 
-    def _make_sample(self, wanted: int, seed: int, left_out: frozenset[int]) -> _Sample:
-        read = self._data.sample(wanted, seed, left_out, self._watch)
-        n_rows = 0 if read.rows is None else len(read.rows)
-        retries = read.reading.n_retries
-        self._report(SampleRead(n_rows, read.n_blocks, read.rows_read, read.bytes_read, retries))
-        return _Sample(read.rows, read.n_blocks, self._named(read.reading))
-
-    def first(
-        self, kernel: RowKernel[S], params: NDArray[np.float64], sample_rows: int, seed: int
-    ) -> tuple[S, Rows | None]:
-        """Sum over all rows as ``reduce_anew`` does, and bring back rows from all blocks."""
-        share = min(1.0, sample_rows / self.n_rows)
-        sums, rows, _ = self._run(kernel, self._penalty, params, sample_share=share, seed=seed)
-        self._moments = sums.moments
-        return sums, rows
-
-    def reduce_anew(self, kernel: RowKernel[S], params: NDArray[np.float64]) -> S:
-        """Sum over all rows as ``reduce`` does, for sums that are compared with none from before.
-
-        Blocks may be left out in this pass.
-        """
-        sums, _, _ = self._run(kernel, self._penalty, params)
-        self._moments = sums.moments
-        return sums
-
-    def reduce(
-        self,
-        kernel: RowKernel[S],
-        params: NDArray[np.float64],
-        candidates: NDArray[np.float64] | None = None,
-        directions: NDArray[np.float64] | None = None,
-    ) -> S:
-        """Sum over all rows, and raise a DataError if they cannot be used.
-
-        Parameters
-        ----------
-        kernel : RowKernel
-        params : ndarray, shape (p,)
-        candidates : ndarray, shape (k, p), optional
-            Points at which the cost is wanted, too.
-        directions : ndarray, shape (k, p), optional
-            Where products are wanted, of a kernel that makes them.
-
-        Raises
-        ------
-        RowsChangedError
-            If blocks had to be left out that are in the sums of earlier passes.
-        """
-        sums, _, has_changed = self._run(
-            kernel,
-            self._penalty,
-            params,
-            candidates=candidates,
-            directions=directions,
-            is_first=self._moments is None,
+    def _read_sample(self, wanted: int, seed: int, left_out: frozenset[int]) -> Reduced[None]:
+        found = self._data.sample(wanted, seed, left_out, self._watch)
+        n_rows, read = 0 if found.rows is None else len(found.rows), found.reading
+        self._report(
+            SampleRead(n_rows, read.n_blocks, read.rows_read, read.bytes_read, read.n_retries)
         )
-        if has_changed:
-            raise RowsChangedError
-        if self._moments is None:
-            self._moments = sums.moments
-        return sums.with_moments(self._moments)
+        return Reduced(None, found.rows, n_blocks=read.n_blocks, lost=self._named(read))
 
-    def reduce_beside(
-        self, kernel: RowKernel[S], params: NDArray[np.float64], known: tuple[Any, S]
-    ) -> tuple[S, S]:
-        """Return the sums at ``params``, and those of a known point over the same rows.
+    def run(
+        self,
+        kernel: RowKernel[S],
+        request: Request,
+        *,
+        is_penalized: bool = True,
+        sample_rows: int = 0,
+        seed: int = 0,
+    ) -> Reduced[S]:
+        """Sum over all rows, or return what the journal has of that; DataError if they are useless.
+
+        Where ``n_left_out`` has grown, blocks had to be left out that are in the sums of earlier
+        passes.
 
         Parameters
         ----------
         kernel : RowKernel
-        params : ndarray, shape (p,)
-        known : (ndarray, Sums)
-            A point with its sums, which are made anew if blocks had to be left out.
+        request : Request
+            If it is fresh, what depends on the data alone is summed again.
+        is_penalized : bool
+        sample_rows, seed : int
+            Rows to bring back, from all blocks.
         """
-        point, sums = known
-        while True:
-            try:
-                return self.reduce(kernel, params), sums
-            except RowsChangedError:
-                sums = self.reduce_anew(kernel, point)
-
-    def scores(
-        self, kernel: NormalEquationsKernel, params: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it.
-
-        Raises
-        ------
-        RowsChangedError
-            If blocks had to be left out that are in the sums of earlier passes.
-        """
-        sums, _, has_changed = self._run(kernel, GroupVariance(), params, is_first=False)
-        if has_changed:
-            raise RowsChangedError
-        assert sums.triangle is not None
-        return sums.triangle[:, : len(params)]
-
-    def _run(
-        self,
-        kernel: RowKernel[S],
-        penalty: GroupVariance,
-        params: NDArray[np.float64],
-        **wanted: Any,
-    ) -> tuple[S, Rows | None, bool]:
-        """Return sums, rows, and whether blocks were left out that were not before.
-
-        They come from the journal if they are there.
-        """
-        request = PassRequest(params, left_out=frozenset(self.left_out), **wanted)
+        wants_moments = request.is_fresh or self._moments is None
+        wanted = PassRequest(
+            request.params,
+            request.candidates,
+            request.directions,
+            wants_moments,
+            min(1.0, sample_rows / self.n_rows),
+            seed,
+            frozenset(self.left_out),
+        )
         name = "pass"
         if self._journal.is_kept:
-            what = hashlib.sha256(kernel.makes.encode() + encode(request))
+            what = hashlib.sha256(kernel.makes.encode() + encode(wanted))
             name = f"pass {what.hexdigest()[:16]}"
-        kind: Any = _Pass
-        found: _Pass[S] = self._journal.step(
+        penalty = self._penalty if is_penalized else GroupVariance()
+        kind: Any = Reduced
+        found: Reduced[S] = self._journal.step(
             name,
             kind[kernel.sums_type],
-            partial(self._make, kernel, request, penalty),
+            partial(self._make, kernel, wanted, penalty),
             saves=True,
         )
-        has_changed = self._leave_out(found.lost)
-        return found.sums, found.rows, has_changed
+        self._leave_out(found.lost)
+        if wants_moments:
+            self._moments = found.sums.moments
+        elif self._moments is not None:
+            return replace(found, sums=found.sums.with_moments(self._moments))
+        return found
 
-    def _make(self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance) -> _Pass[S]:
+    def run_beside(
+        self, kernel: RowKernel[S], params: Vector, point: Vector, there: Reduced[S]
+    ) -> tuple[Reduced[S], Reduced[S]]:
+        """Return the pass at ``params``, and that at a known point over the same rows.
+
+        The latter is run again if blocks had to be left out of the former.
+        """
+        while True:
+            before = self.n_left_out
+            found = self.run(kernel, Request(params))
+            if self.n_left_out == before:
+                return found, there
+            there = self.run(kernel, Request(point, is_fresh=True))
+
+    def _make(
+        self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
+    ) -> Reduced[S]:
         """Run the pass, from where it was cut."""
         self._interruption.check()
         kind: Any = _Cut
         cut: _Cut[S] = self._journal.noted(kind[kernel.sums_type]) or _Cut()
         began = time.perf_counter() - cut.seconds
         result = self._reduce(kernel, request, began, cut)
-        lost = self._named(result.reading)
+        read = result.reading
+        lost = self._named(read)
         # Before it is remembered: it may be repaired, and then read again.
         self._check_share(lost)
         assert result.sums is not None  # it is an error to leave out all rows
+        assert result.blocks is not None
         n_rows = self.n_rows - sum(bad.rows for bad in lost.values())  # not left out so far
-        check_rows(result.sums, self._omits_nan, self._data, n_rows)
+        check_rows(result.sums, self._omits_nan, self._data, n_rows, result.first_bad_block)
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
-        if sums.blocks is not None:
-            self._emit(BlocksMeasured(self.counts.n_passes + 1, sums.blocks))
+        number = self.counts.n_passes + 1
+        self._emit(BlocksMeasured(number, result.blocks))
         self._report(
             PassFinished(
-                self.counts.n_passes + 1,
+                number,
                 request.params.copy(),
                 sums.cost if sums.is_finite else np.inf,
                 time.perf_counter() - began,
-                sums.rows_read,
-                sums.bytes_read,
-                sums.rows_cached,
-                cut.retries + result.reading.n_retries,
+                read.rows_read,
+                read.bytes_read,
+                read.rows_cached,
+                cut.retries + read.n_retries,
             )
         )
-        return _Pass(sums, result.sample, lost)
+        return Reduced(sums, result.rows, result.blocks, lost=lost)
 
     def _reduce(
         self,
@@ -355,7 +295,10 @@ class Passes:
                 node: part for node, part in parts.collect().items() if self._is_good(part)
             }
             retries = cut.retries + sum(part.reading.n_retries for part in good.values())
-            found = [(*node, replace(part, reading=ReadReport())) for node, part in good.items()]
+            found = [
+                (*node, replace(part, reading=replace(part.reading, retries={})))
+                for node, part in good.items()
+            ]
             self._journal.note(_Cut(time.perf_counter() - began, retries, found))
             self._journal.save(began_to_keep)
 

@@ -18,7 +18,9 @@ def are_unusable(sums: Sums, omits_nan: bool) -> bool:
     return bool(sums.n_bad_sigma or (sums.n_bad and not omits_nan))
 
 
-def check_rows(sums: Sums, omits_nan: bool, data: DataSet, n_rows: int) -> None:
+def check_rows(
+    sums: Sums, omits_nan: bool, data: DataSet, n_rows: int, first_bad_block: int | None
+) -> None:
     """Raise a DataError if the rows that sums are over cannot be used.
 
     Parameters
@@ -30,14 +32,16 @@ def check_rows(sums: Sums, omits_nan: bool, data: DataSet, n_rows: int) -> None:
     data : DataSet
         Where the first of them are looked for.
     n_rows : int
+    first_bad_block : int or None
+        Flat index of the first block with a row that is not finite.
     """
     if sums.n_bad_sigma:
         raise DataError(
             f"sigma is zero or negative at {sums.n_bad_sigma:,} of {n_rows:,} rows; it must be "
             f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
         )
-    if sums.n_bad and not omits_nan:
-        block, where = data.first_not_finite(sums.first_bad_block)
+    if first_bad_block is not None and not omits_nan:
+        block, where = data.first_not_finite(first_bad_block)
         raise NonFiniteDataError(
             f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or sigma; "
             f"the first of them are in block {block} of the grid {data.blocks.grid}{where}. Use "

@@ -13,7 +13,7 @@ from nlsq_dask.kernels.block_loops import block_rows_for
 from nlsq_dask.kernels.dense_loops import Product, combined_products, no_product, product_loops
 from nlsq_dask.kernels.kernel import RowKernel, RowSource, no_rows, trace_sums
 from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.kernels.sums import NO_BLOCK, NormalEquations, Sums
+from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import CPU, x64
 from nlsq_dask.model.model import Model
@@ -119,7 +119,6 @@ class NormalEquationsKernel(RowKernel[NormalEquations]):
         self,
         source: RowSource | PlacedRows,
         params: NDArray[np.float64],
-        block: int = NO_BLOCK,
         *,
         candidates: NDArray[np.float64] | None = None,
         wants_moments: bool = True,
@@ -133,8 +132,6 @@ class NormalEquationsKernel(RowKernel[NormalEquations]):
         ----------
         source : RowSource or PlacedRows
         params : ndarray, shape (p,)
-        block : int
-            Flat index of the block, to name it where rows are bad.
         candidates : ndarray, shape (k, p), optional
             At most ``MOST_CANDIDATES`` points at which the cost is wanted, too.
         wants_moments : bool
@@ -156,7 +153,7 @@ class NormalEquationsKernel(RowKernel[NormalEquations]):
             cost=0.5 * float(twice_cost),
             chi2=float(chi2),
             **common,
-            **self._of_block(block, common, chi2, largest),
+            largest=float(largest),
         )
 
     def _unscaled(

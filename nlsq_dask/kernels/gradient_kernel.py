@@ -18,7 +18,7 @@ from nlsq_dask.kernels.gradient_loops import (
 )
 from nlsq_dask.kernels.kernel import RowKernel, RowSource, no_rows, trace_sums
 from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.kernels.sums import NO_BLOCK, GradientSums, Sums
+from nlsq_dask.kernels.sums import GradientSums, Sums
 from nlsq_dask.model.jax_scope import CPU, x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, traced_once
@@ -115,7 +115,6 @@ class GradientKernel(RowKernel[GradientSums]):
         self,
         source: RowSource | PlacedRows,
         params: NDArray[np.float64],
-        block: int = NO_BLOCK,
         *,
         candidates: NDArray[np.float64] | None = None,
         wants_moments: bool = True,
@@ -127,8 +126,6 @@ class GradientKernel(RowKernel[GradientSums]):
         ----------
         source : RowSource or PlacedRows
         params : ndarray, shape (p,)
-        block : int
-            Flat index of the block, to name it where rows are bad.
         candidates : ndarray, shape (k, p), optional
             At most ``MOST_CANDIDATES`` points at which the cost is wanted, too.
         wants_moments : bool
@@ -148,5 +145,5 @@ class GradientKernel(RowKernel[GradientSums]):
             cost=0.5 * float(twice_cost),
             chi2=float(chi2),
             **common,
-            **self._of_block(block, common, chi2, float(np.sqrt(largest))),
+            largest=float(np.sqrt(largest)),
         )

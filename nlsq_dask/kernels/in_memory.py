@@ -13,6 +13,7 @@ from nlsq_dask.kernels.dense_loops import Product
 from nlsq_dask.kernels.gradient_kernel import GradientKernel
 from nlsq_dask.kernels.kernel import RowKernel
 from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums, NormalEquations, Sums
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
@@ -117,24 +118,23 @@ class GradientRowSums(RowSums[GradientSums]):
         """The kernel that makes them."""
         return self._kernel
 
-    def at(self, params: Vector, candidates: Vector, direction: Vector | None) -> GradientSums:
-        """Sum at ``params`` with costs at candidates and the product of a direction, if any.
-
-        With a direction, what depends on the data alone is left out.
-        """
-        directions = None if direction is None else direction[None]
+    def at(self, request: Request) -> GradientSums:
+        """Sum what is asked for; what depends on the data alone is left out with a direction."""
+        params, candidates, directions = request.params, request.candidates, request.directions
+        if directions is None and (candidates is None or not len(candidates)):
+            return self(params)
         sums = self._kernel(
             self._rows,
             params,
             candidates=candidates,
-            wants_moments=direction is None,
+            wants_moments=directions is None,
             directions=directions,
         )
         return sums.penalized(self._penalty, params, candidates, directions)
 
     def product(self, params: Vector, vector: Vector) -> Vector:
         """Return ``J^T J v`` at ``params``."""
-        found = self.at(params, np.empty((0, len(params))), vector).products[0]
+        (found,) = self.at(Request(params, directions=vector[None])).products
         return np.asarray(found)
 
     def diagonal(self, params: Vector) -> Vector:

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels.block_loops import Carry, MakeLoops, accumulator, lanes_for
-from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.kernels.sums import NO_BLOCK, Sums
+from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.jax_scope import CPU, platform_of, usable_devices, x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program
@@ -160,8 +159,7 @@ class RowKernel(ABC, Generic[S]):
     def __call__(self, *args: Any, **options: Any) -> S:
         """Sum over some rows.
 
-        All kernels take a source of rows, parameters, the flat index of the block, ``candidates``
-        and ``wants_moments``.
+        All kernels take a source of rows, parameters, ``candidates`` and ``wants_moments``.
         """
 
     @abstractmethod
@@ -211,18 +209,6 @@ class RowKernel(ABC, Generic[S]):
             "n_nonfinite": n_nonfinite,
             "n_bad_sigma": n_bad_sigma,
             "candidate_costs": 0.5 * self.loss.f_scale**2 * costs[: len(points)].sum(axis=-1),
-        }
-
-    @staticmethod
-    def _of_block(
-        block: int, common: dict[str, Any], chi2: float, largest: float
-    ) -> dict[str, Any]:
-        """Return fields of ``Sums`` that name the block."""
-        if block == NO_BLOCK:
-            return {}
-        return {
-            "blocks": BlockSums.of(block, chi2, common["n_used"], largest),
-            "first_bad_block": block if common["n_bad"] else NO_BLOCK,
         }
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from operator import add
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels import tsqr
-from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.kernels.penalty import GroupVariance
 
-NO_BLOCK = -1
 Moments = tuple[float, float, float, float]  # weight, y_sum, y_square and signal
 
 
-def _first_of(one: int, other: int) -> int:
-    """Return the smaller of two indices of blocks, of those that are any."""
-    return min((block for block in (one, other) if block != NO_BLOCK), default=NO_BLOCK)
-
-
-def _joined(one: BlockSums | None, other: BlockSums | None) -> BlockSums | None:
-    return one.combine(other) if one and other else one or other
+def combined(combine: Callable[[Any, Any], Any], **options: Any) -> Any:
+    """Declare a field of sums, with how its values over two parts of the rows combine."""
+    return field(metadata={"combine": combine}, **options)
 
 
 def _merged(
     one: NDArray[np.float64] | None, other: NDArray[np.float64] | None
 ) -> NDArray[np.float64] | None:
     return None if one is None or other is None else tsqr.merged(one, other)
-
-
-# How fields combine that are not just added.
-_COMBINE: dict[str, Any] = {
-    "blocks": _joined,
-    "first_bad_block": _first_of,
-    "triangle": _merged,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +45,8 @@ class Sums(ABC):
         ``sum r^2``.
     penalty : float
         What of the cost does not come from rows, see ``GroupVariance``.
-    blocks : BlockSums or None
-        Of the residuals of each block; None where rows are in no block.
+    largest : float
+        Largest ``|r|``.
     weight, y_sum, y_square : float
         Sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2`` with ``w = 1 / sigma^2`` and a reference
         value y0 that keeps the variance free of cancellation.
@@ -70,41 +58,33 @@ class Sums(ABC):
         Rows of finite data at which model or Jacobian are not finite.
     n_bad_sigma : int
         Rows whose sigma is not positive.
-    first_bad_block : int
-        Flat index of the first block with a bad row, or ``NO_BLOCK``.
-    rows_read, bytes_read : int
-        What was read from the source to make these sums.
-    rows_cached : int
-        What was in a worker's memory from an earlier pass.
     candidate_costs : ndarray, shape (k,)
         The cost at further points.
     """
 
-    jtr: NDArray[np.float64]
-    cost: float
-    chi2: float = 0.0
-    penalty: float = 0.0
-    blocks: BlockSums | None = None
-    weight: float = 0.0
-    y_sum: float = 0.0
-    y_square: float = 0.0
-    signal: float = 0.0
-    n_used: int = 0
-    n_masked: int = 0
-    n_bad: int = 0
-    n_nonfinite: int = 0
-    n_bad_sigma: int = 0
-    first_bad_block: int = NO_BLOCK
-    rows_read: int = 0
-    bytes_read: int = 0
-    rows_cached: int = 0
-    candidate_costs: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    jtr: NDArray[np.float64] = combined(add)
+    cost: float = combined(add)
+    chi2: float = combined(add, default=0.0)
+    penalty: float = combined(add, default=0.0)
+    largest: float = combined(max, default=0.0)
+    weight: float = combined(add, default=0.0)
+    y_sum: float = combined(add, default=0.0)
+    y_square: float = combined(add, default=0.0)
+    signal: float = combined(add, default=0.0)
+    n_used: int = combined(add, default=0)
+    n_masked: int = combined(add, default=0)
+    n_bad: int = combined(add, default=0)
+    n_nonfinite: int = combined(add, default=0)
+    n_bad_sigma: int = combined(add, default=0)
+    candidate_costs: NDArray[np.float64] = combined(add, default_factory=lambda: np.zeros(0))
 
     def combine(self, other: Self) -> Self:
         """Return the sums over the rows of both."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return type(self)(
-            **{name: _COMBINE[name](a, b) if name in _COMBINE else a + b for name, a, b in pairs}
+            **{
+                f.name: f.metadata["combine"](getattr(self, f.name), getattr(other, f.name))
+                for f in fields(self)
+            }
         )
 
     @abstractmethod
@@ -193,8 +173,8 @@ class NormalEquations(Sums):
         J alone, shape (p, p).
     """
 
-    jtj: NDArray[np.float64]
-    triangle: NDArray[np.float64] | None = None
+    jtj: NDArray[np.float64] = combined(add)
+    triangle: NDArray[np.float64] | None = combined(_merged, default=None)
 
     def penalized(
         self,
@@ -250,7 +230,7 @@ class GradientSums(Sums):
         ``J^T J v`` for each of k directions.
     """
 
-    products: NDArray[np.float64]
+    products: NDArray[np.float64] = combined(add)
 
     def penalized(
         self,

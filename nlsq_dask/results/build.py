@@ -100,8 +100,8 @@ def make_result(
         r_squared=_r_squared(sums),
         condition_number=np.nan if found is None else found.condition_number,
         block_statistics=None
-        if sums is None or sums.blocks is None
-        else block_statistics(sums.blocks, blocks),
+        if outcome.blocks is None
+        else block_statistics(outcome.blocks, blocks),
         param_names=parameters.names,
         p0=parameters.start,
         bounds=(parameters.low, parameters.high),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.labels import Label
-from nlsq_dask.kernels.block_sums import BlockSums
+from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.rows.rows import Layout, Rows
 
 _OWN_NAMES = ("y_data", "fitted", "sigma", "row", "feature")

@@ -1,8 +1,7 @@
-"""Gauss-Newton as ask and tell: ``propose`` a trial, reduce over the rows, ``judge`` it.
+"""``GaussNewton``: steps inside a trust region, solved with matrices of the parameters.
 
-A state holds the accepted point with its sums, so one reduction is all that an iteration costs and
-the sums of an accepted trial are never computed again. The solver does not know where the sums
-come from: the sample in memory and the whole data set are fitted by the same lines.
+``propose`` a trial, reduce over the rows, ``judge`` it: the sums of an accepted trial are never
+computed again.
 
 It works on the parameters themselves, not on normalized ones: the columns' norms scale every step,
 which makes it independent of the units of the parameters.
@@ -10,14 +9,18 @@ which makes it independent of the units of the parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.point import Point, Settings, column_scale
 from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.solver import may_resume
 from nlsq_dask.solvers.trust_region import Vector, restricted_step
 from nlsq_dask.status import StopReason
 
@@ -108,6 +111,12 @@ class State:
         Where the solve ended; a last step beyond ``point`` if one was taken without a pass.
     carried_jtj : ndarray, shape (p, p), or None
         ``J^T J`` there as it was foreseen.
+    trial : Trial or None
+        Whose sums are needed next.
+    restart_at : ndarray, shape (p,), or None
+        Where fresh sums are needed next, to begin there again.
+    product : Product
+        From which steps are solved.
     """
 
     point: Point
@@ -123,12 +132,86 @@ class State:
     stop: StopReason | None = None
     solution: Vector | None = None
     carried_jtj: NDArray[np.float64] | None = None
+    trial: Trial | None = None
+    restart_at: Vector | None = None
+    product: Product = Product.GRAM
+
+    @property
+    def params(self) -> Vector:
+        """The accepted point's parameters."""
+        return self.point.params
+
+    @property
+    def sums(self) -> NormalEquations:
+        """The accepted point's sums."""
+        return self.point.sums
 
     @property
     def sums_at_solution(self) -> NormalEquations:
         """The point's sums, with J^T J carried along a last step where that was foreseen."""
         jtj = self.point.sums.jtj if self.carried_jtj is None else self.carried_jtj
         return replace(self.point.sums, jtj=jtj)
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """The method as a ``Solver``."""
+
+    settings: Settings
+    product: Product = Product.GRAM  # from which steps are solved at first
+    # Whether QR factorizations take its place where J^T J loses half of the digits.
+    may_factorize: bool = False
+    forecast: Callable[[State], Trial | None] = lambda state: None
+
+    def init(self, params: Vector, sums: NormalEquations) -> State:
+        """Begin at parameters whose sums are known."""
+        return self._following(replace(start(params, sums, self.settings), product=self.product))
+
+    def ask(self, state: State) -> Request:
+        """Return the sums that are needed next."""
+        if state.restart_at is not None:
+            return Request(state.restart_at, None, None, state.product, False, True)
+        trial = state.trial
+        assert trial is not None
+        return Request(trial.params, candidates(state, trial), None, state.product)
+
+    def tell(self, state: State, sums: NormalEquations) -> State:
+        """Judge the trial, or begin again at a point with fresh sums."""
+        if state.restart_at is None:
+            assert state.trial is not None
+            return self._following(judge(state, state.trial, sums))
+        iteration = state.iteration
+        begun = start(state.restart_at, sums, self.settings)
+        progress = (iteration, *begun.progress[1:])
+        return self._following(
+            replace(begun, iteration=iteration, progress=progress, product=state.product)
+        )
+
+    def restart(self, state: State, params: Vector) -> State:
+        """Ask for fresh sums at parameters, to begin there again."""
+        return replace(state, restart_at=params, trial=None, stop=None, solution=None)
+
+    def resume(self, state: State) -> State:
+        """Go on with a state of another process, which may have had other limits."""
+        state = replace(state, point=replace(state.point, settings=self.settings))
+        if may_resume(state.stop, state.iteration, self.settings.max_iterations):
+            return self._following(replace(state, stop=None, solution=None))
+        return state
+
+    def end(self, state: State, stop: StopReason) -> State:
+        """End at the accepted point, for a reason that comes from outside."""
+        return replace(
+            state, stop=stop, solution=state.params, carried_jtj=None, trial=None, restart_at=None
+        )
+
+    def _following(self, state: State) -> State:
+        """Return the state with its next trial, or with the better sums that it needs."""
+        if self.may_factorize and loses_digits(state):
+            return self.restart(replace(state, product=Product.TRIANGLE), state.params)
+        if state.stop is not None:
+            return state
+        trial = self.forecast(state) or propose(state)
+        return replace(take_last_step(state, trial), trial=trial)
 
 
 def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
@@ -147,13 +230,6 @@ def loses_digits(state: State) -> bool:
     if state.stop in _ENDED or not point.sums.is_finite or point.sums.triangle is not None:
         return False
     return point.is_ill_conditioned
-
-
-def resumed(state: State, sums: NormalEquations, params: Vector | None = None) -> State:
-    """Begin anew at the accepted point or another one, with better sums of it."""
-    point, so_far = state.point, state.iteration
-    begun = start(point.params if params is None else params, sums, point.settings)
-    return replace(begun, iteration=so_far, progress=(so_far, *begun.progress[1:]))
 
 
 def propose(state: State) -> Trial:

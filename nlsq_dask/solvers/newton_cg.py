@@ -23,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.solvers.conjugate_gradients import LinearSolve
+from nlsq_dask.solvers.solver import may_resume
 from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
@@ -99,29 +101,6 @@ class CgSettings:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What is wanted of the rows.
-
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-    direction : ndarray, shape (p,), or None
-        Where ``J^T J v`` is wanted, if anywhere.
-    candidates : ndarray, shape (k, p)
-        Where the cost alone is wanted.
-    """
-
-    params: Vector
-    direction: Vector | None
-    candidates: NDArray[np.float64]
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether cost and gradient at new parameters are wanted."""
-        return self.direction is None
-
-
-@dataclass(frozen=True)
 class CgState:
     """An accepted point, with a step from it that is being solved or tried.
 
@@ -150,6 +129,8 @@ class CgState:
     stop : StopReason or None
     solution : ndarray, shape (p,), or None
         Where the solve ended; a last step beyond ``params`` if one was taken without a trial.
+    restart_at : ndarray, shape (p,), or None
+        Where fresh sums are needed next, to begin there again.
     """
 
     params: Vector
@@ -166,16 +147,25 @@ class CgState:
     n_products: int = 0
     stop: StopReason | None = None
     solution: Vector | None = None
+    restart_at: Vector | None = None
 
     @property
-    def wanted(self) -> Ask:
-        """What is to be told next."""
+    def radius(self) -> float:
+        """NaN: steps are damped."""
+        return np.nan
+
+    @property
+    def request(self) -> Request:
+        """The sums that are needed next."""
+        if self.restart_at is not None:
+            return Request(self.restart_at, is_trial=False, is_fresh=True)
         if self.share is None:
-            return Ask(self.params, self.linear.direction, np.empty((0, len(self.params))))
+            nowhere = np.empty((0, len(self.params)))
+            return Request(self.params, nowhere, self.linear.direction[None], is_trial=False)
         is_long = self.linear.reduction > _DOUBTFUL**2 * self.sums.cost
         shares = np.array(_SHORTER if is_long or self.share < 1.0 else ()) * self.share
         candidates = self.params + shares[:, None] * self.linear.step
-        return Ask(self.params + self.share * self.linear.step, None, candidates)
+        return Request(self.params + self.share * self.linear.step, candidates)
 
     @property
     def length(self) -> float:
@@ -202,6 +192,45 @@ class CgState:
         return self.sums.cost_noise(self.settings.epsilon)
 
 
+@dataclass(frozen=True)
+class NewtonCg:
+    """The method as a ``Solver``."""
+
+    settings: CgSettings
+    precondition: MakePreconditioner
+    damping: float = 0.0  # of the first step
+
+    def init(self, params: Vector, sums: GradientSums) -> CgState:
+        """Begin at parameters whose sums are known."""
+        return begin(params, sums, self.settings, self.precondition, self.damping)
+
+    def ask(self, state: CgState) -> Request:
+        """Return the sums that are needed next."""
+        return state.request
+
+    def tell(self, state: CgState, sums: GradientSums) -> CgState:
+        """Go on with a product, judge a trial, or begin again at a point with fresh sums."""
+        if state.restart_at is None:
+            return told(state, sums, self.precondition)
+        begun = begin(state.restart_at, sums, self.settings, self.precondition)
+        return replace(begun, iteration=state.iteration, n_products=state.n_products)
+
+    def restart(self, state: CgState, params: Vector) -> CgState:
+        """Ask for fresh sums at parameters, to begin there again."""
+        return replace(state, restart_at=params, stop=None, solution=None)
+
+    def resume(self, state: CgState) -> CgState:
+        """Go on with a state of another process, which may have had other limits."""
+        state = replace(state, settings=self.settings)
+        if may_resume(state.stop, state.iteration, self.settings.max_iterations):
+            return replace(state, stop=None, solution=None)
+        return state
+
+    def end(self, state: CgState, stop: StopReason) -> CgState:
+        """End at the accepted point, for a reason that comes from outside."""
+        return replace(state, stop=stop, solution=state.params, restart_at=None)
+
+
 def begin(
     params: Vector,
     sums: GradientSums,
@@ -216,18 +245,6 @@ def begin(
         return replace(state, stop=StopReason.NON_FINITE_START, solution=params)
     squares = precondition(params).diagonal
     return _solved(_begun(replace(state, squares=squares), damping, precondition), precondition)
-
-
-def resumed(
-    state: CgState,
-    sums: GradientSums,
-    precondition: MakePreconditioner,
-    params: Vector | None = None,
-) -> CgState:
-    """Begin anew at the accepted point or another one, with better sums of it."""
-    params = state.params if params is None else params
-    begun = begin(params, sums, state.settings, precondition)
-    return replace(begun, iteration=state.iteration, n_products=state.n_products)
 
 
 def _begun(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
@@ -294,7 +311,7 @@ def _tried(state: CgState) -> CgState:
 
 def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
     """Accept or reject the trial."""
-    asked, share = state.wanted, state.share
+    asked, share = state.request, state.share
     assert share is not None
     state = replace(state, iteration=state.iteration + 1)
     if not sums.is_finite and not state.settings.recovers:

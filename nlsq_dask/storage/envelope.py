@@ -9,7 +9,6 @@ import hashlib
 
 from nlsq_dask.errors import RecordError
 
-_VERSION = 1
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _LONGEST_LINE = 64
 
@@ -18,13 +17,13 @@ def _magic(kind: str) -> bytes:
     return f"nlsq_dask {kind}, version ".encode()
 
 
-def seal(kind: str, body: bytes) -> bytes:
+def seal(kind: str, body: bytes, version: int = 1) -> bytes:
     """Return the contents of a file of some kind, such as "checkpoint"."""
     digest = hashlib.sha256(body).digest()
-    return b"".join([_magic(kind), str(_VERSION).encode(), b"\n", digest, body])
+    return b"".join([_magic(kind), str(version).encode(), b"\n", digest, body])
 
 
-def unseal(kind: str, data: bytes) -> bytes:
+def unseal(kind: str, data: bytes, version: int = 1) -> bytes:
     """Return the body of a file of that kind.
 
     Raises
@@ -36,10 +35,10 @@ def unseal(kind: str, data: bytes) -> bytes:
     magic = _magic(kind)
     if not head.startswith(magic) or not newline:
         raise RecordError(f"it is not a {kind} of nlsq_dask, or its start is damaged.")
-    version = head.removeprefix(magic).decode(errors="replace")
-    if version != str(_VERSION):
+    written = head.removeprefix(magic).decode(errors="replace")
+    if written != str(version):
         raise RecordError(
-            f"its format has version {version}; this version of nlsq_dask reads {_VERSION}."
+            f"its format has version {written}; this version of nlsq_dask reads {version}."
         )
     start = len(head) + 1
     digest, body = data[start : start + _DIGEST_BYTES], data[start + _DIGEST_BYTES :]

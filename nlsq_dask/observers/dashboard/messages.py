@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksLeftOut,
@@ -27,7 +28,6 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
-from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.observers.format import passes_before
 
 Message = dict[str, Any]

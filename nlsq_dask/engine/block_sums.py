@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -35,11 +36,7 @@ class BlockSums:
         """Return the numbers of one block."""
         return cls(np.array([index]), np.array([chi2]), np.array([n_used]), np.array([largest]))
 
-    def combine(self, other: Self) -> Self:
-        """Return the blocks of both."""
-        return type(self)(
-            np.concatenate([self.index, other.index]),
-            np.concatenate([self.chi2, other.chi2]),
-            np.concatenate([self.n_used, other.n_used]),
-            np.concatenate([self.largest, other.largest]),
-        )
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return the blocks of all of them."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))

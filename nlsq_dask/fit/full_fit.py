@@ -1,0 +1,270 @@
+"""``FullFit``: phases 2 and 3 for any solver: the sample, all rows, the errors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.engine.block_sums import BlockSums
+from nlsq_dask.events import ALL_ROWS
+from nlsq_dask.fit.context import FitContext
+from nlsq_dask.fit.loop import Report, iterate
+from nlsq_dask.fit.outcome import Outcome
+from nlsq_dask.fit.passes import Reduced, RowsInUse
+from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.kernels.in_memory import RowSums
+from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.sums import Sums
+from nlsq_dask.rows.rows import Rows
+from nlsq_dask.solvers.covariance import Covariance
+from nlsq_dask.solvers.solver import Solver, SolverState
+from nlsq_dask.status import StopReason
+
+Vector = NDArray[np.float64]
+S = TypeVar("S", bound=Sums)
+T = TypeVar("T", bound=SolverState[Any])
+
+
+@dataclass(frozen=True)
+class _Progress(Generic[T]):
+    """Where the solve over all rows stands."""
+
+    state: T
+    rows: RowsInUse
+    blocks: BlockSums | None  # of the pass at the iterate
+
+
+class FullFit(ABC, Generic[T, S]):
+    """Phases 2 and 3 of a fit: converge on the sample, then over all rows; then errors.
+
+    Parameters
+    ----------
+    context : FitContext
+    """
+
+    state_type: type[T]
+
+    def __init__(self, context: FitContext) -> None:
+        self.context = context
+        self.problem = context.problem
+        self._state: T | None = None
+        self._solver: Solver[T, S] | None = None
+        self._blocks: BlockSums | None = None
+        self._new_blocks: BlockSums | None = None
+
+    @abstractmethod
+    def kernel(self, request: Request) -> RowKernel[S]:
+        """Return the kernel that makes what is asked for of all rows."""
+
+    @abstractmethod
+    def sum_rows(self, rows: Rows, y_reference: float) -> RowSums[S]:
+        """Return the sums over rows in memory."""
+
+    @abstractmethod
+    def _solve_on_sample(
+        self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
+    ) -> Vector:
+        """Converge on the sample; return its solution, or the best start if it has none."""
+
+    @abstractmethod
+    def _prepare(self, sample: SampleProblem[Any], start: Vector) -> None:
+        """Choose the kernels for all rows, after the sample was solved."""
+
+    def _first_request(self, params: Vector) -> Request:
+        """Return what the first pass is asked for."""
+        return Request(params, is_fresh=True)
+
+    @abstractmethod
+    def _better_start(
+        self,
+        sample: SampleProblem[Any],
+        start: Vector,
+        first: Reduced[S],
+        starts: list[Vector],
+        chance: float,
+    ) -> tuple[Vector, Reduced[S]]:
+        """Return another start with its pass, or the same, where all rows do not fit the first.
+
+        The sample has rows from all blocks now; ``chance`` is that of the first one.
+        """
+
+    @abstractmethod
+    def _make_solver(self, sample: SampleProblem[Any], sums: S) -> Solver[T, S]:
+        """Return the solver over all rows, given the first sums over them."""
+
+    @abstractmethod
+    def _describe(self, state: T) -> dict[str, Any]:
+        """Return what the history of phases says of the solver."""
+
+    def _confirmed(self, state: T) -> tuple[T, NDArray[np.bool_] | None]:
+        """Look at a solution once more; say which parameters are not determined, if any."""
+        return state, None
+
+    @abstractmethod
+    def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
+        """Return the covariance at the solution, or None where there is none.
+
+        Also None where it takes a pass which may not be made.
+        """
+
+    def errors(self, details: dict[str, Any]) -> Vector | None:
+        """Return standard errors where they do not come from a covariance."""
+        return None
+
+    def solve(
+        self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
+    ) -> Outcome:
+        """Converge on the sample, then over all rows."""
+        start = self._solve_on_sample(sample, starts, details)
+        self._prepare(sample, start)
+        start, first = self._first_pass(sample, start, starts)
+        self._solver = self._make_solver(sample, first.sums)
+        self._blocks = first.blocks
+        return self._solve_on_all_rows(partial(self._solver.init, start, first.sums), details)
+
+    def solve_again(self, sample: SampleProblem[Any], details: dict[str, Any]) -> Outcome:
+        """Go on from the solution, because there are fewer rows now than it was found with."""
+        state, solver = self._state, self._solver
+        assert state is not None
+        assert solver is not None
+        assert state.solution is not None
+        stop, begun = state.stop, solver.restart(state, state.solution)
+        sums = self._evaluate(solver.ask(begun))
+        assert sums is not None
+        self._blocks = self._new_blocks
+        self._solver = self._make_solver(sample, sums)
+        begun = self._solver.tell(begun, sums)
+        if stop is StopReason.USER_STOP:
+            begun = self._solver.end(begun, stop)
+        return self._solve_on_all_rows(lambda: begun, details)
+
+    def so_far(self, stop: StopReason) -> Outcome | None:
+        """Return the accepted point of the solve over all rows, as its end; None before it."""
+        if self._state is None or self._solver is None or not self._state.sums.is_finite:
+            return None
+        self._state = self._solver.end(self._state, stop)
+        return self._outcome(self._state, None)
+
+    def _first_pass(
+        self, sample: SampleProblem[Any], start: Vector, starts: list[Vector]
+    ) -> tuple[Vector, Reduced[S]]:
+        """Return a start for all rows with its pass: the sample's solution, or a better one.
+
+        The rows that the pass brings back are from all blocks, and become the sample. Where they
+        are not like the first one, because all rows fit its solution worse than it did by more
+        than chance explains, the fit starts once more on the new one.
+        """
+        most, chance = sample.most_expected(start), sample.chance
+        config, request = self.problem.config, self._first_request(start)
+        first = self.context.passes.run(
+            self.kernel(request),
+            request,
+            sample_rows=self.problem.sample_rows,
+            seed=config.random_seed,
+        )
+        if first.rows is not None:
+            sample.exchange(first.rows)
+        if first.sums.is_finite and not first.sums.variance(0) > most:
+            return start, first
+        return self._better_start(sample, start, first, starts, chance)
+
+    def _solve_on_all_rows(self, init: Callable[[], T], details: dict[str, Any]) -> Outcome:
+        """Converge over all rows, a pass an iteration."""
+        journal, passes, solver = self.context.journal, self.context.passes, self._solver
+        assert solver is not None
+        kind: Any = _Progress
+        with journal.loop("all rows"):
+            noted: _Progress[T] | None = journal.noted(kind[self.state_type])
+            if noted is None:
+                state = init()
+                self._remember(state)
+            else:
+                passes.rows_in_use, self._blocks = noted.rows, noted.blocks
+                self._state = state = solver.resume(noted.state)
+            while True:
+                state = self._iterated(state)
+                before = passes.n_left_out
+                state, undetermined = self._confirmed(state)
+                if passes.n_left_out == before:
+                    break
+                assert state.solution is not None
+                state = solver.restart(state, state.solution)
+        assert state.stop is not None
+        self._state = state
+        details |= {
+            "iterations": state.iteration,
+            "passes": passes.counts.n_passes,
+            "reason": state.stop.name.lower(),
+            **self._describe(state),
+        }
+        return self._outcome(state, undetermined)
+
+    def _iterated(self, state: T) -> T:
+        report = self._reporting(ALL_ROWS)
+
+        def report_and_keep_blocks(
+            request: Request, sums: Sums, before: SolverState[Sums], after: SolverState[Sums]
+        ) -> bool:
+            if after.sums is not before.sums:
+                self._blocks = self._new_blocks
+            return report(request, sums, before, after)
+
+        assert self._solver is not None
+        return iterate(self._solver, state, self._evaluate, report_and_keep_blocks, self._remember)
+
+    def _evaluate(self, request: Request) -> S | None:
+        """Return the sums over all rows; None if they cannot be compared with those before."""
+        passes = self.context.passes
+        before = passes.n_left_out
+        found = passes.run(self.kernel(request), request)
+        if passes.n_left_out > before and not request.is_fresh:
+            return None
+        self._new_blocks = found.blocks
+        return found.sums
+
+    def _remember(self, state: T) -> None:
+        self._state = state
+        self.context.journal.note(_Progress(state, self.context.passes.rows_in_use, self._blocks))
+
+    def _outcome(self, state: T, undetermined: NDArray[np.bool_] | None) -> Outcome:
+        assert state.stop is not None
+        assert state.solution is not None
+        return Outcome(
+            state.solution,
+            state.stop,
+            state.sums,
+            state.params,
+            self._blocks,
+            state.iteration,
+            undetermined=undetermined,
+        )
+
+    def _reporting(self, stage: str, are_iterations: bool = True) -> Report:
+        """Return what reports trials: those that are not finite, and others as iterations."""
+        iterations, scales = self.context.iterations, self.problem.normalizer.scales
+
+        def report(
+            request: Request, sums: Sums, before: SolverState[Sums], after: SolverState[Sums]
+        ) -> bool:
+            if not request.is_fresh and not sums.is_finite:
+                iterations.report_non_finite(stage, request.params, sums.n_nonfinite)
+            if not (request.is_trial and are_iterations):
+                return False
+            return iterations.report(
+                stage,
+                after.params,
+                after.sums.mean_square,
+                after.sums.relative_slope(scales),
+                float(np.linalg.norm((request.params - before.params) / scales)),
+                after.radius,
+                accepted=after.params is not before.params,
+            )
+
+        return report
