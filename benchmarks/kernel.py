@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.dense_kernel import dense_kernel
 from nlsq_dask.kernels.kernel import piece_rows_for
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
@@ -104,8 +105,8 @@ def package_kernel(
     with jax.enable_x64(True):
         chosen = choose_mode(traced, traced.jaxpr()) if mode == "rule" else Mode(mode)
     n_rows = piece_rows_for(len(rows), 2**20, layout.row_bytes)
-    kernel = NormalEquationsKernel.trace(traced, n_rows, None if mode == "rule" else chosen)
-    return lambda: kernel(rows, params, wants_moments=False), chosen.value
+    kernel = dense_kernel(traced, n_rows, None if mode == "rule" else chosen)
+    return lambda: kernel(rows, Request(params), wants_moments=False), chosen.value
 
 
 def textbook_kernel(model: Callable[..., Any], p: int, rows: Rows) -> Callable[[], object]:

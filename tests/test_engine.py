@@ -24,7 +24,7 @@ from nlsq_dask.engine import dataset
 from nlsq_dask.engine.block_group import kept_bytes
 from nlsq_dask.engine.execution import Parts
 from nlsq_dask.kernels import kernel
-from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.dense_loops import Accumulation
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
 CHUNK = 2**18
@@ -299,15 +299,18 @@ def test_several_devices_share_the_work(solver: str, loss: str) -> None:
     assert done.stdout.split() == ["4", "3"]  # the first device had compiled it already
 
 
-@pytest.mark.parametrize("product", list(Product))
-def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
-    from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+@pytest.mark.parametrize("accumulation", list(Accumulation))
+def test_the_kernel_can_be_lowered_for_a_gpu(accumulation: Accumulation) -> None:
+    from nlsq_dask.kernels.dense_kernel import dense_kernel
     from nlsq_dask.model.model import Model
     from nlsq_dask.rows.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
-    kernel = NormalEquationsKernel.trace(
-        Model(model, 3, layout, "float64"), 2**18, platforms=("cpu", "cuda"), product=product
+    kernel = dense_kernel(
+        Model(model, 3, layout, "float64"),
+        2**18,
+        platforms=("cpu", "cuda"),
+        accumulation=accumulation,
     )
     assert set(kernel.programs) == {"cpu", "cuda"}
     assert kernel.programs["cpu"].fingerprint != kernel.programs["cuda"].fingerprint
@@ -315,12 +318,12 @@ def test_the_kernel_can_be_lowered_for_a_gpu(product: Product) -> None:
 
 @pytest.mark.parametrize("is_diagonal", [False, True])
 def test_gradients_can_be_lowered_for_a_gpu(is_diagonal: bool) -> None:
-    from nlsq_dask.kernels.gradient_kernel import GradientKernel
+    from nlsq_dask.kernels.gradient_kernel import gradient_kernel
     from nlsq_dask.model.model import Model
     from nlsq_dask.rows.rows import Layout
 
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
-    kernel = GradientKernel.trace(
+    kernel = gradient_kernel(
         Model(model, 3, layout, "float64"), 2**18, ("cpu", "cuda"), is_diagonal=is_diagonal
     )
     assert set(kernel.programs) == {"cpu", "cuda"}

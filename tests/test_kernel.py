@@ -16,7 +16,8 @@ from jax import lax
 import nlsq_dask as nd
 from nlsq_dask.kernels import block_loops
 from nlsq_dask.kernels import kernel as kernel_module
-from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
+from nlsq_dask.kernels.dense_kernel import dense_kernel
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import x64
@@ -80,9 +81,9 @@ def agree(sums: NormalEquations, expected: tuple[Any, Any, Any], rtol: float) ->
 def test_both_modes_against_extended_precision(n_params: int, mode: Mode) -> None:
     params = RNG.uniform(0.5, 1.5, n_params)
     model = model_of(exponentials(n_params), n_params)
-    kernel = NormalEquationsKernel.trace(model, 4096, mode)
+    kernel = dense_kernel(model, 4096, mode)
     rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
-    sums = kernel(rows, params)
+    sums = kernel(rows, Request(params))
     agree(sums, exact(n_params, params, np.arange(N_ROWS)), 1e-13)
     assert (sums.n_used, sums.n_bad, sums.n_masked) == (N_ROWS, 0, 0)
 
@@ -95,8 +96,8 @@ def test_rows_left_out_from_some_row_on(first: int, mode: Mode) -> None:
     y[first::7], x[first::11], sigma[first::13], mask[first::5] = np.nan, np.inf, np.nan, True
     rows = Rows(y, (x,), sigma, mask)
     params = np.array([1.2, 0.7, 0.3])
-    kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 32_768, mode)
-    sums = kernel(rows, params, candidates=np.array([params, 2 * params]))
+    kernel = dense_kernel(model_of(exponentials(3), 3), 32_768, mode)
+    sums = kernel(rows, Request(params, np.array([params, 2 * params])))
     bad = ~np.isfinite(y) | ~np.isfinite(x) | ~np.isfinite(sigma)
     used = np.flatnonzero(~bad & ~mask)
     agree(sums, exact(3, params, used), 1e-13)
@@ -113,7 +114,7 @@ def test_a_model_that_swallows_nan_in_x_does_not_hide_the_row() -> None:
     x[77] = np.nan
     model = model_of(lambda x, a, b: jnp.where(x > 1, a * x, b), 2)
     rows = Rows(Y, (x,), SIGMA, np.zeros(N_ROWS, bool))
-    sums = NormalEquationsKernel.trace(model, 4096)(rows, np.ones(2))
+    sums = dense_kernel(model, 4096)(rows, Request(np.ones(2)))
     assert (sums.n_bad, sums.n_nonfinite) == (1, 0)
 
 
@@ -123,7 +124,7 @@ def test_sigma_that_is_not_positive_is_counted(bad: float) -> None:
     sigma[[5, 12_000]] = bad
     rows = Rows(Y, (X,), sigma, np.zeros(N_ROWS, bool))
     model = model_of(exponentials(3), 3)
-    sums = NormalEquationsKernel.trace(model, 4096)(rows, np.ones(3))
+    sums = dense_kernel(model, 4096)(rows, Request(np.ones(3)))
     assert sums.n_bad_sigma == 2
 
 
@@ -132,8 +133,8 @@ def test_where_a_block_is_cut_changes_no_bit() -> None:
     params = np.array([1.2, 0.7, 0.3])
     sums = []
     for piece_rows in (1024, 4096, 32_768):
-        kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), piece_rows)
-        sums.append(kernel(rows, params))
+        kernel = dense_kernel(model_of(exponentials(3), 3), piece_rows)
+        sums.append(kernel(rows, Request(params)))
     for other in sums[1:]:
         np.testing.assert_array_equal(other.jtj, sums[0].jtj)
         assert other.cost == sums[0].cost
@@ -292,16 +293,16 @@ def test_broadcast_rows_in_memory_that_is_used_again(
     layout = Layout(None, ((),), ("float64",), "float64", "float64", False)
     model = Model(exponentials(3), 3, layout, "float64")
     params = np.array([1.2, 0.7, 0.3])
-    kernel = NormalEquationsKernel.trace(model, 2048)
+    kernel = dense_kernel(model, 2048)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda block: kernel(block, params), blocks))
+        found = list(pool.map(lambda block: kernel(block, Request(params)), blocks))
     for block, sums in zip(blocks, found, strict=True):
         flat = Rows(
             block.y.ravel(),
             (np.broadcast_to(x, shape).ravel(),),
             np.broadcast_to(sigma, shape).ravel(),
         )
-        alone = NormalEquationsKernel.trace(model, 32_768)(flat, params)
+        alone = dense_kernel(model, 32_768)(flat, Request(params))
         np.testing.assert_array_equal(sums.jtj, alone.jtj)
         np.testing.assert_array_equal(sums.jtr, alone.jtr)
         assert (sums.cost, sums.weight, sums.y_square) == (alone.cost, alone.weight, alone.y_square)
@@ -312,8 +313,8 @@ def test_broadcast_rows_in_memory_that_is_used_again(
 def test_sums_in_lanes_and_as_matrix_product(n_params: int, mode: Mode) -> None:
     """Both sides of the number of parameters from which a matrix product is used."""
     params = np.linspace(0.5, 1.5, n_params)
-    kernel = NormalEquationsKernel.trace(model_of(exponentials(n_params), n_params), 4096, mode)
-    sums = kernel(Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool)), params)
+    kernel = dense_kernel(model_of(exponentials(n_params), n_params), 4096, mode)
+    sums = kernel(Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool)), Request(params))
     agree(sums, exact(n_params, params, np.arange(N_ROWS)), 1e-13)
     np.testing.assert_array_equal(sums.jtj, sums.jtj.T)
 
@@ -324,9 +325,9 @@ def test_sums_of_the_data_alone(first: int | None) -> None:
     y = Y + 1e3
     if first is not None:
         y[first::101] = np.nan
-    kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 4096)
+    kernel = dense_kernel(model_of(exponentials(3), 3), 4096)
     kernel = replace(kernel, y_reference=1e3)
-    sums = kernel(Rows(y, (X,), SIGMA, np.zeros(N_ROWS, bool)), np.ones(3))
+    sums = kernel(Rows(y, (X,), SIGMA, np.zeros(N_ROWS, bool)), Request(np.ones(3)))
     used = np.isfinite(y)
     offset, weight = y[used].astype(np.longdouble) - 1e3, 1 / SIGMA[used].astype(np.longdouble) ** 2
     assert sums.n_used == used.sum()
@@ -345,13 +346,13 @@ def test_blocks_as_long_as_a_gpu_wants_them(n_rows: int, monkeypatch: pytest.Mon
     layout = Layout(None, ((),), ("float64",), "float64", None, False)
     # A constant of its own, so that no other test finds this program in the cache.
     model = Model(lambda x, a, b: a * jnp.exp(-b * x) + 0.123, 2, layout, "float64")
-    kernel = NormalEquationsKernel.trace(model, 2**18)
+    kernel = dense_kernel(model, 2**18)
     a, b = params = np.array([1.2, 0.7])
     used = np.isfinite(y)
     decay = np.exp(-b * x[used])
     jacobian, residual = np.stack([decay, -a * x[used] * decay]), a * decay + 0.123 - y[used]
     for source in (Rows(y, (x,)), kernel.placed(Rows(y, (x,)))):
-        sums = kernel(source, params)
+        sums = kernel(source, Request(params))
         np.testing.assert_allclose(sums.jtj, jacobian @ jacobian.T, rtol=1e-12)
         np.testing.assert_allclose(sums.jtr, jacobian @ residual, rtol=1e-11)
         assert sums.cost == pytest.approx(0.5 * residual @ residual, rel=1e-12)
@@ -367,5 +368,5 @@ def test_rows_that_find_no_room_on_a_device_stay_where_they_are(
     monkeypatch.setattr(kernel_module, "_HOST_PLATFORMS", set())
     monkeypatch.setattr(kernel_module.jnp, "array", no_room)
     rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
-    kernel = NormalEquationsKernel.trace(model_of(exponentials(3), 3), 4096)
+    kernel = dense_kernel(model_of(exponentials(3), 3), 4096)
     assert kernel.placed(rows) is rows

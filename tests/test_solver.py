@@ -14,9 +14,10 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask.kernels import tsqr
-from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
-from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.dense_kernel import dense_kernel, with_accumulation
+from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import float32_constants
 from nlsq_dask.model.jacobian import Mode
 from nlsq_dask.model.model import Model
@@ -75,15 +76,15 @@ def test_r_is_that_of_all_rows(n_params: int, mode: Mode, loss: str) -> None:
     params = rng.normal(size=n_params)
     layout = Layout(None, ((),), ("float64",), "float64", "float64", False)
     model = Model(harmonics, n_params, layout, "float64")
-    plain_kernel = NormalEquationsKernel.trace(model, 2048, mode, loss=Loss(loss, 0.7))
-    kernel = plain_kernel.making(Product.TRIANGLE, model)
-    sums = kernel(Rows(y, (x,), sigma), params)
+    plain_kernel = dense_kernel(model, 2048, mode, loss=Loss(loss, 0.7))
+    kernel = with_accumulation(plain_kernel, Accumulation.TRIANGLE, model)
+    sums = kernel(Rows(y, (x,), sigma), Request(params))
     parts = [
-        kernel(Rows(y[rows], (x[rows],), sigma[rows]), params)
+        kernel(Rows(y[rows], (x[rows],), sigma[rows]), Request(params))
         for rows in np.array_split(np.arange(5_000), 3)
     ]
     joined = parts[0].combine(parts[1].combine(parts[2]))
-    plain = plain_kernel(Rows(y, (x,), sigma), params)
+    plain = plain_kernel(Rows(y, (x,), sigma), Request(params))
     used = np.isfinite(y)
     jacobian = np.cos(np.outer(x, np.arange(n_params)))
     residual = (jacobian @ params - y) / sigma
@@ -109,10 +110,10 @@ def test_the_largest_residual_is_kept() -> None:
     y = np.zeros(5_000)
     y[4_321] = 9.0
     layout = Layout(None, ((),), ("float64",), "float64", None, False)
-    kernel = NormalEquationsKernel.trace(
-        Model(polynomial, 3, layout, "float64"), 2048, product=Product.TRIANGLE
+    kernel = dense_kernel(
+        Model(polynomial, 3, layout, "float64"), 2048, accumulation=Accumulation.TRIANGLE
     )
-    assert kernel(Rows(y, (x,)), np.zeros(3)).largest == 9.0
+    assert kernel(Rows(y, (x,)), Request(np.zeros(3))).largest == 9.0
 
 
 def test_rows_added_to_a_triangle() -> None:

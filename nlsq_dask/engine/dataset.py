@@ -32,7 +32,7 @@ from nlsq_dask.engine.tasks import (
 )
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, ClusterLostError
-from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 
 _MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
@@ -77,7 +77,7 @@ class DataSet:
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
             self._read_ahead = ReadAhead(self._workers.most_threads)
-        self._kernel: tuple[RowKernel[Any], Any] | None = None
+        self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def _place(self) -> None:
         """Put groups, and arrays that are in memory, on the workers."""
@@ -110,7 +110,7 @@ class DataSet:
 
     def reduce(
         self,
-        kernel: RowKernel[S],
+        kernel: Kernel[S],
         request: PassRequest,
         known: Mapping[Node, PassResult[S]] | None = None,
         watch: Watch = lambda parts: None,
@@ -119,7 +119,7 @@ class DataSet:
 
         Parameters
         ----------
-        kernel : RowKernel
+        kernel : Kernel
         request : PassRequest
         known : mapping of Node to PassResult, optional
             Finished parts of an earlier pass with the same kernel and request.
@@ -186,7 +186,7 @@ class DataSet:
                 "Start a cluster again, and fit again."
             ) from timeout
 
-    def _tree(self, kernel: RowKernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
+    def _tree(self, kernel: Kernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]

@@ -7,14 +7,14 @@ from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nlsq_dask.data.sampling import SamplePlan, thin_out
 from nlsq_dask.engine.block_group import Group, Kept
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
-from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.kernel import Kernel
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Rows
@@ -22,32 +22,13 @@ from nlsq_dask.rows.rows import Rows
 
 @dataclass(frozen=True)
 class PassRequest:
-    """What is wanted of a pass.
+    """What is wanted of a pass."""
 
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-        Where the sums are wanted.
-    candidates : ndarray, shape (k, p), or None
-        Where the cost alone is wanted.
-    directions : ndarray, shape (k, p), or None
-        Where products are wanted, of a kernel that makes them.
-    is_first : bool
-        Whether to sum what depends on the data alone.
-    sample_share : float
-        Share of the rows to bring back, taken evenly from all blocks.
-    seed : int
-    left_out : frozenset of int
-        Flat indices of blocks that are not wanted.
-    """
-
-    params: NDArray[np.float64]
-    candidates: NDArray[np.float64] | None = None
-    directions: NDArray[np.float64] | None = None
-    is_first: bool = True
-    sample_share: float = 0.0
+    sums: Request
+    wants_moments: bool = True  # whether to sum what depends on the data alone
+    sample_share: float = 0.0  # of the rows to bring back, taken evenly from all blocks
     seed: int = 0
-    left_out: frozenset[int] = frozenset()
+    left_out: frozenset[int] = frozenset()  # flat indices of blocks that are not wanted
 
 
 S = TypeVar("S", bound=Sums)
@@ -65,7 +46,7 @@ class PassResult(Generic[S]):
 
 
 def reduce_group(
-    group: Group, kernel: RowKernel[S], request: PassRequest, *inputs: Any
+    group: Group, kernel: Kernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
     """Sum over the blocks of a group, read now or kept from an earlier pass."""
     blocks = group.blocks(inputs, request.left_out, kernel.placed)
@@ -73,7 +54,7 @@ def reduce_group(
 
 
 def _reduce_block(
-    kernel: RowKernel[S],
+    kernel: Kernel[S],
     request: PassRequest,
     index: int,
     rows: Kept | None,
@@ -82,14 +63,7 @@ def _reduce_block(
     report = _report(read, rows)
     if rows is None:
         return PassResult(None, None, report)
-    further = {} if request.directions is None else {"directions": request.directions}
-    sums = kernel(
-        rows,
-        request.params,
-        candidates=request.candidates,
-        wants_moments=request.is_first,
-        **further,
-    )
+    sums = kernel(rows, request.sums, request.wants_moments)
     block = rows if read is None else read.block
     taken = thin_out(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.

@@ -13,12 +13,13 @@ from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit.context import FitContext
 from nlsq_dask.fit.full_fit import FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import SampleSolver, first_product
+from nlsq_dask.fit.loop import SampleSolver, first_accumulation
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
-from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
+from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.in_memory import NormalRowSums
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.rows import Rows
@@ -41,7 +42,7 @@ class _OnSample:
 
     params: Vector
     iterations: int
-    product: Product
+    accumulation: Accumulation
 
 
 class DenseFit(FullFit[State, NormalEquations]):
@@ -53,10 +54,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         super().__init__(context)
         problem = self.problem
         config, parameters = problem.config, problem.parameters
-        trace = partial(NormalEquationsKernel.trace, piece_rows=context.piece_rows)
+        trace = partial(dense_kernel, piece_rows=context.piece_rows)
         kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
-        kernel = replace(kernel, uses_all_devices=config.enable_multi_device)
-        self._kernels = {kernel.product: kernel}
+        self._gram = replace(kernel, uses_all_devices=config.enable_multi_device)
+        self._kernels = {Accumulation.GRAM: self._gram}
         self._sample_kernel = trace(problem.exact_model, loss=problem.loss)
         self._settings = Settings(
             low=parameters.low,
@@ -71,15 +72,15 @@ class DenseFit(FullFit[State, NormalEquations]):
             recovers=config.validate_numerics,
         )
         self._sample_solver = SampleSolver.of(self._settings, config)
-        self._first_product = first_product(config)
+        self._first_accumulation = first_accumulation(config)
 
-    def kernel(self, request: Request) -> NormalEquationsKernel:
+    def kernel(self, request: Request) -> Kernel[NormalEquations]:
         """Return the kernel that makes what is asked for of all rows."""
-        product = request.product
-        if product not in self._kernels:
-            known = next(iter(self._kernels.values()))
-            self._kernels[product] = known.making(product, self.problem.model)
-        return self._kernels[product]
+        accumulation = request.accumulation
+        if accumulation not in self._kernels:
+            kernel = with_accumulation(self._gram, accumulation, self.problem.model)
+            self._kernels[accumulation] = kernel
+        return self._kernels[accumulation]
 
     def sum_rows(self, rows: Rows, y_reference: float) -> NormalRowSums:
         """Return the sums over rows in memory."""
@@ -93,7 +94,7 @@ class DenseFit(FullFit[State, NormalEquations]):
             return starts[0]
         find = partial(self._find_on_sample, sample, starts)
         found = self.context.journal.step("solution of the sample", _OnSample, find)
-        sample.reduce.make(found.product)
+        sample.reduce.make(found.accumulation)
         details["sample_iterations"] = found.iterations
         return found.params
 
@@ -101,33 +102,33 @@ class DenseFit(FullFit[State, NormalEquations]):
         solver, races = self._sample_solver, self._reporting("sample", are_iterations=False)
         start = solver.best_start(sample.reduce_few, starts, races)
         state = solver.solve(sample.reduce, start, self._reporting("sample"))
-        product = sample.reduce.kernel.product
+        accumulation = sample.reduce.accumulation
         if state.stop is StopReason.NON_FINITE_START:
-            return _OnSample(start, state.iteration, product)
+            return _OnSample(start, state.iteration, accumulation)
         assert state.solution is not None
         if state.stop is StopReason.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
-        return _OnSample(state.solution, state.iteration, product)
+        return _OnSample(state.solution, state.iteration, accumulation)
 
     def _prepare(self, sample: Sample, start: Vector) -> None:
-        known = next(iter(self._kernels.values()))
-        factors = known.factors
+        reduction = self._gram.reduction
+        assert isinstance(reduction, DenseReduction)
         if self.problem.is_exact:
-            self._first_product = sample.reduce.kernel.product
+            self._first_accumulation = sample.reduce.accumulation
         else:
-            factors = sample.reduce.factors(start)
-        kernel = replace(known, y_reference=sample.y_reference, factors=factors)
-        self._kernels = {kernel.product: kernel}
+            reduction = replace(reduction, factors=sample.reduce.factors(start))
+        self._gram = replace(self._gram, reduction=reduction, y_reference=sample.y_reference)
+        self._kernels = {Accumulation.GRAM: self._gram}
 
     def _first_request(self, params: Vector) -> Request:
-        return Request(params, product=self._first_product, is_fresh=True)
+        return Request(params, accumulation=self._first_accumulation, is_fresh=True)
 
     def _make_solver(self, sample: Sample, sums: NormalEquations) -> GaussNewton:
         is_auto = self.problem.config.gauss_newton_solver == "auto"
         return GaussNewton(
             self._settings,
-            self._first_product,
+            self._first_accumulation,
             may_factorize=is_auto and self.problem.is_exact,
             forecast=lambda state: forecast(state, sample.reduce),
         )
@@ -161,7 +162,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return start, first
 
     def _describe(self, state: State) -> dict[str, Any]:
-        return {"solver": "qr" if state.product.is_factorized else "normal"}
+        return {"solver": "qr" if state.accumulation.is_factorized else "normal"}
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
         """Return the covariance at the solution, or None where nothing is finite.
@@ -186,7 +187,7 @@ class DenseFit(FullFit[State, NormalEquations]):
     def _scores(self, state: State) -> NDArray[np.float64]:
         """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
         assert state.solution is not None
-        request = Request(state.solution, product=Product.SCORES)
+        request = Request(state.solution, accumulation=Accumulation.SCORES)
         sums = self.context.passes.run(self.kernel(request), request, is_penalized=False).sums
         assert sums.triangle is not None
         return sums.triangle[:, : len(state.solution)]

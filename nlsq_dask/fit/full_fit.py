@@ -19,7 +19,7 @@ from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Reduced, RowsInUse
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.kernels.in_memory import RowSums
-from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
@@ -60,7 +60,7 @@ class FullFit(ABC, Generic[T, S]):
         self._new_blocks: BlockSums | None = None
 
     @abstractmethod
-    def kernel(self, request: Request) -> RowKernel[S]:
+    def kernel(self, request: Request) -> Kernel[S]:
         """Return the kernel that makes what is asked for of all rows."""
 
     @abstractmethod

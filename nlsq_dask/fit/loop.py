@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.in_memory import NormalRowSums
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations, Sums
@@ -42,9 +42,9 @@ def _variance(sums: NormalEquations) -> float:
     return 2.0 * sums.cost / max(sums.n_used, 1)
 
 
-def first_product(config: HybridStreamingConfig) -> Product:
+def first_accumulation(config: HybridStreamingConfig) -> Accumulation:
     """Return the sums to begin with."""
-    return Product.TRIANGLE if config.gauss_newton_solver == "qr" else Product.GRAM
+    return Accumulation.TRIANGLE if config.gauss_newton_solver == "qr" else Accumulation.GRAM
 
 
 def iterate(
@@ -116,28 +116,28 @@ class SampleSolver:
         The rows may say nothing of some parameters (a peak that they missed). A weak pull towards
         the start keeps those in place, and moves the others by far less than their errors.
         """
-        product = first_product(self.config)
-        solver = GaussNewton(self.settings, product, self.config.gauss_newton_solver == "auto")
-        sums.make(product)
+        accumulation = first_accumulation(self.config)
+        solver = GaussNewton(self.settings, accumulation, self.config.gauss_newton_solver == "auto")
+        sums.make(accumulation)
         if not sums(start).is_finite:
             return solver.init(start, sums(start))
         pull = _Pull(start, _variance(sums(start)), anchor_length * self.settings.sizes)
 
         def evaluate(request: Request) -> NormalEquations:
-            sums.make(request.product)
+            sums.make(request.accumulation)
             return pull.added_to(sums(request.params), request.params)
 
         params = start
         while True:
-            begun = solver.init(params, evaluate(Request(params, product=product)))
+            begun = solver.init(params, evaluate(Request(params, accumulation=accumulation)))
             state = iterate(solver, begun, evaluate, report)
             assert state.solution is not None
-            params, product = state.solution, state.product
-            solver = replace(solver, product=product)
+            params, accumulation = state.solution, state.accumulation
+            solver = replace(solver, accumulation=accumulation)
             if state.stop in _NO_FURTHER or not pull.relaxed(_variance(sums(params))):
                 break
         if not state.point.is_ill_conditioned:
-            sums.make(first_product(self.config))
+            sums.make(first_accumulation(self.config))
         return state
 
     def best_start(self, sums: NormalRowSums, starts: list[Vector], report: Report) -> Vector:

@@ -19,8 +19,9 @@ from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import MORE_ITERATIONS, iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.kernels.gradient_kernel import GradientKernel
+from nlsq_dask.kernels.gradient_kernel import gradient_kernel
 from nlsq_dask.kernels.in_memory import GradientRowSums
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
@@ -67,12 +68,12 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         self._sample: Sample | None = None
         self._undetermined: NDArray[np.bool_] | None = None
 
-    def _traced(self, model: Model, **options: Any) -> GradientKernel:
+    def _traced(self, model: Model, **options: Any) -> Kernel[GradientSums]:
         piece_rows, loss = self.context.piece_rows, self.problem.loss
-        kernel = GradientKernel.trace(model, piece_rows, loss=loss, **options)
+        kernel = gradient_kernel(model, piece_rows, loss=loss, **options)
         return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
 
-    def kernel(self, request: Request) -> GradientKernel:
+    def kernel(self, request: Request) -> Kernel[GradientSums]:
         """Return the kernel that makes what is asked for of all rows."""
         return self._kernel
 
@@ -249,8 +250,11 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return None
         n_params, sums = len(state.params), state.sums
         n_probes = details["probes"] = min(n_probes, n_params)
+        n_left_out = self.context.passes.n_left_out
         probes = probe_batches(n_probes, n_params, self.problem.config.random_seed)
         variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
+        if self.context.passes.n_left_out > n_left_out:  # the fit is solved again
+            return None
         if not (state.touched.all() and np.isfinite(variances).all()):
             warn_caller(
                 "Standard errors of the parameters could not be estimated: the data do not "
@@ -276,7 +280,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         most, n_left_out = self.problem.config.cg_max_iterations, context.passes.n_left_out
 
         def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-            if context.passes.n_left_out > n_left_out:  # the fit is solved again
+            if context.passes.n_left_out > n_left_out:
                 return np.full_like(vectors, np.nan)
             filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
             request = Request(params, directions=filled_up, is_trial=False)

@@ -31,7 +31,7 @@ from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.outcome import ReadCounts
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.row_checks import are_unusable, check_rows, check_same, check_share
-from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Moments, Sums
@@ -179,7 +179,7 @@ class Passes:
 
     def run(
         self,
-        kernel: RowKernel[S],
+        kernel: Kernel[S],
         request: Request,
         *,
         is_penalized: bool = True,
@@ -193,7 +193,7 @@ class Passes:
 
         Parameters
         ----------
-        kernel : RowKernel
+        kernel : Kernel
         request : Request
             If it is fresh, what depends on the data alone is summed again.
         is_penalized : bool
@@ -201,24 +201,17 @@ class Passes:
             Rows to bring back, from all blocks.
         """
         wants_moments = request.is_fresh or self._moments is None
-        wanted = PassRequest(
-            request.params,
-            request.candidates,
-            request.directions,
-            wants_moments,
-            min(1.0, sample_rows / self.n_rows),
-            seed,
-            frozenset(self.left_out),
-        )
+        share = min(1.0, sample_rows / self.n_rows)
+        wanted = PassRequest(request, wants_moments, share, seed, frozenset(self.left_out))
         name = "pass"
         if self._journal.is_kept:
-            what = hashlib.sha256(kernel.makes.encode() + encode(wanted))
+            what = hashlib.sha256(kernel.reduction.name.encode() + encode(wanted))
             name = f"pass {what.hexdigest()[:16]}"
         penalty = self._penalty if is_penalized else GroupVariance()
         kind: Any = Reduced
         found: Reduced[S] = self._journal.step(
             name,
-            kind[kernel.sums_type],
+            kind[kernel.reduction.sums_type],
             partial(self._make, kernel, wanted, penalty),
             saves=True,
         )
@@ -230,7 +223,7 @@ class Passes:
         return found
 
     def run_beside(
-        self, kernel: RowKernel[S], params: Vector, point: Vector, there: Reduced[S]
+        self, kernel: Kernel[S], params: Vector, point: Vector, there: Reduced[S]
     ) -> tuple[Reduced[S], Reduced[S]]:
         """Return the pass at ``params``, and that at a known point over the same rows.
 
@@ -243,13 +236,11 @@ class Passes:
                 return found, there
             there = self.run(kernel, Request(point, is_fresh=True))
 
-    def _make(
-        self, kernel: RowKernel[S], request: PassRequest, penalty: GroupVariance
-    ) -> Reduced[S]:
+    def _make(self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance) -> Reduced[S]:
         """Run the pass, from where it was cut."""
         self._interruption.check()
         kind: Any = _Cut
-        cut: _Cut[S] = self._journal.noted(kind[kernel.sums_type]) or _Cut()
+        cut: _Cut[S] = self._journal.noted(kind[kernel.reduction.sums_type]) or _Cut()
         began = time.perf_counter() - cut.seconds
         result = self._reduce(kernel, request, began, cut)
         read = result.reading
@@ -260,15 +251,14 @@ class Passes:
         assert result.blocks is not None
         n_rows = self.n_rows - sum(bad.rows for bad in lost.values())  # not left out so far
         check_rows(result.sums, self._omits_nan, self._data, n_rows, result.first_bad_block)
-        sums = result.sums.penalized(
-            penalty, request.params, request.candidates, request.directions
-        )
+        asked = request.sums
+        sums = result.sums.penalized(penalty, asked.params, asked.candidates, asked.directions)
         number = self.counts.n_passes + 1
         self._emit(BlocksMeasured(number, result.blocks))
         self._report(
             PassFinished(
                 number,
-                request.params.copy(),
+                asked.params.copy(),
                 sums.cost if sums.is_finite else np.inf,
                 time.perf_counter() - began,
                 read.rows_read,
@@ -281,7 +271,7 @@ class Passes:
 
     def _reduce(
         self,
-        kernel: RowKernel[S],
+        kernel: Kernel[S],
         request: PassRequest,
         began: float,
         cut: _Cut[S],

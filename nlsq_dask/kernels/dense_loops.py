@@ -7,7 +7,7 @@ Jacobian and residual of a block are stacked, so that one product gives ``J^T J`
 from __future__ import annotations
 
 from enum import Enum
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
@@ -17,23 +17,19 @@ from jax import lax
 
 from nlsq_dask.kernels.block_loops import (
     BlockLoops,
-    MakeLoops,
-    block_rows_for,
     dot,
     lane_sums,
-    lanes_for,
 )
 from nlsq_dask.kernels.losses import LINEAR
-from nlsq_dask.kernels.tsqr import extended, merged, part_rows
+from nlsq_dask.kernels.tsqr import extended
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
-from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 _MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
 
 
-class Product(Enum):
+class Accumulation(Enum):
     """What is made of Jacobian and residual, a square matrix of p + 1 columns.
 
     Only its upper triangle is of meaning; the largest r^2 is kept in the corner below. The last
@@ -48,37 +44,22 @@ class Product(Enum):
     @property
     def is_factorized(self) -> bool:
         """Whether it comes from QR factorizations."""
-        return self is not Product.GRAM
+        return self is not Accumulation.GRAM
 
 
 # The running sums, most of them in lanes:
-# - matrix (p+1, p+1, lanes): see ``Product``;
+# - matrix (p+1, p+1, lanes): see ``Accumulation``;
 # - residuals (2, lanes): sums of rho(z) and of r^2, nothing with the linear loss, where the Gram
 #   product holds both.
-ProductSums = tuple[Any, Any]
 
 
-def no_product(n_params: int, piece_rows: int, platform: str, product: Product) -> ProductSums:
-    """Return the sums over no rows at all."""
-    n_rows, n_lanes = n_params + 1, lanes_for(piece_rows, platform)
-    is_in_lanes = n_rows <= _MOST_IN_LANES and not product.is_factorized
-    matrix = np.zeros((n_rows, n_rows, n_lanes if is_in_lanes else 1))
-    return matrix, np.zeros((2, n_lanes))
+def n_gram_lanes(n_params: int, n_lanes: int, accumulation: Accumulation) -> int:
+    """Return in how many lanes the matrix is summed."""
+    is_in_lanes = n_params < _MOST_IN_LANES and not accumulation.is_factorized
+    return n_lanes if is_in_lanes else 1
 
 
-def combined_products(one: ProductSums, other: ProductSums, product: Product) -> ProductSums:
-    """Return the sums over the rows of both, in NumPy."""
-    (matrix, residuals), (other_matrix, other_residuals) = one, other
-    total = _add_gram(np, matrix, other_matrix)
-    if product.is_factorized:
-        end = -1 if product is Product.ROOT else None
-        largest = total[-1, 0, 0]
-        total[:end, :end, 0] = merged(matrix[:end, :end, 0], other_matrix[:end, :end, 0])
-        total[-1, 0, 0] = largest
-    return total, residuals + other_residuals
-
-
-def _add_gram(library: Any, gram: Any, other: Any) -> Any:
+def add_gram(library: Any, gram: Any, other: Any) -> Any:
     """Add two Gram matrices, and take the larger of the two r^2 that they keep."""
     n_rows = len(gram)
     keeps_largest = np.zeros((n_rows, n_rows, 1), bool)
@@ -88,7 +69,7 @@ def _add_gram(library: Any, gram: Any, other: Any) -> Any:
 
 
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
-    """Return the products of all pairs of rows, as ``Product`` has them.
+    """Return the products of all pairs of rows, as ``Accumulation`` has them.
 
     What is below the diagonal is of no meaning, except for the largest square of ``residual``; that
     is the last row if it is None.
@@ -113,8 +94,8 @@ def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
     return jnp.stack([*rows, jnp.concatenate([largest[None], between, row(n_rows - 1)])])
 
 
-class ProductLoops(BlockLoops):
-    """Loops whose sums are ``ProductSums``; parameters and factors are their point.
+class DenseLoops(BlockLoops):
+    """Loops whose sums are a matrix and sums of residuals; parameters and factors are their point.
 
     Parameters
     ----------
@@ -123,7 +104,7 @@ class ProductLoops(BlockLoops):
     block_rows : int
     *args
         As for ``BlockLoops``.
-    product : Product
+    accumulation : Accumulation
     part_rows : int
         Rows that are factorized at once.
     mode : Mode
@@ -136,12 +117,12 @@ class ProductLoops(BlockLoops):
         loss: str,
         block_rows: int,
         *args: Any,
-        product: Product,
+        accumulation: Accumulation,
         part_rows: int,
         mode: Mode,
     ) -> None:
         super().__init__(model, loss, block_rows, *args)
-        self._product = product
+        self._accumulation = accumulation
         self._part_rows = part_rows
         self._linearized = residual_and_jacobian(model, mode)
 
@@ -168,17 +149,17 @@ class ProductLoops(BlockLoops):
             ones = jnp.ones_like(terms)
             parts = dot(terms, ones, n_lanes), dot(residual, residual, n_lanes)
             residuals = residuals + jnp.stack(parts).astype(residuals.dtype)
-        is_scores = self._product is Product.SCORES
+        is_scores = self._accumulation is Accumulation.SCORES
         if is_scores:
             jacobian_scale = residual * (jacobian_scale * residual_scale)
         is_scaled = is_scores or self._loss != LINEAR
         if is_scaled:
             scaled = stacked[:-1] * jacobian_scale, (residual * residual_scale)[None]
             stacked = jnp.concatenate(scaled)
-        if self._product.is_factorized:
+        if self._accumulation.is_factorized:
             return self._factorized(matrix, stacked, residual)[..., None], residuals
         new = _gram(stacked, residual if is_scaled else None, matrix.shape[-1])
-        return _add_gram(jnp, matrix, new.astype(matrix.dtype)), residuals
+        return add_gram(jnp, matrix, new.astype(matrix.dtype)), residuals
 
     def is_finite(self, sums: Any) -> Any:
         """Look at sums of squares, of which one at least is infinite or NaN if any product is."""
@@ -196,12 +177,12 @@ class ProductLoops(BlockLoops):
         nothing = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
         part = super().plain_stretch(start, end, nothing)
         gram, residuals = (array.astype(matrix.dtype) for array in part)
-        return _add_gram(jnp, matrix, gram), sums[1] + residuals
+        return add_gram(jnp, matrix, gram), sums[1] + residuals
 
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
         """Return R of the rows so far, which are in ``matrix``, and of a block."""
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
-        if self._product is not Product.ROOT:
+        if self._accumulation is not Accumulation.ROOT:
             new = extended(triangle, stacked, self._part_rows)
         else:
             root = extended(triangle[:-1, :-1], stacked[:-1], self._part_rows)
@@ -209,13 +190,3 @@ class ProductLoops(BlockLoops):
             new = jnp.pad(root, ((0, 1), (0, 1))).at[:, -1].set(triangle[:, -1] + column)
         largest = jnp.maximum(matrix[-1, 0, 0], (residual**2).max())
         return new.at[-1, 0].set(largest)
-
-
-def product_loops(
-    model: Model, loss: str, product: Product, piece_rows: int, mode: Mode, platform: str
-) -> MakeLoops:
-    """Return what makes the loops over pieces of this length."""
-    block_rows = block_rows_for(piece_rows, platform)
-    n_at_once = part_rows(model.n_params + 1, block_rows) if platform == CPU else block_rows
-    how = partial(ProductLoops, product=product, part_rows=n_at_once, mode=mode)
-    return partial(how, model, loss, block_rows)

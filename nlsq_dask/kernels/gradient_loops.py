@@ -6,23 +6,14 @@ pulling residuals back, so that nothing is larger than the rows of a block or th
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from nlsq_dask.kernels.block_loops import (
-    BlockLoops,
-    MakeLoops,
-    block_rows_for,
-    dot,
-    lanes_for,
-)
+from nlsq_dask.kernels.block_loops import BlockLoops, dot
 from nlsq_dask.kernels.losses import LINEAR
-from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 _MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
@@ -31,23 +22,10 @@ _MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at o
 # - vectors (1 + directions, p): J^T r, and J^T J v for each direction;
 # - residuals (2, lanes): sums of rho(z) and of r^2;
 # - largest (): the largest r^2.
-GradientTotals = tuple[Any, Any, Any]
-
-
-def no_gradient(n_params: int, n_directions: int, piece_rows: int, platform: str) -> GradientTotals:
-    """Return the sums over no rows at all."""
-    n_lanes = lanes_for(piece_rows, platform)
-    return np.zeros((1 + n_directions, n_params)), np.zeros((2, n_lanes)), np.zeros(())
-
-
-def combined_gradients(one: GradientTotals, other: GradientTotals) -> GradientTotals:
-    """Return the sums over the rows of both, in NumPy."""
-    (vectors, residuals, largest), (other_vectors, other_residuals, other_largest) = one, other
-    return vectors + other_vectors, residuals + other_residuals, max(largest, other_largest)
 
 
 class GradientLoops(BlockLoops):
-    """Loops whose sums are ``GradientTotals``; parameters and directions are their point."""
+    """Loops whose sums are vectors, residuals and the largest; the point has directions."""
 
     def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values, the block's vectors and its residuals."""
@@ -141,17 +119,3 @@ def _with_usable(x: tuple[Any, ...], usable: Any) -> tuple[Any, ...]:
         return jnp.where(counts, leaf, leaf[first])
 
     return tuple(map(replaced, x))
-
-
-def gradient_block_rows(n_params: int, piece_rows: int, platform: str) -> int:
-    """Return how many rows are a block: as many as parameters, or sums of these would dominate."""
-    enough = 1 << max(n_params - 1, 1).bit_length()
-    return min(max(block_rows_for(piece_rows, platform), enough), piece_rows)
-
-
-def gradient_loops(
-    model: Model, loss: str, is_diagonal: bool, piece_rows: int, platform: str
-) -> MakeLoops:
-    """Return what makes the loops over pieces of this length."""
-    kind = DiagonalLoops if is_diagonal else GradientLoops
-    return partial(kind, model, loss, gradient_block_rows(model.n_params, piece_rows, platform))

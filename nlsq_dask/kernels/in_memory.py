@@ -8,10 +8,9 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.dense_kernel import NormalEquationsKernel
-from nlsq_dask.kernels.dense_loops import Product
-from nlsq_dask.kernels.gradient_kernel import GradientKernel
-from nlsq_dask.kernels.kernel import RowKernel
+from nlsq_dask.kernels.dense_kernel import DenseReduction, with_accumulation
+from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums, NormalEquations, Sums
@@ -41,7 +40,7 @@ class RowSums(ABC, Generic[S_co]):
 
     @property
     @abstractmethod
-    def kernel(self) -> RowKernel[S_co]:
+    def kernel(self) -> Kernel[S_co]:
         """The kernel that makes them."""
 
     def __call__(self, params: Vector) -> S_co:
@@ -50,7 +49,9 @@ class RowSums(ABC, Generic[S_co]):
         if key not in self._known:
             if len(self._known) == _REMEMBERED:
                 del self._known[next(iter(self._known))]
-            self._known[key] = self.kernel(self._rows, params).penalized(self._penalty, params)
+            self._known[key] = self.kernel(self._rows, Request(params)).penalized(
+                self._penalty, params
+            )
         return self._known[key]
 
 
@@ -60,27 +61,34 @@ class NormalRowSums(RowSums[NormalEquations]):
     Parameters
     ----------
     model : Model
-    kernel : NormalEquationsKernel
+    kernel : Kernel[NormalEquations]
         Of this model.
     rows : Rows
     penalty : GroupVariance
     """
 
     def __init__(
-        self, model: Model, kernel: NormalEquationsKernel, rows: Rows, penalty: GroupVariance
+        self, model: Model, kernel: Kernel[NormalEquations], rows: Rows, penalty: GroupVariance
     ) -> None:
         super().__init__(rows, penalty)
         self._model = model
         self._kernel = kernel
 
     @property
-    def kernel(self) -> NormalEquationsKernel:
+    def kernel(self) -> Kernel[NormalEquations]:
         """The kernel that makes them."""
         return self._kernel
 
-    def make(self, product: Product) -> None:
-        """Go on with sums of another kind."""
-        kernel = self._kernel.making(product, self._model)
+    @property
+    def accumulation(self) -> Accumulation:
+        """The accumulation in use."""
+        reduction = self._kernel.reduction
+        assert isinstance(reduction, DenseReduction)
+        return reduction.accumulation
+
+    def make(self, accumulation: Accumulation) -> None:
+        """Use another accumulation from now on."""
+        kernel = with_accumulation(self._kernel, accumulation, self._model)
         if kernel is not self._kernel:
             self._kernel = kernel
             self._known.clear()
@@ -99,22 +107,26 @@ class GradientRowSums(RowSums[GradientSums]):
 
     Parameters
     ----------
-    kernel : GradientKernel
-    diagonal : GradientKernel
+    kernel : Kernel[GradientSums]
+    diagonal : Kernel[GradientSums]
         The same with the diagonal in the place of a product.
     rows : Rows
     penalty : GroupVariance
     """
 
     def __init__(
-        self, kernel: GradientKernel, diagonal: GradientKernel, rows: Rows, penalty: GroupVariance
+        self,
+        kernel: Kernel[GradientSums],
+        diagonal: Kernel[GradientSums],
+        rows: Rows,
+        penalty: GroupVariance,
     ) -> None:
         super().__init__(rows, penalty)
         self._kernel = kernel
         self._diagonal = diagonal
 
     @property
-    def kernel(self) -> GradientKernel:
+    def kernel(self) -> Kernel[GradientSums]:
         """The kernel that makes them."""
         return self._kernel
 
@@ -123,13 +135,7 @@ class GradientRowSums(RowSums[GradientSums]):
         params, candidates, directions = request.params, request.candidates, request.directions
         if directions is None and (candidates is None or not len(candidates)):
             return self(params)
-        sums = self._kernel(
-            self._rows,
-            params,
-            candidates=candidates,
-            wants_moments=directions is None,
-            directions=directions,
-        )
+        sums = self._kernel(self._rows, request, wants_moments=directions is None)
         return sums.penalized(self._penalty, params, candidates, directions)
 
     def product(self, params: Vector, vector: Vector) -> Vector:
@@ -139,5 +145,5 @@ class GradientRowSums(RowSums[GradientSums]):
 
     def diagonal(self, params: Vector) -> Vector:
         """Return the diagonal of ``J^T J`` at ``params``."""
-        sums = self._diagonal(self._rows, params, wants_moments=False)
+        sums = self._diagonal(self._rows, Request(params), wants_moments=False)
         return np.asarray(sums.products[0] + self._penalty.diagonal(len(params), sums.n_used))

@@ -1,14 +1,13 @@
-"""The kernels: what a worker computes from rows, traced once and run on every piece."""
+"""``Kernel``: what a worker computes from rows, traced once and run on every piece."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,13 @@ from numpy.typing import NDArray
 
 from nlsq_dask.kernels.block_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.jax_scope import CPU, platform_of, usable_devices, x64
 from nlsq_dask.model.model import Model
-from nlsq_dask.model.program import Program
+from nlsq_dask.model.program import Program, traced_once
 from nlsq_dask.rows.device_rows import Piece, PlacedRows
-from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Layout
+from nlsq_dask.rows.rows import BLOCK_ROWS, Array
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
@@ -53,52 +53,6 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
     return spec(layout.y_dtype), model.x_specs(n_rows), spec(layout.sigma_dtype), spec(mask)
 
 
-def trace_sums(
-    model: Model,
-    make_loops: MakeLoops,
-    piece_rows: int,
-    nothing: Any,
-    point: tuple[tuple[int, ...], ...],
-    platform: str,
-) -> Program:
-    """Trace the program that adds a piece of rows to running sums.
-
-    Parameters
-    ----------
-    model : Model
-    make_loops : callable
-        See ``accumulator``.
-    piece_rows : int
-    nothing : Carry
-        The sums over no rows.
-    point : tuple of tuple of int
-        Shapes of what the loops take.
-    platform : str
-    """
-    arrays = _rows_spec(model, piece_rows + SLACK)
-
-    def spec(dtype: str, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
-
-    return Program.trace(
-        accumulator(make_loops, model.dtype),
-        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), nothing),
-        (*(spec("f8", *shape) for shape in point), spec("f8", MOST_CANDIDATES, model.n_params)),
-        (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
-        spec("i8"),
-        arrays,
-        jax.tree.map(lambda _: spec("i8"), arrays),
-        platform=platform,
-    )
-
-
-def no_rows(sums: Any, piece_rows: int, platform: str) -> Carry:
-    """Return the sums over no rows, with those that are a kernel's own."""
-    n_lanes = lanes_for(piece_rows, platform)
-    counts, costs = np.zeros(4, np.int64), np.zeros((MOST_CANDIDATES, n_lanes))
-    return sums, counts, np.zeros((3, n_lanes)), costs
-
-
 class RowSource(Protocol):
     """What a kernel can take its rows from, such as ``Rows`` or a block of an N-d array."""
 
@@ -113,108 +67,179 @@ class RowSource(Protocol):
 
 Source = TypeVar("Source", bound=RowSource)
 S = TypeVar("S", bound=Sums)
+S_co = TypeVar("S_co", bound=Sums, covariant=True)
+
+
+Totals = tuple[Any, ...]
+
+
+class Reduction(Protocol[S_co]):
+    """Sums of one kind, as data: their zero, what a row adds, how parts combine, what they mean.
+
+    ``totals`` are the running sums that are of this kind alone; see ``Carry`` for the others.
+    """
+
+    @property
+    def sums_type(self) -> type[S_co]:
+        """The type of the finished sums."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that makes its program another one."""
+
+    @property
+    def name(self) -> str:
+        """The name under which a journal keeps the finished sums."""
+
+    @property
+    def combine(self) -> tuple[Callable[[Any, Any], Any], ...]:
+        """For each of the totals, how those over two parts of the rows combine, in NumPy."""
+
+    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
+        """Return the totals over no rows."""
+
+    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
+        """Return how many rows one turn of the loops takes."""
+
+    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
+        """Return what adds rows to the totals."""
+
+    def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
+        """Return the arguments of the program beside the rows."""
+
+    def finish(self, totals: Totals, loss: Loss, **common: Any) -> S_co:
+        """Return the sums, given the fields that do not depend on the kind."""
+
+
+def _no_rows(totals: Totals, piece_rows: int, platform: str) -> Carry:
+    n_lanes = lanes_for(piece_rows, platform)
+    counts, costs = np.zeros(4, np.int64), np.zeros((MOST_CANDIDATES, n_lanes))
+    return totals, counts, np.zeros((3, n_lanes)), costs
+
+
+def _trace(
+    reduction: Reduction[Sums], model: Model, loss: str, piece_rows: int, platform: str
+) -> Program:
+    """Trace the program that adds a piece of rows to running sums."""
+    arrays, p = _rows_spec(model, piece_rows + SLACK), model.n_params
+    nothing = _no_rows(reduction.zero(p, piece_rows, platform), piece_rows, platform)
+    point = reduction.point(Request(np.zeros(p)))
+
+    def spec(dtype: str, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+
+    return Program.trace(
+        accumulator(reduction.loops(model, loss, piece_rows, platform), model.dtype),
+        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), nothing),
+        (*(spec("f8", *a.shape) for a in point), spec("f8", MOST_CANDIDATES, p)),
+        (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
+        spec("i8"),
+        arrays,
+        jax.tree.map(lambda _: spec("i8"), arrays),
+        platform=platform,
+    )
 
 
 @dataclass(frozen=True)
-class RowKernel(ABC, Generic[S]):
-    """Rows and parameters in, sums out.
+class Kernel(Generic[S]):
+    """Rows and a request in, sums out; traced for pieces of a fixed length.
 
     Attributes
     ----------
+    reduction : Reduction
+        Which sums.
     programs : dict of str to Program
         By platform; a process takes the one for its best devices.
-    layout : Layout
-    n_params : int
-    piece_rows : int
-        Rows that one call of the program is given.
-    block_rows : dict of str to int
-        Rows of a block, by platform.
+    n_params, piece_rows : int
+        Parameters; rows that one call of the program is given.
+    loss : Loss
     y_reference : float
         The y0 of ``Sums``.
-    loss : Loss
     uses_all_devices : bool
         Whether a process shares its pieces among its devices; else it takes the first.
     memory : MemoryPool
         For copies of rows, as long as the kernel lives.
     """
 
-    sums_type: ClassVar[type[Sums]]
-
+    reduction: Reduction[S]
     programs: dict[str, Program]
-    layout: Layout
     n_params: int
     piece_rows: int
-    block_rows: dict[str, int]
+    loss: Loss
     y_reference: float = 0.0
-    loss: Loss = field(default_factory=Loss)
     uses_all_devices: bool = False
     memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
 
-    @property
-    def makes(self) -> str:
-        """Which sums it makes, where a kernel can make several."""
-        return self.sums_type.__name__
+    @classmethod
+    def trace(
+        cls,
+        reduction: Reduction[S],
+        model: Model,
+        piece_rows: int,
+        platforms: tuple[str, ...] = (CPU,),
+        loss: Loss | None = None,
+    ) -> Self:
+        """Trace the kernel of a model for pieces of this length."""
+        with x64():
+            jaxpr = model.jaxpr()
+        loss = loss or Loss()
+        key = (*reduction.key, model.layout, model.dtype, model.n_params, loss.name, piece_rows)
+        programs = {
+            platform: traced_once(
+                (*key, platform),
+                jaxpr,
+                partial(_trace, reduction, model, loss.name, piece_rows, platform),
+            )
+            for platform in platforms
+        }
+        return cls(reduction, programs, model.n_params, piece_rows, loss)
 
-    @abstractmethod
-    def __call__(self, *args: Any, **options: Any) -> S:
-        """Sum over some rows.
-
-        All kernels take a source of rows, parameters, ``candidates`` and ``wants_moments``.
-        """
-
-    @abstractmethod
-    def _no_sums(self, platform: str) -> Any:
-        """Return the kernel's own sums over no rows."""
-
-    @abstractmethod
-    def _combined(self, one: Any, other: Any) -> Any:
-        """Return the kernel's own sums over the rows of both."""
-
-    def _sum(
-        self,
-        source: RowSource | PlacedRows,
-        point: tuple[NDArray[np.float64], ...],
-        candidates: NDArray[np.float64] | None,
-        wants_moments: bool,
-    ) -> tuple[Any, dict[str, Any]]:
+    def __call__(
+        self, source: RowSource | PlacedRows, request: Request, wants_moments: bool = True
+    ) -> S:
         """Sum over some rows, in pieces of ``piece_rows``.
 
         The running sums are carried from piece to piece. In float64, and without rows left out,
         where the rows are cut has no influence on the bits of the result.
 
-        Returns
-        -------
-        sums
-            The kernel's own.
-        common : dict
-            Fields of ``Sums`` that do not depend on the kind of kernel.
+        Parameters
+        ----------
+        source : RowSource or PlacedRows
+        request : Request
+            With at most ``MOST_CANDIDATES`` candidates.
+        wants_moments : bool
+            Whether to sum what depends on the data alone.
         """
+        y0, candidates = self.y_reference, request.candidates
         points = np.empty((0, self.n_params)) if candidates is None else candidates
         padded = np.zeros((MOST_CANDIDATES, self.n_params))
         padded[: len(points)] = points
-        y0 = self.y_reference
         numbers = np.float64(y0), np.float64(self.loss.f_scale)
         options = (*numbers, np.bool_(wants_moments), np.int64(len(points)))
-        sums, counts, moments, costs = self._accumulate(source, (*point, padded), options)
+        point = (*self.reduction.point(request), padded)
+        totals, counts, moments, costs = self._accumulate(source, point, options)
         weight, y_sum, y_square = map(float, moments.sum(axis=-1))
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
-        return sums, {
-            "weight": weight,
-            "y_sum": y_sum,
-            "y_square": y_square,
-            "signal": y_square + y0 * (2.0 * y_sum + y0 * weight),
-            "n_used": n_used,
-            "n_masked": n_masked,
-            "n_bad": math.prod(source.shape) - n_masked - n_used,
-            "n_nonfinite": n_nonfinite,
-            "n_bad_sigma": n_bad_sigma,
-            "candidate_costs": 0.5 * self.loss.f_scale**2 * costs[: len(points)].sum(axis=-1),
-        }
+        return self.reduction.finish(
+            totals,
+            self.loss,
+            weight=weight,
+            y_sum=y_sum,
+            y_square=y_square,
+            signal=y_square + y0 * (2.0 * y_sum + y0 * weight),
+            n_used=n_used,
+            n_masked=n_masked,
+            n_bad=math.prod(source.shape) - n_masked - n_used,
+            n_nonfinite=n_nonfinite,
+            n_bad_sigma=n_bad_sigma,
+            candidate_costs=0.5 * self.loss.f_scale**2 * costs[: len(points)].sum(axis=-1),
+        )
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
         """Run the program over all pieces; the carries of several devices are combined."""
         devices, platform = self._devices()
-        carries = [no_rows(self._no_sums(platform), self.piece_rows, platform)] * len(devices)
+        nothing = self.reduction.zero(self.n_params, self.piece_rows, platform)
+        carries = [_no_rows(nothing, self.piece_rows, platform)] * len(devices)
         most_in_flight = _IN_FLIGHT * len(devices)
         in_flight: deque[Any] = deque()
         with self.memory.borrow(most_in_flight + 1) as memory:
@@ -230,9 +255,9 @@ class RowKernel(ABC, Generic[S]):
             return reduce(self._join, (jax.tree.map(np.asarray, carry) for carry in carries))
 
     def _join(self, one: Carry, other: Carry) -> Carry:
-        (sums, *rest), (other_sums, *other_rest) = one, other
-        counts, moments, costs = (a + b for a, b in zip(rest, other_rest, strict=True))
-        return self._combined(sums, other_sums), counts, moments, costs
+        totals = zip(self.reduction.combine, one[0], other[0], strict=True)
+        counts, moments, costs = (a + b for a, b in zip(one[1:], other[1:], strict=True))
+        return tuple(combine(a, b) for combine, a, b in totals), counts, moments, costs
 
     def placed(self, source: Source) -> Source | PlacedRows:
         """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""
@@ -263,7 +288,8 @@ class RowKernel(ABC, Generic[S]):
         if isinstance(source, PlacedRows):
             yield from source.pieces
             return
-        rows = self.piece_rows, self.block_rows[platform]
+        block_rows = self.reduction.block_rows(self.n_params, self.piece_rows, platform)
+        rows = self.piece_rows, block_rows
         for *pair, n_rows in windows(source.arrays, source.shape, *rows, memory):
             arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
             yield Piece(arrays, offsets, n_rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.dense_loops import Accumulation
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -20,6 +20,6 @@ class Request:
     params: Vector
     candidates: Matrix | None = None  # (k, p), where the cost alone is needed
     directions: Matrix | None = None  # (k, p), along which products J^T J v are needed
-    product: Product = Product.GRAM  # where there is a choice
+    accumulation: Accumulation = Accumulation.GRAM  # where there is a choice
     is_trial: bool = True  # whether ``params`` may become the next iterate
     is_fresh: bool = False  # whether the sums are compared with none from before

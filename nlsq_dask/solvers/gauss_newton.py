@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.dense_loops import Product
+from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.point import Point, Settings, column_scale
@@ -115,7 +115,7 @@ class State:
         Whose sums are needed next.
     restart_at : ndarray, shape (p,), or None
         Where fresh sums are needed next, to begin there again.
-    product : Product
+    accumulation : Accumulation
         From which steps are solved.
     """
 
@@ -134,7 +134,7 @@ class State:
     carried_jtj: NDArray[np.float64] | None = None
     trial: Trial | None = None
     restart_at: Vector | None = None
-    product: Product = Product.GRAM
+    accumulation: Accumulation = Accumulation.GRAM
 
     @property
     def params(self) -> Vector:
@@ -158,22 +158,24 @@ class GaussNewton:
     """The method as a ``Solver``."""
 
     settings: Settings
-    product: Product = Product.GRAM  # from which steps are solved at first
+    accumulation: Accumulation = Accumulation.GRAM  # from which steps are solved at first
     # Whether QR factorizations take its place where J^T J loses half of the digits.
     may_factorize: bool = False
     forecast: Callable[[State], Trial | None] = lambda state: None
 
     def init(self, params: Vector, sums: NormalEquations) -> State:
         """Begin at parameters whose sums are known."""
-        return self._following(replace(start(params, sums, self.settings), product=self.product))
+        return self._following(
+            replace(start(params, sums, self.settings), accumulation=self.accumulation)
+        )
 
     def ask(self, state: State) -> Request:
         """Return the sums that are needed next."""
         if state.restart_at is not None:
-            return Request(state.restart_at, None, None, state.product, False, True)
+            return Request(state.restart_at, None, None, state.accumulation, False, True)
         trial = state.trial
         assert trial is not None
-        return Request(trial.params, candidates(state, trial), None, state.product)
+        return Request(trial.params, candidates(state, trial), None, state.accumulation)
 
     def tell(self, state: State, sums: NormalEquations) -> State:
         """Judge the trial, or begin again at a point with fresh sums."""
@@ -184,7 +186,7 @@ class GaussNewton:
         begun = start(state.restart_at, sums, self.settings)
         progress = (iteration, *begun.progress[1:])
         return self._following(
-            replace(begun, iteration=iteration, progress=progress, product=state.product)
+            replace(begun, iteration=iteration, progress=progress, accumulation=state.accumulation)
         )
 
     def restart(self, state: State, params: Vector) -> State:
@@ -207,7 +209,7 @@ class GaussNewton:
     def _following(self, state: State) -> State:
         """Return the state with its next trial, or with the better sums that it needs."""
         if self.may_factorize and loses_digits(state):
-            return self.restart(replace(state, product=Product.TRIANGLE), state.params)
+            return self.restart(replace(state, accumulation=Accumulation.TRIANGLE), state.params)
         if state.stop is not None:
             return state
         trial = self.forecast(state) or propose(state)
