@@ -16,6 +16,7 @@ from scipy.optimize import OptimizeWarning
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
+from nlsq_dask.fit.settings import multistart_settings
 from nlsq_dask.warmup.multistart import draw_box, draw_starts
 from tests.many_minima import PROBLEMS, ManyMinima, peak, wave
 
@@ -157,7 +158,7 @@ def test_the_seed_decides_everything() -> None:
 
 def drawn(start: Any = START, bounds: Any = BOUNDS, **options: Any) -> np.ndarray:
     start, low, high = (np.array(v, dtype=float) for v in (start, *bounds))
-    return draw_starts(start, low, high, Config(**options))
+    return draw_starts(start, low, high, multistart_settings(Config(**options)))
 
 
 def test_samplers_cover_the_box_in_different_ways() -> None:
@@ -192,9 +193,9 @@ def test_samplers_cover_the_box_in_different_ways() -> None:
 def test_the_box(options: dict[str, Any], expected: Any) -> None:
     inf = np.inf
     start, low, high = np.array([[2, 0, -3, 5], [0, -inf, -4, 5], [10, inf, inf, 7.0]])
-    lowest, highest = draw_box(start, low, high, Config(**options))
+    lowest, highest = draw_box(start, low, high, multistart_settings(Config(**options)))
     np.testing.assert_allclose(np.transpose([lowest, highest]), expected)
-    points = draw_starts(start, low, high, Config(**options))[1:]
+    points = draw_starts(start, low, high, multistart_settings(Config(**options)))[1:]
     assert ((lowest < points) & (points < highest)).all()
 
 

@@ -16,6 +16,7 @@ from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import SampleSolver, first_accumulation
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.fit.settings import gauss_newton_settings
 from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
 from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.in_memory import NormalRowSums
@@ -26,14 +27,11 @@ from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State
 from nlsq_dask.solvers.gauss_newton import start as begin
-from nlsq_dask.solvers.point import Settings
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import StopReason
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[NormalRowSums]
-
-_PATIENCE = 15  # passes over all rows without progress
 
 
 @dataclass(frozen=True)
@@ -53,24 +51,13 @@ class DenseFit(FullFit[State, NormalEquations]):
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
         problem = self.problem
-        config, parameters = problem.config, problem.parameters
+        config = problem.config
         trace = partial(dense_kernel, piece_rows=context.piece_rows)
         kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
         self._gram = replace(kernel, uses_all_devices=config.enable_multi_device)
         self._kernels = {Accumulation.GRAM: self._gram}
         self._sample_kernel = trace(problem.exact_model, loss=problem.loss)
-        self._settings = Settings(
-            low=parameters.low,
-            high=parameters.high,
-            tol=config.gauss_newton_tol,
-            max_iterations=config.gauss_newton_max_iterations,
-            patience=_PATIENCE,
-            sizes=problem.normalizer.scales,
-            regularization=config.regularization_factor,
-            initial_radius=config.trust_region_initial,
-            epsilon=float(np.finfo(problem.model.dtype).eps),
-            recovers=config.validate_numerics,
-        )
+        self._settings = gauss_newton_settings(problem)
         self._sample_solver = SampleSolver.of(self._settings, config)
         self._first_accumulation = first_accumulation(config)
 

@@ -19,6 +19,7 @@ from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import MORE_ITERATIONS, iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.fit.settings import newton_cg_settings
 from nlsq_dask.kernels.gradient_kernel import gradient_kernel
 from nlsq_dask.kernels.in_memory import GradientRowSums
 from nlsq_dask.kernels.kernel import Kernel
@@ -64,7 +65,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         self._kernel = self._traced(problem.model, platforms=context.platforms)
         exact = problem.exact_model
         self._sample_kernels = self._traced(exact), self._traced(exact, is_diagonal=True)
-        self._settings = cg.CgSettings.of(problem.config, problem.model.dtype)
+        self._settings = newton_cg_settings(problem)
         self._sample: Sample | None = None
         self._undetermined: NDArray[np.bool_] | None = None
 

@@ -17,7 +17,6 @@ from nlsq_dask.kernels.losses import Loss, check_loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.check import float32_constants
 from nlsq_dask.model.model import Model
-from nlsq_dask.warmup.multistart import check_box
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 
@@ -130,13 +129,13 @@ def validate_arguments(
     parameters = parse_parameters(model, p0, bounds, param_names, *_parts_of_x(x_data))
     n_params = len(parameters.names)
     _check_many_parameters(parameters, config)
-    check_box(parameters.low, parameters.high, config)
+    _check_box(parameters, config)
     normalizer = ParameterNormalizer(
         parameters.start,
         (parameters.low, parameters.high),
         config.normalization_strategy if config.normalize else "none",
     )
-    penalty = GroupVariance.of(config, n_params)
+    penalty = _penalty(config, n_params)
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
     traced = Model(model, n_params, blocks.layout, config.dtype)
@@ -185,6 +184,34 @@ def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig
             f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
             f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
         )
+
+
+def _check_box(parameters: Parameters, config: HybridStreamingConfig) -> None:
+    """Raise a ValueError if starts are wanted around the middle of bounds that are not there."""
+    if not config.enable_multistart or config.center_on_p0:
+        return
+    low, high = parameters.low, parameters.high
+    if not (np.isfinite(low) & np.isfinite(high)).any():
+        raise ValueError(
+            f"center_on_p0=False draws starts around the middle of the bounds, but no parameter "
+            f"has two finite bounds; got lower={low.tolist()}, upper={high.tolist()}. Give bounds, "
+            f"or leave center_on_p0 at True."
+        )
+
+
+def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
+    """Return the penalty that is asked for; a ValueError for parameters that there are not."""
+    indices = config.group_variance_indices
+    if not config.enable_group_variance_regularization or indices is None:
+        return GroupVariance()
+    for start, end in indices:
+        if end > n_params:
+            raise ValueError(
+                f"group_variance_indices has the range ({start}, {end}), but the model has "
+                f"{n_params} parameters; the end of a range, which is excluded, may be at most "
+                f"{n_params}."
+            )
+    return GroupVariance(config.group_variance_lambda, tuple((int(a), int(b)) for a, b in indices))
 
 
 def _doubts(model: Model) -> list[str]:

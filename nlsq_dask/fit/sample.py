@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.errors import DataError
 from nlsq_dask.fit.problem import FitProblem
+from nlsq_dask.fit.settings import multistart_settings, warmup_settings
 from nlsq_dask.kernels.in_memory import RowSums
 from nlsq_dask.kernels.losses import LARGEST, SMALLEST
 from nlsq_dask.kernels.sums import Sums
@@ -19,7 +20,7 @@ from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
-from nlsq_dask.warmup.multistart import Tournament, rows_of_round
+from nlsq_dask.warmup.multistart import Tournament
 
 Vector = NDArray[np.float64]
 
@@ -163,7 +164,7 @@ class SampleProblem(Generic[R]):
             normalizer.transform_bounds(),
             self.variance,
             first_step,
-            problem.config,
+            warmup_settings(problem.config),
             problem.loss,
             problem.penalty,
             self._fingerprint,
@@ -175,10 +176,9 @@ class SampleProblem(Generic[R]):
         They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
         """
         problem, normalizer = self._problem, self._problem.normalizer
-        config = problem.config
-        n_rows = min(self.n_used, rows_of_round(config.elimination_rounds - 1, config))
+        n_rows = min(self.n_used, multistart_settings(problem.config).most_rows)
         capacity = 1 << (n_rows - 1).bit_length()
-        order = np.random.default_rng(config.random_seed).permutation(self.n_used)[:n_rows]
+        order = np.random.default_rng(problem.config.random_seed).permutation(self.n_used)[:n_rows]
         return Tournament.prepare(
             self._model,
             self._rows.take(np.resize(order, capacity)),

@@ -18,6 +18,7 @@ from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStart
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.fit.settings import multistart_settings, start_settings
 from nlsq_dask.warmup.defense_layers import first_step_size, is_warm_start, relative_loss
 from nlsq_dask.warmup.lbfgs import (
     Warmup,
@@ -110,14 +111,13 @@ class StartFinder:
 
     def _hold_tournament(self, sample: SampleProblem[Any]) -> _Found:
         """Return the survivors, the best one first; where the caller's start wins, as it was."""
-        own, config = self.problem.parameters.start, self.problem.config
-        candidates = draw_starts(
-            own, self.problem.parameters.low, self.problem.parameters.high, config
-        )
-        tournament = sample.prepare_tournament()
+        parameters, settings = self.problem.parameters, multistart_settings(self.problem.config)
+        own = parameters.start
+        candidates = draw_starts(own, parameters.low, parameters.high, settings)
+        normalized = self.problem.normalizer.normalize(candidates)
         rounds = []
         for number, found in enumerate(
-            tournament.rounds(self.problem.normalizer.normalize(candidates), config), start=1
+            sample.prepare_tournament().rounds(normalized, settings), start=1
         ):
             rounds.append(found)
             best = float(found.losses[found.survivors[0]])
@@ -149,10 +149,10 @@ class StartFinder:
 
     def _make_warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
         config, sums = self.problem.config, sample.reduce(start)
-        loss = relative_loss(sums)
-        is_warm = is_warm_start(loss, config)
+        loss, settings = relative_loss(sums), start_settings(config)
+        is_warm = is_warm_start(loss, settings)
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
-        mode, step = first_step_size(loss, config)
+        mode, step = first_step_size(loss, settings)
         began = WarmupStarted(name, loss, None if skip else mode, is_warm)
         self.journal.once("beginning", partial(self.emit, began))
         summary = asdict(began)

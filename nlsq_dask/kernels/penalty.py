@@ -12,13 +12,11 @@ and ``J^T J`` as so many more rows would: ``sqrt(lambda n / m) (p_gj - mean(p_g)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
-
-from nlsq_dask.config import HybridStreamingConfig
 
 Vector = NDArray[np.float64]
 
@@ -37,27 +35,6 @@ class GroupVariance:
 
     strength: float = 0.0
     groups: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def of(cls, config: HybridStreamingConfig, n_params: int) -> Self:
-        """Return what a configuration asks for.
-
-        Raises
-        ------
-        ValueError
-            If a group names parameters that there are not.
-        """
-        indices = config.group_variance_indices
-        if not config.enable_group_variance_regularization or indices is None:
-            return cls()
-        for start, end in indices:
-            if end > n_params:
-                raise ValueError(
-                    f"group_variance_indices has the range ({start}, {end}), but the model has "
-                    f"{n_params} parameters; the end of a range, which is excluded, may be at most "
-                    f"{n_params}."
-                )
-        return cls(config.group_variance_lambda, tuple((int(a), int(b)) for a, b in indices))
 
     def residuals(self, params: Vector, n_rows: int) -> Vector:
         """Return the residuals of the further rows; half their sum of squares is the penalty."""

@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.solvers.conjugate_gradients import LinearSolve
@@ -64,7 +63,7 @@ class CgSettings:
     Attributes
     ----------
     tol : float
-        Of the step as a whole, see ``HybridStreamingConfig.gauss_newton_tol``.
+        Of the step as a whole.
     max_iterations : int
         Trials.
     cg_max_iterations : int
@@ -85,19 +84,6 @@ class CgSettings:
     cg_absolute: float
     epsilon: float
     recovers: bool
-
-    @classmethod
-    def of(cls, config: HybridStreamingConfig, dtype: str) -> Self:
-        """Return what a configuration asks for."""
-        return cls(
-            tol=config.gauss_newton_tol,
-            max_iterations=config.gauss_newton_max_iterations,
-            cg_max_iterations=config.cg_max_iterations,
-            cg_relative=config.cg_relative_tolerance,
-            cg_absolute=config.cg_absolute_tolerance,
-            epsilon=float(np.finfo(dtype).eps),
-            recovers=config.validate_numerics,
-        )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.kernels.sums import Sums
 
 _REFINEMENT_BELOW, _CAREFUL_BELOW = 0.1, 1.0
@@ -31,20 +31,31 @@ def relative_loss(sums: Sums) -> float:
     return (sums.chi2 + 2.0 * sums.penalty) / sums.total_variation
 
 
-def is_warm_start(loss: float, config: HybridStreamingConfig) -> bool:
+@dataclass(frozen=True)
+class StartSettings:
+    """How layers 1 and 2 judge a start."""
+
+    warm_start_threshold: float  # relative loss below which the warm-up is skipped; 0 for never
+    is_adaptive: bool  # whether the relative loss chooses the first step size
+    refinement_step: float
+    careful_step: float
+    exploration_step: float
+
+
+def is_warm_start(loss: float, settings: StartSettings) -> bool:
     """Layer 1: whether the start is so good that the warm-up can be skipped."""
-    return config.enable_warm_start_detection and loss < config.warm_start_threshold
+    return loss < settings.warm_start_threshold
 
 
-def first_step_size(loss: float, config: HybridStreamingConfig) -> tuple[str, float]:
+def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
     """Layer 2: the name of the mode and the size of the first step."""
-    if not config.enable_adaptive_warmup_lr:
-        return "fixed", config.lbfgs_initial_step_size
+    if not settings.is_adaptive:
+        return "fixed", settings.careful_step
     if loss < _REFINEMENT_BELOW:
-        return "refinement", config.lbfgs_refinement_step_size
+        return "refinement", settings.refinement_step
     if loss < _CAREFUL_BELOW:
-        return "careful", config.lbfgs_initial_step_size
-    return "exploration", config.lbfgs_exploration_step_size
+        return "careful", settings.careful_step
+    return "exploration", settings.exploration_step
 
 
 def cost_increased(loss: Any, initial_loss: Any, tolerance: Any) -> Any:

@@ -22,7 +22,6 @@ import optax
 from jax import lax
 from numpy.typing import NDArray
 
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import ModelError
 from nlsq_dask.kernels.losses import LINEAR, Loss, rho
 from nlsq_dask.kernels.penalty import GroupVariance, total_variance
@@ -34,8 +33,6 @@ from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
 
 _LINE_SEARCH_STEPS = 20
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that is no change
-# Without "max_iter" among the criteria the warm-up still has to end some time.
-_UNLIMITED_FACTOR = 10
 
 
 class WarmupEnd(IntEnum):
@@ -91,6 +88,21 @@ class WarmupState(NamedTuple):
     iteration: Any
     line_search_failures: Any
     end: Any
+
+
+@dataclass(frozen=True)
+class WarmupSettings:
+    """The options of the loop; a threshold of zero is never met."""
+
+    history_size: int
+    line_search: str  # "wolfe", "strong_wolfe" or "backtracking"
+    min_iterations: int  # before the thresholds are tested
+    max_iterations: int
+    plateau: float  # relative change of the loss
+    gradient: float  # norm of the gradient
+    max_gradient: float | None  # to which it is clipped
+    cost_tolerance: float | None  # layer 3; None without that layer
+    max_step: float | None  # layer 4; None without that layer
 
 
 @dataclass(frozen=True)
@@ -263,7 +275,7 @@ class Warmup:
         bounds: tuple[NDArray[np.float64], NDArray[np.float64]],
         variance: float,
         first_step: float,
-        config: HybridStreamingConfig,
+        settings: WarmupSettings,
         loss: Loss,
         penalty: GroupVariance,
         fingerprint: str,
@@ -284,21 +296,19 @@ class Warmup:
             Weighted variance of y, by which the loss is divided.
         first_step : float
             Size of the first step, as layer 2 chose it.
-        config : HybridStreamingConfig
+        settings : WarmupSettings
         loss : Loss
         penalty : GroupVariance
         fingerprint : str
             Of the model and its x.
         """
-        criteria = config.active_switching_criteria
-        limit = config.max_warmup_iterations
         options = Options(
-            history_size=config.lbfgs_history_size,
-            line_search=config.lbfgs_line_search,
+            history_size=settings.history_size,
+            line_search=settings.line_search,
             has_bounds=bool(np.isfinite(bounds[0]).any() or np.isfinite(bounds[1]).any()),
-            clips_gradient=config.gradient_clip_value is not None,
-            guards_cost=config.enable_cost_guard,
-            clips_step=config.enable_step_clipping,
+            clips_gradient=settings.max_gradient is not None,
+            guards_cost=settings.cost_tolerance is not None,
+            clips_step=settings.max_step is not None,
             loss=loss.name,
             groups=penalty.groups,
         )
@@ -315,14 +325,13 @@ class Warmup:
             high=bounds[1],
             variance=np.float64(variance),
             first_step=np.float64(first_step),
-            max_step=np.float64(config.max_warmup_step_size),
-            max_gradient=np.float64(config.gradient_clip_value or np.inf),
-            cost_tolerance=np.float64(config.cost_increase_tolerance),
-            # A threshold of zero is never met: the criterion is off.
-            plateau=np.float64(config.loss_plateau_threshold if "plateau" in criteria else 0.0),
-            gradient=np.float64(config.gradient_norm_threshold if "gradient" in criteria else 0.0),
-            min_iterations=np.int64(config.warmup_iterations),
-            max_iterations=np.int64(limit if "max_iter" in criteria else limit * _UNLIMITED_FACTOR),
+            max_step=np.float64(settings.max_step or np.inf),
+            max_gradient=np.float64(settings.max_gradient or np.inf),
+            cost_tolerance=np.float64(settings.cost_tolerance or 0.0),
+            plateau=np.float64(settings.plateau),
+            gradient=np.float64(settings.gradient),
+            min_iterations=np.int64(settings.min_iterations),
+            max_iterations=np.int64(settings.max_iterations),
         )
         with x64():
             problem = jax.tree.map(jnp.asarray, problem)

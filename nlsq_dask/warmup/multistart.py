@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.jacobian import Mode, choose_mode
@@ -34,6 +33,29 @@ Vector = NDArray[np.float64]
 
 _GROUP = 4  # candidates side by side; more would only be computed in vain in the late rounds
 _BATCH_ROWS = 32  # of a minibatch in the first round
+
+
+@dataclass(frozen=True)
+class MultistartSettings:
+    """The options of the tournament; see those of ``HybridStreamingConfig``."""
+
+    n_starts: int
+    sampler: str  # "lhs", "sobol" or "halton"
+    n_rounds: int
+    elimination_fraction: float
+    batches_per_round: int
+    center_on_p0: bool
+    scale_factor: float
+    seed: int
+
+    def rows_of_round(self, number: int) -> int:
+        """Return how many rows a round is judged on if there are as many."""
+        return self.batches_per_round * _BATCH_ROWS << number
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the last round."""
+        return self.rows_of_round(self.n_rounds - 1)
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,7 @@ class Tournament:
         return cls(model, problem, mode, loss.name, n_rows, key)
 
     def rounds(
-        self, candidates: NDArray[np.float64], config: HybridStreamingConfig
+        self, candidates: NDArray[np.float64], settings: MultistartSettings
     ) -> Iterator[Round]:
         """Hold the tournament.
 
@@ -139,18 +161,18 @@ class Tournament:
         ----------
         candidates : ndarray, shape (n, p)
             Normalized, inside the bounds.
-        config : HybridStreamingConfig
+        settings : MultistartSettings
         """
         params = candidates.copy()
         damping = np.full(len(params), FIRST_DAMPING)
         survivors = np.arange(len(params))
-        for number in range(config.elimination_rounds):
-            n_rows = min(rows_of_round(number, config), self.n_rows)
+        for number in range(settings.n_rounds):
+            n_rows = min(settings.rows_of_round(number), self.n_rows)
             found = self._improve(params, damping, survivors, n_rows)
             params[survivors], damping[survivors] = found.params, found.damping
             losses = np.full(len(params), np.nan)
             losses[survivors] = found.loss
-            n_staying = len(survivors) - int(config.elimination_fraction * len(survivors))
+            n_staying = len(survivors) - int(settings.elimination_fraction * len(survivors))
             n_staying = max(min(n_staying, int(np.isfinite(found.loss).sum())), 1)
             survivors = survivors[np.argsort(found.loss, kind="stable")][:n_staying]
             yield Round(n_rows, losses, survivors, params.copy())
@@ -180,25 +202,8 @@ class Tournament:
         return Candidate(*flat)
 
 
-def rows_of_round(number: int, config: HybridStreamingConfig) -> int:
-    """Return how many rows a round is judged on if there are as many."""
-    return config.batches_per_round * _BATCH_ROWS << number
-
-
-def check_box(low: Vector, high: Vector, config: HybridStreamingConfig) -> None:
-    """Raise a ValueError if starts are wanted around the middle of bounds that are not there."""
-    if not config.enable_multistart or config.center_on_p0:
-        return
-    if not (np.isfinite(low) & np.isfinite(high)).any():
-        raise ValueError(
-            f"center_on_p0=False draws starts around the middle of the bounds, but no parameter "
-            f"has two finite bounds; got lower={low.tolist()}, upper={high.tolist()}. Give bounds, "
-            f"or leave center_on_p0 at True."
-        )
-
-
 def draw_box(
-    start: Vector, low: Vector, high: Vector, config: HybridStreamingConfig
+    start: Vector, low: Vector, high: Vector, settings: MultistartSettings
 ) -> tuple[Vector, Vector]:
     """Return the box from which candidates are drawn, which lies inside the bounds.
 
@@ -206,31 +211,31 @@ def draw_box(
     ----------
     start, low, high : ndarray, each of shape (p,)
         The caller's start and bounds, which may be infinite.
-    config : HybridStreamingConfig
+    settings : MultistartSettings
         Its ``scale_factor`` and ``center_on_p0`` say how; the rule stands there.
     """
     is_bounded = np.isfinite(low) & np.isfinite(high)
     below, above = np.where(is_bounded, 0.5 * low, 0.0), np.where(is_bounded, 0.5 * high, 0.0)
-    around_middle = is_bounded & (not config.center_on_p0)
+    around_middle = is_bounded & (not settings.center_on_p0)
     centre = np.where(around_middle, below + above, start)
     size = np.where(is_bounded, above - below, np.where(start == 0.0, 1.0, np.abs(start)))
-    half_width = config.scale_factor * size
+    half_width = settings.scale_factor * size
     return np.maximum(centre - half_width, low), np.minimum(centre + half_width, high)
 
 
 def draw_starts(
-    start: Vector, low: Vector, high: Vector, config: HybridStreamingConfig
+    start: Vector, low: Vector, high: Vector, settings: MultistartSettings
 ) -> NDArray[np.float64]:
     """Return all candidates, shape (n_starts, p), the first of which is ``start`` itself.
 
     Parameters
     ----------
     start, low, high : ndarray, each of shape (p,)
-    config : HybridStreamingConfig
+    settings : MultistartSettings
     """
-    n_drawn, n_params = config.n_starts - 1, len(start)
-    rng = np.random.default_rng(config.random_seed)
-    match config.multistart_sampler:
+    n_drawn, n_params = settings.n_starts - 1, len(start)
+    rng = np.random.default_rng(settings.seed)
+    match settings.sampler:
         case "sobol":
             # Balanced for powers of two only; the first of so many are still well spread.
             unit = qmc.Sobol(n_params, rng=rng).random_base2(n_drawn.bit_length())[:n_drawn]
@@ -238,5 +243,5 @@ def draw_starts(
             unit = qmc.Halton(n_params, rng=rng).random(n_drawn)
         case _:
             unit = qmc.LatinHypercube(n_params, rng=rng).random(n_drawn)
-    lowest, highest = draw_box(start, low, high, config)
+    lowest, highest = draw_box(start, low, high, settings)
     return np.concatenate([start[None], lowest + unit * (highest - lowest)])
