@@ -16,11 +16,11 @@ from nlsq_dask.data.sources.from_array import as_dask, is_in_memory
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 # No solutions, but what the caller wanted to have when the time was up.
-_ENDED_EARLY = {reason.status for reason in StopReason if reason.is_interruption} | {
-    StopReason.USER_STOP.status
+_ENDED_EARLY = {reason.status for reason in Status if reason.is_interruption} | {
+    Status.USER_STOP.status
 }
 
 

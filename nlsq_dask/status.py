@@ -1,4 +1,4 @@
-"""``StopReason``: every way in which a fit can end, with the sentence that the user reads."""
+"""``Status``: every way in which a fit can end, with the sentence that the user reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 _FIXED = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
 
 
-class StopReason(Enum):
+class Status(Enum):
     """Why a fit ended: a status as SciPy counts (positive for success) and a sentence."""
 
     sentence: str
@@ -37,7 +37,7 @@ class StopReason(Enum):
         "Not converged: gauss_newton_max_iterations was reached. Start closer to the solution, or "
         "raise the limit.",
     )
-    CREEPING = (
+    SLOW_PROGRESS = (
         -7,
         "Not converged: the steps along a curved or flat valley have become so short that many of "
         "them brought hardly anything. Start closer to the solution, fix one of the parameters "
@@ -55,7 +55,7 @@ class StopReason(Enum):
         "nothing can be said of them. Start them closer to the solution, leave them out, or fix "
         f"them ({_FIXED}).",
     )
-    FLAT_VALLEY = (
+    ILL_CONDITIONED = (
         -6,
         "Not converged: the parameters lie in a valley so flat that float64 cannot tell where its "
         "lowest point is. Leave out or fix one of the parameters that are not determined "
@@ -89,13 +89,13 @@ class StopReason(Enum):
     def may_have_started_far_off(self) -> bool:
         """Whether a start that is far off is a likely cause."""
         return self in (
-            StopReason.ITERATION_LIMIT,
-            StopReason.CREEPING,
-            StopReason.STALLED,
-            StopReason.NO_SENSITIVITY,
+            Status.ITERATION_LIMIT,
+            Status.SLOW_PROGRESS,
+            Status.STALLED,
+            Status.NO_SENSITIVITY,
         )
 
     @property
     def is_interruption(self) -> bool:
         """Whether the fit was ended from outside and can go on."""
-        return self in (StopReason.WALLTIME, StopReason.TERMINATED)
+        return self in (Status.WALLTIME, Status.TERMINATED)

@@ -18,7 +18,7 @@ from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 Vector = NDArray[np.float64]
@@ -79,11 +79,11 @@ class FitContext:
         return self.model.dtype == "float64"
 
 
-def may_go_on(stop: StopReason | None, iteration: int, max_iterations: int) -> bool:
+def may_go_on(stop: Status | None, iteration: int, max_iterations: int) -> bool:
     """Whether a solve that had ended for this reason goes on when the fit is resumed."""
-    if stop is StopReason.ITERATION_LIMIT:
+    if stop is Status.ITERATION_LIMIT:
         return iteration < max_iterations
-    return stop is StopReason.USER_STOP
+    return stop is Status.USER_STOP
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Solved:
     Attributes
     ----------
     params : ndarray, shape (p,)
-    stop : StopReason
+    stop : Status
     sums : Sums
         Over all rows, at ``sums_at``.
     sums_at : ndarray, shape (p,)
@@ -104,7 +104,7 @@ class Solved:
     """
 
     params: Vector
-    stop: StopReason
+    stop: Status
     sums: Sums
     sums_at: Vector
     iterations: int

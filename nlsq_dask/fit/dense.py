@@ -24,7 +24,7 @@ from nlsq_dask.solvers import gauss_newton as gn
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.point import Settings
 from nlsq_dask.solvers.surrogate import forecast
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[NormalRowSums]
@@ -110,7 +110,7 @@ class DenseFit:
         assert state.solution is not None
         sums = self.context.passes.reduce_anew(self._kernel, state.solution)
         begun = gn.resumed(state, sums, state.solution)
-        if state.stop is StopReason.USER_STOP:
+        if state.stop is Status.USER_STOP:
             begun = replace(begun, stop=state.stop, solution=state.solution)
         return self._solve_on_all_rows(begun, sample, details)
 
@@ -135,10 +135,10 @@ class DenseFit:
         start = solver.best_start(sample.reduce_few, starts, watched)
         state = solver.solve(sample.reduce, start, partial(self._judged, stage="sample"))
         product = sample.reduce.kernel.product
-        if state.stop is StopReason.NON_FINITE_START:
+        if state.stop is Status.NON_FINITE_START:
             return _OnSample(start, state.iteration, product)
         assert state.solution is not None
-        if state.stop is StopReason.USER_STOP:
+        if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.point.sums.mean_square))
         return _OnSample(state.solution, state.iteration, product)
@@ -210,7 +210,7 @@ class DenseFit:
             return replace(state, stop=None, solution=None)
         return state
 
-    def so_far(self, stop: StopReason) -> Solved | None:
+    def so_far(self, stop: Status) -> Solved | None:
         """Return the accepted point of the solve over all rows, as its end; None before it."""
         if self._state is None or not self._state.point.sums.is_finite:
             return None
@@ -300,5 +300,5 @@ class DenseFit:
             state.radius,
             accepted=point.params is trial.params,
         ):
-            state = replace(state, stop=StopReason.USER_STOP, solution=point.params)
+            state = replace(state, stop=Status.USER_STOP, solution=point.params)
         return state

@@ -34,7 +34,7 @@ from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.kernel import RowKernel, piece_rows_for
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.solvers.covariance import Covariance
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 
@@ -118,7 +118,7 @@ class Driver:
             with self._phase(3) as details:
                 solved, covariance, errors = self._errors(fit, sample, solved, details)
         except StoppedByCallbackError as stopped:
-            return self._outcome(stopped.params, StopReason.USER_STOP, None, None, None)
+            return self._outcome(stopped.params, Status.USER_STOP, None, None, None)
         except FitInterruptedError as interrupted:
             self._journal.save()
             return self._so_far(fit, interrupted.reason)
@@ -143,7 +143,7 @@ class Driver:
             except RowsChangedError:  # in a pass of this phase
                 solved = fit.solve_again(sample, details)
 
-    def _so_far(self, fit: DenseFit | GradientFit, reason: StopReason) -> Outcome:
+    def _so_far(self, fit: DenseFit | GradientFit, reason: Status) -> Outcome:
         """Return what is known where a fit is interrupted."""
         solved = fit.so_far(reason)
         if solved is None:
@@ -243,7 +243,7 @@ class Driver:
     def _outcome(
         self,
         params: Vector,
-        stop: StopReason,
+        stop: Status,
         solved: Solved | None,
         covariance: Covariance | None,
         errors: Vector | None,

@@ -27,7 +27,7 @@ from nlsq_dask.solvers import newton_cg as cg
 from nlsq_dask.solvers.conjugate_gradients import LOST, solved_together
 from nlsq_dask.solvers.preconditioners import DiagonalPreconditioner, SamplePreconditioner, filled
 from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[GradientRowSums]
@@ -109,7 +109,7 @@ class GradientFit:
         sums = self._reduce_anew(state.solution)
         precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
         begun = cg.resumed(state, sums, precondition, state.solution)
-        if state.stop is StopReason.USER_STOP:
+        if state.stop is Status.USER_STOP:
             begun = replace(begun, stop=state.stop, solution=state.solution)
         return self._solve_on_all_rows(begun, precondition, details)
 
@@ -170,7 +170,7 @@ class GradientFit:
             return replace(state, stop=None, solution=None)
         return state
 
-    def so_far(self, stop: StopReason) -> Solved | None:
+    def so_far(self, stop: Status) -> Solved | None:
         """Return the accepted point of the solve over all rows, as its end; None before it."""
         state = self._state
         if state is None or not state.sums.is_finite:
@@ -227,7 +227,7 @@ class GradientFit:
         )
         sums = self._reduce(state.solution, None, signs * self.context.normalizer.scales)
         touched = state.touched | (sums.products[0] != 0.0)
-        stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
+        stop = state.stop if touched.all() else Status.NO_SENSITIVITY
         return replace(state, touched=touched, stop=stop)
 
     def _without_effect(self, state: cg.CgState) -> NDArray[np.bool_] | None:
@@ -238,7 +238,7 @@ class GradientFit:
         out what other rows see, or would take more iterations, nothing is known.
         """
         params, sample = state.solution, self._sample
-        if state.stop is StopReason.NO_SENSITIVITY or params is None or sample is None:
+        if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
             return None
         config = self.context.config
         diagonal = filled(sample.reduce.diagonal(params), self.context.normalizer.scales)
@@ -305,7 +305,7 @@ class GradientFit:
         state = cg.begin(start, sums(start), settings, precondition, damping)
         state = self._iterated(state, reduce, precondition, "sample")
         assert state.solution is not None
-        if state.stop is StopReason.USER_STOP:
+        if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
         return _OnSample(state.solution, state.iteration, state.n_products)
@@ -342,7 +342,7 @@ class GradientFit:
                 float(np.linalg.norm((ask.params - before) / scales)),
                 accepted=state.params is not before,
             ):
-                state = replace(state, stop=StopReason.USER_STOP, solution=state.params)
+                state = replace(state, stop=Status.USER_STOP, solution=state.params)
             remember(state)
         return state
 

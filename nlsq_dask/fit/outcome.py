@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 
@@ -23,7 +23,7 @@ class Outcome:
     Attributes
     ----------
     params : ndarray, shape (p,)
-    stop : StopReason
+    stop : Status
     sums : Sums or None
         Over all rows, at ``sums_at``; None if there was no pass over them.
     sums_at : ndarray, shape (p,), or None
@@ -48,7 +48,7 @@ class Outcome:
     """
 
     params: Vector
-    stop: StopReason
+    stop: Status
     sums: Sums | None
     sums_at: Vector | None
     iterations: int

@@ -18,7 +18,7 @@ from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Model
 from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.result import FitResult
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -119,7 +119,7 @@ def make_result(
             **outcome.diagnostics,
             "parameters_at": outcome.params,
             "sums_at": outcome.sums_at,
-            "last_step_without_pass": outcome.stop is StopReason.LAST_STEP,
+            "last_step_without_pass": outcome.stop is Status.LAST_STEP,
             "active_bounds": at_bounds,
             "undetermined": undetermined,
         },
@@ -158,7 +158,7 @@ def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:
     """
     if not outcome.has_covariance:
         return None, None
-    if outcome.covariance is None or outcome.stop is StopReason.NO_SENSITIVITY:
+    if outcome.covariance is None or outcome.stop is Status.NO_SENSITIVITY:
         nothing = np.full((len(outcome.params),) * 2, np.inf)
         return nothing, nothing
     return outcome.covariance.pcov, outcome.covariance.root
