@@ -11,10 +11,10 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CALLS: dict[str, str] = {}  # by the keyword that they have
+_CALL_OF: dict[str, str] = {}  # by the keyword that they have
 
 # What SciPy and others call it.
-_ALSO_CALLED = {
+_SYNONYMS = {
     "ftol": "gauss_newton_tol",
     "xtol": "gauss_newton_tol",
     "gtol": "gauss_newton_tol",
@@ -30,7 +30,7 @@ _ALSO_CALLED = {
 
 # What SciPy asks for and this package has no other name for.
 _FROM_JAX = "Leave it out: the derivatives come from JAX, which takes them of the model."
-_NOT_NEEDED = {
+_UNSUPPORTED = {
     "method": "Leave it out: there is one method, Gauss-Newton in a trust region over all rows.",
     "jac": _FROM_JAX,
     "Dfun": _FROM_JAX,
@@ -40,9 +40,7 @@ _NOT_NEEDED = {
 }
 
 
-def explaining_keywords(
-    call: str, others: bool = True
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function, so that it says of an unknown keyword where that belongs.
 
     Parameters
@@ -56,14 +54,14 @@ def explaining_keywords(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         known = set(inspect.signature(function).parameters)
         if others:
-            _CALLS.update(dict.fromkeys(known - {"self"}, call))
+            _CALL_OF.update(dict.fromkeys(known - {"self"}, call))
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for keyword in kwargs:
                 if keyword not in known:
-                    sentence = f"{call}() has no argument {keyword!r}. {meant_by(keyword)}"
-                    raise TypeError(sentence.rstrip())
+                    message = f"{call}() has no argument {keyword!r}. {suggest_keyword(keyword)}"
+                    raise TypeError(message.rstrip())
             return function(*args, **kwargs)
 
         return checked
@@ -71,10 +69,10 @@ def explaining_keywords(
     return decorate
 
 
-def meant_by(keyword: str) -> str:
-    """Return a sentence that says what to write instead of a keyword, if that is known."""
-    if keyword in _NOT_NEEDED:
-        return _NOT_NEEDED[keyword]
-    keyword = _ALSO_CALLED.get(keyword, keyword)
-    near = get_close_matches(keyword, _CALLS, n=1, cutoff=0.75)
-    return f"Do you mean {_CALLS[near[0]]}(..., {near[0]}=...)?" if near else ""
+def suggest_keyword(keyword: str) -> str:
+    """Return a message that says what to write instead of a keyword, if that is known."""
+    if keyword in _UNSUPPORTED:
+        return _UNSUPPORTED[keyword]
+    keyword = _SYNONYMS.get(keyword, keyword)
+    matches = get_close_matches(keyword, _CALL_OF, n=1, cutoff=0.75)
+    return f"Do you mean {_CALL_OF[matches[0]]}(..., {matches[0]}=...)?" if matches else ""

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask._keywords import meant_by
+from nlsq_dask._keywords import suggest_keyword
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.sources.from_array import as_dask, is_in_memory
 from nlsq_dask.data.sources.from_xarray import is_xarray
@@ -19,8 +19,8 @@ from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.status import Status
 
 # No solutions, but what the caller wanted to have when the time was up.
-_ENDED_EARLY = {reason.status for reason in Status if reason.is_interruption} | {
-    Status.USER_STOP.status
+_STOPPED_EARLY = {status.code for status in Status if status.is_interruption} | {
+    Status.USER_STOP.code
 }
 
 
@@ -94,7 +94,7 @@ def curve_fit(
     unknown = [name for name in fit_options if name not in known]
     if unknown:
         raise TypeError(
-            f"curve_fit() has no argument {unknown[0]!r}. {meant_by(unknown[0])}".rstrip()
+            f"curve_fit() has no argument {unknown[0]!r}. {suggest_keyword(unknown[0])}".rstrip()
             + " Options are set by config=HybridStreamingConfig(...)."
         )
     x_data, model = _from_scipy_layout(f, xdata)
@@ -110,7 +110,7 @@ def curve_fit(
         absolute_sigma=absolute_sigma,
         **fit_options,
     )
-    if not result.success and result.status not in _ENDED_EARLY:
+    if not result.success and result.status not in _STOPPED_EARLY:
         raise RuntimeError(f"Optimal parameters not found: {result.message}")
     if not full_output:
         return result.popt, result.pcov

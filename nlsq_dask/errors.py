@@ -9,12 +9,12 @@ import warnings
 _PACKAGE = os.path.dirname(__file__) + os.sep  # a module beside it may begin alike
 
 
-def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn in the name of the line outside the package that called it, however far up that is."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(sentence, category, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 class ModelError(ValueError):

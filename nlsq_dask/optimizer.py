@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask import _html as html
-from nlsq_dask._keywords import explaining_keywords
+from nlsq_dask._keywords import explain_keywords
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -45,7 +45,7 @@ from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching
-from nlsq_dask.plan import Plan, make_plan
+from nlsq_dask.plan import Plan, build_plan
 from nlsq_dask.results import report
 from nlsq_dask.results.build import make_result, to_go_on
 from nlsq_dask.results.result import FitResult
@@ -94,7 +94,7 @@ class AdaptiveHybridStreamingOptimizer:
     (True, array([2. , 0.7]))
     """
 
-    @explaining_keywords("AdaptiveHybridStreamingOptimizer")
+    @explain_keywords("AdaptiveHybridStreamingOptimizer")
     def __init__(self, config: HybridStreamingConfig | None = None) -> None:
         if config is not None and not isinstance(config, HybridStreamingConfig):
             raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
@@ -137,7 +137,7 @@ class AdaptiveHybridStreamingOptimizer:
             html.collapsed("Phases of the last fit", report.phases(history)) if history else "",
         )
 
-    @explaining_keywords("fit")
+    @explain_keywords("fit")
     def fit(
         self,
         model: Callable[..., Any],
@@ -300,7 +300,7 @@ class AdaptiveHybridStreamingOptimizer:
             emit(FitEnded(result.success, result.message))
         return result
 
-    @explaining_keywords("plan", others=False)
+    @explain_keywords("plan", others=False)
     def plan(
         self,
         model: Callable[..., Any],
@@ -354,7 +354,7 @@ class AdaptiveHybridStreamingOptimizer:
             callback,
             verbose,
         )
-        return make_plan(call.blocks, call.model, call.config, call.parameters.remark)
+        return build_plan(call.blocks, call.model, call.config, call.parameters.remark)
 
     def _publish(self, call: Call) -> None:
         self.normalizer = call.normalizer

@@ -18,10 +18,10 @@ from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 
-_SMALL_BLOCK = 2**16  # bytes; reading one takes as long as asking for it
+_SMALL_BLOCK_BYTES = 2**16  # reading one takes as long as asking for it
 _MANY_BLOCKS = 1000
-_SUMS_AT_ONCE = 40  # in a worker, until they are combined
-_LARGE = 0.2  # of a worker's memory
+_CONCURRENT_SUMS = 40  # in a worker, until they are combined
+_LARGE_FRACTION = 0.2  # of a worker's memory
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,16 @@ class Plan:
 
     def _repr_html_(self) -> str:
         n = len(self.problems)
-        words = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
+        badge = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
         return html.page(
-            html.paragraph(html.badge(words, html.CAUTION if n else html.GOOD)),
+            html.paragraph(html.badge(badge, html.CAUTION if n else html.GOOD)),
             html.bullets(self.problems),
             html.facts(self._lines()[:-1]),
         )
 
 
-def make_plan(
-    blocks: RowBlocks, model: Model, config: HybridStreamingConfig, remark: str = ""
+def build_plan(
+    blocks: RowBlocks, model: Model, config: HybridStreamingConfig, notice: str = ""
 ) -> Plan:
     """Say what a fit of this model to these blocks would do on the active workers.
 
@@ -114,7 +114,7 @@ def make_plan(
     blocks : RowBlocks
     model : Model
     config : HybridStreamingConfig
-    remark : str
+    notice : str
         What the caller may not have meant, which is a problem of the plan's.
     """
     check_trace(model, blocks.x_labels)
@@ -122,7 +122,7 @@ def make_plan(
     groups = group_blocks(block_rows)
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
-    remarks = [remark] if remark else []
+    notices = [notice] if notice else []
     sample = plan_sample(
         block_rows,
         config.sample_size(blocks.n_rows, blocks.layout.row_bytes, model.n_params),
@@ -145,7 +145,7 @@ def make_plan(
         cache_per_worker=memory.cache_bytes,
         jacobian=mode.value,
         realigned=blocks.realigned,
-        problems=(*remarks, *_problems(blocks, memory, workers, model.n_params, config)),
+        problems=(*notices, *_problems(blocks, memory, workers, model.n_params, config)),
     )
 
 
@@ -159,7 +159,7 @@ def _problems(
     problems = [] if memory.problem is None else [memory.problem]
     n_blocks = int(blocks.block_rows().size)
     mean = memory.bytes_per_pass // n_blocks
-    if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK and not blocks.in_memory:
+    if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK_BYTES and not blocks.in_memory:
         problems.append(
             f"{n_blocks:,} blocks of {format_bytes(mean)} on average: asking for them takes "
             f"longer than reading them. Chunks of 10 to 100 MB are read faster"
@@ -171,7 +171,10 @@ def _problems(
             f"nothing to do. Smaller chunks give more tasks"
         )
     matrix = 8 * n_params**2
-    if not config.is_without_matrices(n_params) and _SUMS_AT_ONCE * matrix > _LARGE * memory.limit:
+    if (
+        not config.is_without_matrices(n_params)
+        and _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit
+    ):
         problems.append(
             f"a sum over rows holds a matrix of {n_params:,} x {n_params:,} parameters, "
             f"{format_bytes(matrix)}, and a worker holds some dozens of sums. A lower "

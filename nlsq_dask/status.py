@@ -1,23 +1,23 @@
-"""``Status``: every way in which a fit can end, with the sentence that the user reads."""
+"""``Status``: every way in which a fit can end, with the message that the user reads."""
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import Self
 
-_FIXED = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
+_FIX_EXAMPLE = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
 
 
 class Status(Enum):
-    """Why a fit ended: a status as SciPy counts (positive for success) and a sentence."""
+    """Why a fit ended: a status as SciPy counts (positive for success) and a message."""
 
-    sentence: str
+    message: str
 
-    def __new__(cls, status: int, sentence: str) -> Self:
+    def __new__(cls, code: int, message: str) -> Self:
         """Make a member whose value is its status."""
         member = object.__new__(cls)
-        member._value_ = status
-        member.sentence = sentence
+        member._value_ = code
+        member.message = message
         return member
 
     REDUCTION = (2, "Converged: the reduction of the cost that is left is below gauss_newton_tol.")
@@ -41,7 +41,7 @@ class Status(Enum):
         -7,
         "Not converged: the steps along a curved or flat valley have become so short that many of "
         "them brought hardly anything. Start closer to the solution, fix one of the parameters "
-        f"({_FIXED}), or write the model in parameters that depend less on each other.",
+        f"({_FIX_EXAMPLE}), or write the model in parameters that depend less on each other.",
     )
     STALLED = (
         -1,
@@ -53,13 +53,13 @@ class Status(Enum):
         -5,
         "Not converged: at this point the model does not react to some of its parameters, so "
         "nothing can be said of them. Start them closer to the solution, leave them out, or fix "
-        f"them ({_FIXED}).",
+        f"them ({_FIX_EXAMPLE}).",
     )
     ILL_CONDITIONED = (
         -6,
         "Not converged: the parameters lie in a valley so flat that float64 cannot tell where its "
         "lowest point is. Leave out or fix one of the parameters that are not determined "
-        f"({_FIXED}), or measure x from its mean and in units of its spread.",
+        f"({_FIX_EXAMPLE}), or measure x from its mean and in units of its spread.",
     )
     NON_FINITE_START = (
         -2,
@@ -76,17 +76,17 @@ class Status(Enum):
     USER_STOP = (-4, "Stopped by the callback; the parameters are the best ones so far.")
 
     @property
-    def status(self) -> int:
+    def code(self) -> int:
         """Positive for success, as SciPy counts."""
         return int(self.value)
 
     @property
     def is_success(self) -> bool:
         """Whether the parameters are a solution."""
-        return self.status > 0
+        return self.code > 0
 
     @property
-    def may_have_started_far_off(self) -> bool:
+    def suggests_another_start(self) -> bool:
         """Whether a start that is far off is a likely cause."""
         return self in (
             Status.ITERATION_LIMIT,

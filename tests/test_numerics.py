@@ -48,7 +48,7 @@ def test_validate_numerics_goes_back(threshold: int) -> None:
 def test_without_it_the_fit_ends_there(threshold: int) -> None:
     result = fit(max_warmup_iterations=0, cg_param_threshold=threshold, validate_numerics=False)
     assert not result.success
-    assert result.status == Status.NON_FINITE_STEP.status
+    assert result.status == Status.NON_FINITE_STEP.code
     np.testing.assert_array_equal(result.x, START)
     assert result.diagnostics["non_finite"]["all rows"] == 1
 

@@ -106,21 +106,21 @@ CASES: list[Case] = [
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].name.lower())
 def test_reason(case: Case) -> None:
-    reason, model, x, y, start, options = case
+    status, model, x, y, start, options = case
     lazy = [da.from_array(v, chunks=max(len(x) // 10, 4)) for v in (x, y)]
     config = nd.HybridStreamingConfig(verbose=0, **options)
-    callback = stopping_callback if reason is Status.USER_STOP else None
+    callback = stopping_callback if status is Status.USER_STOP else None
     result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, *lazy, start, callback=callback)
-    assert result.message.startswith(reason.sentence), result.message
-    assert result.status == reason.status
-    assert result.success == (reason.status > 0)
+    assert result.message.startswith(status.message), result.message
+    assert result.status == status.code
+    assert result.success == (status.code > 0)
     assert result.n_passes <= 20  # none goes on for long without progress
 
 
 def test_all_reasons_are_here() -> None:
-    interruptions = {reason for reason in Status if reason.is_interruption}  # tested with those
+    interruptions = {status for status in Status if status.is_interruption}  # tested with those
     assert {case[0] for case in CASES} | interruptions == set(Status)
-    assert len({reason.status for reason in Status}) == len(Status)
+    assert len({status.code for status in Status}) == len(Status)
 
 
 def test_a_start_with_a_cost_but_without_a_derivative() -> None:

@@ -60,8 +60,8 @@ def make_result(
             f"that were found.",
             OptimizeWarning,
         )
-    message = outcome.stop.sentence
-    if outcome.stop.may_have_started_far_off and _could_use_multistart(outcome):
+    message = outcome.stop.message
+    if outcome.stop.suggests_another_start and _could_use_multistart(outcome):
         message += _MULTISTART
     left_out = _left_out(outcome.diagnostics["left_out"], blocks)
     if left_out:
@@ -82,7 +82,7 @@ def make_result(
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
-        status=outcome.stop.status,
+        status=outcome.stop.code,
         message=message,
         cost=np.nan if sums is None else sums.cost,
         chi2=np.nan if sums is None else sums.chi2,
