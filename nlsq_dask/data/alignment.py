@@ -11,12 +11,12 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from nlsq_dask.data.attributes import doubts_of_attributes
-from nlsq_dask.data.dates import doubt_of_rounding, in_words, to_days, without_date_objects
+from nlsq_dask.data.attributes import attribute_notices
+from nlsq_dask.data.dates import convert_date_objects, describe_units, rounding_notice, to_days
 from nlsq_dask.data.labels import Label, label_of
-from nlsq_dask.data.shapes import check_unambiguous, mismatch, rows_shape
+from nlsq_dask.data.shapes import check_unambiguous, mismatch_error, rows_shape
 from nlsq_dask.data.sources.from_array import check_numbers, is_in_memory, split_mask
-from nlsq_dask.data.sources.from_pandas import without_pandas
+from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
@@ -49,7 +49,7 @@ class RowBlocks:
         Names of the dimensions of y.
     x_units : dict of str to str
         What the numbers made of dates are, by the names of those arrays of x.
-    doubts : tuple of str
+    notices : tuple of str
         Sentences on what may be wrong with the data, as far as it is in memory.
     labels : tuple of Label
         What y and the arrays of x say of themselves.
@@ -65,7 +65,7 @@ class RowBlocks:
     split_bytes: int
     dims: tuple[str, ...]
     x_units: dict[str, str]
-    doubts: tuple[str, ...]
+    notices: tuple[str, ...]
     labels: tuple[Label, ...]
 
     @property
@@ -89,12 +89,12 @@ class RowBlocks:
         """Number of blocks along each dimension of y."""
         return tuple(map(len, self.y.chunks))
 
-    def date_notes(self) -> list[str]:
+    def date_notices(self) -> list[str]:
         """Return a sentence on every array of x that holds dates."""
         names = self.layout.array_names[1:]
         return [
             f"{name}{f' ({label})' if label else ''} holds dates, which the model gets as "
-            f"{in_words(self.x_units[name])}"
+            f"{describe_units(self.x_units[name])}"
             for name, label in zip(names, self.x_labels, strict=False)
             if name in self.x_units
         ]
@@ -118,7 +118,7 @@ class RowBlocks:
             total += n_bytes
         return total
 
-    def part(self, block: tuple[int, ...]) -> tuple[slice, ...]:
+    def block_slices(self, block: tuple[int, ...]) -> tuple[slice, ...]:
         """Return which part of y a block is."""
         starts = (sum(sizes[:i]) for sizes, i in zip(self.y.chunks, block, strict=True))
         sizes = (sizes[i] for sizes, i in zip(self.y.chunks, block, strict=True))
@@ -151,7 +151,7 @@ class _Source:
     values: da.Array
     mask: da.Array | None
     units: str = ""
-    doubt: str = ""
+    notice: str = ""
 
 
 def align(
@@ -159,7 +159,7 @@ def align(
     y_data: Any,
     sigma: Any = None,
     group_weights: Sequence[float] | None = None,
-    x_called: str = "x_data",
+    x_name: str = "x_data",
 ) -> RowBlocks:
     """Make one grid of blocks of x, y and sigma, reading nothing.
 
@@ -170,7 +170,7 @@ def align(
     sigma : array, optional
     group_weights : sequence of float, optional
         Weights of the groups of rows, see ``weighted_sigma``.
-    x_called : str
+    x_name : str
         What the caller calls x, for messages.
 
     Raises
@@ -181,25 +181,23 @@ def align(
     _check_kind("y_data", y_data)
     _check_kind("sigma", sigma)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
-    called = [name.replace("x_data", x_called, 1) for name in x_array_names(x_names)]
-    names = ["y_data", *called, *([] if sigma is None else ["sigma"])]
+    array_names = [name.replace("x_data", x_name, 1) for name in x_array_names(x_names)]
+    names = ["y_data", *array_names, *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     labels = tuple(map(label_of, given[: 1 + len(leaves)]))
-    doubts = [
-        text for pair in zip(given, names, strict=True) for text in doubts_of_attributes(*pair)
-    ]
-    given = without_pandas(list(zip(names, given, strict=True)))
+    notices = [text for pair in zip(given, names, strict=True) for text in attribute_notices(*pair)]
+    given = pandas_to_numpy(list(zip(names, given, strict=True)))
     # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
-    cut = all(map(is_in_memory, given))
-    first = _first_source(given[0], cut)
+    split_chunks = all(map(is_in_memory, given))
+    first = _first_source(given[0], split_chunks)
     sources = [
         first,
         *(
-            _matched(value, name, first, cut)
+            _match(value, name, first, split_chunks)
             for name, value in zip(names[1:], given[1:], strict=True)
         ),
     ]
-    by_position = [s for s in sources[1:] if not _both_named(s.given, first.given)]
+    by_position = [s for s in sources[1:] if not _are_named(s.given, first.given)]
     check_unambiguous(
         [(s.name, s.given, np.shape(s.given)) for s in by_position], first.values.shape
     )
@@ -223,12 +221,12 @@ def align(
         deviation,
         mask,
         layout,
-        cut,
+        split_chunks,
         realigned,
         split_bytes,
         _dims(given[0], y.ndim),
         {source.name: source.units for source in sources if source.units},
-        (*doubts, *(source.doubt for source in sources if source.doubt)),
+        (*notices, *(source.notice for source in sources if source.notice)),
         labels,
     )
 
@@ -250,8 +248,8 @@ def _check_kind(name: str, value: Any) -> None:
         )
 
 
-def _first_source(y_data: Any, cut: bool) -> _Source:
-    y, mask = _values(y_data, "y_data", cut)
+def _first_source(y_data: Any, split_chunks: bool) -> _Source:
+    y, mask = _values(y_data, "y_data", split_chunks)
     check_numbers(y.dtype, "y_data")
     if y.ndim == 0:
         raise DataError("y_data is a single number; expected an array with at least one dimension.")
@@ -302,27 +300,27 @@ def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
     return None, [x_data]
 
 
-def _values(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
-    value = lazy_data(value, name, cut) if is_xarray(value) else value
-    return split_mask(value, name, cut)
+def _values(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
+    value = lazy_data(value, name, split_chunks) if is_xarray(value) else value
+    return split_mask(value, name, split_chunks)
 
 
-def _both_named(value: Any, y: Any) -> bool:
+def _are_named(value: Any, y: Any) -> bool:
     return is_xarray(value) and is_xarray(y)
 
 
-def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
+def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source:
     """Bring one array to the dimensions of y: by name where both have names, else by position."""
-    y, given, units, doubt = first.values, value, "", ""
+    y, given, units, notice = first.values, value, "", ""
     allows_features = y.ndim == 1 and name != "sigma"
-    both_named = _both_named(value, first.given)
+    both_named = _are_named(value, first.given)
     if name != "sigma":
-        value, units = without_date_objects(value, name, is_in_memory(value))
+        value, units = convert_date_objects(value, name, is_in_memory(value))
         if units and is_in_memory(value) and value.dtype.kind in "mM":
-            doubt = doubt_of_rounding(value, name)
+            notice = rounding_notice(value, name)
     if both_named:
-        value = like_dims(value, first.given, name, cut, allows_features)
-    array, mask = _values(value, name, cut)
+        value = like_dims(value, first.given, name, split_chunks, allows_features)
+    array, mask = _values(value, name, split_chunks)
     array = to_days(array, units)
     check_numbers(array.dtype, name)
     if name == "sigma" and array.shape == y.shape * 2:
@@ -333,7 +331,7 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     rows = rows_shape(array.shape, y.shape, allows_features)
     if rows is None:
         is_lazy = not (is_in_memory(given) and is_in_memory(first.given))
-        raise mismatch(
+        raise mismatch_error(
             name,
             given,
             array.shape,
@@ -348,7 +346,7 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
     missing = (None,) * (y.ndim - len(rows))
     if missing:
         array, mask = array[missing], None if mask is None else mask[missing]
-    return _Source(name, given, array, mask, units, doubt)
+    return _Source(name, given, array, mask, units, notice)
 
 
 def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:

@@ -21,7 +21,7 @@ _FILLS = "_FillValue", "missing_value"
 _PACKED = {"scale_factor": 1.0, "add_offset": 0.0}  # with the values that change nothing
 
 
-def doubts_of_attributes(value: Any, name: str) -> Iterator[str]:
+def attribute_notices(value: Any, name: str) -> Iterator[str]:
     """Yield sentences on values that stand for others, or for none.
 
     Parameters

@@ -23,16 +23,18 @@ _EPOCH = "days since 1970-01-01"
 _CALENDAR = f"{_EPOCH}, calendar "
 
 # How many of each unit of datetime64 and timedelta64 make a day.
-_PER_DAY = {"D": 1, "h": 24, "m": 1440, "s": 86_400}
-_PER_DAY |= {f"{p}s": 86_400 * 1000**i for i, p in enumerate(("m", "u", "n", "p", "f", "a"), 1)}
+_UNITS_PER_DAY = {"D": 1, "h": 24, "m": 1440, "s": 86_400}
+_UNITS_PER_DAY |= {
+    f"{p}s": 86_400 * 1000**i for i, p in enumerate(("m", "u", "n", "p", "f", "a"), 1)
+}
 # cftime's names for calendars that CF gives two.
 _SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
 
-# There is a doubt where rounding to float64 days is more than this share of what x spans.
-_COARSE = 1e-9
+# There is a notice where rounding to float64 days is more than this fraction of what x spans.
+_MAX_ROUNDING = 1e-9
 
 
-def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
+def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
     """Say what an array's dates will be measured in, and convert those that are Python objects.
 
     Parameters
@@ -64,7 +66,7 @@ def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
     if value.dtype.kind in "mM":
         units = _EPOCH if value.dtype.kind == "M" else _DURATION
         unit = np.datetime_data(value.dtype)[0]
-        if unit not in _PER_DAY and unit not in ("W" if units == _DURATION else "YMW"):
+        if unit not in _UNITS_PER_DAY and unit not in ("W" if units == _DURATION else "YMW"):
             raise DataError(
                 f"{name} has dtype {value.dtype}, a unit of no fixed length; convert it to days, "
                 f"such as x.astype('timedelta64[D]')."
@@ -72,12 +74,12 @@ def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
     return value, units
 
 
-def in_words(units: str) -> str:
+def describe_units(units: str) -> str:
     """Return the units with a number to go by, as most are surprised by its size."""
     return f"{units}: 2025-01-01 is 20,089" if units == _EPOCH else units
 
 
-def doubt_of_rounding(value: Any, name: str) -> str:
+def rounding_notice(value: Any, name: str) -> str:
     """Say so where days since 1970 lose digits that differences within the data would have.
 
     Parameters
@@ -90,10 +92,10 @@ def doubt_of_rounding(value: Any, name: str) -> str:
     dates = dates[~np.isnat(dates)]
     if not dates.size:
         return ""
-    count, per_day = _counted(np.array([dates.min(), dates.max()]))
+    count, per_day = _integer_counts(np.array([dates.min(), dates.max()]))
     span = (int(count[1]) - int(count[0])) / per_day
     rounding = float(np.spacing(np.abs(_days(count, per_day)).max()))
-    if not 0.0 < _COARSE * span < rounding:
+    if not 0.0 < _MAX_ROUNDING * span < rounding:
         return ""
     return (
         f"{name} spans {86_400 * span:.2g} s, and days since 1970-01-01 in float64 are rounded to "
@@ -109,7 +111,7 @@ def to_days(array: da.Array, units: str) -> da.Array:
     ----------
     array : dask.array.Array
     units : str
-        As ``without_date_objects`` gives them.
+        As ``convert_date_objects`` gives them.
     """
     if not units or array.dtype.kind not in "mMO":
         return array
@@ -124,16 +126,16 @@ def to_days(array: da.Array, units: str) -> da.Array:
 
 
 def _days_of_datetime64(dates: NDArray[Any]) -> NDArray[np.float64]:
-    count, per_day = _counted(dates)
+    count, per_day = _integer_counts(dates)
     return np.where(np.isnat(dates), np.nan, _days(count, per_day))
 
 
-def _counted(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
+def _integer_counts(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
     """Return whole numbers of a unit since 1970, and how many of it make a day."""
     unit = np.datetime_data(dates.dtype)[0]
-    unit = unit if unit in _PER_DAY else "D"  # weeks, and years and months of the calendar
+    unit = unit if unit in _UNITS_PER_DAY else "D"  # weeks, and years and months of the calendar
     count = dates.astype(f"{dates.dtype.kind}8[{unit}]")
-    return count.view(np.int64), _PER_DAY[unit]
+    return count.view(np.int64), _UNITS_PER_DAY[unit]
 
 
 def _days(count: NDArray[np.int64], per_day: int) -> NDArray[np.float64]:
@@ -149,17 +151,17 @@ def _days_of_cftime(dates: NDArray[Any], calendar: str) -> NDArray[np.float64]:
 
     flat = dates.ravel()
     days = np.full(flat.shape, np.nan)
-    there = ~_is_missing(flat)
-    found = {getattr(date, "calendar", type(date).__name__) for date in flat[there]}
-    if found - {calendar}:
+    present = ~_is_missing(flat)
+    calendars = {getattr(date, "calendar", type(date).__name__) for date in flat[present]}
+    if calendars - {calendar}:
         raise DataError(
-            f"dates of the calendar {calendar!r} are mixed with {', '.join(sorted(found))}; "
+            f"dates of the calendar {calendar!r} are mixed with {', '.join(sorted(calendars))}; "
             f"convert them to one first."
         )
-    if there.any():
+    if present.any():
         units = "microseconds since 1970-01-01"
-        count = np.asarray(cftime.date2num(flat[there], units, calendar=calendar), np.int64)
-        days[there] = _days(count, _PER_DAY["us"])
+        count = np.asarray(cftime.date2num(flat[present], units, calendar=calendar), np.int64)
+        days[present] = _days(count, _UNITS_PER_DAY["us"])
     return days.reshape(dates.shape)
 
 
@@ -179,19 +181,19 @@ def _objects_in_memory(value: Any, name: str) -> tuple[Any, str]:
         plain = [None if m else _without_zone(v) for v, m in zip(flat, missing, strict=True)]
         kind = "m8[us]" if isinstance(first, datetime.timedelta) else "M8[us]"
         try:
-            found: NDArray[Any] = np.array(plain, kind)
+            dates: NDArray[Any] = np.array(plain, kind)
         except (TypeError, ValueError) as error:
             raise DataError(f"{name} mixes {type(first).__name__} with others: {error}.") from error
     elif cftime is not None and isinstance(first, cftime.datetime):
-        found, units = _days_of_cftime(flat, first.calendar), f"{_CALENDAR}{first.calendar}"
+        dates, units = _days_of_cftime(flat, first.calendar), f"{_CALENDAR}{first.calendar}"
     else:
         return value, ""
-    found = found.reshape(value.shape)
+    dates = dates.reshape(value.shape)
     if isinstance(value, xr.DataArray):
-        return value.copy(data=found), units
+        return value.copy(data=dates), units
     if isinstance(value, np.ma.MaskedArray):
-        return np.ma.masked_array(found, np.ma.getmask(value)), units
-    return found, units
+        return np.ma.masked_array(dates, np.ma.getmask(value)), units
+    return dates, units
 
 
 def _without_zone(date: Any) -> Any:

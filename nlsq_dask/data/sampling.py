@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 # Reading is what sampling costs: so many blocks at most, and rows either of this number, which are
-# read in no time, or of this share of the data set; of a larger one where the share would not
+# read in no time, or of this fraction of the data set; of a larger one where the fraction would not
 # reach for two blocks.
 _MAX_BLOCKS = 16
-_FREE_ROWS = 2**20
-_SHARE, _LARGEST_SHARE = 0.1, 0.2
+_CHEAP_ROWS = 2**20
+_FRACTION, _MAX_FRACTION = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ def _stratified(n_rows: int, count: int, random: np.random.Generator) -> NDArray
     return random.integers(edges[:-1], edges[1:])
 
 
-def thin_out(n_rows: int, share: float, seed: int, block: int) -> NDArray[np.int64]:
-    """Return the positions of a share of a block's rows, spread over it.
+def subsample(n_rows: int, fraction: float, seed: int, block: int) -> NDArray[np.int64]:
+    """Return the positions of a fraction of a block's rows, spread over it.
 
-    The number is rounded at random, so that the share is met over many small blocks.
+    The number is rounded at random, so that the fraction is met over many small blocks.
     """
-    if not share:
+    if not fraction:
         return np.arange(0)
     random = np.random.default_rng([seed, block])
-    return _stratified(n_rows, int(n_rows * share + random.random()), random)
+    return _stratified(n_rows, int(n_rows * fraction + random.random()), random)
 
 
 def plan_sample(
@@ -79,8 +79,8 @@ def plan_sample(
     n_rows = int(block_rows.sum())
     n_blocks = _MAX_BLOCKS
     if not in_memory:
-        share = _SHARE if len(filled) * _SHARE >= 2 else _LARGEST_SHARE
-        readable = max(share * n_rows, _FREE_ROWS)
+        fraction = _FRACTION if len(filled) * _FRACTION >= 2 else _MAX_FRACTION
+        readable = max(fraction * n_rows, _CHEAP_ROWS)
         n_blocks = min(n_blocks, math.floor(readable * len(filled) / n_rows))
     # A block that no row would be taken from is not read.
     n_blocks = max(1, min(len(filled), n_blocks, sample_rows))

@@ -53,10 +53,11 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
     if any(len(shape) == ndim for name, _, shape in named if name != "sigma"):
         return
     for name, value, shape in named:
-        places = _places(shape, y_shape)
-        if len(places) > 1:
+        matches = _matching_axes(shape, y_shape)
+        if len(matches) > 1:
             ways = " or ".join(
-                f"{_index(value, name, axes, ndim)} for {_ordinal(axes)}" for axes in places
+                f"{_index_expression(value, name, axes, ndim)} for {_dimension_text(axes)}"
+                for axes in matches
             )
             raise DataError(
                 f"{name} has shape {shape}, which fits several dimensions of y_data, of shape "
@@ -64,7 +65,7 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
             )
 
 
-def mismatch(
+def mismatch_error(
     name: str,
     value: Any,
     shape: Shape,
@@ -88,11 +89,11 @@ def mismatch(
     in_chunks = f" (chunks {chunks[0]} and {chunks[1]})" if chunks else ""
     return DataError(
         f"{name} has shape {shape} and y_data has shape {y_shape}: they do not match{in_chunks}. "
-        f"{_advice(name, value, shape, y_shape, dims)}"
+        f"{_mismatch_hint(name, value, shape, y_shape, dims)}"
     )
 
 
-def _advice(
+def _mismatch_hint(
     name: str, value: Any, shape: Shape, y_shape: Shape, dims: tuple[Any, Any] | None
 ) -> str:
     ndim = len(y_shape)
@@ -104,9 +105,10 @@ def _advice(
     if 1 in y_shape and shape == tuple(n for n in y_shape if n > 1):
         kept = ", ".join("0" if n == 1 else ":" for n in y_shape)
         return f"y_data has a dimension of size 1: pass y_data[{kept}]."
-    places = _places(shape, y_shape)
-    if places and len(shape) < ndim:
-        return f"Pass {_index(value, name, places[0], ndim)} for {_ordinal(places[0])} of y_data."
+    matches = _matching_axes(shape, y_shape)
+    if matches and len(shape) < ndim:
+        expression = _index_expression(value, name, matches[0], ndim)
+        return f"Pass {expression} for {_dimension_text(matches[0])} of y_data."
     if name == "sigma":
         return "Pass one number, or an array that broadcasts against y_data."
     if ndim == 1:
@@ -120,20 +122,20 @@ def _advice(
     )
 
 
-def _places(shape: Shape, y_shape: Shape) -> list[Shape]:
+def _matching_axes(shape: Shape, y_shape: Shape) -> list[Shape]:
     """Return the dimensions of y, in order, whose sizes those of the array are."""
     if len(shape) >= len(y_shape) or 1 in shape or not shape:
         return []
     axes = combinations(range(len(y_shape)), len(shape))
-    return [found for found in axes if shape == tuple(np.take(y_shape, found).tolist())]
+    return [candidate for candidate in axes if shape == tuple(np.take(y_shape, candidate).tolist())]
 
 
-def _index(value: Any, name: str, axes: Shape, ndim: int) -> str:
+def _index_expression(value: Any, name: str, axes: Shape, ndim: int) -> str:
     """Return the expression that puts an array along these dimensions of y."""
     read = "[:]" if isinstance(value, zarr.Array) else ""  # which has no index None
     return f"{name}{read}[{', '.join(':' if axis in axes else 'None' for axis in range(ndim))}]"
 
 
-def _ordinal(axes: Shape) -> str:
+def _dimension_text(axes: Shape) -> str:
     numbers = " and ".join(map(str, axes))
     return f"dimension {numbers}" if len(axes) == 1 else f"dimensions {numbers}"

@@ -38,7 +38,7 @@ def weighted_sigma(
     if groups.ndim > y.ndim:
         groups = groups[..., 0]
     varies = groups.shape == y.shape
-    found: da.Array = da.map_blocks(
+    weighted: da.Array = da.map_blocks(
         _weigh,
         groups,
         1.0 if sigma is None else sigma,
@@ -48,7 +48,7 @@ def weighted_sigma(
         dtype=np.float64,
         meta=np.empty((0,) * y.ndim),
     )
-    return found
+    return weighted
 
 
 def _weigh(
@@ -61,8 +61,8 @@ def _weigh(
 ) -> NDArray[np.float64]:
     # Where x is not finite the row is bad already, and nan_policy says what becomes of it.
     numbers = np.asarray(groups, np.float64)
-    counts = np.isfinite(numbers) & ~np.asarray(mask) & np.isfinite(y)
-    numbers = np.where(counts, numbers, 0.0)
+    has_group = np.isfinite(numbers) & ~np.asarray(mask) & np.isfinite(y)
+    numbers = np.where(has_group, numbers, 0.0)
     is_wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= len(inverse_roots))
     if is_wrong.any():
         raise DataError(

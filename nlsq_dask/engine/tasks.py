@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.data.sampling import SamplePlan, thin_out
+from nlsq_dask.data.sampling import SamplePlan, subsample
 from nlsq_dask.engine.block_group import Group, Kept
 from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
@@ -121,7 +121,7 @@ def _reduce_block(
         sums = replace(sums, rows_cached=len(rows))
     elif read.block is not None:
         sums = replace(sums, rows_read=len(read.block), bytes_read=read.block.nbytes)
-    taken = thin_out(len(rows), request.sample_share, request.seed, index)
+    taken = subsample(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
     return PassResult(sums, sample, _report(read))

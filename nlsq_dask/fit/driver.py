@@ -128,7 +128,7 @@ class Driver:
 
     def _notes(self) -> tuple[str, ...]:
         remark = [self._parameters.remark] if self._parameters.remark else []
-        return (*remark, *(f"{note}." for note in self._data.blocks.date_notes()))
+        return (*remark, *(f"{notice}." for notice in self._data.blocks.date_notices()))
 
     def _errors(
         self,

@@ -110,8 +110,8 @@ def parse_call(
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
     traced = Model(model, n_params, blocks.layout, config.dtype)
-    for doubt in blocks.doubts:
-        warn_caller(doubt, DataWarning)
+    for notice in blocks.notices:
+        warn_caller(notice, DataWarning)
     for doubt in _doubts(traced):
         warn_caller(doubt)
     return Call(

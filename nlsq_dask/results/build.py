@@ -133,10 +133,10 @@ def make_result(
 
 def _on_dates(blocks: RowBlocks) -> str:
     """Say which numbers the model gets for dates: a decay from 1970 on is nothing today."""
-    notes = blocks.date_notes()
-    if not notes:
+    notices = blocks.date_notices()
+    if not notices:
         return ""
-    return f" Note that {'; '.join(notes)}. A decay or growth needs an origin near the data."
+    return f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data."
 
 
 def to_go_on(checkpoint: str | None) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.sources.from_array import as_numpy, is_in_memory, split_mask
-from nlsq_dask.data.sources.from_pandas import without_pandas
+from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
@@ -47,12 +47,12 @@ def predict(
         If ``x`` is not made as that of the fit was.
     """
     names = [name.replace("x_data", _X, 1) for name in x_array_names(model.layout.x_names)]
-    leaves = without_pandas(list(zip(names, _leaves(model, x), strict=True)))
+    leaves = pandas_to_numpy(list(zip(names, _leaves(model, x), strict=True)))
     template = _template(leaves, names, model.layout.x_features)
     is_lazy = not all(is_in_memory(leaf) for leaf in (template, *leaves))
     if is_lazy:  # what the caller does to an array until it is computed must not matter
         leaves = [copy.deepcopy(leaf) if is_in_memory(leaf) else leaf for leaf in leaves]
-    blocks = align(model.layout.assemble(leaves), template, x_called=_X)
+    blocks = align(model.layout.assemble(leaves), template, x_name=_X)
     _check_units(names, model, blocks.x_units, x_units or {})
     layout = replace(
         blocks.layout,

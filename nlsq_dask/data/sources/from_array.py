@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 from dask.array.core import normalize_chunks, slices_from_chunks
 
-from nlsq_dask.data.sources.from_files import block_rows, files_by_name, from_file, is_file
+from nlsq_dask.data.sources.from_files import block_rows, from_file, is_file, reopen_by_name
 from nlsq_dask.data.sources.from_zarr import from_zarr
 from nlsq_dask.errors import DataError
 
@@ -31,7 +31,7 @@ def _is_masked(value: Any) -> bool:
     return isinstance(value, np.ma.MaskedArray)
 
 
-def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
+def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
     """Return a Dask array over ``value`` without reading it.
 
     Parameters
@@ -39,7 +39,7 @@ def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
     value : NumPy, JAX, Dask or Zarr array, memory map, HDF5 dataset, or anything with slices
     name : str
         What the caller calls it, for messages.
-    cut : bool
+    split_chunks : bool
         Cut an array in memory into several blocks.
     """
     if da.array_expr_enabled():
@@ -54,13 +54,13 @@ def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
     if isinstance(value, zarr.Array):
         array = from_zarr(value)
     elif isinstance(value, da.Array):
-        array = files_by_name(value)
+        array = reopen_by_name(value)
     elif (file := from_file(value)) is not None:
         array = file
     elif hasattr(value, "chunks") and hasattr(value, "dtype"):  # other stores of arrays
         array = da.from_array(value, chunks=value.chunks or "auto", inline_array=True)
     else:
-        array = _from_memory(value, name, cut)
+        array = _from_memory(value, name, split_chunks)
     _check_chunks(array, name)
     return array
 
@@ -80,7 +80,7 @@ def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
         ) from error
 
 
-def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
+def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
     value = as_numpy(value, name)
     if value.dtype.kind == "O":
         first = next(value.flat, None)
@@ -89,7 +89,7 @@ def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
             f"real numbers. Convert it, such as with .astype(float)."
         )
     sizes = list(value.shape)
-    if cut and value.size:
+    if split_chunks and value.size:
         sizes[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
     chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
     key = f"array-{uuid.uuid4().hex}"
@@ -143,15 +143,17 @@ def _check_chunks(array: da.Array, name: str) -> None:
         )
 
 
-def split_mask(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
+def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
     """Return data and mask of masked arrays as two Dask arrays; the mask is None for others.
 
     Parameters are those of ``as_dask``.
     """
     if _is_masked(value):
-        data, mask = as_dask(np.ma.getdata(value), name, cut), np.ma.getmask(value)
-        return data, None if mask is np.ma.nomask else as_dask(mask, f"the mask of {name}", cut)
-    array = as_dask(value, name, cut)
+        data, mask = as_dask(np.ma.getdata(value), name, split_chunks), np.ma.getmask(value)
+        return data, None if mask is np.ma.nomask else as_dask(
+            mask, f"the mask of {name}", split_chunks
+        )
+    array = as_dask(value, name, split_chunks)
     if not _is_masked(array._meta):
         return array, None
     return da.ma.getdata(array), da.ma.getmaskarray(array)

@@ -63,7 +63,7 @@ class MappedArray:
             mapped = np.memmap(self.path, np.uint8, "r")
             whole: Any = np.ndarray(self.shape, self.dtype, mapped, self.offset, self.strides)
         except (OSError, ValueError, TypeError) as error:
-            raise _unreadable("memory-mapped file", self.path, error) from error
+            raise _read_error("memory-mapped file", self.path, error) from error
         # A copy: the mapping is closed, and reading is done here and not in the kernel.
         return np.array(whole[index])
 
@@ -97,10 +97,10 @@ class Hdf5Array:
             with h5py.File(self._path, "r") as file:
                 return file[self._name][index]
         except (OSError, KeyError) as error:
-            raise _unreadable("HDF5 file", self._path, error) from error
+            raise _read_error("HDF5 file", self._path, error) from error
 
 
-def _unreadable(what: str, path: str, error: Exception) -> OSError:
+def _read_error(what: str, path: str, error: Exception) -> OSError:
     return OSError(
         f"the {what} {path!r} cannot be read by a worker: {error}. Put it where every worker finds "
         f"it under this path, and open it in read mode ('r'): others cannot read a file that is "
@@ -119,7 +119,7 @@ def from_file(value: Any) -> da.Array | None:
     if file is None:
         return None
     if isinstance(file, Hdf5Array) and value.chunks:
-        chunks = _merged(value.chunks, file.shape, file.dtype.itemsize)
+        chunks = _merge_chunks(value.chunks, file.shape, file.dtype.itemsize)
     else:
         chunks = (*(block_rows(file.shape) for _ in file.shape[:1]), *file.shape[1:])
     lazy: da.Array = da.from_array(
@@ -133,7 +133,7 @@ def from_file(value: Any) -> da.Array | None:
     return lazy
 
 
-def files_by_name(array: da.Array) -> da.Array:
+def reopen_by_name(array: da.Array) -> da.Array:
     """Replace the open files that ``da.from_array`` has put into a graph, so that it can be sent.
 
     Otherwise the client would read a memory map and send it whole, and an HDF5 dataset could not
@@ -142,17 +142,17 @@ def files_by_name(array: da.Array) -> da.Array:
     graph = array.__dask_graph__()
     if not isinstance(graph, HighLevelGraph):
         return array
-    found: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}
     for name, layer in graph.layers.items():
         # Such a layer is one value, under the name that it has in Dask's from_array.
         if isinstance(layer, MaterializedLayer) and name.startswith("original-"):
             for key, node in layer.mapping.items():
                 file = _as_file(node.value if isinstance(node, DataNode) else node)
                 if file is not None:
-                    found[name] = MaterializedLayer({key: DataNode(key, file)})
-    if not found:
+                    replaced[name] = MaterializedLayer({key: DataNode(key, file)})
+    if not replaced:
         return array
-    renamed = HighLevelGraph({**graph.layers, **found}, graph.dependencies)
+    renamed = HighLevelGraph({**graph.layers, **replaced}, graph.dependencies)
     return da.Array(renamed, array.name, array.chunks, meta=array._meta)
 
 
@@ -180,7 +180,9 @@ def _as_mapped(array: np.ndarray[Any, Any]) -> MappedArray | None:
     return MappedArray(os.fspath(root.filename), array.dtype, array.shape, array.strides, offset)
 
 
-def _merged(chunks: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def _merge_chunks(
+    chunks: tuple[int, ...], shape: tuple[int, ...], itemsize: int
+) -> tuple[int, ...]:
     """Double small chunks, along the last dimension first, as they are stored in C order."""
     block = list(chunks)
     for axis in reversed(range(len(block))):

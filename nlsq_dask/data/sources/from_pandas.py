@@ -14,7 +14,7 @@ import numpy as np
 from nlsq_dask.errors import DataError
 
 
-def without_pandas(given: Sequence[tuple[str, Any]]) -> list[Any]:
+def pandas_to_numpy(given: Sequence[tuple[str, Any]]) -> list[Any]:
     """Return the values, those of pandas as NumPy arrays and all others as they are.
 
     Parameters

@@ -11,13 +11,13 @@ from nlsq_dask.data.sources.from_array import as_dask
 from nlsq_dask.errors import DataError
 
 
-def lazy_data(array: xr.DataArray, name: str, cut: bool = False) -> da.Array:
+def lazy_data(array: xr.DataArray, name: str, split_chunks: bool = False) -> da.Array:
     """Return the values as a Dask array; a variable that is still on disk stays there."""
     if array.chunks is None and not isinstance(array.variable, xr.IndexVariable):
         preferred = array.encoding.get("preferred_chunks")
         if preferred:
             array = array.chunk({dim: preferred[dim] for dim in array.dims if dim in preferred})
-    return as_dask(array.data, name, cut)
+    return as_dask(array.data, name, split_chunks)
 
 
 def resolve_coordinates(x_data: Any, y: Any) -> Any:
@@ -48,15 +48,15 @@ def _coordinate(name: str, y: Any) -> xr.DataArray:
             f"x_data names {name!r}, a dimension of y_data without a coordinate; give it one, such "
             f"as its positions: y_data.assign_coords({name}=numpy.arange({y.sizes[name]}))."
         )
-    there = sorted(map(str, y.coords))
+    names = sorted(map(str, y.coords))
     raise DataError(
-        f"x_data names the coordinate {name!r}; y_data has {there or 'none'}. Another variable of "
+        f"x_data names the coordinate {name!r}; y_data has {names or 'none'}. Another variable of "
         f"its Dataset is passed as it is: dataset[{name!r}]."
     )
 
 
 def like_dims(
-    array: xr.DataArray, y: xr.DataArray, name: str, cut: bool, allows_features: bool
+    array: xr.DataArray, y: xr.DataArray, name: str, split_chunks: bool, allows_features: bool
 ) -> da.Array:
     """Return the values of ``array`` in the order of y's dimensions, size 1 where it has none.
 
@@ -65,7 +65,7 @@ def like_dims(
     array, y : xarray.DataArray
     name : str
         What the caller calls ``array``, for messages.
-    cut : bool
+    split_chunks : bool
         See ``as_dask``.
     allows_features : bool
         Whether one dimension that y does not have may stay, as the last.
@@ -94,7 +94,7 @@ def like_dims(
                 f"the labels of {name} along {dim!r} differ from those of y_data. Align them "
                 f"first, for instance with xarray.align(..., join='inner')."
             )
-    values = lazy_data(array.transpose(*shared, *extra), name, cut)
+    values = lazy_data(array.transpose(*shared, *extra), name, split_chunks)
     missing = [slice(None) if dim in shared else None for dim in y.dims]
     expanded: da.Array = values[tuple(missing)] if None in missing else values
     return expanded

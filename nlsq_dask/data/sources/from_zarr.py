@@ -18,7 +18,7 @@ Key = Any
 Region = tuple[slice, ...]
 
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
-_MOST_PROBED = 256  # chunks that are read one by one to find the one that cannot be
+_MAX_PROBED = 256  # chunks that are read one by one to find the one that cannot be
 
 
 def from_zarr(array: zarr.Array[Any]) -> da.Array:
@@ -86,7 +86,7 @@ class StoredRegion:
             (part.start + i) // size
             for part, i, size in zip(self.region, position, self._objects, strict=True)
         )
-        return _named(self.array, self.array.metadata.encode_chunk_key(index))
+        return _chunk_name(self.array, self.array.metadata.encode_chunk_key(index))
 
 
 def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
@@ -99,18 +99,18 @@ def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
         return None
     if len(regions) == 1 and regions[0].n_chunks == 1:
         ((key, _),) = regions[0].chunks()
-        return _named(regions[0].array, key)
+        return _chunk_name(regions[0].array, key)
     probes = ((stored, chunk) for stored in regions for chunk in stored.chunks())
-    for stored, (key, part) in itertools.islice(probes, _MOST_PROBED):
+    for stored, (key, part) in itertools.islice(probes, _MAX_PROBED):
         try:
             stored.array[part]
         except Exception:  # as many kinds as there are stores and codecs
-            return _named(stored.array, key)
+            return _chunk_name(stored.array, key)
     names = dict.fromkeys(f"{stored.array.store_path}" for stored in regions)
     return f"a chunk of {' or '.join(names)}"
 
 
-def _named(array: zarr.Array[Any], key: str) -> str:
+def _chunk_name(array: zarr.Array[Any], key: str) -> str:
     return f"chunk {key} of {array.store_path}"
 
 
@@ -125,9 +125,9 @@ def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[Store
     """
     if not isinstance(node, Task):
         return
-    arguments = [_known(argument, values) for argument in node.args]
+    arguments = [_resolve(argument, values) for argument in node.args]
     if len(arguments) >= 2 and isinstance(arguments[1], tuple):
-        stored = _stored(arguments[0], arguments[1])
+        stored = _stored_region(arguments[0], arguments[1])
         if stored is not None:
             yield stored
             return
@@ -141,7 +141,7 @@ def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[Store
             yield from stored_regions(step, known)
 
 
-def _known(argument: Any, values: Mapping[Key, Any]) -> Any:
+def _resolve(argument: Any, values: Mapping[Key, Any]) -> Any:
     if isinstance(argument, Alias):
         return values.get(argument.target)
     if isinstance(argument, TaskRef):
@@ -149,7 +149,7 @@ def _known(argument: Any, values: Mapping[Key, Any]) -> Any:
     return argument.value if isinstance(argument, DataNode) else argument
 
 
-def _stored(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
+def _stored_region(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
     """Return what an index into an array, or into xarray's wrappers of one, reads."""
     hides_fill = False
     offsets: list[tuple[Any, ...]] = [index]
@@ -203,14 +203,14 @@ def missing_chunks(regions: Sequence[StoredRegion]) -> tuple[str, ...]:
         return {key.removeprefix(prefix) async for key in array.store.list_prefix(prefix)}
 
     try:
-        found: set[str] = sync(listed())
+        keys: set[str] = sync(listed())
     except Exception:  # of the store's own library: no right to list, no connection
         return ()
-    if not found & _METADATA:  # a web server gives what it is asked for by name, and no list
+    if not keys & _METADATA:  # a web server gives what it is asked for by name, and no list
         return ()
-    present = found - _METADATA
+    present = keys - _METADATA
     sizes = array.shards or array.chunks
     if len(present) >= math.prod(-(n // -size) for n, size in zip(array.shape, sizes, strict=True)):
         return ()
-    wanted = dict.fromkeys(key for stored in regions for key, _ in stored.chunks())
-    return tuple(key for key in wanted if key not in present)
+    touched = dict.fromkeys(key for stored in regions for key, _ in stored.chunks())
+    return tuple(key for key in touched if key not in present)
