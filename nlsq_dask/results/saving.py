@@ -20,7 +20,7 @@ from nlsq_dask.model.program import TRACED_BY
 from nlsq_dask.rows.rows import Layout
 from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal
-from nlsq_dask.storage.folders import normalized, open_folder
+from nlsq_dask.storage.folders import normalize_path, open_folder
 
 if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
@@ -150,7 +150,7 @@ def _described(model: Model) -> NoModel:
 
 def _check_target(path: str | os.PathLike[str]) -> None:
     """Raise an OSError if something stands at a path that a file must not take the place of."""
-    where = Path(normalized(path))
+    where = Path(normalize_path(path))
     if not os.fspath(path) or where.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; add the name of a file.")
     if where.exists() and not where.is_file():
@@ -158,7 +158,7 @@ def _check_target(path: str | os.PathLike[str]) -> None:
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
-    text = normalized(path)
+    text = normalize_path(path)
     if "://" not in text:  # what a link leads to is written, not the link
         text = os.path.realpath(text)
     folder, slash, name = text.rpartition("/")

@@ -11,7 +11,7 @@ from nlsq_dask.errors import RecordError
 
 _VERSION = 1
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_LONGEST_LINE = 64
+_MAX_LINE_LENGTH = 64
 
 
 def _magic(kind: str) -> bytes:
@@ -32,7 +32,7 @@ def unseal(kind: str, data: bytes) -> bytes:
     RecordError
         If it is another kind of file, of another version, or damaged.
     """
-    head, newline, _ = data[:_LONGEST_LINE].partition(b"\n")
+    head, newline, _ = data[:_MAX_LINE_LENGTH].partition(b"\n")
     magic = _magic(kind)
     if not head.startswith(magic) or not newline:
         raise RecordError(f"it is not a {kind} of nlsq_dask, or its start is damaged.")

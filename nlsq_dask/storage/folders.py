@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from fsspec.core import url_to_fs
 
-_ABANDONED = 3600.0  # seconds
-_LONGEST_PREFIX = 64  # characters; the name of a fit has less
+_ABANDONED_AFTER = 3600.0  # seconds
+_MAX_PREFIX_LENGTH = 64  # characters; the name of a fit has less
 
 
 class Folder(Protocol):
@@ -60,7 +60,7 @@ class _LocalFolder:
         return (self._folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        fit = name.rpartition("-")[0][:_LONGEST_PREFIX]
+        fit = name.rpartition("-")[0][:_MAX_PREFIX_LENGTH]
         unfinished = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
         try:
             with unfinished.open("wb") as file:
@@ -89,7 +89,7 @@ class _LocalFolder:
 def _is_abandoned(path: Path) -> bool:
     """Whether nothing has been written to a file for long; another process may be writing it."""
     with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > _ABANDONED
+        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
     return False
 
 
@@ -119,7 +119,7 @@ class _RemoteFolder:
             self._fs.rm_file(f"{self._folder}/{name}")
 
 
-def normalized(path: str | os.PathLike[str]) -> str:
+def normalize_path(path: str | os.PathLike[str]) -> str:
     """Return a URL as it is, and a path on a disk from its root, also of such a URL."""
     text = os.fspath(path)
     for scheme in ("file://", "local://"):
