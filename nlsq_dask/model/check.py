@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
 from nlsq_dask.model.advice import (
-    BRANCHES,
-    NOT_IN_JAX,
-    advice,
-    asks_for_truth,
-    of_columns,
+    BRANCH_HINT,
+    NOT_IN_JAX_HINT,
+    columns_hint,
+    error_hint,
+    is_truth_value_error,
 )
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
@@ -43,28 +43,28 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
             try:
                 out = jax.eval_shape(model.raw, model.x_specs(n_rows), params)
             except jax.errors.TracerBoolConversionError as error:
-                raise _untraceable(model, BRANCHES) from error
+                raise _tracing_error(model, BRANCH_HINT) from error
             except (
                 jax.errors.TracerArrayConversionError,
                 jax.errors.ConcretizationTypeError,
                 jax.errors.TracerIntegerConversionError,
             ) as error:
-                raise _untraceable(model, NOT_IN_JAX) from error
+                raise _tracing_error(model, NOT_IN_JAX_HINT) from error
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-                if asks_for_truth(error):
-                    raise _untraceable(model, BRANCHES) from error
-                said = str(error).partition("\n")[0].rstrip(".")  # JAX goes on with its manual
+                if is_truth_value_error(error):
+                    raise _tracing_error(model, BRANCH_HINT) from error
+                message = str(error).partition("\n")[0].rstrip(".")  # JAX goes on with its manual
                 raise ModelError(
-                    f"The model {model.name!r} raised {type(error).__name__}: {said}. It was "
+                    f"The model {model.name!r} raised {type(error).__name__}: {message}. It was "
                     f"called as model(x, *params) with {_describe_x(model)} of b rows, here "
                     f"{n_rows}, and {model.n_params} single numbers. "
-                    f"{advice(model, error, x_labels)}".rstrip()
+                    f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)
 
 
-def _untraceable(model: Model, what_to_do: str) -> ModelError:
-    return ModelError(f"The model {model.name!r} cannot be traced by JAX: {what_to_do}")
+def _tracing_error(model: Model, hint: str) -> ModelError:
+    return ModelError(f"The model {model.name!r} cannot be traced by JAX: {hint}")
 
 
 def _describe_x(model: Model) -> str:
@@ -88,7 +88,7 @@ def _check_output(model: Model, out: object, n_rows: int) -> None:
         given = ", ".join(str((n_rows, *features)) for features in model.layout.x_features)
         raise ModelError(
             f"The model {model.name!r} must return one value a row: for x of shape {given} it "
-            f"returned shape {out.shape}, expected ({n_rows},). {of_columns(model)}".rstrip()
+            f"returned shape {out.shape}, expected ({n_rows},). {columns_hint(model)}".rstrip()
         )
     if np.dtype(out.dtype).kind != "f":
         raise ModelError(

@@ -18,11 +18,11 @@ from jax import lax
 
 from nlsq_dask.model.model import TRACED_ROWS, Model
 
-_MOST_FORWARD = 5  # parameters; up to there forward mode was never the slower one, see below
+_MAX_FORWARD_PARAMS = 5  # parameters; up to there forward mode was never the slower one, see below
 # Calls into a scalar library, ten times as dear as a vectorized exponential.
-_DEAR = {"sin", "cos", "tan"}
+_EXPENSIVE_PRIMITIVES = {"sin", "cos", "tan"}
 # Up to this many rows XLA fuses the stacking with all that it stacks, once for each row.
-_FEW_ROWS = 8
+_MAX_UPDATED_ROWS = 8
 
 
 class Mode(Enum):
@@ -45,18 +45,18 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
     n_leaves = len(model.layout.x_features)
     depends = [False] * n_leaves + [True] * model.n_params
     names, widest = set(), 0
-    for name, size in _dependent(jaxpr.jaxpr, depends):
+    for name, size in _dependent_operations(jaxpr.jaxpr, depends):
         names.add(name)
         widest = max(widest, size)
     if any(name.startswith("custom_vjp") for name in names):
         return Mode.REVERSE
-    if "while" in names or not _takes_one_row(model):
+    if "while" in names or not _accepts_one_row(model):
         return Mode.FORWARD
-    is_narrow = widest <= TRACED_ROWS and not names & _DEAR
-    return Mode.FORWARD if is_narrow and model.n_params <= _MOST_FORWARD else Mode.REVERSE
+    is_narrow = widest <= TRACED_ROWS and not names & _EXPENSIVE_PRIMITIVES
+    return Mode.FORWARD if is_narrow and model.n_params <= _MAX_FORWARD_PARAMS else Mode.REVERSE
 
 
-def _takes_one_row(model: Model) -> bool:
+def _accepts_one_row(model: Model) -> bool:
     """Return whether the model gives one value for a block of one row, as reverse mode needs."""
     params = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
     try:
@@ -66,7 +66,7 @@ def _takes_one_row(model: Model) -> bool:
     return bool(out.shape == (1,))
 
 
-def _dependent(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:
+def _dependent_operations(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:
     """Yield name and largest result of every operation on which a marked input has influence."""
     reached = {v for v, is_reached in zip(jaxpr.invars, depends, strict=True) if is_reached}
     for equation in jaxpr.eqns:
@@ -83,7 +83,9 @@ def _dependent(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]
             if hasattr(inner, "eqns"):
                 # Loops and branches order their inputs in ways of their own.
                 same = len(inner.invars) == len(touched)
-                yield from _dependent(inner, touched if same else [True] * len(inner.invars))
+                yield from _dependent_operations(
+                    inner, touched if same else [True] * len(inner.invars)
+                )
 
 
 Linearized = Callable[[Any, Any, Any, Any], Any]
@@ -118,7 +120,7 @@ def residual_and_jacobian(model: Model, mode: Mode) -> Linearized:
 
 
 def _stack(rows: list[Any]) -> Any:
-    if len(rows) > _FEW_ROWS:
+    if len(rows) > _MAX_UPDATED_ROWS:
         return jnp.stack(rows)
     stacked = jnp.zeros((len(rows), *rows[0].shape), rows[0].dtype)
     for i, row in enumerate(rows):

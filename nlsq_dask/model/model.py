@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask.model.vectorized import of_vector
+from nlsq_dask.model.vectorized import call_with_vector
 from nlsq_dask.rows.rows import Layout
 
 TRACED_ROWS = 1024  # in a jaxpr; more than a model would have of anything else
-_MANY_PARAMS = 64  # from which on tracing them one by one takes time that is felt
+_MIN_VECTOR_PARAMS = 64  # from which on tracing them one by one takes time that is felt
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Model:
 
         ``params`` is one array of shape (p,), or p single numbers.
         """
-        if self.n_params < _MANY_PARAMS or isinstance(params, Sequence):
+        if self.n_params < _MIN_VECTOR_PARAMS or isinstance(params, Sequence):
             return jnp.asarray(self.raw(x, params)).astype(self.dtype)
-        values = of_vector(lambda *numbers: jnp.asarray(self.raw(x, numbers)), params)
+        values = call_with_vector(lambda *numbers: jnp.asarray(self.raw(x, numbers)), params)
         return values.astype(self.dtype)
 
     def raw(self, x: Sequence[Any], params: Any) -> Any:

@@ -64,8 +64,8 @@ class PredictionKernel:
                 jax.ShapeDtypeStruct((p, p) if with_std else (0, 0), np.dtype("f8")),
             )
 
-        what = (cls, model.layout, model.dtype, p, piece_rows, with_std)
-        return cls(traced_once(what, jaxpr, trace), model.layout, piece_rows, with_std)
+        signature = (cls, model.layout, model.dtype, p, piece_rows, with_std)
+        return cls(traced_once(signature, jaxpr, trace), model.layout, piece_rows, with_std)
 
     def __call__(
         self,
@@ -89,11 +89,11 @@ class PredictionKernel:
         """
         if not self.with_std:
             root = np.empty((0, 0))
-        found = [np.empty((1 + self.with_std, 0))]
+        results = [np.empty((1 + self.with_std, 0))]
         for rows, n_rows in pieces:
             x = tuple(
                 np.asarray(leaf, dtype)
                 for leaf, dtype in zip(rows.x, self.layout.x_dtypes, strict=True)
             )
-            found.append(np.asarray(self.program(x, params, root), np.float64)[:, :n_rows])
-        return np.concatenate(found, axis=1)
+            results.append(np.asarray(self.program(x, params, root), np.float64)[:, :n_rows])
+        return np.concatenate(results, axis=1)

@@ -38,7 +38,7 @@ _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
 
 # What a printed jaxpr contains where it does not say all: addresses of functions, cut arrays.
 _INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
-_TRACED_SIZE = 32
+_TRACE_CACHE_SIZE = 32
 _traced: OrderedDict[Any, Any] = OrderedDict()
 
 
@@ -117,8 +117,8 @@ def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Calla
         return _compiled[key]
 
 
-def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
-    """Return what ``trace()`` gave for the same ``what`` and an equal jaxpr, if that is known.
+def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
+    """Return what ``trace()`` gave for the same ``signature`` and an equal jaxpr, if that is known.
 
     Lowering takes longer than tracing, and a person who fits again has mostly changed the data.
     A jaxpr counts as equal if it prints the same and all its constants have the same bytes.
@@ -131,15 +131,15 @@ def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
     for constant in constants:
         digest.update(f"{constant.dtype}{constant.shape}".encode())
         digest.update(np.ascontiguousarray(constant).tobytes())
-    key = (what, digest.digest())
+    key = (signature, digest.digest())
     with _lock:
         if key not in _traced:
             _traced[key] = trace()
-            if len(_traced) > _TRACED_SIZE:
+            if len(_traced) > _TRACE_CACHE_SIZE:
                 _traced.popitem(last=False)
         _traced.move_to_end(key)
-        found: T = _traced[key]
-        return found
+        traced: T = _traced[key]
+        return traced
 
 
 def _constants(closed: Any) -> list[Any] | None:
@@ -148,21 +148,21 @@ def _constants(closed: Any) -> list[Any] | None:
     None if there is something inside that is known by its name only: a rule of differentiation,
     or an array among the parameters of an operation.
     """
-    found = [np.asarray(constant) for constant in getattr(closed, "consts", ())]
+    constants = [np.asarray(constant) for constant in getattr(closed, "consts", ())]
     for equation in getattr(closed, "jaxpr", closed).eqns:
         if equation.primitive.name.startswith("custom_"):
             return None
-        found += [np.asarray(v.val) for v in equation.invars if hasattr(v, "val")]
+        constants += [np.asarray(v.val) for v in equation.invars if hasattr(v, "val")]
         for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(part, np.ndarray | jax.Array):
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(item, np.ndarray | jax.Array):
                     return None
-                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
-                    inner = _constants(part)
+                if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
+                    inner = _constants(item)
                     if inner is None:
                         return None
-                    found += inner
-    return found
+                    constants += inner
+    return constants
 
 
 def compile_count() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 
-def of_vector(function: Callable[..., Any], params: Any) -> Any:
+def call_with_vector(function: Callable[..., Any], params: Any) -> Any:
     """Return ``function(*params)`` for a vector, shape (p,); traced.
 
     Parameters
@@ -57,17 +57,17 @@ def _debug_info(jaxpr: Any, n_inputs: int) -> Any:
 
 def _span(equation: Any, spans: dict[Any, range]) -> range | None:
     """Return which parameters the result consists of, if these are all of it, and in order."""
-    found = equation.outvars[0].aval
+    aval = equation.outvars[0].aval
     parts = [None if hasattr(atom, "val") else spans.get(atom) for atom in equation.invars]
     first = parts[0] if parts else None
-    if first is None or found.ndim > 1:
+    if first is None or aval.ndim > 1:
         return None
     if equation.primitive.name in ("broadcast_in_dim", "reshape", "convert_element_type"):
-        is_same = found.size == len(first) and found.dtype == equation.invars[0].aval.dtype
+        is_same = aval.size == len(first) and aval.dtype == equation.invars[0].aval.dtype
         return first if is_same else None
     if equation.primitive.name not in ("stack", "concatenate"):
         return None
     for part, following in pairwise(parts):
         if part is None or following is None or part.stop != following.start:
             return None
-    return range(first.start, first.start + found.size)
+    return range(first.start, first.start + aval.size)
