@@ -23,7 +23,7 @@ SLACK = 64  # rows by which a window is longer than what is wanted of it
 # many are wanted. What they hold beside these is of no meaning.
 Window = tuple[Rows, Rows, int]
 
-_Slot = dict[int, NDArray[np.uint8]]
+_Buffers = dict[int, NDArray[np.uint8]]
 
 
 class Memory:
@@ -31,18 +31,18 @@ class Memory:
 
     Parameters
     ----------
-    n_slots : int
+    n_buffer_sets : int
         Windows after which the memory of the first of them is used for another.
     """
 
-    def __init__(self, n_slots: int) -> None:
-        self._slots: list[_Slot] = [{} for _ in range(n_slots)]
+    def __init__(self, n_buffer_sets: int) -> None:
+        self._buffer_sets: list[_Buffers] = [{} for _ in range(n_buffer_sets)]
         self._turn = 0
 
-    def next_slot(self) -> _Slot:
+    def next_buffers(self) -> _Buffers:
         """Return the memory of the next window."""
-        self._turn = (self._turn + 1) % len(self._slots)
-        return self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._buffer_sets)
+        return self._buffer_sets[self._turn]
 
 
 class MemoryPool:
@@ -59,16 +59,16 @@ class MemoryPool:
         return type(self), ()
 
     @contextmanager
-    def borrow(self, n_slots: int) -> Iterator[Memory]:
+    def borrow(self, n_buffer_sets: int) -> Iterator[Memory]:
         """Lend memory of so many slots until the context ends.
 
         After an error it is not used again: there may be computations that still read it.
         """
-        free = self._free[n_slots]
+        free = self._free[n_buffer_sets]
         try:
             memory = free.pop()
         except IndexError:
-            memory = Memory(n_slots)
+            memory = Memory(n_buffer_sets)
         yield memory
         free.append(memory)
 
@@ -97,42 +97,43 @@ def windows(
     """
     flat = [None if array is None else _flat(array, shape) for array in arrays]
     length = n_rows + SLACK
-    for start, count in _window_counts(math.prod(shape), n_rows, block_rows):
-        slot = memory.next_slot()
+    for start, count in _view_ranges(math.prod(shape), n_rows, block_rows):
+        buffers = memory.next_buffers()
         stop = start - (count // -block_rows) * block_rows  # of what is looked at
-        cuts: list[tuple[Any, Any]] = []
+        views: list[tuple[Any, Any]] = []
         for i, (array, rows) in enumerate(zip(arrays, flat, strict=True)):
             if array is None:
-                cuts.append((None, None))
+                views.append((None, None))
                 continue
             first = None if rows is None else _aligned_start(rows, start, stop, length)
             if rows is not None and first is not None:
-                cuts.append((rows[first : first + length], np.int64(start - first)))
+                views.append((rows[first : first + length], np.int64(start - first)))
                 continue
-            copy = _aligned_memory(slot, i, (length, *array.shape[len(shape) :]), array.dtype)
+            copy = _aligned_memory(buffers, i, (length, *array.shape[len(shape) :]), array.dtype)
             _fill(copy[:count], array, shape, start)
             # A model with a loop of its own would take part of its time for what fills up a block.
             copy[count : stop - start] = 0
-            cuts.append((copy, np.int64(0)))
-        held, offsets = (
-            Rows(part[0], tuple(part[1:-2]), part[-2], part[-1]) for part in zip(*cuts, strict=True)
+            views.append((copy, np.int64(0)))
+        padded, offsets = (
+            Rows(part[0], tuple(part[1:-2]), part[-2], part[-1])
+            for part in zip(*views, strict=True)
         )
-        yield held, offsets, count
+        yield padded, offsets, count
 
 
-def _window_counts(n_rows: int, most: int, block_rows: int) -> Iterator[tuple[int, int]]:
+def _view_ranges(n_rows: int, max_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
     """Yield where windows begin and how many rows they hold.
 
     The first and the last are short, because they are the ones that mostly have to be copied.
     """
-    has_views = n_rows >= most + SLACK
-    start, count = 0, block_rows if has_views else min(most, n_rows)
+    has_views = n_rows >= max_rows + SLACK
+    start, count = 0, block_rows if has_views else min(max_rows, n_rows)
     while start < n_rows:
         yield start, count
         start += count
-        left = n_rows - start
-        whole = (left - SLACK) // block_rows * block_rows if has_views else left
-        count = min(most, whole if whole > 0 else left)
+        remaining = n_rows - start
+        whole = (remaining - SLACK) // block_rows * block_rows if has_views else remaining
+        count = min(max_rows, whole if whole > 0 else remaining)
 
 
 def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | None:
@@ -146,12 +147,14 @@ def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | Non
     return None
 
 
-def _aligned_memory(slot: _Slot, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an array at an aligned address in the memory of a slot."""
+def _aligned_memory(
+    buffers: _Buffers, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Array:
+    """Return an array at an aligned address in one of the buffers."""
     n_bytes = math.prod(shape) * dtype.itemsize
-    if name not in slot or len(slot[name]) < n_bytes + ALIGNMENT:
-        slot[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    memory = slot[name]
+    if name not in buffers or len(buffers[name]) < n_bytes + ALIGNMENT:
+        buffers[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    memory = buffers[name]
     first = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
@@ -187,13 +190,13 @@ def _fill(out: Array, array: Array, shape: tuple[int, ...], start: int) -> None:
     inner = math.prod(shape[1:])
     done = 0
     while done < len(out):
-        outer, skipped = divmod(start + done, inner)
-        whole = 0 if skipped else (len(out) - done) // inner
+        outer, offset = divmod(start + done, inner)
+        whole = 0 if offset else (len(out) - done) // inner
         if whole:
             count = whole * inner
             rows = out[done : done + count].reshape(whole, *shape[1:], *features)
             rows[...] = view[outer : outer + whole]
         else:
-            count = min(inner - skipped, len(out) - done)
-            _fill(out[done : done + count], view[outer], shape[1:], skipped)
+            count = min(inner - offset, len(out) - done)
+            _fill(out[done : done + count], view[outer], shape[1:], offset)
         done += count
