@@ -47,7 +47,7 @@ from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_tel
 from nlsq_dask.observers.watching import watching
 from nlsq_dask.plan import Plan, build_plan
 from nlsq_dask.results import report
-from nlsq_dask.results.build import make_result, to_go_on
+from nlsq_dask.results.build import build_result, resume_hint
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.rows.rows import BLOCK_ROWS
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
@@ -281,13 +281,13 @@ class AdaptiveHybridStreamingOptimizer:
             try:
                 outcome = driver.run()
             except ClusterLostError as error:
-                raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
+                raise ClusterLostError(f"{error}{resume_hint(journal.last_path)}") from error
             except KeyboardInterrupt as error:  # of which tracebacks show the notes last
                 if journal.last_path is not None:
-                    error.add_note(to_go_on(journal.last_path).strip())
+                    error.add_note(resume_hint(journal.last_path).strip())
                 raise
             outcome.diagnostics["defense"] = own.get_summary()
-            result = make_result(
+            result = build_result(
                 outcome,
                 call.model,
                 call.parameters,

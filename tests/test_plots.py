@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
 from nlsq_dask.results.datasets import row_sample
-from nlsq_dask.results.saving import NoModel
+from nlsq_dask.results.saving import MissingModel
 from nlsq_dask.rows.rows import Rows
 from tests.problems import NO_WARMUP
 
@@ -406,7 +406,7 @@ def test_draws_into_a_given_figure(few: nd.FitResult) -> None:
 
 
 def test_without_a_model_or_a_covariance(few: nd.FitResult) -> None:
-    model = dataclasses.replace(few._model, function=NoModel("decay", "", {}))
+    model = dataclasses.replace(few._model, function=MissingModel("decay", "", {}))
     bare = dataclasses.replace(few, _model=model, _root=None)
     upper = axes_of(bare.plot())[0]
     sample = few.sample

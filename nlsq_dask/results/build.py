@@ -23,14 +23,14 @@ from nlsq_dask.status import Status
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-_MOST_LISTED = 20  # blocks or parameters in a sentence
-_MULTISTART = (
+_MAX_LISTED = 20  # blocks or parameters in a sentence
+_MULTISTART_HINT = (
     " If the start may be far off: finite bounds and HybridStreamingConfig.with_multistart("
     "n_starts=30, center_on_p0=False) try many."
 )
 
 
-def make_result(
+def build_result(
     outcome: Outcome,
     model: Model,
     parameters: Parameters,
@@ -42,43 +42,43 @@ def make_result(
 ) -> FitResult:
     """Make the public result, and warn where the covariance cannot be trusted."""
     n_params = len(parameters.names)
-    sums, found = outcome.sums, outcome.covariance
+    sums, covariance = outcome.sums, outcome.covariance
     active = _active_mask(outcome.params, parameters)
     gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
     n_used = 0 if sums is None else sums.n_used
-    lost = outcome.undetermined if found is None else found.undetermined
-    undetermined = [] if lost is None else _names(parameters, lost)
+    flags = outcome.undetermined if covariance is None else covariance.undetermined
+    non_identifiable = [] if flags is None else _names(parameters, flags)
     at_bounds = _names(parameters, active != 0)
-    outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
-    beyond = _names(parameters, outward)
+    is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
+    restricted = _names(parameters, is_outward)
     pcov, root = _covariance(outcome)
-    if found is not None and pcov is not None and not np.isfinite(pcov).all():
-        _warn_of_covariance(undetermined, n_used, n_params)
-    if undetermined and not outcome.has_covariance:
+    if covariance is not None and pcov is not None and not np.isfinite(pcov).all():
+        _warn_covariance(non_identifiable, n_used, n_params)
+    if non_identifiable and not outcome.has_covariance:
         warn_caller(
-            f"The data do not determine {_listed(undetermined)}: other values fit as well as those "
-            f"that were found.",
+            f"The data do not determine {_listed(non_identifiable)}: other values fit as well as "
+            f"those that were found.",
             OptimizeWarning,
         )
     message = outcome.stop.message
-    if outcome.stop.suggests_another_start and _could_use_multistart(outcome):
-        message += _MULTISTART
-    left_out = _left_out(outcome.diagnostics["left_out"], blocks)
-    if left_out:
-        message += f" {left_out}"
-        _warn_of_rows(left_out, outcome.diagnostics["left_out"])
+    if outcome.stop.suggests_another_start and _can_use_multistart(outcome):
+        message += _MULTISTART_HINT
+    skipped = _skipped_message(outcome.diagnostics["left_out"], blocks)
+    if skipped:
+        message += f" {skipped}"
+        _warn_skipped(skipped, outcome.diagnostics["left_out"])
     if at_bounds:
         message += f" At a bound: {_listed(at_bounds)}."
-    if outward.any():
-        message += f" The fit would be better beyond the bound of {_listed(beyond)}."
+    if is_outward.any():
+        message += f" The fit would be better beyond the bound of {_listed(restricted)}."
     if sums is not None and n_used < n_params:
         message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
-    if undetermined:
-        message += f" The data do not determine: {_listed(undetermined)}."
+    if non_identifiable:
+        message += f" The data do not determine: {_listed(non_identifiable)}."
     if not outcome.stop.is_success and not outcome.stop.is_interruption:
-        message += _on_dates(blocks)
+        message += _date_hint(blocks)
     if outcome.stop.is_interruption:
-        message += to_go_on(outcome.checkpoint)
+        message += resume_hint(outcome.checkpoint)
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
@@ -87,7 +87,7 @@ def make_result(
         cost=np.nan if sums is None else sums.cost,
         chi2=np.nan if sums is None else sums.chi2,
         grad=gradient,
-        optimality=float(np.abs(np.where(outward, 0.0, gradient)).max()),
+        optimality=float(np.abs(np.where(is_outward, 0.0, gradient)).max()),
         active_mask=active,
         nfev=outcome.n_passes,
         njev=outcome.n_passes,
@@ -102,7 +102,7 @@ def make_result(
         n_points=n_used,
         n_omitted=0 if sums is None else sums.n_omitted,
         r_squared=_r_squared(sums),
-        condition_number=np.nan if found is None else found.condition_number,
+        condition_number=np.nan if covariance is None else covariance.condition_number,
         block_statistics=None
         if sums is None or sums.blocks is None
         else block_statistics(sums.blocks, blocks),
@@ -121,7 +121,7 @@ def make_result(
             "sums_at": outcome.sums_at,
             "last_step_without_pass": outcome.stop is Status.LAST_STEP,
             "active_bounds": at_bounds,
-            "undetermined": undetermined,
+            "undetermined": non_identifiable,
         },
         x_units=blocks.x_units,
         sample=None if outcome.shown is None else row_sample(*outcome.shown, blocks),
@@ -131,7 +131,7 @@ def make_result(
     )
 
 
-def _on_dates(blocks: RowBlocks) -> str:
+def _date_hint(blocks: RowBlocks) -> str:
     """Say which numbers the model gets for dates: a decay from 1970 on is nothing today."""
     notices = blocks.date_notices()
     if not notices:
@@ -139,14 +139,14 @@ def _on_dates(blocks: RowBlocks) -> str:
     return f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data."
 
 
-def to_go_on(checkpoint: str | None) -> str:
+def resume_hint(checkpoint: str | None) -> str:
     """Return the sentence that says how to resume a fit; nothing without a checkpoint."""
     if checkpoint is None:
         return ""
     return f" To go on: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
-def _could_use_multistart(outcome: Outcome) -> bool:
+def _can_use_multistart(outcome: Outcome) -> bool:
     """Whether it was not used, and is possible: not without a matrix of the parameters."""
     return outcome.has_covariance and "multistart" not in outcome.diagnostics
 
@@ -159,8 +159,8 @@ def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:
     if not outcome.has_covariance:
         return None, None
     if outcome.covariance is None or outcome.stop is Status.NO_SENSITIVITY:
-        nothing = np.full((len(outcome.params),) * 2, np.inf)
-        return nothing, nothing
+        infinite = np.full((len(outcome.params),) * 2, np.inf)
+        return infinite, infinite
     return outcome.covariance.pcov, outcome.covariance.root
 
 
@@ -182,9 +182,9 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
 
 def _listed(names: list[str]) -> str:
     """Return names for a sentence, the first few of very many."""
-    if len(names) <= _MOST_LISTED:
+    if len(names) <= _MAX_LISTED:
         return ", ".join(names)
-    return f"{', '.join(names[:_MOST_LISTED])} and {len(names) - _MOST_LISTED:,} more"
+    return f"{', '.join(names[:_MAX_LISTED])} and {len(names) - _MAX_LISTED:,} more"
 
 
 def _r_squared(sums: Sums | None) -> float:
@@ -193,9 +193,9 @@ def _r_squared(sums: Sums | None) -> float:
     return 1.0 - sums.chi2 / sums.total_variation
 
 
-def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:
-    if undetermined:
-        reason = f"the data do not determine {_listed(undetermined)}"
+def _warn_covariance(non_identifiable: list[str], n_used: int, n_params: int) -> None:
+    if non_identifiable:
+        reason = f"the data do not determine {_listed(non_identifiable)}"
     elif n_used > n_params:
         reason = "at this point the model does not react to some of them"
     else:
@@ -203,7 +203,7 @@ def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> 
     warn_caller(f"Covariance of the parameters could not be estimated: {reason}.", OptimizeWarning)
 
 
-def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
+def _skipped_message(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
     """Return the sentence on blocks that could not be read, empty if there are none."""
     if not records:
         return ""
@@ -214,12 +214,12 @@ def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
     )
 
 
-def _warn_of_rows(sentence: str, records: list[dict[str, Any]]) -> None:
+def _warn_skipped(message: str, records: list[dict[str, Any]]) -> None:
     listed = _listed([str(record["block"]) for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
     warn_caller(
-        f"{sentence} Blocks {listed}; the first because of {first['array']}: {where}"
+        f"{message} Blocks {listed}; the first because of {first['array']}: {where}"
         f"{first['error']}. All are in result.diagnostics['left_out'].",
         DataWarning,
     )

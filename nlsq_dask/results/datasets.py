@@ -13,7 +13,7 @@ from nlsq_dask.data.labels import Label
 from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.rows.rows import Layout, Rows
 
-_OWN_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
+_RESERVED_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
 
 
 def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr.Dataset:
@@ -29,33 +29,35 @@ def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr
     blocks : RowBlocks
         The data that they are from, for names and units.
     """
-    of_y, *of_x = blocks.labels
-    about_y = _attributes(of_y, of_y.name, of_y.units)
+    y_label, *x_labels = blocks.labels
+    y_attrs = _label_attributes(y_label, y_label.name, y_label.units)
     values: dict[str, Any] = {
-        "y_data": ("row", rows.y, about_y),
-        "fitted": ("row", fitted, about_y),
+        "y_data": ("row", rows.y, y_attrs),
+        "fitted": ("row", fitted, y_attrs),
     }
     if rows.sigma is not None:
         values["sigma"] = "row", rows.sigma
-    messages = blocks.layout.array_names[1:]
-    tables = sum(leaf.ndim == 2 for leaf in rows.x)
-    described = zip(rows.x, of_x, _names(blocks.layout, of_x), strict=True)
-    for i, (leaf, label, name) in enumerate(described):
-        units = blocks.x_units.get(messages[i], label.units)
-        about = _attributes(label, name, units) | {"position": i}
-        dims = ("row",) if leaf.ndim == 1 else ("row", "feature" if tables == 1 else f"feature_{i}")
+    message_names = blocks.layout.array_names[1:]
+    n_tables = sum(leaf.ndim == 2 for leaf in rows.x)
+    labelled = zip(rows.x, x_labels, _x_names(blocks.layout, x_labels), strict=True)
+    for i, (leaf, label, name) in enumerate(labelled):
+        units = blocks.x_units.get(message_names[i], label.units)
+        attrs = _label_attributes(label, name, units) | {"position": i}
+        dims = (
+            ("row",) if leaf.ndim == 1 else ("row", "feature" if n_tables == 1 else f"feature_{i}")
+        )
         if leaf.ndim == 2 and label.columns:
-            about["columns"] = list(label.columns)
-        values[_unused(name.replace("/", "_"), values)] = dims, leaf, about
+            attrs["columns"] = list(label.columns)
+        values[_unused_name(name.replace("/", "_"), values)] = dims, leaf, attrs
     return xr.Dataset(values)
 
 
-def _attributes(label: Label, name: str, units: str) -> dict[str, Any]:
-    about = {"long_name": label.long_name or name, "units": units}
-    return {key: value for key, value in about.items() if value}
+def _label_attributes(label: Label, name: str, units: str) -> dict[str, Any]:
+    attrs = {"long_name": label.long_name or name, "units": units}
+    return {key: value for key, value in attrs.items() if value}
 
 
-def _names(layout: Layout, labels: list[Label]) -> list[str]:
+def _x_names(layout: Layout, labels: list[Label]) -> list[str]:
     """Return what each array of x is called: its key, its own name, or a number."""
     if isinstance(layout.x_names, tuple):
         return list(map(str, layout.x_names))
@@ -64,9 +66,9 @@ def _names(layout: Layout, labels: list[Label]) -> list[str]:
     return [label.name or f"x_{i}" for i, label in enumerate(labels)]
 
 
-def _unused(name: str, taken: dict[str, Any]) -> str:
+def _unused_name(name: str, taken: dict[str, Any]) -> str:
     """Return the name, or one made of it that no other array has."""
-    if name in _OWN_NAMES or name.startswith("feature_"):
+    if name in _RESERVED_NAMES or name.startswith("feature_"):
         name = f"x_{name}"
     unused, number = name, len(taken)
     while unused in taken:

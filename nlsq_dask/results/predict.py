@@ -25,7 +25,7 @@ from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import x_array_names
 
-_MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
+_MAX_EAGER_VALUES = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
 _X = "x"  # what messages call it, as the argument is called
 
 
@@ -80,15 +80,15 @@ def predict(
 
 
 def _check_units(
-    names: Sequence[str], model: Model, given: Mapping[str, str], fitted: Mapping[str, str]
+    names: Sequence[str], model: Model, given_units: Mapping[str, str], fitted: Mapping[str, str]
 ) -> None:
     """Refuse dates where the fit had others; numbers are taken to be in the fit's units."""
-    for name, known_as in zip(names, x_array_names(model.layout.x_names), strict=True):
-        units = given.get(name)
-        if units is not None and units != fitted.get(known_as):
+    for name, fit_name in zip(names, x_array_names(model.layout.x_names), strict=True):
+        units = given_units.get(name)
+        if units is not None and units != fitted.get(fit_name):
             raise DataError(
                 f"{name} holds dates, which become {units!r}, but the model was fitted with "
-                f"{fitted.get(known_as, 'plain numbers')!r}. Pass x as in the fit."
+                f"{fitted.get(fit_name, 'plain numbers')!r}. Pass x as in the fit."
             )
 
 
@@ -97,19 +97,19 @@ def _leaves(model: Model, x: Any) -> list[Any]:
     if isinstance(names, int):
         if isinstance(x, tuple | list) and len(x) == names:
             return list(x)
-        wanted = f"a tuple of {names} array{'s' if names > 1 else ''}"
+        expected = f"a tuple of {names} array{'s' if names > 1 else ''}"
     elif isinstance(names, tuple):
         if isinstance(x, dict) and set(x) == set(names):
             return [x[name] for name in names]
-        wanted = f"a dict with the keys {', '.join(map(repr, names))}"
+        expected = f"a dict with the keys {', '.join(map(repr, names))}"
     else:
         if not isinstance(x, tuple | dict):
             return [x]
-        wanted = "one array"
-    raise DataError(f"x is {_in_words(x)}, but the model was fitted with {wanted}.")
+        expected = "one array"
+    raise DataError(f"x is {_describe(x)}, but the model was fitted with {expected}.")
 
 
-def _in_words(x: Any) -> str:
+def _describe(x: Any) -> str:
     if isinstance(x, dict):
         return f"a dict with the keys {', '.join(map(repr, x))}" if x else "an empty dict"
     if isinstance(x, tuple | list):
@@ -125,7 +125,7 @@ def _template(
 
     Only where the fit had an array of shape (n, k), the last axis of one is no axis of rows.
     """
-    if any(map(_is_of_names, leaves)):
+    if any(map(_are_names, leaves)):
         raise DataError(
             f"x is {leaves}; predict needs arrays as in the fit, not names. Dates "
             f"are np.array(['2030-01-01'], 'datetime64[D]')."
@@ -142,17 +142,17 @@ def _template(
     if not broadcast:
         raise DataError("x holds a single number; pass arrays of at least one dimension.")
     if 0 in broadcast:
-        raise DataError(f"x has no rows: {_listed(names, leaves)}.")
+        raise DataError(f"x has no rows: {_list_shapes(names, leaves)}.")
     is_flat = len(broadcast) == 1 and all(shape == broadcast for shape in shapes)
     if not is_flat and (len(broadcast) == 1 or any(x_features)):
         raise DataError(
             f"the arrays of x need an entry for each row, and as many rows as each other: "
-            f"{_listed(names, leaves)}."
+            f"{_list_shapes(names, leaves)}."
         )
     return template
 
 
-def _is_of_names(leaf: Any) -> bool:
+def _are_names(leaf: Any) -> bool:
     names = leaf if isinstance(leaf, list) else [leaf]
     return bool(names) and all(isinstance(name, str) for name in names)
 
@@ -187,7 +187,7 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         ) from error
 
 
-def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:
+def _list_shapes(names: Sequence[str], leaves: Sequence[Any]) -> str:
     return ", ".join(
         f"{name} has shape {np.shape(leaf)}" for name, leaf in zip(names, leaves, strict=True)
     )
@@ -205,7 +205,7 @@ def _named_template(
             if sizes.setdefault(dim, leaf.sizes[dim]) != leaf.sizes[dim]:
                 raise DataError(
                     f"{name} has size {leaf.sizes[dim]} along {dim!r}, another array of x has "
-                    f"{sizes[dim]}: {_listed(names, leaves)}."
+                    f"{sizes[dim]}: {_list_shapes(names, leaves)}."
                 )
             if leaf.chunks is not None and not isinstance(chunks.get(dim), tuple):
                 chunks[dim] = leaf.chunksizes[dim]
@@ -219,7 +219,7 @@ def _named_template(
             if dim in leaf.coords:
                 coords.setdefault(dim, leaf.coords[dim])
     values: Any
-    if chunks or math.prod(sizes.values()) > _MAX_AT_ONCE:
+    if chunks or math.prod(sizes.values()) > _MAX_EAGER_VALUES:
         by_dim = tuple(chunks.get(dim, "auto") for dim in sizes)
         values = da.zeros(tuple(sizes.values()), chunks=by_dim, dtype=float)
     else:
@@ -268,5 +268,5 @@ def _predict_block(
     root: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
     block = Block(y.shape, np.empty(y.shape, bool), x, None, None)
-    found = kernel(block.pieces(kernel.piece_rows), params, root)
-    return found.reshape(-1, *y.shape)
+    values = kernel(block.pieces(kernel.piece_rows), params, root)
+    return values.reshape(-1, *y.shape)

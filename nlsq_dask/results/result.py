@@ -17,7 +17,7 @@ from nlsq_dask.results.plotting import blocks as block_plot
 from nlsq_dask.results.plotting import fit as fit_plot
 from nlsq_dask.results.plotting import history as history_plot
 from nlsq_dask.results.predict import predict
-from nlsq_dask.results.saving import NoModel, load, save
+from nlsq_dask.results.saving import MissingModel, load, save
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -195,7 +195,7 @@ class FitResult:
     @property
     def has_model(self) -> bool:
         """Whether the model is there for ``predict``; a loaded result may be without."""
-        return not isinstance(self._model.function, NoModel)
+        return not isinstance(self._model.function, MissingModel)
 
     def keys(self) -> list[str]:
         """Return the names of all values."""

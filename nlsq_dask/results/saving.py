@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
 
 _KIND = "result"
-_MOST_TEXT = 2**26  # characters in an array of it
-_SAME = 1e-5  # relative to the largest value; a model may be in float32
+_MAX_TEXT = 2**26  # characters in an array of it
+_TOLERANCE = 1e-5  # relative to the largest value; a model may be in float32
 
 
-class NoModel:
+class MissingModel:
     """Stands for the model of a result that was loaded without it.
 
     Attributes
@@ -59,7 +59,9 @@ def save(result: FitResult, path: str | os.PathLike[str]) -> None:
     """Write a result; see ``FitResult.save``."""
     values = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "_model"}
     model = result._model
-    function = model.function if isinstance(model.function, NoModel) else _described(model)
+    function = (
+        model.function if isinstance(model.function, MissingModel) else _describe_model(model)
+    )
     record = {
         "values": values,
         "model": {
@@ -74,7 +76,7 @@ def save(result: FitResult, path: str | os.PathLike[str]) -> None:
     folder, name = _split(path)
     _check_target(path)
     try:
-        open_folder(folder).write(name, seal(_KIND, codec.encode(_tagged(record))))
+        open_folder(folder).write(name, seal(_KIND, codec.encode(_tag(record))))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{os.fspath(path)!r} cannot be written: there is no folder {folder!r}."
@@ -87,12 +89,12 @@ def load(
     """Read a result; see ``FitResult.load``."""
     folder, name = _split(path)
     try:
-        record = _untagged(codec.decode(unseal(_KIND, open_folder(folder).read(name)), Any))
-        about = record["model"]
-        function = NoModel(about["name"], about["fingerprint"], about["versions"])
-        layout = Layout(**about["layout"])
-        known = Model(function, about["n_params"], layout, about["dtype"])
-        result = kind(**record["values"], _model=known)
+        record = _untag(codec.decode(unseal(_KIND, open_folder(folder).read(name)), Any))
+        info = record["model"]
+        function = MissingModel(info["name"], info["fingerprint"], info["versions"])
+        layout = Layout(**info["layout"])
+        saved_model = Model(function, info["n_params"], layout, info["dtype"])
+        result = kind(**record["values"], _model=saved_model)
     except RecordError as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be used: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
@@ -103,30 +105,30 @@ def load(
     return result if model is None else _with_model(result, function, model)
 
 
-def _with_model(result: FitResult, known: NoModel, model: Callable[..., Any]) -> FitResult:
+def _with_model(result: FitResult, missing: MissingModel, model: Callable[..., Any]) -> FitResult:
     """Return the result with its model, or raise a ValueError if it is another one."""
-    given = replace(result._model, function=model)
+    candidate = replace(result._model, function=model)
     advice = "Leave it out to have the result without."
     try:
-        now = _described(given)
+        described = _describe_model(candidate)
     except (ModelError, TypeError) as error:  # of the function itself, when it is called
         raise ValueError(
-            f"model={given.name} cannot be that of this result, {known.__name__!r}: {error}. "
+            f"model={candidate.name} cannot be that of this result, {missing.__name__!r}: {error}. "
             f"{advice}"
         ) from error
-    if now.versions == known.versions:
-        is_same = now.fingerprint == known.fingerprint
+    if described.versions == missing.versions:
+        is_same = described.fingerprint == missing.fingerprint
     else:  # the same model may be traced to another text
-        is_same = _agrees(replace(result, _model=given))
+        is_same = _reproduces_sample(replace(result, _model=candidate))
     if not is_same:
         raise ValueError(
-            f"model={now.__name__} computes something else than {known.__name__!r}, the model of "
-            f"this result. {advice}"
+            f"model={described.__name__} computes something else than {missing.__name__!r}, the "
+            f"model of this result. {advice}"
         )
-    return replace(result, _model=given)
+    return replace(result, _model=candidate)
 
 
-def _agrees(result: FitResult) -> bool:
+def _reproduces_sample(result: FitResult) -> bool:
     """Whether the model gives what was kept of its values, at some rows of the data."""
     if result.sample is None:
         warn_caller(
@@ -134,18 +136,18 @@ def _agrees(result: FitResult) -> bool:
             "whether the model is its own cannot be checked."
         )
         return True
-    kept = [v for v in result.sample.variables.values() if "position" in v.attrs]
-    leaves = [v.to_numpy() for v in sorted(kept, key=lambda v: v.attrs["position"])]
+    x_arrays = [v for v in result.sample.variables.values() if "position" in v.attrs]
+    leaves = [v.to_numpy() for v in sorted(x_arrays, key=lambda v: v.attrs["position"])]
     values = result.predict(result._model.layout.assemble(leaves))
     fitted = result.sample["fitted"].to_numpy()
     size = float(np.abs(fitted).max(initial=0.0))
-    return bool(np.allclose(values, fitted, rtol=_SAME, atol=_SAME * size))
+    return bool(np.allclose(values, fitted, rtol=_TOLERANCE, atol=_TOLERANCE * size))
 
 
-def _described(model: Model) -> NoModel:
+def _describe_model(model: Model) -> MissingModel:
     kernel = PredictionKernel.trace(model)
     versions = {package: version(package) for package in TRACED_BY}
-    return NoModel(model.name, kernel.program.fingerprint, versions)
+    return MissingModel(model.name, kernel.program.fingerprint, versions)
 
 
 def _check_target(path: str | os.PathLike[str]) -> None:
@@ -165,13 +167,13 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
     return folder or slash, name
 
 
-def _tagged(value: Any) -> Any:
+def _tag(value: Any) -> Any:
     """Return a value with all containers as lists that begin with what they are."""
     match value:
         case dict():
-            return ["dict", *([_tagged(key), _tagged(entry)] for key, entry in value.items())]
+            return ["dict", *([_tag(key), _tag(entry)] for key, entry in value.items())]
         case list() | tuple():
-            return [type(value).__name__, *map(_tagged, value)]
+            return [type(value).__name__, *map(_tag, value)]
         case xr.Dataset():
             variables = {
                 name: (variable.dims, variable.to_numpy(), variable.attrs)
@@ -179,42 +181,42 @@ def _tagged(value: Any) -> Any:
             }
             return [
                 "Dataset",
-                _tagged(variables),
-                _tagged(list(value.coords)),
-                _tagged(value.attrs),
+                _tag(variables),
+                _tag(list(value.coords)),
+                _tag(value.attrs),
             ]
         case np.ndarray() if value.dtype.kind == "U":
-            return ["text", _tagged(value.tolist())]
+            return ["text", _tag(value.tolist())]
     return value
 
 
-def _text(words: list[str]) -> NDArray[np.str_]:
+def _text_array(words: list[str]) -> NDArray[np.str_]:
     """Return an array of text, in which each word takes as much memory as the longest."""
     longest = max(map(len, words), default=0)
-    if len(words) * longest > _MOST_TEXT:
+    if len(words) * longest > _MAX_TEXT:
         raise ValueError(f"{len(words):,} words of up to {longest:,} characters")
     return np.array(words, dtype=str)
 
 
-def _untagged(value: Any) -> Any:
+def _untag(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     kind, *parts = value
     match kind:
         case "dict":
-            return {_untagged(key): _untagged(entry) for key, entry in parts}
+            return {_untag(key): _untag(entry) for key, entry in parts}
         case "list":
-            return list(map(_untagged, parts))
+            return list(map(_untag, parts))
         case "tuple":
-            return tuple(map(_untagged, parts))
+            return tuple(map(_untag, parts))
         case "text":
-            return _text(_untagged(parts[0]))
+            return _text_array(_untag(parts[0]))
         case "Dataset":
-            variables, coords, attrs = map(_untagged, parts)
-            found = {name: xr.Variable(*variable) for name, variable in variables.items()}
+            variables, coords, attrs = map(_untag, parts)
+            named = {name: xr.Variable(*variable) for name, variable in variables.items()}
             return xr.Dataset(
-                {name: variable for name, variable in found.items() if name not in coords},
-                {name: found[name] for name in coords},
+                {name: variable for name, variable in named.items() if name not in coords},
+                {name: named[name] for name in coords},
                 attrs,
             )
     raise ValueError(f"unknown kind {kind!r}")

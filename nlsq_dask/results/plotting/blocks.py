@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.results.plotting.figures import FIT, MEAN, QUIET, label, prepared
+from nlsq_dask.results.plotting.figures import FIT, MEAN, QUIET, label, prepare_figure
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -36,65 +36,69 @@ def plot_blocks(
     if quantity not in _QUANTITIES:
         allowed = ", ".join(map(repr, _QUANTITIES))
         raise ValueError(f"quantity must be one of {allowed}; got {quantity!r}.")
-    found = result.block_statistics
-    if found is None:
+    statistics = result.block_statistics
+    if statistics is None:
         raise ValueError(
             "there is nothing to plot: no pass over all rows was finished, so nothing is known of "
             "the blocks."
         )
-    values = found[quantity].astype(float)  # its dimensions are str, whatever those of y are
-    along = _chosen(values, dims)
-    usable = values.where(found.n_points > 0) if quantity != "n_points" else values
+    values = statistics[quantity].astype(float)  # its dimensions are str, whatever those of y are
+    along = _choose_dims(values, dims)
+    usable = values.where(statistics.n_points > 0) if quantity != "n_points" else values
     if not np.isfinite(usable).any():
         raise ValueError(f"there is nothing to plot: {quantity} is not finite in any block.")
-    text, how, few_is_bad = _QUANTITIES[quantity]
+    text, how, low_is_bad = _QUANTITIES[quantity]
     further = [dim for dim in values.dims if dim not in along]
     reduced = usable
     if further:
         reduced = usable.max(further) if how == "maximum" else usable.sum(further, min_count=1)
-    worst = _extreme(usable, few_is_bad)
-    wide = len(along) == 2
-    figure = prepared(figure, 7.5, 5.2 if wide else 4.0)
+    worst = _extreme(usable, low_is_bad)
+    is_map = len(along) == 2
+    figure = prepare_figure(figure, 7.5, 5.2 if is_map else 4.0)
     axes = figure.add_subplot()
-    if wide:
+    if is_map:
         _draw_map(figure, axes, reduced.transpose(*along), text, worst)
     else:
         _draw_profile(axes, reduced, str(along[0]), text, worst)
-    put_together = [str(dim) for dim in further if values.sizes[dim] > 1]
-    title = f"{text}, {how} over {', '.join(put_together)}" if put_together else text
-    title += f"\n{_sentence(usable, worst, few_is_bad)}"
+    reduced_dims = [str(dim) for dim in further if values.sizes[dim] > 1]
+    title = f"{text}, {how} over {', '.join(reduced_dims)}" if reduced_dims else text
+    title += f"\n{_extreme_text(usable, worst, low_is_bad)}"
     axes.set_title(label(title), fontsize="medium")
     return figure
 
 
-def _chosen(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
+def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
     """Return one or two dimensions: those asked for, else those with the most blocks."""
-    there = tuple(map(str, values.dims))
+    available = tuple(map(str, values.dims))
     if dims is None:
-        many = sorted(there, key=lambda dim: -values.sizes[dim])[:2]
-        shown = [dim for dim in there if dim in many and values.sizes[dim] > 1]
-        return tuple(shown) or there[:1]
+        many = sorted(available, key=lambda dim: -values.sizes[dim])[:2]
+        shown = [dim for dim in available if dim in many and values.sizes[dim] > 1]
+        return tuple(shown) or available[:1]
     several = isinstance(dims, Iterable) and not isinstance(dims, str)
-    asked = tuple(map(str, dims)) if several else (str(dims),)
-    if not 1 <= len(asked) <= 2 or len(set(asked)) != len(asked) or not set(asked) <= set(there):
+    chosen = tuple(map(str, dims)) if several else (str(dims),)
+    if (
+        not 1 <= len(chosen) <= 2
+        or len(set(chosen)) != len(chosen)
+        or not set(chosen) <= set(available)
+    ):
         raise ValueError(
-            f"dims must be one or two different ones of {', '.join(map(repr, there))}; got "
+            f"dims must be one or two different ones of {', '.join(map(repr, available))}; got "
             f"{dims!r}."
         )
-    return asked
+    return chosen
 
 
-def _extreme(values: xr.DataArray, is_least: bool) -> dict[str, int]:
-    filled = values.fillna(np.inf if is_least else -np.inf).values
-    place = filled.argmin() if is_least else filled.argmax()
+def _extreme(values: xr.DataArray, is_minimum: bool) -> dict[str, int]:
+    filled = values.fillna(np.inf if is_minimum else -np.inf).values
+    place = filled.argmin() if is_minimum else filled.argmax()
     index = np.unravel_index(int(place), filled.shape)
     return {str(dim): int(i) for dim, i in zip(values.dims, index, strict=True)}
 
 
-def _sentence(values: xr.DataArray, at: dict[str, int], is_least: bool) -> str:
+def _extreme_text(values: xr.DataArray, at: dict[str, int], is_minimum: bool) -> str:
     block = values.isel(at)
     where = ", ".join(f"{dim} {int(block[dim])}" for dim in at)
-    return f"{'least' if is_least else 'largest'}: {float(block):.4g}, in the block from {where}"
+    return f"{'least' if is_minimum else 'largest'}: {float(block):.4g}, in the block from {where}"
 
 
 def _edges(coordinate: xr.DataArray) -> NDArray[np.float64]:

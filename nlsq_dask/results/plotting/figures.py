@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 FIT, MEAN, THIRD, FOURTH = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 QUIET = "0.5"  # grey lines, seen on white and on black
 DATES = "days since 1970-01-01"
-_DATE_WIDTH = 0.5  # inches that a tick's label takes, with the gap beside it
+_DATE_LABEL_WIDTH = 0.5  # inches that a tick's label takes, with the gap beside it
 
 
-def prepared(figure: Figure | SubFigure | None, width: float, height: float) -> Figure | SubFigure:
+def prepare_figure(
+    figure: Figure | SubFigure | None, width: float, height: float
+) -> Figure | SubFigure:
     """Return the given figure, or a new one of pyplot's, of this size in inches.
 
     Raises
@@ -36,9 +38,9 @@ def prepared(figure: Figure | SubFigure | None, width: float, height: float) -> 
             "plots need matplotlib, which is not installed: pip install 'nlsq-dask[plot]'."
         ) from error
     if figure is None:
-        made = plt.figure(figsize=(width, height), layout="constrained")
-        vars(made)["_ipython_display_"] = partial(_display_once, made)
-        return made
+        new_figure = plt.figure(figsize=(width, height), layout="constrained")
+        vars(new_figure)["_ipython_display_"] = partial(_display_once, new_figure)
+        return new_figure
     if not isinstance(figure, FigureBase):
         raise TypeError(
             f"figure must be a matplotlib Figure or SubFigure, or None for a new one; got "
@@ -87,10 +89,10 @@ def date_axis(axes: Axes, low: float, high: float) -> bool:
     if not days[0] < low <= high < days[1] or dates.get_epoch() != "1970-01-01T00:00:00":
         return False
     width = axes.get_window_extent().width / axes.figure.dpi
-    most = int(np.clip(width / _DATE_WIDTH, 5, 11))
+    max_ticks = int(np.clip(width / _DATE_LABEL_WIDTH, 5, 11))
     # Below so few the locator takes the next shorter unit, two of whose longest intervals are one
     # of the longer, such as six months of a year: they must fit in as well.
-    locator = dates.AutoDateLocator(minticks=(most - 1) // 2, maxticks=most)
+    locator = dates.AutoDateLocator(minticks=(max_ticks - 1) // 2, maxticks=max_ticks)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
     return True

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_CORE = 8.0  # robust standard deviations; residuals beyond are marked at the edge of a panel
-_EDGE = 6.0  # where that edge then is
-_IN_A_MEAN = 60  # rows; of 2,000 these are 33 means
+_OUTLIER_LIMIT = 8.0  # robust standard deviations; residuals beyond are drawn at the panel's edge
+_EDGE_LIMIT = 6.0  # where that edge then is
+_ROWS_PER_MEAN = 60  # rows; of 2,000 these are 33 means
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Sampled:
         sizes = np.abs(residuals[np.isfinite(residuals)])
         limit, estimated = float(sizes.max(initial=0.0)), float(np.sqrt(result.sigma_sq))
         robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
-        if 0.0 < _CORE * robust < limit:
-            limit, estimated = _EDGE * robust, robust
+        if 0.0 < _OUTLIER_LIMIT * robust < limit:
+            limit, estimated = _EDGE_LIMIT * robust, robust
         # As in pcov: a sigma that is not absolute only says which rows count for more.
         expected = 1.0 if sigma is not None and result.absolute_sigma else estimated
         if sigma is None:
@@ -153,19 +153,19 @@ class Sampled:
         raise ValueError(f"x must be one of {names}{more}, or None; got {name!r}.")
 
 
-def means(values: Vector) -> list[NDArray[np.int64]]:
+def neighbor_groups(values: Vector) -> list[NDArray[np.int64]]:
     """Return groups of rows with neighbouring values, of which means are worth drawing.
 
     They are those of equal values where there are few different ones, else of equal size.
     """
     order = np.argsort(values, kind="stable")
     different, first = np.unique(values[order], return_index=True)
-    if len(values) >= _IN_A_MEAN * len(different):
+    if len(values) >= _ROWS_PER_MEAN * len(different):
         return np.split(order, first[1:])
-    return np.array_split(order, max(len(values) // _IN_A_MEAN, 1))
+    return np.array_split(order, max(len(values) // _ROWS_PER_MEAN, 1))
 
 
-def _numbered(name: str, n: int) -> list[str]:
+def _column_names(name: str, n: int) -> list[str]:
     return [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
 
 
@@ -184,8 +184,8 @@ def _quantities(array: xr.DataArray) -> list[Quantity]:
         return [Quantity(name, text, units, values)]
     columns = array.attrs.get("columns", [])
     n = values.shape[1]
-    names = list(columns) if len(columns) == n else _numbered(name, n)
-    texts = names if len(columns) == n else _numbered(text, n)
+    names = list(columns) if len(columns) == n else _column_names(name, n)
+    texts = names if len(columns) == n else _column_names(text, n)
     return [
         Quantity(one, text, units, values[:, i])
         for i, (one, text) in enumerate(zip(names, texts, strict=True))
