@@ -1,4 +1,4 @@
-"""Keyword arguments that a call does not have: the message names the call that has them."""
+"""Messages for unknown keyword arguments, which name the call that accepts them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CALL_OF: dict[str, str] = {}  # by the keyword that they have
+_CALL_OF: dict[str, str] = {}  # public call that accepts a keyword
 
-# What SciPy and others call it.
+# Names used by SciPy and other libraries.
 _SYNONYMS = {
     "ftol": "gauss_newton_tol",
     "xtol": "gauss_newton_tol",
@@ -28,27 +28,27 @@ _SYNONYMS = {
     "seed": "random_seed",
 }
 
-# What SciPy asks for and this package has no other name for.
-_FROM_JAX = "Leave it out: the derivatives come from JAX, which takes them of the model."
+# Arguments of SciPy without a counterpart here.
+_FROM_JAX = "Omit it: derivatives of the model are computed by JAX."
 _UNSUPPORTED = {
-    "method": "Leave it out: there is one method, Gauss-Newton in a trust region over all rows.",
+    "method": "Omit it: the only method is Gauss-Newton with a trust region.",
     "jac": _FROM_JAX,
     "Dfun": _FROM_JAX,
     "epsfcn": _FROM_JAX,
     "diff_step": _FROM_JAX,
-    "check_finite": "nan_policy takes its place: 'raise', as by default, or 'omit'.",
+    "check_finite": "Use nan_policy='raise' (the default) or nan_policy='omit' instead.",
 }
 
 
 def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function, so that it says of an unknown keyword where that belongs.
+    """Return a decorator that makes unknown keywords a TypeError with a suggestion.
 
     Parameters
     ----------
     call : str
-        The name by which users call it.
+        Public name of the decorated function.
     others : bool
-        Whether the messages of other calls name this one for its keywords.
+        Whether messages of other calls suggest this one for its keywords.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -70,9 +70,9 @@ def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]
 
 
 def suggest_keyword(keyword: str) -> str:
-    """Return a message that says what to write instead of a keyword, if that is known."""
+    """Return a sentence on what to write instead of a keyword; empty if unknown."""
     if keyword in _UNSUPPORTED:
         return _UNSUPPORTED[keyword]
     keyword = _SYNONYMS.get(keyword, keyword)
     matches = get_close_matches(keyword, _CALL_OF, n=1, cutoff=0.75)
-    return f"Do you mean {_CALL_OF[matches[0]]}(..., {matches[0]}=...)?" if matches else ""
+    return f"Did you mean {_CALL_OF[matches[0]]}(..., {matches[0]}=...)?" if matches else ""

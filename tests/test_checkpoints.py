@@ -521,7 +521,7 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
             if result.success:
                 break
             assert result.status < 0
-            assert "max_walltime was reached" in result.message
+            assert "`max_walltime` was reached" in result.message
             assert "resume_from_checkpoint=" in result.message
             n_resumes += 1
             resume = tmp_path / "checkpoints"

@@ -736,7 +736,7 @@ def test_html_of_an_optimizer_and_a_plan() -> None:
     assert "all as by default" in default.text
     plan = optimizer.plan(decay, x, y, [2, 1, 0])
     page = Page(plan._repr_html_())
-    assert "tasks a pass" in page.text
+    assert "Tasks per pass" in page.text
     assert all(readable(one) for one in (before, after, default, page))
     for problem in plan.problems:
         assert problem in page.text

@@ -55,7 +55,7 @@ def test_nothing_is_known_of_parameters_that_the_model_does_not_react_to() -> No
     """Also where rounding leaves a little more than nothing of the derivatives."""
     with pytest.warns(OptimizeWarning, match="does not react to some of them"):
         result = fit(peak, [1.0, 500.0, 20.0])
-    assert "does not react" in result.message
+    assert "insensitive" in result.message
     assert np.isinf(result.pcov).all()
     assert np.isinf(result.perr).all()
     assert "height: 1 +/- inf (??) (init = 1)\n" in result.fit_report().replace("  ", " ")
