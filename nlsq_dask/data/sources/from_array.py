@@ -1,4 +1,4 @@
-"""Arrays of any kind become Dask arrays, lazily; what cannot be fitted is refused here."""
+"""Lazy conversion of any kind of array to Dask arrays, and checks of their dtypes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nlsq_dask.errors import DataError
 
 
 def is_in_memory(value: Any) -> bool:
-    """Whether the values are in this process's memory already."""
+    """Return whether the values are in the memory of this process."""
     if getattr(value, "chunks", None) is not None:
         return False
     if "preferred_chunks" in getattr(value, "encoding", {}):
-        # Of an xarray store that was opened without Dask. What has been read since, as indexes are
-        # at once, keeps its encoding; there is no public name for that.
+        # From an xarray store opened without Dask. Values read since, such as indexes, keep their
+        # encoding; there is no public attribute for that.
         return bool(getattr(value.variable, "_in_memory", False))
     return not is_file(np.ma.getdata(value) if _is_masked(value) else value)
 
@@ -32,24 +32,24 @@ def _is_masked(value: Any) -> bool:
 
 
 def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
-    """Return a Dask array over ``value`` without reading it.
+    """Return a Dask array of ``value`` without reading it.
 
     Parameters
     ----------
-    value : NumPy, JAX, Dask or Zarr array, memory map, HDF5 dataset, or anything with slices
+    value : NumPy, JAX, Dask or Zarr array, memory map, HDF5 dataset, or sliceable array
     name : str
-        What the caller calls it, for messages.
+        Name of the array in messages.
     split_chunks : bool
-        Cut an array in memory into several blocks.
+        Whether to split an array in memory into several chunks.
     """
     if da.array_expr_enabled():
         raise DataError(
-            "Dask's 'array.query-planning' is not supported; switch it off with "
-            "dask.config.set({'array.query-planning': False}) before dask.array is imported."
+            "Dask's 'array.query-planning' is not supported. Disable it with "
+            "dask.config.set({'array.query-planning': False}) before importing dask.array."
         )
     if isinstance(value, zarr.Group):
         raise DataError(
-            f"{name} is a Zarr group; pass one of its arrays, such as group[{_first_key(value)!r}]."
+            f"{name} is a Zarr group. Pass one of its arrays, such as group[{_first_key(value)!r}]."
         )
     if isinstance(value, zarr.Array):
         array = from_zarr(value)
@@ -70,13 +70,18 @@ def _first_key(group: zarr.Group) -> str:
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
-    """Return what is in memory as an array, or refuse it."""
+    """Return a value in memory as a NumPy array.
+
+    Raises
+    ------
+    DataError
+        If it cannot be converted.
+    """
     try:
         return np.asarray(value)
     except ValueError as error:
         raise DataError(
-            f"{name} is not an array, nor can one be made of it, as of lists that differ in "
-            f"length: {error}"
+            f"{name} cannot be converted to an array, as lists of different lengths cannot: {error}"
         ) from error
 
 
@@ -85,8 +90,8 @@ def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
     if value.dtype.kind == "O":
         first = next(value.flat, None)
         raise DataError(
-            f"{name} has dtype object, its first entry of type {type(first).__name__}; expected "
-            f"real numbers. Convert it, such as with .astype(float)."
+            f"{name} has dtype object (first element: {type(first).__name__}); expected real "
+            f"numbers. Convert it, such as with .astype(float)."
         )
     sizes = list(value.shape)
     if split_chunks and value.size:
@@ -94,14 +99,14 @@ def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
     chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
     key = f"array-{uuid.uuid4().hex}"
     keys = product([key], *map(range, map(len, chunks)))
-    # The graph that da.from_array makes, but of views: that one copies the array first, to be safe
-    # from a caller who changes it later. A fit is over when it returns.
+    # The graph of da.from_array, but of views: da.from_array copies, in case the caller modifies
+    # the array later, which cannot happen during a fit.
     blocks = (value[(*part, ...)] for part in slices_from_chunks(chunks))
     return da.Array(dict(zip(keys, blocks, strict=True)), key, chunks, dtype=value.dtype)
 
 
 def check_numbers(dtype: np.dtype[Any], name: str) -> None:
-    """Refuse what is not made of real numbers.
+    """Raise a DataError unless the dtype is real.
 
     Raises
     ------
@@ -111,8 +116,8 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
         return
     if dtype.kind == "c":
         raise DataError(
-            f"{name} is complex ({dtype}); only real values can be fitted. Fit real and imaginary "
-            f"part as two sets of rows, or the absolute value."
+            f"{name} is complex ({dtype}); expected real numbers. Fit real and imaginary parts as "
+            f"separate observations, or the absolute value."
         )
     if dtype.kind in "mM":
         raise DataError(
@@ -122,13 +127,12 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
     advice = ""
     if dtype.kind in "US":
         advice = (
-            " Dates as text become dates with np.array(..., dtype='datetime64[ns]'). If it is a "
-            "path, open it first, such as with zarr.open_array(path) or "
-            "xarray.open_zarr(path)['name']."
+            " Convert text to dates with np.array(..., dtype='datetime64[ns]'). Open a path with "
+            "zarr.open_array(path) or xarray.open_zarr(path)['name']."
         )
     if dtype.kind == "O":
         advice = (
-            f" If these are dates of x that are not in memory, give their calendar: "
+            f" Convert lazy dates of x with their calendar: "
             f"`{name}.map_blocks(cftime.date2num, 'days since 1970-01-01', calendar='noleap', "
             f"dtype=float)`."
         )
@@ -144,9 +148,9 @@ def _check_chunks(array: da.Array, name: str) -> None:
 
 
 def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
-    """Return data and mask of masked arrays as two Dask arrays; the mask is None for others.
+    """Return data and mask as two Dask arrays; the mask is None for arrays that are not masked.
 
-    Parameters are those of ``as_dask``.
+    The parameters are those of ``as_dask``.
     """
     if _is_masked(value):
         data, mask = as_dask(np.ma.getdata(value), name, split_chunks), np.ma.getmask(value)
