@@ -181,57 +181,57 @@ TABLE: dict[str, Case] = {
         nd.ModelError,
         "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
         "numpy or math (jnp.exp for np.exp and math.exp), with jax.scipy instead of scipy "
-        "(jax.scipy.special for scipy.special), and without float(), int() and .item() of "
-        "values of x or of the parameters.",
+        "(jax.scipy.special for scipy.special), and without float(), int() and .item() on x or "
+        "the parameters.",
     ),
     "the model: a branch": (
         dict(function=lambda x, a, b: a * x if b > 0 else x),
         nd.ModelError,
-        "The model '<lambda>' cannot be traced by JAX: it asks whether values of x or of the "
-        "parameters are true, as 'if', 'and', 'or', 'not', min() and max() do. Write "
+        "The model '<lambda>' cannot be traced by JAX: it uses values of x or of the "
+        "parameters as conditions, as 'if', 'and', 'or', 'not', min() and max() do. Write "
         "jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' and 'or', and "
         "jnp.minimum and jnp.maximum.",
     ),
     "the model: nothing returned": (
         dict(function=lambda x, a: None),
         nd.ModelError,
-        "The model '<lambda>' must return an array of one value a row; it returned NoneType.",
+        "The model '<lambda>' must return an array of one value per row; it returned NoneType.",
     ),
     "the model: another shape": (
         dict(function=lambda x, a, b: jnp.stack([a * x, b * x])),
         nd.ModelError,
-        "The model '<lambda>' must return one value a row: for x of shape (7,) it returned "
+        "The model '<lambda>' must return one value per row: for x of shape (7,) it returned "
         "shape (2, 7), expected (7,).",
     ),
     "the model: one number": (
         dict(function=lambda x, a: a),
         nd.ModelError,
-        "The model '<lambda>' must return one value a row: for x of shape (7,) it returned "
+        "The model '<lambda>' must return one value per row: for x of shape (7,) it returned "
         "shape (), expected (7,).",
     ),
     "the model: complex": (
         dict(function=lambda x, a: a * x * 1j),
         nd.ModelError,
-        "The model '<lambda>' returned complex128 values; expected real floating-point "
-        "numbers, which have a derivative with respect to the parameters.",
+        "The model '<lambda>' must return real floating-point values; it returned complex128, "
+        "which has no derivative with respect to the parameters.",
     ),
     "the model: running sum": (
         dict(function=lambda x, a: a * jnp.cumsum(x)),
         nd.ModelError,
-        "The model '<lambda>' is not row-wise: its value at a row depends on the other rows "
-        "of the block, or on the row's position in it. It is called with blocks of rows in "
-        "any size and order, so operations across rows (mean, max, cumsum, sort, indexing by "
-        "position) are not possible; compute such quantities beforehand and pass them as "
-        "another x or as constants.",
+        "The model '<lambda>' is not row-wise: its value at a row depends on other rows of "
+        "the block, or on the row's position in it. Blocks have any size and order, so "
+        "operations across rows (mean, max, cumsum, sort, indexing by position) are not "
+        "possible. Compute such quantities beforehand and pass them as another x or as "
+        "constants.",
     ),
     "the model: mean of the rows": (
         dict(function=lambda x, a, b: a * (x - x.mean()) + b),
         nd.ModelError,
-        "The model '<lambda>' is not row-wise: its value at a row depends on the other rows "
-        "of the block, or on the row's position in it. It is called with blocks of rows in "
-        "any size and order, so operations across rows (mean, max, cumsum, sort, indexing by "
-        "position) are not possible; compute such quantities beforehand and pass them as "
-        "another x or as constants.",
+        "The model '<lambda>' is not row-wise: its value at a row depends on other rows of "
+        "the block, or on the row's position in it. Blocks have any size and order, so "
+        "operations across rows (mean, max, cumsum, sort, indexing by position) are not "
+        "possible. Compute such quantities beforehand and pass them as another x or as "
+        "constants.",
     ),
     # --- further arguments
     "further arguments: nan_policy": (

@@ -1,4 +1,4 @@
-"""What to do about a model that raised an error, or gave another shape, when it was traced."""
+"""Hints for models that raise an error or return a wrong shape when they are traced."""
 
 from __future__ import annotations
 
@@ -11,58 +11,56 @@ _USE_JAX = (
     "rite it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "
     "jax.scipy instead of scipy (jax.scipy.special for scipy.special)"
 )
-NOT_IN_JAX_HINT = (
-    f"w{_USE_JAX}, and without float(), int() and .item() of values of x or of the parameters."
-)
+NOT_IN_JAX_HINT = f"w{_USE_JAX}, and without float(), int() and .item() on x or the parameters."
 BRANCH_HINT = (
-    "it asks whether values of x or of the parameters are true, as 'if', 'and', 'or', 'not', min() "
+    "it uses values of x or of the parameters as conditions, as 'if', 'and', 'or', 'not', min() "
     "and max() do. Write jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' "
     "and 'or', and jnp.minimum and jnp.maximum."
 )
 _GENERAL_HINT = f"W{_USE_JAX}, and with jnp.where instead of 'if' on values."
 _MASK_HINT = (
-    "Rows cannot be picked by a condition: jnp.where(x > 3, this, that) gives a value for each row."
+    "Rows cannot be selected by a boolean mask: jnp.where(x > 3, this, that) gives a value for "
+    "each row."
 )
 _SCALAR_PARAMS_HINT = (
-    "Each parameter is an argument of its own: write `def model(x, a, b)`, or `def model(x, *p)` "
+    "Each parameter is a separate argument: write `def model(x, a, b)`, or `def model(x, *p)` "
     "for a tuple p of them."
 )
-_UNPACK_HINT = "x has as many quantities as x_data: a tuple of k arrays or of k names gives k."
-# Single parameters that were indexed or unpacked, in the words of JAX.
+_UNPACK_HINT = "x has as many arrays as x_data: a tuple of k arrays or of k names gives k."
+# JAX's messages for a scalar parameter that is indexed or unpacked.
 _SCALAR_ERROR = re.compile(r"\b0-d(imensional)?\b")
-# A tuple or a dict that was calculated with, in the words of Python and JAX; unpacking a dict gives
-# its keys, which are texts.
+# Messages of Python and JAX for arithmetic with a tuple or a dict; unpacking a dict gives its keys,
+# which are strings.
 _TUPLE_ERROR = re.compile(r"\btuple\b|can't multiply sequence")
 _DICT_ERROR = re.compile(r"\bdict\b|\bstr\b|can't multiply sequence|to a scalar index")
 
 
 def is_truth_value_error(error: Exception) -> bool:
-    """Whether this is NumPy's error of an 'if' on an array, which advises a.any() or a.all()."""
+    """Return whether this is NumPy's error for an array as a condition."""
     return "truth value of an array" in str(error)
 
 
 def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
-    """Return what to do about an error; nothing where it says all itself.
+    """Return a hint on an error that the model raised; empty if the error is clear.
 
     Parameters
     ----------
     model : Model
     error : Exception
-        That the model raised.
     x_labels : sequence of str
-        What the arrays of x call themselves, empty where they do not.
+        Names of the x arrays, empty strings for unnamed ones.
     """
     text, names = str(error), model.layout.x_names
     if re.match(r"module '(jax|numpy)\b.*' has no attribute", text):
-        return ""  # a name that is misspelt
+        return ""  # a misspelled name
     if "boolean indices must be concrete" in text:
         return _MASK_HINT
     if "positional argument" in text:
-        return "Its arguments after x are the parameters, one for each value of p0."
+        return "The arguments after x are the parameters, one for each value of p0."
     if isinstance(names, int) and _TUPLE_ERROR.search(text):
         return tuple_hint(names, x_labels)
     if isinstance(names, tuple) and (isinstance(error, KeyError) or _DICT_ERROR.search(text)):
-        return f"The model gets x as one argument, a dict: its arrays are {_items(names)}."
+        return f"The model receives x as one argument, a dict with the arrays {_items(names)}."
     if _SCALAR_ERROR.search(text):
         return _SCALAR_PARAMS_HINT
     if "unpack" in text:
@@ -71,17 +69,17 @@ def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
 
 
 def tuple_hint(n: int, x_labels: Sequence[str]) -> str:
-    """Return how a model begins that gets ``n`` arrays of x."""
+    """Return a hint on unpacking an x of ``n`` arrays."""
     are_names = len(set(x_labels)) == n and all(map(str.isidentifier, x_labels))
     names = x_labels if are_names else [f"x{i}" for i in range(n)]
     return (
-        f"The model gets x as one argument, a tuple of {n} arrays: begin with "
+        f"The model receives x as one argument, a tuple of {n} arrays: begin with "
         f"`{', '.join(names)}{',' * (n == 1)} = x`."
     )
 
 
 def columns_hint(model: Model) -> str:
-    """Return how a model gets at the columns of x, where x is one array with columns."""
+    """Return a hint on the columns of x; empty unless x is one array with columns."""
     if model.layout.x_names is not None or model.layout.x_features == ((),):
         return ""
     ((n,),) = model.layout.x_features
@@ -89,8 +87,8 @@ def columns_hint(model: Model) -> str:
         " and ".join(f"x[:, {i}]" for i in range(n)) if n <= 2 else f"x[:, 0] to x[:, {n - 1}]"
     )
     names = ", ".join(f"x{i}" for i in range(n)) if n <= 4 else "x0, x1, ..."
-    begins = f", and `{names} = x.T` gives them names" if n > 1 else ""
-    return f"x is a block of rows, of shape (b, {n}): its columns are {columns}{begins}."
+    begins = f"; `{names} = x.T` unpacks them" if n > 1 else ""
+    return f"x is a block of rows with shape (b, {n}) and columns {columns}{begins}."
 
 
 def _items(names: Sequence[str]) -> str:

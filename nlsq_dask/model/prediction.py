@@ -1,4 +1,4 @@
-"""``PredictionKernel``: the model's values and their standard errors at rows."""
+"""``PredictionKernel``: values of the model and their standard errors."""
 
 from __future__ import annotations
 
@@ -20,27 +20,18 @@ from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
 
 @dataclass(frozen=True)
 class PredictionKernel:
-    """Rows and parameters in, the model's values out; what ``predict`` runs.
-
-    Attributes
-    ----------
-    program : Program
-    layout : Layout
-    piece_rows : int
-    with_std : bool
-        Whether standard deviations come out, too.
-    """
+    """Compiled evaluation of the model at rows of data, used by ``predict``."""
 
     program: Program
     layout: Layout
-    piece_rows: int
-    with_std: bool = False
+    piece_rows: int  # rows per call of the program
+    with_std: bool = False  # whether standard errors are computed as well
 
     @classmethod
     def trace(
         cls, model: Model, piece_rows: int = BLOCK_ROWS * 16, with_std: bool = False
     ) -> PredictionKernel:
-        """Trace the evaluation of this model for pieces of this length."""
+        """Trace the evaluation of this model for batches of ``piece_rows`` rows."""
         p = model.n_params
         with x64():
             jaxpr = model.jaxpr()
@@ -73,7 +64,7 @@ class PredictionKernel:
         params: NDArray[np.float64],
         root: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """Evaluate the model at the x of padded pieces, each with its true number of rows.
+        """Evaluate the model at padded batches of rows, each with its true number of rows.
 
         Parameters
         ----------
