@@ -511,14 +511,14 @@ TABLE: dict[str, Case] = {
     "what is in them: another dtype than Dask says": (
         dict(y=lying(lambda block: block, "i8")),
         nd.DataError,
-        "a block of y_data has shape (500,) and dtype float64, but Dask was told (500,) and "
-        "int64. Give map_blocks or from_delayed the true ones.",
+        "a block of y_data has shape (500,) and dtype float64, but its Dask array declares "
+        "(500,) and int64. Pass the actual shape and dtype to map_blocks or from_delayed.",
     ),
     "what is in them: another shape than Dask says": (
         dict(y=lying(lambda block: block[:5], "f8")),
         nd.DataError,
-        "a block of y_data has shape (5,) and dtype float64, but Dask was told (500,) and "
-        "float64. Give map_blocks or from_delayed the true ones.",
+        "a block of y_data has shape (5,) and dtype float64, but its Dask array declares "
+        "(500,) and float64. Pass the actual shape and dtype to map_blocks or from_delayed.",
     ),
 }
 

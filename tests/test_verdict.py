@@ -429,7 +429,7 @@ def test_blocks_that_are_not_what_dask_was_told() -> None:
 
     x, y = data()
     lazy = da.from_array(y, chunks=1000)
-    with pytest.raises(nd.DataError, match=r"dtype float64, but Dask was told .* int64"):
+    with pytest.raises(nd.DataError, match=r"dtype float64, but its Dask array declares .* int64"):
         fit(exponential, x, lazy.map_blocks(lambda block: block, dtype="i8"))
     short = da.from_delayed(delayed(y[:100]), shape=(3000,), dtype="f8")
     with pytest.raises(nd.DataError, match=r"shape \(100,\).*\(3000,\)"):

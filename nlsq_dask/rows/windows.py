@@ -1,7 +1,7 @@
-"""Windows: the pieces of a block that a kernel is given one after the other.
+"""Padded views of a block, the batches on which a kernel is called.
 
-All have the same number of rows, so that one program serves them all. Where rows lie in memory as
-XLA wants them a window is a view; where not it is a copy, in memory that is used again.
+All have the same length, so that they share one program. A padded view is a NumPy view where the
+rows have XLA's alignment, otherwise a copy in a reused buffer.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 
 from nlsq_dask.rows.rows import Array, Rows
 
-ALIGNMENT = 64  # bytes; XLA takes a NumPy array that begins at a multiple without copying it
-SLACK = 64  # rows by which a window is longer than what is wanted of it
-# The arrays of ``n_rows + SLACK`` rows; in their place where in them the wanted rows begin; and how
-# many are wanted. What they hold beside these is of no meaning.
+ALIGNMENT = 64  # bytes; XLA does not copy a NumPy array that starts at a multiple
+SLACK = 64  # rows by which a padded view is longer than its batch
+# Arrays of ``n_rows + SLACK`` rows, the offset of the batch in each of them, and the number of rows
+# of the batch. Other values of the arrays have no meaning.
 Window = tuple[Rows, Rows, int]
 
 _Buffers = dict[int, NDArray[np.uint8]]
 
 
 class Memory:
-    """Memory for copies, of one caller.
+    """Ring of buffers for copies, used by one caller.
 
     Parameters
     ----------
     n_buffer_sets : int
-        Windows after which the memory of the first of them is used for another.
+        Number of padded views after which a buffer is reused.
     """
 
     def __init__(self, n_buffer_sets: int) -> None:
@@ -40,16 +40,16 @@ class Memory:
         self._turn = 0
 
     def next_buffers(self) -> _Buffers:
-        """Return the memory of the next window."""
+        """Return the buffers of the next padded view, by position of the array."""
         self._turn = (self._turn + 1) % len(self._buffer_sets)
         return self._buffer_sets[self._turn]
 
 
 class MemoryPool:
-    """Memory for copies that several threads borrow.
+    """Pool of buffers for several threads.
 
-    New memory is slow, because the system hands it out page by page and clears it first, on one
-    thread at a time. A copy of a pool that is sent elsewhere begins empty.
+    Allocating is slow, because the system clears new pages on one thread at a time. A pickled pool
+    is empty.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class MemoryPool:
 
     @contextmanager
     def borrow(self, n_buffer_sets: int) -> Iterator[Memory]:
-        """Lend memory of so many slots until the context ends.
+        """Lend a ring of buffers until the context ends.
 
-        After an error it is not used again: there may be computations that still read it.
+        After an error it is not reused, as computations may still read it.
         """
         free = self._free[n_buffer_sets]
         try:
@@ -80,26 +80,27 @@ def windows(
     block_rows: int,
     memory: Memory,
 ) -> Iterator[Window]:
-    """Yield windows of ``n_rows`` rows over arrays that broadcast against ``shape``.
+    """Yield padded views of ``n_rows`` rows of arrays that broadcast against ``shape``.
 
     Parameters
     ----------
     arrays : sequence of ndarray or None
         y, x..., sigma, mask; dimensions beyond ``shape`` are features.
     shape : tuple of int
-        The entries of an array of this shape, in C order, are the rows.
+        Shape of y, whose elements in C order are the rows.
     n_rows : int
+        Maximum number of rows of a batch.
     block_rows : int
-        Rows of the kernel's blocks, at whose borders windows are cut; the last block of a window
-        is looked at as a whole, though masked, where it is not full.
+        Rows of the kernel's strips, whose boundaries the batches respect. The kernel reads the last
+        strip of a batch completely, masked beyond its rows.
     memory : Memory
-        Of copies; a window is no longer valid when all slots have been used by later ones.
+        Buffers of copies; a padded view is invalid once its buffers are reused.
     """
     flat = [None if array is None else _flat(array, shape) for array in arrays]
     length = n_rows + SLACK
     for start, count in _view_ranges(math.prod(shape), n_rows, block_rows):
         buffers = memory.next_buffers()
-        stop = start - (count // -block_rows) * block_rows  # of what is looked at
+        stop = start - (count // -block_rows) * block_rows  # end of the last strip
         views: list[tuple[Any, Any]] = []
         for i, (array, rows) in enumerate(zip(arrays, flat, strict=True)):
             if array is None:
@@ -111,7 +112,7 @@ def windows(
                 continue
             copy = _aligned_memory(buffers, i, (length, *array.shape[len(shape) :]), array.dtype)
             _fill(copy[:count], array, shape, start)
-            # A model with a loop of its own would take part of its time for what fills up a block.
+            # Arbitrary padding could slow down a model that iterates.
             copy[count : stop - start] = 0
             views.append((copy, np.int64(0)))
         padded, offsets = (
@@ -122,9 +123,9 @@ def windows(
 
 
 def _view_ranges(n_rows: int, max_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield where windows begin and how many rows they hold.
+    """Yield start and number of rows of each batch.
 
-    The first and the last are short, because they are the ones that mostly have to be copied.
+    The first and the last are short, because they usually have to be copied.
     """
     has_views = n_rows >= max_rows + SLACK
     start, count = 0, block_rows if has_views else min(max_rows, n_rows)
@@ -137,7 +138,7 @@ def _view_ranges(n_rows: int, max_rows: int, block_rows: int) -> Iterator[tuple[
 
 
 def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | None:
-    """Return the last row at an aligned address from which a window reaches from start to stop."""
+    """Return the last aligned row from which a padded view covers start to stop, or None."""
     latest = min(start, len(rows) - length)
     row_bytes = rows.nbytes // max(len(rows), 1)
     address = rows.__array_interface__["data"][0]
@@ -150,7 +151,7 @@ def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | Non
 def _aligned_memory(
     buffers: _Buffers, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array:
-    """Return an array at an aligned address in one of the buffers."""
+    """Return an array at an aligned address of the buffer ``name``, enlarged if needed."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if name not in buffers or len(buffers[name]) < n_bytes + ALIGNMENT:
         buffers[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
@@ -160,9 +161,9 @@ def _aligned_memory(
 
 
 def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:
-    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding that range only.
+    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding only that range.
 
-    Trailing dimensions beyond ``shape`` are features and stay.
+    Trailing dimensions beyond ``shape`` are features and are kept.
     """
     rows = _flat(array, shape)
     if rows is not None:
@@ -173,7 +174,7 @@ def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> A
 
 
 def _flat(array: Array, shape: tuple[int, ...]) -> Array | None:
-    """Return the array with its rows along one axis if that needs no copy."""
+    """Return the array with its rows along one axis, or None if that requires a copy."""
     features = array.shape[len(shape) :]
     is_whole = array.shape == shape + features and array.flags.c_contiguous
     return array.reshape(-1, *features) if is_whole else None
