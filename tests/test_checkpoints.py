@@ -552,7 +552,7 @@ def test_ctrl_c_says_how_to_go_on_and_what_is_there(
             surviving_fit.fit(checkpoint_dir=tmp_path)
     (saved,) = tmp_path.iterdir()
     assert caught.value.__notes__ == [
-        f"To go on: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
+        f"To resume: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
     ]
     assert surviving_fit.fit(resume_from_checkpoint=saved, verbose=1).success
     assert f"Going on from {saved}, after 0 passes and a part of the next\n" in (

@@ -1,4 +1,4 @@
-"""From what the phases found to the verdict that a person reads."""
+"""Construction of the public result from the outcome of the phases."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Matrix = NDArray[np.float64]
 
 _MAX_LISTED = 20  # blocks or parameters in a sentence
 _MULTISTART_HINT = (
-    " If the start may be far off: finite bounds and HybridStreamingConfig.with_multistart("
-    "n_starts=30, center_on_p0=False) try many."
+    " If p0 may be far from the solution, pass finite bounds and use "
+    "HybridStreamingConfig.with_multistart(n_starts=30, center_on_p0=False)."
 )
 
 
@@ -40,7 +40,7 @@ def build_result(
     loss: Loss,
     cov_type: str,
 ) -> FitResult:
-    """Make the public result, and warn where the covariance cannot be trusted."""
+    """Return the public result; warn if the covariance is unreliable or rows were skipped."""
     n_params = len(parameters.names)
     sums, covariance = outcome.sums, outcome.covariance
     active = _active_mask(outcome.params, parameters)
@@ -56,8 +56,8 @@ def build_result(
         _warn_covariance(non_identifiable, n_used, n_params)
     if non_identifiable and not outcome.has_covariance:
         warn_caller(
-            f"The data do not determine {_listed(non_identifiable)}: other values fit as well as "
-            f"those that were found.",
+            f"The data do not constrain {_listed(non_identifiable)}: other values fit equally "
+            f"well.",
             OptimizeWarning,
         )
     message = outcome.stop.message
@@ -70,11 +70,11 @@ def build_result(
     if at_bounds:
         message += f" At a bound: {_listed(at_bounds)}."
     if is_outward.any():
-        message += f" The fit would be better beyond the bound of {_listed(restricted)}."
+        message += f" The cost would decrease beyond the bound of {_listed(restricted)}."
     if sums is not None and n_used < n_params:
         message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
     if non_identifiable:
-        message += f" The data do not determine: {_listed(non_identifiable)}."
+        message += f" The data do not constrain: {_listed(non_identifiable)}."
     if not outcome.stop.is_success and not outcome.stop.is_interruption:
         message += _date_hint(blocks)
     if outcome.stop.is_interruption:
@@ -132,7 +132,7 @@ def build_result(
 
 
 def _date_hint(blocks: RowBlocks) -> str:
-    """Say which numbers the model gets for dates: a decay from 1970 on is nothing today."""
+    """Return a sentence on the units of dates, which are far from zero; empty without dates."""
     notices = blocks.date_notices()
     if not notices:
         return ""
@@ -140,21 +140,21 @@ def _date_hint(blocks: RowBlocks) -> str:
 
 
 def resume_hint(checkpoint: str | None) -> str:
-    """Return the sentence that says how to resume a fit; nothing without a checkpoint."""
+    """Return a sentence on how to resume a fit; empty without a checkpoint."""
     if checkpoint is None:
         return ""
-    return f" To go on: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
+    return f" To resume: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
 def _can_use_multistart(outcome: Outcome) -> bool:
-    """Whether it was not used, and is possible: not without a matrix of the parameters."""
+    """Return whether multistart is available for this fit and was not used."""
     return outcome.has_covariance and "multistart" not in outcome.diagnostics
 
 
 def _covariance(outcome: Outcome) -> tuple[Matrix | None, Matrix | None]:
-    """Return pcov and its root: None for too many parameters, infinite where nothing was found.
+    """Return pcov and its root, None for too many parameters, infinite if unknown.
 
-    Where the model does not react to some parameters, what rounding makes of them is nothing.
+    Both are also infinite if the model is insensitive to some parameters.
     """
     if not outcome.has_covariance:
         return None, None
@@ -180,11 +180,11 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
-def _listed(names: list[str]) -> str:
-    """Return names for a sentence, the first few of very many."""
-    if len(names) <= _MAX_LISTED:
-        return ", ".join(names)
-    return f"{', '.join(names[:_MAX_LISTED])} and {len(names) - _MAX_LISTED:,} more"
+def _listed(items: list[Any]) -> str:
+    """Return names or blocks for a sentence, truncated after the first ``_MAX_LISTED``."""
+    text = ", ".join(map(repr, items[:_MAX_LISTED]))
+    n_more = len(items) - _MAX_LISTED
+    return f"{text} and {n_more:,} more" if n_more > 0 else text
 
 
 def _r_squared(sums: Sums | None) -> float:
@@ -195,31 +195,31 @@ def _r_squared(sums: Sums | None) -> float:
 
 def _warn_covariance(non_identifiable: list[str], n_used: int, n_params: int) -> None:
     if non_identifiable:
-        reason = f"the data do not determine {_listed(non_identifiable)}"
+        reason = f"the data do not constrain {_listed(non_identifiable)}"
     elif n_used > n_params:
-        reason = "at this point the model does not react to some of them"
+        reason = "the model is insensitive to some of them at this point"
     else:
         reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
     warn_caller(f"Covariance of the parameters could not be estimated: {reason}.", OptimizeWarning)
 
 
 def _skipped_message(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
-    """Return the sentence on blocks that could not be read, empty if there are none."""
+    """Return a sentence on skipped blocks; empty if there are none."""
     if not records:
         return ""
     n_rows = sum(record["rows"] for record in records)
     return (
-        f"Left out, because they could not be read: {n_rows:,} of {blocks.n_rows:,} rows, in "
+        f"Skipped because they could not be read: {n_rows:,} of {blocks.n_rows:,} rows, in "
         f"{len(records)} of {int(np.prod(blocks.grid)):,} blocks."
     )
 
 
 def _warn_skipped(message: str, records: list[dict[str, Any]]) -> None:
-    listed = _listed([str(record["block"]) for record in records])
+    listed = _listed([record["block"] for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
     warn_caller(
-        f"{message} Blocks {listed}; the first because of {first['array']}: {where}"
-        f"{first['error']}. All are in result.diagnostics['left_out'].",
+        f"{message} Blocks: {listed}. First error, in {first['array']}: {where}{first['error']}. "
+        f"All errors are in result.diagnostics['left_out'].",
         DataWarning,
     )

@@ -1,4 +1,4 @@
-"""A result in words, as HTML and as a Dataset."""
+"""Reports of a result as text, HTML and a Dataset."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _SCALAR_FIELDS = (
     "rows_cached",
 )
 _COV_DIMS = ("cov_i", "cov_j")
-_LARGE_RATIO = 1e3  # from which on two digits after the point say nothing
-_MAX_REDUCED_CHI2 = 2.0  # reduced chi-square, which of 100 rows chance takes to 1.3 or so
-_MIN_DOF = 100  # degrees of freedom
-_MAX_LISTED = 200  # parameters, or correlations; of more, the first so many
+_LARGE_RATIO = 1e3  # relative errors above are printed without decimals
+_MAX_REDUCED_CHI2 = 2.0  # by chance it reaches about 1.3 for 100 rows
+_MIN_DOF = 100  # below, the reduced chi-square varies too much
+_MAX_LISTED = 200  # parameters, or correlations
 _MAX_PAIRS, _MAX_BLOCKS, _MAX_LETTERS = 20, 10, 120  # correlations, blocks, letters in HTML
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
     n, p = result.n_points, len(result.x)
     likelihood = n * np.log(result.chi2 / n) if n and result.chi2 > 0 else np.nan
-    # Only a fit that holds no matrix of its parameters is without a covariance.
+    # Only fits by conjugate gradients have no covariance.
     method = "streaming Gauss-Newton" + (", conjugate gradients" if result.pcov is None else "")
     settings = []
     if result.loss != "linear":
@@ -69,7 +69,7 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
 
 
 def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
-    """Return name, value, standard error, relative error and remark of every parameter."""
+    """Return name, value, standard error, relative error and notes of each parameter."""
     rows = []
     bounds = zip(*result.bounds, strict=True)
     for name, value, error, init, (low, high), active in zip(
@@ -86,7 +86,7 @@ def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
         if np.isfinite(low) or np.isfinite(high):
             notes.append(f"bounds = {low:g}:{high:g}")
         if active:
-            notes.append("at its bound")
+            notes.append("at bound")
         rows.append((name, f"{value:.8g}", f"{error:.4g}", relative, ", ".join(notes)))
         if len(rows) == _MAX_LISTED < len(result.x):
             rows.append((f"... {len(result.x) - _MAX_LISTED} more in popt", "", "", "", ""))
@@ -99,32 +99,29 @@ def _percent(ratio: float) -> str:
 
 
 def _sigma_hint(result: FitResult) -> str:
-    """Return what a reduced chi-square far from 1 means, where errors rely on it that it is 1."""
+    """Return a note on a reduced chi-square far from 1, if standard errors assume that it is 1."""
     if not result.absolute_sigma or result.cov_type != "nonrobust" or result.dof < _MIN_DOF:
         return ""
     if result.reduced_chi2 > _MAX_REDUCED_CHI2:
-        return "  (residuals are larger than sigma: check the model, or sigma)"
+        return "  (residuals are larger than sigma: check the model and sigma)"
     if result.reduced_chi2 < 1.0 / _MAX_REDUCED_CHI2:
         return "  (residuals are smaller than sigma: check sigma)"
     return ""
 
 
 def _error_scale(result: FitResult) -> str:
-    """Return what standard errors are measured by, where sigma was given; else nothing.
-
-    Those of a sandwich do not depend on it.
-    """
+    """Return how standard errors are scaled; empty without sigma and for sandwich estimates."""
     has_sigma = result.sample is not None and "sigma" in result.sample
     if result.cov_type != "nonrobust" or not (has_sigma or result.absolute_sigma):
         return ""
     if result.absolute_sigma:
-        given = "as it is" if has_sigma else "= 1, as none was given"
-        return f"from sigma {given} (absolute_sigma=True)"
-    return "scaled by the scatter of residuals (absolute_sigma=False)"
+        given = "sigma" if has_sigma else "sigma = 1 (default)"
+        return f"from {given} (absolute_sigma=True)"
+    return "scaled by the variance of residuals (absolute_sigma=False)"
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
-    """Return the largest correlations that are not below ``least``, with the parameters' names."""
+    """Return names and value of the largest correlations of at least ``least``."""
     errors, pcov = result.perr, result.pcov
     if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
         return []
@@ -137,7 +134,7 @@ def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float
 
 
 def fit_report(result: FitResult, min_correlation: float) -> str:
-    """Return the report that lmfit users know."""
+    """Return the report as text, in the layout of lmfit."""
     lines = ["[[Fit Statistics]]"]
     lines += [f"    # {label:<20} = {value}" for label, value in _statistics(result)]
     lines.append("[[Variables]]")
@@ -160,7 +157,7 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
 
 
 def html(result: FitResult) -> str:
-    """Return the report as HTML, for notebooks."""
+    """Return the report as HTML for notebooks."""
     badge = ("Fit succeeded", html_parts.GOOD) if result.success else ("Fit failed", html_parts.BAD)
     variables = html_parts.table(
         ("parameter", "value", "standard error", "relative error", ""), _variables(result)
@@ -180,7 +177,7 @@ def html(result: FitResult) -> str:
 
 
 def phases(phase_history: list[dict[str, Any]]) -> str:
-    """Return a table of what the phases did, as HTML."""
+    """Return an HTML table of the phases."""
     common = ("phase", "name", "start_time", "duration")
     rows = []
     for record in phase_history:
@@ -191,11 +188,11 @@ def phases(phase_history: list[dict[str, Any]]) -> str:
             f"{key.replace('_', ' ')}: {_format_value(value)}" for key, value in entries.items()
         )
         rows.append((record["name"], f"{record['duration']:.2f}", details))
-    return html_parts.table(("phase", "seconds", "what it did"), rows)
+    return html_parts.table(("phase", "seconds", "details"), rows)
 
 
 def _format_value(value: Any) -> str:
-    """Return a value in a few words."""
+    """Return a short text for a value."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -209,31 +206,31 @@ def _format_value(value: Any) -> str:
 
 
 def _notices(result: FitResult) -> list[str]:
-    """Return what else a reader should know; the message names parameters and blocks."""
+    """Return notices on the fit beyond its message."""
     diagnostics = result.diagnostics
     notes = []
     if diagnostics.get("last_step_without_pass"):
-        notes.append("The last step was taken without a pass; cost and gradient are before it.")
+        notes.append("The last step took no pass; cost and grad refer to the point before it.")
     if diagnostics.get("retries"):
-        notes.append(f"Reading was tried again {diagnostics['retries']} times.")
+        notes.append(f"Number of retried reads: {diagnostics['retries']}.")
     notes += [
-        f"Block {block['block']}, {block['rows']:,} rows, left out: {block['error']}"
+        f"Skipped block {block['block']} with {block['rows']:,} rows: {block['error']}"
         for block in diagnostics.get("left_out", [])[:_MAX_BLOCKS]
     ]
     non_finite = diagnostics.get("non_finite") or {}
     if non_finite:
         trials = ", ".join(f"{count} ({stage})" for stage, count in non_finite.items())
-        notes.append(f"Trial points at which something was not finite: {trials}.")
+        notes.append(f"Trial points with non-finite values: {trials}.")
     if result.pcov is None and not np.isfinite(result.perr).all():
-        notes.append("Without a covariance, standard errors are not known: see cg_error_probes.")
+        notes.append("Standard errors are not available; see `cg_error_probes`.")
     if result.x_units:
         units = "; ".join(f"{name}: {unit}" for name, unit in result.x_units.items())
-        notes.append(f"Dates were measured in {units}.")
+        notes.append(f"Units of dates: {units}.")
     return notes
 
 
 def dataset(result: FitResult) -> xr.Dataset:
-    """Return parameters, errors and covariance as a Dataset."""
+    """Return parameters, standard errors and covariance as a Dataset."""
     names = list(result.param_names)
     values = {
         "curvefit_coefficients": ("param", result.x),

@@ -1,4 +1,4 @@
-"""A result as a file: data alone, with the checksum of its contents; the model is not in it."""
+"""Result files: data with a checksum, without the model and without code."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
 
 _KIND = "result"
-_MAX_TEXT = 2**26  # characters in an array of it
+_MAX_TEXT = 2**26  # characters in an array of text
 _TOLERANCE = 1e-5  # relative to the largest value; a model may be in float32
 
 
 class MissingModel:
-    """Stands for the model of a result that was loaded without it.
+    """Placeholder for the model of a result that was loaded without it.
 
-    Attributes
+    Parameters
     ----------
     name : str
-        Of the model.
+        Name of the model.
     fingerprint : str
-        Of what it computes, by ``versions`` of the packages that trace it.
+        Fingerprint of its computation, as traced by the packages in ``versions``.
     versions : dict of str to str
     """
 
@@ -48,10 +48,10 @@ class MissingModel:
         self.versions = dict(versions)
 
     def __call__(self, *args: Any) -> NoReturn:
-        """Say how the model can be had."""
+        """Raise a ValueError."""
         raise ValueError(
-            f"this result was loaded without its model, {self.__name__!r}. To use that, load it "
-            f"with FitResult.load(path, model=...)."
+            f"this result was loaded without its model {self.__name__!r}. Load it with "
+            f"FitResult.load(path, model=...)."
         )
 
 
@@ -79,7 +79,7 @@ def save(result: FitResult, path: str | os.PathLike[str]) -> None:
         open_folder(folder).write(name, seal(_KIND, codec.encode(_tag(record))))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{os.fspath(path)!r} cannot be written: there is no folder {folder!r}."
+            f"{os.fspath(path)!r} cannot be written: the folder {folder!r} does not exist."
         ) from error
 
 
@@ -98,42 +98,42 @@ def load(
     except RecordError as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be used: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        # A record, but not of a result.
+        # A valid record, but not of a result.
         raise ResultFileError(
-            f"{os.fspath(path)!r} cannot be used: it does not hold what a result is made of."
+            f"{os.fspath(path)!r} cannot be used: it does not contain a valid result."
         ) from error
     return result if model is None else _with_model(result, function, model)
 
 
 def _with_model(result: FitResult, missing: MissingModel, model: Callable[..., Any]) -> FitResult:
-    """Return the result with its model, or raise a ValueError if it is another one."""
+    """Return the result with its model; raise a ValueError for a different model."""
     candidate = replace(result._model, function=model)
-    advice = "Leave it out to have the result without."
+    advice = "Omit it to load the result without a model."
     try:
         described = _describe_model(candidate)
-    except (ModelError, TypeError) as error:  # of the function itself, when it is called
+    except (ModelError, TypeError) as error:  # raised by the function when it is called
         raise ValueError(
             f"model={candidate.name} cannot be that of this result, {missing.__name__!r}: {error}. "
             f"{advice}"
         ) from error
     if described.versions == missing.versions:
         is_same = described.fingerprint == missing.fingerprint
-    else:  # the same model may be traced to another text
+    else:  # other versions may trace the same model to another text
         is_same = _reproduces_sample(replace(result, _model=candidate))
     if not is_same:
         raise ValueError(
-            f"model={described.__name__} computes something else than {missing.__name__!r}, the "
-            f"model of this result. {advice}"
+            f"model={described.__name__} differs from {missing.__name__!r}, the model of this "
+            f"result. {advice}"
         )
     return replace(result, _model=candidate)
 
 
 def _reproduces_sample(result: FitResult) -> bool:
-    """Whether the model gives what was kept of its values, at some rows of the data."""
+    """Return whether the model reproduces the fitted values of the result's sample."""
     if result.sample is None:
         warn_caller(
-            "This result keeps no rows, and was saved with other versions of the libraries: "
-            "whether the model is its own cannot be checked."
+            "The model cannot be checked: this result holds no rows, and was saved with other "
+            "versions of the libraries."
         )
         return True
     x_arrays = [v for v in result.sample.variables.values() if "position" in v.attrs]
@@ -151,24 +151,24 @@ def _describe_model(model: Model) -> MissingModel:
 
 
 def _check_target(path: str | os.PathLike[str]) -> None:
-    """Raise an OSError if something stands at a path that a file must not take the place of."""
+    """Raise an OSError if a path exists and is not a regular file."""
     where = Path(normalize_path(path))
     if not os.fspath(path) or where.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; add the name of a file.")
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder. Add the name of a file.")
     if where.exists() and not where.is_file():
-        raise FileExistsError(f"{os.fspath(path)!r} is not a file, and will not be replaced.")
+        raise FileExistsError(f"{os.fspath(path)!r} is not a regular file and is not replaced.")
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
     text = normalize_path(path)
-    if "://" not in text:  # what a link leads to is written, not the link
+    if "://" not in text:  # write the target of a link, not the link
         text = os.path.realpath(text)
     folder, slash, name = text.rpartition("/")
     return folder or slash, name
 
 
 def _tag(value: Any) -> Any:
-    """Return a value with all containers as lists that begin with what they are."""
+    """Return a value with all containers as lists that begin with their type."""
     match value:
         case dict():
             return ["dict", *([_tag(key), _tag(entry)] for key, entry in value.items())]
@@ -191,7 +191,7 @@ def _tag(value: Any) -> Any:
 
 
 def _text_array(words: list[str]) -> NDArray[np.str_]:
-    """Return an array of text, in which each word takes as much memory as the longest."""
+    """Return an array of text, limited because each word takes the memory of the longest."""
     longest = max(map(len, words), default=0)
     if len(words) * longest > _MAX_TEXT:
         raise ValueError(f"{len(words):,} words of up to {longest:,} characters")

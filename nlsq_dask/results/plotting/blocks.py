@@ -1,4 +1,4 @@
-"""What a pass found of each block, as a profile or a map."""
+"""Plots of block statistics, as a profile or a map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nlsq_dask.results.result import FitResult
 
-# What it is called, how further dimensions are put together, and whether little of it is bad.
+# Label, reduction over other dimensions, and whether low values are bad.
 _QUANTITIES = {
     "reduced_chi2": ("reduced χ² of a block", "maximum", False),
     "largest_residual": ("largest weighted residual of a block", "maximum", False),
@@ -29,7 +29,7 @@ _QUANTITIES = {
 def plot_blocks(
     result: FitResult, quantity: str, dims: Any, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Draw a quantity of the blocks; see ``FitResult.plot_blocks``.
+    """Plot a quantity of the blocks; see ``FitResult.plot_blocks``.
 
     The reduced chi-square of a block is per point, not per degree of freedom.
     """
@@ -39,10 +39,10 @@ def plot_blocks(
     statistics = result.block_statistics
     if statistics is None:
         raise ValueError(
-            "there is nothing to plot: no pass over all rows was finished, so nothing is known of "
-            "the blocks."
+            "there is nothing to plot: this result has no block_statistics, because no pass over "
+            "all rows was completed."
         )
-    values = statistics[quantity].astype(float)  # its dimensions are str, whatever those of y are
+    values = statistics[quantity].astype(float)  # its dimensions are strings
     along = _choose_dims(values, dims)
     usable = values.where(statistics.n_points > 0) if quantity != "n_points" else values
     if not np.isfinite(usable).any():
@@ -68,7 +68,7 @@ def plot_blocks(
 
 
 def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
-    """Return one or two dimensions: those asked for, else those with the most blocks."""
+    """Return the requested dimensions, by default one or two with the most blocks."""
     available = tuple(map(str, values.dims))
     if dims is None:
         many = sorted(available, key=lambda dim: -values.sizes[dim])[:2]
@@ -82,8 +82,8 @@ def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
         or not set(chosen) <= set(available)
     ):
         raise ValueError(
-            f"dims must be one or two different ones of {', '.join(map(repr, available))}; got "
-            f"{dims!r}."
+            f"dims must be one or two different dimensions of {', '.join(map(repr, available))}; "
+            f"got {dims!r}."
         )
     return chosen
 
@@ -102,7 +102,7 @@ def _extreme_text(values: xr.DataArray, at: dict[str, int], is_minimum: bool) ->
 
 
 def _edges(coordinate: xr.DataArray) -> NDArray[np.float64]:
-    """Return where blocks begin, and where the last one ends."""
+    """Return the edges of the blocks along a dimension."""
     starts = np.asarray(coordinate, float)
     last = starts[-1] - starts[-2] if len(starts) > 1 else 1.0
     edges: NDArray[np.float64] = np.append(starts, coordinate.attrs.get("size", starts[-1] + last))
@@ -139,8 +139,8 @@ def _draw_profile(
     edges, heights = _edges(values[dim]), np.asarray(values.values, float)
     axes.stairs(heights, edges, color=MEAN, lw=1.4, baseline=None)
     if len(heights) <= 200:
-        centres = 0.5 * (edges[1:] + edges[:-1])
-        axes.plot(centres, heights, "o", color=MEAN, ms=3.5)
+        centers = 0.5 * (edges[1:] + edges[:-1])
+        axes.plot(centers, heights, "o", color=MEAN, ms=3.5)
     i = worst[dim]
     axes.plot(0.5 * (edges[i] + edges[i + 1]), heights[i], "o", ms=10, mfc="none", mec=FIT, mew=2)
     median = float(np.median(heights[np.isfinite(heights)]))

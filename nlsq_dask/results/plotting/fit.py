@@ -1,4 +1,4 @@
-"""Data, fit and residuals."""
+"""Plots of data, fit and residuals."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_CURVE_POINTS = 1000  # places of a curve, beside those of the rows
-_MAX_ERROR_BARS = 150  # rows that get error bars
-_MIN_HISTOGRAM = 20  # residuals for a histogram
-_MIN_FOR_MEANS = 200  # residuals whose means say more than they do themselves
+_CURVE_POINTS = 1000  # points of a curve, in addition to those of the rows
+_MAX_ERROR_BARS = 150  # rows with error bars
+_MIN_HISTOGRAM = 20  # residuals in a histogram
+_MIN_FOR_MEANS = 200  # residuals whose means are drawn
 _MAX_PANELS = 6
 
 
 def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) -> Figure | SubFigure:
-    """Draw data, fit and residuals; see ``FitResult.plot``."""
+    """Plot data, fit and residuals; see ``FitResult.plot``."""
     sampled = Sampled.of(result)
     if x is None and len(sampled.quantities) > 1:
         return _plot_overview(result, sampled, figure)
@@ -61,7 +61,7 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
 def _plot_overview(
     result: FitResult, sampled: Sampled, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Draw observed against fitted, and residuals over each quantity of x."""
+    """Plot data against fit, and residuals against each quantity of x."""
     shown = sampled.quantities[:_MAX_PANELS]
     columns = 2 if len(shown) in (2, 4) else 3
     rows = -(-len(shown) // columns)
@@ -89,7 +89,7 @@ def _plot_overview(
 
 
 def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw data, the fitted curve, its band and the spread of measurements about it."""
+    """Draw data, the fitted curve, its standard errors and the spread of measurements."""
     x, y, errors = quantity.values, sampled.y, sampled.errors
     if errors is not None and len(y) <= _MAX_ERROR_BARS:
         axes.errorbar(
@@ -130,7 +130,7 @@ def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quant
 def _curve(
     result: FitResult, sampled: Sampled, quantity: Quantity
 ) -> tuple[Vector, Vector, Vector | None]:
-    """Return places, the curve there and its standard errors; without a model, at the rows."""
+    """Return x, fitted curve and its standard errors; without a model, at the rows only."""
     x = quantity.values
     if not result.has_model:
         places, where = np.unique(x, return_index=True)
@@ -146,7 +146,7 @@ def _curve(
 
 
 def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw data, and their means over neighbouring x beside those of the fit."""
+    """Draw the data, and means of data and fit over neighboring x."""
     x, y = quantity.values, sampled.y
     _points(axes, x, y, label="data")
     groups = neighbor_groups(x)
@@ -183,7 +183,7 @@ def _draw_observed(axes: Axes, sampled: Sampled) -> None:
 def _draw_residuals(
     axes: Axes, sampled: Sampled, quantity: Quantity, has_label: bool = True
 ) -> None:
-    """Draw residuals over a quantity with their means, between lines at one standard deviation."""
+    """Draw residuals and their means against a quantity, with lines at one standard deviation."""
     x, residuals, limit = quantity.values, sampled.residuals, sampled.limit
     far = np.abs(residuals) > limit
     _points(axes, x[~far], residuals[~far])
@@ -225,7 +225,7 @@ def _draw_residuals(
 
 
 def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
-    """Draw a histogram of residuals, beside the normal density that they should have."""
+    """Draw a histogram of residuals with the expected normal density."""
     limit, residuals = sampled.limit, sampled.residuals
     inside = residuals[np.abs(residuals) <= limit]
     if len(inside) < _MIN_HISTOGRAM:
@@ -249,7 +249,7 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
         density *= (edges[1] - edges[0]) / (sampled.expected * np.sqrt(2.0 * np.pi))
         pair = (places, density) if is_upright else (density, places)
         axes.plot(*pair, color=MEAN, lw=1.2, label="normal")
-        # The density of a sigma that is far too small is a spike, which may leave the panel.
+        # If sigma is far too small the density is a spike, which is clipped.
         top = max(tallest, min(float(density.max()), 2.0 * tallest))
     (axes.set_ylim if is_upright else axes.set_xlim)(0.0, 1.15 * top)
     if is_upright:
@@ -263,19 +263,19 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
 
 
 def _points(axes: Axes, x: Vector, y: Vector, **options: Any) -> None:
-    """Draw small points, the more transparent the more there are."""
+    """Draw small points, more transparent for more points."""
     alpha = float(np.clip(14.0 / np.sqrt(max(len(x), 1)), 0.3, 0.8))
     size = 4.0 if len(x) <= _MAX_ERROR_BARS else 2.5
     axes.plot(x, y, "o", ms=size, mew=0, color=text_color(), alpha=alpha, **options)
 
 
 def _standard_error(values: Vector) -> float:
-    """Return the standard error of a mean; zero where there is nothing to tell it from."""
+    """Return the standard error of the mean; zero for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def _set_y_limits(axes: Axes, values: Vector) -> None:
-    """Show these values; a wide band does not push them together."""
+    """Set the y limits to these values, so that a wide band does not compress them."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -291,7 +291,7 @@ def _label_x(axes: Axes, quantity: Quantity) -> None:
 
 
 def _draw_legend(axes: Axes, result: FitResult, sampled: Sampled) -> None:
-    """Draw the legend, which also says how many of the rows are drawn."""
+    """Draw the legend, with the number of rows drawn."""
     handles, labels = axes.get_legend_handles_labels()
     if len(sampled.y) < result.n_points:
         drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"

@@ -1,4 +1,4 @@
-"""The iterations of a fit."""
+"""Plots of the iterations of a fit."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_MIN_LOG_SPAN = 3.0  # largest value by smallest
+_MIN_LOG_SPAN = 3.0  # ratio of largest and smallest value
 _STAGES = {"warm-up": THIRD, "sample": MEAN, "all rows": FIT}
 
 
 def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure | SubFigure:
-    """Draw loss, gradient, steps and passes; see ``FitResult.plot_history``."""
+    """Plot loss, gradient, steps and passes; see ``FitResult.plot_history``."""
     history = result.history
     if not history.sizes["iteration"]:
         raise ValueError(
-            "there is nothing to plot: no iteration was recorded, because the fit was at a "
-            "solution, or ended, before the first one."
+            "there is nothing to plot: no iteration was recorded, because the fit converged or "
+            "stopped before the first one."
         )
     figure = prepare_figure(figure, 7.5, 6.5)
     loss, gradient, step, passes = figure.subplots(
@@ -57,7 +57,7 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
     counts, color = np.asarray(history.n_passes, float), text_color()
     passes.plot(at, counts, "o-", drawstyle="steps-pre", color=color, ms=2.5, lw=1, clip_on=False)
     passes.set_ylim(0.0, 1.15 * max(counts.max(), 1.0))
-    if len(at) == 1:  # else ticks would be parts of an iteration
+    if len(at) == 1:  # avoid ticks at fractions of an iteration
         passes.set_xlim(at[0] - 1.0, at[0] + 1.0)
     passes.yaxis.get_major_locator().set_params(integer=True)
     _shade(passes, at, stages)
@@ -78,7 +78,7 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
 def _draw(
     axes: Axes, at: Vector, values: Vector, stages: NDArray[np.str_], accepted: NDArray[np.bool_]
 ) -> None:
-    """One line a stage, for its rows are others; rejected trials are crosses."""
+    """Draw one line per stage, as stages use different rows; rejected trials are crosses."""
     for stage, color in _STAGES.items():
         here = stages == stage
         if here.any():
@@ -95,17 +95,14 @@ def _draw(
 
 
 def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
-    """Separate runs of one stage by a line."""
+    """Draw lines between stages."""
     for i in range(1, len(at)):
         if stages[i] != stages[i - 1]:
             axes.axvline(0.5 * (at[i - 1] + at[i]), color=QUIET, lw=0.8, ls=":")
 
 
 def _set_log_scale(axes: Axes, values: Vector) -> None:
-    """Set a logarithmic scale, if there is something to show on it, and a span worth it.
-
-    ``values`` are those of the history: lines that separate stages have others, of the axes.
-    """
+    """Set a logarithmic scale if the positive values span a sufficient range."""
     positive = values[np.isfinite(values) & (values > 0.0)]
     if positive.size and positive.max() >= _MIN_LOG_SPAN * positive.min():
         axes.set_yscale("log")
