@@ -1,4 +1,4 @@
-"""Pieces of HTML for notebooks, light or dark: colours come from the page, or in pairs."""
+"""HTML fragments for light and dark notebooks: colors come from the page or in pairs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ GOOD, BAD, CAUTION = ("#1b7837", "#ffffff"), ("#b2182b", "#ffffff"), ("#f1a340",
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1) -> str:
-    """Return a table of texts, in which the first ``n_left`` columns and the last are aligned left.
+    """Return a table whose first ``n_left`` columns and last column are left-aligned.
 
-    Other columns are numbers.
+    The other columns hold numbers.
     """
     last = len(header) - 1
 
@@ -29,7 +29,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return a table of names and what there is to say of each."""
+    """Return a two-column table of names and values."""
     return "<table><tbody>{}</tbody></table>".format(
         "".join(
             f"<tr><th style='{_LEFT}'>{escape(name)}</th><td style='{_LEFT}'>{escape(text)}</td>"
@@ -40,7 +40,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def badge(text: str, colors: tuple[str, str]) -> str:
-    """Return a few words on a coloured ground."""
+    """Return a short text on a colored background."""
     background, color = colors
     return (
         f"<span style='background:{background};color:{color};border-radius:0.3em;"
@@ -49,18 +49,18 @@ def badge(text: str, colors: tuple[str, str]) -> str:
 
 
 def paragraph(*parts: str) -> str:
-    """Return a paragraph of pieces that are HTML already."""
+    """Return a paragraph of HTML fragments."""
     return f"<p style='margin:0.4em 0'>{' '.join(parts)}</p>"
 
 
 def bullets(texts: Iterable[str]) -> str:
-    """Return a list of texts, or nothing."""
+    """Return a bulleted list, empty without texts."""
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
     return f"<ul style='margin:0.2em 0'>{items}</ul>" if items else ""
 
 
 def collapsed(title: str, body: str, is_open: bool = False) -> str:
-    """Return what is shown by a click on its title."""
+    """Return a collapsible section."""
     state = " open" if is_open else ""
     style = "margin:0.3em 0"
     return (
@@ -70,5 +70,5 @@ def collapsed(title: str, body: str, is_open: bool = False) -> str:
 
 
 def page(*parts: str) -> str:
-    """Return all pieces as one."""
+    """Return all fragments in one element."""
     return f"<div>{''.join(parts)}</div>"

@@ -1,4 +1,4 @@
-"""Keyword arguments that a call does not have: the message names the call that has them."""
+"""Messages for unknown keyword arguments, which name the call that accepts them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ R = TypeVar("R")
 First = TypeVar("First")
 Owner = TypeVar("Owner")
 
-_CALLS: dict[str, str] = {}  # by the keyword that they have
+_CALL_OF: dict[str, str] = {}  # public call that accepts a keyword
 
-# What SciPy and others call it.
-_ALSO_CALLED = {
+# Names used by SciPy and other libraries.
+_SYNONYMS = {
     "ftol": "gauss_newton_tol",
     "xtol": "gauss_newton_tol",
     "gtol": "gauss_newton_tol",
@@ -30,42 +30,40 @@ _ALSO_CALLED = {
     "seed": "random_seed",
 }
 
-# What SciPy asks for and this package has no other name for.
-_FROM_JAX = "Leave it out: the derivatives come from JAX, which takes them of the model."
-_NOT_NEEDED = {
-    "method": "Leave it out: there is one method, Gauss-Newton in a trust region over all rows.",
+# Arguments of SciPy without a counterpart here.
+_FROM_JAX = "Omit it: derivatives of the model are computed by JAX."
+_UNSUPPORTED = {
+    "method": "Omit it: the only method is Gauss-Newton with a trust region.",
     "jac": _FROM_JAX,
     "Dfun": _FROM_JAX,
     "epsfcn": _FROM_JAX,
     "diff_step": _FROM_JAX,
-    "check_finite": "nan_policy takes its place: 'raise', as by default, or 'omit'.",
+    "check_finite": "Use nan_policy='raise' (the default) or nan_policy='omit' instead.",
 }
 
 
-def explaining_keywords(
-    call: str, others: bool = True
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function, so that it says of an unknown keyword where that belongs.
+def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that makes unknown keywords a TypeError with a suggestion.
 
     Parameters
     ----------
     call : str
-        The name by which users call it.
+        Public name of the decorated function.
     others : bool
-        Whether the messages of other calls name this one for its keywords.
+        Whether messages of other calls suggest this one for its keywords.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         known = set(inspect.signature(function).parameters)
         if others:
-            _CALLS.update(dict.fromkeys(known - {"self"}, call))
+            _CALL_OF.update(dict.fromkeys(known - {"self"}, call))
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for keyword in kwargs:
                 if keyword not in known:
-                    sentence = f"{call}() has no argument {keyword!r}. {meant_by(keyword)}"
-                    raise TypeError(sentence.rstrip())
+                    message = f"{call}() has no argument {keyword!r}. {suggest_keyword(keyword)}"
+                    raise TypeError(message.rstrip())
             return function(*args, **kwargs)
 
         return checked
@@ -96,10 +94,10 @@ def arguments_of(
     return decorate
 
 
-def meant_by(keyword: str) -> str:
-    """Return a sentence that says what to write instead of a keyword, if that is known."""
-    if keyword in _NOT_NEEDED:
-        return _NOT_NEEDED[keyword]
-    keyword = _ALSO_CALLED.get(keyword, keyword)
-    near = get_close_matches(keyword, _CALLS, n=1, cutoff=0.75)
-    return f"Do you mean {_CALLS[near[0]]}(..., {near[0]}=...)?" if near else ""
+def suggest_keyword(keyword: str) -> str:
+    """Return a sentence on what to write instead of a keyword; empty if unknown."""
+    if keyword in _UNSUPPORTED:
+        return _UNSUPPORTED[keyword]
+    keyword = _SYNONYMS.get(keyword, keyword)
+    matches = get_close_matches(keyword, _CALL_OF, n=1, cutoff=0.75)
+    return f"Did you mean {_CALL_OF[matches[0]]}(..., {matches[0]}=...)?" if matches else ""

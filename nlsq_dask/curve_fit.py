@@ -1,4 +1,4 @@
-"""``curve_fit``: SciPy's call, for data of any size."""
+"""``curve_fit``: the interface of ``scipy.optimize.curve_fit`` for data of any size."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask._keywords import meant_by
+from nlsq_dask._keywords import suggest_keyword
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.sources.from_array import as_dask, is_in_memory
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
-# No solutions, but what the caller wanted to have when the time was up.
-_ENDED_EARLY = {reason.status for reason in StopReason if reason.is_interruption} | {
-    StopReason.USER_STOP.status
+# Not converged, but stopped on request: the best parameters are returned.
+_STOPPED_EARLY = {status.code for status in Status if status.is_interruption} | {
+    Status.USER_STOP.code
 }
 
 
@@ -37,48 +37,58 @@ def curve_fit(
     config: HybridStreamingConfig | None = None,
     **fit_options: Any,
 ) -> Any:
-    """Fit ``f`` to data as ``scipy.optimize.curve_fit`` does.
+    """Fit a function to data with the interface of ``scipy.optimize.curve_fit``.
 
     Parameters
     ----------
     f : callable
-        ``f(x, *params)``, written in jax.numpy; x has SciPy's layout, ``(M,)`` or ``(k, M)``.
+        Model ``f(x, *params)``, written with jax.numpy; x has SciPy's layout, ``(M,)`` or
+        ``(k, M)``.
     xdata : array or sequence of arrays
-        Of shape (M,), or (k, M) for k independent variables; of any kind that ``fit`` takes.
+        Independent variable, shape (M,), or k of them, shape (k, M); any kind of array that
+        ``fit`` accepts.
     ydata : array, shape (M,)
+        Dependent variable.
     p0 : sequence or dict by name, optional
-        Start; what is missing comes from f's signature, then 1.0.
+        Initial values; missing ones are the defaults in the signature of f, or 1.0.
     sigma : array or scalar, optional
         Standard deviations of ydata.
     absolute_sigma : bool
         Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
     bounds : (low, high) or dict by name of (low, high)
-        Each of low and high a number, a sequence or a dict by name; infinite where there is none.
+        Bounds on parameters, each a number, a sequence or a dict by name; infinite by default.
     full_output : bool
-        Return infodict, message and ier as well.
+        Whether to also return infodict, message and ier.
     config : HybridStreamingConfig, optional
+        Options of the algorithm.
     **fit_options
         Further arguments of ``AdaptiveHybridStreamingOptimizer.fit``.
 
     Returns
     -------
     popt : ndarray, shape (p,)
+        Best-fit parameters.
     pcov : ndarray, shape (p, p)
+        Covariance matrix of the parameters.
     infodict : dict
         Only with ``full_output``: nfev, fvec (None: residuals are never all in memory) and the
         FitResult as "result".
     message : str
-        Only with ``full_output``.
+        Only with ``full_output``: the reason for which the fit ended.
     ier : int
-        Only with ``full_output``: 1 to 4 for a solution; negative where the callback,
-        ``max_walltime`` or SIGTERM ended the fit, whose best parameters are returned then.
+        Only with ``full_output``: 1 to 4 if the fit converged; negative if the callback,
+        ``max_walltime`` or SIGTERM stopped it, in which case the best parameters are returned.
 
     Raises
     ------
     RuntimeError
-        If no solution was found, as in SciPy; the message says what to try.
+        If the fit did not converge, as in SciPy.
     DataError, ModelError, ValueError, TypeError
-        For arguments that cannot be used, and whatever else ``fit`` raises.
+        For invalid arguments; further errors are those of ``fit``.
+
+    See Also
+    --------
+    AdaptiveHybridStreamingOptimizer.fit : Further kinds of arrays; returns a ``FitResult``.
 
     Examples
     --------
@@ -94,8 +104,8 @@ def curve_fit(
     unknown = [name for name in fit_options if name not in known]
     if unknown:
         raise TypeError(
-            f"curve_fit() has no argument {unknown[0]!r}. {meant_by(unknown[0])}".rstrip()
-            + " Options are set by config=HybridStreamingConfig(...)."
+            f"curve_fit() has no argument {unknown[0]!r}. {suggest_keyword(unknown[0])}".rstrip()
+            + " Set options with config=HybridStreamingConfig(...)."
         )
     x_data, model = _from_scipy_layout(f, xdata)
     optimizer = AdaptiveHybridStreamingOptimizer(config)
@@ -110,7 +120,7 @@ def curve_fit(
         absolute_sigma=absolute_sigma,
         **fit_options,
     )
-    if not result.success and result.status not in _ENDED_EARLY:
+    if not result.success and result.status not in _STOPPED_EARLY:
         raise RuntimeError(f"Optimal parameters not found: {result.message}")
     if not full_output:
         return result.popt, result.pcov
@@ -119,12 +129,12 @@ def curve_fit(
 
 
 def _from_scipy_layout(f: Callable[..., Any], xdata: Any) -> tuple[Any, Callable[..., Any]]:
-    """Turn k rows of M values into k arrays, which the model sees stacked again."""
+    """Split k rows of M values into k arrays, stacked again for the model."""
     if isinstance(xdata, tuple | list) and xdata and np.ndim(xdata[0]) > 0:
         variables = tuple(xdata)
     elif hasattr(xdata, "iloc") and xdata.ndim == 2:
         raise DataError(
-            f"xdata is a DataFrame; pass a tuple of columns, (frame[{xdata.columns[0]!r}], ...)."
+            f"xdata is a DataFrame. Pass a tuple of columns, (frame[{xdata.columns[0]!r}], ...)."
         )
     elif getattr(xdata, "ndim", 1) == 2:
         lazy = xdata if is_in_memory(xdata) or is_xarray(xdata) else as_dask(xdata, "xdata")
@@ -133,7 +143,7 @@ def _from_scipy_layout(f: Callable[..., Any], xdata: Any) -> tuple[Any, Callable
         raise DataError(f"xdata has shape {xdata.shape}; expected (M,) or (k, M).")
     else:
         return xdata, f
-    if not callable(f):  # fit says so
+    if not callable(f):  # fit raises the error
         return variables, f
 
     @functools.wraps(f)

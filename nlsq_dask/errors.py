@@ -1,4 +1,4 @@
-"""Errors, each of which is also the built-in one that a caller would expect, and warnings."""
+"""Errors and warnings; each error also derives from the built-in one that a caller expects."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import os
 import sys
 import warnings
 
-_PACKAGE = os.path.dirname(__file__) + os.sep  # a module beside it may begin alike
+_PACKAGE = os.path.dirname(__file__) + os.sep  # the separator excludes neighbors of similar name
 
 
-def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:
-    """Warn in the name of the line outside the package that called it, however far up that is."""
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning that points to the nearest caller outside the package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(sentence, category, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 class ModelError(ValueError):
-    """The model cannot be used: wrong shape, not row-wise, or not written in jax.numpy."""
+    """Invalid model: wrong output shape, not row-wise, or not written with jax.numpy."""
 
 
 class DataError(ValueError):
-    """The data cannot be used: shapes, chunks, dtypes or labels that do not fit together."""
+    """Invalid data: shapes, chunks, dtypes or labels that do not match."""
 
 
 class NonFiniteDataError(DataError):
-    """The data hold NaN or infinity and ``nan_policy`` is "raise".
+    """NaN or infinity in the data while ``nan_policy`` is "raise".
 
     Attributes
     ----------
     n_rows : int
         Number of rows with a NaN or infinity in y, x or sigma.
     first_block : tuple of int
-        Position of the first block that has such a row, in the grid of blocks.
+        Position in the grid of blocks of the first block with such a row.
     """
 
     def __init__(self, message: str, n_rows: int, first_block: tuple[int, ...]) -> None:
@@ -46,18 +46,18 @@ class NonFiniteDataError(DataError):
 
 
 class BlockReadError(DataError):
-    """A block of the data could not be read, and ``min_success_rate`` does not let it be left out.
+    """Unreadable block of the data that ``min_success_rate`` does not allow to be skipped.
 
-    The error of the store, of the codec or of the caller's own function is its ``__cause__``.
+    Its ``__cause__`` is the error of the store, of the codec or of the caller's own function.
 
     Attributes
     ----------
     array : str
-        Which arrays it is, as messages call them, such as "y_data" or "x_data[0]".
+        Name of the array in messages, such as "y_data" or "x_data[0]".
     block : tuple of int
-        Position of the first such block in the grid of blocks.
+        Position in the grid of blocks of the first such block.
     chunk : str or None
-        Where the store holds what could not be read, as far as that can be told.
+        Chunk of the store that could not be read, if known.
     """
 
     def __init__(
@@ -73,31 +73,31 @@ class BlockReadError(DataError):
 
 
 class DataWarning(UserWarning):
-    """The fit goes on, but perhaps not over what the data seem to hold."""
+    """Data that may not be fitted as intended; the fit continues."""
 
 
 class MissingChunksWarning(DataWarning):
-    """Chunks are not in their Zarr store, which gives their fill value instead."""
+    """Chunks missing from their Zarr store, which are read as the fill value."""
 
 
 class FitInProgressError(RuntimeError):
-    """A second fit was started on an optimizer that is still running one."""
+    """Second fit started on an optimizer that is still running one."""
 
 
 class ClusterLostError(RuntimeError):
-    """The cluster that a fit ran on is gone, or loses its workers again and again."""
+    """Cluster that no longer exists or repeatedly loses its workers."""
 
 
 class RecordError(ValueError):
-    """Bytes are not the record that they should be.
+    """Bytes that do not encode the expected record.
 
-    It stays inside the library: whoever reads them says which file it is.
+    Internal: the caller adds the name of the file.
     """
 
 
 class ResultFileError(ValueError):
-    """A file cannot be used as a result: damaged, of another version, or something else."""
+    """File that is not a valid result: damaged, of another format version, or of another kind."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used: damaged, of another version, or of another fit."""
+    """Invalid checkpoint: damaged, of another format version, or of another fit."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask import _html as html
-from nlsq_dask._keywords import arguments_of, explaining_keywords
+from nlsq_dask._keywords import arguments_of, explain_keywords
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -44,9 +44,9 @@ from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.observers.watching import watching
-from nlsq_dask.plan import Plan, make_plan
+from nlsq_dask.plan import Plan, build_plan
 from nlsq_dask.results import report
-from nlsq_dask.results.build import make_result, to_go_on
+from nlsq_dask.results.build import build_result, resume_hint
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.rows.rows import BLOCK_ROWS
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
@@ -93,7 +93,7 @@ class AdaptiveHybridStreamingOptimizer:
     (True, array([2. , 0.7]))
     """
 
-    @explaining_keywords("AdaptiveHybridStreamingOptimizer")
+    @explain_keywords("AdaptiveHybridStreamingOptimizer")
     def __init__(self, config: HybridStreamingConfig | None = None) -> None:
         if config is not None and not isinstance(config, HybridStreamingConfig):
             raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
@@ -136,7 +136,7 @@ class AdaptiveHybridStreamingOptimizer:
             html.collapsed("Phases of the last fit", report.phases(history)) if history else "",
         )
 
-    @explaining_keywords("fit")
+    @explain_keywords("fit")
     @arguments_of(validate_arguments)
     def fit(self, *args: Any, **kwargs: Any) -> FitResult:
         """Fit ``model`` to all rows.
@@ -250,18 +250,18 @@ class AdaptiveHybridStreamingOptimizer:
             try:
                 outcome = driver.run()
             except ClusterLostError as error:
-                raise ClusterLostError(f"{error}{to_go_on(journal.last_path)}") from error
+                raise ClusterLostError(f"{error}{resume_hint(journal.last_path)}") from error
             except KeyboardInterrupt as error:  # of which tracebacks show the notes last
                 if journal.last_path is not None:
-                    error.add_note(to_go_on(journal.last_path).strip())
+                    error.add_note(resume_hint(journal.last_path).strip())
                 raise
             outcome.diagnostics["defense"] = own.get_summary()
             iterations = history.dataset(problem.parameters.names)
-            result = make_result(outcome, problem, self.phase_history, iterations)
+            result = build_result(outcome, problem, self.phase_history, iterations)
             emit(FitEnded(result.success, result.message))
         return result
 
-    @explaining_keywords("plan", others=False)
+    @explain_keywords("plan", others=False)
     @arguments_of(validate_arguments)
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Say what ``fit`` would do with the same arguments; only metadata is read.
@@ -284,7 +284,7 @@ class AdaptiveHybridStreamingOptimizer:
             for a checkpoint that cannot be resumed, and for blocks too large for a worker, which
             are among the plan's ``problems``.
         """
-        return make_plan(validate_arguments(self.config, *args, **kwargs))
+        return build_plan(validate_arguments(self.config, *args, **kwargs))
 
     def _publish(self, problem: FitProblem) -> None:
         self.normalizer = problem.normalizer

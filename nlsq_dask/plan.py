@@ -1,4 +1,4 @@
-"""``Plan``: what a fit would do, from metadata alone."""
+"""``Plan``: size, tasks and memory of a fit, from metadata alone."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ from nlsq_dask.model.check import check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
-_SMALL_BLOCK = 2**16  # bytes; reading one takes as long as asking for it
+_SMALL_BLOCK_BYTES = 2**16  # below, the request takes longer than reading
 _MANY_BLOCKS = 1000
-_SUMS_AT_ONCE = 40  # in a worker, until they are combined
-_LARGE = 0.2  # of a worker's memory
+_CONCURRENT_SUMS = 40  # partial sums in a worker before they are combined
+_LARGE_FRACTION = 0.2  # of a worker's memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fit would do; nothing but metadata was read to find it out.
+    """Size, tasks and memory of a fit, computed without reading any data.
 
     Attributes
     ----------
     n_rows : int
+        Number of observations.
     grid : tuple of int
         Number of blocks along each dimension of ``y_data``.
     n_blocks : int
+        Number of blocks.
     n_tasks : int
-        Tasks of a pass: one a group of blocks, and those that combine their sums.
+        Tasks per pass: one per group of blocks, and those that combine their sums.
     bytes_per_pass : int
         Bytes of all blocks in memory, decoded.
     sample_rows_read : int
-        Rows that are read for the sample before the first pass.
+        Rows read for the sample before the first pass.
     n_workers, threads : int
-        Processes, and the most threads that one of them has.
+        Number of processes, and the maximum number of threads per process.
     peak_memory : int
-        Bytes that a worker needs at most: Python with its libraries, what its running tasks read,
-        and the cache, which is ``cache_per_worker`` or all data if these are less.
+        Peak bytes per worker: Python with its libraries, the blocks of running tasks, and the
+        cache, at most ``cache_per_worker``.
     memory_limit : int
-        Bytes that the smallest worker has.
+        Bytes of memory of the smallest worker.
     cache_per_worker : int
-        Most bytes of blocks that may stay in a worker between passes.
+        Maximum bytes of blocks kept in a worker between passes.
     jacobian : {"forward", "reverse"}
         Mode of differentiation.
     realigned : tuple of str
-        Arrays whose chunks are split to agree with the others, and how.
+        Arrays whose chunks are split to match the others, and how.
     problems : tuple of str
-        What would stop the fit or make it slow, and what may not be meant.
+        Conditions that would stop or slow down the fit, or may be unintended.
     """
 
     n_rows: int
@@ -73,20 +75,20 @@ class Plan:
     def _lines(self) -> list[tuple[str, str]]:
         grid = " x ".join(map(str, self.grid))
         return [
-            ("rows", f"{self.n_rows:,}"),
-            ("blocks", f"{self.n_blocks:,} ({grid})"),
-            ("tasks a pass", f"{self.n_tasks:,}"),
-            ("bytes a pass", format_bytes(self.bytes_per_pass)),
-            ("rows read for the sample", f"{self.sample_rows_read:,}"),
-            ("workers", f"{self.n_workers}, with up to {self.threads} threads"),
+            ("Rows", f"{self.n_rows:,}"),
+            ("Blocks", f"{self.n_blocks:,} ({grid})"),
+            ("Tasks per pass", f"{self.n_tasks:,}"),
+            ("Bytes per pass", format_bytes(self.bytes_per_pass)),
+            ("Rows read for the sample", f"{self.sample_rows_read:,}"),
+            ("Workers", f"{self.n_workers}, with up to {self.threads} threads"),
             (
-                "peak memory a worker",
+                "Peak memory per worker",
                 f"{format_bytes(self.peak_memory)} of {format_bytes(self.memory_limit)}",
             ),
-            ("cache a worker", format_bytes(self.cache_per_worker)),
+            ("Cache per worker", format_bytes(self.cache_per_worker)),
             ("Jacobian", f"{self.jacobian} mode"),
-            ("realigned", "; ".join(self.realigned) or "nothing"),
-            ("problems", "; ".join(self.problems) or "none"),
+            ("Rechunked arrays", "; ".join(self.realigned) or "none"),
+            ("Problems", "; ".join(self.problems) or "none"),
         ]
 
     def __str__(self) -> str:
@@ -94,24 +96,24 @@ class Plan:
 
     def _repr_html_(self) -> str:
         n = len(self.problems)
-        words = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
+        badge = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
         return html.page(
-            html.paragraph(html.badge(words, html.CAUTION if n else html.GOOD)),
+            html.paragraph(html.badge(badge, html.CAUTION if n else html.GOOD)),
             html.bullets(self.problems),
             html.facts(self._lines()[:-1]),
         )
 
 
-def make_plan(problem: FitProblem) -> Plan:
-    """Say what a fit would do on the active workers."""
+def build_plan(problem: FitProblem) -> Plan:
+    """Return the plan of a fit on the active workers."""
     blocks, model, config = problem.blocks, problem.model, problem.config
     check_trace(model, blocks.x_labels)
     block_rows = blocks.block_rows()
     groups = group_blocks(block_rows)
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
-    remark = problem.parameters.remark
-    remarks = [remark] if remark else []
+    notice = problem.parameters.notice
+    notices = [notice] if notice else []
     sample = plan_sample(block_rows, problem.sample_rows, config.random_seed, blocks.in_memory)
     with x64():
         mode = choose_mode(model, model.jaxpr())
@@ -129,7 +131,7 @@ def make_plan(problem: FitProblem) -> Plan:
         cache_per_worker=memory.cache_bytes,
         jacobian=mode.value,
         realigned=blocks.realigned,
-        problems=(*remarks, *_problems(problem, memory, workers)),
+        problems=(*notices, *_problems(problem, memory, workers)),
     )
 
 
@@ -138,22 +140,25 @@ def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> list
     problems = [] if memory.problem is None else [memory.problem]
     n_blocks = int(blocks.block_rows().size)
     mean = memory.bytes_per_pass // n_blocks
-    if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK and not blocks.in_memory:
+    if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK_BYTES and not blocks.in_memory:
         problems.append(
-            f"{n_blocks:,} blocks of {format_bytes(mean)} on average: asking for them takes "
-            f"longer than reading them. Chunks of 10 to 100 MB are read faster"
+            f"{n_blocks:,} blocks of {format_bytes(mean)} on average: requesting them takes longer "
+            f"than reading them. Use chunks of 10 to 100 MB"
         )
     n_tasks, n_threads = len(memory.group_bytes), sum(workers.threads.values())
     if n_tasks < n_threads:
         problems.append(
-            f"{n_tasks} task{'s' if n_tasks > 1 else ''} for {n_threads} threads: some would have "
-            f"nothing to do. Smaller chunks give more tasks"
+            f"{n_tasks} task{'s' if n_tasks > 1 else ''} for {n_threads} threads: some threads "
+            f"stay idle. Use smaller chunks"
         )
     matrix = 8 * n_params**2
-    if not problem.is_without_matrices and _SUMS_AT_ONCE * matrix > _LARGE * memory.limit:
+    if (
+        not problem.is_without_matrices
+        and _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit
+    ):
         problems.append(
-            f"a sum over rows holds a matrix of {n_params:,} x {n_params:,} parameters, "
-            f"{format_bytes(matrix)}, and a worker holds some dozens of sums. A lower "
-            f"cg_param_threshold does without matrices"
+            f"each partial sum holds a {n_params:,} x {n_params:,} matrix "
+            f"({format_bytes(matrix)}), and a worker holds dozens of them. Lower "
+            f"`cg_param_threshold` to avoid matrices"
         )
     return problems

@@ -1,101 +1,103 @@
-"""``StopReason``: every way in which a fit can end, with the sentence that the user reads."""
+"""``Status``: the reasons for which a fit ends, each with the message shown to the user."""
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import Self
 
-_FIXED = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
+_FIX_EXAMPLE = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
 
 
-class StopReason(Enum):
-    """Why a fit ended: a status as SciPy counts (positive for success) and a sentence."""
+class Status(Enum):
+    """Reason for which a fit ended: SciPy's status code (positive for success) and a message."""
 
-    sentence: str
+    message: str
 
-    def __new__(cls, status: int, sentence: str) -> Self:
-        """Make a member whose value is its status."""
+    def __new__(cls, code: int, message: str) -> Self:
+        """Create a member whose value is its code."""
         member = object.__new__(cls)
-        member._value_ = status
-        member.sentence = sentence
+        member._value_ = code
+        member.message = message
         return member
 
-    REDUCTION = (2, "Converged: the reduction of the cost that is left is below gauss_newton_tol.")
-    STEP = (3, "Converged: the step that is left is below gauss_newton_tol.")
+    REDUCTION = (
+        2,
+        "Converged: the predicted relative reduction of the cost is below `gauss_newton_tol`.",
+    )
+    STEP = (3, "Converged: the predicted relative step is below `gauss_newton_tol`.")
     LAST_STEP = (
         4,
-        "Converged: the last step was taken without another pass, because the error that it "
-        "leaves is below gauss_newton_tol; cost and grad stand at the point before it.",
+        "Converged: the estimated error after the last step is below `gauss_newton_tol`. That step "
+        "took no pass over the data; cost and grad refer to the point before it.",
     )
     FLOOR = (
         1,
-        "Converged: reduction and step that are left are below what floating point can resolve "
-        "for this number of rows.",
+        "Converged: the predicted reduction and step are below the floating-point resolution for "
+        "this number of rows.",
     )
     ITERATION_LIMIT = (
         0,
-        "Not converged: gauss_newton_max_iterations was reached. Start closer to the solution, or "
+        "Not converged: `gauss_newton_max_iterations` was reached. Start closer to the solution or "
         "raise the limit.",
     )
-    CREEPING = (
+    SLOW_PROGRESS = (
         -7,
-        "Not converged: the steps along a curved or flat valley have become so short that many of "
-        "them brought hardly anything. Start closer to the solution, fix one of the parameters "
-        f"({_FIXED}), or write the model in parameters that depend less on each other.",
+        "Not converged: slow progress; many short steps along a curved or flat valley barely "
+        "reduced the cost. Start closer to the solution, fix one of the parameters "
+        f"({_FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
     )
     STALLED = (
         -1,
-        "Not converged: no step reduces the cost any more, though the gradient says that one "
-        "should. Check that the model is smooth, that its parameters can be told apart by the "
-        "data, and try another start.",
+        "Not converged: no step reduces the cost although the gradient is not zero. Check that "
+        "the model is smooth and that the data constrain its parameters, or try another start.",
     )
     NO_SENSITIVITY = (
         -5,
-        "Not converged: at this point the model does not react to some of its parameters, so "
-        "nothing can be said of them. Start them closer to the solution, leave them out, or fix "
-        f"them ({_FIXED}).",
+        "Not converged: the model is insensitive to some of its parameters at this point, so they "
+        "cannot be estimated. Start them closer to the solution, remove them or fix them "
+        f"({_FIX_EXAMPLE}).",
     )
-    FLAT_VALLEY = (
+    ILL_CONDITIONED = (
         -6,
-        "Not converged: the parameters lie in a valley so flat that float64 cannot tell where its "
-        "lowest point is. Leave out or fix one of the parameters that are not determined "
-        f"({_FIXED}), or measure x from its mean and in units of its spread.",
+        "Not converged: the problem is ill-conditioned; float64 cannot resolve the minimum along a "
+        "flat valley of the cost. Remove or fix one of the non-identifiable parameters "
+        f"({_FIX_EXAMPLE}), or center and scale x.",
     )
     NON_FINITE_START = (
         -2,
         "Not converged: the model or its derivative is not finite at the start. Choose another "
-        "p0, or bounds that keep the parameters where the model is defined.",
+        "p0, or bounds within which the model is defined.",
     )
     NON_FINITE_STEP = (
         -3,
-        "Not converged: the model or its derivative is not finite at every point that was tried "
-        "from here. Set bounds that keep the parameters where the model is defined.",
+        "Not converged: the model or its derivative is not finite at any trial point. Set bounds "
+        "within which the model is defined.",
     )
-    WALLTIME = (-8, "Stopped: max_walltime was reached; the parameters are the best ones so far.")
-    TERMINATED = (-9, "Stopped by SIGTERM; the parameters are the best ones so far.")
-    USER_STOP = (-4, "Stopped by the callback; the parameters are the best ones so far.")
+    WALLTIME = (-8, "Stopped: `max_walltime` was reached; the parameters are the best so far.")
+    TERMINATED = (-9, "Stopped by SIGTERM; the parameters are the best so far.")
+    USER_STOP = (-4, "Stopped by the callback; the parameters are the best so far.")
 
     @property
-    def status(self) -> int:
-        """Positive for success, as SciPy counts."""
+    def code(self) -> int:
+        """Status code of ``FitResult``; positive for success, as in SciPy."""
         return int(self.value)
 
     @property
     def is_success(self) -> bool:
-        """Whether the parameters are a solution."""
-        return self.status > 0
+        """Whether the fit converged."""
+        return self.code > 0
 
     @property
-    def may_have_started_far_off(self) -> bool:
-        """Whether a start that is far off is a likely cause."""
+    def suggests_another_start(self) -> bool:
+        """Whether p0 far from the solution is a likely cause."""
         return self in (
-            StopReason.ITERATION_LIMIT,
-            StopReason.CREEPING,
-            StopReason.STALLED,
-            StopReason.NO_SENSITIVITY,
+            Status.ITERATION_LIMIT,
+            Status.SLOW_PROGRESS,
+            Status.STALLED,
+            Status.NO_SENSITIVITY,
         )
 
     @property
     def is_interruption(self) -> bool:
-        """Whether the fit was ended from outside and can go on."""
-        return self in (StopReason.WALLTIME, StopReason.TERMINATED)
+        """Whether the fit was interrupted from outside and can be resumed."""
+        return self in (Status.WALLTIME, Status.TERMINATED)

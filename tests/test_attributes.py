@@ -37,9 +37,9 @@ def written(folder: Path, zarr_format: int, **encoding: Any) -> str:
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_a_fill_value_that_nobody_masked(zarr_format: int, tmp_path: Path) -> None:
     path = written(tmp_path, zarr_format, _FillValue=np.float32(FILL))
-    with pytest.warns(nd.DataWarning, match=r"y_data has .* _FillValue=-9999, .* open it with xar"):
+    with pytest.warns(nd.DataWarning, match=r"y_data has .* _FillValue=-9999 .* open it with xar"):
         plan(X, zarr.open_group(path)["y"])
-    with pytest.warns(nd.DataWarning, match=r"sigma has the attribute _FillValue=-9999"):
+    with pytest.warns(nd.DataWarning, match=r"sigma has a CF attribute _FillValue=-9999"):
         plan(X, np.ones(N), sigma=zarr.open_group(path)["y"])
     options: dict[str, Any] = {"consolidated": False, "chunks": {}}
     with pytest.warns(nd.DataWarning, match="open it without mask_and_scale=False"):
@@ -67,13 +67,13 @@ def test_packed_values(zarr_format: int, tmp_path: Path) -> None:
         plan(X, zarr.open_group(path)["y"])
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2
-    assert "y_data has the attribute scale_factor and add_offset, which nobody" in texts[0]
+    assert "y_data has CF attributes 'scale_factor' and 'add_offset' that have not been" in texts[0]
     assert "_FillValue=-1" in texts[1]
 
 
 def test_values_in_memory_are_looked_at() -> None:
     array = xr.DataArray(Y, {"x": X}, attrs={"missing_value": FILL})
-    with pytest.warns(nd.DataWarning, match="y_data has the attribute missing_value=-9999"):
+    with pytest.warns(nd.DataWarning, match="y_data has a CF attribute missing_value=-9999"):
         plan("x", array)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +84,7 @@ def test_attributes_of_hdf5_are_arrays(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "y.h5", "w") as file:
         file["y"] = Y
         file["y"].attrs["_FillValue"] = np.array([FILL], np.float32)
-        with pytest.warns(nd.DataWarning, match="y_data has the attribute _FillValue=-9999"):
+        with pytest.warns(nd.DataWarning, match="y_data has a CF attribute _FillValue=-9999"):
             plan(X, file["y"])
 
 

@@ -181,57 +181,57 @@ TABLE: dict[str, Case] = {
         nd.ModelError,
         "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
         "numpy or math (jnp.exp for np.exp and math.exp), with jax.scipy instead of scipy "
-        "(jax.scipy.special for scipy.special), and without float(), int() and .item() of "
-        "values of x or of the parameters.",
+        "(jax.scipy.special for scipy.special), and without float(), int() and .item() on x or "
+        "the parameters.",
     ),
     "the model: a branch": (
         dict(function=lambda x, a, b: a * x if b > 0 else x),
         nd.ModelError,
-        "The model '<lambda>' cannot be traced by JAX: it asks whether values of x or of the "
-        "parameters are true, as 'if', 'and', 'or', 'not', min() and max() do. Write "
+        "The model '<lambda>' cannot be traced by JAX: it uses values of x or of the "
+        "parameters as conditions, as 'if', 'and', 'or', 'not', min() and max() do. Write "
         "jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' and 'or', and "
         "jnp.minimum and jnp.maximum.",
     ),
     "the model: nothing returned": (
         dict(function=lambda x, a: None),
         nd.ModelError,
-        "The model '<lambda>' must return an array of one value a row; it returned NoneType.",
+        "The model '<lambda>' must return an array of one value per row; it returned NoneType.",
     ),
     "the model: another shape": (
         dict(function=lambda x, a, b: jnp.stack([a * x, b * x])),
         nd.ModelError,
-        "The model '<lambda>' must return one value a row: for x of shape (7,) it returned "
+        "The model '<lambda>' must return one value per row: for x of shape (7,) it returned "
         "shape (2, 7), expected (7,).",
     ),
     "the model: one number": (
         dict(function=lambda x, a: a),
         nd.ModelError,
-        "The model '<lambda>' must return one value a row: for x of shape (7,) it returned "
+        "The model '<lambda>' must return one value per row: for x of shape (7,) it returned "
         "shape (), expected (7,).",
     ),
     "the model: complex": (
         dict(function=lambda x, a: a * x * 1j),
         nd.ModelError,
-        "The model '<lambda>' returned complex128 values; expected real floating-point "
-        "numbers, which have a derivative with respect to the parameters.",
+        "The model '<lambda>' must return real floating-point values; it returned complex128, "
+        "which has no derivative with respect to the parameters.",
     ),
     "the model: running sum": (
         dict(function=lambda x, a: a * jnp.cumsum(x)),
         nd.ModelError,
-        "The model '<lambda>' is not row-wise: its value at a row depends on the other rows "
-        "of the block, or on the row's position in it. It is called with blocks of rows in "
-        "any size and order, so operations across rows (mean, max, cumsum, sort, indexing by "
-        "position) are not possible; compute such quantities beforehand and pass them as "
-        "another x or as constants.",
+        "The model '<lambda>' is not row-wise: its value at a row depends on other rows of "
+        "the block, or on the row's position in it. Blocks have any size and order, so "
+        "operations across rows (mean, max, cumsum, sort, indexing by position) are not "
+        "possible. Compute such quantities beforehand and pass them as another x or as "
+        "constants.",
     ),
     "the model: mean of the rows": (
         dict(function=lambda x, a, b: a * (x - x.mean()) + b),
         nd.ModelError,
-        "The model '<lambda>' is not row-wise: its value at a row depends on the other rows "
-        "of the block, or on the row's position in it. It is called with blocks of rows in "
-        "any size and order, so operations across rows (mean, max, cumsum, sort, indexing by "
-        "position) are not possible; compute such quantities beforehand and pass them as "
-        "another x or as constants.",
+        "The model '<lambda>' is not row-wise: its value at a row depends on other rows of "
+        "the block, or on the row's position in it. Blocks have any size and order, so "
+        "operations across rows (mean, max, cumsum, sort, indexing by position) are not "
+        "possible. Compute such quantities beforehand and pass them as another x or as "
+        "constants.",
     ),
     # --- further arguments
     "further arguments: nan_policy": (
@@ -281,13 +281,13 @@ TABLE: dict[str, Case] = {
     "what arrays are: features in rows": (
         dict(x=np.stack([X, X])),
         nd.DataError,
-        "x_data has shape (2, 4000) and y_data has shape (4000,): they do not match. A row "
-        "of x is a row of the array: pass x_data.T, or a tuple of arrays.",
+        "x_data has shape (2, 4000) and y_data has shape (4000,): they do not match. "
+        "Observations are rows of x: pass x_data.T, or a tuple of arrays.",
     ),
     "what arrays are: one number": (
         dict(y=3.0),
         nd.DataError,
-        "y_data is a single number; expected an array with at least one dimension.",
+        "y_data must have at least one dimension; got a single number.",
     ),
     "what arrays are: no rows": (
         dict(x=X[:0], y=Y[:0]),
@@ -307,19 +307,19 @@ TABLE: dict[str, Case] = {
     "what arrays are: nothing": (
         dict(y=None),
         nd.DataError,
-        "y_data has dtype object, its first entry of type NoneType; expected real numbers. "
-        "Convert it, such as with .astype(float).",
+        "y_data has dtype object (first element: NoneType); expected real numbers. Convert it, "
+        "such as with .astype(float).",
     ),
     "what arrays are: lists of different lengths": (
         dict(x=[[1, 2], [3]], y=[1, 2]),
         nd.DataError,
-        "x_data is not an array, nor can one be made of it, as of lists that differ in length:",
+        "x_data cannot be converted to an array, as lists of different lengths cannot:",
     ),
     "what arrays are: complex": (
         dict(y=Y * 1j),
         nd.DataError,
-        "y_data is complex (complex128); only real values can be fitted. Fit real and "
-        "imaginary part as two sets of rows, or the absolute value.",
+        "y_data is complex (complex128); expected real numbers. Fit real and imaginary parts as "
+        "separate observations, or the absolute value.",
     ),
     "what arrays are: dates as y": (
         dict(y=np.datetime64("2000-01-01") + np.arange(N)),
@@ -330,15 +330,15 @@ TABLE: dict[str, Case] = {
     "what arrays are: a path": (
         dict(y="store.zarr"),
         nd.DataError,
-        "y_data is the text 'store.zarr'; pass the array itself, such as dataset['store.zarr']. "
-        "(A path: open it first, with xarray.open_zarr(path)['name'] or zarr.open_array(path).)",
+        "y_data must be an array; got the string 'store.zarr'. Pass the array itself, such as "
+        "dataset['store.zarr']; open a path with xarray.open_zarr(path)['name'] or "
+        "zarr.open_array(path).",
     ),
     "what arrays are: a path of x": (
         dict(x="store.zarr"),
         nd.DataError,
-        "x_data names the coordinate 'store.zarr', but y_data is of type ndarray; names need "
-        "an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name'] of a store that "
-        "xarray wrote. Otherwise pass the arrays themselves.",
+        "x_data names the coordinate 'store.zarr', but y_data is of type ndarray. Pass an "
+        "xarray.DataArray as y_data, such as xarray.open_zarr(path)['name'], or arrays as x_data.",
     ),
     "what arrays are: unknown chunks": (
         dict(x=LAZY_X[LAZY_X > 1]),
@@ -349,43 +349,44 @@ TABLE: dict[str, Case] = {
     "what arrays are: a group": (
         dict(x=zarr_group()),
         nd.DataError,
-        "x_data is a Zarr group; pass one of its arrays, such as group['t'].",
+        "x_data is a Zarr group. Pass one of its arrays, such as group['t'].",
     ),
     "what arrays are: a Dataset": (
         dict(x=xr.Dataset({"t": ("row", X)})),
         nd.DataError,
-        "got an xarray.Dataset with the variables ['t']; pass DataArrays, such as dataset['name'].",
+        "expected arrays; got an xarray.Dataset with the variables ['t']. Pass DataArrays, such as "
+        "dataset['name'].",
     ),
     "what arrays are: no such coordinate": (
         dict(x="u", y=NAMED_Y),
         nd.DataError,
-        "x_data names the coordinate 'u'; y_data has ['t']. Another variable of its Dataset is "
-        "passed as it is: dataset['u'].",
+        "x_data names the coordinate 'u', but the coordinates of y_data are ['t']. Pass another "
+        "variable of a Dataset as an array: dataset['u'].",
     ),
     "what arrays are: no coordinates": (
         dict(x="t", y=xr.DataArray(Y, dims="t")),
         nd.DataError,
-        "x_data names 't', a dimension of y_data without a coordinate; give it one, such as its "
+        "x_data names 't', a dimension of y_data without a coordinate. Assign one, such as its "
         "positions: y_data.assign_coords(t=numpy.arange(4000)).",
     ),
     "what arrays are: other labels": (
         dict(x=xr.DataArray(X, coords={"t": X + 1}, dims="t"), y=NAMED_Y),
         nd.DataError,
-        "the labels of x_data along 't' differ from those of y_data. Align them first, for "
-        "instance with xarray.align(..., join='inner').",
+        "the labels of x_data along 't' differ from those of y_data. Align them, for instance "
+        "with xarray.align(..., join='inner').",
     ),
     "what arrays are: other dimensions": (
         dict(x=xr.DataArray(X, dims="s"), y=NAMED_Y),
         nd.DataError,
         "x_data has shape (1, 4000) and y_data has shape (4000,): they do not match. "
-        "Dimensions are matched by name, ('s',) with ('t',): rename those of x_data that are "
-        "meant to be others.",
+        "Dimensions are matched by name, ('s',) with ('t',): rename those of x_data to those of "
+        "y_data.",
     ),
     "what arrays are: a covariance as sigma": (
         dict(sigma=np.ones((N, N), np.int8)),
         nd.DataError,
         "sigma has shape (4000, 4000) and y_data (4000,): a covariance matrix of the data is "
-        "not supported. Pass one standard deviation a row, or transform the data.",
+        "not supported. Pass one standard deviation per observation, or transform the data.",
     ),
     "what arrays are: sigma of another length": (
         dict(sigma=np.ones(5)),
@@ -396,19 +397,20 @@ TABLE: dict[str, Case] = {
     "what arrays are: the order of arguments": (
         dict(x=Y, y=("lat", "lon")),
         nd.DataError,
-        "y_data is a tuple of 2; expected one array. The order of the arguments is fit(model, "
+        "y_data must be one array; got a tuple of length 2. The order of arguments is fit(model, "
         "x_data, y_data, p0).",
     ),
     "what arrays are: sigma by name": (
         dict(sigma="error"),
         nd.DataError,
-        "sigma is the text 'error'; pass the array itself, such as dataset['error'].",
+        "sigma must be an array; got the string 'error'. Pass the array itself, such as "
+        "dataset['error'];",
     ),
     "what arrays are: which dimension of squares": (
         dict(x=X[:5], y=np.ones((5, 5))),
         nd.DataError,
-        "x_data has shape (5,), which fits several dimensions of y_data, of shape (5, 5). Say "
-        "which: x_data[:, None] for dimension 0 or x_data[None, :] for dimension 1.",
+        "x_data has shape (5,), which matches several dimensions of y_data with shape (5, 5). "
+        "Pass x_data[:, None] for dimension 0 or x_data[None, :] for dimension 1.",
     ),
     "what arrays are: which dimension for sigma": (
         dict(
@@ -417,8 +419,8 @@ TABLE: dict[str, Case] = {
             sigma=X[:5],
         ),
         nd.DataError,
-        "sigma has shape (5,), which fits several dimensions of y_data, of shape (5, 5). Say "
-        "which: sigma[:, None] for dimension 0 or sigma[None, :] for dimension 1.",
+        "sigma has shape (5,), which matches several dimensions of y_data with shape (5, 5). "
+        "Pass sigma[:, None] for dimension 0 or sigma[None, :] for dimension 1.",
     ),
     "what arrays are: the first of two dimensions": (
         dict(x=X[:5], y=np.ones((5, 4))),
@@ -509,14 +511,14 @@ TABLE: dict[str, Case] = {
     "what is in them: another dtype than Dask says": (
         dict(y=lying(lambda block: block, "i8")),
         nd.DataError,
-        "a block of y_data has shape (500,) and dtype float64, but Dask was told (500,) and "
-        "int64. Give map_blocks or from_delayed the true ones.",
+        "a block of y_data has shape (500,) and dtype float64, but its Dask array declares "
+        "(500,) and int64. Pass the actual shape and dtype to map_blocks or from_delayed.",
     ),
     "what is in them: another shape than Dask says": (
         dict(y=lying(lambda block: block[:5], "f8")),
         nd.DataError,
-        "a block of y_data has shape (5,) and dtype float64, but Dask was told (500,) and "
-        "float64. Give map_blocks or from_delayed the true ones.",
+        "a block of y_data has shape (5,) and dtype float64, but its Dask array declares "
+        "(500,) and float64. Pass the actual shape and dtype to map_blocks or from_delayed.",
     ),
 }
 

@@ -547,7 +547,7 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
             if result.success:
                 break
             assert result.status < 0
-            assert "max_walltime was reached" in result.message
+            assert "`max_walltime` was reached" in result.message
             assert "resume_from_checkpoint=" in result.message
             n_resumes += 1
             resume = tmp_path / "checkpoints"
@@ -578,7 +578,7 @@ def test_ctrl_c_says_how_to_go_on_and_what_is_there(
             surviving_fit.fit(checkpoint_dir=tmp_path)
     (saved,) = tmp_path.iterdir()
     assert caught.value.__notes__ == [
-        f"To go on: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
+        f"To resume: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
     ]
     assert surviving_fit.fit(resume_from_checkpoint=saved, verbose=1).success
     assert f"Going on from {saved}, after 0 passes and a part of the next\n" in (

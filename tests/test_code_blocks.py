@@ -25,7 +25,9 @@ WITHOUT_CODE = {
 def masked(text: str) -> list[str]:
     """Return lines without what depends on the machine."""
     text = re.sub(r"file://\S*/fading.zarr", "file:///data/fading.zarr", text)
-    return [re.sub(r"^(workers|peak memory|cache a worker).*", r"\1", x) for x in text.splitlines()]
+    return [
+        re.sub(r"^(Workers|Peak memory|Cache per worker).*", r"\1", x) for x in text.splitlines()
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -139,16 +139,16 @@ SCIPY = {"method": "lm"}, {"jac": None}, {"epsfcn": 1e-8}, {"check_finite": Fals
 @pytest.mark.parametrize(
     ("call", "keywords", "sentence"),
     [
-        (OPTIMIZER, {"cov_type": "HC1"}, "Do you mean HybridStreamingConfig(..., cov_type=...)?"),
-        (OPTIMIZER, {"sigma": 1.0}, "Do you mean fit(..., sigma=...)?"),
-        (OPTIMIZER, {"verbos": 0}, "Do you mean fit(..., verbose=...)?"),
+        (OPTIMIZER, {"cov_type": "HC1"}, "Did you mean HybridStreamingConfig(..., cov_type=...)?"),
+        (OPTIMIZER, {"sigma": 1.0}, "Did you mean fit(..., sigma=...)?"),
+        (OPTIMIZER, {"verbos": 0}, "Did you mean fit(..., verbose=...)?"),
         (
             OPTIMIZER().fit,
             {"config": Config()},
-            "Do you mean AdaptiveHybridStreamingOptimizer(..., config=...)?",
+            "Did you mean AdaptiveHybridStreamingOptimizer(..., config=...)?",
         ),
         *(
-            (call, {name: 10}, "Do you mean HybridStreamingConfig(..., gauss_newton_max_it")
+            (call, {name: 10}, "Did you mean HybridStreamingConfig(..., gauss_newton_max_it")
             for name in ("max_iter", "maxiter", "max_nfev")
             for call in (Config, OPTIMIZER, OPTIMIZER().fit, nd.curve_fit)
         ),
@@ -157,7 +157,7 @@ SCIPY = {"method": "lm"}, {"jac": None}, {"epsfcn": 1e-8}, {"check_finite": Fals
             for call in (OPTIMIZER().fit, OPTIMIZER().plan, nd.curve_fit)
             for keywords, sentence in zip(
                 SCIPY,
-                ("there is one method", "come from JAX", "come from JAX", "nan_policy takes its"),
+                ("the only method is", "computed by JAX", "computed by JAX", "Use nan_policy="),
                 strict=True,
             )
         ),
@@ -202,7 +202,9 @@ def test_weights_in_any_form_are_kept_as_one(form: Any) -> None:
 
 def test_attributes_are_options_and_nothing_else() -> None:
     config = Config()
-    with pytest.raises(AttributeError, match=r"no option 'gauss_newton_tolerance'. Do you mean .*"):
+    with pytest.raises(
+        AttributeError, match=r"no option 'gauss_newton_tolerance'. Did you mean .*"
+    ):
         config.gauss_newton_tolerance = 1e-3  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="no option 'dtype'"):
         config.dtype = "float32"  # type: ignore[misc]

@@ -144,8 +144,8 @@ def test_a_fit_says_which_numbers_dates_become(capsys: pytest.CaptureFixture[str
         result = nd.AdaptiveHybridStreamingOptimizer().fit(decay, "time", y, [1, 0.1])
     number = int((np.datetime64("2025-01-01") - np.datetime64("1970-01-01")).astype(int))
     note = (
-        f"x_data (time) holds dates, which the model gets as days since 1970-01-01: 2025-01-01 is "
-        f"{number:,}."
+        f"x_data (time) holds dates, which the model receives as days since 1970-01-01 "
+        f"(2025-01-01 is {number:,})."
     )
     assert note in capsys.readouterr().out
     assert not result.success

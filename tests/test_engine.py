@@ -240,7 +240,7 @@ def test_plan_raises_what_a_fit_would() -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer()
     with pytest.raises(nd.DataError, match="do not match"):
         optimizer.plan(model, x, x[:50], START)
-    with pytest.raises(nd.ModelError, match="one value a row"):
+    with pytest.raises(nd.ModelError, match="one value per row"):
         optimizer.plan(lambda x, a: a, x, x, [1.0])
     with pytest.raises(ValueError, match="p0"):
         optimizer.plan(model, x, x, [1.0])

@@ -319,10 +319,10 @@ class Shared(Local):
 def test_what_the_data_do_not_determine_is_said(options: dict[str, Any]) -> None:
     problem = Shared(20, 20_000)
     problem.start = np.ones(41)
-    with pytest.warns(OptimizeWarning, match="data do not determine p20, .* and 1 more"):
+    with pytest.warns(OptimizeWarning, match="data do not constrain 'p20', .* and 1 more"):
         result = problem.fit(4_000, **options)
     assert result.success
-    assert "do not determine: p20, p21" in result.message
+    assert "do not constrain: 'p20', 'p21'" in result.message
     assert result.diagnostics["undetermined"] == [f"p{i}" for i in range(20, 41)]
     assert np.isinf(result.perr).all()
     assert result.cost == pytest.approx(Local(20, 20_000).fit(4_000, **options).cost, rel=1e-8)
@@ -349,7 +349,7 @@ def test_a_parameter_without_rows() -> None:
     problem.x[problem.x[:, 0] == 7, 0] = 8
     result = problem.fit(4_000)
     assert not result.success
-    assert "does not react" in result.message
+    assert "insensitive" in result.message
     assert result.x[7] == problem.start[7]
 
 

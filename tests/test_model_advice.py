@@ -56,7 +56,7 @@ def branching(t: Any, a: Any, b: Any) -> Any:
 def test_a_tuple_that_is_not_unpacked(model: Any) -> None:
     said = message(model, (T, LAT))
     assert said.endswith(
-        "The model gets x as one argument, a tuple of 2 arrays: begin with `x0, x1 = x`."
+        "The model receives x as one argument, a tuple of 2 arrays: begin with `x0, x1 = x`."
     )
     said = message(model, ("t", "lat"), NAMED)
     assert said.endswith("a tuple of 2 arrays: begin with `t, lat = x`.")
@@ -73,7 +73,7 @@ def test_a_tuple_that_is_not_unpacked(model: Any) -> None:
 )
 def test_a_dict_that_is_taken_for_something_else(model: Any) -> None:
     said = message(model, {"t": T, "lat": LAT})
-    assert said.endswith("x as one argument, a dict: its arrays are x['t'], x['lat'].")
+    assert said.endswith("x as one argument, a dict with the arrays x['t'], x['lat'].")
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_parameters_in_a_vector(model: Any, p0: Any) -> None:
 def test_columns_of_x_are_not_its_rows(model: Any) -> None:
     said = message(model, np.stack([T, LAT], axis=1))
     assert said.endswith(
-        "x is a block of rows, of shape (b, 2): its columns are x[:, 0] and x[:, 1], and "
-        "`x0, x1 = x.T` gives them names."
+        "x is a block of rows with shape (b, 2) and columns x[:, 0] and x[:, 1]; "
+        "`x0, x1 = x.T` unpacks them."
     )
 
 

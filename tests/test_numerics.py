@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 X = np.linspace(0, 1, 3_000)
 Y = 2.0 * X + np.sqrt(0.02) + 0.01 * np.random.default_rng(0).standard_normal(len(X))
@@ -48,7 +48,7 @@ def test_validate_numerics_goes_back(threshold: int) -> None:
 def test_without_it_the_fit_ends_there(threshold: int) -> None:
     result = fit(max_warmup_iterations=0, cg_param_threshold=threshold, validate_numerics=False)
     assert not result.success
-    assert result.status == StopReason.NON_FINITE_STEP.status
+    assert result.status == Status.NON_FINITE_STEP.code
     np.testing.assert_array_equal(result.x, START)
     assert result.diagnostics["non_finite"]["all rows"] == 1
 

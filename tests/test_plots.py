@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
 from nlsq_dask.results.datasets import row_sample
-from nlsq_dask.results.saving import NoModel
+from nlsq_dask.results.saving import MissingModel
 from nlsq_dask.rows.rows import Rows
 from tests.problems import NO_WARMUP
 
@@ -406,7 +406,7 @@ def test_draws_into_a_given_figure(few: nd.FitResult) -> None:
 
 
 def test_without_a_model_or_a_covariance(few: nd.FitResult) -> None:
-    model = dataclasses.replace(few._model, function=NoModel("decay", "", {}))
+    model = dataclasses.replace(few._model, function=MissingModel("decay", "", {}))
     bare = dataclasses.replace(few, _model=model, _root=None)
     upper = axes_of(bare.plot())[0]
     sample = few.sample
@@ -596,7 +596,9 @@ def test_other_dimensions_and_quantities(cube: nd.FitResult) -> None:
     axes = cube.plot_blocks("largest_residual", dims=("lon", "time")).axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("time (position)", "lon (position)")
     for bad in ("latitude", ("lat", "lat"), (), ("time", "lat", "lon"), 0, (0, "lat"), False):
-        with pytest.raises(ValueError, match="dims must be one or two different ones of 'time', "):
+        with pytest.raises(
+            ValueError, match="dims must be one or two different dimensions of 'time', "
+        ):
             cube.plot_blocks(dims=bad)
     with pytest.raises(ValueError, match=r"quantity must be one of 'reduced_chi2', .*'chisq'"):
         cube.plot_blocks("chisq")
@@ -608,7 +610,9 @@ def test_dimensions_that_are_not_text() -> None:
     for dims in (0, "0", [0], ("0",)):
         assert result.plot_blocks(dims=dims).axes[0].get_xlabel() == "0 (position)"
     assert result.plot_blocks(dims=(1, "0")).axes[0].get_ylabel() == "1 (position)"
-    with pytest.raises(ValueError, match=r"one or two different ones of '0', '1'; got \(1, '1'\)"):
+    with pytest.raises(
+        ValueError, match=r"one or two different dimensions of '0', '1'; got \(1, '1'\)"
+    ):
         result.plot_blocks(dims=(1, "1"))
 
 
@@ -681,8 +685,8 @@ def test_html_escapes_and_tells_what_matters(few: nd.FitResult) -> None:
     for part in ("Fit failed", "a < b & c", "<script>", "b&b"):
         assert part in page.text
     said = " ".join(page.text)
-    assert "tried again 3 times" in said
-    assert "Block (2,), 1,000 rows, left out: <oh>" in said
+    assert "Number of retried reads: 3." in said
+    assert "Skipped block (2,) with 1,000 rows: <oh>" in said
     assert "x_data: days" in said
 
 
@@ -736,7 +740,7 @@ def test_html_of_an_optimizer_and_a_plan() -> None:
     assert "all as by default" in default.text
     plan = optimizer.plan(decay, x, y, [2, 1, 0])
     page = Page(plan._repr_html_())
-    assert "tasks a pass" in page.text
+    assert "Tasks per pass" in page.text
     assert all(readable(one) for one in (before, after, default, page))
     for problem in plan.problems:
         assert problem in page.text

@@ -186,7 +186,7 @@ def test_curve_fit_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     ("sentence", "options", "callback"),
     [
         ("Stopped by the callback", {"callback_frequency": 1}, True),
-        ("Stopped: max_walltime", {"max_walltime": 1e-6}, False),
+        ("Stopped: `max_walltime`", {"max_walltime": 1e-6}, False),
         ("Stopped by SIGTERM", {"callback_frequency": 1, "stop_on_sigterm": True}, True),
     ],
 )

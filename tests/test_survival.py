@@ -382,7 +382,7 @@ def test_a_worker_that_joins_late(undisturbed: nd.FitResult) -> None:
 def test_a_fit_without_workers_ends_at_its_time(tmp_path: Path) -> None:
     with cluster(n_workers=0):
         result = surviving_fit.fit(max_walltime=1.0, checkpoint_dir=tmp_path / "time")
-        assert "max_walltime was reached" in result.message
+        assert "`max_walltime` was reached" in result.message
         with meanwhile(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             result = surviving_fit.fit(stop_on_sigterm=True)
         assert "SIGTERM" in result.message
@@ -398,7 +398,7 @@ def test_a_fit_that_has_lost_its_workers_ends_at_its_time(
             cut = surviving_fit.fit(
                 seconds=0.1, max_walltime=5.0, checkpoint_dir=tmp_path, checkpoint_interval=0.2
             )
-        assert "max_walltime was reached" in cut.message
+        assert "`max_walltime` was reached" in cut.message
     with dask.config.set(scheduler="threads"):
         result = surviving_fit.fit(resume_from_checkpoint=tmp_path)
     assert is_equal(result, undisturbed)

@@ -289,7 +289,9 @@ def test_x_in_memory_is_predicted_here() -> None:
     result = optimizer.fit(model, (x, x**2), 2 * x + x**2, [1, 1], verbose=0)
     with dask.config.set(scheduler=refuse):
         np.testing.assert_allclose(result.predict((x, x**2)), 2 * x + x**2, rtol=1e-7)
-    with pytest.raises(nd.DataError, match=r"x is a tuple of 3, but .* a tuple of 2 arrays"):
+    with pytest.raises(
+        nd.DataError, match=r"x must be a tuple of 2 arrays, .*; got a tuple of length 3"
+    ):
         result.predict((x, x, x))
     with pytest.raises(nd.DataError, match="do not broadcast"):
         result.predict((x, x[:3]))

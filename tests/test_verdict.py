@@ -104,7 +104,7 @@ def test_data_of_zeros() -> None:
 
 def test_parameters_that_the_data_do_not_determine() -> None:
     x, y = data()
-    with pytest.warns(OptimizeWarning, match="do not determine a, d"):
+    with pytest.warns(OptimizeWarning, match="do not constrain 'a', 'd'"):
         result = fit(
             lambda x, a, b, c, d: (a + d) * jnp.exp(-b * x) + c,
             x,
@@ -304,24 +304,39 @@ def of_a_dict(x: Any, a: Any, b: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "fitted", "x", "sentence"),
     [
-        (one, H, (H, H), "x is a tuple of 2, but the model was fitted with one array."),
-        (one, H, {"h": H}, "x is a dict with the keys 'h', but the model was fitted with one"),
+        (one, H, (H, H), "x must be one array, as in the fit; got a tuple of length 2."),
+        (one, H, {"h": H}, "x must be one array, as in the fit; got a dict with the keys 'h'."),
         (one, H, [], "x has no rows: x has shape (0,)."),
-        (one, H, ["h"], "x is [['h']]; predict needs arrays as in the fit, not names."),
+        (one, H, ["h"], "x must be arrays as in the fit, not names; got [['h']]."),
         (one, H, np.array(["h"]), "x has dtype <U1; expected real numbers."),
         (
             of_columns,
             T,
             H,
-            "x has shape (300,), but the model was fitted with one of shape (n, 2).",
+            "x must have shape (n, 2), as in the fit; got (300,).",
         ),
-        (of_columns, T, T[:, :1], "x has shape (300, 1), but the model was fitted with one of"),
-        (of_a_pair, (T, H), T, "x is of type ndarray and shape (300, 2), but the model was fitted"),
+        (of_columns, T, T[:, :1], "x must have shape (n, 2), as in the fit; got (300, 1)."),
+        (
+            of_a_pair,
+            (T, H),
+            T,
+            "a tuple of 2 arrays, as in the fit; got type ndarray with shape (300, 2).",
+        ),
         (of_a_pair, (T, H), (T, H[:9]), "arrays of x have the shapes (300,), (9,), which do not"),
         (of_a_pair, (T, H), (T, H[:1]), "x[0] has shape (300, 2), x[1] has shape (1,)."),
         (of_a_pair, (T, H), (T, H[:, None]), "x[0] has shape (300, 2), x[1] has shape (300, 1)."),
-        (of_a_dict, {0: H, "h": H}, {}, "x is an empty dict, but the model was fitted with a dict"),
-        (of_a_dict, {0: H, "h": H}, H, "the model was fitted with a dict with the keys 0, 'h'."),
+        (
+            of_a_dict,
+            {0: H, "h": H},
+            {},
+            "x must be a dict with the keys 0, 'h', as in the fit; got an empty dict.",
+        ),
+        (
+            of_a_dict,
+            {0: H, "h": H},
+            H,
+            "x must be a dict with the keys 0, 'h', as in the fit; got type ndarray",
+        ),
         (of_a_dict, {0: H, "h": H}, {0: H, "h": H[:9]}, "the shapes (300,), (9,), which do not"),
     ],
 )
@@ -342,7 +357,7 @@ def test_predict_at_names_that_do_not_match() -> None:
         result.predict({0: along, "h": along[:9]})
     with pytest.raises(nd.DataError, match=r"labels of x\['h'\] along 't' differ from those of an"):
         result.predict({0: along, "h": along.assign_coords(t=H + 1)})
-    with pytest.raises(nd.DataError, match=r"an entry for each row.*x\['h'\] has shape \(\)"):
+    with pytest.raises(nd.DataError, match=r"one element per row.*x\['h'\] has shape \(\)"):
         result.predict({0: along, "h": along[0].drop_vars("t")})
 
 
@@ -362,7 +377,7 @@ def test_a_start_at_which_nothing_can_be_learned(model: Any, start: list[float])
     x, y = data()
     result = fit(model, x, y, start)
     assert not result.success
-    assert "does not react" in result.message
+    assert "insensitive" in result.message
 
 
 @pytest.mark.slow
@@ -382,7 +397,7 @@ def test_warnings_are_of_the_line_that_called() -> None:
     path = f"{Path(nd.__file__).parent}_demo.py"
     names = {"fit": nd.AdaptiveHybridStreamingOptimizer().fit, "x": H, "y": 2 * H}
     code = "fit(lambda x, a, b: (a + b) * x, x, y, [1, 1], verbose=0)"
-    with pytest.warns(OptimizeWarning, match="not determine a, b") as caught:
+    with pytest.warns(OptimizeWarning, match="not constrain 'a', 'b'") as caught:
         exec(compile(code, path, "exec"), names)
     assert [warning.filename for warning in caught] == [path]
 
@@ -429,7 +444,7 @@ def test_blocks_that_are_not_what_dask_was_told() -> None:
 
     x, y = data()
     lazy = da.from_array(y, chunks=1000)
-    with pytest.raises(nd.DataError, match=r"dtype float64, but Dask was told .* int64"):
+    with pytest.raises(nd.DataError, match=r"dtype float64, but its Dask array declares .* int64"):
         fit(exponential, x, lazy.map_blocks(lambda block: block, dtype="i8"))
     short = da.from_delayed(delayed(y[:100]), shape=(3000,), dtype="f8")
     with pytest.raises(nd.DataError, match=r"shape \(100,\).*\(3000,\)"):

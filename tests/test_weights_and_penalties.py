@@ -271,7 +271,7 @@ def test_blocks_are_read_once_for_x_and_weights() -> None:
 def test_what_is_no_group(group: float, shown: str) -> None:
     x = X.copy()
     x[-1, 0] = group
-    with pytest.raises(nd.DataError, match=f"from 0 to 3 for the 4 .*a row has {shown}\\."):
+    with pytest.raises(nd.DataError, match=f"from 0 to 3 for the 4 .*got {shown}\\."):
         fit(x, **weighted())
 
 

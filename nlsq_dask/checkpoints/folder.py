@@ -9,7 +9,7 @@ from fsspec.core import url_to_fs
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.storage.folders import normalized, open_folder
+from nlsq_dask.storage.folders import normalize_path, open_folder
 
 _KEPT = 3
 _SUFFIX = ".nlsq"
@@ -25,7 +25,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = normalized(path)
+        self._path = normalize_path(path)
         self._files = open_folder(self._path)
 
     def prepare(self, fit: str) -> None:
@@ -89,7 +89,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
     CheckpointError
         If it cannot be used.
     """
-    text = normalized(path)
+    text = normalize_path(path)
     if "://" in text:
         file_system, inner = url_to_fs(text)
         exists, is_folder = file_system.exists(inner), file_system.isdir(inner)

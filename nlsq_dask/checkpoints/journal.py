@@ -38,7 +38,7 @@ from nlsq_dask.events import (
     without_many_params,
 )
 from nlsq_dask.storage.codec import encode
-from nlsq_dask.storage.folders import normalized
+from nlsq_dask.storage.folders import normalize_path
 
 T = TypeVar("T")
 
@@ -310,7 +310,7 @@ def open_journal(
         if folder is None:
             return Journal()
         return CheckpointJournal(describe(), folder, config.checkpoint_interval, emit)
-    identity, interval, path = describe(), config.checkpoint_interval, normalized(wanted)
+    identity, interval, path = describe(), config.checkpoint_interval, normalize_path(wanted)
     checkpoint, notes = load(path)
     notes += checkpoint.identity.check(identity)
     if notes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Self
 
-from nlsq_dask._keywords import explaining_keywords, meant_by
+from nlsq_dask._keywords import explain_keywords, suggest_keyword
 from nlsq_dask.config.rules import (
     BOOL,
     CRITERIA,
@@ -394,7 +394,7 @@ class HybridStreamingConfig:
         """Set an option, which is checked when a fit starts; a name that is none is refused."""
         option = self.__dataclass_fields__.get(name)
         if option is None:
-            sentence = f"{type(self).__name__} has no option {name!r}. {meant_by(name)}"
+            sentence = f"{type(self).__name__} has no option {name!r}. {suggest_keyword(name)}"
             raise AttributeError(sentence.rstrip())
         rule: Rule = option.metadata["rule"]
         super().__setattr__(name, rule.kept(value) if rule.test(value) else value)
@@ -599,5 +599,5 @@ if HybridStreamingConfig.__doc__ is not None:  # python -OO strips docstrings
     HybridStreamingConfig.__doc__ += _parameters_section() + _RAISES
 
 # Presets construct one, too, so that their keywords are explained as well.
-_explaining = explaining_keywords("HybridStreamingConfig")
+_explaining = explain_keywords("HybridStreamingConfig")
 HybridStreamingConfig.__init__ = _explaining(HybridStreamingConfig.__init__)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""``RowBlocks``: y, x and sigma aligned into one grid of lazy blocks."""
+"""``RowBlocks``: y, x and sigma aligned on one grid of lazy blocks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from nlsq_dask.data.attributes import doubts_of_attributes
-from nlsq_dask.data.dates import doubt_of_rounding, in_words, to_days, without_date_objects
+from nlsq_dask.data.attributes import attribute_notices
+from nlsq_dask.data.dates import convert_date_objects, describe_units, rounding_notice, to_days
 from nlsq_dask.data.labels import Label, label_of
-from nlsq_dask.data.shapes import check_unambiguous, mismatch, rows_shape
+from nlsq_dask.data.shapes import check_unambiguous, mismatch_error, rows_shape
 from nlsq_dask.data.sources.from_array import check_numbers, is_in_memory, split_mask
-from nlsq_dask.data.sources.from_pandas import without_pandas
+from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
 from nlsq_dask.rows.rows import Layout, x_array_names
 
-_SMALL_CHUNK = 2**20  # bytes; coordinates, which are split without anyone noticing
+_SMALL_CHUNK = 2**20  # bytes; splitting smaller chunks, such as coordinates, is not reported
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """The data set: every entry of y is a row, every block of y's grid a unit of reading.
+    """Data set whose rows are the elements of y and whose blocks are the chunks of y.
 
-    All arrays have the dimensions of y, of size 1 where they do not vary, in chunks that agree
-    with the grid; an x of shape (n, k) has one more, in a single chunk. Nothing is reshaped or
-    expanded before a block is in memory.
+    All arrays have the dimensions of y, with size 1 where they do not vary, in chunks that match
+    the grid. An x of shape (n, k) has one more dimension, in a single chunk. Arrays are reshaped
+    and broadcast only when a block is in memory.
 
     Attributes
     ----------
@@ -40,19 +40,19 @@ class RowBlocks:
     sigma, mask : dask.array.Array or None
     layout : Layout
     in_memory : bool
-        Whether nothing has to be read from anywhere.
+        Whether all values are in the memory of this process.
     realigned : tuple of str
-        Arrays whose chunks were split to agree with the others, and how.
+        Arrays whose chunks were split to match the others, and how.
     split_bytes : int
-        Bytes of the largest chunk that was split, which is read whole.
+        Bytes of the largest chunk that was split, which is read as a whole.
     dims : tuple of str
         Names of the dimensions of y.
     x_units : dict of str to str
-        What the numbers made of dates are, by the names of those arrays of x.
-    doubts : tuple of str
-        Sentences on what may be wrong with the data, as far as it is in memory.
+        Units of converted dates, by name of the x array.
+    notices : tuple of str
+        Possible problems of the data, one sentence each.
     labels : tuple of Label
-        What y and the arrays of x say of themselves.
+        Labels of y and of the x arrays.
     """
 
     y: da.Array
@@ -65,7 +65,7 @@ class RowBlocks:
     split_bytes: int
     dims: tuple[str, ...]
     x_units: dict[str, str]
-    doubts: tuple[str, ...]
+    notices: tuple[str, ...]
     labels: tuple[Label, ...]
 
     @property
@@ -76,7 +76,7 @@ class RowBlocks:
 
     @property
     def x_labels(self) -> list[str]:
-        """Names that the arrays of x have of themselves, empty where they have none."""
+        """Names of the x arrays, empty strings for unnamed ones."""
         return [label.name for label in self.labels[1:]]
 
     @property
@@ -89,12 +89,12 @@ class RowBlocks:
         """Number of blocks along each dimension of y."""
         return tuple(map(len, self.y.chunks))
 
-    def date_notes(self) -> list[str]:
-        """Return a sentence on every array of x that holds dates."""
+    def date_notices(self) -> list[str]:
+        """Return a sentence for each x array that holds dates."""
         names = self.layout.array_names[1:]
         return [
-            f"{name}{f' ({label})' if label else ''} holds dates, which the model gets as "
-            f"{in_words(self.x_units[name])}"
+            f"{name}{f' ({label})' if label else ''} holds dates, which the model receives as "
+            f"{describe_units(self.x_units[name])}"
             for name, label in zip(names, self.x_labels, strict=False)
             if name in self.x_units
         ]
@@ -118,18 +118,18 @@ class RowBlocks:
             total += n_bytes
         return total
 
-    def part(self, block: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return which part of y a block is."""
+    def block_slices(self, block: tuple[int, ...]) -> tuple[slice, ...]:
+        """Return the slices of y that a block covers."""
         starts = (sum(sizes[:i]) for sizes, i in zip(self.y.chunks, block, strict=True))
         sizes = (sizes[i] for sizes, i in zip(self.y.chunks, block, strict=True))
         return tuple(slice(start, start + n) for start, n in zip(starts, sizes, strict=True))
 
     def keys(self, block: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """Return the graph's keys of one block of every array, in the order of ``arrays``."""
+        """Return the graph keys of one block of each array, in the order of ``arrays``."""
         return [_block_key(array, block) for array in self.arrays]
 
     def shapes(self, block: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Return the shapes of one block of every array, in the order of ``arrays``."""
+        """Return the shapes of one block of each array, in the order of ``arrays``."""
         return [
             tuple(sizes[i] for sizes, i in zip(array.chunks, key[1:], strict=True))
             for array, key in zip(self.arrays, self.keys(block), strict=True)
@@ -144,14 +144,14 @@ def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Source:
-    """One array as it was given, and its values and mask in the dimensions of y."""
+    """Array as passed by the caller, with its values and mask in the dimensions of y."""
 
     name: str
     given: Any
     values: da.Array
     mask: da.Array | None
     units: str = ""
-    doubt: str = ""
+    notice: str = ""
 
 
 def align(
@@ -159,9 +159,9 @@ def align(
     y_data: Any,
     sigma: Any = None,
     group_weights: Sequence[float] | None = None,
-    x_called: str = "x_data",
+    x_name: str = "x_data",
 ) -> RowBlocks:
-    """Make one grid of blocks of x, y and sigma, reading nothing.
+    """Align x, y and sigma on one grid of blocks, without reading data.
 
     Parameters
     ----------
@@ -169,37 +169,35 @@ def align(
     y_data : array
     sigma : array, optional
     group_weights : sequence of float, optional
-        Weights of the groups of rows, see ``weighted_sigma``.
-    x_called : str
-        What the caller calls x, for messages.
+        Weights of the groups of rows; see ``weighted_sigma``.
+    x_name : str
+        Name of x in messages.
 
     Raises
     ------
     DataError
-        If the arrays cannot be matched; the message shows shapes and chunks.
+        If the arrays do not match.
     """
     _check_kind("y_data", y_data)
     _check_kind("sigma", sigma)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
-    called = [name.replace("x_data", x_called, 1) for name in x_array_names(x_names)]
-    names = ["y_data", *called, *([] if sigma is None else ["sigma"])]
+    array_names = [name.replace("x_data", x_name, 1) for name in x_array_names(x_names)]
+    names = ["y_data", *array_names, *([] if sigma is None else ["sigma"])]
     given = [y_data, *leaves, *([] if sigma is None else [sigma])]
     labels = tuple(map(label_of, given[: 1 + len(leaves)]))
-    doubts = [
-        text for pair in zip(given, names, strict=True) for text in doubts_of_attributes(*pair)
-    ]
-    given = without_pandas(list(zip(names, given, strict=True)))
-    # Arrays in memory adopt the chunks of those that are not; alone they are cut for the threads.
-    cut = all(map(is_in_memory, given))
-    first = _first_source(given[0], cut)
+    notices = [text for pair in zip(given, names, strict=True) for text in attribute_notices(*pair)]
+    given = pandas_to_numpy(list(zip(names, given, strict=True)))
+    # Arrays in memory adopt the chunks of lazy ones; on their own they are split for the threads.
+    split_chunks = all(map(is_in_memory, given))
+    first = _first_source(given[0], split_chunks)
     sources = [
         first,
         *(
-            _matched(value, name, first, cut)
+            _match(value, name, first, split_chunks)
             for name, value in zip(names[1:], given[1:], strict=True)
         ),
     ]
-    by_position = [s for s in sources[1:] if not _both_named(s.given, first.given)]
+    by_position = [s for s in sources[1:] if not _are_named(s.given, first.given)]
     check_unambiguous(
         [(s.name, s.given, np.shape(s.given)) for s in by_position], first.values.shape
     )
@@ -223,45 +221,45 @@ def align(
         deviation,
         mask,
         layout,
-        cut,
+        split_chunks,
         realigned,
         split_bytes,
         _dims(given[0], y.ndim),
         {source.name: source.units for source in sources if source.units},
-        (*doubts, *(source.doubt for source in sources if source.doubt)),
+        (*notices, *(source.notice for source in sources if source.notice)),
         labels,
     )
 
 
 def _check_kind(name: str, value: Any) -> None:
-    """Refuse text, and more than one array where one is wanted."""
+    """Raise a DataError for text, and for several arrays where one is expected."""
     if isinstance(value, str):
         raise DataError(
-            f"{name} is the text {value!r}; pass the array itself, such as dataset[{value!r}]. "
-            f"(A path: open it first, with xarray.open_zarr(path)['name'] or "
-            f"zarr.open_array(path).)"
+            f"{name} must be an array; got the string {value!r}. Pass the array itself, such as "
+            f"dataset[{value!r}]; open a path with xarray.open_zarr(path)['name'] or "
+            f"zarr.open_array(path)."
         )
     is_names = isinstance(value, list) and any(isinstance(each, str) for each in value)
     is_several = isinstance(value, tuple) and any(isinstance(v, str) or np.ndim(v) for v in value)
     if is_names or is_several or isinstance(value, dict):
         raise DataError(
-            f"{name} is a {type(value).__name__} of {len(value)}; expected one array. The order of "
-            f"the arguments is fit(model, x_data, y_data, p0)."
+            f"{name} must be one array; got a {type(value).__name__} of length {len(value)}. The "
+            f"order of arguments is fit(model, x_data, y_data, p0)."
         )
 
 
-def _first_source(y_data: Any, cut: bool) -> _Source:
-    y, mask = _values(y_data, "y_data", cut)
+def _first_source(y_data: Any, split_chunks: bool) -> _Source:
+    y, mask = _values(y_data, "y_data", split_chunks)
     check_numbers(y.dtype, "y_data")
     if y.ndim == 0:
-        raise DataError("y_data is a single number; expected an array with at least one dimension.")
+        raise DataError("y_data must have at least one dimension; got a single number.")
     if y.size == 0:
         raise DataError(f"y_data has no rows (shape {y.shape}).")
     return _Source("y_data", y_data, y, mask)
 
 
 def _split(sources: Sequence[_Source], after: Sequence[da.Array]) -> tuple[tuple[str, ...], int]:
-    """Say which arrays had chunks split, and the bytes of the largest chunk that was."""
+    """Return a text for each array with split chunks, and the bytes of the largest such chunk."""
     split = [
         (source, new)
         for source, new in zip(sources, after, strict=True)
@@ -302,38 +300,38 @@ def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
     return None, [x_data]
 
 
-def _values(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
-    value = lazy_data(value, name, cut) if is_xarray(value) else value
-    return split_mask(value, name, cut)
+def _values(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
+    value = lazy_data(value, name, split_chunks) if is_xarray(value) else value
+    return split_mask(value, name, split_chunks)
 
 
-def _both_named(value: Any, y: Any) -> bool:
+def _are_named(value: Any, y: Any) -> bool:
     return is_xarray(value) and is_xarray(y)
 
 
-def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
-    """Bring one array to the dimensions of y: by name where both have names, else by position."""
-    y, given, units, doubt = first.values, value, "", ""
+def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source:
+    """Match one array to the dimensions of y, by name if both have names, else by position."""
+    y, given, units, notice = first.values, value, "", ""
     allows_features = y.ndim == 1 and name != "sigma"
-    both_named = _both_named(value, first.given)
+    both_named = _are_named(value, first.given)
     if name != "sigma":
-        value, units = without_date_objects(value, name, is_in_memory(value))
+        value, units = convert_date_objects(value, name, is_in_memory(value))
         if units and is_in_memory(value) and value.dtype.kind in "mM":
-            doubt = doubt_of_rounding(value, name)
+            notice = rounding_notice(value, name)
     if both_named:
-        value = like_dims(value, first.given, name, cut, allows_features)
-    array, mask = _values(value, name, cut)
+        value = like_dims(value, first.given, name, split_chunks, allows_features)
+    array, mask = _values(value, name, split_chunks)
     array = to_days(array, units)
     check_numbers(array.dtype, name)
     if name == "sigma" and array.shape == y.shape * 2:
         raise DataError(
             f"sigma has shape {array.shape} and y_data {y.shape}: a covariance matrix of the data "
-            f"is not supported. Pass one standard deviation a row, or transform the data."
+            f"is not supported. Pass one standard deviation per observation, or transform the data."
         )
     rows = rows_shape(array.shape, y.shape, allows_features)
     if rows is None:
         is_lazy = not (is_in_memory(given) and is_in_memory(first.given))
-        raise mismatch(
+        raise mismatch_error(
             name,
             given,
             array.shape,
@@ -343,23 +341,23 @@ def _matched(value: Any, name: str, first: _Source, cut: bool) -> _Source:
         )
     if 0 in array.shape[len(rows) :]:
         raise DataError(f"{name} has no columns (shape {array.shape}).")
-    if mask is not None and mask.ndim > len(rows):  # a row without one of its features is left out
+    if mask is not None and mask.ndim > len(rows):  # one masked feature masks its row
         mask = mask.any(axis=-1)
     missing = (None,) * (y.ndim - len(rows))
     if missing:
         array, mask = array[missing], None if mask is None else mask[missing]
-    return _Source(name, given, array, mask, units, doubt)
+    return _Source(name, given, array, mask, units, notice)
 
 
 def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:
-    """Split chunks until they agree along the dimensions of y, but never merge any.
+    """Split chunks until they match along the dimensions of y, without merging any.
 
     Returns
     -------
     arrays : list of dask.array.Array
         The values of all sources.
     mask : dask.array.Array or None
-        Where any of them is masked.
+        True where any source is masked.
     """
     rows = list(range(ndim))
     masks = [source.mask for source in sources if source.mask is not None]
@@ -376,6 +374,6 @@ def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Ar
 
 
 def _stored_dtype(array: da.Array) -> str:
-    """Return the dtype in which a block reaches the kernel: native, at most 64 bits."""
+    """Return the dtype of a block in the kernel: native byte order, at most 64 bits."""
     dtype = array.dtype.newbyteorder("=")
     return str(np.dtype(np.float64) if dtype.itemsize > 8 else dtype)

@@ -1,7 +1,7 @@
-"""What the attributes of an array say of its values, and nobody has heeded.
+"""CF attributes of an array that have not been decoded.
 
-xarray moves such an attribute to ``encoding`` when it has done what it says. Where it is still
-among ``attrs``, values are as they are stored.
+xarray moves an attribute to ``encoding`` when it decodes it. If it is still among ``attrs``, the
+values are the stored ones.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from nlsq_dask.data.sources.from_array import is_in_memory
 from nlsq_dask.data.sources.from_xarray import is_xarray
 
 _FILLS = "_FillValue", "missing_value"
-_PACKED = {"scale_factor": 1.0, "add_offset": 0.0}  # with the values that change nothing
+_PACKED = {"scale_factor": 1.0, "add_offset": 0.0}  # with their neutral values
 
 
-def doubts_of_attributes(value: Any, name: str) -> Iterator[str]:
-    """Yield sentences on values that stand for others, or for none.
+def attribute_notices(value: Any, name: str) -> Iterator[str]:
+    """Yield a sentence for each undecoded packing or fill value.
 
     Parameters
     ----------
     value : array
-        As the caller gave it.
+        Array as passed by the caller.
     name : str
-        What the caller calls it.
+        Name of the array in messages.
     """
     attributes = _attributes(value)
     opened = (
-        f"open it without mask_and_scale=False, or, if this is done, take it away with "
+        f"open it without mask_and_scale=False, or remove the attribute of decoded values with "
         f"{name}.attrs.pop(...)"
         if is_xarray(value)
-        else "open it with xarray, such as xarray.open_zarr(path)['name'], which does that"
+        else "open it with xarray, such as xarray.open_zarr(path)['name']"
     )
     packed = [key for key, none in _PACKED.items() if _number(attributes.get(key, none)) != none]
     if packed:
+        several = len(packed) > 1
         yield (
-            f"{name} has the attribute {' and '.join(packed)}, which nobody has applied: its "
-            f"values are fitted as they are stored. To unpack them {opened}."
+            f"{name} has {'CF attributes' if several else 'a CF attribute'} "
+            f"{' and '.join(map(repr, packed))} that {'have' if several else 'has'} not been "
+            f"decoded; the raw values will be fitted. To decode them, {opened}."
         )
     for key in _FILLS:
         fill = _number(attributes.get(key))
         if fill is not None and np.isfinite(fill) and _may_hold(value, fill):
             yield (
-                f"{name} has the attribute {key}={fill:.9g}, and nobody has masked that value: "
-                f"rows that hold it are fitted as if it had been measured. To mask them {opened}; "
-                f"and fit with nan_policy='omit'."
+                f"{name} has a CF attribute {key}={fill:.9g} that has not been decoded; rows with "
+                f"this value will be fitted like any other. To mask them, {opened}, and fit with "
+                f"nan_policy='omit'."
             )
             return
 
@@ -59,7 +61,7 @@ def _attributes(value: Any) -> Mapping[str, Any]:
     attributes = getattr(value, "attrs", {})
     if not isinstance(attributes, Mapping):
         return {}
-    # In Zarr 2 xarray writes _FillValue as Zarr's own, which without its mark may be a default.
+    # xarray writes _FillValue to Zarr 2 as Zarr's fill value, which otherwise may be a default.
     is_by_xarray = isinstance(value, zarr.Array) and "_ARRAY_DIMENSIONS" in attributes
     if is_by_xarray and value.metadata.zarr_format == 2 and value.fill_value is not None:
         return {"_FillValue": value.fill_value, **attributes}
@@ -67,7 +69,7 @@ def _attributes(value: Any) -> Mapping[str, Any]:
 
 
 def _number(given: Any) -> float | None:
-    """Return a number, which HDF5 has in an array and xarray, in Zarr 3, as the text of bytes."""
+    """Return the number in an attribute: an array in HDF5, base64 text of xarray in Zarr 3."""
     try:
         if isinstance(given, str):
             return float(struct.unpack("<d", base64.b64decode(given, validate=True))[0])
@@ -77,8 +79,8 @@ def _number(given: Any) -> float | None:
 
 
 def _may_hold(value: Any, fill: float) -> bool:
-    """Whether a value occurs, as far as that can be told without reading."""
+    """Return whether the fill value may occur; True for data that are not in memory."""
     if not is_in_memory(value):
         return True
-    with np.errstate(all="ignore"):  # of one that the dtype cannot hold
+    with np.errstate(all="ignore"):  # the dtype may not represent the fill value
         return bool((np.asarray(value) == np.asarray(fill).astype(value.dtype)).any())

@@ -1,7 +1,7 @@
-"""Dates become numbers, by one rule: float64 days since 1970-01-01, durations float64 days.
+"""Conversion of dates to float64 days since 1970-01-01, and of durations to float64 days.
 
-Dates of cftime are counted in their own calendar. What is no date (NaT, None) becomes NaN. The rule
-does not depend on the data, so blocks are converted one by one and predictions agree with fits.
+Dates of cftime are counted in their own calendar; missing ones (NaT, None) become NaN. The units do
+not depend on the data, so blocks are converted independently and predictions agree with fits.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ _DURATION = "days"
 _EPOCH = "days since 1970-01-01"
 _CALENDAR = f"{_EPOCH}, calendar "
 
-# How many of each unit of datetime64 and timedelta64 make a day.
-_PER_DAY = {"D": 1, "h": 24, "m": 1440, "s": 86_400}
-_PER_DAY |= {f"{p}s": 86_400 * 1000**i for i, p in enumerate(("m", "u", "n", "p", "f", "a"), 1)}
-# cftime's names for calendars that CF gives two.
+# Units of datetime64 and timedelta64 per day.
+_UNITS_PER_DAY = {"D": 1, "h": 24, "m": 1440, "s": 86_400}
+_UNITS_PER_DAY |= {
+    f"{p}s": 86_400 * 1000**i for i, p in enumerate(("m", "u", "n", "p", "f", "a"), 1)
+}
+# cftime's names of calendars that have two names in CF.
 _SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
 
-# There is a doubt where rounding to float64 days is more than this share of what x spans.
-_COARSE = 1e-9
+# Largest rounding of float64 days without a notice, as a fraction of the span of x.
+_MAX_ROUNDING = 1e-9
 
 
-def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
-    """Say what an array's dates will be measured in, and convert those that are Python objects.
+def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
+    """Convert dates that are Python objects, and return the units of an array's dates.
 
     Parameters
     ----------
     value : array or list
     name : str
-        What the caller calls it, for messages.
+        Name of the array in messages.
     in_memory : bool
-        Whether it may be looked at.
+        Whether the values may be inspected.
 
     Returns
     -------
     value : array
-        Dates of cftime in memory as numbers, those of Python as datetime64; others as they were.
+        Dates of cftime in memory as numbers, those of Python as datetime64; others unchanged.
     units : str
-        Of the numbers that ``to_days`` makes of it; empty if these are no dates.
+        Units of the result of ``to_days``; empty if the array holds no dates.
     """
     if isinstance(value, list | tuple):
         value = as_numpy(value, name)
@@ -58,58 +60,58 @@ def without_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
     if value.dtype.kind == "O" and in_memory:
         value, units = _objects_in_memory(value, name)
     elif value.dtype.kind == "O":
-        # Without a look at the values only xarray can tell, which keeps what a file says.
+        # Without reading values, only the encoding kept by xarray tells the calendar.
         calendar = getattr(value, "encoding", {}).get("calendar")
         units = f"{_CALENDAR}{_SYNONYMS.get(calendar, calendar)}" if calendar else ""
     if value.dtype.kind in "mM":
         units = _EPOCH if value.dtype.kind == "M" else _DURATION
         unit = np.datetime_data(value.dtype)[0]
-        if unit not in _PER_DAY and unit not in ("W" if units == _DURATION else "YMW"):
+        if unit not in _UNITS_PER_DAY and unit not in ("W" if units == _DURATION else "YMW"):
             raise DataError(
-                f"{name} has dtype {value.dtype}, a unit of no fixed length; convert it to days, "
-                f"such as x.astype('timedelta64[D]')."
+                f"{name} has dtype {value.dtype}, whose unit has no fixed length. Convert it to "
+                f"days, such as with x.astype('timedelta64[D]')."
             )
     return value, units
 
 
-def in_words(units: str) -> str:
-    """Return the units with a number to go by, as most are surprised by its size."""
-    return f"{units}: 2025-01-01 is 20,089" if units == _EPOCH else units
+def describe_units(units: str) -> str:
+    """Return the units with an example, as such numbers are surprisingly large."""
+    return f"{units} (2025-01-01 is 20,089)" if units == _EPOCH else units
 
 
-def doubt_of_rounding(value: Any, name: str) -> str:
-    """Say so where days since 1970 lose digits that differences within the data would have.
+def rounding_notice(value: Any, name: str) -> str:
+    """Return a sentence if days since 1970 in float64 cannot resolve the dates, else "".
 
     Parameters
     ----------
     value : array of datetime64 or timedelta64, in memory
-        Others would have to be read to know.
     name : str
+        Name of the array in messages.
     """
     dates = np.asarray(value).ravel()
     dates = dates[~np.isnat(dates)]
     if not dates.size:
         return ""
-    count, per_day = _counted(np.array([dates.min(), dates.max()]))
+    count, per_day = _integer_counts(np.array([dates.min(), dates.max()]))
     span = (int(count[1]) - int(count[0])) / per_day
     rounding = float(np.spacing(np.abs(_days(count, per_day)).max()))
-    if not 0.0 < _COARSE * span < rounding:
+    if not 0.0 < _MAX_ROUNDING * span < rounding:
         return ""
     return (
-        f"{name} spans {86_400 * span:.2g} s, and days since 1970-01-01 in float64 are rounded to "
-        f"{86_400 * rounding:.2g} s. Measure time from its own start: "
+        f"{name} spans {86_400 * span:.2g} s, but days since 1970-01-01 in float64 are rounded to "
+        f"{86_400 * rounding:.2g} s. Measure time from its start: "
         f"(t - t[0]) / np.timedelta64(1, 's')."
     )
 
 
 def to_days(array: da.Array, units: str) -> da.Array:
-    """Convert dates to days, each block when it is read; other arrays are returned as they are.
+    """Convert dates to days lazily; other arrays are returned unchanged.
 
     Parameters
     ----------
     array : dask.array.Array
     units : str
-        As ``without_date_objects`` gives them.
+        Units returned by ``convert_date_objects``.
     """
     if not units or array.dtype.kind not in "mMO":
         return array
@@ -124,42 +126,42 @@ def to_days(array: da.Array, units: str) -> da.Array:
 
 
 def _days_of_datetime64(dates: NDArray[Any]) -> NDArray[np.float64]:
-    count, per_day = _counted(dates)
+    count, per_day = _integer_counts(dates)
     return np.where(np.isnat(dates), np.nan, _days(count, per_day))
 
 
-def _counted(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
-    """Return whole numbers of a unit since 1970, and how many of it make a day."""
+def _integer_counts(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
+    """Return dates as integer counts of a unit since 1970, and the units per day."""
     unit = np.datetime_data(dates.dtype)[0]
-    unit = unit if unit in _PER_DAY else "D"  # weeks, and years and months of the calendar
+    unit = unit if unit in _UNITS_PER_DAY else "D"  # weeks, and years and months of the calendar
     count = dates.astype(f"{dates.dtype.kind}8[{unit}]")
-    return count.view(np.int64), _PER_DAY[unit]
+    return count.view(np.int64), _UNITS_PER_DAY[unit]
 
 
 def _days(count: NDArray[np.int64], per_day: int) -> NDArray[np.float64]:
-    """Divide without rounding the count, which has up to 19 digits: whole days, then the rest."""
-    if per_day > np.iinfo(np.int64).max:  # of fs and as, int64 holds less than a day
+    """Divide whole days and the remainder separately: counts have up to 19 digits."""
+    if per_day > np.iinfo(np.int64).max:  # int64 holds less than a day of fs or as
         return count / float(per_day)
-    rest = np.fmod(count, per_day)  # of the sign of the count, so that nothing cancels
+    rest = np.fmod(count, per_day)  # has the sign of the count: no cancellation
     return (count - rest) // per_day + rest / per_day
 
 
 def _days_of_cftime(dates: NDArray[Any], calendar: str) -> NDArray[np.float64]:
-    import cftime  # who has such dates has it
+    import cftime  # installed if there are such dates
 
     flat = dates.ravel()
     days = np.full(flat.shape, np.nan)
-    there = ~_is_missing(flat)
-    found = {getattr(date, "calendar", type(date).__name__) for date in flat[there]}
-    if found - {calendar}:
+    present = ~_is_missing(flat)
+    calendars = {getattr(date, "calendar", type(date).__name__) for date in flat[present]}
+    if calendars - {calendar}:
         raise DataError(
-            f"dates of the calendar {calendar!r} are mixed with {', '.join(sorted(found))}; "
-            f"convert them to one first."
+            f"dates of the calendar {calendar!r} are mixed with {', '.join(sorted(calendars))}. "
+            f"Convert them to one calendar."
         )
-    if there.any():
+    if present.any():
         units = "microseconds since 1970-01-01"
-        count = np.asarray(cftime.date2num(flat[there], units, calendar=calendar), np.int64)
-        days[there] = _days(count, _PER_DAY["us"])
+        count = np.asarray(cftime.date2num(flat[present], units, calendar=calendar), np.int64)
+        days[present] = _days(count, _UNITS_PER_DAY["us"])
     return days.reshape(dates.shape)
 
 
@@ -169,7 +171,7 @@ def _is_missing(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _objects_in_memory(value: Any, name: str) -> tuple[Any, str]:
     objects = value.values if isinstance(value, xr.DataArray) else value
-    # What is masked may be anything.
+    # Masked elements may be of any type.
     flat = np.where(np.ma.getmaskarray(objects), np.array(None), np.ma.getdata(objects)).ravel()
     missing = _is_missing(flat)
     first = flat[~missing][0] if not missing.all() else None
@@ -179,23 +181,25 @@ def _objects_in_memory(value: Any, name: str) -> tuple[Any, str]:
         plain = [None if m else _without_zone(v) for v, m in zip(flat, missing, strict=True)]
         kind = "m8[us]" if isinstance(first, datetime.timedelta) else "M8[us]"
         try:
-            found: NDArray[Any] = np.array(plain, kind)
+            dates: NDArray[Any] = np.array(plain, kind)
         except (TypeError, ValueError) as error:
-            raise DataError(f"{name} mixes {type(first).__name__} with others: {error}.") from error
+            raise DataError(
+                f"{name} mixes {type(first).__name__} with other types: {error}."
+            ) from error
     elif cftime is not None and isinstance(first, cftime.datetime):
-        found, units = _days_of_cftime(flat, first.calendar), f"{_CALENDAR}{first.calendar}"
+        dates, units = _days_of_cftime(flat, first.calendar), f"{_CALENDAR}{first.calendar}"
     else:
         return value, ""
-    found = found.reshape(value.shape)
+    dates = dates.reshape(value.shape)
     if isinstance(value, xr.DataArray):
-        return value.copy(data=found), units
+        return value.copy(data=dates), units
     if isinstance(value, np.ma.MaskedArray):
-        return np.ma.masked_array(found, np.ma.getmask(value)), units
-    return found, units
+        return np.ma.masked_array(dates, np.ma.getmask(value)), units
+    return dates, units
 
 
 def _without_zone(date: Any) -> Any:
-    """Return a date in UTC, which is what datetime64 counts in."""
+    """Return a naive date in UTC, as datetime64 expects."""
     if getattr(date, "tzinfo", None) is None:
         return date
     return date.astimezone(datetime.UTC).replace(tzinfo=None)

@@ -1,4 +1,4 @@
-"""Descriptions of arrays that can be compared: shape, dtype, chunks and digests of the values."""
+"""Comparable descriptions of arrays: shape, dtype, chunks and digests of the values."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import zarr
 
 
 def describe_array(array: da.Array) -> str:
-    """Return shape, dtype and chunks of an array, and digests of the Zarr metadata behind it."""
+    """Return shape, dtype and chunks of an array, with digests of values and Zarr metadata."""
     sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else digest(str(s)) for s in array.chunks]
     text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
     metadata = sorted({digest(_metadata(store)) for store in _zarr_arrays(array)})
-    # Sorted, because the names of arrays in memory, and so their order, are new in each fit.
+    # Sorted: names of arrays in memory, and so their order, differ between fits.
     values = sorted(_digests_in_memory(array))
     text += f", values {digest(' '.join(values))}" if values else ""
     return f"{text}, Zarr {' '.join(metadata)}" if metadata else text
 
 
 def _digests_in_memory(array: da.Array) -> Iterable[str]:
-    """Yield digests of the NumPy arrays in the graph of an array, with their positions."""
+    """Yield digests of the NumPy arrays in an array's graph, with their positions."""
     for key, node in dict(array.__dask_graph__()).items():
         value = getattr(node, "value", node)
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufmM":
@@ -33,11 +33,11 @@ def _digests_in_memory(array: da.Array) -> Iterable[str]:
 
 
 def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
-    """Yield the Zarr arrays that stand in the graph of an array as such."""
+    """Yield the Zarr arrays in an array's graph."""
     seen: set[int] = set()
     for node in dict(array.__dask_graph__()).values():
         for part in (node, *getattr(node, "args", ())):
-            value = getattr(part, "value", part)  # of a node that holds a literal
+            value = getattr(part, "value", part)  # a node may hold a literal
             if isinstance(value, zarr.Array) and id(value) not in seen:
                 seen.add(id(value))
                 yield value

@@ -1,4 +1,4 @@
-"""``Label``: what arrays call themselves, for the axes of plots."""
+"""``Label``: names, units and columns of arrays, for plots and messages."""
 
 from __future__ import annotations
 
@@ -10,29 +10,19 @@ import xarray as xr
 
 @dataclass(frozen=True)
 class Label:
-    """What an array says of itself; empty where it says nothing.
+    """Name, units and columns of an array; empty if it has none."""
 
-    Attributes
-    ----------
-    name : str
-        Of a DataArray or a column.
-    long_name, units : str
-        Attributes of a DataArray.
-    columns : tuple of str
-        Of a table.
-    """
-
-    name: str = ""
-    long_name: str = ""
-    units: str = ""
-    columns: tuple[str, ...] = ()
+    name: str = ""  # of a DataArray or a pandas column
+    long_name: str = ""  # attribute of a DataArray
+    units: str = ""  # attribute of a DataArray
+    columns: tuple[str, ...] = ()  # of a DataFrame
 
 
 def label_of(value: Any) -> Label:
-    """Return what an xarray or pandas object says of itself; nothing for other arrays."""
+    """Return the label of an xarray or pandas object; an empty one for other arrays."""
     if isinstance(value, xr.DataArray):
         attrs = value.attrs
-        # A DataArray that is made of a Dask array without a name takes that of its graph.
+        # An unnamed DataArray of a Dask array takes the name of the graph.
         is_by_dask = value.chunks is not None and value.name == value.data.name
         long_name = attrs.get("long_name") or attrs.get("standard_name") or ""
         name = "" if is_by_dask else _text(value.name)

@@ -1,4 +1,4 @@
-"""Which blocks and rows make the sample: seeded, spread over the data set, bounded in both."""
+"""Choice of the sample's blocks and rows: seeded, spread over the data, bounded in number."""
 
 from __future__ import annotations
 
@@ -9,68 +9,59 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-# Reading is what sampling costs: so many blocks at most, and rows either of this number, which are
-# read in no time, or of this share of the data set; of a larger one where the share would not
-# reach for two blocks.
+# Sampling costs reading: at most _MAX_BLOCKS blocks, and at most the larger of _CHEAP_ROWS rows and
+# a fraction of the data set, the larger fraction if the smaller one gives less than two blocks.
 _MAX_BLOCKS = 16
-_FREE_ROWS = 2**20
-_SHARE, _LARGEST_SHARE = 0.1, 0.2
+_CHEAP_ROWS = 2**20
+_FRACTION, _MAX_FRACTION = 0.1, 0.2
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Blocks to read and how many rows to take from each.
+    """Blocks to read and the number of rows to take from each."""
 
-    Attributes
-    ----------
-    blocks : tuple of tuple of int
-        Positions in the grid.
-    counts : tuple of int
-    seed : int
-    """
-
-    blocks: tuple[tuple[int, ...], ...]
-    counts: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], ...]  # positions in the grid
+    counts: tuple[int, ...]  # rows to take from each block
     seed: int
 
     def rows_of(self, i: int, n_rows: int) -> NDArray[np.int64]:
-        """Return the positions of the rows to take from block ``i``: one in each equal stratum."""
+        """Return positions of the rows to take from block ``i``, one per stratum of equal size."""
         return _stratified(n_rows, self.counts[i], np.random.default_rng([self.seed, i]))
 
 
 def _stratified(n_rows: int, count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Return so many positions, if there are as many rows: one in each equal stratum."""
+    """Return ``count`` positions, one per stratum of equal size; all if there are fewer rows."""
     if count >= n_rows:
         return np.arange(n_rows)
     edges = np.arange(count + 1) * n_rows // max(count, 1)
     return random.integers(edges[:-1], edges[1:])
 
 
-def thin_out(n_rows: int, share: float, seed: int, block: int) -> NDArray[np.int64]:
-    """Return the positions of a share of a block's rows, spread over it.
+def subsample(n_rows: int, fraction: float, seed: int, block: int) -> NDArray[np.int64]:
+    """Return the positions of a fraction of a block's rows, spread over the block.
 
-    The number is rounded at random, so that the share is met over many small blocks.
+    The count is rounded at random, so that the fraction holds on average over small blocks.
     """
-    if not share:
+    if not fraction:
         return np.arange(0)
     random = np.random.default_rng([seed, block])
-    return _stratified(n_rows, int(n_rows * share + random.random()), random)
+    return _stratified(n_rows, int(n_rows * fraction + random.random()), random)
 
 
 def plan_sample(
     block_rows: NDArray[np.int64], sample_rows: int, seed: int, in_memory: bool
 ) -> SamplePlan:
-    """Choose blocks by a Latin hypercube over the grid, so that each dimension is covered.
+    """Choose the sample's blocks by a Latin hypercube over the grid, covering each dimension.
 
     Parameters
     ----------
     block_rows : ndarray of int
-        Rows of every block, in the shape of the grid.
+        Rows of each block, in the shape of the grid.
     sample_rows : int
-        Rows wanted; a data set that is not larger is taken whole.
+        Requested number of rows; a smaller data set is sampled completely.
     seed : int
     in_memory : bool
-        Whether blocks cost nothing to read, so that all may be used.
+        Whether all blocks may be used because reading them is free.
     """
     filled = [index for index in np.ndindex(block_rows.shape) if block_rows[index]]
     if int(block_rows.sum()) <= sample_rows:
@@ -79,15 +70,15 @@ def plan_sample(
     n_rows = int(block_rows.sum())
     n_blocks = _MAX_BLOCKS
     if not in_memory:
-        share = _SHARE if len(filled) * _SHARE >= 2 else _LARGEST_SHARE
-        readable = max(share * n_rows, _FREE_ROWS)
+        fraction = _FRACTION if len(filled) * _FRACTION >= 2 else _MAX_FRACTION
+        readable = max(fraction * n_rows, _CHEAP_ROWS)
         n_blocks = min(n_blocks, math.floor(readable * len(filled) / n_rows))
-    # A block that no row would be taken from is not read.
+    # Each block contributes at least one row.
     n_blocks = max(1, min(len(filled), n_blocks, sample_rows))
     random = np.random.default_rng(seed)
     points = qmc.LatinHypercube(d=block_rows.ndim, rng=random).random(n_blocks)
     cells = [tuple(map(int, cell)) for cell in points * np.array(block_rows.shape)]
-    # Cells that coincide or hold no rows are made up for by blocks taken at random.
+    # Random blocks replace cells that coincide or hold no rows.
     others = [filled[i] for i in random.permutation(len(filled))]
     candidates = dict.fromkeys([cell for cell in cells if block_rows[cell]] + others)
     chosen = sorted(list(candidates)[:n_blocks])

@@ -1,4 +1,4 @@
-"""Which dimensions of y an array belongs to where positions decide, and what to say if none do."""
+"""Matching of arrays without names to the dimensions of y, and errors if none matches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Shape = tuple[int, ...]
 
 
 def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | None:
-    """Return the part of a shape that belongs to rows, None if it does not match that of y.
+    """Return the leading dimensions of a shape that match y, or None if they do not match.
 
     Parameters
     ----------
     shape, y_shape : tuple of int
     allows_features : bool
-        Whether the array is an x of a 1-d y, which has an entry or a row of k for each of y's.
+        Whether the array is an x of a 1-d y, of shape (n,) or (n, k).
     """
     if allows_features:
         rows = shape[:1] if len(shape) == 2 else shape
@@ -33,16 +33,15 @@ def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | N
 
 
 def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -> None:
-    """Refuse arrays of fewer dimensions than y that could belong to several of them.
+    """Raise a DataError for arrays that match several dimensions of y.
 
-    Broadcasting would put them along the last ones without a word: a 1-d time against square
-    images along their columns. Where one of the arrays has all dimensions of y, as ``t[:, None]``,
-    the caller knows the rule, and it is followed.
+    Broadcasting would silently match the last ones, such as a 1-d time the columns of square
+    images. If any array has all dimensions of y, as ``t[:, None]``, broadcasting is intended.
 
     Parameters
     ----------
     named : sequence of (name, value, shape)
-        What positions are to decide of.
+        Arrays that are matched by position.
     y_shape : tuple of int
 
     Raises
@@ -53,18 +52,19 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
     if any(len(shape) == ndim for name, _, shape in named if name != "sigma"):
         return
     for name, value, shape in named:
-        places = _places(shape, y_shape)
-        if len(places) > 1:
+        matches = _matching_axes(shape, y_shape)
+        if len(matches) > 1:
             ways = " or ".join(
-                f"{_index(value, name, axes, ndim)} for {_ordinal(axes)}" for axes in places
+                f"{_index_expression(value, name, axes, ndim)} for {_dimension_text(axes)}"
+                for axes in matches
             )
             raise DataError(
-                f"{name} has shape {shape}, which fits several dimensions of y_data, of shape "
-                f"{y_shape}. Say which: {ways}."
+                f"{name} has shape {shape}, which matches several dimensions of y_data with shape "
+                f"{y_shape}. Pass {ways}."
             )
 
 
-def mismatch(
+def mismatch_error(
     name: str,
     value: Any,
     shape: Shape,
@@ -72,46 +72,47 @@ def mismatch(
     chunks: tuple[Any, Any] | None,
     dims: tuple[Any, Any] | None,
 ) -> DataError:
-    """Return the error on an array that does not match y.
+    """Return the error for an array that does not match y.
 
     Parameters
     ----------
     name : str
     value : array
-        As it was given.
+        Array as passed by the caller.
     shape, y_shape : tuple of int
     chunks : pair, optional
-        Those of the array and of y, where one of them has any.
+        Chunks of the array and of y, if one of them is lazy.
     dims : pair, optional
-        Names of the dimensions of both, where names decide.
+        Dimension names of both, if they are matched by name.
     """
     in_chunks = f" (chunks {chunks[0]} and {chunks[1]})" if chunks else ""
     return DataError(
         f"{name} has shape {shape} and y_data has shape {y_shape}: they do not match{in_chunks}. "
-        f"{_advice(name, value, shape, y_shape, dims)}"
+        f"{_mismatch_hint(name, value, shape, y_shape, dims)}"
     )
 
 
-def _advice(
+def _mismatch_hint(
     name: str, value: Any, shape: Shape, y_shape: Shape, dims: tuple[Any, Any] | None
 ) -> str:
     ndim = len(y_shape)
     if dims is not None:
         return (
-            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} "
-            f"that are meant to be others."
+            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} to "
+            f"those of y_data."
         )
     if 1 in y_shape and shape == tuple(n for n in y_shape if n > 1):
         kept = ", ".join("0" if n == 1 else ":" for n in y_shape)
         return f"y_data has a dimension of size 1: pass y_data[{kept}]."
-    places = _places(shape, y_shape)
-    if places and len(shape) < ndim:
-        return f"Pass {_index(value, name, places[0], ndim)} for {_ordinal(places[0])} of y_data."
+    matches = _matching_axes(shape, y_shape)
+    if matches and len(shape) < ndim:
+        expression = _index_expression(value, name, matches[0], ndim)
+        return f"Pass {expression} for {_dimension_text(matches[0])} of y_data."
     if name == "sigma":
         return "Pass one number, or an array that broadcasts against y_data."
     if ndim == 1:
         if len(shape) == 2 and shape[1:] == y_shape:
-            return f"A row of x is a row of the array: pass {name}.T, or a tuple of arrays."
+            return f"Observations are rows of x: pass {name}.T, or a tuple of arrays."
         return "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,)."
     return (
         f"For a {ndim}-d y_data pass arrays that broadcast against it, such as "
@@ -120,20 +121,20 @@ def _advice(
     )
 
 
-def _places(shape: Shape, y_shape: Shape) -> list[Shape]:
-    """Return the dimensions of y, in order, whose sizes those of the array are."""
+def _matching_axes(shape: Shape, y_shape: Shape) -> list[Shape]:
+    """Return the ordered dimensions of y whose sizes equal those of the array."""
     if len(shape) >= len(y_shape) or 1 in shape or not shape:
         return []
     axes = combinations(range(len(y_shape)), len(shape))
-    return [found for found in axes if shape == tuple(np.take(y_shape, found).tolist())]
+    return [candidate for candidate in axes if shape == tuple(np.take(y_shape, candidate).tolist())]
 
 
-def _index(value: Any, name: str, axes: Shape, ndim: int) -> str:
-    """Return the expression that puts an array along these dimensions of y."""
-    read = "[:]" if isinstance(value, zarr.Array) else ""  # which has no index None
+def _index_expression(value: Any, name: str, axes: Shape, ndim: int) -> str:
+    """Return the expression that aligns an array with these dimensions of y."""
+    read = "[:]" if isinstance(value, zarr.Array) else ""  # Zarr does not support None as an index
     return f"{name}{read}[{', '.join(':' if axis in axes else 'None' for axis in range(ndim))}]"
 
 
-def _ordinal(axes: Shape) -> str:
+def _dimension_text(axes: Shape) -> str:
     numbers = " and ".join(map(str, axes))
     return f"dimension {numbers}" if len(axes) == 1 else f"dimensions {numbers}"

@@ -1,7 +1,7 @@
-"""Weights by group: sigma of each row is divided by the root of its group's weight.
+"""Weights of groups of rows: sigma is divided by the square root of the group's weight.
 
-So a row counts with ``w (r / sigma)^2`` in the cost, and everything that follows from sigma follows
-from the weights: residuals, robust losses, chi-square, covariance.
+A row contributes ``w (r / sigma)^2`` to the cost, so the weights act wherever sigma does: on
+residuals, robust losses, chi-square and covariance.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ def weighted_sigma(
     mask: da.Array | None,
     weights: Sequence[float],
 ) -> da.Array:
-    """Return sigma with the weights in it, lazily, wherever one of the arrays varies.
+    """Return sigma divided by the root of the weights, lazily.
 
     Parameters
     ----------
     groups : dask.array.Array
-        The first x array; of one with features, the first of these. Numbers of groups from 0 on.
+        First x array, or its first column: group numbers from 0.
     y : dask.array.Array
     sigma, mask : dask.array.Array or None
-        In the same grid of blocks; rows that are masked or not finite in y need no group.
+        On the same grid of blocks. Rows that are masked or not finite in y need no group.
     weights : sequence of float
-        One a group.
+        One weight per group.
     """
     if groups.ndim > y.ndim:
         groups = groups[..., 0]
     varies = groups.shape == y.shape
-    found: da.Array = da.map_blocks(
+    weighted: da.Array = da.map_blocks(
         _weigh,
         groups,
         1.0 if sigma is None else sigma,
         False if mask is None else mask,
-        y if varies else 0.0,  # else sigma would be as large as y
+        y if varies else 0.0,  # y would broadcast sigma to its own size
         inverse_roots=1.0 / np.sqrt(np.asarray(weights, np.float64)),
         dtype=np.float64,
         meta=np.empty((0,) * y.ndim),
     )
-    return found
+    return weighted
 
 
 def _weigh(
@@ -59,15 +59,15 @@ def _weigh(
     *,
     inverse_roots: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    # Where x is not finite the row is bad already, and nan_policy says what becomes of it.
+    # Rows with non-finite x are handled by nan_policy.
     numbers = np.asarray(groups, np.float64)
-    counts = np.isfinite(numbers) & ~np.asarray(mask) & np.isfinite(y)
-    numbers = np.where(counts, numbers, 0.0)
+    has_group = np.isfinite(numbers) & ~np.asarray(mask) & np.isfinite(y)
+    numbers = np.where(has_group, numbers, 0.0)
     is_wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= len(inverse_roots))
     if is_wrong.any():
         raise DataError(
-            f"with enable_residual_weighting the first column of x_data is the number of a row's "
-            f"group, an integer from 0 to {len(inverse_roots) - 1} for the {len(inverse_roots)} "
-            f"residual_weights; a row has {numbers[is_wrong][0]:g}."
+            f"with `enable_residual_weighting`, the first column of x_data must hold group "
+            f"numbers, integers from 0 to {len(inverse_roots) - 1} for the {len(inverse_roots)} "
+            f"residual_weights; got {numbers[is_wrong][0]:g}."
         )
     return np.asarray(inverse_roots[numbers.astype(np.int64)] * sigma)

@@ -284,7 +284,7 @@ class DataSet:
             block=block,
             grid=self.blocks.grid,
             rows=int(self._block_rows[block]),
-            part=tuple((part.start, part.stop) for part in self.blocks.part(block)),
+            part=tuple((part.start, part.stop) for part in self.blocks.block_slices(block)),
             array=" and ".join(arrays),
             chunk=fault.chunk,
             error=fault.error,
@@ -316,7 +316,7 @@ class DataSet:
         if found is None:
             return block, ""
         i, position, shape = found
-        starts = [part.start for part in self.blocks.part(block)]
+        starts = [part.start for part in self.blocks.block_slices(block)]
         row = ", ".join(str(start + at) for start, at in zip(starts, position, strict=False))
         name = self.blocks.layout.array_names[i]
         where = f", beginning with {'' if name == 'y_data' else f'{name} at '}y_data[{row}]"

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nlsq_dask.data.sampling import SamplePlan, thin_out
+from nlsq_dask.data.sampling import SamplePlan, subsample
 from nlsq_dask.engine.block_group import Group, Kept
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.retries import ReadReport
@@ -65,7 +65,7 @@ def _reduce_block(
         return PassResult(None, None, report)
     sums = kernel(rows, request.sums, request.wants_moments)
     block = rows if read is None else read.block
-    taken = thin_out(len(rows), request.sample_share, request.seed, index)
+    taken = subsample(len(rows), request.sample_share, request.seed, index)
     # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
     measured = BlockSums.of(index, sums.chi2, sums.n_used, sums.largest)

@@ -28,7 +28,7 @@ from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State
 from nlsq_dask.solvers.gauss_newton import start as begin
 from nlsq_dask.solvers.surrogate import forecast
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[NormalRowSums]
@@ -90,10 +90,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         start = solver.best_start(sample.reduce_few, starts, races)
         state = solver.solve(sample.reduce, start, self._reporting("sample"))
         accumulation = sample.reduce.accumulation
-        if state.stop is StopReason.NON_FINITE_START:
+        if state.stop is Status.NON_FINITE_START:
             return _OnSample(start, state.iteration, accumulation)
         assert state.solution is not None
-        if state.stop is StopReason.USER_STOP:
+        if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
         return _OnSample(state.solution, state.iteration, accumulation)

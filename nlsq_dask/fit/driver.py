@@ -35,7 +35,7 @@ from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.kernel import piece_rows_for
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import check_trace
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 _POINTS, _SHIFT = 3, 0.3  # near p0, in normalized parameters, at which models are compared
 _SAME_COST = 1e-6  # relative difference that another version or processor may make
@@ -96,7 +96,7 @@ class Driver:
             with self._phase(3) as details:
                 outcome = self._with_errors(fit, sample, outcome, details)
         except StoppedByCallbackError as stopped:
-            return self._finished(Outcome(stopped.params, StopReason.USER_STOP))
+            return self._finished(Outcome(stopped.params, Status.USER_STOP))
         except FitInterruptedError as interrupted:
             self._journal.save()
             return self._finished(self._so_far(fit, interrupted.reason))
@@ -118,7 +118,7 @@ class Driver:
                 return replace(outcome, covariance=covariance, errors=errors)
             outcome = fit.solve_again(sample, details)
 
-    def _so_far(self, fit: FullFit[Any, Any], reason: StopReason) -> Outcome:
+    def _so_far(self, fit: FullFit[Any, Any], reason: Status) -> Outcome:
         """Return what is known where a fit is interrupted."""
         outcome = fit.so_far(reason)
         if outcome is None:

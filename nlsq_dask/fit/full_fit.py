@@ -25,7 +25,7 @@ from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.solvers.solver import Solver, SolverState
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 S = TypeVar("S", bound=Sums)
@@ -141,11 +141,11 @@ class FullFit(ABC, Generic[T, S]):
         self._blocks = self._new_blocks
         self._solver = self._make_solver(sample, sums)
         begun = self._solver.tell(begun, sums)
-        if stop is StopReason.USER_STOP:
+        if stop is Status.USER_STOP:
             begun = self._solver.end(begun, stop)
         return self._solve_on_all_rows(lambda: begun, details)
 
-    def so_far(self, stop: StopReason) -> Outcome | None:
+    def so_far(self, stop: Status) -> Outcome | None:
         """Return the accepted point of the solve over all rows, as its end; None before it."""
         if self._state is None or self._solver is None or not self._state.sums.is_finite:
             return None

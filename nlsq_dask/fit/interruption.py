@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 
 class FitInterruptedError(Exception):
     """The fit has to end now; raised between pieces of work, never out of them."""
 
-    def __init__(self, reason: StopReason) -> None:
+    def __init__(self, reason: Status) -> None:
         super().__init__()
         self.reason = reason
 
@@ -36,9 +36,9 @@ class Interruption:
     def check(self) -> None:
         """Raise a FitInterruptedError if the fit has to end."""
         if self._terminated:
-            raise FitInterruptedError(StopReason.TERMINATED)
+            raise FitInterruptedError(Status.TERMINATED)
         if self._end is not None and time.monotonic() >= self._end:
-            raise FitInterruptedError(StopReason.WALLTIME)
+            raise FitInterruptedError(Status.WALLTIME)
 
     @contextmanager
     def heeding_sigterm(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State
 from nlsq_dask.solvers.point import Point, Settings
 from nlsq_dask.solvers.solver import Solver, SolverState
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 S = TypeVar("S", bound=Sums)
@@ -33,7 +33,7 @@ _FREE_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
 _PULLED = 1e-2  # of the residual: a step that is left where the pull is taken away
 _CHANCE = 10.0  # times p / n: relative fall of the cost that tells nothing
 _LESS_VARIANCE = 0.5  # than that by which the pull was chosen: then it was much too strong
-_NO_FURTHER = {StopReason.USER_STOP, StopReason.ITERATION_LIMIT, StopReason.CREEPING}
+_NO_FURTHER = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
 _RACE_TOL = 1e-3  # close enough to know which of several starts is the best
 _SAME_COST = 1e-4  # relative difference, within which two ends are equally good
 
@@ -74,7 +74,7 @@ def iterate(
         else:
             before, state = state, solver.tell(state, sums)
             if report(request, sums, before, state):
-                state = solver.end(state, StopReason.USER_STOP)
+                state = solver.end(state, Status.USER_STOP)
         remember(state)
     return state
 

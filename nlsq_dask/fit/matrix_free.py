@@ -35,7 +35,7 @@ from nlsq_dask.solvers.preconditioners import (
     filled,
 )
 from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[GradientRowSums]
@@ -140,7 +140,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         )
         (product,) = self._products(state.solution, signs * self.problem.normalizer.scales)
         touched = state.touched | (product != 0.0)
-        stop = state.stop if touched.all() else StopReason.NO_SENSITIVITY
+        stop = state.stop if touched.all() else Status.NO_SENSITIVITY
         return replace(state, touched=touched, stop=stop)
 
     def _products(self, params: Vector, *directions: Vector) -> NDArray[np.float64]:
@@ -156,7 +156,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         out what other rows see, or would take more iterations, nothing is known.
         """
         params, sample = state.solution, self._sample
-        if state.stop is StopReason.NO_SENSITIVITY or params is None or sample is None:
+        if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
             return None
         config = self.problem.config
         diagonal = filled(sample.reduce.diagonal(params), self.problem.normalizer.scales)
@@ -214,7 +214,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         begun = solver.init(start, sums(start))
         state = iterate(solver, begun, sums.at, self._reporting("sample"))
         assert state.solution is not None
-        if state.stop is StopReason.USER_STOP:
+        if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
         return _OnSample(state.solution, state.iteration, state.n_products)

@@ -13,7 +13,7 @@ from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 
@@ -37,7 +37,7 @@ class Outcome:
     """Where a fit has ended; phase 2 makes it, and what follows adds to it."""
 
     params: Vector
-    stop: StopReason
+    stop: Status
     sums: Sums | None = None  # over all rows; None if there was no pass over them
     sums_at: Vector | None = None  # the last accepted point
     blocks: BlockSums | None = None  # of the residuals of each block there

@@ -46,7 +46,7 @@ class Parameters:
         return bool(np.isfinite(self.low).any() or np.isfinite(self.high).any())
 
     @property
-    def remark(self) -> str:
+    def notice(self) -> str:
         """What the caller may not have meant with p0; empty where there is nothing."""
         starts = [
             f"{name} = {value:g}"

@@ -68,8 +68,8 @@ class FitProblem:
     @property
     def notes(self) -> tuple[str, ...]:
         """How the arguments were understood, where that may surprise."""
-        remark = [self.parameters.remark] if self.parameters.remark else []
-        return (*remark, *(f"{note}." for note in self.blocks.date_notes()))
+        notice = [self.parameters.notice] if self.parameters.notice else []
+        return (*notice, *(f"{note}." for note in self.blocks.date_notices()))
 
     @property
     def sample_rows(self) -> int:
@@ -139,8 +139,8 @@ def validate_arguments(
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
     traced = Model(model, n_params, blocks.layout, config.dtype)
-    for doubt in blocks.doubts:
-        warn_caller(doubt, DataWarning)
+    for notice in blocks.notices:
+        warn_caller(notice, DataWarning)
     for doubt in _doubts(traced):
         warn_caller(doubt)
     return FitProblem(

@@ -1,1 +1,1 @@
-"""The model of the caller: traced, differentiated, compiled, checked."""
+"""The caller's model: tracing, differentiation, compilation and checks."""

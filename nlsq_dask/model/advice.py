@@ -1,4 +1,4 @@
-"""What to do about a model that raised an error, or gave another shape, when it was traced."""
+"""Hints for models that raise an error or return a wrong shape when they are traced."""
 
 from __future__ import annotations
 
@@ -7,81 +7,79 @@ from collections.abc import Sequence
 
 from nlsq_dask.model.model import Model
 
-_IN_JAX = (
+_USE_JAX = (
     "rite it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "
     "jax.scipy instead of scipy (jax.scipy.special for scipy.special)"
 )
-NOT_IN_JAX = (
-    f"w{_IN_JAX}, and without float(), int() and .item() of values of x or of the parameters."
-)
-BRANCHES = (
-    "it asks whether values of x or of the parameters are true, as 'if', 'and', 'or', 'not', min() "
+NOT_IN_JAX_HINT = f"w{_USE_JAX}, and without float(), int() and .item() on x or the parameters."
+BRANCH_HINT = (
+    "it uses values of x or of the parameters as conditions, as 'if', 'and', 'or', 'not', min() "
     "and max() do. Write jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' "
     "and 'or', and jnp.minimum and jnp.maximum."
 )
-_GENERAL = f"W{_IN_JAX}, and with jnp.where instead of 'if' on values."
-_MASKS = (
-    "Rows cannot be picked by a condition: jnp.where(x > 3, this, that) gives a value for each row."
+_GENERAL_HINT = f"W{_USE_JAX}, and with jnp.where instead of 'if' on values."
+_MASK_HINT = (
+    "Rows cannot be selected by a boolean mask: jnp.where(x > 3, this, that) gives a value for "
+    "each row."
 )
-_SINGLE_NUMBERS = (
-    "Each parameter is an argument of its own: write `def model(x, a, b)`, or `def model(x, *p)` "
+_SCALAR_PARAMS_HINT = (
+    "Each parameter is a separate argument: write `def model(x, a, b)`, or `def model(x, *p)` "
     "for a tuple p of them."
 )
-_UNPACK = "x has as many quantities as x_data: a tuple of k arrays or of k names gives k."
-# Single parameters that were indexed or unpacked, in the words of JAX.
-_IS_SINGLE = re.compile(r"\b0-d(imensional)?\b")
-# A tuple or a dict that was calculated with, in the words of Python and JAX; unpacking a dict gives
-# its keys, which are texts.
-_IS_TUPLE = re.compile(r"\btuple\b|can't multiply sequence")
-_IS_DICT = re.compile(r"\bdict\b|\bstr\b|can't multiply sequence|to a scalar index")
+_UNPACK_HINT = "x has as many arrays as x_data: a tuple of k arrays or of k names gives k."
+# JAX's messages for a scalar parameter that is indexed or unpacked.
+_SCALAR_ERROR = re.compile(r"\b0-d(imensional)?\b")
+# Messages of Python and JAX for arithmetic with a tuple or a dict; unpacking a dict gives its keys,
+# which are strings.
+_TUPLE_ERROR = re.compile(r"\btuple\b|can't multiply sequence")
+_DICT_ERROR = re.compile(r"\bdict\b|\bstr\b|can't multiply sequence|to a scalar index")
 
 
-def asks_for_truth(error: Exception) -> bool:
-    """Whether this is NumPy's error of an 'if' on an array, which advises a.any() or a.all()."""
+def is_truth_value_error(error: Exception) -> bool:
+    """Return whether this is NumPy's error for an array as a condition."""
     return "truth value of an array" in str(error)
 
 
-def advice(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
-    """Return what to do about an error; nothing where it says all itself.
+def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
+    """Return a hint on an error that the model raised; empty if the error is clear.
 
     Parameters
     ----------
     model : Model
     error : Exception
-        That the model raised.
     x_labels : sequence of str
-        What the arrays of x call themselves, empty where they do not.
+        Names of the x arrays, empty strings for unnamed ones.
     """
     text, names = str(error), model.layout.x_names
     if re.match(r"module '(jax|numpy)\b.*' has no attribute", text):
-        return ""  # a name that is misspelt
+        return ""  # a misspelled name
     if "boolean indices must be concrete" in text:
-        return _MASKS
+        return _MASK_HINT
     if "positional argument" in text:
-        return "Its arguments after x are the parameters, one for each value of p0."
-    if isinstance(names, int) and _IS_TUPLE.search(text):
-        return of_tuple(names, x_labels)
-    if isinstance(names, tuple) and (isinstance(error, KeyError) or _IS_DICT.search(text)):
-        return f"The model gets x as one argument, a dict: its arrays are {_items(names)}."
-    if _IS_SINGLE.search(text):
-        return _SINGLE_NUMBERS
+        return "The arguments after x are the parameters, one for each value of p0."
+    if isinstance(names, int) and _TUPLE_ERROR.search(text):
+        return tuple_hint(names, x_labels)
+    if isinstance(names, tuple) and (isinstance(error, KeyError) or _DICT_ERROR.search(text)):
+        return f"The model receives x as one argument, a dict with the arrays {_items(names)}."
+    if _SCALAR_ERROR.search(text):
+        return _SCALAR_PARAMS_HINT
     if "unpack" in text:
-        return of_columns(model) or _UNPACK
-    return _GENERAL
+        return columns_hint(model) or _UNPACK_HINT
+    return _GENERAL_HINT
 
 
-def of_tuple(n: int, x_labels: Sequence[str]) -> str:
-    """Return how a model begins that gets ``n`` arrays of x."""
+def tuple_hint(n: int, x_labels: Sequence[str]) -> str:
+    """Return a hint on unpacking an x of ``n`` arrays."""
     are_names = len(set(x_labels)) == n and all(map(str.isidentifier, x_labels))
     names = x_labels if are_names else [f"x{i}" for i in range(n)]
     return (
-        f"The model gets x as one argument, a tuple of {n} arrays: begin with "
+        f"The model receives x as one argument, a tuple of {n} arrays: begin with "
         f"`{', '.join(names)}{',' * (n == 1)} = x`."
     )
 
 
-def of_columns(model: Model) -> str:
-    """Return how a model gets at the columns of x, where x is one array with columns."""
+def columns_hint(model: Model) -> str:
+    """Return a hint on the columns of x; empty unless x is one array with columns."""
     if model.layout.x_names is not None or model.layout.x_features == ((),):
         return ""
     ((n,),) = model.layout.x_features
@@ -89,8 +87,8 @@ def of_columns(model: Model) -> str:
         " and ".join(f"x[:, {i}]" for i in range(n)) if n <= 2 else f"x[:, 0] to x[:, {n - 1}]"
     )
     names = ", ".join(f"x{i}" for i in range(n)) if n <= 4 else "x0, x1, ..."
-    begins = f", and `{names} = x.T` gives them names" if n > 1 else ""
-    return f"x is a block of rows, of shape (b, {n}): its columns are {columns}{begins}."
+    begins = f"; `{names} = x.T` unpacks them" if n > 1 else ""
+    return f"x is a block of rows with shape (b, {n}) and columns {columns}{begins}."
 
 
 def _items(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a model can be used: traced by JAX, real, one value a row, and from that row alone."""
+"""Checks of a model: traceable by JAX, real, and one value per row from that row alone."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
 from nlsq_dask.model.advice import (
-    BRANCHES,
-    NOT_IN_JAX,
-    advice,
-    asks_for_truth,
-    of_columns,
+    BRANCH_HINT,
+    NOT_IN_JAX_HINT,
+    columns_hint,
+    error_hint,
+    is_truth_value_error,
 )
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import Rows
 
-# Two numbers of rows at which the result's shape is looked at; any two that differ will do.
+# Two different numbers of rows at which the shape of the result is checked.
 _PROBE_ROWS = (7, 12)
 
 
 def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
-    """Raise a ModelError unless the function can be traced and returns one real value a row.
+    """Raise a ModelError unless the function can be traced and returns one real value per row.
 
     Parameters
     ----------
     model : Model
     x_labels : sequence of str
-        What the arrays of x call themselves, for messages; empty where they do not.
+        Names of the x arrays in messages, empty strings for unnamed ones.
     """
     params = jax.ShapeDtypeStruct((model.n_params,), np.dtype(model.dtype))
     with x64():
@@ -43,28 +43,28 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
             try:
                 out = jax.eval_shape(model.raw, model.x_specs(n_rows), params)
             except jax.errors.TracerBoolConversionError as error:
-                raise _untraceable(model, BRANCHES) from error
+                raise _tracing_error(model, BRANCH_HINT) from error
             except (
                 jax.errors.TracerArrayConversionError,
                 jax.errors.ConcretizationTypeError,
                 jax.errors.TracerIntegerConversionError,
             ) as error:
-                raise _untraceable(model, NOT_IN_JAX) from error
+                raise _tracing_error(model, NOT_IN_JAX_HINT) from error
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-                if asks_for_truth(error):
-                    raise _untraceable(model, BRANCHES) from error
-                said = str(error).partition("\n")[0].rstrip(".")  # JAX goes on with its manual
+                if is_truth_value_error(error):
+                    raise _tracing_error(model, BRANCH_HINT) from error
+                message = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
                 raise ModelError(
-                    f"The model {model.name!r} raised {type(error).__name__}: {said}. It was "
+                    f"The model {model.name!r} raised {type(error).__name__}: {message}. It was "
                     f"called as model(x, *params) with {_describe_x(model)} of b rows, here "
                     f"{n_rows}, and {model.n_params} single numbers. "
-                    f"{advice(model, error, x_labels)}".rstrip()
+                    f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)
 
 
-def _untraceable(model: Model, what_to_do: str) -> ModelError:
-    return ModelError(f"The model {model.name!r} cannot be traced by JAX: {what_to_do}")
+def _tracing_error(model: Model, hint: str) -> ModelError:
+    return ModelError(f"The model {model.name!r} cannot be traced by JAX: {hint}")
 
 
 def _describe_x(model: Model) -> str:
@@ -81,19 +81,19 @@ def _describe_x(model: Model) -> str:
 def _check_output(model: Model, out: object, n_rows: int) -> None:
     if not hasattr(out, "shape") or not hasattr(out, "dtype"):
         raise ModelError(
-            f"The model {model.name!r} must return an array of one value a row; it returned "
+            f"The model {model.name!r} must return an array of one value per row; it returned "
             f"{type(out).__name__}."
         )
     if out.shape != (n_rows,):
         given = ", ".join(str((n_rows, *features)) for features in model.layout.x_features)
         raise ModelError(
-            f"The model {model.name!r} must return one value a row: for x of shape {given} it "
-            f"returned shape {out.shape}, expected ({n_rows},). {of_columns(model)}".rstrip()
+            f"The model {model.name!r} must return one value per row: for x of shape {given} it "
+            f"returned shape {out.shape}, expected ({n_rows},). {columns_hint(model)}".rstrip()
         )
     if np.dtype(out.dtype).kind != "f":
         raise ModelError(
-            f"The model {model.name!r} returned {out.dtype} values; expected real floating-point "
-            f"numbers, which have a derivative with respect to the parameters."
+            f"The model {model.name!r} must return real floating-point values; it returned "
+            f"{out.dtype}, which has no derivative with respect to the parameters."
         )
 
 
@@ -102,16 +102,16 @@ def check_row_wise(
 ) -> None:
     """Raise a ModelError if the value at a row depends on the other rows of its block.
 
-    A few rows, the extremes among them, are evaluated in a block of many different rows and each
-    in a block of copies of itself, at the start and at a point beside it.
+    A few rows, including the extremes, are evaluated in a block of different rows and in a block of
+    copies of themselves, at ``params`` and at a point nearby.
 
     Parameters
     ----------
     model : Model
     kernel : PredictionKernel
-        Of this model.
+        Kernel of this model.
     rows : Rows
-        Some rows of the data, all finite.
+        Finite rows of the data.
     params : ndarray, shape (p,)
     """
     n = kernel.piece_rows
@@ -128,25 +128,25 @@ def check_row_wise(
             expected = np.full(n, among_others[place])
             if not np.allclose(alone, expected, tolerance, tolerance * scale, equal_nan=True):
                 raise ModelError(
-                    f"The model {model.name!r} is not row-wise: its value at a row depends on the "
-                    f"other rows of the block, or on the row's position in it. It is called with "
-                    f"blocks of rows in any size and order, so operations across rows (mean, max, "
-                    f"cumsum, sort, indexing by position) are not possible; compute such "
-                    f"quantities beforehand and pass them as another x or as constants."
+                    f"The model {model.name!r} is not row-wise: its value at a row depends on "
+                    f"other rows of the block, or on the row's position in it. Blocks have any "
+                    f"size and order, so operations across rows (mean, max, cumsum, sort, indexing "
+                    f"by position) are not possible. Compute such quantities beforehand and pass "
+                    f"them as another x or as constants."
                 )
 
 
 def float32_constants(model: Model) -> list[str]:
-    """Name the float32 JAX arrays that the function takes from outside.
+    """Return the names of float32 JAX arrays among the function's globals and closure.
 
-    Such an array was made where 64-bit values were off, so it has lost digits already.
+    Such an array was created while 64-bit values were disabled, so its precision is reduced.
     """
     function = inspect.unwrap(model.function)
     while isinstance(function, partial):
         function = inspect.unwrap(function.func)
     try:
         outside = inspect.getclosurevars(function)
-    except TypeError:  # a callable object or a builtin
+    except TypeError:  # a callable object or a built-in
         return []
     values = {**outside.globals, **outside.nonlocals}
     return sorted(

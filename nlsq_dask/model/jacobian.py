@@ -1,9 +1,9 @@
-"""The Jacobian of a block of rows, in forward or reverse mode by a rule that looks at the model.
+"""Jacobian of a block of rows, in forward or reverse mode depending on the model.
 
-Forward mode pushes every parameter's tangent through the whole model; reverse mode pulls one
-cotangent back for each row. Arithmetic favours forward mode for few parameters and reverse mode
-for many, but what decides on a CPU is how often XLA evaluates anew what both share: in forward
-mode it recomputes sines, and whatever is wider than a column, for every parameter.
+Forward mode pushes the tangent of each parameter through the model; reverse mode pulls one
+cotangent back per row. Arithmetic favors forward mode for few parameters and reverse mode for many.
+On a CPU the cost is dominated by recomputation of shared values: in forward mode, XLA recomputes
+sines and arrays wider than a column for each parameter.
 """
 
 from __future__ import annotations
@@ -18,56 +18,57 @@ from jax import lax
 
 from nlsq_dask.model.model import TRACED_ROWS, Model
 
-_MOST_FORWARD = 5  # parameters; up to there forward mode was never the slower one, see below
-# Calls into a scalar library, ten times as dear as a vectorized exponential.
-_DEAR = {"sin", "cos", "tan"}
-# Up to this many rows XLA fuses the stacking with all that it stacks, once for each row.
-_FEW_ROWS = 8
+_MAX_FORWARD_PARAMS = 5  # up to this number, forward mode was never slower in benchmarks
+# Calls into a scalar library, ten times as expensive as a vectorized exponential.
+_EXPENSIVE_PRIMITIVES = {"sin", "cos", "tan"}
+# Up to this many rows, XLA would fuse the stacking with its inputs, once for each row.
+_MAX_UPDATED_ROWS = 8
 
 
 class Mode(Enum):
-    """How the Jacobian is made."""
+    """Mode of differentiation of the Jacobian."""
 
     FORWARD = "forward"
     REVERSE = "reverse"
 
 
 def choose_mode(model: Model, jaxpr: Any) -> Mode:
-    """Return the mode in which the Jacobian of this model, traced as ``jaxpr``, is made.
+    """Return the mode of differentiation for this model, traced as ``jaxpr``.
 
-    Forward mode for at most five parameters, if all that depends on them is one number a row and
-    there is no sine, cosine or tangent; otherwise reverse mode. A model that can be differentiated
-    in one mode only gets that one: a ``while_loop`` or a model that one row is too few for the
-    forward mode, a ``custom_vjp`` the reverse mode.
+    Forward mode is used for at most five parameters, if everything that depends on them is one
+    number per row and there is no sine, cosine or tangent; otherwise reverse mode. Models with a
+    ``while_loop``, and those that cannot be called with a single row, support only forward mode;
+    those with a ``custom_vjp`` only reverse mode.
 
-    The rule looks at the traced model and never at a clock, because the two modes differ in bits.
+    The choice depends on the traced model and not on timings, because results of the two modes
+    differ in their last bits.
     """
     n_leaves = len(model.layout.x_features)
     depends = [False] * n_leaves + [True] * model.n_params
     names, widest = set(), 0
-    for name, size in _dependent(jaxpr.jaxpr, depends):
+    for name, size in _dependent_operations(jaxpr.jaxpr, depends):
         names.add(name)
         widest = max(widest, size)
     if any(name.startswith("custom_vjp") for name in names):
         return Mode.REVERSE
-    if "while" in names or not _takes_one_row(model):
+    if "while" in names or not _accepts_one_row(model):
         return Mode.FORWARD
-    is_narrow = widest <= TRACED_ROWS and not names & _DEAR
-    return Mode.FORWARD if is_narrow and model.n_params <= _MOST_FORWARD else Mode.REVERSE
+    is_narrow = widest <= TRACED_ROWS and not names & _EXPENSIVE_PRIMITIVES
+    return Mode.FORWARD if is_narrow and model.n_params <= _MAX_FORWARD_PARAMS else Mode.REVERSE
 
 
-def _takes_one_row(model: Model) -> bool:
-    """Return whether the model gives one value for a block of one row, as reverse mode needs."""
+def _accepts_one_row(model: Model) -> bool:
+    """Return whether the model maps one row to one value, as reverse mode requires."""
     params = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
     try:
         out = jax.eval_shape(model.raw, model.x_specs(1), params)
-    except (TypeError, ValueError, IndexError):  # a squeeze, for instance, has taken the row away
+    except (TypeError, ValueError, IndexError):  # a squeeze, for instance, removes the row axis
         return False
     return bool(out.shape == (1,))
 
 
-def _dependent(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:
-    """Yield name and largest result of every operation on which a marked input has influence."""
+def _dependent_operations(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:
+    """Yield name and size of the largest output of each operation that depends on marked inputs."""
     reached = {v for v, is_reached in zip(jaxpr.invars, depends, strict=True) if is_reached}
     for equation in jaxpr.eqns:
         touched = [not hasattr(v, "val") and v in reached for v in equation.invars]
@@ -76,25 +77,27 @@ def _dependent(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]
         reached.update(equation.outvars)
         name = equation.primitive.name
         yield name, max((v.aval.size for v in equation.outvars), default=0)
-        if name.startswith("custom_vjp"):  # whose inside is not differentiated
+        if name.startswith("custom_vjp"):  # its body is not differentiated
             continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                # Loops and branches order their inputs in ways of their own.
+                # Loops and branches reorder their inputs.
                 same = len(inner.invars) == len(touched)
-                yield from _dependent(inner, touched if same else [True] * len(inner.invars))
+                yield from _dependent_operations(
+                    inner, touched if same else [True] * len(inner.invars)
+                )
 
 
 Linearized = Callable[[Any, Any, Any, Any], Any]
 
 
 def residual_and_jacobian(model: Model, mode: Mode) -> Linearized:
-    """Return the function that stacks Jacobian and residual of some rows.
+    """Return a function that computes the stacked Jacobian and residuals of some rows.
 
     Its arguments are the x arrays, y in the model's dtype, the parameters and factors, shape
-    ``(p + 1,)``; its results the model's values, shape ``(b,)``, and ``[J^T; r]``, shape
-    ``(p + 1, b)``, with each of its rows multiplied by its factor.
+    ``(p + 1,)``. It returns the model's values, shape ``(b,)``, and ``[J^T; r]``, shape
+    ``(p + 1, b)``, each row multiplied by its factor.
     """
     p = model.n_params
 
@@ -118,7 +121,7 @@ def residual_and_jacobian(model: Model, mode: Mode) -> Linearized:
 
 
 def _stack(rows: list[Any]) -> Any:
-    if len(rows) > _FEW_ROWS:
+    if len(rows) > _MAX_UPDATED_ROWS:
         return jnp.stack(rows)
     stacked = jnp.zeros((len(rows), *rows[0].shape), rows[0].dtype)
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The scope in which JAX is used, 64-bit on this thread alone, and the devices of a process."""
+"""Thread-local scope of 64-bit JAX, and the devices of a process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CPU, CUDA = "cpu", "cuda"  # as jax.export names them
 
 @contextmanager
 def x64(device: jax.Device | None = None) -> Iterator[None]:
-    """Enter a scope of 64-bit JAX values on a device, local to the calling thread.
+    """Enable 64-bit JAX values on a device for the calling thread.
 
-    The settings of the caller's own program are left as they are. Every task has to
-    enter the scope itself, because it does not pass from thread to thread.
+    The settings of the caller's program are unchanged. Each task enters the scope itself, because
+    it is not inherited by other threads.
     """
     device = device or jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True), jax.default_device(device):
@@ -28,14 +28,14 @@ def platform_of(device: jax.Device) -> str:
 
 
 def usable_devices(platforms: tuple[str, ...], several: bool) -> list[jax.Device]:
-    """Return the devices of this process that pieces of rows are given to.
+    """Return the devices of this process on which rows are computed.
 
     Parameters
     ----------
     platforms : tuple of str
-        Those that there is a program for; a GPU goes before the CPU.
+        Platforms with a program; GPUs are preferred.
     several : bool
-        All devices of that platform, or the first alone.
+        Whether to return all devices of the platform, or only the first.
     """
     devices = []
     if CUDA in platforms and jax.default_backend() == "gpu":
@@ -46,5 +46,5 @@ def usable_devices(platforms: tuple[str, ...], several: bool) -> list[jax.Device
 
 
 def local_platforms() -> tuple[str, ...]:
-    """Return the platforms of this process for which a program is worth tracing."""
+    """Return the platforms of this process for which programs are traced."""
     return (CPU, CUDA) if jax.default_backend() == "gpu" else (CPU,)

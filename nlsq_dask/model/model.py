@@ -1,4 +1,4 @@
-"""``Model``: the caller's function together with all that is needed to trace it."""
+"""``Model``: the caller's function with everything required to trace it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask.model.vectorized import of_vector
+from nlsq_dask.model.vectorized import call_with_vector
 from nlsq_dask.rows.rows import Layout
 
-TRACED_ROWS = 1024  # in a jaxpr; more than a model would have of anything else
-_MANY_PARAMS = 64  # from which on tracing them one by one takes time that is felt
+TRACED_ROWS = 1024  # in a jaxpr; larger than any other dimension of a model
+_MIN_VECTOR_PARAMS = 64  # above, tracing parameters one by one is slow
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row-wise function ``f(x, *params)`` of jax.numpy, on rows of a known layout.
-
-    Attributes
-    ----------
-    function : callable
-    n_params : int
-    layout : Layout
-    dtype : {"float64", "float32"}
-        Arithmetic in which x reaches the function.
-    """
+    """Row-wise function ``f(x, *params)`` of jax.numpy, on rows of a known layout."""
 
     function: Callable[..., Any]
     n_params: int
     layout: Layout
-    dtype: str
+    dtype: str  # of the arithmetic: "float64" or "float32"
 
     @property
     def name(self) -> str:
@@ -41,28 +32,28 @@ class Model:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def x_specs(self, n_rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Return shapes and stored dtypes of the x arrays of so many rows."""
+        """Return shapes and stored dtypes of the x arrays for this number of rows."""
         return tuple(
             jax.ShapeDtypeStruct((n_rows, *shape), np.dtype(dtype))
             for shape, dtype in zip(self.layout.x_features, self.layout.x_dtypes, strict=True)
         )
 
     def jaxpr(self) -> Any:
-        """Trace the function with its parameters as single numbers; to be called in 64 bits."""
+        """Trace the function with scalar parameters; call it in a 64-bit scope."""
         params = [jax.ShapeDtypeStruct((), np.dtype(self.dtype)) for _ in range(self.n_params)]
         return jax.make_jaxpr(self.__call__)(self.x_specs(TRACED_ROWS), params)
 
     def __call__(self, x: Sequence[Any], params: Any) -> Any:
         """Evaluate the function on flat x arrays.
 
-        ``params`` is one array of shape (p,), or p single numbers.
+        ``params`` is one array of shape (p,), or p scalars.
         """
-        if self.n_params < _MANY_PARAMS or isinstance(params, Sequence):
+        if self.n_params < _MIN_VECTOR_PARAMS or isinstance(params, Sequence):
             return jnp.asarray(self.raw(x, params)).astype(self.dtype)
-        values = of_vector(lambda *numbers: jnp.asarray(self.raw(x, numbers)), params)
+        values = call_with_vector(lambda *numbers: jnp.asarray(self.raw(x, numbers)), params)
         return values.astype(self.dtype)
 
     def raw(self, x: Sequence[Any], params: Any) -> Any:
-        """Return what the function itself returns, whatever that is."""
+        """Return the unconverted output of the function."""
         rows = self.layout.assemble([jnp.asarray(leaf).astype(self.dtype) for leaf in x])
         return self.function(rows, *(params[i] for i in range(self.n_params)))

@@ -1,4 +1,4 @@
-"""``PredictionKernel``: the model's values and their standard errors at rows."""
+"""``PredictionKernel``: values of the model and their standard errors."""
 
 from __future__ import annotations
 
@@ -20,27 +20,18 @@ from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
 
 @dataclass(frozen=True)
 class PredictionKernel:
-    """Rows and parameters in, the model's values out; what ``predict`` runs.
-
-    Attributes
-    ----------
-    program : Program
-    layout : Layout
-    piece_rows : int
-    with_std : bool
-        Whether standard deviations come out, too.
-    """
+    """Compiled evaluation of the model at rows of data, used by ``predict``."""
 
     program: Program
     layout: Layout
-    piece_rows: int
-    with_std: bool = False
+    piece_rows: int  # rows per call of the program
+    with_std: bool = False  # whether standard errors are computed as well
 
     @classmethod
     def trace(
         cls, model: Model, piece_rows: int = BLOCK_ROWS * 16, with_std: bool = False
     ) -> PredictionKernel:
-        """Trace the evaluation of this model for pieces of this length."""
+        """Trace the evaluation of this model for batches of ``piece_rows`` rows."""
         p = model.n_params
         with x64():
             jaxpr = model.jaxpr()
@@ -64,8 +55,8 @@ class PredictionKernel:
                 jax.ShapeDtypeStruct((p, p) if with_std else (0, 0), np.dtype("f8")),
             )
 
-        what = (cls, model.layout, model.dtype, p, piece_rows, with_std)
-        return cls(traced_once(what, jaxpr, trace), model.layout, piece_rows, with_std)
+        signature = (cls, model.layout, model.dtype, p, piece_rows, with_std)
+        return cls(traced_once(signature, jaxpr, trace), model.layout, piece_rows, with_std)
 
     def __call__(
         self,
@@ -73,7 +64,7 @@ class PredictionKernel:
         params: NDArray[np.float64],
         root: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """Evaluate the model at the x of padded pieces, each with its true number of rows.
+        """Evaluate the model at padded batches of rows, each with its true number of rows.
 
         Parameters
         ----------
@@ -89,11 +80,11 @@ class PredictionKernel:
         """
         if not self.with_std:
             root = np.empty((0, 0))
-        found = [np.empty((1 + self.with_std, 0))]
+        results = [np.empty((1 + self.with_std, 0))]
         for rows, n_rows in pieces:
             x = tuple(
                 np.asarray(leaf, dtype)
                 for leaf, dtype in zip(rows.x, self.layout.x_dtypes, strict=True)
             )
-            found.append(np.asarray(self.program(x, params, root), np.float64)[:, :n_rows])
-        return np.concatenate(found, axis=1)
+            results.append(np.asarray(self.program(x, params, root), np.float64)[:, :n_rows])
+        return np.concatenate(results, axis=1)

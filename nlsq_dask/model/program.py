@@ -1,9 +1,9 @@
-"""``Program``: a traced function that travels as bytes and is compiled once a process.
+"""``Program``: a traced function that is sent as bytes and compiled once per process.
 
-The model is traced on the caller's side, once, and sent to the workers as a portable StableHLO
-program (``jax.export``). So a worker needs neither the caller's module nor his closures, and two
-definitions of one model are the same program: the fingerprint is made of what the program
-computes, its constants by value, not of the identity of a Python function.
+The model is traced once by the client and sent to the workers as a portable StableHLO program
+(``jax.export``). Workers need neither the caller's module nor its closures, and two definitions of
+the same model are the same program: the fingerprint depends on the computation and the values of
+its constants, not on the identity of a Python function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nlsq_dask.model.jax_scope import CPU, x64
 
 T = TypeVar("T")
 
-# Packages without whose same versions one model may be traced to another text.
+# Packages whose versions affect the traced text of a model.
 TRACED_BY = ("nlsq-dask", "jax", "jaxlib")
 
 _CACHE_SIZE = 64
@@ -32,25 +32,25 @@ _compiled: OrderedDict[str, Callable[..., Any]] = OrderedDict()
 _n_compiled = 0
 _lock = threading.RLock()
 
-# Where a line of the caller's file stands must not count: source locations are left out.
+# Source locations are removed: the fingerprint must not depend on line numbers.
 _LOCATION_LINES = re.compile(r"^#loc.*\n?", re.MULTILINE)
 _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
 
-# What a printed jaxpr contains where it does not say all: addresses of functions, cut arrays.
+# Marks of an incomplete text of a jaxpr: addresses of functions, abbreviated arrays.
 _INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
-_TRACED_SIZE = 32
+_TRACE_CACHE_SIZE = 32
 _traced: OrderedDict[Any, Any] = OrderedDict()
 
 
 class Program:
-    """A function of arrays of fixed shapes, independent of the Python code that it came from.
+    """Function of arrays of fixed shapes, independent of the Python code it was traced from.
 
     Parameters
     ----------
     fingerprint : str
-        Identifies what the program computes.
+        Digest of the computation.
     serialized : bytes
-        The program as ``jax.export`` writes it.
+        Program serialized by ``jax.export``.
     """
 
     __slots__ = ("fingerprint", "serialized")
@@ -72,19 +72,19 @@ class Program:
                 serialized = bytes(exported.serialize())
             except NotImplementedError as error:
                 raise ModelError(
-                    f"The model cannot be sent to workers, because it uses something that JAX "
-                    f"cannot export ({error}). Use jax.numpy operations only; callbacks into "
-                    f"Python, jax.debug.print included, are not possible."
+                    f"The model cannot be sent to workers: JAX cannot export it ({error}). Use "
+                    f"jax.numpy operations only; callbacks into Python, including "
+                    f"jax.debug.print, are not supported."
                 ) from error
         text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
-        # The module leaves out arguments that it does not use; which ones they are counts, too.
+        # The module drops unused arguments; the fingerprint also depends on which ones.
         text += f"{exported.in_tree} {exported.in_avals} {exported.module_kept_var_idx}"
         return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
 
     def __call__(self, *args: Any, device: jax.Device | None = None) -> Any:
-        """Run the program; the arguments must have the shapes and dtypes it was traced for.
+        """Run the program with arguments of the traced shapes and dtypes.
 
-        It runs on the given device, else on the CPU.
+        It runs on the given device, by default on the CPU.
         """
         key = self.fingerprint if device is None else f"{self.fingerprint}-{device.id}"
         with x64(device):
@@ -102,9 +102,9 @@ class Program:
 
 
 def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Return what ``compile_()`` gave for this key, calling it at most once a process.
+    """Return the cached result of ``compile_()`` for this key.
 
-    The least recently used program leaves when there are too many.
+    The least recently used program is evicted from a full cache.
     """
     global _n_compiled
     with _lock:
@@ -117,11 +117,11 @@ def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Calla
         return _compiled[key]
 
 
-def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
-    """Return what ``trace()`` gave for the same ``what`` and an equal jaxpr, if that is known.
+def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
+    """Return the cached result of ``trace()`` for this ``signature`` and an equal jaxpr.
 
-    Lowering takes longer than tracing, and a person who fits again has mostly changed the data.
-    A jaxpr counts as equal if it prints the same and all its constants have the same bytes.
+    Lowering takes longer than tracing, and repeated fits mostly change only the data. Two jaxprs
+    are equal if their texts and the bytes of all constants are equal.
     """
     text = str(jaxpr)
     constants = _constants(jaxpr)
@@ -131,41 +131,41 @@ def traced_once(what: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
     for constant in constants:
         digest.update(f"{constant.dtype}{constant.shape}".encode())
         digest.update(np.ascontiguousarray(constant).tobytes())
-    key = (what, digest.digest())
+    key = (signature, digest.digest())
     with _lock:
         if key not in _traced:
             _traced[key] = trace()
-            if len(_traced) > _TRACED_SIZE:
+            if len(_traced) > _TRACE_CACHE_SIZE:
                 _traced.popitem(last=False)
         _traced.move_to_end(key)
-        found: T = _traced[key]
-        return found
+        traced: T = _traced[key]
+        return traced
 
 
 def _constants(closed: Any) -> list[Any] | None:
-    """Return the constants of a jaxpr and of those inside it, which its text leaves out.
+    """Return the constants of a jaxpr and of nested ones, which its text does not contain.
 
-    None if there is something inside that is known by its name only: a rule of differentiation,
-    or an array among the parameters of an operation.
+    None if the text does not identify the computation: with custom differentiation rules, or with
+    an array among the parameters of an operation.
     """
-    found = [np.asarray(constant) for constant in getattr(closed, "consts", ())]
+    constants = [np.asarray(constant) for constant in getattr(closed, "consts", ())]
     for equation in getattr(closed, "jaxpr", closed).eqns:
         if equation.primitive.name.startswith("custom_"):
             return None
-        found += [np.asarray(v.val) for v in equation.invars if hasattr(v, "val")]
+        constants += [np.asarray(v.val) for v in equation.invars if hasattr(v, "val")]
         for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(part, np.ndarray | jax.Array):
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(item, np.ndarray | jax.Array):
                     return None
-                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
-                    inner = _constants(part)
+                if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
+                    inner = _constants(item)
                     if inner is None:
                         return None
-                    found += inner
-    return found
+                    constants += inner
+    return constants
 
 
 def compile_count() -> int:
-    """Return how many programs this process has compiled so far."""
+    """Return the number of programs compiled in this process."""
     with _lock:
         return _n_compiled

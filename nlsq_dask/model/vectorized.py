@@ -1,9 +1,9 @@
-"""A function of many single parameters as a function of one vector of them.
+"""Evaluation of a function of many scalar parameters with one vector of parameters.
 
-A model takes its parameters one by one, ``model(x, *params)``, and with thousands of them puts them
-together again, ``jnp.stack(params)``. Differentiating through that costs an operation a parameter,
-to trace, to compile and to run. So the model is traced with single numbers, and run with the vector
-wherever it stacks consecutive parameters.
+A model takes scalar parameters, ``model(x, *params)``, and with thousands of them stacks them
+again, ``jnp.stack(params)``. Differentiating the stacking costs an operation per parameter to
+trace, compile and run. The model is therefore traced with scalars, and evaluated with slices of the
+vector wherever it stacks consecutive parameters.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import jax
 
 
-def of_vector(function: Callable[..., Any], params: Any) -> Any:
+def call_with_vector(function: Callable[..., Any], params: Any) -> Any:
     """Return ``function(*params)`` for a vector, shape (p,); traced.
 
     Parameters
     ----------
     function : callable
-        Takes p single numbers and returns an array.
+        Function of p scalars that returns an array.
     params : array, shape (p,)
     """
     numbers = [jax.ShapeDtypeStruct((), params.dtype)] * len(params)
@@ -51,23 +51,23 @@ def of_vector(function: Callable[..., Any], params: Any) -> Any:
 
 
 def _debug_info(jaxpr: Any, n_inputs: int) -> Any:
-    """Return the jaxpr's own, with as many names of inputs as there are now."""
+    """Return the jaxpr's debug info for another number of inputs."""
     return jaxpr.debug_info._replace(arg_names=("",) * n_inputs)
 
 
 def _span(equation: Any, spans: dict[Any, range]) -> range | None:
-    """Return which parameters the result consists of, if these are all of it, and in order."""
-    found = equation.outvars[0].aval
+    """Return the range of parameters that the output stacks, or None if it does not."""
+    aval = equation.outvars[0].aval
     parts = [None if hasattr(atom, "val") else spans.get(atom) for atom in equation.invars]
     first = parts[0] if parts else None
-    if first is None or found.ndim > 1:
+    if first is None or aval.ndim > 1:
         return None
     if equation.primitive.name in ("broadcast_in_dim", "reshape", "convert_element_type"):
-        is_same = found.size == len(first) and found.dtype == equation.invars[0].aval.dtype
+        is_same = aval.size == len(first) and aval.dtype == equation.invars[0].aval.dtype
         return first if is_same else None
     if equation.primitive.name not in ("stack", "concatenate"):
         return None
     for part, following in pairwise(parts):
         if part is None or following is None or part.stop != following.start:
             return None
-    return range(first.start, first.start + found.size)
+    return range(first.start, first.start + aval.size)

@@ -1,1 +1,1 @@
-"""What a person reads: results, reports, predictions, files and pictures."""
+"""Results: reports, predictions, files and plots."""

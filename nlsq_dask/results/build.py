@@ -1,4 +1,4 @@
-"""From what the phases found to the verdict that a person reads."""
+"""Construction of the public result from the outcome of the phases."""
 
 from __future__ import annotations
 
@@ -17,73 +17,73 @@ from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.result import FitResult
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-_MOST_LISTED = 20  # blocks or parameters in a sentence
-_MULTISTART = (
-    " If the start may be far off: finite bounds and HybridStreamingConfig.with_multistart("
-    "n_starts=30, center_on_p0=False) try many."
+_MAX_LISTED = 20  # blocks or parameters in a sentence
+_MULTISTART_HINT = (
+    " If p0 may be far from the solution, pass finite bounds and use "
+    "HybridStreamingConfig.with_multistart(n_starts=30, center_on_p0=False)."
 )
 
 
-def make_result(
+def build_result(
     outcome: Outcome,
     problem: FitProblem,
     phase_history: list[dict[str, Any]],
     history: xr.Dataset,
 ) -> FitResult:
-    """Make the public result, and warn where the covariance cannot be trusted."""
+    """Return the public result; warn if the covariance is unreliable or rows were skipped."""
     parameters, blocks = problem.parameters, problem.blocks
     n_params, counts = len(parameters.names), outcome.counts
-    sums, found = outcome.sums, outcome.covariance
+    sums, covariance = outcome.sums, outcome.covariance
     active = _active_mask(outcome.params, parameters)
     gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
     n_used = 0 if sums is None else sums.n_used
-    lost = outcome.undetermined if found is None else found.undetermined
-    undetermined = [] if lost is None else _names(parameters, lost)
+    flags = outcome.undetermined if covariance is None else covariance.undetermined
+    non_identifiable = [] if flags is None else _names(parameters, flags)
     at_bounds = _names(parameters, active != 0)
-    outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
-    beyond = _names(parameters, outward)
+    is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
+    restricted = _names(parameters, is_outward)
     pcov, root = _covariance(outcome, problem)
-    if found is not None and pcov is not None and not np.isfinite(pcov).all():
-        _warn_of_covariance(undetermined, n_used, n_params)
-    if undetermined and problem.is_without_matrices:
+    if covariance is not None and pcov is not None and not np.isfinite(pcov).all():
+        _warn_covariance(non_identifiable, n_used, n_params)
+    if non_identifiable and problem.is_without_matrices:
         warn_caller(
-            f"The data do not determine {_listed(undetermined)}: other values fit as well as those "
-            f"that were found.",
+            f"The data do not constrain {_listed(non_identifiable)}: other values fit equally "
+            f"well.",
             OptimizeWarning,
         )
-    message = outcome.stop.sentence
-    if outcome.stop.may_have_started_far_off and _could_use_multistart(problem):
-        message += _MULTISTART
-    left_out = _left_out(outcome.diagnostics["left_out"], blocks)
-    if left_out:
-        message += f" {left_out}"
-        _warn_of_rows(left_out, outcome.diagnostics["left_out"])
+    message = outcome.stop.message
+    if outcome.stop.suggests_another_start and _can_use_multistart(problem):
+        message += _MULTISTART_HINT
+    skipped = _skipped_message(outcome.diagnostics["left_out"], blocks)
+    if skipped:
+        message += f" {skipped}"
+        _warn_skipped(skipped, outcome.diagnostics["left_out"])
     if at_bounds:
         message += f" At a bound: {_listed(at_bounds)}."
-    if outward.any():
-        message += f" The fit would be better beyond the bound of {_listed(beyond)}."
+    if is_outward.any():
+        message += f" The cost would decrease beyond the bound of {_listed(restricted)}."
     if sums is not None and n_used < n_params:
         message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
-    if undetermined:
-        message += f" The data do not determine: {_listed(undetermined)}."
+    if non_identifiable:
+        message += f" The data do not constrain: {_listed(non_identifiable)}."
     if not outcome.stop.is_success and not outcome.stop.is_interruption:
-        message += _on_dates(blocks)
+        message += _date_hint(blocks)
     if outcome.stop.is_interruption:
-        message += to_go_on(outcome.checkpoint)
+        message += resume_hint(outcome.checkpoint)
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
-        status=outcome.stop.status,
+        status=outcome.stop.code,
         message=message,
         cost=np.nan if sums is None else sums.cost,
         chi2=np.nan if sums is None else sums.chi2,
         grad=gradient,
-        optimality=float(np.abs(np.where(outward, 0.0, gradient)).max()),
+        optimality=float(np.abs(np.where(is_outward, 0.0, gradient)).max()),
         active_mask=active,
         nfev=counts.n_passes,
         njev=counts.n_passes,
@@ -98,7 +98,7 @@ def make_result(
         n_points=n_used,
         n_omitted=0 if sums is None else sums.n_omitted,
         r_squared=_r_squared(sums),
-        condition_number=np.nan if found is None else found.condition_number,
+        condition_number=np.nan if covariance is None else covariance.condition_number,
         block_statistics=None
         if outcome.blocks is None
         else block_statistics(outcome.blocks, blocks),
@@ -115,9 +115,9 @@ def make_result(
             **outcome.diagnostics,
             "parameters_at": outcome.params,
             "sums_at": outcome.sums_at,
-            "last_step_without_pass": outcome.stop is StopReason.LAST_STEP,
+            "last_step_without_pass": outcome.stop is Status.LAST_STEP,
             "active_bounds": at_bounds,
-            "undetermined": undetermined,
+            "undetermined": non_identifiable,
         },
         x_units=blocks.x_units,
         sample=None if outcome.sample is None else row_sample(*outcome.sample, blocks),
@@ -127,36 +127,36 @@ def make_result(
     )
 
 
-def _on_dates(blocks: RowBlocks) -> str:
-    """Say which numbers the model gets for dates: a decay from 1970 on is nothing today."""
-    notes = blocks.date_notes()
-    if not notes:
+def _date_hint(blocks: RowBlocks) -> str:
+    """Return a sentence on the units of dates, which are far from zero; empty without dates."""
+    notices = blocks.date_notices()
+    if not notices:
         return ""
-    return f" Note that {'; '.join(notes)}. A decay or growth needs an origin near the data."
+    return f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data."
 
 
-def to_go_on(checkpoint: str | None) -> str:
-    """Return the sentence that says how to resume a fit; nothing without a checkpoint."""
+def resume_hint(checkpoint: str | None) -> str:
+    """Return a sentence on how to resume a fit; empty without a checkpoint."""
     if checkpoint is None:
         return ""
-    return f" To go on: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
+    return f" To resume: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
-def _could_use_multistart(problem: FitProblem) -> bool:
-    """Whether it was not used, and is possible: not without a matrix of the parameters."""
+def _can_use_multistart(problem: FitProblem) -> bool:
+    """Return whether multistart is available for this fit and was not used."""
     return not (problem.is_without_matrices or problem.config.enable_multistart)
 
 
 def _covariance(outcome: Outcome, problem: FitProblem) -> tuple[Matrix | None, Matrix | None]:
-    """Return pcov and its root: None for too many parameters, infinite where nothing was found.
+    """Return pcov and its root, None for too many parameters, infinite if unknown.
 
-    Where the model does not react to some parameters, what rounding makes of them is nothing.
+    Both are also infinite if the model is insensitive to some parameters.
     """
     if problem.is_without_matrices:
         return None, None
-    if outcome.covariance is None or outcome.stop is StopReason.NO_SENSITIVITY:
-        nothing = np.full((len(outcome.params),) * 2, np.inf)
-        return nothing, nothing
+    if outcome.covariance is None or outcome.stop is Status.NO_SENSITIVITY:
+        infinite = np.full((len(outcome.params),) * 2, np.inf)
+        return infinite, infinite
     return outcome.covariance.pcov, outcome.covariance.root
 
 
@@ -176,11 +176,11 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
-def _listed(names: list[str]) -> str:
-    """Return names for a sentence, the first few of very many."""
-    if len(names) <= _MOST_LISTED:
-        return ", ".join(names)
-    return f"{', '.join(names[:_MOST_LISTED])} and {len(names) - _MOST_LISTED:,} more"
+def _listed(items: list[Any]) -> str:
+    """Return names or blocks for a sentence, truncated after the first ``_MAX_LISTED``."""
+    text = ", ".join(map(repr, items[:_MAX_LISTED]))
+    n_more = len(items) - _MAX_LISTED
+    return f"{text} and {n_more:,} more" if n_more > 0 else text
 
 
 def _r_squared(sums: Sums | None) -> float:
@@ -189,33 +189,33 @@ def _r_squared(sums: Sums | None) -> float:
     return 1.0 - sums.chi2 / sums.total_variation
 
 
-def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:
-    if undetermined:
-        reason = f"the data do not determine {_listed(undetermined)}"
+def _warn_covariance(non_identifiable: list[str], n_used: int, n_params: int) -> None:
+    if non_identifiable:
+        reason = f"the data do not constrain {_listed(non_identifiable)}"
     elif n_used > n_params:
-        reason = "at this point the model does not react to some of them"
+        reason = "the model is insensitive to some of them at this point"
     else:
         reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
     warn_caller(f"Covariance of the parameters could not be estimated: {reason}.", OptimizeWarning)
 
 
-def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
-    """Return the sentence on blocks that could not be read, empty if there are none."""
+def _skipped_message(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
+    """Return a sentence on skipped blocks; empty if there are none."""
     if not records:
         return ""
     n_rows = sum(record["rows"] for record in records)
     return (
-        f"Left out, because they could not be read: {n_rows:,} of {blocks.n_rows:,} rows, in "
+        f"Skipped because they could not be read: {n_rows:,} of {blocks.n_rows:,} rows, in "
         f"{len(records)} of {int(np.prod(blocks.grid)):,} blocks."
     )
 
 
-def _warn_of_rows(sentence: str, records: list[dict[str, Any]]) -> None:
-    listed = _listed([str(record["block"]) for record in records])
+def _warn_skipped(message: str, records: list[dict[str, Any]]) -> None:
+    listed = _listed([record["block"] for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
     warn_caller(
-        f"{sentence} Blocks {listed}; the first because of {first['array']}: {where}"
-        f"{first['error']}. All are in result.diagnostics['left_out'].",
+        f"{message} Blocks: {listed}. First error, in {first['array']}: {where}{first['error']}. "
+        f"All errors are in result.diagnostics['left_out'].",
         DataWarning,
     )

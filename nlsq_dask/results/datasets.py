@@ -1,4 +1,4 @@
-"""The Datasets of a result: some rows with the fitted values there, and statistics of blocks."""
+"""Datasets of a result: sampled rows with their fitted values, and statistics of blocks."""
 
 from __future__ import annotations
 
@@ -13,50 +13,52 @@ from nlsq_dask.data.labels import Label
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.rows.rows import Layout, Rows
 
-_OWN_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
+_RESERVED_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
 
 
 def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr.Dataset:
-    """Put rows and the fitted values there under names; see ``FitResult.sample``.
+    """Return rows and their fitted values as a Dataset; see ``FitResult.sample``.
 
-    A "/" in a name, which netCDF and Zarr refuse, becomes "_"; ``long_name`` keeps it.
+    A "/" in a name, which netCDF and Zarr do not allow, becomes "_"; ``long_name`` keeps it.
 
     Parameters
     ----------
     rows : Rows
-        All of them usable. Their sigma has the weights of groups in it, if there are any.
+        Usable rows, with sigma divided by the root of group weights, if there are any.
     fitted : ndarray, shape (n,)
     blocks : RowBlocks
-        The data that they are from, for names and units.
+        Source of names and units.
     """
-    of_y, *of_x = blocks.labels
-    about_y = _attributes(of_y, of_y.name, of_y.units)
+    y_label, *x_labels = blocks.labels
+    y_attrs = _label_attributes(y_label, y_label.name, y_label.units)
     values: dict[str, Any] = {
-        "y_data": ("row", rows.y, about_y),
-        "fitted": ("row", fitted, about_y),
+        "y_data": ("row", rows.y, y_attrs),
+        "fitted": ("row", fitted, y_attrs),
     }
     if rows.sigma is not None:
         values["sigma"] = "row", rows.sigma
-    messages = blocks.layout.array_names[1:]
-    tables = sum(leaf.ndim == 2 for leaf in rows.x)
-    described = zip(rows.x, of_x, _names(blocks.layout, of_x), strict=True)
-    for i, (leaf, label, name) in enumerate(described):
-        units = blocks.x_units.get(messages[i], label.units)
-        about = _attributes(label, name, units) | {"position": i}
-        dims = ("row",) if leaf.ndim == 1 else ("row", "feature" if tables == 1 else f"feature_{i}")
+    message_names = blocks.layout.array_names[1:]
+    n_tables = sum(leaf.ndim == 2 for leaf in rows.x)
+    labelled = zip(rows.x, x_labels, _x_names(blocks.layout, x_labels), strict=True)
+    for i, (leaf, label, name) in enumerate(labelled):
+        units = blocks.x_units.get(message_names[i], label.units)
+        attrs = _label_attributes(label, name, units) | {"position": i}
+        dims = (
+            ("row",) if leaf.ndim == 1 else ("row", "feature" if n_tables == 1 else f"feature_{i}")
+        )
         if leaf.ndim == 2 and label.columns:
-            about["columns"] = list(label.columns)
-        values[_unused(name.replace("/", "_"), values)] = dims, leaf, about
+            attrs["columns"] = list(label.columns)
+        values[_unused_name(name.replace("/", "_"), values)] = dims, leaf, attrs
     return xr.Dataset(values)
 
 
-def _attributes(label: Label, name: str, units: str) -> dict[str, Any]:
-    about = {"long_name": label.long_name or name, "units": units}
-    return {key: value for key, value in about.items() if value}
+def _label_attributes(label: Label, name: str, units: str) -> dict[str, Any]:
+    attrs = {"long_name": label.long_name or name, "units": units}
+    return {key: value for key, value in attrs.items() if value}
 
 
-def _names(layout: Layout, labels: list[Label]) -> list[str]:
-    """Return what each array of x is called: its key, its own name, or a number."""
+def _x_names(layout: Layout, labels: list[Label]) -> list[str]:
+    """Return the name of each x array: its key, its own name, or a numbered one."""
     if isinstance(layout.x_names, tuple):
         return list(map(str, layout.x_names))
     if layout.x_names is None:
@@ -64,9 +66,9 @@ def _names(layout: Layout, labels: list[Label]) -> list[str]:
     return [label.name or f"x_{i}" for i, label in enumerate(labels)]
 
 
-def _unused(name: str, taken: dict[str, Any]) -> str:
-    """Return the name, or one made of it that no other array has."""
-    if name in _OWN_NAMES or name.startswith("feature_"):
+def _unused_name(name: str, taken: dict[str, Any]) -> str:
+    """Return the name, made unique by a prefix or number if necessary."""
+    if name in _RESERVED_NAMES or name.startswith("feature_"):
         name = f"x_{name}"
     unused, number = name, len(taken)
     while unused in taken:
@@ -75,7 +77,7 @@ def _unused(name: str, taken: dict[str, Any]) -> str:
 
 
 def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
-    """Put what a pass found of each block where the block is in the data.
+    """Return statistics of the blocks of one pass on the grid of blocks.
 
     Parameters
     ----------
@@ -86,15 +88,14 @@ def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
     -------
     xarray.Dataset
         ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` along the dimensions of y
-        (``dim_0``, ... where it has no names), with the position of each block's first entry as
-        coordinates, whose attribute ``size`` is the number of entries along the dimension.
-        ``reduced_chi2`` is ``chi2 / n_points``, NaN without points: parameters are of all blocks,
-        and a block has no degrees of freedom of its own.
+        (``dim_0``, ... if unnamed). Coordinates are the positions of each block's first element;
+        their attribute ``size`` is the length of the dimension. ``reduced_chi2`` is
+        ``chi2 / n_points``, NaN without points: a block has no degrees of freedom of its own.
     """
 
     def on_grid(values: NDArray[Any]) -> NDArray[Any]:
         grid = np.zeros(int(np.prod(blocks.grid)), values.dtype)
-        grid[sums.index] = values  # blocks without rows are in no pass
+        grid[sums.index] = values  # passes do not contain blocks without rows
         return grid.reshape(blocks.grid)
 
     counts, chi2 = on_grid(sums.n_used), on_grid(sums.chi2)

@@ -1,4 +1,4 @@
-"""The model at given parameters: at once for x in memory, lazily for lazy x."""
+"""Evaluation of the model: eager for x in memory, lazy for lazy x."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.sources.from_array import as_numpy, is_in_memory, split_mask
-from nlsq_dask.data.sources.from_pandas import without_pandas
+from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
@@ -25,8 +25,8 @@ from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import x_array_names
 
-_MAX_AT_ONCE = 2**24  # values; more, from coordinates that broadcast by name, are left lazy
-_X = "x"  # what messages call it, as the argument is called
+_MAX_EAGER_VALUES = 2**24  # larger outer products of named coordinates are lazy
+_X = "x"  # name of the argument in messages
 
 
 def predict(
@@ -38,21 +38,21 @@ def predict(
 ) -> Any:
     """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``.
 
-    With the root of the parameters' covariance (see ``Covariance``) a pair of values and their
-    standard errors is returned. Dates in ``x`` must be in the units of the fit, ``x_units``.
+    With the root of the parameters' covariance (see ``Covariance``), values and their standard
+    errors are returned. Dates in ``x`` must have the units of the fit, ``x_units``.
 
     Raises
     ------
     DataError
-        If ``x`` is not made as that of the fit was.
+        If the structure of ``x`` differs from that of the fit.
     """
     names = [name.replace("x_data", _X, 1) for name in x_array_names(model.layout.x_names)]
-    leaves = without_pandas(list(zip(names, _leaves(model, x), strict=True)))
+    leaves = pandas_to_numpy(list(zip(names, _leaves(model, x), strict=True)))
     template = _template(leaves, names, model.layout.x_features)
     is_lazy = not all(is_in_memory(leaf) for leaf in (template, *leaves))
-    if is_lazy:  # what the caller does to an array until it is computed must not matter
+    if is_lazy:  # protect against modifications before the result is computed
         leaves = [copy.deepcopy(leaf) if is_in_memory(leaf) else leaf for leaf in leaves]
-    blocks = align(model.layout.assemble(leaves), template, x_called=_X)
+    blocks = align(model.layout.assemble(leaves), template, x_name=_X)
     _check_units(names, model, blocks.x_units, x_units or {})
     layout = replace(
         blocks.layout,
@@ -68,7 +68,7 @@ def predict(
     values = _lazy_values(blocks, kernel, params, root)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
-    if not is_lazy:  # by this process; a cluster would be sent what is here, and might be busy
+    if not is_lazy:  # in this process: no transfer to a cluster, which may be busy
         values = values.compute(scheduler="threads")
 
     def labelled(array: Any) -> Any:
@@ -80,15 +80,15 @@ def predict(
 
 
 def _check_units(
-    names: Sequence[str], model: Model, given: Mapping[str, str], fitted: Mapping[str, str]
+    names: Sequence[str], model: Model, given_units: Mapping[str, str], fitted: Mapping[str, str]
 ) -> None:
-    """Refuse dates where the fit had others; numbers are taken to be in the fit's units."""
-    for name, known_as in zip(names, x_array_names(model.layout.x_names), strict=True):
-        units = given.get(name)
-        if units is not None and units != fitted.get(known_as):
+    """Raise a DataError if units of dates differ; numbers are assumed to be in the fit's units."""
+    for name, fit_name in zip(names, x_array_names(model.layout.x_names), strict=True):
+        units = given_units.get(name)
+        if units is not None and units != fitted.get(fit_name):
             raise DataError(
-                f"{name} holds dates, which become {units!r}, but the model was fitted with "
-                f"{fitted.get(known_as, 'plain numbers')!r}. Pass x as in the fit."
+                f"{name} holds dates with units {units!r}, but the model was fitted with "
+                f"{fitted.get(fit_name, 'plain numbers')!r}. Pass x as in the fit."
             )
 
 
@@ -97,40 +97,40 @@ def _leaves(model: Model, x: Any) -> list[Any]:
     if isinstance(names, int):
         if isinstance(x, tuple | list) and len(x) == names:
             return list(x)
-        wanted = f"a tuple of {names} array{'s' if names > 1 else ''}"
+        expected = f"a tuple of {names} array{'s' if names > 1 else ''}"
     elif isinstance(names, tuple):
         if isinstance(x, dict) and set(x) == set(names):
             return [x[name] for name in names]
-        wanted = f"a dict with the keys {', '.join(map(repr, names))}"
+        expected = f"a dict with the keys {', '.join(map(repr, names))}"
     else:
         if not isinstance(x, tuple | dict):
             return [x]
-        wanted = "one array"
-    raise DataError(f"x is {_in_words(x)}, but the model was fitted with {wanted}.")
+        expected = "one array"
+    raise DataError(f"x must be {expected}, as in the fit; got {_describe(x)}.")
 
 
-def _in_words(x: Any) -> str:
+def _describe(x: Any) -> str:
     if isinstance(x, dict):
         return f"a dict with the keys {', '.join(map(repr, x))}" if x else "an empty dict"
     if isinstance(x, tuple | list):
-        return f"a {type(x).__name__} of {len(x)}"
+        return f"a {type(x).__name__} of length {len(x)}"
     shape = getattr(x, "shape", None)
-    return f"of type {type(x).__name__}" + ("" if shape is None else f" and shape {shape}")
+    return f"type {type(x).__name__}" + ("" if shape is None else f" with shape {shape}")
 
 
 def _template(
     leaves: list[Any], names: Sequence[str], x_features: Sequence[tuple[int, ...]]
 ) -> Any:
-    """Return something with the shape, chunks and dimensions that the result will have.
+    """Return an array with the shape, chunks and dimensions of the result.
 
-    Only where the fit had an array of shape (n, k), the last axis of one is no axis of rows.
+    The last axis of an x holds features if it did so in the fit, with shape (n, k).
     """
-    if any(map(_is_of_names, leaves)):
+    if any(map(_are_names, leaves)):
         raise DataError(
-            f"x is {leaves}; predict needs arrays as in the fit, not names. Dates "
-            f"are np.array(['2030-01-01'], 'datetime64[D]')."
+            f"x must be arrays as in the fit, not names; got {leaves}. Pass dates as "
+            f"np.array(['2030-01-01'], 'datetime64[D]')."
         )
-    named = [is_xarray(leaf) for leaf in leaves]  # of all of them: it refuses a Dataset
+    named = [is_xarray(leaf) for leaf in leaves]  # all of them: a Dataset raises an error
     shapes = [_rows_shape(*each) for each in zip(leaves, names, x_features, strict=True)]
     if all(named):
         template: Any = _named_template(leaves, names, shapes)
@@ -140,38 +140,35 @@ def _template(
         broadcast = _broadcast(shapes)
         template = np.zeros(broadcast) if lazy is None else functools.reduce(operator.add, lazy)
     if not broadcast:
-        raise DataError("x holds a single number; pass arrays of at least one dimension.")
+        raise DataError("x must have at least one dimension; got a single number.")
     if 0 in broadcast:
-        raise DataError(f"x has no rows: {_listed(names, leaves)}.")
+        raise DataError(f"x has no rows: {_list_shapes(names, leaves)}.")
     is_flat = len(broadcast) == 1 and all(shape == broadcast for shape in shapes)
     if not is_flat and (len(broadcast) == 1 or any(x_features)):
         raise DataError(
-            f"the arrays of x need an entry for each row, and as many rows as each other: "
-            f"{_listed(names, leaves)}."
+            f"the arrays of x must have one element per row, and the same number of rows: "
+            f"{_list_shapes(names, leaves)}."
         )
     return template
 
 
-def _is_of_names(leaf: Any) -> bool:
+def _are_names(leaf: Any) -> bool:
     names = leaf if isinstance(leaf, list) else [leaf]
     return bool(names) and all(isinstance(name, str) for name in names)
 
 
 def _rows_shape(leaf: Any, name: str, features: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of an array of x without the axis of columns that it had in the fit."""
+    """Return the shape of an x array without the axis of features that it had in the fit."""
     shape = leaf.shape if hasattr(leaf, "shape") else as_numpy(leaf, name).shape
     if features and (len(shape) != 2 or shape[1:] != features):
-        raise DataError(
-            f"{name} has shape {shape}, but the model was fitted with one of shape "
-            f"(n, {features[0]})."
-        )
+        raise DataError(f"{name} must have shape (n, {features[0]}), as in the fit; got {shape}.")
     return tuple(shape[:1]) if features else tuple(shape)
 
 
 def _zeros(
     leaves: list[Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> list[da.Array]:
-    """Return lazy arrays in the chunks of the leaves."""
+    """Return lazy arrays of zeros with the chunks of the leaves."""
     lazy = [leaf.data if isinstance(leaf, xr.DataArray) else leaf for leaf in leaves]
     chunks = [split_mask(*each, False)[0].chunks for each in zip(lazy, names, strict=True)]
     return [da.zeros(s, chunks=c[: len(s)]) for s, c in zip(shapes, chunks, strict=True)]
@@ -183,11 +180,11 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     except ValueError as error:
         raise DataError(
             f"the arrays of x have the shapes {', '.join(map(str, shapes))}, which do not "
-            f"broadcast against each other as they did in the fit."
+            f"broadcast against each other."
         ) from error
 
 
-def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:
+def _list_shapes(names: Sequence[str], leaves: Sequence[Any]) -> str:
     return ", ".join(
         f"{name} has shape {np.shape(leaf)}" for name, leaf in zip(names, leaves, strict=True)
     )
@@ -196,7 +193,7 @@ def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:
 def _named_template(
     leaves: list[xr.DataArray], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> xr.DataArray:
-    """Broadcast by name; a result too large to be made at once is lazy whatever its x are."""
+    """Return a template broadcast by name, lazy if an x is lazy or the result is large."""
     sizes: dict[Any, int] = {}
     chunks: dict[Any, Any] = {}
     coords: dict[Any, Any] = {}
@@ -204,8 +201,8 @@ def _named_template(
         for dim in leaf.dims[: len(shape)]:
             if sizes.setdefault(dim, leaf.sizes[dim]) != leaf.sizes[dim]:
                 raise DataError(
-                    f"{name} has size {leaf.sizes[dim]} along {dim!r}, another array of x has "
-                    f"{sizes[dim]}: {_listed(names, leaves)}."
+                    f"{name} has size {leaf.sizes[dim]} along {dim!r}, but another array of x has "
+                    f"{sizes[dim]}: {_list_shapes(names, leaves)}."
                 )
             if leaf.chunks is not None and not isinstance(chunks.get(dim), tuple):
                 chunks[dim] = leaf.chunksizes[dim]
@@ -214,12 +211,12 @@ def _named_template(
             ):
                 raise DataError(
                     f"the labels of {name} along {dim!r} differ from those of another array of x. "
-                    f"Align them first, for instance with xarray.align(..., join='inner')."
+                    f"Align them, for instance with xarray.align(..., join='inner')."
                 )
             if dim in leaf.coords:
                 coords.setdefault(dim, leaf.coords[dim])
     values: Any
-    if chunks or math.prod(sizes.values()) > _MAX_AT_ONCE:
+    if chunks or math.prod(sizes.values()) > _MAX_EAGER_VALUES:
         by_dim = tuple(chunks.get(dim, "auto") for dim in sizes)
         values = da.zeros(tuple(sizes.values()), chunks=by_dim, dtype=float)
     else:
@@ -233,7 +230,7 @@ def _lazy_values(
     params: NDArray[np.float64],
     root: NDArray[np.float64] | None,
 ) -> da.Array:
-    """Return what the kernel gives, values and perhaps their errors, along a first axis."""
+    """Return values and optionally their standard errors, stacked along the first axis."""
     rows = tuple(range(blocks.y.ndim))
     arguments: list[Any] = [blocks.y, rows]
     for i, array in enumerate(blocks.x):
@@ -268,5 +265,5 @@ def _predict_block(
     root: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
     block = Block(y.shape, np.empty(y.shape, bool), x, None, None)
-    found = kernel(block.pieces(kernel.piece_rows), params, root)
-    return found.reshape(-1, *y.shape)
+    values = kernel(block.pieces(kernel.piece_rows), params, root)
+    return values.reshape(-1, *y.shape)

@@ -1,4 +1,4 @@
-"""A result in words, as HTML and as a Dataset."""
+"""Reports of a result as text, HTML and a Dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlsq_dask import _html as html_parts
 if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
 
-_SCALARS = (
+_SCALAR_FIELDS = (
     "loss",
     "f_scale",
     "cov_type",
@@ -33,34 +33,34 @@ _SCALARS = (
     "bytes_read",
     "rows_cached",
 )
-_PAIR = ("cov_i", "cov_j")
-_LARGE_RATIO = 1e3  # from which on two digits after the point say nothing
-_FAR_FROM_ONE = 2.0  # reduced chi-square, which of 100 rows chance takes to 1.3 or so
-_FEW = 100  # degrees of freedom
-_MOST_LISTED = 200  # parameters, or correlations; of more, the first so many
-_MOST_PAIRS, _MOST_BLOCKS, _LONGEST = 20, 10, 120  # correlations, blocks, letters in HTML
+_COV_DIMS = ("cov_i", "cov_j")
+_LARGE_RATIO = 1e3  # relative errors above are printed without decimals
+_MAX_REDUCED_CHI2 = 2.0  # by chance it reaches about 1.3 for 100 rows
+_MIN_DOF = 100  # below, the reduced chi-square varies too much
+_MAX_LISTED = 200  # parameters, or correlations
+_MAX_PAIRS, _MAX_BLOCKS, _MAX_LETTERS = 20, 10, 120  # correlations, blocks, letters in HTML
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
     n, p = result.n_points, len(result.x)
     likelihood = n * np.log(result.chi2 / n) if n and result.chi2 > 0 else np.nan
-    # Only a fit that holds no matrix of its parameters is without a covariance.
+    # Only fits by conjugate gradients have no covariance.
     method = "streaming Gauss-Newton" + (", conjugate gradients" if result.pcov is None else "")
-    asked = []
+    settings = []
     if result.loss != "linear":
-        asked.append(("loss", f"{result.loss}, f_scale = {result.f_scale:g}"))
+        settings.append(("loss", f"{result.loss}, f_scale = {result.f_scale:g}"))
     if result.cov_type != "nonrobust":
-        asked.append(("covariance", result.cov_type))
-    if scale := _scale_of_errors(result):
-        asked.append(("standard errors", scale))
+        settings.append(("covariance", result.cov_type))
+    if scale := _error_scale(result):
+        settings.append(("standard errors", scale))
     return [
         ("fitting method", method),
-        *asked,
+        *settings,
         ("data points", f"{n:,}"),
         ("omitted points", f"{result.n_omitted:,}"),
         ("variables", f"{p}"),
         ("chi-square", f"{result.chi2:.8g}"),
-        ("reduced chi-square", f"{result.reduced_chi2:.8g}{_doubt_of_sigma(result)}"),
+        ("reduced chi-square", f"{result.reduced_chi2:.8g}{_sigma_hint(result)}"),
         ("Akaike info crit", f"{likelihood + 2 * p:.8g}"),
         ("Bayesian info crit", f"{likelihood + np.log(max(n, 1)) * p:.8g}"),
         ("R-squared", f"{result.r_squared:.8g}"),
@@ -69,7 +69,7 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
 
 
 def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
-    """Return name, value, standard error, relative error and remark of every parameter."""
+    """Return name, value, standard error, relative error and notes of each parameter."""
     rows = []
     bounds = zip(*result.bounds, strict=True)
     for name, value, error, init, (low, high), active in zip(
@@ -82,14 +82,14 @@ def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
         strict=True,
     ):
         relative = _percent(abs(error / value)) if value and np.isfinite(error) else "??"
-        remarks = [f"init = {init:g}"]
+        notes = [f"init = {init:g}"]
         if np.isfinite(low) or np.isfinite(high):
-            remarks.append(f"bounds = {low:g}:{high:g}")
+            notes.append(f"bounds = {low:g}:{high:g}")
         if active:
-            remarks.append("at its bound")
-        rows.append((name, f"{value:.8g}", f"{error:.4g}", relative, ", ".join(remarks)))
-        if len(rows) == _MOST_LISTED < len(result.x):
-            rows.append((f"... {len(result.x) - _MOST_LISTED} more in popt", "", "", "", ""))
+            notes.append("at bound")
+        rows.append((name, f"{value:.8g}", f"{error:.4g}", relative, ", ".join(notes)))
+        if len(rows) == _MAX_LISTED < len(result.x):
+            rows.append((f"... {len(result.x) - _MAX_LISTED} more in popt", "", "", "", ""))
             break
     return rows
 
@@ -98,54 +98,51 @@ def _percent(ratio: float) -> str:
     return f"{ratio:.2%}" if ratio < _LARGE_RATIO else f"{100.0 * ratio:.3g}%"
 
 
-def _doubt_of_sigma(result: FitResult) -> str:
-    """Return what a reduced chi-square far from 1 means, where errors rely on it that it is 1."""
-    if not result.absolute_sigma or result.cov_type != "nonrobust" or result.dof < _FEW:
+def _sigma_hint(result: FitResult) -> str:
+    """Return a note on a reduced chi-square far from 1, if standard errors assume that it is 1."""
+    if not result.absolute_sigma or result.cov_type != "nonrobust" or result.dof < _MIN_DOF:
         return ""
-    if result.reduced_chi2 > _FAR_FROM_ONE:
-        return "  (residuals are larger than sigma: check the model, or sigma)"
-    if result.reduced_chi2 < 1.0 / _FAR_FROM_ONE:
+    if result.reduced_chi2 > _MAX_REDUCED_CHI2:
+        return "  (residuals are larger than sigma: check the model and sigma)"
+    if result.reduced_chi2 < 1.0 / _MAX_REDUCED_CHI2:
         return "  (residuals are smaller than sigma: check sigma)"
     return ""
 
 
-def _scale_of_errors(result: FitResult) -> str:
-    """Return what standard errors are measured by, where sigma was given; else nothing.
-
-    Those of a sandwich do not depend on it.
-    """
+def _error_scale(result: FitResult) -> str:
+    """Return how standard errors are scaled; empty without sigma and for sandwich estimates."""
     has_sigma = result.sample is not None and "sigma" in result.sample
     if result.cov_type != "nonrobust" or not (has_sigma or result.absolute_sigma):
         return ""
     if result.absolute_sigma:
-        given = "as it is" if has_sigma else "= 1, as none was given"
-        return f"from sigma {given} (absolute_sigma=True)"
-    return "scaled by the scatter of residuals (absolute_sigma=False)"
+        given = "sigma" if has_sigma else "sigma = 1 (default)"
+        return f"from {given} (absolute_sigma=True)"
+    return "scaled by the variance of residuals (absolute_sigma=False)"
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
-    """Return the largest correlations that are not below ``least``, with the parameters' names."""
+    """Return names and value of the largest correlations of at least ``least``."""
     errors, pcov = result.perr, result.pcov
     if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
         return []
     matrix = pcov / np.outer(errors, errors)
     first, second = np.nonzero(np.triu(np.abs(matrix) >= least, 1))
     values = matrix[first, second]
-    order = np.argsort(-np.abs(values), kind="stable")[:_MOST_LISTED]
+    order = np.argsort(-np.abs(values), kind="stable")[:_MAX_LISTED]
     names = result.param_names
     return [(names[first[i]], names[second[i]], float(values[i])) for i in order]
 
 
 def fit_report(result: FitResult, min_correlation: float) -> str:
-    """Return the report that lmfit users know."""
+    """Return the report as text, in the layout of lmfit."""
     lines = ["[[Fit Statistics]]"]
     lines += [f"    # {label:<20} = {value}" for label, value in _statistics(result)]
     lines.append("[[Variables]]")
     variables = _variables(result)
     width = max(len(name) for name, *_ in variables)
     lines += [
-        f"    {name + ':':<{width + 1}} {value} +/- {error} ({relative}) ({remark})"
-        for name, value, error, relative, remark in variables
+        f"    {name + ':':<{width + 1}} {value} +/- {error} ({relative}) ({note})"
+        for name, value, error, relative, note in variables
     ]
     correlations = _correlations(result, min_correlation)
     if correlations:
@@ -160,20 +157,18 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
 
 
 def html(result: FitResult) -> str:
-    """Return the report as HTML, for notebooks."""
-    verdict = (
-        ("Fit succeeded", html_parts.GOOD) if result.success else ("Fit failed", html_parts.BAD)
-    )
+    """Return the report as HTML for notebooks."""
+    badge = ("Fit succeeded", html_parts.GOOD) if result.success else ("Fit failed", html_parts.BAD)
     variables = html_parts.table(
         ("parameter", "value", "standard error", "relative error", ""), _variables(result)
     )
-    pairs = _correlations(result, 0.1)[:_MOST_PAIRS]
+    pairs = _correlations(result, 0.1)[:_MAX_PAIRS]
     correlations = html_parts.table(
         ("", "", "correlation", ""), [(a, b, f"{value:+.4f}", "") for a, b, value in pairs], 2
     )
     return html_parts.page(
-        html_parts.paragraph(html_parts.badge(*verdict), escape(result.message)),
-        html_parts.bullets(_remarks(result)),
+        html_parts.paragraph(html_parts.badge(*badge), escape(result.message)),
+        html_parts.bullets(_notices(result)),
         variables,
         html_parts.collapsed("Statistics", html_parts.facts(_statistics(result)), is_open=True),
         html_parts.collapsed("Largest correlations", correlations) if pairs else "",
@@ -182,67 +177,71 @@ def html(result: FitResult) -> str:
 
 
 def phases(phase_history: list[dict[str, Any]]) -> str:
-    """Return a table of what the phases did, as HTML."""
-    own = ("phase", "name", "start_time", "duration")
+    """Return an HTML table of the phases."""
+    common = ("phase", "name", "start_time", "duration")
     rows = []
     for record in phase_history:
-        did = {key: value for key, value in record.items() if key not in own and value is not None}
-        said = "; ".join(f"{key.replace('_', ' ')}: {_short(value)}" for key, value in did.items())
-        rows.append((record["name"], f"{record['duration']:.2f}", said))
-    return html_parts.table(("phase", "seconds", "what it did"), rows)
+        entries = {
+            key: value for key, value in record.items() if key not in common and value is not None
+        }
+        details = "; ".join(
+            f"{key.replace('_', ' ')}: {_format_value(value)}" for key, value in entries.items()
+        )
+        rows.append((record["name"], f"{record['duration']:.2f}", details))
+    return html_parts.table(("phase", "seconds", "details"), rows)
 
 
-def _short(value: Any) -> str:
-    """Return a value in a few words."""
+def _format_value(value: Any) -> str:
+    """Return a short text for a value."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+        return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_short, value[:_MOST_BLOCKS]))
+        return ", ".join(map(_format_value, value[:_MAX_BLOCKS]))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     text = f"{value:,}" if isinstance(value, int) else str(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_LETTERS else f"{text[:_MAX_LETTERS]}..."
 
 
-def _remarks(result: FitResult) -> list[str]:
-    """Return what else a reader should know; the message names parameters and blocks."""
+def _notices(result: FitResult) -> list[str]:
+    """Return notices on the fit beyond its message."""
     diagnostics = result.diagnostics
-    remarks = []
+    notes = []
     if diagnostics.get("last_step_without_pass"):
-        remarks.append("The last step was taken without a pass; cost and gradient are before it.")
+        notes.append("The last step took no pass; cost and grad refer to the point before it.")
     if diagnostics.get("retries"):
-        remarks.append(f"Reading was tried again {diagnostics['retries']} times.")
-    remarks += [
-        f"Block {bad['block']}, {bad['rows']:,} rows, left out: {bad['error']}"
-        for bad in diagnostics.get("left_out", [])[:_MOST_BLOCKS]
+        notes.append(f"Number of retried reads: {diagnostics['retries']}.")
+    notes += [
+        f"Skipped block {block['block']} with {block['rows']:,} rows: {block['error']}"
+        for block in diagnostics.get("left_out", [])[:_MAX_BLOCKS]
     ]
     non_finite = diagnostics.get("non_finite") or {}
     if non_finite:
         trials = ", ".join(f"{count} ({stage})" for stage, count in non_finite.items())
-        remarks.append(f"Trial points at which something was not finite: {trials}.")
+        notes.append(f"Trial points with non-finite values: {trials}.")
     if result.pcov is None and not np.isfinite(result.perr).all():
-        remarks.append("Without a covariance, standard errors are not known: see cg_error_probes.")
+        notes.append("Standard errors are not available; see `cg_error_probes`.")
     if result.x_units:
         units = "; ".join(f"{name}: {unit}" for name, unit in result.x_units.items())
-        remarks.append(f"Dates were measured in {units}.")
-    return remarks
+        notes.append(f"Units of dates: {units}.")
+    return notes
 
 
 def dataset(result: FitResult) -> xr.Dataset:
-    """Return parameters, errors and covariance as a Dataset."""
+    """Return parameters, standard errors and covariance as a Dataset."""
     names = list(result.param_names)
     values = {
         "curvefit_coefficients": ("param", result.x),
         "curvefit_errors": ("param", result.perr),
     }
-    matrix = {} if result.pcov is None else {"curvefit_covariance": (_PAIR, result.pcov)}
+    matrix = {} if result.pcov is None else {"curvefit_covariance": (_COV_DIMS, result.pcov)}
     return xr.Dataset(
         values | matrix,
-        coords={"param": names} | (dict.fromkeys(_PAIR, names) if matrix else {}),
+        coords={"param": names} | (dict.fromkeys(_COV_DIMS, names) if matrix else {}),
         attrs={
             name: int(value) if isinstance(value, bool) else value
-            for name, value in ((name, result[name]) for name in _SCALARS)
+            for name, value in ((name, result[name]) for name in _SCALAR_FIELDS)
         },
     )

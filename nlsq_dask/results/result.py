@@ -1,4 +1,4 @@
-"""``FitResult``: what a fit returns."""
+"""``FitResult``: the result of a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nlsq_dask.results.plotting import blocks as block_plot
 from nlsq_dask.results.plotting import fit as fit_plot
 from nlsq_dask.results.plotting import history as history_plot
 from nlsq_dask.results.predict import predict
-from nlsq_dask.results.saving import NoModel, load, save
+from nlsq_dask.results.saving import MissingModel, load, save
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,111 +28,113 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult:
-    """Result of a fit; every value by attribute and by item, ``result.pcov`` or ``result["pcov"]``.
+    """Result of a fit; values are attributes and items, ``result.pcov`` or ``result["pcov"]``.
 
-    With residuals ``r = (model - y) / sigma`` and their Jacobian ``J``, p parameters, n points.
+    Notation: residuals ``r = (model - y) / sigma``, their Jacobian ``J``, p parameters, n points.
 
     Attributes
     ----------
     x, popt : ndarray, shape (p,)
-        The parameters.
+        Best-fit parameters.
     success : bool
-        Whether they are a solution.
+        True if the fit converged.
     status : int
-        Positive for success: 2 and 3 where the reduction of the cost or the step that is left is
-        below ``gauss_newton_tol``, 4 where the last step was taken without another pass, 1 where
-        floating point resolves no more. 0 at the limit of iterations. Negative where it ended
-        otherwise: -1 no step reduces the cost, -2 the model is not finite at the start, -3 or at
-        any trial from here, -4 the callback, -5 the model does not react to a parameter, -6 a
-        valley too flat for float64, -7 steps that bring hardly anything, -8 ``max_walltime``, -9
-        SIGTERM.
+        Reason for which the fit ended, positive for success:
+
+        - 1: predicted reduction and step are below the floating-point resolution
+        - 2, 3: predicted reduction of the cost, or step, below ``gauss_newton_tol``
+        - 4: estimated error after a last step without a pass below ``gauss_newton_tol``
+        - 0: maximum number of iterations
+        - -1: no step reduces the cost
+        - -2, -3: the model is not finite at the start, or at any trial point
+        - -4: stopped by the callback
+        - -5: the model is insensitive to a parameter
+        - -6: ill-conditioned
+        - -7: slow progress
+        - -8, -9: ``max_walltime``, SIGTERM
     message : str
-        Why the fit ended, and what to try if it is not a solution.
+        Reason for which the fit ended, and advice if it did not converge.
     cost : float
         ``1/2 sum C^2 rho((r / C)^2)`` over all rows, with the scale C of the loss; ``1/2 sum r^2``
-        with the linear loss. A penalty on the variance of groups is part of it.
+        with the linear loss. It includes the penalty on the variance of groups.
     grad : ndarray, shape (p,)
         Gradient of the cost; ``J^T r`` with the linear loss.
     optimality : float
-        Largest component of the gradient, without those that push against an active bound.
+        Largest absolute component of the gradient, ignoring those directed at an active bound.
     active_mask : ndarray of int, shape (p,)
         -1 at a lower bound, 1 at an upper bound, else 0.
     nfev, njev : int
-        Evaluations over all rows; every one brings the Jacobian with it.
+        Number of evaluations of model and Jacobian over all rows.
     nit : int
-        Gauss-Newton iterations over all rows.
+        Number of Gauss-Newton iterations over all rows.
     pcov : ndarray, shape (p, p), or None
-        Covariance; infinite where the data do not determine the parameters. None from
+        Covariance matrix; infinite if the data do not constrain the parameters. None from
         ``cg_param_threshold`` parameters on.
     perr : ndarray, shape (p,)
-        Standard errors. Without pcov they are NaN, or estimates if ``cg_error_probes`` asks for
-        them.
+        Standard errors. Without pcov they are NaN, or estimates with ``cg_error_probes``.
     absolute_sigma : bool
-        Whether sigma was meant in absolute terms.
     loss : str
     f_scale : float
     cov_type : str
-        What was asked for; see ``fit`` and ``HybridStreamingConfig``.
+        Arguments and options of the fit; see ``fit`` and ``HybridStreamingConfig``.
     sigma_sq : float
-        ``2 cost / dof``, without a penalty, by which pcov is scaled unless sigma is absolute.
+        ``2 cost / dof``, without a penalty; pcov is scaled by it unless sigma is absolute.
     chi2, reduced_chi2 : float
         ``sum r^2`` and ``chi2 / dof``; with the linear loss, ``2 cost`` and ``sigma_sq``.
     dof : int
         ``n_points - p``.
     n_points, n_omitted : int
-        Rows used; rows left out because they are masked or not finite.
+        Number of rows used, and of rows omitted because they are masked or not finite.
     r_squared : float
         ``1 - chi2 / (weighted sum of squares of y about its mean)``.
     condition_number : float
-        Of the Jacobian with its columns scaled to unit length.
+        Condition number of the Jacobian with columns scaled to unit length.
     block_statistics : xarray.Dataset or None
-        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (a weighted residual) of
-        every block of the data, at the point where ``cost`` stands; along the dimensions of y, with
-        the position of each block's first entry as coordinates, whose attribute ``size`` is the
-        number of entries along the dimension. Of a block ``reduced_chi2`` is ``chi2 / n_points``,
-        NaN without points: the parameters are fitted to all blocks together, so that no block has
-        degrees of freedom of its own. None if there was no pass.
+        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (weighted) of each block,
+        at the point of ``cost``, along the dimensions of y. Coordinates are the positions of each
+        block's first element; their attribute ``size`` is the length of the dimension.
+        ``reduced_chi2`` is ``chi2 / n_points``, NaN without points, as a block has no degrees of
+        freedom of its own. None if there was no pass.
     param_names : tuple of str
+        Names of the parameters.
     p0 : ndarray, shape (p,)
-        The start.
+        Initial values.
     bounds : tuple of ndarray, each of shape (p,)
+        Lower and upper bounds.
     n_passes : int
-        Reductions over all rows.
+        Number of passes over all rows.
     rows_read, bytes_read, rows_cached : int
-        From the source, sampling included; rows that did not have to be read again.
+        Rows and bytes read, including the sample, and rows taken from the cache instead.
     phase_history : list of dict
-        Each with phase, name, start_time (s since the epoch), duration (s) and what it did.
+        Phases, with phase, name, start_time (s since the epoch), duration (s) and details.
     history : xarray.Dataset
-        Along ``iteration``, those that are reported: all, but of the warm-up one in
-        ``callback_frequency``. Each with its ``stage`` ("warm-up", "sample" or "all rows"),
-        ``n_iterations`` (since the one before), ``loss``
-        (the mean squared weighted residual over the rows of the stage), ``gradient_norm`` (of the
-        relative loss, in normalized parameters), ``step_norm`` (of the trial, in normalized
-        parameters), ``trust_radius`` (in parameters each of which changes the residuals' norm by
-        one a unit; NaN where there is none), ``accepted``, ``n_passes`` (so far), ``time`` (s
-        since the epoch) and, up to 1,000 of them, ``params`` (along ``param``).
-        A callback is told of those at which the count passes a multiple of
-        ``callback_frequency``.
+        Reported iterations along ``iteration``: all, except that the warm-up reports one in
+        ``callback_frequency``. Variables: ``stage`` ("warm-up", "sample" or "all rows"),
+        ``n_iterations`` (since the previous one), ``loss`` (mean squared weighted residual over
+        the rows of the stage), ``gradient_norm`` (of the relative loss, in normalized parameters),
+        ``step_norm`` (of the trial, in normalized parameters), ``trust_radius`` (in parameters
+        scaled to unit columns of the Jacobian, or NaN), ``accepted``, ``n_passes`` (so far),
+        ``time`` (s since the epoch) and, up to 1,000 parameters, ``params`` (along ``param``).
+        The callback is called at the iterations that reach a multiple of ``callback_frequency``.
     diagnostics : dict
-        ``parameters_at`` and ``sums_at`` (the points at which x, and cost, grad and pcov stand),
-        ``active_bounds`` and ``undetermined`` (names), ``warm_up``, ``sample`` and ``defense``;
-        ``retries``, how often reading was tried again, and ``left_out``, a dict for each block that
-        could not be read: ``block`` (its position in the grid), ``rows`` (how many), ``array``
-        (which of them could not be read), ``chunk`` (of a Zarr store, or None) and ``error``.
-        With multistart also ``multistart``: ``candidates``, shape (n_starts, p), ``rounds`` (rows,
-        losses of all candidates, survivors), ``winner``, ``start`` (where the winner got to) and
-        ``warm_up_of_p0`` if another one won.
+        ``parameters_at`` and ``sums_at`` (points of x, and of cost, grad and pcov),
+        ``active_bounds`` and ``undetermined`` (names of parameters at a bound, and non-identifiable
+        ones), ``warm_up``, ``sample`` and ``defense``; ``retries`` (number of retried reads) and
+        ``left_out``, a dict for each skipped block: ``block`` (position in the grid), ``rows``
+        (number), ``array`` (name of the unreadable array), ``chunk`` (of a Zarr store, or None)
+        and ``error``. With multistart also ``multistart``: ``candidates``, shape (n_starts, p),
+        ``rounds`` (rows, losses of all candidates, survivors), ``winner``, ``start`` (final point
+        of the winner) and ``warm_up_of_p0`` if p0 did not win.
     x_units : dict of str to str
-        What dates in x were measured in, by the names that messages give to those arrays, such as
+        Units of dates by name of the x array, such as
         ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
         "days since 1970-01-01, calendar noleap"; "days" for durations. Empty without dates.
     sample : xarray.Dataset or None
-        Up to 2,000 rows of those that were used, drawn at random, along ``row``: ``y_data``,
-        ``fitted`` (the model at ``x``), ``sigma`` if there is one, and the arrays of x under their
-        keys or names ("x" or "x_0", "x_1", ... without), an array of shape (n, k) along
-        ``feature``; a "/" in a name is a "_". With ``enable_residual_weighting``, ``sigma`` is what
-        the fit divides by: the given one, or 1, divided by the square root of the weight of the
-        row's group. It is what ``plot`` draws. None if there is no row.
+        Up to 2,000 random rows that were used, along ``row``: ``y_data``, ``fitted`` (the model at
+        ``x``), ``sigma`` if there is one, and the x arrays under their keys or names ("x" or
+        "x_0", "x_1", ... if unnamed), those of shape (n, k) also along ``feature``; a "/" in a name
+        becomes "_". With ``enable_residual_weighting``, ``sigma`` is divided by the square root of
+        the weight of the row's group. ``plot`` draws these rows. None if there are none.
     """
 
     x: Vector
@@ -177,12 +179,12 @@ class FitResult:
 
     @property
     def popt(self) -> Vector:
-        """The parameters, under SciPy's other name."""
+        """Best-fit parameters, an alias of ``x``."""
         return self.x
 
     @property
     def perr(self) -> Vector:
-        """Standard errors, shape (p,); NaN where they are not known."""
+        """Standard errors, shape (p,); NaN if unknown."""
         if self.pcov is not None:
             return np.sqrt(np.diag(self.pcov))
         return np.full(len(self.x), np.nan) if self._errors is None else self._errors
@@ -194,8 +196,8 @@ class FitResult:
 
     @property
     def has_model(self) -> bool:
-        """Whether the model is there for ``predict``; a loaded result may be without."""
-        return not isinstance(self._model.function, NoModel)
+        """Whether ``predict`` has the model; False if the result was loaded without it."""
+        return not isinstance(self._model.function, MissingModel)
 
     def keys(self) -> list[str]:
         """Return the names of all values."""
@@ -206,7 +208,7 @@ class FitResult:
         if not isinstance(name, str):
             self._refuse_unpacking()
         if name not in self.keys():
-            raise KeyError(f"{name!r}; a FitResult has {', '.join(self.keys())}")
+            raise KeyError(f"FitResult has no value {name!r}; it has {', '.join(self.keys())}")
         return getattr(self, name)
 
     def __contains__(self, name: object) -> bool:
@@ -217,21 +219,26 @@ class FitResult:
 
     def _refuse_unpacking(self) -> NoReturn:
         raise TypeError(
-            "a FitResult cannot be unpacked; use result.popt and result.pcov, or call "
+            "a FitResult cannot be unpacked. Use result.popt and result.pcov, or call "
             "nlsq_dask.curve_fit, which returns (popt, pcov)."
         )
 
     def fit_report(self, min_correlation: float = 0.1) -> str:
-        """Return a report in the layout of lmfit's.
+        """Return a text report in the layout of lmfit.
 
         Parameters
         ----------
         min_correlation : float
-            Smallest absolute correlation that is listed.
+            Smallest absolute correlation to list.
 
         Returns
         -------
         str
+            Statistics, parameters with standard errors, correlations and message.
+
+        See Also
+        --------
+        to_xarray : The same values as a Dataset.
         """
         return report.fit_report(self, min_correlation)
 
@@ -242,32 +249,36 @@ class FitResult:
         return report.html(self)
 
     def to_xarray(self) -> xr.Dataset:
-        """Return parameters, errors (along ``param``) and covariance as a Dataset.
+        """Return parameters, standard errors and covariance as a Dataset.
 
-        The names are xarray's own for ``curvefit``; the scalars are attributes.
+        Names are those of ``xarray.Dataset.curvefit``; scalars are attributes.
 
         Returns
         -------
         xarray.Dataset
-            ``curvefit_coefficients``, ``curvefit_errors`` and, if there is a covariance,
-            ``curvefit_covariance`` along ``cov_i`` and ``cov_j``.
+            ``curvefit_coefficients`` and ``curvefit_errors`` along ``param`` and, if there is a
+            covariance, ``curvefit_covariance`` along ``cov_i`` and ``cov_j``.
         """
         return report.dataset(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything but the model's function to a file.
+        """Save the result without the model's function to a file.
 
-        On a disk it appears as a whole or not at all.
+        On a disk the file is written atomically.
 
         Parameters
         ----------
         path : str or os.PathLike
-            File, in a folder that exists, or fsspec URL; any name will do.
+            File in an existing folder, or fsspec URL. The name is arbitrary.
 
         Raises
         ------
         OSError
-            If it cannot be written.
+            If the file cannot be written.
+
+        See Also
+        --------
+        load : Load a saved result.
         """
         save(self, path)
 
@@ -275,40 +286,49 @@ class FitResult:
     def load(
         cls, path: str | os.PathLike[str], model: Callable[..., Any] | None = None
     ) -> FitResult:
-        """Read what ``save`` has written, in any process; no code in it is run.
+        """Load a result saved by ``save``; no code in the file is run.
 
         Parameters
         ----------
         path : str or os.PathLike
+            File or fsspec URL.
         model : callable, optional
-            The model that was fitted, without which ``predict`` does not work.
+            Fitted model, required by ``predict``.
+
+        Returns
+        -------
+        FitResult
 
         Raises
         ------
         FileNotFoundError
-            If there is no such file.
+            If the file does not exist.
         ResultFileError
-            If it is no result, damaged, or written by a version of another format.
+            If the file is not a result, is damaged, or has another format version.
         ValueError
-            If ``model`` computes something else than the one that was fitted.
+            If ``model`` differs from the fitted model.
+
+        See Also
+        --------
+        save : Save a result.
         """
         return load(cls, path, model)
 
     def conf_interval(self, level: float = 0.95) -> NDArray[np.float64]:
-        """Return an interval for each parameter that covers the truth with probability ``level``.
+        """Return confidence intervals of the parameters.
 
-        It is symmetric, from standard errors: of Student's t distribution with ``dof`` degrees of
-        freedom, or of the normal distribution where sigma is absolute.
+        They are symmetric: standard errors times quantiles of Student's t distribution with ``dof``
+        degrees of freedom, or of the normal distribution if sigma is absolute.
 
         Parameters
         ----------
         level : float
-            Between 0 and 1.
+            Confidence level, between 0 and 1.
 
         Returns
         -------
         ndarray, shape (p, 2)
-            Lower and upper ends; infinite where the data do not determine a parameter.
+            Lower and upper limits; infinite if the data do not constrain a parameter.
 
         Raises
         ------
@@ -329,99 +349,106 @@ class FitResult:
         Parameters
         ----------
         x : array, tuple or dict of arrays
-            As in ``fit``, dates included; arrays of several dimensions broadcast against each
-            other. Where x is masked, values are NaN.
+            As in ``fit``, including dates; arrays of several dimensions are broadcast. Values are
+            NaN where x is masked.
         return_std : bool
-            Whether to return standard errors of the values as well, ``sqrt(J pcov J^T)``: of the
-            curve that was fitted, not of a new measurement. NaN where pcov is infinite.
+            Whether to also return the standard errors ``sqrt(J pcov J^T)`` of the fitted curve
+            (not of a new measurement). NaN if pcov is infinite.
 
         Returns
         -------
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
-            Lazy for lazy x, and for named coordinates whose product is large; on a cluster, the
-            scheduler's process needs this package to pass them on, unlike that of a fit. All else
-            is computed at once, by threads of this process.
+            Lazy for lazy x and for large outer products of named coordinates; otherwise computed
+            by threads of this process. Computing a lazy result on a cluster requires this package
+            in the scheduler's process.
 
         Raises
         ------
         DataError
-            If x is not made as that of the fit was, or has no rows.
+            If the structure of x differs from that of the fit, or if x has no rows.
         ValueError
-            If there is no model, in a result that was loaded without it; or no covariance for
-            ``return_std``.
+            If the result was loaded without its model, or has no covariance for ``return_std``.
         """
         if not self.has_model:
-            self._model.function()  # says how it can be had
+            self._model.function()  # raises the error
         if return_std and self.pcov is None:
             raise ValueError(
-                f"there is no covariance of {len(self.x)} parameters, so there are no standard "
-                f"errors of values. Call predict(x) without return_std."
+                f"return_std requires a covariance, but there is no covariance of {len(self.x)} "
+                f"parameters. Call predict(x) without return_std."
             )
         return predict(self._model, x, self.x, self._root if return_std else None, self.x_units)
 
     def plot(self, x: str | None = None, *, figure: Figure | SubFigure | None = None) -> Any:
-        """Draw the data, the fit and the residuals, at the rows of ``sample``.
+        """Plot data, fit and residuals at the rows of ``sample``.
 
-        Over the only quantity of x: the data (with error bars, if there are few and they have
-        sigma), the curve with a band of two of its standard errors, and, where it is the same for
-        all, two standard deviations of a measurement. Below, residuals ``(y - model) / sigma`` with
-        lines at zero and at plus and minus one standard deviation, and a histogram beside the
-        normal density.
+        With one quantity in x, the upper panel shows the data (with error bars for few rows with
+        sigma), the fitted curve with a band of two standard errors and, if sigma is the same for
+        all rows, a band of two standard deviations of a measurement. The lower panels show the
+        residuals ``(y - model) / sigma``, with lines at zero and at one standard deviation, and
+        their histogram with the normal density.
 
-        Of residuals a standard deviation is 1 with ``absolute_sigma`` and a sigma; else it is what
-        the fit estimates, ``sqrt(sigma_sq)``, or the median of their sizes if some are far out. Of
-        a measurement it is that times its sigma: the error bars and the band.
+        With several quantities (arrays or columns), data are plotted against the fit, and residuals
+        against each quantity, at most six. With ``x``, the means of data and fit over neighboring
+        values of that quantity are plotted.
 
-        Where x is several quantities, arrays or columns, no curve over one of them exists. Then the
-        data are drawn against the fit, and residuals against each quantity, at most six; with ``x``
-        the means of data and fit over neighbouring values of that quantity.
-
-        Means of residuals over neighbouring x are shown with their standard errors. Residuals that
-        are far out are marked at the edge of their panel, and counted.
+        Means of residuals over neighboring x are drawn with their standard errors. Outliers are
+        marked at the edge of the panel and counted.
 
         Parameters
         ----------
         x : str, optional
-            Which quantity: the name of an array in ``sample``, or of a column, such as "x[1]".
+            Name of an array in ``sample``, or of a column, such as "x[1]".
         figure : matplotlib Figure or SubFigure, optional
-            To draw into; a new one of pyplot's without it.
+            Figure to draw into; by default a new one of pyplot.
 
         Returns
         -------
         matplotlib Figure or SubFigure
-            What was drawn into.
 
         Raises
         ------
         ValueError
-            If there is nothing to plot, or no such quantity.
+            If there are no rows, or no quantity ``x``.
         ImportError
-            Without matplotlib.
+            If matplotlib is not installed.
+
+        See Also
+        --------
+        plot_history, plot_blocks
+
+        Notes
+        -----
+        The standard deviation of residuals is 1 with ``absolute_sigma`` and sigma, otherwise the
+        estimate ``sqrt(sigma_sq)``, or one from their median size if there are outliers. That of a
+        measurement is this value times its sigma.
         """
         return fit_plot.plot(self, x, figure)
 
     def plot_history(self, *, figure: Figure | SubFigure | None = None) -> Any:
-        """Draw loss, gradient norm, steps and passes of every iteration, from ``history``.
+        """Plot loss, gradient norm, step norm and passes of each iteration in ``history``.
 
-        Each stage (warm-up, sample, all rows) has a colour and a line of its own, because its loss
-        is over other rows; trials that were rejected are crosses.
+        Each stage (warm-up, sample, all rows) has its own color and line, because its loss is over
+        different rows. Rejected trials are crosses.
 
         Parameters
         ----------
         figure : matplotlib Figure or SubFigure, optional
-            To draw into; a new one of pyplot's without it.
+            Figure to draw into; by default a new one of pyplot.
 
         Returns
         -------
         matplotlib Figure or SubFigure
-            What was drawn into.
 
         Raises
         ------
         ValueError
             If there was no iteration.
         ImportError
-            Without matplotlib.
+            If matplotlib is not installed.
+
+        See Also
+        --------
+        plot, plot_blocks
         """
         return history_plot.plot_history(self, figure)
 
@@ -432,30 +459,34 @@ class FitResult:
         dims: str | tuple[str, ...] | None = None,
         figure: Figure | SubFigure | None = None,
     ) -> Any:
-        """Draw ``block_statistics``, as a profile along one dimension or a map of two.
+        """Plot ``block_statistics`` as a profile along one dimension or a map of two.
 
-        The title says which block is the extreme one, and a mark where it is.
+        The extreme block is marked, and named in the title.
 
         Parameters
         ----------
         quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
-            The first is ``chi2 / n_points`` of each block.
+            Variable of ``block_statistics``.
         dims : str or tuple of str, optional
-            One or two dimensions of y, as ``block_statistics`` names them. By default those with
-            most blocks. Over further ones the first two quantities are maxima, the others sums.
+            One or two dimensions of ``block_statistics``, by default those with most blocks. Over
+            the other dimensions, the maximum of the first two quantities is plotted, and the sum
+            of the others.
         figure : matplotlib Figure or SubFigure, optional
-            To draw into; a new one of pyplot's without it.
+            Figure to draw into; by default a new one of pyplot.
 
         Returns
         -------
         matplotlib Figure or SubFigure
-            What was drawn into.
 
         Raises
         ------
         ValueError
-            If there was no pass over all rows, or for another quantity or dimension.
+            If there was no pass over all rows, or for an unknown quantity or dimension.
         ImportError
-            Without matplotlib.
+            If matplotlib is not installed.
+
+        See Also
+        --------
+        plot, plot_history
         """
         return block_plot.plot_blocks(self, quantity, dims, figure)

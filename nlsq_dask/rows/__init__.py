@@ -1,1 +1,1 @@
-"""Rows of data in memory: what one consists of, blocks of them, and how they reach XLA."""
+"""Rows in memory: their layout, blocks of them, and padded views for XLA."""

@@ -1,4 +1,4 @@
-"""``Block``: one block in memory, and how its entries become flat rows."""
+"""``Block``: one block in memory, and its elements as flat rows."""
 
 from __future__ import annotations
 
@@ -17,18 +17,9 @@ from nlsq_dask.rows.windows import flat_range
 
 @dataclass(frozen=True)
 class Block:
-    """The arrays of one block as they were read, in their N-d shapes.
+    """Arrays of one block in their N-d shapes, as they were read."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Shape of the block of y; every array broadcasts against it.
-    y : ndarray
-    x : tuple of ndarray
-    sigma, mask : ndarray or None
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the block of y, against which all arrays broadcast
     y: Array
     x: tuple[Array, ...]
     sigma: Array | None
@@ -36,19 +27,19 @@ class Block:
 
     @classmethod
     def of(cls, arrays: list[Any], layout: Layout, shapes: Sequence[tuple[int, ...]]) -> Self:
-        """Sort out arrays that come in the order of ``RowBlocks.arrays``.
+        """Build a block from arrays in the order of ``RowBlocks.arrays``.
 
         Parameters
         ----------
         arrays : list of array
         layout : Layout
         shapes : sequence of tuple of int
-            What Dask says of their shapes.
+            Shapes declared in the Dask graph.
 
         Raises
         ------
         DataError
-            If an array is not what Dask says of it.
+            If shape or dtype of an array differ from the declared ones.
         """
         queue = [
             (name, array, shape)
@@ -70,11 +61,11 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that were read for this block."""
+        """Bytes read for this block."""
         return sum(array.nbytes for array in self.arrays if array is not None)
 
     def compact(self) -> Self:
-        """Return the block with arrays that keep no larger ones alive."""
+        """Return the block with copies of arrays that are views of larger ones."""
 
         def own(array: Array | None) -> Any:
             is_part = array is not None and getattr(array.base, "nbytes", 0) > array.nbytes
@@ -84,7 +75,7 @@ class Block:
         return type(self)(self.shape, own(self.y), x, own(self.sigma), own(self.mask))
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Return a range of rows, counted in C order over the block."""
+        """Return a range of rows, in C order over the block."""
 
         def cut(array: Array) -> Array:
             return flat_range(array, self.shape, start, stop)
@@ -97,7 +88,7 @@ class Block:
         )
 
     def take(self, index: NDArray[np.int64]) -> Rows:
-        """Return single rows, by their flat positions."""
+        """Return the rows at flat positions."""
         position = np.unravel_index(index, self.shape)
 
         def pick(array: Array) -> Array:
@@ -112,7 +103,7 @@ class Block:
         )
 
     def pieces(self, n_rows: int) -> Iterator[tuple[Rows, int]]:
-        """Yield padded pieces of ``n_rows`` rows with their true counts."""
+        """Yield batches padded to ``n_rows`` rows with their true counts."""
         for start in range(0, len(self), n_rows):
             stop = min(start + n_rows, len(self))
             yield self.rows(start, stop).padded(n_rows), stop - start
@@ -122,7 +113,8 @@ def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> A
     array = np.asarray(value)
     if array.shape != shape or not np.can_cast(array.dtype, dtype, "same_kind"):
         raise DataError(
-            f"a block of {name} has shape {array.shape} and dtype {array.dtype}, but Dask was told "
-            f"{shape} and {np.dtype(dtype)}. Give map_blocks or from_delayed the true ones."
+            f"a block of {name} has shape {array.shape} and dtype {array.dtype}, but its Dask "
+            f"array declares {shape} and {np.dtype(dtype)}. Pass the actual shape and dtype to "
+            f"map_blocks or from_delayed."
         )
     return np.asarray(array, dtype)

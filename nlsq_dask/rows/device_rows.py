@@ -1,4 +1,4 @@
-"""``PlacedRows``: rows kept in the memory of the devices that compute them."""
+"""``PlacedRows``: rows in the memory of the devices that compute them."""
 
 from __future__ import annotations
 
@@ -10,39 +10,24 @@ import jax
 
 
 class Piece(NamedTuple):
-    """What one call of a kernel's program is given.
+    """Arguments of one call of a kernel's program."""
 
-    Attributes
-    ----------
-    arrays, offsets : tuple
-        y, x, sigma and mask as in a ``Window``.
-    n_rows : int
-    """
-
-    arrays: Any
+    arrays: Any  # y, x, sigma and mask as in a ``Window``
     offsets: Any
     n_rows: int
 
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows cut into pieces, each on the device whose turn it is.
+    """Rows split into batches, which are distributed over the devices in turn."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Its entries are the rows.
-    pieces : tuple of Piece
-        With arrays of JAX.
-    """
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]  # of y; its elements are the rows
+    pieces: tuple[Piece, ...]  # with JAX arrays
 
     def __len__(self) -> int:
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory."""
+        """Bytes in device memory."""
         return sum(array.nbytes for piece in self.pieces for array in jax.tree.leaves(piece.arrays))

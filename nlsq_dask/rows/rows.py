@@ -1,6 +1,6 @@
-"""``Layout`` and ``Rows``: what one row consists of, and some rows held in memory.
+"""``Layout`` and ``Rows``: dtypes and shapes of one row, and rows in memory.
 
-x is kept as a flat tuple of arrays; the layout knows how the model wants them put together.
+x is a flat tuple of arrays; the layout defines the structure that the model receives.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-BLOCK_ROWS = 1024  # whose columns are in a core's cache; 1,000 to 2,000 were equally fast
+BLOCK_ROWS = 1024  # their columns fit a core's cache; 1,000 to 2,000 were equally fast
 
 
 def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
-    """Return what messages call the arrays of x; see ``Layout.x_names``."""
+    """Return the names of the x arrays in messages; see ``Layout.x_names``."""
     if x_names is None:
         return ["x_data"]
     keys = range(x_names) if isinstance(x_names, int) else x_names
@@ -26,18 +26,19 @@ def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a row consists of: dtypes and feature shapes, without any number of rows.
+    """Dtypes and feature shapes of one row, independent of the number of rows.
 
     Attributes
     ----------
     x_names : None, int or tuple of str
-        How the model receives x: one array (None), a tuple of so many arrays (int), or a dict.
+        Structure of x in the model: one array (None), a tuple of this length (int), or a dict
+        with these keys.
     x_features : tuple of tuple of int
-        Shape of a row of each x array: ``()`` or ``(k,)``.
+        Shape of one row of each x array: ``()`` or ``(k,)``.
     x_dtypes, y_dtype, sigma_dtype : str
-        NumPy dtype strings as stored; ``sigma_dtype`` is None without sigma.
+        Stored NumPy dtypes; ``sigma_dtype`` is None without sigma.
     has_mask : bool
-        Whether rows can be masked by the caller.
+        Whether the data are masked arrays.
     """
 
     x_names: int | tuple[str, ...] | None
@@ -48,7 +49,7 @@ class Layout:
     has_mask: bool
 
     def assemble(self, x: Sequence[Any]) -> Any:
-        """Put the flat x arrays together as the model receives them."""
+        """Return the flat x arrays in the structure that the model receives."""
         if self.x_names is None:
             return x[0]
         if isinstance(self.x_names, int):
@@ -57,7 +58,7 @@ class Layout:
 
     @property
     def array_names(self) -> tuple[str, ...]:
-        """What messages call the arrays, in the order y, x..., sigma, mask."""
+        """Names of the arrays in messages, in the order y, x..., sigma, mask."""
         optional = {"sigma": self.sigma_dtype is not None, "the mask": self.has_mask}
         return (
             "y_data",
@@ -78,28 +79,19 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in memory, the first axis of every array running over them.
+    """Rows in memory, along the first axis of each array."""
 
-    Attributes
-    ----------
-    y : ndarray, shape (n,)
-    x : tuple of ndarray, each of shape (n,) or (n, k)
-    sigma : ndarray, shape (n,), or None
-    mask : ndarray of bool, shape (n,), or None
-        True where the caller wants the row left out.
-    """
-
-    y: Array
-    x: tuple[Array, ...]
-    sigma: Array | None = None
-    mask: Array | None = None
+    y: Array  # shape (n,)
+    x: tuple[Array, ...]  # shapes (n,) or (n, k)
+    sigma: Array | None = None  # shape (n,)
+    mask: Array | None = None  # bool, shape (n,); True for rows to be omitted
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of y, along which the rows are counted."""
+        """Shape of y, ``(n,)``."""
         return self.y.shape
 
     @property
@@ -108,7 +100,7 @@ class Rows:
         return self.y, *self.x, self.sigma, self.mask
 
     def take(self, where: slice | NDArray[Any]) -> Self:
-        """Return some of the rows, by slice, index or boolean array."""
+        """Return the rows selected by a slice, index or boolean array."""
         return type(self)(
             self.y[where],
             tuple(leaf[where] for leaf in self.x),
@@ -117,7 +109,7 @@ class Rows:
         )
 
     def padded(self, n_rows: int) -> Self:
-        """Return ``n_rows`` rows, the missing ones zero; no copy if there are as many."""
+        """Return the rows padded with zeros to ``n_rows``; no copy if the length is equal."""
         if len(self) == n_rows:
             return self
 
@@ -134,7 +126,7 @@ class Rows:
         )
 
     def pieces(self, n_rows: int) -> Iterator[tuple[Self, int]]:
-        """Yield pieces of exactly ``n_rows`` rows, the last one padded, with their true counts."""
+        """Yield batches padded to ``n_rows`` rows with their true counts."""
         for start in range(0, len(self), n_rows):
             piece = self.take(slice(start, start + n_rows))
             yield piece.padded(n_rows), len(piece)
@@ -152,7 +144,7 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """Join rows of one layout."""
+        """Concatenate rows of one layout."""
         first = parts[0]
         return cls(
             np.concatenate([part.y for part in parts]),

@@ -1,7 +1,7 @@
-"""Windows: the pieces of a block that a kernel is given one after the other.
+"""Padded views of a block, the batches on which a kernel is called.
 
-All have the same number of rows, so that one program serves them all. Where rows lie in memory as
-XLA wants them a window is a view; where not it is a copy, in memory that is used again.
+All have the same length, so that they share one program. A padded view is a NumPy view where the
+rows have XLA's alignment, otherwise a copy in a reused buffer.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from numpy.typing import NDArray
 
 from nlsq_dask.rows.rows import Array, Rows
 
-ALIGNMENT = 64  # bytes; XLA takes a NumPy array that begins at a multiple without copying it
-SLACK = 64  # rows by which a window is longer than what is wanted of it
-# The arrays of ``n_rows + SLACK`` rows; in their place where in them the wanted rows begin; and how
-# many are wanted. What they hold beside these is of no meaning.
+ALIGNMENT = 64  # bytes; XLA does not copy a NumPy array that starts at a multiple
+SLACK = 64  # rows by which a padded view is longer than its batch
+# Arrays of ``n_rows + SLACK`` rows, the offset of the batch in each of them, and the number of rows
+# of the batch. Other values of the arrays have no meaning.
 Window = tuple[Rows, Rows, int]
 
-_Slot = dict[int, NDArray[np.uint8]]
+_Buffers = dict[int, NDArray[np.uint8]]
 
 
 class Memory:
-    """Memory for copies, of one caller.
+    """Ring of buffers for copies, used by one caller.
 
     Parameters
     ----------
-    n_slots : int
-        Windows after which the memory of the first of them is used for another.
+    n_buffer_sets : int
+        Number of padded views after which a buffer is reused.
     """
 
-    def __init__(self, n_slots: int) -> None:
-        self._slots: list[_Slot] = [{} for _ in range(n_slots)]
+    def __init__(self, n_buffer_sets: int) -> None:
+        self._buffer_sets: list[_Buffers] = [{} for _ in range(n_buffer_sets)]
         self._turn = 0
 
-    def next_slot(self) -> _Slot:
-        """Return the memory of the next window."""
-        self._turn = (self._turn + 1) % len(self._slots)
-        return self._slots[self._turn]
+    def next_buffers(self) -> _Buffers:
+        """Return the buffers of the next padded view, by position of the array."""
+        self._turn = (self._turn + 1) % len(self._buffer_sets)
+        return self._buffer_sets[self._turn]
 
 
 class MemoryPool:
-    """Memory for copies that several threads borrow.
+    """Pool of buffers for several threads.
 
-    New memory is slow, because the system hands it out page by page and clears it first, on one
-    thread at a time. A copy of a pool that is sent elsewhere begins empty.
+    Allocating is slow, because the system clears new pages on one thread at a time. A pickled pool
+    is empty.
     """
 
     def __init__(self) -> None:
@@ -59,16 +59,16 @@ class MemoryPool:
         return type(self), ()
 
     @contextmanager
-    def borrow(self, n_slots: int) -> Iterator[Memory]:
-        """Lend memory of so many slots until the context ends.
+    def borrow(self, n_buffer_sets: int) -> Iterator[Memory]:
+        """Lend a ring of buffers until the context ends.
 
-        After an error it is not used again: there may be computations that still read it.
+        After an error it is not reused, as computations may still read it.
         """
-        free = self._free[n_slots]
+        free = self._free[n_buffer_sets]
         try:
             memory = free.pop()
         except IndexError:
-            memory = Memory(n_slots)
+            memory = Memory(n_buffer_sets)
         yield memory
         free.append(memory)
 
@@ -80,63 +80,65 @@ def windows(
     block_rows: int,
     memory: Memory,
 ) -> Iterator[Window]:
-    """Yield windows of ``n_rows`` rows over arrays that broadcast against ``shape``.
+    """Yield padded views of ``n_rows`` rows of arrays that broadcast against ``shape``.
 
     Parameters
     ----------
     arrays : sequence of ndarray or None
         y, x..., sigma, mask; dimensions beyond ``shape`` are features.
     shape : tuple of int
-        The entries of an array of this shape, in C order, are the rows.
+        Shape of y, whose elements in C order are the rows.
     n_rows : int
+        Maximum number of rows of a batch.
     block_rows : int
-        Rows of the kernel's blocks, at whose borders windows are cut; the last block of a window
-        is looked at as a whole, though masked, where it is not full.
+        Rows of the kernel's strips, whose boundaries the batches respect. The kernel reads the last
+        strip of a batch completely, masked beyond its rows.
     memory : Memory
-        Of copies; a window is no longer valid when all slots have been used by later ones.
+        Buffers of copies; a padded view is invalid once its buffers are reused.
     """
     flat = [None if array is None else _flat(array, shape) for array in arrays]
     length = n_rows + SLACK
-    for start, count in _window_counts(math.prod(shape), n_rows, block_rows):
-        slot = memory.next_slot()
-        stop = start - (count // -block_rows) * block_rows  # of what is looked at
-        cuts: list[tuple[Any, Any]] = []
+    for start, count in _view_ranges(math.prod(shape), n_rows, block_rows):
+        buffers = memory.next_buffers()
+        stop = start - (count // -block_rows) * block_rows  # end of the last strip
+        views: list[tuple[Any, Any]] = []
         for i, (array, rows) in enumerate(zip(arrays, flat, strict=True)):
             if array is None:
-                cuts.append((None, None))
+                views.append((None, None))
                 continue
             first = None if rows is None else _aligned_start(rows, start, stop, length)
             if rows is not None and first is not None:
-                cuts.append((rows[first : first + length], np.int64(start - first)))
+                views.append((rows[first : first + length], np.int64(start - first)))
                 continue
-            copy = _aligned_memory(slot, i, (length, *array.shape[len(shape) :]), array.dtype)
+            copy = _aligned_memory(buffers, i, (length, *array.shape[len(shape) :]), array.dtype)
             _fill(copy[:count], array, shape, start)
-            # A model with a loop of its own would take part of its time for what fills up a block.
+            # Arbitrary padding could slow down a model that iterates.
             copy[count : stop - start] = 0
-            cuts.append((copy, np.int64(0)))
-        held, offsets = (
-            Rows(part[0], tuple(part[1:-2]), part[-2], part[-1]) for part in zip(*cuts, strict=True)
+            views.append((copy, np.int64(0)))
+        padded, offsets = (
+            Rows(part[0], tuple(part[1:-2]), part[-2], part[-1])
+            for part in zip(*views, strict=True)
         )
-        yield held, offsets, count
+        yield padded, offsets, count
 
 
-def _window_counts(n_rows: int, most: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield where windows begin and how many rows they hold.
+def _view_ranges(n_rows: int, max_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield start and number of rows of each batch.
 
-    The first and the last are short, because they are the ones that mostly have to be copied.
+    The first and the last are short, because they usually have to be copied.
     """
-    has_views = n_rows >= most + SLACK
-    start, count = 0, block_rows if has_views else min(most, n_rows)
+    has_views = n_rows >= max_rows + SLACK
+    start, count = 0, block_rows if has_views else min(max_rows, n_rows)
     while start < n_rows:
         yield start, count
         start += count
-        left = n_rows - start
-        whole = (left - SLACK) // block_rows * block_rows if has_views else left
-        count = min(most, whole if whole > 0 else left)
+        remaining = n_rows - start
+        whole = (remaining - SLACK) // block_rows * block_rows if has_views else remaining
+        count = min(max_rows, whole if whole > 0 else remaining)
 
 
 def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | None:
-    """Return the last row at an aligned address from which a window reaches from start to stop."""
+    """Return the last aligned row from which a padded view covers start to stop, or None."""
     latest = min(start, len(rows) - length)
     row_bytes = rows.nbytes // max(len(rows), 1)
     address = rows.__array_interface__["data"][0]
@@ -146,20 +148,22 @@ def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | Non
     return None
 
 
-def _aligned_memory(slot: _Slot, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an array at an aligned address in the memory of a slot."""
+def _aligned_memory(
+    buffers: _Buffers, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Array:
+    """Return an array at an aligned address of the buffer ``name``, enlarged if needed."""
     n_bytes = math.prod(shape) * dtype.itemsize
-    if name not in slot or len(slot[name]) < n_bytes + ALIGNMENT:
-        slot[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    memory = slot[name]
+    if name not in buffers or len(buffers[name]) < n_bytes + ALIGNMENT:
+        buffers[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    memory = buffers[name]
     first = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:
-    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding that range only.
+    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding only that range.
 
-    Trailing dimensions beyond ``shape`` are features and stay.
+    Trailing dimensions beyond ``shape`` are features and are kept.
     """
     rows = _flat(array, shape)
     if rows is not None:
@@ -170,7 +174,7 @@ def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> A
 
 
 def _flat(array: Array, shape: tuple[int, ...]) -> Array | None:
-    """Return the array with its rows along one axis if that needs no copy."""
+    """Return the array with its rows along one axis, or None if that requires a copy."""
     features = array.shape[len(shape) :]
     is_whole = array.shape == shape + features and array.flags.c_contiguous
     return array.reshape(-1, *features) if is_whole else None
@@ -187,13 +191,13 @@ def _fill(out: Array, array: Array, shape: tuple[int, ...], start: int) -> None:
     inner = math.prod(shape[1:])
     done = 0
     while done < len(out):
-        outer, skipped = divmod(start + done, inner)
-        whole = 0 if skipped else (len(out) - done) // inner
+        outer, offset = divmod(start + done, inner)
+        whole = 0 if offset else (len(out) - done) // inner
         if whole:
             count = whole * inner
             rows = out[done : done + count].reshape(whole, *shape[1:], *features)
             rows[...] = view[outer : outer + whole]
         else:
-            count = min(inner - skipped, len(out) - done)
-            _fill(out[done : done + count], view[outer], shape[1:], skipped)
+            count = min(inner - offset, len(out) - done)
+            _fill(out[done : done + count], view[outer], shape[1:], offset)
         done += count

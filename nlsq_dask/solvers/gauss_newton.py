@@ -22,7 +22,7 @@ from nlsq_dask.solvers.point import Point, Settings, column_scale
 from nlsq_dask.solvers.scaled_svd import Spectrum
 from nlsq_dask.solvers.solver import may_resume
 from nlsq_dask.solvers.trust_region import Vector, restricted_step
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 _ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
@@ -41,7 +41,7 @@ _LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol
 # has been seen 5 times too small.
 _EXTRAPOLATION_MARGIN = 5.0
 # Ends that better sums would not change.
-_ENDED = {StopReason.ITERATION_LIMIT, StopReason.CREEPING, StopReason.USER_STOP}
+_ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.USER_STOP}
 _FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a trial's step: shorter, longer
 
 
@@ -106,7 +106,7 @@ class State:
         Trials rejected since the last accepted one.
     forecasts_rejected : int
         Forecasts so far that were rejected or led hardly nearer.
-    stop : StopReason or None
+    stop : Status or None
     solution : ndarray, shape (p,), or None
         Where the solve ended; a last step beyond ``point`` if one was taken without a pass.
     carried_jtj : ndarray, shape (p, p), or None
@@ -129,7 +129,7 @@ class State:
     progress: tuple[int, float, float] = (0, np.inf, np.inf)
     rejected: int = 0
     forecasts_rejected: int = 0
-    stop: StopReason | None = None
+    stop: Status | None = None
     solution: Vector | None = None
     carried_jtj: NDArray[np.float64] | None = None
     trial: Trial | None = None
@@ -200,7 +200,7 @@ class GaussNewton:
             return self._following(replace(state, stop=None, solution=None))
         return state
 
-    def end(self, state: State, stop: StopReason) -> State:
+    def end(self, state: State, stop: Status) -> State:
         """End at the accepted point, for a reason that comes from outside."""
         return replace(
             state, stop=stop, solution=state.params, carried_jtj=None, trial=None, restart_at=None
@@ -220,7 +220,7 @@ def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
     """Begin at parameters whose sums are known."""
     if not sums.is_finite:
         point = Point(params, sums, np.ones_like(params), settings)
-        return State(point, 0.0, stop=StopReason.NON_FINITE_START, solution=params)
+        return State(point, 0.0, stop=Status.NON_FINITE_START, solution=params)
     point = Point.of(params, sums, settings)
     length = float(np.linalg.norm(point.scale * params)) or float(np.linalg.norm(point.scale))
     return _check(State(point, settings.initial_radius * length))
@@ -283,7 +283,7 @@ def take_last_step(state: State, trial: Trial) -> State:
     )
     if not is_sure:
         return state
-    reason = point.verdict(StopReason.LAST_STEP)
+    reason = point.verdict(Status.LAST_STEP)
     return replace(state, stop=reason, solution=trial.params, carried_jtj=jtj)
 
 
@@ -294,8 +294,8 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
     if not sums.is_finite:
         if not state.point.settings.recovers:
             params = state.point.params
-            return replace(state, stop=StopReason.NON_FINITE_STEP, solution=params)
-        return _rejected(state, trial, sums, StopReason.NON_FINITE_STEP)
+            return replace(state, stop=Status.NON_FINITE_STEP, solution=params)
+        return _rejected(state, trial, sums, Status.NON_FINITE_STEP)
     old = state.point
     new = Point(trial.params, sums, column_scale(sums.jtj, _SCALE_MEMORY * old.scale), old.settings)
     gain = old.sums.cost - sums.cost
@@ -306,14 +306,14 @@ def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
         better = new if new.measure < old.measure else old
         sure = better.is_negligible or better.reduction <= better.rounding_cost
         if trial.is_forecast and better.reduction > better.rounding_cost:
-            return _rejected(state, trial, sums, StopReason.STALLED)
-        reason = better.verdict(StopReason.FLOOR if sure else StopReason.STALLED)
+            return _rejected(state, trial, sums, Status.STALLED)
+        reason = better.verdict(Status.FLOOR if sure else Status.STALLED)
         is_by_jtj = better.sums.triangle is None
-        if is_by_jtj and better.quadratic.is_flat and reason is StopReason.FLOOR:
-            reason = StopReason.FLAT_VALLEY  # what is left of the way cannot be known from J^T J
+        if is_by_jtj and better.quadratic.is_flat and reason is Status.FLOOR:
+            reason = Status.ILL_CONDITIONED  # what is left of the way cannot be known from J^T J
         return replace(state, point=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * trial.reduction:
-        return _rejected(state, trial, sums, StopReason.STALLED)
+        return _rejected(state, trial, sums, Status.STALLED)
     radius = state.radius
     if gain < _SHRINK_BELOW * trial.reduction:
         radius = 0.5 * length
@@ -332,7 +332,7 @@ def _longest_good(state: State, trial: Trial, sums: NormalEquations) -> float:
     return max(good)
 
 
-def _rejected(state: State, trial: Trial, sums: NormalEquations, if_exhausted: StopReason) -> State:
+def _rejected(state: State, trial: Trial, sums: NormalEquations, if_exhausted: Status) -> State:
     point = state.point
     if trial.is_forecast:  # which says nothing of the radius
         forecasts_rejected = state.forecasts_rejected + 1
@@ -395,7 +395,7 @@ def _check(state: State) -> State:
         solution = point.moved(point.full_step) if shrinks else point.params
         return replace(state, stop=point.verdict(reason), solution=solution)
     if _CRAWLING <= state.contraction < np.inf and point.is_in_a_valley:
-        return replace(state, stop=StopReason.FLAT_VALLEY, solution=point.params)
+        return replace(state, stop=Status.ILL_CONDITIONED, solution=point.params)
     return _limit(state)
 
 
@@ -405,7 +405,7 @@ def _limit(state: State) -> State:
     if point.sums.cost < _LESS_COST * cost or point.measure < _SHRINKING * measure:
         state = replace(state, progress=(state.iteration, point.sums.cost, point.measure))
     elif state.iteration - since >= settings.patience:
-        return replace(state, stop=StopReason.CREEPING, solution=point.params)
+        return replace(state, stop=Status.SLOW_PROGRESS, solution=point.params)
     if state.iteration < settings.max_iterations:
         return state
-    return replace(state, stop=StopReason.ITERATION_LIMIT, solution=point.params)
+    return replace(state, stop=Status.ITERATION_LIMIT, solution=point.params)

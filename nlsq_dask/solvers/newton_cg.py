@@ -26,7 +26,7 @@ from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.solvers.conjugate_gradients import LinearSolve
 from nlsq_dask.solvers.solver import may_resume
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 
@@ -112,7 +112,7 @@ class CgState:
         Trials judged so far.
     n_products : int
         Products so far.
-    stop : StopReason or None
+    stop : Status or None
     solution : ndarray, shape (p,), or None
         Where the solve ended; a last step beyond ``params`` if one was taken without a trial.
     restart_at : ndarray, shape (p,), or None
@@ -131,7 +131,7 @@ class CgState:
     last_length: float = 0.0
     iteration: int = 0
     n_products: int = 0
-    stop: StopReason | None = None
+    stop: Status | None = None
     solution: Vector | None = None
     restart_at: Vector | None = None
 
@@ -212,7 +212,7 @@ class NewtonCg:
             return replace(state, stop=None, solution=None)
         return state
 
-    def end(self, state: CgState, stop: StopReason) -> CgState:
+    def end(self, state: CgState, stop: Status) -> CgState:
         """End at the accepted point, for a reason that comes from outside."""
         return replace(state, stop=stop, solution=state.params, restart_at=None)
 
@@ -228,7 +228,7 @@ def begin(
     nowhere = LinearSolve.begin(np.zeros_like(params), lambda vector: vector)
     state = CgState(params, sums, settings, nowhere, np.ones_like(params), sums.jtr != 0.0)
     if not sums.is_finite:
-        return replace(state, stop=StopReason.NON_FINITE_START, solution=params)
+        return replace(state, stop=Status.NON_FINITE_START, solution=params)
     squares = precondition(params).diagonal
     return _solved(_begun(replace(state, squares=squares), damping, precondition), precondition)
 
@@ -267,16 +267,16 @@ def _solved(state: CgState, precondition: MakePreconditioner) -> CgState:
         if promised <= settings.tol**2 * state.sums.cost:  # a step without damping says more
             return _solved(_begun(state, 0.0, precondition), precondition)
     elif promised <= settings.tol**2 * state.sums.cost:
-        return replace(state, stop=StopReason.REDUCTION, solution=state.params + linear.step)
+        return replace(state, stop=Status.REDUCTION, solution=state.params + linear.step)
     elif promised <= state.noise * settings.epsilon:
-        return replace(state, stop=StopReason.FLOOR, solution=state.params + linear.step)
+        return replace(state, stop=Status.FLOOR, solution=state.params + linear.step)
     length = state.length
     # Better solved than this a step is no better, and where steps have been shrinking fast enough
     # another trial would tell nothing.
     if linear.lengths and state.left <= (0.5 * settings.tol) ** 2 * state.sums.cost:
         if not state.damping and length**2 <= 0.5 * settings.tol * state.last_length:
             solution = state.params + linear.step
-            return replace(state, stop=StopReason.LAST_STEP, solution=solution)
+            return replace(state, stop=Status.LAST_STEP, solution=solution)
         return _tried(state)
     # Far from the solution the quadratic itself is off by about the length of the step.
     relative = max(settings.cg_relative, min(length, _LOOSEST))
@@ -290,7 +290,7 @@ def _solved(state: CgState, precondition: MakePreconditioner) -> CgState:
 def _tried(state: CgState) -> CgState:
     """Try the step, or stop where there is none."""
     if not state.linear.step.any():  # no direction has any curvature
-        stop = StopReason.FLOOR if state.linear.square <= state.noise else StopReason.STALLED
+        stop = Status.FLOOR if state.linear.square <= state.noise else Status.STALLED
         return replace(state, stop=stop, solution=state.params)
     return replace(state, share=1.0)
 
@@ -301,7 +301,7 @@ def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner
     assert share is not None
     state = replace(state, iteration=state.iteration + 1)
     if not sums.is_finite and not state.settings.recovers:
-        return replace(state, stop=StopReason.NON_FINITE_STEP, solution=state.params)
+        return replace(state, stop=Status.NON_FINITE_STEP, solution=state.params)
     promised, gain = state.promised(share), state.sums.cost - sums.cost
     is_below_noise = promised + state.left <= state.noise
     if sums.is_finite and (gain >= _ACCEPT * promised or promised <= state.noise):
@@ -324,7 +324,7 @@ def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner
         # The costs cannot be told apart any more, but the gradients still can.
         is_nearer = following.linear.square <= 0.25 * state.linear.first_square
         if is_below_noise and not is_nearer:
-            return replace(state, stop=StopReason.FLOOR, solution=state.params)
+            return replace(state, stop=Status.FLOOR, solution=state.params)
         return _limited(_solved(following, precondition))
     good = [
         factor
@@ -335,12 +335,12 @@ def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner
         return _limited(replace(state, share=max(good) * share))
     damping = max(10.0 * state.damping, _DAMPING)
     if damping > _MOST_DAMPING:
-        stop = StopReason.STALLED if sums.is_finite else StopReason.NON_FINITE_STEP
+        stop = Status.STALLED if sums.is_finite else Status.NON_FINITE_STEP
         return replace(state, stop=stop, solution=state.params)
     return _limited(_solved(_begun(state, damping, precondition), precondition))
 
 
 def _limited(state: CgState) -> CgState:
     if state.stop is None and state.iteration >= state.settings.max_iterations:
-        return replace(state, stop=StopReason.ITERATION_LIMIT, solution=state.params)
+        return replace(state, stop=Status.ITERATION_LIMIT, solution=state.params)
     return state

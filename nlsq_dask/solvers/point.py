@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.scaled_svd import Spectrum
 from nlsq_dask.solvers.trust_region import Quadratic, Vector
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 _LEAST_FACTOR = 1e-8  # of regularization; J^T J loses what is below, which QR would keep
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
@@ -170,24 +170,24 @@ class Point:
         )
         return self.quadratic.damped_residual > shortest
 
-    def verdict(self, reason: StopReason) -> StopReason:
+    def verdict(self, reason: Status) -> Status:
         """Return the reason to stop here, or why it is no success."""
         if self.has_dead_parameters:
-            return StopReason.NO_SENSITIVITY
-        return StopReason.FLAT_VALLEY if self.is_in_a_valley else reason
+            return Status.NO_SENSITIVITY
+        return Status.ILL_CONDITIONED if self.is_in_a_valley else reason
 
-    def converged(self) -> StopReason | None:
+    def converged(self) -> Status | None:
         """Return the criterion that this point meets, if any."""
         if self.measure <= self.settings.tol:
-            return StopReason.REDUCTION
+            return Status.REDUCTION
         n = max(self.sums.n_used, 1)
         is_rounding = self.reduction <= self.rounding_cost * len(self.params) / n
         is_small = self.is_negligible or self.sums.cost <= self.rounding_cost
         if is_rounding and is_small:
-            return StopReason.FLOOR
+            return Status.FLOOR
         tol = self.settings.tol
         # Parameter by parameter: one large contribution must not hide that another still moves.
         small = np.abs(self.full_step / self.scale) <= tol * (tol + np.abs(self.params))
         if small.all() and is_small:
-            return StopReason.STEP
+            return Status.STEP
         return None

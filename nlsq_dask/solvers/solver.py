@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
-from nlsq_dask.status import StopReason
+from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 S_contra = TypeVar("S_contra", bound=Sums, contravariant=True)
@@ -41,7 +41,7 @@ class SolverState(Protocol[S_co]):
         """Number of trials that were judged."""
 
     @property
-    def stop(self) -> StopReason | None:
+    def stop(self) -> Status | None:
         """Why the solve has ended; None before that."""
 
     @property
@@ -73,12 +73,12 @@ class Solver(Protocol[T, S_contra]):
     def resume(self, state: T) -> T:
         """Return the state of an earlier process as one of this solver, which may go on longer."""
 
-    def end(self, state: T, stop: StopReason) -> T:
+    def end(self, state: T, stop: Status) -> T:
         """End the solve at the iterate, for a reason that comes from outside."""
 
 
-def may_resume(stop: StopReason | None, iteration: int, max_iterations: int) -> bool:
+def may_resume(stop: Status | None, iteration: int, max_iterations: int) -> bool:
     """Whether a solve that had ended for this reason goes on when the fit is resumed."""
-    if stop is StopReason.ITERATION_LIMIT:
+    if stop is Status.ITERATION_LIMIT:
         return iteration < max_iterations
-    return stop is StopReason.USER_STOP
+    return stop is Status.USER_STOP

@@ -1,1 +1,1 @@
-"""Records as bytes, bytes as files: for checkpoints and results; nothing in them is code."""
+"""Storage of records as files, for checkpoints and results; loading never runs code."""

@@ -1,8 +1,7 @@
-"""Records to bytes and back, by their types: data alone, never code.
+"""Encoding of typed records as bytes; decoding never runs code.
 
-msgspec writes and checks dataclasses, enums, numbers and containers as they are declared; added
-here are NumPy arrays of numbers, which keep their memory order, because the bits of what is
-computed from them may depend on it.
+msgspec encodes and validates dataclasses, enums, numbers and containers. This module adds numeric
+NumPy arrays, which keep their memory order because the bits of later results may depend on it.
 """
 
 from __future__ import annotations
@@ -17,56 +16,58 @@ from nlsq_dask.errors import RecordError
 
 T = TypeVar("T")
 
-_ARRAY = 1  # code of the extension type
-_NUMBERS = re.compile(r"[<>|=][biufc]\d{1,2}")
+_ARRAY_CODE = 1  # code of the extension type
+_NUMERIC_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
 
 
 def encode(value: Any) -> bytes:
-    """Return a record of dataclasses, enums, numbers, text, containers and arrays as bytes."""
+    """Encode a record of dataclasses, enums, numbers, text, containers and arrays."""
     return msgspec.msgpack.encode(value, enc_hook=_encode_array)
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """Return the record of this type that the bytes stand for.
+    """Decode a record of type ``kind``.
 
     Raises
     ------
     RecordError
-        If they do not stand for one.
+        If the bytes do not encode such a record.
     """
     try:
-        return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array, dec_hook=_check)
+        return msgspec.msgpack.decode(
+            data, type=kind, ext_hook=_decode_array, dec_hook=_check_array
+        )
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, MemoryError) as error:
         name = getattr(kind, "__name__", str(kind))
-        raise RecordError(f"what should be a {name} is not one: {error}") from error
+        raise RecordError(f"it does not contain a valid {name}: {error}") from error
 
 
 def _encode_array(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    if not isinstance(value, np.ndarray) or not _NUMBERS.fullmatch(value.dtype.str):
+    if not isinstance(value, np.ndarray) or not _NUMERIC_DTYPE.fullmatch(value.dtype.str):
         raise NotImplementedError(f"{type(value).__name__} cannot be part of a record")
     is_fortran = value.flags.f_contiguous and not value.flags.c_contiguous
     order: Literal["C", "F"] = "F" if is_fortran else "C"
     header = (value.dtype.str, value.shape, order, value.tobytes(order))
-    return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(header))
+    return msgspec.msgpack.Ext(_ARRAY_CODE, msgspec.msgpack.encode(header))
 
 
 def _decode_array(code: int, data: memoryview) -> Any:
-    if code != _ARRAY:
+    if code != _ARRAY_CODE:
         raise ValueError(f"unknown extension type {code}")
     header = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], str, bytes])
     dtype, shape, order, values = header
-    if not _NUMBERS.fullmatch(dtype) or order not in ("C", "F"):
+    if not _NUMERIC_DTYPE.fullmatch(dtype) or order not in ("C", "F"):
         raise ValueError(f"an array of {dtype!r} in order {order!r}")
     return np.frombuffer(values, dtype).reshape(shape, order=order).copy(order="K")  # type: ignore[call-overload]
 
 
-def _check(kind: Any, value: Any) -> Any:
-    """Accept an array where one of that dtype is declared."""
+def _check_array(kind: Any, value: Any) -> Any:
+    """Return an array of the declared dtype, or raise a ValueError."""
     (dtype,) = get_args(get_args(kind)[1]) or (Any,)
     if not isinstance(value, np.ndarray):
-        raise ValueError(f"an array is expected, not {type(value).__name__}")
+        raise ValueError(f"expected an array, got {type(value).__name__}")
     if dtype is not Any and not np.issubdtype(value.dtype, dtype):
-        raise ValueError(f"an array of {dtype.__name__} is expected, not of {value.dtype}")
+        raise ValueError(f"expected an array of {dtype.__name__}, got {value.dtype}")
     return value

@@ -1,6 +1,6 @@
-"""What surrounds a record in a file: what it is, its version and a checksum.
+"""Header and checksum of a record in a file.
 
-A line of text that names the format and its version, the SHA-256 of the rest, and the rest.
+A file is a line of text with the format and its version, the SHA-256 of the body, and the body.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 from nlsq_dask.errors import RecordError
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_LONGEST_LINE = 64
+_MAX_LINE_LENGTH = 64
 
 
 def _magic(kind: str) -> bytes:
@@ -18,30 +18,30 @@ def _magic(kind: str) -> bytes:
 
 
 def seal(kind: str, body: bytes, version: int = 1) -> bytes:
-    """Return the contents of a file of some kind, such as "checkpoint"."""
+    """Return the contents of a file of this kind, such as "checkpoint"."""
     digest = hashlib.sha256(body).digest()
     return b"".join([_magic(kind), str(version).encode(), b"\n", digest, body])
 
 
 def unseal(kind: str, data: bytes, version: int = 1) -> bytes:
-    """Return the body of a file of that kind.
+    """Return the body of a file of this kind.
 
     Raises
     ------
     RecordError
-        If it is another kind of file, of another version, or damaged.
+        If the file is damaged, of another kind, or of another format version.
     """
-    head, newline, _ = data[:_LONGEST_LINE].partition(b"\n")
+    head, newline, _ = data[:_MAX_LINE_LENGTH].partition(b"\n")
     magic = _magic(kind)
     if not head.startswith(magic) or not newline:
-        raise RecordError(f"it is not a {kind} of nlsq_dask, or its start is damaged.")
+        raise RecordError(f"it is not a {kind} of nlsq_dask, or its header is damaged.")
     written = head.removeprefix(magic).decode(errors="replace")
     if written != str(version):
         raise RecordError(
-            f"its format has version {written}; this version of nlsq_dask reads {version}."
+            f"it has format version {written}; this version of nlsq_dask reads version {version}."
         )
     start = len(head) + 1
     digest, body = data[start : start + _DIGEST_BYTES], data[start + _DIGEST_BYTES :]
     if hashlib.sha256(body).digest() != digest:
-        raise RecordError("it is damaged: its checksum does not agree with its contents.")
+        raise RecordError("it is damaged: the checksum does not match its contents.")
     return body

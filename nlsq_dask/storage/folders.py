@@ -1,8 +1,7 @@
-"""Folders on a disk or at any fsspec URL, in which a file is there as a whole or not at all.
+"""Folders on a disk or at an fsspec URL, with atomic writes of files.
 
-On a disk a file appears under its name only when all of it is durable: it is written under another
-name, synchronized and renamed. Elsewhere that is left to the store (an object appears when it is
-whole); the checksum tells if it was not.
+On a disk, a file is written under a temporary name, synchronized and renamed. Object stores make
+objects visible only when complete; the checksum detects exceptions.
 """
 
 from __future__ import annotations
@@ -16,27 +15,27 @@ from typing import Any, Protocol
 
 from fsspec.core import url_to_fs
 
-_ABANDONED = 3600.0  # seconds
-_LONGEST_PREFIX = 64  # characters; the name of a fit has less
+_ABANDONED_AFTER = 3600.0  # seconds
+_MAX_PREFIX_LENGTH = 64  # characters; more than in the name of a fit
 
 
 class Folder(Protocol):
-    """The few things that are done with a folder."""
+    """Operations on a folder of files."""
 
     def prepare(self, fit: str) -> None:
-        """Make the folder and see that files of this fit can be written to it."""
+        """Create the folder and check that files of this fit can be written to it."""
 
     def names(self) -> list[str]:
-        """Return the names of the files; none if there is no folder."""
+        """Return the names of the files; an empty list if the folder does not exist."""
 
     def read(self, name: str) -> bytes:
         """Return the contents of a file."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, all of it or nothing."""
+        """Write a file atomically."""
 
     def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
 
 
 class _LocalFolder:
@@ -44,7 +43,7 @@ class _LocalFolder:
         self._folder = folder
 
     def prepare(self, fit: str) -> None:
-        """Make the folder, see that it can be written to, and remove what a killed fit has left."""
+        """Create the folder, check write access, and remove temporary files of killed fits."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self._folder.glob(".*.unfinished"):
             if unfinished.name.startswith(f".{fit}-") or _is_abandoned(unfinished):
@@ -60,7 +59,7 @@ class _LocalFolder:
         return (self._folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        fit = name.rpartition("-")[0][:_LONGEST_PREFIX]
+        fit = name.rpartition("-")[0][:_MAX_PREFIX_LENGTH]
         unfinished = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
         try:
             with unfinished.open("wb") as file:
@@ -77,7 +76,7 @@ class _LocalFolder:
         (self._folder / name).unlink(missing_ok=True)
 
     def _synchronize_folder(self) -> None:
-        if os.name == "nt":  # where a folder cannot be opened
+        if os.name == "nt":  # folders cannot be opened on Windows
             return
         descriptor = os.open(self._folder, os.O_RDONLY)
         try:
@@ -87,9 +86,9 @@ class _LocalFolder:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nothing has been written to a file for long; another process may be writing it."""
+    """Return whether a file has not been written for long; another process may be writing it."""
     with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > _ABANDONED
+        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
     return False
 
 
@@ -99,7 +98,7 @@ class _RemoteFolder:
         self._folder = folder.rstrip("/")
 
     def prepare(self, fit: str) -> None:
-        """Make the folder, where there are folders."""
+        """Create the folder, if the store has folders."""
         self._fs.makedirs(self._folder, exist_ok=True)
 
     def names(self) -> list[str]:
@@ -119,8 +118,8 @@ class _RemoteFolder:
             self._fs.rm_file(f"{self._folder}/{name}")
 
 
-def normalized(path: str | os.PathLike[str]) -> str:
-    """Return a URL as it is, and a path on a disk from its root, also of such a URL."""
+def normalize_path(path: str | os.PathLike[str]) -> str:
+    """Return a URL unchanged, and a path or ``file://`` URL as an absolute path."""
     text = os.fspath(path)
     for scheme in ("file://", "local://"):
         text = text.removeprefix(scheme)
@@ -128,7 +127,7 @@ def normalized(path: str | os.PathLike[str]) -> str:
 
 
 def open_folder(folder: str) -> Folder:
-    """Return the folder at a path or fsspec URL, which need not exist."""
+    """Return the folder at a path or fsspec URL; it need not exist."""
     if "://" not in folder:
         return _LocalFolder(Path(folder))
     return _RemoteFolder(*url_to_fs(folder))

@@ -1,4 +1,4 @@
-"""Arrays of any kind become Dask arrays, lazily; what cannot be fitted is refused here."""
+"""Lazy conversion of any kind of array to Dask arrays, and checks of their dtypes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 import zarr
 from dask.array.core import normalize_chunks, slices_from_chunks
 
-from nlsq_dask.data.sources.from_files import block_rows, files_by_name, from_file, is_file
+from nlsq_dask.data.sources.from_files import block_rows, from_file, is_file, reopen_by_name
 from nlsq_dask.data.sources.from_zarr import from_zarr
 from nlsq_dask.errors import DataError
 
 
 def is_in_memory(value: Any) -> bool:
-    """Whether the values are in this process's memory already."""
+    """Return whether the values are in the memory of this process."""
     if getattr(value, "chunks", None) is not None:
         return False
     if "preferred_chunks" in getattr(value, "encoding", {}):
-        # Of an xarray store that was opened without Dask. What has been read since, as indexes are
-        # at once, keeps its encoding; there is no public name for that.
+        # From an xarray store opened without Dask. Values read since, such as indexes, keep their
+        # encoding; there is no public attribute for that.
         return bool(getattr(value.variable, "_in_memory", False))
     return not is_file(np.ma.getdata(value) if _is_masked(value) else value)
 
@@ -31,36 +31,36 @@ def _is_masked(value: Any) -> bool:
     return isinstance(value, np.ma.MaskedArray)
 
 
-def as_dask(value: Any, name: str, cut: bool = False) -> da.Array:
-    """Return a Dask array over ``value`` without reading it.
+def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
+    """Return a Dask array of ``value`` without reading it.
 
     Parameters
     ----------
-    value : NumPy, JAX, Dask or Zarr array, memory map, HDF5 dataset, or anything with slices
+    value : NumPy, JAX, Dask or Zarr array, memory map, HDF5 dataset, or sliceable array
     name : str
-        What the caller calls it, for messages.
-    cut : bool
-        Cut an array in memory into several blocks.
+        Name of the array in messages.
+    split_chunks : bool
+        Whether to split an array in memory into several chunks.
     """
     if da.array_expr_enabled():
         raise DataError(
-            "Dask's 'array.query-planning' is not supported; switch it off with "
-            "dask.config.set({'array.query-planning': False}) before dask.array is imported."
+            "Dask's 'array.query-planning' is not supported. Disable it with "
+            "dask.config.set({'array.query-planning': False}) before importing dask.array."
         )
     if isinstance(value, zarr.Group):
         raise DataError(
-            f"{name} is a Zarr group; pass one of its arrays, such as group[{_first_key(value)!r}]."
+            f"{name} is a Zarr group. Pass one of its arrays, such as group[{_first_key(value)!r}]."
         )
     if isinstance(value, zarr.Array):
         array = from_zarr(value)
     elif isinstance(value, da.Array):
-        array = files_by_name(value)
+        array = reopen_by_name(value)
     elif (file := from_file(value)) is not None:
         array = file
     elif hasattr(value, "chunks") and hasattr(value, "dtype"):  # other stores of arrays
         array = da.from_array(value, chunks=value.chunks or "auto", inline_array=True)
     else:
-        array = _from_memory(value, name, cut)
+        array = _from_memory(value, name, split_chunks)
     _check_chunks(array, name)
     return array
 
@@ -70,38 +70,43 @@ def _first_key(group: zarr.Group) -> str:
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
-    """Return what is in memory as an array, or refuse it."""
+    """Return a value in memory as a NumPy array.
+
+    Raises
+    ------
+    DataError
+        If it cannot be converted.
+    """
     try:
         return np.asarray(value)
     except ValueError as error:
         raise DataError(
-            f"{name} is not an array, nor can one be made of it, as of lists that differ in "
-            f"length: {error}"
+            f"{name} cannot be converted to an array, as lists of different lengths cannot: {error}"
         ) from error
 
 
-def _from_memory(value: Any, name: str, cut: bool) -> da.Array:
+def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
     value = as_numpy(value, name)
     if value.dtype.kind == "O":
         first = next(value.flat, None)
         raise DataError(
-            f"{name} has dtype object, its first entry of type {type(first).__name__}; expected "
-            f"real numbers. Convert it, such as with .astype(float)."
+            f"{name} has dtype object (first element: {type(first).__name__}); expected real "
+            f"numbers. Convert it, such as with .astype(float)."
         )
     sizes = list(value.shape)
-    if cut and value.size:
+    if split_chunks and value.size:
         sizes[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
     chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
     key = f"array-{uuid.uuid4().hex}"
     keys = product([key], *map(range, map(len, chunks)))
-    # The graph that da.from_array makes, but of views: that one copies the array first, to be safe
-    # from a caller who changes it later. A fit is over when it returns.
+    # The graph of da.from_array, but of views: da.from_array copies, in case the caller modifies
+    # the array later, which cannot happen during a fit.
     blocks = (value[(*part, ...)] for part in slices_from_chunks(chunks))
     return da.Array(dict(zip(keys, blocks, strict=True)), key, chunks, dtype=value.dtype)
 
 
 def check_numbers(dtype: np.dtype[Any], name: str) -> None:
-    """Refuse what is not made of real numbers.
+    """Raise a DataError unless the dtype is real.
 
     Raises
     ------
@@ -111,8 +116,8 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
         return
     if dtype.kind == "c":
         raise DataError(
-            f"{name} is complex ({dtype}); only real values can be fitted. Fit real and imaginary "
-            f"part as two sets of rows, or the absolute value."
+            f"{name} is complex ({dtype}); expected real numbers. Fit real and imaginary parts as "
+            f"separate observations, or the absolute value."
         )
     if dtype.kind in "mM":
         raise DataError(
@@ -122,13 +127,12 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
     advice = ""
     if dtype.kind in "US":
         advice = (
-            " Dates as text become dates with np.array(..., dtype='datetime64[ns]'). If it is a "
-            "path, open it first, such as with zarr.open_array(path) or "
-            "xarray.open_zarr(path)['name']."
+            " Convert text to dates with np.array(..., dtype='datetime64[ns]'). Open a path with "
+            "zarr.open_array(path) or xarray.open_zarr(path)['name']."
         )
     if dtype.kind == "O":
         advice = (
-            f" If these are dates of x that are not in memory, give their calendar: "
+            f" Convert lazy dates of x with their calendar: "
             f"`{name}.map_blocks(cftime.date2num, 'days since 1970-01-01', calendar='noleap', "
             f"dtype=float)`."
         )
@@ -143,15 +147,17 @@ def _check_chunks(array: da.Array, name: str) -> None:
         )
 
 
-def split_mask(value: Any, name: str, cut: bool) -> tuple[da.Array, da.Array | None]:
-    """Return data and mask of masked arrays as two Dask arrays; the mask is None for others.
+def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
+    """Return data and mask as two Dask arrays; the mask is None for arrays that are not masked.
 
-    Parameters are those of ``as_dask``.
+    The parameters are those of ``as_dask``.
     """
     if _is_masked(value):
-        data, mask = as_dask(np.ma.getdata(value), name, cut), np.ma.getmask(value)
-        return data, None if mask is np.ma.nomask else as_dask(mask, f"the mask of {name}", cut)
-    array = as_dask(value, name, cut)
+        data, mask = as_dask(np.ma.getdata(value), name, split_chunks), np.ma.getmask(value)
+        return data, None if mask is np.ma.nomask else as_dask(
+            mask, f"the mask of {name}", split_chunks
+        )
+    array = as_dask(value, name, split_chunks)
     if not _is_masked(array._meta):
         return array, None
     return da.ma.getdata(array), da.ma.getmaskarray(array)

@@ -1,6 +1,6 @@
-"""pandas: columns become NumPy arrays, with NaN for what is missing; their indexes must agree.
+"""Conversion of pandas columns to NumPy arrays, with NaN for missing values.
 
-pandas is not imported here: whoever passes something of it has imported it.
+pandas is not imported here: a caller who passes its objects has imported it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy as np
 from nlsq_dask.errors import DataError
 
 
-def without_pandas(given: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Return the values, those of pandas as NumPy arrays and all others as they are.
+def pandas_to_numpy(given: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Return the values with pandas objects as NumPy arrays and others unchanged.
 
     Parameters
     ----------
     given : sequence of (name, value)
-        Names are what the caller calls them, for messages.
+        Arrays with their names in messages.
 
     Raises
     ------
     DataError
-        If two indexes differ, or where one column is wanted and a DataFrame given; for Dask's
-        dataframes, whose lengths are not known.
+        If two indexes differ, for a DataFrame where one column is expected, and for Dask
+        dataframes, whose lengths are unknown.
     """
     for name, value in given:
         if hasattr(value, "to_dask_array"):
             raise DataError(
-                f"{name} is a Dask {type(value).__name__}; pass its values as an array with known "
+                f"{name} is a Dask {type(value).__name__}. Pass its values as an array with known "
                 f"chunks: {name}.to_dask_array(lengths=True)."
             )
     pd: Any = sys.modules.get("pandas")
@@ -43,8 +43,8 @@ def without_pandas(given: Sequence[tuple[str, Any]]) -> list[Any]:
         if not value.index.equals(first.index):
             raise DataError(
                 f"the index of {name} ({len(value)} labels) differs from that of {first_name} "
-                f"({len(first)}). Select the rows that both have first, with .loc[a.index."
-                f"intersection(b.index)], or pass .to_numpy() of each if rows go by position."
+                f"({len(first)}). Select the common rows with .loc[a.index.intersection(b.index)], "
+                f"or pass .to_numpy() of each to match rows by position."
             )
     return [_values(pd, value, name) for name, value in given]
 
@@ -71,7 +71,7 @@ def _table(pd: Any, frame: Any, name: str) -> Any:
         raise DataError(
             f"{name} is a DataFrame with columns of the dtypes "
             f"{', '.join(f'{c}: {a.dtype}' for c, a in zip(columns, arrays, strict=True))}, which "
-            f"have no common one. Pass a dict, {{c: frame[c] for c in frame}}; the model gets one."
+            f"have no common dtype. Pass a dict, {{c: frame[c] for c in frame}}."
         )
     return np.stack(arrays, axis=1)
 
@@ -82,7 +82,7 @@ def _column(pd: Any, values: Any) -> Any:
         return pd.Index(values).tz_convert("UTC").tz_localize(None).to_numpy()
     if isinstance(dtype, np.dtype) or getattr(dtype, "kind", "O") not in "biuf":
         return values.to_numpy()
-    # A nullable type: what is missing is NaN, and whole numbers stay so where nothing is.
+    # A nullable dtype: missing values become NaN; integers stay integers if none is missing.
     if values.isna().any():
         return values.to_numpy(dtype=np.float64, na_value=np.nan)
     return values.to_numpy(dtype=getattr(dtype, "numpy_dtype", np.float64))

@@ -1,4 +1,4 @@
-"""xarray: dimensions by name and labels that match become positions in the grid of y."""
+"""Matching of xarray objects to y by dimension names and labels."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from nlsq_dask.data.sources.from_array import as_dask
 from nlsq_dask.errors import DataError
 
 
-def lazy_data(array: xr.DataArray, name: str, cut: bool = False) -> da.Array:
-    """Return the values as a Dask array; a variable that is still on disk stays there."""
+def lazy_data(array: xr.DataArray, name: str, split_chunks: bool = False) -> da.Array:
+    """Return the values as a Dask array; a variable on disk is not loaded."""
     if array.chunks is None and not isinstance(array.variable, xr.IndexVariable):
         preferred = array.encoding.get("preferred_chunks")
         if preferred:
             array = array.chunk({dim: preferred[dim] for dim in array.dims if dim in preferred})
-    return as_dask(array.data, name, cut)
+    return as_dask(array.data, name, split_chunks)
 
 
 def resolve_coordinates(x_data: Any, y: Any) -> Any:
-    """Replace names of coordinates of ``y`` by the coordinates themselves."""
+    """Replace names of coordinates of ``y`` by the coordinates."""
     if isinstance(x_data, list) and not all(isinstance(each, str) for each in x_data):
-        return x_data  # of numbers: one array
+        return x_data  # a list of numbers: one array
     if isinstance(x_data, str):
         return _coordinate(x_data, y)
     if isinstance(x_data, tuple | list) and x_data:
@@ -36,75 +36,75 @@ def resolve_coordinates(x_data: Any, y: Any) -> Any:
 def _coordinate(name: str, y: Any) -> xr.DataArray:
     if not isinstance(y, xr.DataArray):
         raise DataError(
-            f"x_data names the coordinate {name!r}, but y_data is of type {type(y).__name__}; "
-            f"names need an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name'] of "
-            f"a store that xarray wrote. Otherwise pass the arrays themselves."
+            f"x_data names the coordinate {name!r}, but y_data is of type {type(y).__name__}. Pass "
+            f"an xarray.DataArray as y_data, such as xarray.open_zarr(path)['name'], or arrays as "
+            f"x_data."
         )
     if name in y.coords:
         coordinate: xr.DataArray = y.coords[name]
         return coordinate
     if name in y.dims:
         raise DataError(
-            f"x_data names {name!r}, a dimension of y_data without a coordinate; give it one, such "
+            f"x_data names {name!r}, a dimension of y_data without a coordinate. Assign one, such "
             f"as its positions: y_data.assign_coords({name}=numpy.arange({y.sizes[name]}))."
         )
-    there = sorted(map(str, y.coords))
+    names = sorted(map(str, y.coords))
     raise DataError(
-        f"x_data names the coordinate {name!r}; y_data has {there or 'none'}. Another variable of "
-        f"its Dataset is passed as it is: dataset[{name!r}]."
+        f"x_data names the coordinate {name!r}, but the coordinates of y_data are "
+        f"{names or 'none'}. Pass another variable of a Dataset as an array: dataset[{name!r}]."
     )
 
 
 def like_dims(
-    array: xr.DataArray, y: xr.DataArray, name: str, cut: bool, allows_features: bool
+    array: xr.DataArray, y: xr.DataArray, name: str, split_chunks: bool, allows_features: bool
 ) -> da.Array:
-    """Return the values of ``array`` in the order of y's dimensions, size 1 where it has none.
+    """Return the values of ``array`` in the order of y's dimensions, with size 1 for missing ones.
 
     Parameters
     ----------
     array, y : xarray.DataArray
     name : str
-        What the caller calls ``array``, for messages.
-    cut : bool
+        Name of ``array`` in messages.
+    split_chunks : bool
         See ``as_dask``.
     allows_features : bool
-        Whether one dimension that y does not have may stay, as the last.
+        Whether one dimension that y does not have is allowed, as the last.
 
     Raises
     ------
     DataError
-        If it has a dimension that y does not have, or labels that differ from y's.
+        If a dimension is not among those of y, or if labels or sizes differ.
     """
     extra = [dim for dim in array.dims if dim not in y.dims]
     if len(extra) > allows_features:
         raise DataError(
-            f"{name} has dimensions {array.dims}, y_data has {y.dims}; {extra} cannot be matched. "
-            f"Select or rename so that every dimension is one of y_data's."
+            f"{name} has dimensions {array.dims} and y_data has {y.dims}; {extra} cannot be "
+            f"matched. Select or rename so that every dimension is one of y_data."
         )
     shared = [dim for dim in y.dims if dim in array.dims]
     for dim in shared:
         if array.sizes[dim] != y.sizes[dim]:
             raise DataError(
-                f"{name} has size {array.sizes[dim]} along {dim!r}, y_data has {y.sizes[dim]} "
+                f"{name} has size {array.sizes[dim]} along {dim!r}, but y_data has {y.sizes[dim]} "
                 f"(shapes {array.shape} and {y.shape})."
             )
         both_labelled = dim in array.indexes and dim in y.indexes
         if both_labelled and not array.indexes[dim].equals(y.indexes[dim]):
             raise DataError(
-                f"the labels of {name} along {dim!r} differ from those of y_data. Align them "
-                f"first, for instance with xarray.align(..., join='inner')."
+                f"the labels of {name} along {dim!r} differ from those of y_data. Align them, for "
+                f"instance with xarray.align(..., join='inner')."
             )
-    values = lazy_data(array.transpose(*shared, *extra), name, cut)
+    values = lazy_data(array.transpose(*shared, *extra), name, split_chunks)
     missing = [slice(None) if dim in shared else None for dim in y.dims]
     expanded: da.Array = values[tuple(missing)] if None in missing else values
     return expanded
 
 
 def is_xarray(value: Any) -> bool:
-    """Whether dimensions can be matched by name."""
+    """Return whether a value is a DataArray; raise a DataError for a Dataset."""
     if isinstance(value, xr.Dataset):
         raise DataError(
-            f"got an xarray.Dataset with the variables {sorted(map(str, value.data_vars))}; pass "
-            f"DataArrays, such as dataset['name']."
+            f"expected arrays; got an xarray.Dataset with the variables "
+            f"{sorted(map(str, value.data_vars))}. Pass DataArrays, such as dataset['name']."
         )
     return isinstance(value, xr.DataArray)

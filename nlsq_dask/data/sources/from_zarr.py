@@ -1,4 +1,4 @@
-"""Zarr arrays as Dask arrays, and which chunks of a store a step of a graph reads."""
+"""Zarr arrays as Dask arrays, and the chunks of a store that a graph step reads."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ Key = Any
 Region = tuple[slice, ...]
 
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
-_MOST_PROBED = 256  # chunks that are read one by one to find the one that cannot be
+_MAX_PROBED = 256  # chunks read one by one to find an unreadable one
 
 
 def from_zarr(array: zarr.Array[Any]) -> da.Array:
-    """Return a Dask array whose chunks are what the store holds as one object.
+    """Return a Dask array whose chunks are the objects of the store: shards, or chunks.
 
-    That is a shard where the array is sharded, otherwise a chunk. (Dask alone would take the
-    inner chunks of a shard, and so read every shard many times.) The array itself is written into
-    each task, so that reading does not depend on one shared task.
+    (By default Dask uses the inner chunks of a shard, and so reads every shard many times.) The
+    array is inlined into each task, so that reading does not depend on one shared task.
     """
     lazy: da.Array = da.from_zarr(array, chunks=array.shards or array.chunks, inline_array=True)
     return lazy
@@ -34,28 +33,19 @@ def from_zarr(array: zarr.Array[Any]) -> da.Array:
 
 @dataclass(frozen=True)
 class StoredRegion:
-    """A part of a Zarr array.
-
-    Attributes
-    ----------
-    array : zarr.Array
-    region : tuple of slice
-        With starts and stops, in order.
-    hides_fill : bool
-        Whether the fill value is decoded to NaN.
-    """
+    """Region of a Zarr array."""
 
     array: zarr.Array[Any]
-    region: Region
-    hides_fill: bool
+    region: Region  # slices with starts and stops
+    hides_fill: bool  # whether the fill value is decoded to NaN
 
     @property
     def _objects(self) -> tuple[int, ...]:
-        """Shape of what the store holds as one object."""
+        """Shape of one object of the store."""
         return self.array.shards or self.array.chunks
 
     def chunks(self) -> Iterator[tuple[str, Region]]:
-        """Yield the key of each stored object that the region touches, and its part in it."""
+        """Yield the key of each object that the region overlaps, and the overlap."""
         ranges = [
             range(part.start // size, -(part.stop // -size))
             for part, size in zip(self.region, self._objects, strict=True)
@@ -69,16 +59,16 @@ class StoredRegion:
 
     @property
     def n_chunks(self) -> int:
-        """How many stored objects it touches."""
+        """Number of objects that the region overlaps."""
         return math.prod(
             -(part.stop // -size) - part.start // size
             for part, size in zip(self.region, self._objects, strict=True)
         )
 
     def chunk_at(self, position: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
-        """Name the object that holds an entry, counted from the region's first.
+        """Return the name of the object at a position relative to the region.
 
-        None where the region has another shape, because something was made of what was read.
+        None if the region has another shape, because its values were processed after reading.
         """
         if shape != tuple(part.stop - part.start for part in self.region):
             return None
@@ -86,54 +76,54 @@ class StoredRegion:
             (part.start + i) // size
             for part, i, size in zip(self.region, position, self._objects, strict=True)
         )
-        return _named(self.array, self.array.metadata.encode_chunk_key(index))
+        return _chunk_name(self.array, self.array.metadata.encode_chunk_key(index))
 
 
 def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
-    """Say which stored object a step fails at, as far as that can be found out.
+    """Return the name of the object that a graph step fails to read, or None if unknown.
 
-    Where it reads several, they are read one by one.
+    If a step reads several objects, they are read one by one.
     """
     regions = list(stored_regions(node, values))
     if not regions:
         return None
     if len(regions) == 1 and regions[0].n_chunks == 1:
         ((key, _),) = regions[0].chunks()
-        return _named(regions[0].array, key)
+        return _chunk_name(regions[0].array, key)
     probes = ((stored, chunk) for stored in regions for chunk in stored.chunks())
-    for stored, (key, part) in itertools.islice(probes, _MOST_PROBED):
+    for stored, (key, part) in itertools.islice(probes, _MAX_PROBED):
         try:
             stored.array[part]
-        except Exception:  # as many kinds as there are stores and codecs
-            return _named(stored.array, key)
+        except Exception:  # depends on the store and codec
+            return _chunk_name(stored.array, key)
     names = dict.fromkeys(f"{stored.array.store_path}" for stored in regions)
     return f"a chunk of {' or '.join(names)}"
 
 
-def _named(array: zarr.Array[Any], key: str) -> str:
+def _chunk_name(array: zarr.Array[Any], key: str) -> str:
     return f"chunk {key} of {array.store_path}"
 
 
 def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[StoredRegion]:
-    """Yield what a step, fused ones inside it included, reads from Zarr arrays.
+    """Yield the regions of Zarr arrays that a graph step reads, including fused steps.
 
     Parameters
     ----------
     node : GraphNode
     values : mapping
-        What is known of the values of other steps.
+        Known values of other steps, by key.
     """
     if not isinstance(node, Task):
         return
-    arguments = [_known(argument, values) for argument in node.args]
+    arguments = [_resolve(argument, values) for argument in node.args]
     if len(arguments) >= 2 and isinstance(arguments[1], tuple):
-        stored = _stored(arguments[0], arguments[1])
+        stored = _stored_region(arguments[0], arguments[1])
         if stored is not None:
             yield stored
             return
     inner = arguments[0] if arguments else None
     if isinstance(inner, dict) and all(isinstance(n, GraphNode) for n in inner.values()):
-        # What Dask's fusion makes: a graph, the key of its result, and names for the rest.
+        # A fused task of Dask: a graph, the key of its result, and names of the inputs.
         names = arguments[2] if len(arguments) > 2 else ()
         known = {**values, **dict(zip(names, arguments[3:], strict=False))}
         known |= {key: n.value for key, n in inner.items() if isinstance(n, DataNode)}
@@ -141,7 +131,7 @@ def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[Store
             yield from stored_regions(step, known)
 
 
-def _known(argument: Any, values: Mapping[Key, Any]) -> Any:
+def _resolve(argument: Any, values: Mapping[Key, Any]) -> Any:
     if isinstance(argument, Alias):
         return values.get(argument.target)
     if isinstance(argument, TaskRef):
@@ -149,19 +139,19 @@ def _known(argument: Any, values: Mapping[Key, Any]) -> Any:
     return argument.value if isinstance(argument, DataNode) else argument
 
 
-def _stored(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
-    """Return what an index into an array, or into xarray's wrappers of one, reads."""
+def _stored_region(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
+    """Return the region that an index reads from an array, or from xarray's wrappers of one."""
     hides_fill = False
     offsets: list[tuple[Any, ...]] = [index]
     while not isinstance(source, zarr.Array):
         inner = getattr(source, "array", None)
-        if inner is None:  # where xarray has its own store's array
+        if inner is None:  # the array of xarray's Zarr backend
             inner = getattr(source, "_array", None)
         if inner is None or isinstance(source, np.ndarray):
             return None
         keywords = getattr(getattr(source, "func", None), "keywords", {})
         hides_fill = hides_fill or "encoded_fill_values" in keywords
-        if hasattr(source, "key"):  # a selection that was made before Dask's
+        if hasattr(source, "key"):  # a selection applied before that of Dask
             offsets.append(source.key.tuple)
         source = inner
     shape = source.shape
@@ -182,16 +172,15 @@ def _stored(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
 
 
 def missing_chunks(regions: Sequence[StoredRegion]) -> tuple[str, ...]:
-    """Return the keys of the objects that are read from an array and are not in its store.
+    """Return the keys of the objects in the regions that are missing from the store.
 
-    The store is asked for a list of the array's objects, a thousand or so a request. Nothing is
-    missing where the fill value is NaN or decoded to NaN, which does not pass for a value; nor can
-    anything be known of a store that does not list what it holds.
+    The objects of the array are listed, about a thousand per request. The result is empty if the
+    fill value is NaN or decoded to NaN, and for stores that do not support listing.
 
     Parameters
     ----------
     regions : sequence of StoredRegion
-        Of one array.
+        Regions of one array.
     """
     array, hides_fill = regions[0].array, regions[0].hides_fill
     fill = array.fill_value
@@ -203,14 +192,14 @@ def missing_chunks(regions: Sequence[StoredRegion]) -> tuple[str, ...]:
         return {key.removeprefix(prefix) async for key in array.store.list_prefix(prefix)}
 
     try:
-        found: set[str] = sync(listed())
-    except Exception:  # of the store's own library: no right to list, no connection
+        keys: set[str] = sync(listed())
+    except Exception:  # depends on the store: no permission to list, no connection
         return ()
-    if not found & _METADATA:  # a web server gives what it is asked for by name, and no list
+    if not keys & _METADATA:  # a web server serves objects by name but does not list them
         return ()
-    present = found - _METADATA
+    present = keys - _METADATA
     sizes = array.shards or array.chunks
     if len(present) >= math.prod(-(n // -size) for n, size in zip(array.shape, sizes, strict=True)):
         return ()
-    wanted = dict.fromkeys(key for stored in regions for key, _ in stored.chunks())
-    return tuple(key for key in wanted if key not in present)
+    touched = dict.fromkeys(key for stored in regions for key, _ in stored.chunks())
+    return tuple(key for key in touched if key not in present)

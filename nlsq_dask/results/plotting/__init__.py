@@ -1,1 +1,1 @@
-"""Pictures of a result, by matplotlib, which is imported where something is drawn."""
+"""Plots of a result; matplotlib is imported only when a plot is drawn."""

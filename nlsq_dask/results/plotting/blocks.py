@@ -1,4 +1,4 @@
-"""What a pass found of each block, as a profile or a map."""
+"""Plots of block statistics, as a profile or a map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.results.plotting.figures import FIT, MEAN, QUIET, label, prepared
+from nlsq_dask.results.plotting.figures import FIT, MEAN, QUIET, label, prepare_figure
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nlsq_dask.results.result import FitResult
 
-# What it is called, how further dimensions are put together, and whether little of it is bad.
+# Label, reduction over other dimensions, and whether low values are bad.
 _QUANTITIES = {
     "reduced_chi2": ("reduced χ² of a block", "maximum", False),
     "largest_residual": ("largest weighted residual of a block", "maximum", False),
@@ -29,76 +29,80 @@ _QUANTITIES = {
 def plot_blocks(
     result: FitResult, quantity: str, dims: Any, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Draw a quantity of the blocks; see ``FitResult.plot_blocks``.
+    """Plot a quantity of the blocks; see ``FitResult.plot_blocks``.
 
     The reduced chi-square of a block is per point, not per degree of freedom.
     """
     if quantity not in _QUANTITIES:
         allowed = ", ".join(map(repr, _QUANTITIES))
         raise ValueError(f"quantity must be one of {allowed}; got {quantity!r}.")
-    found = result.block_statistics
-    if found is None:
+    statistics = result.block_statistics
+    if statistics is None:
         raise ValueError(
-            "there is nothing to plot: no pass over all rows was finished, so nothing is known of "
-            "the blocks."
+            "there is nothing to plot: this result has no block_statistics, because no pass over "
+            "all rows was completed."
         )
-    values = found[quantity].astype(float)  # its dimensions are str, whatever those of y are
-    along = _chosen(values, dims)
-    usable = values.where(found.n_points > 0) if quantity != "n_points" else values
+    values = statistics[quantity].astype(float)  # its dimensions are strings
+    along = _choose_dims(values, dims)
+    usable = values.where(statistics.n_points > 0) if quantity != "n_points" else values
     if not np.isfinite(usable).any():
         raise ValueError(f"there is nothing to plot: {quantity} is not finite in any block.")
-    text, how, few_is_bad = _QUANTITIES[quantity]
+    text, how, low_is_bad = _QUANTITIES[quantity]
     further = [dim for dim in values.dims if dim not in along]
     reduced = usable
     if further:
         reduced = usable.max(further) if how == "maximum" else usable.sum(further, min_count=1)
-    worst = _extreme(usable, few_is_bad)
-    wide = len(along) == 2
-    figure = prepared(figure, 7.5, 5.2 if wide else 4.0)
+    worst = _extreme(usable, low_is_bad)
+    is_map = len(along) == 2
+    figure = prepare_figure(figure, 7.5, 5.2 if is_map else 4.0)
     axes = figure.add_subplot()
-    if wide:
+    if is_map:
         _draw_map(figure, axes, reduced.transpose(*along), text, worst)
     else:
         _draw_profile(axes, reduced, str(along[0]), text, worst)
-    put_together = [str(dim) for dim in further if values.sizes[dim] > 1]
-    title = f"{text}, {how} over {', '.join(put_together)}" if put_together else text
-    title += f"\n{_sentence(usable, worst, few_is_bad)}"
+    reduced_dims = [str(dim) for dim in further if values.sizes[dim] > 1]
+    title = f"{text}, {how} over {', '.join(reduced_dims)}" if reduced_dims else text
+    title += f"\n{_extreme_text(usable, worst, low_is_bad)}"
     axes.set_title(label(title), fontsize="medium")
     return figure
 
 
-def _chosen(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
-    """Return one or two dimensions: those asked for, else those with the most blocks."""
-    there = tuple(map(str, values.dims))
+def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
+    """Return the requested dimensions, by default one or two with the most blocks."""
+    available = tuple(map(str, values.dims))
     if dims is None:
-        many = sorted(there, key=lambda dim: -values.sizes[dim])[:2]
-        shown = [dim for dim in there if dim in many and values.sizes[dim] > 1]
-        return tuple(shown) or there[:1]
+        many = sorted(available, key=lambda dim: -values.sizes[dim])[:2]
+        shown = [dim for dim in available if dim in many and values.sizes[dim] > 1]
+        return tuple(shown) or available[:1]
     several = isinstance(dims, Iterable) and not isinstance(dims, str)
-    asked = tuple(map(str, dims)) if several else (str(dims),)
-    if not 1 <= len(asked) <= 2 or len(set(asked)) != len(asked) or not set(asked) <= set(there):
+    chosen = tuple(map(str, dims)) if several else (str(dims),)
+    if (
+        not 1 <= len(chosen) <= 2
+        or len(set(chosen)) != len(chosen)
+        or not set(chosen) <= set(available)
+    ):
         raise ValueError(
-            f"dims must be one or two different ones of {', '.join(map(repr, there))}; got "
-            f"{dims!r}."
+            f"dims must be one or two different dimensions of {', '.join(map(repr, available))}; "
+            f"got {dims!r}."
         )
-    return asked
+    return chosen
 
 
-def _extreme(values: xr.DataArray, is_least: bool) -> dict[str, int]:
-    filled = values.fillna(np.inf if is_least else -np.inf).values
-    place = filled.argmin() if is_least else filled.argmax()
+def _extreme(values: xr.DataArray, is_minimum: bool) -> dict[str, int]:
+    filled = values.fillna(np.inf if is_minimum else -np.inf).values
+    place = filled.argmin() if is_minimum else filled.argmax()
     index = np.unravel_index(int(place), filled.shape)
     return {str(dim): int(i) for dim, i in zip(values.dims, index, strict=True)}
 
 
-def _sentence(values: xr.DataArray, at: dict[str, int], is_least: bool) -> str:
+def _extreme_text(values: xr.DataArray, at: dict[str, int], is_minimum: bool) -> str:
     block = values.isel(at)
     where = ", ".join(f"{dim} {int(block[dim])}" for dim in at)
-    return f"{'least' if is_least else 'largest'}: {float(block):.4g}, in the block from {where}"
+    return f"{'least' if is_minimum else 'largest'}: {float(block):.4g}, in the block from {where}"
 
 
 def _edges(coordinate: xr.DataArray) -> NDArray[np.float64]:
-    """Return where blocks begin, and where the last one ends."""
+    """Return the edges of the blocks along a dimension."""
     starts = np.asarray(coordinate, float)
     last = starts[-1] - starts[-2] if len(starts) > 1 else 1.0
     edges: NDArray[np.float64] = np.append(starts, coordinate.attrs.get("size", starts[-1] + last))
@@ -135,8 +139,8 @@ def _draw_profile(
     edges, heights = _edges(values[dim]), np.asarray(values.values, float)
     axes.stairs(heights, edges, color=MEAN, lw=1.4, baseline=None)
     if len(heights) <= 200:
-        centres = 0.5 * (edges[1:] + edges[:-1])
-        axes.plot(centres, heights, "o", color=MEAN, ms=3.5)
+        centers = 0.5 * (edges[1:] + edges[:-1])
+        axes.plot(centers, heights, "o", color=MEAN, ms=3.5)
     i = worst[dim]
     axes.plot(0.5 * (edges[i] + edges[i + 1]), heights[i], "o", ms=10, mfc="none", mec=FIT, mew=2)
     median = float(np.median(heights[np.isfinite(heights)]))

@@ -1,4 +1,4 @@
-"""The figure that is drawn into, its colours, and how it shows in a notebook."""
+"""Figures: colors, labels, date axes and display in notebooks."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-# Of Okabe and Ito, which everyone can tell apart.
+# The color-blind safe palette of Okabe and Ito.
 FIT, MEAN, THIRD, FOURTH = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
-QUIET = "0.5"  # grey lines, seen on white and on black
+QUIET = "0.5"  # gray, visible on white and on black
 DATES = "days since 1970-01-01"
-_DATE_WIDTH = 0.5  # inches that a tick's label takes, with the gap beside it
+_DATE_LABEL_WIDTH = 0.5  # inches per tick label, including the gap
 
 
-def prepared(figure: Figure | SubFigure | None, width: float, height: float) -> Figure | SubFigure:
-    """Return the given figure, or a new one of pyplot's, of this size in inches.
+def prepare_figure(
+    figure: Figure | SubFigure | None, width: float, height: float
+) -> Figure | SubFigure:
+    """Return the given figure, or a new one of pyplot with this size in inches.
 
     Raises
     ------
     ImportError
         If matplotlib is not installed.
     TypeError
-        If ``figure`` is something else.
+        If ``figure`` is not a figure.
     """
     try:
         from matplotlib import pyplot as plt
         from matplotlib.figure import FigureBase
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib, which is not installed: pip install 'nlsq-dask[plot]'."
+            "plots require matplotlib, which is not installed. Run pip install 'nlsq-dask[plot]'."
         ) from error
     if figure is None:
-        made = plt.figure(figsize=(width, height), layout="constrained")
-        vars(made)["_ipython_display_"] = partial(_display_once, made)
-        return made
+        new_figure = plt.figure(figsize=(width, height), layout="constrained")
+        vars(new_figure)["_ipython_display_"] = partial(_display_once, new_figure)
+        return new_figure
     if not isinstance(figure, FigureBase):
         raise TypeError(
             f"figure must be a matplotlib Figure or SubFigure, or None for a new one; got "
@@ -48,11 +50,11 @@ def prepared(figure: Figure | SubFigure | None, width: float, height: float) -> 
 
 
 def _display_once(figure: Figure) -> None:
-    """Keep the inline backend of a notebook from showing a figure twice.
+    """Prevent the inline backend of a notebook from showing a figure twice.
 
-    It shows all open figures at the end of a cell, and a figure that is the value of a cell as
-    well: so what is being shown is closed, as the backend does after the cell in any case.
-    NotImplementedError makes IPython show it in the way it would without this.
+    The backend shows all open figures at the end of a cell, and also a figure that is the cell's
+    value. The displayed figure is therefore closed, as the backend does after the cell.
+    NotImplementedError makes IPython fall back to its default display.
     """
     import matplotlib as mpl
     from matplotlib import pyplot as plt
@@ -63,23 +65,23 @@ def _display_once(figure: Figure) -> None:
 
 
 def label(text: str, units: str = "") -> str:
-    r"""Return text of the data for a figure, with its units, if it has any.
+    r"""Return a text for a figure, with units if there are any.
 
-    Matplotlib reads what is between two ``$`` as mathematics, and raises an error while drawing
-    where it is none; ``\$`` is a dollar sign.
+    ``$`` is escaped as ``\$``: Matplotlib parses the text between two ``$`` as mathematics, and
+    raises an error for invalid mathematics.
     """
     return (f"{text} ({units})" if units else text).replace("$", r"\$")
 
 
 def text_color() -> Any:
-    """Return the colour of text in the style that is in use, white on black ones."""
+    """Return the text color of the current style."""
     import matplotlib as mpl
 
     return mpl.rcParams["text.color"]
 
 
 def date_axis(axes: Axes, low: float, high: float) -> bool:
-    """Make the x axis one of dates, from days since 1970; return whether it could show them."""
+    """Format the x axis, in days since 1970, as dates; return False if they are out of range."""
     from matplotlib import dates
 
     first, last = np.datetime64("0001-01-02"), np.datetime64("9999-12-30")
@@ -87,10 +89,10 @@ def date_axis(axes: Axes, low: float, high: float) -> bool:
     if not days[0] < low <= high < days[1] or dates.get_epoch() != "1970-01-01T00:00:00":
         return False
     width = axes.get_window_extent().width / axes.figure.dpi
-    most = int(np.clip(width / _DATE_WIDTH, 5, 11))
-    # Below so few the locator takes the next shorter unit, two of whose longest intervals are one
-    # of the longer, such as six months of a year: they must fit in as well.
-    locator = dates.AutoDateLocator(minticks=(most - 1) // 2, maxticks=most)
+    max_ticks = int(np.clip(width / _DATE_LABEL_WIDTH, 5, 11))
+    # With fewer ticks the locator switches to the next shorter unit, whose longest interval is half
+    # of the longer unit, such as six months of a year: these ticks must also fit.
+    locator = dates.AutoDateLocator(minticks=(max_ticks - 1) // 2, maxticks=max_ticks)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
     return True

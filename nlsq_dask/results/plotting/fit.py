@@ -1,4 +1,4 @@
-"""Data, fit and residuals."""
+"""Plots of data, fit and residuals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nlsq_dask.results.plotting.figures import (
     QUIET,
     date_axis,
     label,
-    prepared,
+    prepare_figure,
     text_color,
 )
-from nlsq_dask.results.plotting.sampled import Quantity, Sampled, means
+from nlsq_dask.results.plotting.sampled import Quantity, Sampled, neighbor_groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_GRID = 1000  # places of a curve, beside those of the rows
-_FEW = 150  # rows that get error bars
-_ENOUGH = 20  # residuals for a histogram
-_MANY = 200  # residuals whose means say more than they do themselves
-_MOST_PANELS = 6
+_CURVE_POINTS = 1000  # points of a curve, in addition to those of the rows
+_MAX_ERROR_BARS = 150  # rows with error bars
+_MIN_HISTOGRAM = 20  # residuals in a histogram
+_MIN_FOR_MEANS = 200  # residuals whose means are drawn
+_MAX_PANELS = 6
 
 
 def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) -> Figure | SubFigure:
-    """Draw data, fit and residuals; see ``FitResult.plot``."""
+    """Plot data, fit and residuals; see ``FitResult.plot``."""
     sampled = Sampled.of(result)
     if x is None and len(sampled.quantities) > 1:
-        return _over_all(result, sampled, figure)
+        return _plot_overview(result, sampled, figure)
     quantity = sampled.quantities[0] if x is None else sampled.quantity(x)
-    figure = prepared(figure, 7.5, 5.5)
+    figure = prepare_figure(figure, 7.5, 5.5)
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 1.2), width_ratios=(6, 1))
     upper = figure.add_subplot(grid[0, 0])
     lower = figure.add_subplot(grid[1, 0], sharex=upper)
@@ -50,7 +50,7 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
         _draw_means(upper, sampled, quantity)
     upper.set_ylabel(sampled.y_label)
     upper.tick_params(labelbottom=False)
-    _draw_data_label(upper, result, sampled)
+    _draw_legend(upper, result, sampled)
     _draw_residuals(lower, sampled, quantity)
     _draw_histogram(figure.add_subplot(grid[1, 1], sharey=lower), sampled)
     _label_x(lower, quantity)
@@ -58,20 +58,20 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
     return figure
 
 
-def _over_all(
+def _plot_overview(
     result: FitResult, sampled: Sampled, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Draw observed against fitted, and residuals over each quantity of x."""
-    shown = sampled.quantities[:_MOST_PANELS]
+    """Plot data against fit, and residuals against each quantity of x."""
+    shown = sampled.quantities[:_MAX_PANELS]
     columns = 2 if len(shown) in (2, 4) else 3
     rows = -(-len(shown) // columns)
-    figure = prepared(figure, 8.5, 3.6 + 2.1 * rows)
+    figure = prepare_figure(figure, 8.5, 3.6 + 2.1 * rows)
     grid = figure.add_gridspec(1 + rows, 6, height_ratios=(1.7, *(1,) * rows))
-    both = figure.add_subplot(grid[0, :4])
-    _draw_observed(both, sampled)
-    _draw_data_label(both, result, sampled)
-    across = figure.add_subplot(grid[0, 4:])
-    _draw_histogram(across, sampled, is_upright=True)
+    upper = figure.add_subplot(grid[0, :4])
+    _draw_observed(upper, sampled)
+    _draw_legend(upper, result, sampled)
+    histogram = figure.add_subplot(grid[0, 4:])
+    _draw_histogram(histogram, sampled, is_upright=True)
     first: Axes | None = None
     width = 6 // columns
     for i, quantity in enumerate(shown):
@@ -82,16 +82,16 @@ def _over_all(
         axes.tick_params(labelleft=column == 0)
         _label_x(axes, quantity)
         first = first or axes
-    rest = len(sampled.quantities) - len(shown)
-    left_out = f"{len(shown)} of {len(sampled.quantities)} x are shown" if rest else ""
-    _title(figure, result, sampled, left_out)
+    n_hidden = len(sampled.quantities) - len(shown)
+    hidden = f"{len(shown)} of {len(sampled.quantities)} x are shown" if n_hidden else ""
+    _title(figure, result, sampled, hidden)
     return figure
 
 
 def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw data, the fitted curve, its band and the spread of measurements about it."""
+    """Draw data, the fitted curve, its standard errors and the spread of measurements."""
     x, y, errors = quantity.values, sampled.y, sampled.errors
-    if errors is not None and len(y) <= _FEW:
+    if errors is not None and len(y) <= _MAX_ERROR_BARS:
         axes.errorbar(
             x, y, errors, fmt="o", ms=3.5, lw=0.9, color=text_color(), alpha=0.75, label="data"
         )
@@ -124,20 +124,20 @@ def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quant
         )
     single: dict[str, Any] = {"marker": "_", "ms": 12} if len(places) == 1 else {}
     axes.plot(places, curve, color=FIT, lw=1.6, zorder=3, label="fit", **single)
-    _view(axes, np.concatenate([y, curve]))
+    _set_y_limits(axes, np.concatenate([y, curve]))
 
 
 def _curve(
     result: FitResult, sampled: Sampled, quantity: Quantity
 ) -> tuple[Vector, Vector, Vector | None]:
-    """Return places, the curve there and its standard errors; without a model, at the rows."""
+    """Return x, fitted curve and its standard errors; without a model, at the rows only."""
     x = quantity.values
     if not result.has_model:
         places, where = np.unique(x, return_index=True)
         return places, sampled.fitted[where], None
-    places = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), _GRID)]))
-    given: Any = places if sampled.is_flat else places[:, None]
-    leaves = result._model.layout.assemble([given])
+    places = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), _CURVE_POINTS)]))
+    x_new: Any = places if sampled.is_flat else places[:, None]
+    leaves = result._model.layout.assemble([x_new])
     has_errors = result.pcov is not None and result._root is not None
     if not has_errors or not np.isfinite(result.pcov).all():  # type: ignore[arg-type]
         return places, np.asarray(result.predict(leaves)), None
@@ -146,14 +146,16 @@ def _curve(
 
 
 def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw data, and their means over neighbouring x beside those of the fit."""
+    """Draw the data, and means of data and fit over neighboring x."""
     x, y = quantity.values, sampled.y
     _points(axes, x, y, label="data")
-    groups = means(x)
+    groups = neighbor_groups(x)
     places = np.array([x[group].mean() for group in groups])
     observed = np.array([y[group].mean() for group in groups])
     fitted = np.array([sampled.fitted[group].mean() for group in groups])
-    errors = np.array([_error(sampled.y[group] - sampled.fitted[group]) for group in groups])
+    errors = np.array(
+        [_standard_error(sampled.y[group] - sampled.fitted[group]) for group in groups]
+    )
     axes.plot(places, fitted, color=FIT, lw=1.6, zorder=3, label="mean of the fit")
     axes.errorbar(
         places,
@@ -166,7 +168,7 @@ def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
         zorder=4,
         label="mean of the data, ± its standard error",
     )
-    _view(axes, np.concatenate([y, fitted]))
+    _set_y_limits(axes, np.concatenate([y, fitted]))
 
 
 def _draw_observed(axes: Axes, sampled: Sampled) -> None:
@@ -181,7 +183,7 @@ def _draw_observed(axes: Axes, sampled: Sampled) -> None:
 def _draw_residuals(
     axes: Axes, sampled: Sampled, quantity: Quantity, has_label: bool = True
 ) -> None:
-    """Draw residuals over a quantity with their means, between lines at one standard deviation."""
+    """Draw residuals and their means against a quantity, with lines at one standard deviation."""
     x, residuals, limit = quantity.values, sampled.residuals, sampled.limit
     far = np.abs(residuals) > limit
     _points(axes, x[~far], residuals[~far])
@@ -204,13 +206,13 @@ def _draw_residuals(
     for sign in (-1, 1):
         if np.isfinite(sampled.expected):
             axes.axhline(sign * sampled.expected, color=QUIET, lw=0.8, ls=(0, (4, 3)))
-    near, there = residuals[~far], x[~far]
-    if len(near) >= _MANY:
-        groups = means(there)
+    near, x_near = residuals[~far], x[~far]
+    if len(near) >= _MIN_FOR_MEANS:
+        groups = neighbor_groups(x_near)
         axes.errorbar(
-            [there[group].mean() for group in groups],
+            [x_near[group].mean() for group in groups],
             [near[group].mean() for group in groups],
-            [_error(near[group]) for group in groups],
+            [_standard_error(near[group]) for group in groups],
             fmt="o",
             ms=2.5,
             lw=1,
@@ -223,10 +225,10 @@ def _draw_residuals(
 
 
 def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
-    """Draw a histogram of residuals, beside the normal density that they should have."""
+    """Draw a histogram of residuals with the expected normal density."""
     limit, residuals = sampled.limit, sampled.residuals
     inside = residuals[np.abs(residuals) <= limit]
-    if len(inside) < _ENOUGH:
+    if len(inside) < _MIN_HISTOGRAM:
         axes.set_axis_off()
         return
     edges = np.linspace(-limit, limit, int(np.clip(2 * np.sqrt(len(inside)), 9, 41)))
@@ -243,12 +245,12 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
     top = tallest
     if np.isfinite(sampled.expected):
         places = np.linspace(-limit, limit, 200)
-        shares = np.exp(-0.5 * (places / sampled.expected) ** 2)
-        shares *= (edges[1] - edges[0]) / (sampled.expected * np.sqrt(2.0 * np.pi))
-        pair = (places, shares) if is_upright else (shares, places)
+        density = np.exp(-0.5 * (places / sampled.expected) ** 2)
+        density *= (edges[1] - edges[0]) / (sampled.expected * np.sqrt(2.0 * np.pi))
+        pair = (places, density) if is_upright else (density, places)
         axes.plot(*pair, color=MEAN, lw=1.2, label="normal")
-        # The density of a sigma that is far too small is a spike, which may leave the panel.
-        top = max(tallest, min(float(shares.max()), 2.0 * tallest))
+        # If sigma is far too small the density is a spike, which is clipped.
+        top = max(tallest, min(float(density.max()), 2.0 * tallest))
     (axes.set_ylim if is_upright else axes.set_xlim)(0.0, 1.15 * top)
     if is_upright:
         axes.set_xlabel(sampled.residual_label)
@@ -261,19 +263,19 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
 
 
 def _points(axes: Axes, x: Vector, y: Vector, **options: Any) -> None:
-    """Draw small points, the more transparent the more there are."""
+    """Draw small points, more transparent for more points."""
     alpha = float(np.clip(14.0 / np.sqrt(max(len(x), 1)), 0.3, 0.8))
-    size = 4.0 if len(x) <= _FEW else 2.5
+    size = 4.0 if len(x) <= _MAX_ERROR_BARS else 2.5
     axes.plot(x, y, "o", ms=size, mew=0, color=text_color(), alpha=alpha, **options)
 
 
-def _error(values: Vector) -> float:
-    """Return the standard error of a mean; zero where there is nothing to tell it from."""
+def _standard_error(values: Vector) -> float:
+    """Return the standard error of the mean; zero for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _view(axes: Axes, values: Vector) -> None:
-    """Show these values; a wide band does not push them together."""
+def _set_y_limits(axes: Axes, values: Vector) -> None:
+    """Set the y limits to these values, so that a wide band does not compress them."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -288,8 +290,8 @@ def _label_x(axes: Axes, quantity: Quantity) -> None:
         axes.set_xlabel(label(quantity.text, quantity.units))
 
 
-def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
-    """Draw the legend, which also says how many of the rows are drawn."""
+def _draw_legend(axes: Axes, result: FitResult, sampled: Sampled) -> None:
+    """Draw the legend, with the number of rows drawn."""
     handles, labels = axes.get_legend_handles_labels()
     if len(sampled.y) < result.n_points:
         drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"
@@ -308,13 +310,13 @@ def _draw_data_label(axes: Axes, result: FitResult, sampled: Sampled) -> None:
 
 def _title(figure: Figure | SubFigure, result: FitResult, sampled: Sampled, more: str = "") -> None:
     name = result._model.name
-    said = "" if name == "<lambda>" else f"{label(name)}: "
+    title = "" if name == "<lambda>" else f"{label(name)}: "
     if result.n_points:
-        said += f"{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
+        title += f"{result.n_points:,} points, reduced χ² = {result.reduced_chi2:.4g}"
     else:
-        said += f"{sampled.y.size:,} rows of a sample"
-    said += f"; {more}" if more else ""
+        title += f"{sampled.y.size:,} rows of a sample"
+    title += f"; {more}" if more else ""
     if result.success:
-        figure.suptitle(said, fontsize="medium")
+        figure.suptitle(title, fontsize="medium")
     else:
-        figure.suptitle(f"FIT FAILED — {said}", fontsize="medium", color="#C8102E")
+        figure.suptitle(f"FIT FAILED — {title}", fontsize="medium", color="#C8102E")

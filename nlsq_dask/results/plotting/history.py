@@ -1,4 +1,4 @@
-"""The iterations of a fit."""
+"""Plots of the iterations of a fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.results.plotting.figures import FIT, FOURTH, MEAN, QUIET, THIRD, prepared, text_color
+from nlsq_dask.results.plotting.figures import (
+    FIT,
+    FOURTH,
+    MEAN,
+    QUIET,
+    THIRD,
+    prepare_figure,
+    text_color,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,29 +25,29 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_WORTH_A_LOGARITHM = 3.0  # largest value by smallest
+_MIN_LOG_SPAN = 3.0  # ratio of largest and smallest value
 _STAGES = {"warm-up": THIRD, "sample": MEAN, "all rows": FIT}
 
 
 def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure | SubFigure:
-    """Draw loss, gradient, steps and passes; see ``FitResult.plot_history``."""
+    """Plot loss, gradient, steps and passes; see ``FitResult.plot_history``."""
     history = result.history
     if not history.sizes["iteration"]:
         raise ValueError(
-            "there is nothing to plot: no iteration was recorded, because the fit was at a "
-            "solution, or ended, before the first one."
+            "there is nothing to plot: no iteration was recorded, because the fit converged or "
+            "stopped before the first one."
         )
-    figure = prepared(figure, 7.5, 6.5)
-    loss, slope, step, passes = figure.subplots(
+    figure = prepare_figure(figure, 7.5, 6.5)
+    loss, gradient, step, passes = figure.subplots(
         4, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2, 2, 1)}
     )
     at = np.asarray(history.iteration, float)
     stages, accepted = np.asarray(history.stage), np.asarray(history.accepted, bool)
     radius = np.asarray(history.trust_radius, float)
-    for axes, name in ((loss, "loss"), (slope, "gradient_norm"), (step, "step_norm")):
+    for axes, name in ((loss, "loss"), (gradient, "gradient_norm"), (step, "step_norm")):
         values = np.asarray(history[name], float)
         _draw(axes, at, values, stages, accepted)
-        _log_where_possible(axes, np.append(values, radius) if axes is step else values)
+        _set_log_scale(axes, np.append(values, radius) if axes is step else values)
     if np.isfinite(radius).any():
         single: dict[str, Any] = {"marker": "_", "ms": 12} if len(at) == 1 else {}
         (line,) = step.plot(
@@ -49,12 +57,12 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
     counts, color = np.asarray(history.n_passes, float), text_color()
     passes.plot(at, counts, "o-", drawstyle="steps-pre", color=color, ms=2.5, lw=1, clip_on=False)
     passes.set_ylim(0.0, 1.15 * max(counts.max(), 1.0))
-    if len(at) == 1:  # else ticks would be parts of an iteration
+    if len(at) == 1:  # avoid ticks at fractions of an iteration
         passes.set_xlim(at[0] - 1.0, at[0] + 1.0)
     passes.yaxis.get_major_locator().set_params(integer=True)
     _shade(passes, at, stages)
     loss.set_ylabel("loss")
-    slope.set_ylabel("gradient norm")
+    gradient.set_ylabel("gradient norm")
     step.set_ylabel("step norm")
     passes.set(xlabel="iteration", ylabel="passes")
     passes.xaxis.get_major_locator().set_params(integer=True)
@@ -70,33 +78,32 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
 def _draw(
     axes: Axes, at: Vector, values: Vector, stages: NDArray[np.str_], accepted: NDArray[np.bool_]
 ) -> None:
-    """One line a stage, for its rows are others; rejected trials are crosses."""
+    """Draw one line per stage, as stages use different rows; rejected trials are crosses."""
     for stage, color in _STAGES.items():
         here = stages == stage
         if here.any():
             axes.plot(at[here], values[here], "-", color=color, lw=1.2, alpha=0.7)
-            kept = here & accepted
-            axes.plot(at[kept], values[kept], "o", color=color, ms=4, label=stage)
-    lost = ~accepted
-    if lost.any():
+            shown = here & accepted
+            axes.plot(at[shown], values[shown], "o", color=color, ms=4, label=stage)
+    rejected = ~accepted
+    if rejected.any():
         color = text_color()
-        axes.plot(at[lost], values[lost], "x", color=color, ms=6, mew=1.4, label="rejected trial")
+        axes.plot(
+            at[rejected], values[rejected], "x", color=color, ms=6, mew=1.4, label="rejected trial"
+        )
     _shade(axes, at, stages)
 
 
 def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
-    """Separate runs of one stage by a line."""
+    """Draw lines between stages."""
     for i in range(1, len(at)):
         if stages[i] != stages[i - 1]:
             axes.axvline(0.5 * (at[i - 1] + at[i]), color=QUIET, lw=0.8, ls=":")
 
 
-def _log_where_possible(axes: Axes, values: Vector) -> None:
-    """Set a logarithmic scale, if there is something to show on it, and a span worth it.
-
-    ``values`` are those of the history: lines that separate stages have others, of the axes.
-    """
+def _set_log_scale(axes: Axes, values: Vector) -> None:
+    """Set a logarithmic scale if the positive values span a sufficient range."""
     positive = values[np.isfinite(values) & (values > 0.0)]
-    if positive.size and positive.max() >= _WORTH_A_LOGARITHM * positive.min():
+    if positive.size and positive.max() >= _MIN_LOG_SPAN * positive.min():
         axes.set_yscale("log")
     axes.grid(axis="y", color=QUIET, lw=0.4, alpha=0.4)

@@ -1,4 +1,4 @@
-"""The rows that a result keeps, as what plots are made of: quantities of x, and residuals."""
+"""Sampled rows of a result for plots: quantities of x, and residuals."""
 
 from __future__ import annotations
 
@@ -17,26 +17,17 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_CORE = 8.0  # robust standard deviations; residuals beyond are marked at the edge of a panel
-_EDGE = 6.0  # where that edge then is
-_IN_A_MEAN = 60  # rows; of 2,000 these are 33 means
+_OUTLIER_LIMIT = 8.0  # robust standard deviations; residuals beyond are drawn at the panel's edge
+_EDGE_LIMIT = 6.0  # limits of such a panel, in robust standard deviations
+_ROWS_PER_MEAN = 60  # 33 means for 2,000 rows
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number a row of x: an array, or a column of one of shape (n, k).
+    """One x array of shape (n,), or a column of one of shape (n, k)."""
 
-    Attributes
-    ----------
-    name : str
-        By which ``plot(x=...)`` knows it.
-    text, units : str
-        For an axis, by ``label``.
-    values : ndarray, shape (n,)
-    """
-
-    name: str
-    text: str
+    name: str  # argument of ``plot(x=...)``
+    text: str  # axis label
     units: str
     values: Vector
 
@@ -51,19 +42,18 @@ class Sampled:
     sigma : ndarray, shape (n,), or None
     quantities : list of Quantity
     is_flat : bool
-        Whether the model takes one array of shape (n,).
+        Whether x is one array of shape (n,).
     y_label : str
     residuals : ndarray, shape (n,)
         ``y - fitted``, divided by sigma if there is one.
     expected : float
-        Standard deviation that residuals should have: 1 with a sigma that is absolute, else what
-        the fit estimates, or, where some are far out, what the median of their sizes does. NaN if
-        that is zero.
+        Expected standard deviation of residuals: 1 with an absolute sigma, otherwise the estimate
+        of the fit, or one from their median size if there are outliers. NaN if zero.
     spread : float
-        Standard deviation of a measurement, if it is the same for all; else NaN. It is
-        ``expected`` times sigma, if there is one.
+        Standard deviation of a measurement, ``expected`` times sigma if there is one; NaN if it
+        varies.
     limit : float
-        Largest residual that panels show where it is; larger ones are marked at the edge.
+        Largest residual inside the panels; larger ones are marked at the edge.
     """
 
     y: Vector
@@ -79,7 +69,7 @@ class Sampled:
 
     @classmethod
     def of(cls, result: FitResult) -> Sampled:
-        """Take the rows out of a result.
+        """Return the sampled rows of a result.
 
         Raises
         ------
@@ -89,7 +79,7 @@ class Sampled:
         if result.sample is None:
             raise ValueError(
                 "there is nothing to plot: this result holds no rows of the data, because the fit "
-                "ended before it read any, or all that it read are left out."
+                "ended before reading usable rows."
             )
         sample = result.sample
         y, fitted = _float(sample["y_data"]), _float(sample["fitted"])
@@ -102,9 +92,9 @@ class Sampled:
         sizes = np.abs(residuals[np.isfinite(residuals)])
         limit, estimated = float(sizes.max(initial=0.0)), float(np.sqrt(result.sigma_sq))
         robust = 1.4826 * float(np.median(sizes)) if sizes.size else 0.0
-        if 0.0 < _CORE * robust < limit:
-            limit, estimated = _EDGE * robust, robust
-        # As in pcov: a sigma that is not absolute only says which rows count for more.
+        if 0.0 < _OUTLIER_LIMIT * robust < limit:
+            limit, estimated = _EDGE_LIMIT * robust, robust
+        # As in pcov: a sigma that is not absolute is a relative weight.
         expected = 1.0 if sigma is not None and result.absolute_sigma else estimated
         if sigma is None:
             spread = expected
@@ -127,18 +117,18 @@ class Sampled:
 
     @property
     def errors(self) -> Vector | None:
-        """Standard deviation of every measurement; None without sigma, or if it is zero."""
+        """Standard deviation of each measurement; None without sigma, or if it is zero."""
         if self.sigma is None or not np.isfinite(self.expected):
             return None
         return self.sigma * self.expected
 
     @property
     def residual_label(self) -> str:
-        """What an axis of residuals is called."""
+        """Axis label of residuals."""
         return "data − fit" if self.sigma is None else "(data − fit) / σ"  # noqa: RUF001
 
     def quantity(self, name: Any) -> Quantity:
-        """Return the quantity of this name.
+        """Return the quantity with this name.
 
         Raises
         ------
@@ -153,19 +143,19 @@ class Sampled:
         raise ValueError(f"x must be one of {names}{more}, or None; got {name!r}.")
 
 
-def means(values: Vector) -> list[NDArray[np.int64]]:
-    """Return groups of rows with neighbouring values, of which means are worth drawing.
+def neighbor_groups(values: Vector) -> list[NDArray[np.int64]]:
+    """Return groups of rows with neighboring values, whose means are drawn.
 
-    They are those of equal values where there are few different ones, else of equal size.
+    Groups have equal values if there are few different values, otherwise equal sizes.
     """
     order = np.argsort(values, kind="stable")
     different, first = np.unique(values[order], return_index=True)
-    if len(values) >= _IN_A_MEAN * len(different):
+    if len(values) >= _ROWS_PER_MEAN * len(different):
         return np.split(order, first[1:])
-    return np.array_split(order, max(len(values) // _IN_A_MEAN, 1))
+    return np.array_split(order, max(len(values) // _ROWS_PER_MEAN, 1))
 
 
-def _numbered(name: str, n: int) -> list[str]:
+def _column_names(name: str, n: int) -> list[str]:
     return [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
 
 
@@ -184,8 +174,8 @@ def _quantities(array: xr.DataArray) -> list[Quantity]:
         return [Quantity(name, text, units, values)]
     columns = array.attrs.get("columns", [])
     n = values.shape[1]
-    names = list(columns) if len(columns) == n else _numbered(name, n)
-    texts = names if len(columns) == n else _numbered(text, n)
+    names = list(columns) if len(columns) == n else _column_names(name, n)
+    texts = names if len(columns) == n else _column_names(text, n)
     return [
         Quantity(one, text, units, values[:, i])
         for i, (one, text) in enumerate(zip(names, texts, strict=True))
