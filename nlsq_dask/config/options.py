@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from nlsq_dask._keywords import explaining_keywords
+from nlsq_dask.config.presets import preset
 from nlsq_dask.config.rules import (
     BOOL,
     CRITERIA,
@@ -432,99 +433,32 @@ class HybridStreamingConfig(ValidatedOptions):
         """The dtype of the arithmetic that ``precision`` stands for."""
         return "float64" if self.precision == "auto" else self.precision
 
-    # --- presets: what differs from the defaults
+    # --- presets
 
-    @classmethod
-    def aggressive(cls, **overrides: Any) -> Self:
-        """Speed first: a short warm-up, a looser tolerance, pieces as large as possible."""
-        values = {
-            "chunk_size": 2**21,
-            "warmup_iterations": 50,
-            "max_warmup_iterations": 100,
-            "loss_plateau_threshold": 5e-4,
-            "gradient_norm_threshold": 5e-3,
-            "gauss_newton_tol": 1e-7,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def conservative(cls, **overrides: Any) -> Self:
-        """Precision first: a tighter tolerance, more iterations, smaller first steps."""
-        values = {
-            "warmup_iterations": 30,
-            "max_warmup_iterations": 80,
-            "loss_plateau_threshold": 1e-5,
-            "gradient_norm_threshold": 1e-4,
-            "gauss_newton_tol": 1e-10,
-            "gauss_newton_max_iterations": 200,
-            "trust_region_initial": 0.5,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def memory_optimized(cls, **overrides: Any) -> Self:
-        """Small pieces, float32 arithmetic, nothing kept, no matrices from 1,000 parameters on."""
-        values: dict[str, Any] = {
-            "chunk_size": 2**17,
-            "precision": "float32",
-            "cache": 0,
-            "warmup_iterations": 40,
-            "max_warmup_iterations": 100,
-            "checkpoint_frequency": 50,
-            "cg_param_threshold": 1000,
-        }
-        return cls(**(values | overrides))
+    aggressive = preset("aggressive")
+    conservative = preset("conservative")
+    memory_optimized = preset("memory_optimized")
+    defense_strict = preset("defense_strict")
+    defense_relaxed = preset("defense_relaxed")
+    defense_disabled = preset("defense_disabled")
+    scientific_default = preset("scientific_default")
 
     @classmethod
     def with_multistart(cls, n_starts: int = 10, **overrides: Any) -> Self:
-        """Hold a tournament over ``n_starts`` starts first."""
+        """Search for the best of several starts before the warm-up.
+
+        Parameters
+        ----------
+        n_starts : int
+            Number of candidate starts, ``p0`` among them.
+        **overrides
+            Further options; they take precedence.
+
+        Returns
+        -------
+        HybridStreamingConfig
+        """
         return cls(**({"enable_multistart": True, "n_starts": n_starts} | overrides))
-
-    @classmethod
-    def defense_strict(cls, **overrides: Any) -> Self:
-        """Defence layers that act early: for starts that are already close."""
-        values = {
-            "max_warmup_step_size": 0.05,
-            "warmup_iterations": 25,
-            "max_warmup_iterations": 60,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def defense_relaxed(cls, **overrides: Any) -> Self:
-        """Longer steps and more growth of the loss; layer 1 skips more warm-ups than by default."""
-        values = {
-            "warm_start_threshold": 0.5,
-            "cost_increase_tolerance": 0.5,
-            "max_warmup_step_size": 0.5,
-            "warmup_iterations": 50,
-            "max_warmup_iterations": 120,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def defense_disabled(cls, **overrides: Any) -> Self:
-        """All four defence layers off."""
-        values = {
-            "enable_warm_start_detection": False,
-            "enable_adaptive_warmup_lr": False,
-            "enable_cost_guard": False,
-            "enable_step_clipping": False,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def scientific_default(cls, **overrides: Any) -> Self:
-        """For results that will be published: a tight tolerance and a patient Gauss-Newton."""
-        values = {
-            "warm_start_threshold": 0.05,
-            "cost_increase_tolerance": 0.2,
-            "warmup_iterations": 35,
-            "max_warmup_iterations": 100,
-            "gauss_newton_tol": 1e-10,
-            "gauss_newton_max_iterations": 200,
-        }
-        return cls(**(values | overrides))
 
 
 _RAISES = """
