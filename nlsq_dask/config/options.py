@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from nlsq_dask._keywords import explaining_keywords
+from nlsq_dask.config import auto
 from nlsq_dask.config.presets import preset
 from nlsq_dask.config.rules import (
     BOOL,
@@ -22,23 +23,12 @@ from nlsq_dask.config.rules import (
     RANGES,
     TOLERANCE,
     WEIGHTS,
+    check_combinations,
     integer,
     one_of,
     or_else,
 )
 from nlsq_dask.config.validation import ValidatedOptions, aside, option, parameters_section
-
-_AUTO_CHUNK_SIZE = 2**20
-_AUTO_SAMPLE_ROWS = 2**16, 2**17
-_AUTO_SAMPLE_SHARE = 1 / 16
-_AUTO_SAMPLE_ROWS_A_PARAM = 32
-_AUTO_SAMPLE_BYTES = 64 * 2**20
-
-# Switches that say nothing without another option.
-_NEEDS = {
-    "enable_group_variance_regularization": "group_variance_indices",
-    "enable_residual_weighting": "residual_weights",
-}
 
 
 @dataclass(kw_only=True, repr=False)
@@ -378,30 +368,7 @@ class HybridStreamingConfig(ValidatedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for switch, needed in _NEEDS.items():
-            value = getattr(self, needed)
-            if getattr(self, switch) and value is None:
-                raise ValueError(f"{switch}=True needs {needed}; got None.")
-            if value is not None and not getattr(self, switch):
-                raise ValueError(
-                    f"{needed} needs {switch}=True; without it {value!r} says nothing."
-                )
-        if self.min_success_rate < 1.0 and not self.enable_fault_tolerance:
-            raise ValueError(
-                f"min_success_rate={self.min_success_rate!r} needs enable_fault_tolerance=True; "
-                f"without it no block is left out."
-            )
-        if self.resume_from_checkpoint is True:
-            if self.checkpoint_dir is None:
-                raise ValueError(
-                    "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, "
-                    "too."
-                )
-            if not self.enable_checkpoints:
-                raise ValueError(
-                    "resume_from_checkpoint=True needs enable_checkpoints=True; to go on without "
-                    "writing checkpoints, give the path of one."
-                )
+        check_combinations(self)
 
     # --- what "auto" means, and what options mean together
 
@@ -413,15 +380,12 @@ class HybridStreamingConfig(ValidatedOptions):
     @property
     def piece_rows(self) -> int:
         """The number of rows that ``chunk_size`` stands for."""
-        return _AUTO_CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
+        return auto.CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 
     def sample_size(self, n_rows: int, row_bytes: int, n_params: int = 1) -> int:
         """Return the number of rows that ``sample_rows`` stands for."""
         if isinstance(self.sample_rows, str):
-            least, most = _AUTO_SAMPLE_ROWS
-            wanted = min(max(int(_AUTO_SAMPLE_SHARE * n_rows), least), most)
-            wanted = max(wanted, _AUTO_SAMPLE_ROWS_A_PARAM * n_params)
-            return min(wanted, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
+            return auto.sample_rows(n_rows, row_bytes, n_params)
         return self.sample_rows
 
     def is_without_matrices(self, n_params: int) -> bool:
