@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask import _html as html
 from nlsq_dask._keywords import explaining_keywords
+from nlsq_dask._text import join_first
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -51,8 +52,6 @@ from nlsq_dask.results.build import make_result, to_go_on
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.rows.rows import BLOCK_ROWS
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
-
-_MOST_SHOWN = 20  # parameters in HTML
 
 
 class AdaptiveHybridStreamingOptimizer:
@@ -126,9 +125,8 @@ class AdaptiveHybridStreamingOptimizer:
         if np.isfinite(self.best_cost_global):
             state.append(("best cost over all rows", f"{self.best_cost_global:.8g}"))
         if self.best_params_global is not None:
-            best = [f"{value:.6g}" for value in self.best_params_global[:_MOST_SHOWN]]
-            rest = ", ..." if len(self.best_params_global) > _MOST_SHOWN else ""
-            state.append(("best parameters so far", f"{', '.join(best)}{rest}"))
+            best = [f"{value:.6g}" for value in self.best_params_global]
+            state.append(("best parameters so far", join_first(best)))
         history = list(self.phase_history)
         return html.page(
             html.paragraph(f"<b>{type(self).__name__}</b>"),

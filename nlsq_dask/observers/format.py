@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nlsq_dask._text import join_first
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksLeftOut,
@@ -21,16 +22,12 @@ from nlsq_dask.events import (
     WarmupStarted,
 )
 
-_MOST_NAMES = 20  # of parameters that are listed
-
 
 def sentence(event: Event) -> str | None:
     """Return what a person should know of an event, None where that is nothing."""
     match event:
         case FitStarted():
-            names = ", ".join(event.param_names[:_MOST_NAMES])
-            if len(event.param_names) > _MOST_NAMES:
-                names += f" and {len(event.param_names) - _MOST_NAMES:,} more parameters"
+            names = join_first(event.param_names, noun="parameters")
             first = f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
             return "\n".join([first, *(f"  {note}" for note in event.notes)])
         case FitResumed():

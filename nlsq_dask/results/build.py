@@ -9,6 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
+from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.fit.outcome import Outcome
@@ -23,7 +24,6 @@ from nlsq_dask.status import StopReason
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-_MOST_LISTED = 20  # blocks or parameters in a sentence
 _MULTISTART = (
     " If the start may be far off: finite bounds and HybridStreamingConfig.with_multistart("
     "n_starts=30, center_on_p0=False) try many."
@@ -56,8 +56,8 @@ def make_result(
         _warn_of_covariance(undetermined, n_used, n_params)
     if undetermined and not outcome.has_covariance:
         warn_caller(
-            f"The data do not determine {_listed(undetermined)}: other values fit as well as those "
-            f"that were found.",
+            f"The data do not determine {join_first(undetermined)}: other values fit as well as "
+            f"those that were found.",
             OptimizeWarning,
         )
     message = outcome.stop.sentence
@@ -68,13 +68,13 @@ def make_result(
         message += f" {left_out}"
         _warn_of_rows(left_out, outcome.diagnostics["left_out"])
     if at_bounds:
-        message += f" At a bound: {_listed(at_bounds)}."
+        message += f" At a bound: {join_first(at_bounds)}."
     if outward.any():
-        message += f" The fit would be better beyond the bound of {_listed(beyond)}."
+        message += f" The fit would be better beyond the bound of {join_first(beyond)}."
     if sums is not None and n_used < n_params:
         message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
     if undetermined:
-        message += f" The data do not determine: {_listed(undetermined)}."
+        message += f" The data do not determine: {join_first(undetermined)}."
     if not outcome.stop.is_success and not outcome.stop.is_interruption:
         message += _on_dates(blocks)
     if outcome.stop.is_interruption:
@@ -180,13 +180,6 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
-def _listed(names: list[str]) -> str:
-    """Return names for a sentence, the first few of very many."""
-    if len(names) <= _MOST_LISTED:
-        return ", ".join(names)
-    return f"{', '.join(names[:_MOST_LISTED])} and {len(names) - _MOST_LISTED:,} more"
-
-
 def _r_squared(sums: Sums | None) -> float:
     if sums is None or sums.total_variation <= 0.0:
         return float("nan")
@@ -195,7 +188,7 @@ def _r_squared(sums: Sums | None) -> float:
 
 def _warn_of_covariance(undetermined: list[str], n_used: int, n_params: int) -> None:
     if undetermined:
-        reason = f"the data do not determine {_listed(undetermined)}"
+        reason = f"the data do not determine {join_first(undetermined)}"
     elif n_used > n_params:
         reason = "at this point the model does not react to some of them"
     else:
@@ -215,7 +208,7 @@ def _left_out(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
 
 
 def _warn_of_rows(sentence: str, records: list[dict[str, Any]]) -> None:
-    listed = _listed([str(record["block"]) for record in records])
+    listed = join_first([str(record["block"]) for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
     warn_caller(
