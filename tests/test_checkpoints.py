@@ -555,7 +555,7 @@ def test_ctrl_c_says_how_to_go_on_and_what_is_there(
         f"To go on: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
     ]
     assert surviving_fit.fit(resume_from_checkpoint=saved, verbose=1).success
-    assert f"Going on from {saved}, after 0 passes and a part of the next\n" in (
+    assert f"Resuming from {saved} (0 passes complete, pass 1 in progress)\n" in (
         capsys.readouterr().out
     )
 

@@ -19,9 +19,20 @@ import pytest
 from distributed import Client
 
 import nlsq_dask as nd
-from nlsq_dask.events import BlocksFinished, Event, FitEnded, PassFinished, WarmupStarted
+from nlsq_dask.events import (
+    EVENTS,
+    BlocksFinished,
+    BlocksMeasured,
+    Event,
+    FitEnded,
+    PassFinished,
+    PhaseEnded,
+    WarmupEnded,
+    WarmupStarted,
+)
 from nlsq_dask.observers import logs, progress
 from nlsq_dask.observers.dashboard.messages import Messages
+from nlsq_dask.observers.format import TEXTS, format_event
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.watching import watching
 
@@ -96,7 +107,7 @@ def test_no_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.getvalue() == ""
     monkeypatch.setattr(progress, "_LINE_INTERVAL", 0.0)
     shown(running(50, 10.0))
-    assert file.getvalue() == "  pass 3: 50 of 200 blocks (25%) in 10 s, 30 s left\n"
+    assert file.getvalue() == "  pass 3: 50 of 200 blocks (25%) in 10 s, 30 s remaining\n"
 
 
 @pytest.mark.usefixtures("no_delay")
@@ -212,11 +223,25 @@ def test_a_warmup_that_is_skipped(
     config = nd.HybridStreamingConfig(warmup_iterations=0, sample_rows=300, **options)
     nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, X, Y, start)
     out = capsys.readouterr().out
-    assert "  skipped: no iterations are allowed, or the model is not finite at p0 (rel" in out
+    assert "  warm-up skipped: no iterations are allowed, or the model is not finite at p0 (" in out
     assert "None" not in out
     event = WarmupStarted("p0", 0.5, None, is_warm_start=False)
     (note,) = Messages().of(event)
-    assert note["text"].startswith("the warm-up is skipped: no iterations are allowed, or")
+    assert note["text"].startswith("warm-up skipped: no iterations are allowed, or")
+
+
+def test_events_without_text() -> None:
+    assert set(EVENTS.values()) - set(TEXTS) == {PhaseEnded, BlocksMeasured}
+
+
+def test_layers_that_acted_are_named() -> None:
+    ended = WarmupEnded("plateau", 12, 0.1, True, 3, 2, True, 0)
+    text = format_event(ended)
+    assert text is not None
+    for part in ("12 iterations", "layer 3", "layer 4, clipping: 3 steps", "line searches: 2"):
+        assert part in text
+    (note,) = Messages().of(ended)
+    assert note["text"] == text.strip()
 
 
 def test_json_lines_say_what_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
