@@ -22,11 +22,11 @@ class Event:
 
     Attributes
     ----------
-    is_passing : bool
-        Whether it matters to those alone who watch when it happens; it is in no checkpoint.
+    is_transient : bool
+        Whether the event is omitted from checkpoints, because it matters only while a fit runs.
     """
 
-    is_passing: ClassVar[bool] = False
+    is_transient: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class BlocksFinished(Event):
     kept from an earlier pass.
     """
 
-    is_passing: ClassVar[bool] = True
+    is_transient: ClassVar[bool] = True
 
     number: int
     blocks: int
@@ -226,7 +226,7 @@ class BlocksFinished(Event):
 class BlocksMeasured(Event):
     """What a pass has found of the residuals of each block."""
 
-    is_passing: ClassVar[bool] = True
+    is_transient: ClassVar[bool] = True
 
     number: int
     sums: BlockSums
@@ -258,7 +258,7 @@ class SampleRead(Event):
 class CheckpointWritten(Event):
     """The state of the fit is in a file; writing it took some seconds."""
 
-    is_passing: ClassVar[bool] = True
+    is_transient: ClassVar[bool] = True
 
     path: str
     seconds: float
@@ -284,7 +284,7 @@ class FitResumed(Event):
 class FitEnded(Event):
     """The fit is over."""
 
-    is_passing: ClassVar[bool] = True
+    is_transient: ClassVar[bool] = True
 
     success: bool
     message: str
@@ -294,7 +294,7 @@ class FitEnded(Event):
 class FitAborted(Event):
     """The fit has ended in an error."""
 
-    is_passing: ClassVar[bool] = True
+    is_transient: ClassVar[bool] = True
 
     error: str
 

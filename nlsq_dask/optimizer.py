@@ -42,10 +42,10 @@ from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Callback
 from nlsq_dask.fit.problem import Call, parse_call
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.observers.build import build_observers
 from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
-from nlsq_dask.observers.watching import watching
 from nlsq_dask.plan import Plan, make_plan
 from nlsq_dask.results import report
 from nlsq_dask.results.build import make_result, to_go_on
@@ -260,7 +260,7 @@ class AdaptiveHybridStreamingOptimizer:
             return Identity.of(kernel.program.fingerprint, call.blocks, call.arguments, config)
 
         with ExitStack() as stack:
-            observers += [stack.enter_context(watch) for watch in watching(config)]
+            observers += [stack.enter_context(watch) for watch in build_observers(config)]
             page = stack.enter_context(on_dashboard(config.dashboard))
             if page is not None:
                 observers.append(page)

@@ -544,7 +544,7 @@ def test_ctrl_c_says_how_to_go_on_and_what_is_there(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.watching", lambda _: iter([nullcontext(cut)]))
+        patch.setattr("nlsq_dask.optimizer.build_observers", lambda _: iter([nullcontext(cut)]))
         with pytest.raises(KeyboardInterrupt) as plain:
             surviving_fit.fit()
         assert not hasattr(plain.value, "__notes__")

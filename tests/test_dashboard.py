@@ -467,7 +467,7 @@ def test_a_fit_that_was_cut_counts_once(
     whole = fit(**options)
     undisturbed = counted(url)
     with monkeypatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([nullcontext(cut)]))
+        patch.setattr("nlsq_dask.optimizer.build_observers", lambda *_: iter([nullcontext(cut)]))
         with pytest.raises(KeyboardInterrupt):
             fit(**options, checkpoint_dir=tmp_path)
     *_, first = pages(as_default)

@@ -31,10 +31,10 @@ from nlsq_dask.events import (
     WarmupStarted,
 )
 from nlsq_dask.observers import logs, progress
+from nlsq_dask.observers.build import build_observers
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.format import TEXTS, format_event
 from nlsq_dask.observers.progress import Progress
-from nlsq_dask.observers.watching import watching
 
 N = 40_000
 X = np.linspace(0.0, 4.0, N)
@@ -140,7 +140,9 @@ def test_nothing_is_printed_unless_asked_for(capfd: pytest.CaptureFixture[str]) 
 def test_how_far_a_pass_is() -> None:
     seen: list[Event] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([_Entered(seen.append)]))
+        patch.setattr(
+            "nlsq_dask.optimizer.build_observers", lambda *_: iter([_Entered(seen.append)])
+        )
         result = fit(cache=0)
     steps = [event for event in seen if isinstance(event, BlocksFinished)]
     for number in range(1, result.n_passes + 1):
@@ -169,7 +171,9 @@ def test_on_a_cluster_blocks_are_counted(process_client: Client) -> None:
     x = da.linspace(0.0, 4.0, n, chunks=2**18)
     y = 2.0 * da.exp(-0.7 * x) + 0.3
     with pytest.MonkeyPatch.context() as patch, process_client.as_current():
-        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([_Entered(seen.append)]))
+        patch.setattr(
+            "nlsq_dask.optimizer.build_observers", lambda *_: iter([_Entered(seen.append)])
+        )
         config = nd.HybridStreamingConfig(sample_rows=300)
         nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, x, y, START)
     first = [e.blocks for e in seen if isinstance(e, BlocksFinished) and e.number == 1]
@@ -354,7 +358,7 @@ def test_logging(caplog: pytest.LogCaptureFixture) -> None:
 def test_who_watches() -> None:
     def names(**options: Any) -> set[str]:
         found: set[str] = set()
-        for watch in watching(nd.HybridStreamingConfig(**options)):
+        for watch in build_observers(nd.HybridStreamingConfig(**options)):
             with watch as observer:
                 found.add(type(observer).__name__)
         return found

@@ -1,4 +1,4 @@
-"""Who watches a fit, as its configuration says."""
+"""``build_observers``: the observers that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from nlsq_dask.observers.logs import JsonLines, LogRecords
 from nlsq_dask.observers.progress import Progress
 
 
-def watching(config: HybridStreamingConfig) -> Iterator[AbstractContextManager[Observer]]:
-    """Yield the observers of a fit, each as what is to be entered for it."""
+def build_observers(config: HybridStreamingConfig) -> Iterator[AbstractContextManager[Observer]]:
+    """Yield the observers of a fit, each as a context manager to enter for the fit."""
     yield nullcontext(LogRecords())
     if config.verbose:
         yield closing(Progress(config.log_frequency, shows_sample=config.verbose > 1))
