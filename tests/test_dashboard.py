@@ -25,7 +25,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
-from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
 from nlsq_dask.observers.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
@@ -165,8 +164,8 @@ def measured(grid: tuple[int, ...], values: np.ndarray) -> tuple[dict[str, Any],
     dims = tuple("abcd"[: len(grid)])
     messages.of(FitStarted("m", 1, grid, dims, ("p",)))
     n = values.size
-    sums = BlockSums(np.arange(n), 7.0 * values.ravel(), np.full(n, 7), np.zeros(n))
-    (message,) = messages.of(BlocksMeasured(1, sums))
+    measured = BlocksMeasured(1, np.arange(n), 7.0 * values.ravel(), np.full(n, 7), np.zeros(n))
+    (message,) = messages.of(measured)
     return message, np.frombuffer(message["values"], np.float32).reshape(message["shape"])
 
 

@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # The rooms of the package, floor by floor: imports go down, never up and never sideways.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "status", "_keywords", "_html", "_text"),
+    ("errors", "events", "status", "_keywords", "_html", "_text"),
     ("config", "rows", "storage"),
     ("data", "model"),
     ("kernels",),
-    ("events", "solvers"),
+    ("solvers",),
     ("engine", "warmup", "checkpoints"),
     ("fit", "observers", "plan"),
     ("results",),

@@ -337,8 +337,9 @@ class Passes:
         sums = result.sums.penalized(
             penalty, request.params, request.candidates, request.directions
         )
-        if sums.blocks is not None:
-            self._emit(BlocksMeasured(self.n_passes + 1, sums.blocks))
+        if (of := sums.blocks) is not None:
+            number = self.n_passes + 1
+            self._emit(BlocksMeasured(number, of.index, of.chi2, of.n_used, of.largest))
         self._report(
             PassFinished(
                 self.n_passes + 1,

@@ -27,7 +27,6 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
-from nlsq_dask.kernels.block_sums import BlockSums
 from nlsq_dask.observers.format import format_event
 
 Message = dict[str, Any]
@@ -73,7 +72,7 @@ class Messages:
             case BlocksFinished():
                 return [_progress(event)]
             case BlocksMeasured() if self._grid:
-                return [{"kind": "map", "pass": event.number, **self._map(event.sums)}]
+                return [{"kind": "map", "pass": event.number, **self._map(event)}]
             case PassFinished():
                 return [_pass(event)]
             case FitEnded():
@@ -84,10 +83,10 @@ class Messages:
         now = time.time()
         return [{"kind": "note", "time": now, "text": t[:_MOST_TEXT]} for t in _notes(event)]
 
-    def _map(self, sums: BlockSums) -> Message:
+    def _map(self, event: BlocksMeasured) -> Message:
         values = np.full(math.prod(self._grid), np.nan)
-        used = sums.n_used > 0
-        values[sums.index[used]] = sums.chi2[used] / sums.n_used[used]
+        used = event.n_used > 0
+        values[event.index[used]] = event.chi2[used] / event.n_used[used]
         table, axes = _two_largest(values.reshape(self._grid))
         dropped = [i for i, n in enumerate(self._grid) if n > 1 and i not in axes]
         size = list(table.shape)
