@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -42,7 +42,7 @@ from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Callback
 from nlsq_dask.fit.problem import Call, parse_call
 from nlsq_dask.model.prediction import PredictionKernel
-from nlsq_dask.observers.build import build_observers
+from nlsq_dask.observers.build import build_observers, validate_observers
 from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
@@ -60,6 +60,11 @@ class AdaptiveHybridStreamingOptimizer:
     Parameters
     ----------
     config : HybridStreamingConfig, optional
+    observers : sequence of callable
+        Each is called with every event of a fit, a record of ``nlsq_dask.events``, in order and in
+        the thread that called ``fit``. An observer cannot change the fit: one that raises an
+        exception is dropped with a warning. A resumed fit begins with ``FitResumed``; earlier
+        events are not repeated.
 
     Attributes
     ----------
@@ -94,10 +99,16 @@ class AdaptiveHybridStreamingOptimizer:
     """
 
     @explaining_keywords("AdaptiveHybridStreamingOptimizer")
-    def __init__(self, config: HybridStreamingConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: HybridStreamingConfig | None = None,
+        *,
+        observers: Iterable[Observer] = (),
+    ) -> None:
         if config is not None and not isinstance(config, HybridStreamingConfig):
             raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
         self.config = HybridStreamingConfig() if config is None else config
+        self.observers = validate_observers(observers)
         self._running = threading.Lock()
         self._forget()
 
@@ -260,7 +271,9 @@ class AdaptiveHybridStreamingOptimizer:
             return Identity.of(kernel.program.fingerprint, call.blocks, call.arguments, config)
 
         with ExitStack() as stack:
-            observers += [stack.enter_context(watch) for watch in build_observers(config)]
+            observers += [
+                stack.enter_context(watch) for watch in build_observers(config, self.observers)
+            ]
             page = stack.enter_context(on_dashboard(config.dashboard))
             if page is not None:
                 observers.append(page)

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import time
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -537,19 +536,17 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on_and_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cut(event: Event) -> None:
         if isinstance(event, BlocksFinished) and event.blocks >= 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.build_observers", lambda _: iter([nullcontext(cut)]))
-        with pytest.raises(KeyboardInterrupt) as plain:
-            surviving_fit.fit()
-        assert not hasattr(plain.value, "__notes__")
-        with pytest.raises(KeyboardInterrupt) as caught:
-            surviving_fit.fit(checkpoint_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt) as plain:
+        surviving_fit.fit(observers=[cut])
+    assert not hasattr(plain.value, "__notes__")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        surviving_fit.fit(checkpoint_dir=tmp_path, observers=[cut])
     (saved,) = tmp_path.iterdir()
     assert caught.value.__notes__ == [
         f"To go on: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
