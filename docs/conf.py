@@ -2,14 +2,15 @@
 
 import os
 import shutil
-from importlib.metadata import version as version_of
 from pathlib import Path
+
+from nlsq_dask import __version__
 
 HERE = Path(__file__).parent
 
 project = "nlsq_dask"
 author = "The nlsq_dask developers"
-version = release = version_of("nlsq-dask")
+version = release = __version__
 
 extensions = [
     "myst_nb",

@@ -1,7 +1,6 @@
 """Nonlinear least squares over data larger than memory, on Dask and JAX."""
 
-from importlib.metadata import version as _version
-
+from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curve_fit import curve_fit
 from nlsq_dask.errors import (
@@ -27,9 +26,8 @@ from nlsq_dask.plan import Plan
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
 
-__version__ = _version("nlsq-dask")
-
 __all__ = [
+    "__version__",
     "AdaptiveHybridStreamingOptimizer",
     "BlockReadError",
     "CheckpointError",

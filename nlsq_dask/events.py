@@ -1,4 +1,8 @@
-"""What happens during a fit, as records; observers receive them and never change the fit."""
+"""Events of a fit: records that observers receive.
+
+An observer is a callable with one argument, an ``Event``. It is called in the thread that called
+``fit``, with each event in order, and cannot change the fit.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,47 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.engine.block_sums import BlockSums
-
 PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")  # by number
 ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass
 
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all records.
+    """Base class of all events; their arrays are read-only.
 
     Attributes
     ----------
-    is_passing : bool
-        Whether it matters to those alone who watch when it happens; it is in no checkpoint.
+    is_transient : bool
+        True if the event matters only while a fit runs; it is omitted from checkpoints.
     """
 
-    is_passing: ClassVar[bool] = False
+    is_transient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                read_only = value.view()
+                read_only.flags.writeable = False
+                object.__setattr__(self, name, read_only)
 
 
 @dataclass(frozen=True)
 class FitStarted(Event):
-    """The arguments were understood; ``n_rows`` rows in a grid of blocks will be fitted.
+    """The arguments were validated and the fit begins.
 
-    ``dims`` are the names of the grid's dimensions; ``notes`` are sentences on how the arguments
-    were understood, where that may surprise.
+    Attributes
+    ----------
+    model : str
+        Name of the model.
+    n_rows : int
+        Number of rows to fit.
+    grid : tuple of int
+        Number of blocks along each dimension.
+    dims : tuple of str
+        Names of the dimensions.
+    param_names : tuple of str
+    notes : tuple of str
+        Sentences on how the arguments were interpreted, where that may surprise.
     """
 
     model: str
@@ -52,7 +72,16 @@ class FitStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase began; ``start_time`` in seconds since the epoch."""
+    """A phase began.
+
+    Attributes
+    ----------
+    phase : int
+        0 to 3.
+    name : str
+    start_time : float
+        Seconds since the epoch.
+    """
 
     phase: int
     name: str
@@ -61,7 +90,19 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseEnded(Event):
-    """A phase ended after ``duration`` seconds; ``details`` says what it did."""
+    """A phase ended.
+
+    Attributes
+    ----------
+    phase : int
+    name : str
+    duration : float
+        Seconds.
+    failed : bool
+        True if the phase ended in an error.
+    details : dict
+        What the phase did, as in ``FitResult.phase_history``.
+    """
 
     phase: int
     name: str
@@ -72,10 +113,18 @@ class PhaseEnded(Event):
 
 @dataclass(frozen=True)
 class TournamentRound(Event):
-    """A round of the tournament of starts ended; ``survivors`` go on.
+    """A round of successive halving over the candidate starts ended.
 
-    ``best_loss`` is the mean squared weighted residual of the best of them over the ``rows`` of the
-    round.
+    Attributes
+    ----------
+    round : int
+        Counted from 1.
+    rows : int
+        Number of rows of the minibatch.
+    survivors : int
+        Number of candidates that remain.
+    best_loss : float
+        Mean squared weighted residual of the best candidate over these rows.
     """
 
     round: int
@@ -86,11 +135,20 @@ class TournamentRound(Event):
 
 @dataclass(frozen=True)
 class WarmupStarted(Event):
-    """Layers 1 and 2 have decided.
+    """The warm-up of a start began or was skipped, as layers 1 and 2 decided.
 
-    ``start`` is "p0" or the "winner" of a tournament; ``mode`` is None when the warm-up is skipped:
-    because the start already fits (``is_warm_start``), ``max_warmup_iterations`` is 0, or the model
-    or its gradient is not finite at the start.
+    Attributes
+    ----------
+    start : str
+        "p0", or "winner" of the successive halving.
+    relative_loss : float
+        Mean squared weighted residual at the start, relative to the variance of y.
+    mode : str or None
+        Choice of the first step size: "refinement", "careful", "exploration" or "fixed". None if
+        the warm-up is skipped, because the start already fits, ``max_warmup_iterations`` is 0, or
+        the model or its gradient is not finite at the start.
+    is_warm_start : bool
+        True if the warm-up is skipped because the start already fits.
     """
 
     start: str
@@ -101,10 +159,26 @@ class WarmupStarted(Event):
 
 @dataclass(frozen=True)
 class WarmupEnded(Event):
-    """The L-BFGS loop ended; what layers 3 and 4 and the line search did.
+    """The warm-up of a start ended.
 
-    ``restarts`` times it went on from its best point with smaller steps, because something was not
-    finite; what is counted is counted over all runs, each of which begins a history of its own.
+    Attributes
+    ----------
+    reason : str
+        The criterion that ended it.
+    iterations : int
+        Number of L-BFGS iterations, restarts included.
+    loss : float
+        Mean squared weighted residual at the best point.
+    cost_guard : bool
+        True if layer 3 ended the warm-up.
+    clipped : int
+        Number of updates clipped by layer 4.
+    line_search_failures : int
+    history_filled : bool
+        True if the history of L-BFGS was filled.
+    restarts : int
+        Number of restarts from the best point, with smaller steps, after a value that was not
+        finite.
     """
 
     reason: str
@@ -119,7 +193,14 @@ class WarmupEnded(Event):
 
 @dataclass(frozen=True)
 class SampleSolved(Event):
-    """Gauss-Newton on the sample ended, with this mean squared weighted residual."""
+    """Gauss-Newton on the sample ended.
+
+    Attributes
+    ----------
+    iterations : int
+    loss : float
+        Mean squared weighted residual over the sample.
+    """
 
     iterations: int
     loss: float
@@ -127,29 +208,29 @@ class SampleSolved(Event):
 
 @dataclass(frozen=True)
 class IterationFinished(Event):
-    """An iteration of any phase.
+    """An iteration of any phase ended.
 
     Attributes
     ----------
     stage : str
         "warm-up", "sample" or "all rows".
     iteration : int
-        Counted through all stages.
+        Number of the iteration, counted through all stages.
     n_iterations : int
-        Since the last report: several in the warm-up, else one.
+        Number of iterations since the last event: several in the warm-up, otherwise one.
     params : ndarray, shape (p,)
-        The current point.
+        Current parameters.
     loss : float
-        Its mean squared weighted residual over the rows that the stage works on.
+        Mean squared weighted residual over the rows of the stage.
     gradient_norm : float
-        Norm of the gradient of the relative loss, in normalized parameters.
+        Norm of the gradient of the relative loss in normalized parameters.
     accepted : bool
-        Whether the trial became the current point.
+        True if the trial point was accepted.
     step_norm : float
-        How far away the trial was, in normalized parameters.
+        Distance of the trial point in normalized parameters.
     trust_radius : float
-        For the next step, in parameters each of which changes the residuals' norm by one a unit;
-        NaN in a stage without.
+        Radius of the trust region for the next step, in parameters scaled so that a unit of each
+        changes the norm of the residuals by one; NaN in a stage without a trust region.
     time : float
         Seconds since the epoch.
     """
@@ -166,18 +247,22 @@ class IterationFinished(Event):
     time: float
 
     def reaches_multiple(self, frequency: int) -> bool:
-        """Whether a multiple of ``frequency`` was reached since the last report.
-
-        The count itself need not be one: a warm-up may begin at any number.
-        """
+        """Return whether a multiple of ``frequency`` was reached since the last event."""
         return self.iteration // frequency > (self.iteration - self.n_iterations) // frequency
 
 
 @dataclass(frozen=True)
 class NonFiniteTrial(Event):
-    """At a trial point model, derivative or cost were not finite.
+    """The model, a derivative or the cost was not finite at a trial point.
 
-    ``n_rows`` rows of finite data had a model that was not; 0 if it is the sums that were not.
+    Attributes
+    ----------
+    stage : str
+        "warm-up", "sample" or "all rows".
+    params : ndarray, shape (p,)
+        The trial point.
+    n_rows : int
+        Number of rows with finite data at which the model was not finite; 0 if only sums were not.
     """
 
     stage: str
@@ -187,10 +272,23 @@ class NonFiniteTrial(Event):
 
 @dataclass(frozen=True)
 class PassFinished(Event):
-    """All rows were reduced once, at ``params`` with the result ``cost``.
+    """A pass over all rows ended.
 
-    ``rows`` and ``bytes`` were read for it; ``rows_cached`` were in the workers' memory. What could
-    not be read at once was tried again, ``retries`` times in all.
+    Attributes
+    ----------
+    number : int
+        Counted from 1.
+    params : ndarray, shape (p,)
+        Parameters at which the sums were computed.
+    cost : float
+        Half the sum of squared weighted residuals, or of their losses; infinite if not finite.
+    seconds : float
+    rows, bytes : int
+        Rows and bytes read from the source.
+    rows_cached : int
+        Rows taken from the memory of the workers.
+    retries : int
+        Number of reads that were retried.
     """
 
     number: int
@@ -205,13 +303,23 @@ class PassFinished(Event):
 
 @dataclass(frozen=True)
 class BlocksFinished(Event):
-    """So much of a pass is done; at its start nothing, or what was done before it was cut.
+    """Some blocks of the running pass are complete; also emitted at the start of a pass.
 
-    ``seconds`` it took, the time before a cut included; ``bytes`` are those of the blocks, read or
-    kept from an earlier pass.
+    Attributes
+    ----------
+    number : int
+        Number of the pass.
+    blocks, n_blocks : int
+        Complete blocks, those of an interrupted pass included, and all blocks.
+    rows, n_rows : int
+        Likewise for rows.
+    bytes : int
+        Size of the complete blocks, read or cached.
+    seconds : float
+        Duration of the pass so far, the time before an interruption included.
     """
 
-    is_passing: ClassVar[bool] = True
+    is_transient: ClassVar[bool] = True
 
     number: int
     blocks: int
@@ -224,19 +332,43 @@ class BlocksFinished(Event):
 
 @dataclass(frozen=True)
 class BlocksMeasured(Event):
-    """What a pass has found of the residuals of each block."""
+    """Statistics of the residuals of each block, computed by a pass.
 
-    is_passing: ClassVar[bool] = True
+    Attributes
+    ----------
+    number : int
+        Number of the pass.
+    index : ndarray of int, shape (m,)
+        Flat index of each block in the grid.
+    chi2 : ndarray, shape (m,)
+        Sum of squared weighted residuals.
+    n_used : ndarray of int, shape (m,)
+        Number of rows used.
+    largest : ndarray, shape (m,)
+        Largest absolute weighted residual.
+    """
+
+    is_transient: ClassVar[bool] = True
 
     number: int
-    sums: BlockSums
+    index: NDArray[np.int64]
+    chi2: NDArray[np.float64]
+    n_used: NDArray[np.int64]
+    largest: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class BlocksLeftOut(Event):
-    """Blocks could not be read, as ``sentences`` say, and are left out from now on.
+    """Blocks could not be read and are skipped from now on.
 
-    ``rows`` are left out in all, earlier ones included. Costs from before were over more rows.
+    Costs of earlier passes were over more rows.
+
+    Attributes
+    ----------
+    sentences : tuple of str
+        The error of each block.
+    rows : int
+        Number of rows skipped, earlier ones included.
     """
 
     sentences: tuple[str, ...]
@@ -245,7 +377,19 @@ class BlocksLeftOut(Event):
 
 @dataclass(frozen=True)
 class SampleRead(Event):
-    """A few blocks were read, and rows taken from them; ``bytes`` and ``rows_read`` for it."""
+    """The sample was read from a few blocks.
+
+    Attributes
+    ----------
+    rows : int
+        Number of rows in the sample.
+    blocks : int
+        Number of blocks that were read.
+    rows_read, bytes : int
+        Rows and bytes read from the source.
+    retries : int
+        Number of reads that were retried.
+    """
 
     rows: int
     blocks: int
@@ -256,9 +400,16 @@ class SampleRead(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """The state of the fit is in a file; writing it took some seconds."""
+    """A checkpoint was written.
 
-    is_passing: ClassVar[bool] = True
+    Attributes
+    ----------
+    path : str
+    seconds : float
+        Time that saving took.
+    """
+
+    is_transient: ClassVar[bool] = True
 
     path: str
     seconds: float
@@ -266,11 +417,20 @@ class CheckpointWritten(Event):
 
 @dataclass(frozen=True)
 class FitResumed(Event):
-    """The fit goes on from a checkpoint that was written after so many passes.
+    """The fit was resumed from a checkpoint.
 
-    ``started`` is what was said at its beginning; ``notes`` say what was unexpected about the
-    checkpoint. ``is_within_pass`` tells that it holds a part of one more pass, of which the first
-    ``BlocksFinished`` says how much.
+    Attributes
+    ----------
+    started : FitStarted or None
+        The first event of the fit.
+    path : str
+        Path of the checkpoint.
+    n_passes : int
+        Number of passes that are complete.
+    notes : tuple of str
+        Sentences on what is unexpected about the checkpoint.
+    is_within_pass : bool
+        True if a further pass is partly complete; the first ``BlocksFinished`` says how far.
     """
 
     started: FitStarted | None
@@ -282,9 +442,16 @@ class FitResumed(Event):
 
 @dataclass(frozen=True)
 class FitEnded(Event):
-    """The fit is over."""
+    """The fit ended with a result.
 
-    is_passing: ClassVar[bool] = True
+    Attributes
+    ----------
+    success : bool
+    message : str
+        As in ``FitResult``.
+    """
+
+    is_transient: ClassVar[bool] = True
 
     success: bool
     message: str
@@ -292,18 +459,24 @@ class FitEnded(Event):
 
 @dataclass(frozen=True)
 class FitAborted(Event):
-    """The fit has ended in an error."""
+    """The fit ended in an error.
 
-    is_passing: ClassVar[bool] = True
+    Attributes
+    ----------
+    error : str
+        Type and message of the exception.
+    """
+
+    is_transient: ClassVar[bool] = True
 
     error: str
 
 
-_MANY = 1000  # parameters, of which those of every iteration would fill a record
+_MANY = 1000  # parameters; those of every iteration would fill a log
 
 
 def without_many_params(event: Event) -> Event:
-    """Return the event, without its parameters if they are too many to be kept of each."""
+    """Return the event, without its parameters if there are very many."""
     if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask import _html as html
 from nlsq_dask._keywords import arguments_of, explain_keywords
+from nlsq_dask._text import join_first
 from nlsq_dask.checkpoints.identity import Identity
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
@@ -40,18 +41,16 @@ from nlsq_dask.fit.driver import Driver
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.problem import FitProblem, validate_arguments
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.observers.build import build_observers, validate_observers
 from nlsq_dask.observers.dashboard.observer import on_dashboard
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
-from nlsq_dask.observers.watching import watching
 from nlsq_dask.plan import Plan, build_plan
 from nlsq_dask.results import report
 from nlsq_dask.results.build import build_result, resume_hint
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.rows.rows import BLOCK_ROWS
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
-
-_MOST_SHOWN = 20  # parameters in HTML
 
 
 class AdaptiveHybridStreamingOptimizer:
@@ -60,6 +59,11 @@ class AdaptiveHybridStreamingOptimizer:
     Parameters
     ----------
     config : HybridStreamingConfig, optional
+    observers : sequence of callable
+        Each is called with every event of a fit, a record of ``nlsq_dask.events``, in order and in
+        the thread that called ``fit``. An observer cannot change the fit: one that raises an
+        exception is dropped with a warning. A resumed fit begins with ``FitResumed``; earlier
+        events are not repeated.
 
     Attributes
     ----------
@@ -94,10 +98,16 @@ class AdaptiveHybridStreamingOptimizer:
     """
 
     @explain_keywords("AdaptiveHybridStreamingOptimizer")
-    def __init__(self, config: HybridStreamingConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: HybridStreamingConfig | None = None,
+        *,
+        observers: Iterable[Observer] = (),
+    ) -> None:
         if config is not None and not isinstance(config, HybridStreamingConfig):
             raise TypeError(f"config must be a HybridStreamingConfig; got {config!r}.")
         self.config = HybridStreamingConfig() if config is None else config
+        self.observers = validate_observers(observers)
         self._running = threading.Lock()
         self._forget()
 
@@ -125,9 +135,8 @@ class AdaptiveHybridStreamingOptimizer:
         if np.isfinite(self.best_cost_global):
             state.append(("best cost over all rows", f"{self.best_cost_global:.8g}"))
         if self.best_params_global is not None:
-            best = [f"{value:.6g}" for value in self.best_params_global[:_MOST_SHOWN]]
-            rest = ", ..." if len(self.best_params_global) > _MOST_SHOWN else ""
-            state.append(("best parameters so far", f"{', '.join(best)}{rest}"))
+            best = [f"{value:.6g}" for value in self.best_params_global]
+            state.append(("best parameters so far", join_first(best)))
         history = list(self.phase_history)
         return html.page(
             html.paragraph(f"<b>{type(self).__name__}</b>"),
@@ -231,7 +240,9 @@ class AdaptiveHybridStreamingOptimizer:
             return Identity.of(model, problem.blocks, problem.arguments, config)
 
         with ExitStack() as stack:
-            observers += [stack.enter_context(watch) for watch in watching(config)]
+            observers += [
+                stack.enter_context(watch) for watch in build_observers(config, self.observers)
+            ]
             page = stack.enter_context(on_dashboard(config.dashboard))
             if page is not None:
                 observers.append(page)

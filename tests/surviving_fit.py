@@ -51,7 +51,13 @@ def data(log: str = "", seconds: float = 0.0) -> tuple[da.Array, da.Array]:
     return x, da.map_blocks(read_slowly, x, log=log, seconds=seconds, dtype=float)
 
 
-def fit(log: str = "", seconds: float = 0.0, callback: Any = None, **options: Any) -> nd.FitResult:
+def fit(
+    log: str = "",
+    seconds: float = 0.0,
+    callback: Any = None,
+    observers: Any = (),
+    **options: Any,
+) -> nd.FitResult:
     """Fit, in several passes because the sample is too small to spare any."""
     config = nd.HybridStreamingConfig(
         **{
@@ -65,7 +71,7 @@ def fit(log: str = "", seconds: float = 0.0, callback: Any = None, **options: An
         }
     )
     x, y = data(log, seconds)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
     return optimizer.fit(model, x, y, START, callback=callback)
 
 

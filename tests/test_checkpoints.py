@@ -8,7 +8,6 @@ import pickle
 import shutil
 import time
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -563,25 +562,23 @@ def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on_and_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cut(event: Event) -> None:
         if isinstance(event, BlocksFinished) and event.blocks >= 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.watching", lambda _: iter([nullcontext(cut)]))
-        with pytest.raises(KeyboardInterrupt) as plain:
-            surviving_fit.fit()
-        assert not hasattr(plain.value, "__notes__")
-        with pytest.raises(KeyboardInterrupt) as caught:
-            surviving_fit.fit(checkpoint_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt) as plain:
+        surviving_fit.fit(observers=[cut])
+    assert not hasattr(plain.value, "__notes__")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        surviving_fit.fit(checkpoint_dir=tmp_path, observers=[cut])
     (saved,) = tmp_path.iterdir()
     assert caught.value.__notes__ == [
         f"To resume: HybridStreamingConfig(resume_from_checkpoint={str(saved)!r})."
     ]
     assert surviving_fit.fit(resume_from_checkpoint=saved, verbose=1).success
-    assert f"Going on from {saved}, after 0 passes and a part of the next\n" in (
+    assert f"Resuming from {saved} (0 passes complete, pass 1 in progress)\n" in (
         capsys.readouterr().out
     )
 

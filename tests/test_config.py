@@ -80,6 +80,23 @@ def test_presets_differ_by_their_row_alone(name: str) -> None:
     assert differing == PRESETS[name]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_help_shows_what_presets_set(name: str) -> None:
+    preset = getattr(Config, name)
+    assert preset.__qualname__ == f"HybridStreamingConfig.{name}"
+    assert "overrides" in inspect.signature(preset).parameters
+    doc = inspect.getdoc(preset) or ""
+    for section in ("Parameters", "Returns"):
+        assert f"\n\n{section}\n{'-' * len(section)}\n" in doc
+    if name != "with_multistart":
+        assert all(f"``{option}={value!r}``" in doc for option, value in PRESETS[name].items())
+
+
+def test_presets_explain_unknown_keywords() -> None:
+    with pytest.raises(TypeError, match=r"no argument .max_iter.\. .*gauss_newton_max_iterations"):
+        Config.aggressive(max_iter=3)
+
+
 def test_presets_take_overrides() -> None:
     assert Config.with_multistart(n_starts=3, verbose=0).n_starts == 3
     assert Config.aggressive(random_seed=4).random_seed == 4

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -24,7 +24,6 @@ from distributed import Client, LocalCluster, get_client
 from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
-from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
@@ -59,7 +58,13 @@ def slowly(block: np.ndarray, seconds: float) -> np.ndarray:
     return block
 
 
-def fit(model: Any = decay, n_blocks: int = 12, seconds: float = 0.0, **options: Any) -> Any:
+def fit(
+    model: Any = decay,
+    n_blocks: int = 12,
+    seconds: float = 0.0,
+    observers: Any = (),
+    **options: Any,
+) -> Any:
     # A group of blocks, which is one task, ends with 2**18 rows.
     rows = 2_000 if not seconds else 2**18
     x = da.linspace(0, 4, n_blocks * rows, chunks=rows)
@@ -67,7 +72,8 @@ def fit(model: Any = decay, n_blocks: int = 12, seconds: float = 0.0, **options:
     if seconds:
         y = y.map_blocks(slowly, seconds, dtype=float, meta=np.zeros(0))
     config = nd.HybridStreamingConfig(**{"verbose": 0, "cache": 0, **options})
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, [1.0, 1.0, 0.1])
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
+    return optimizer.fit(model, x, y, [1.0, 1.0, 0.1])
 
 
 IS_OURS = '<div class="nlsq">'
@@ -165,8 +171,8 @@ def measured(grid: tuple[int, ...], values: np.ndarray) -> tuple[dict[str, Any],
     dims = tuple("abcd"[: len(grid)])
     messages.of(FitStarted("m", 1, grid, dims, ("p",)))
     n = values.size
-    sums = BlockSums(np.arange(n), 7.0 * values.ravel(), np.full(n, 7), np.zeros(n))
-    (message,) = messages.of(BlocksMeasured(1, sums))
+    measured = BlocksMeasured(1, np.arange(n), 7.0 * values.ravel(), np.full(n, 7), np.zeros(n))
+    (message,) = messages.of(measured)
     return message, np.frombuffer(message["values"], np.float32).reshape(message["shape"])
 
 
@@ -452,9 +458,7 @@ def test_an_error_and_a_resumed_fit_are_shown(as_default: Client, tmp_path: Path
     assert after["nlsq_passes_total"] == before["nlsq_passes_total"]
 
 
-def test_a_fit_that_was_cut_counts_once(
-    as_default: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fit_that_was_cut_counts_once(as_default: Client, tmp_path: Path) -> None:
     def cut(event: Event) -> None:
         if isinstance(event, BlocksFinished) and event.number == 2 and event.blocks >= 3:
             raise KeyboardInterrupt
@@ -466,10 +470,8 @@ def test_a_fit_that_was_cut_counts_once(
     before = counted(url)
     whole = fit(**options)
     undisturbed = counted(url)
-    with monkeypatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([nullcontext(cut)]))
-        with pytest.raises(KeyboardInterrupt):
-            fit(**options, checkpoint_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(**options, checkpoint_dir=tmp_path, observers=[cut])
     *_, first = pages(as_default)
     assert first["state"] == "aborted"
     assert first["metrics"]["nlsq_passes_total"] == 1

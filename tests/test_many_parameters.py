@@ -319,7 +319,7 @@ class Shared(Local):
 def test_what_the_data_do_not_determine_is_said(options: dict[str, Any]) -> None:
     problem = Shared(20, 20_000)
     problem.start = np.ones(41)
-    with pytest.warns(OptimizeWarning, match="data do not constrain 'p20', .* and 1 more"):
+    with pytest.warns(OptimizeWarning, match="data do not constrain 'p20', .*, and 1 more"):
         result = problem.fit(4_000, **options)
     assert result.success
     assert "do not constrain: 'p20', 'p21'" in result.message

@@ -226,7 +226,7 @@ def test_a_start_that_leaves_very_many_parameters_out(capsys: pytest.CaptureFixt
     nd.AdaptiveHybridStreamingOptimizer().fit(
         lambda x, *p: p[0] * x + sum(p), T, Y, {"c0": 1}, param_names=names, callback=stop
     )
-    assert ", c20 = 1, 29 more\n" in capsys.readouterr().out
+    assert ", c20 = 1, and 29 more\n" in capsys.readouterr().out
 
 
 def stop(*_: Any) -> None:

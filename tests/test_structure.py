@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import nlsq_dask
+
 PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # The rooms of the package, floor by floor: imports go down, never up and never sideways.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "status", "_keywords", "_html"),
+    ("errors", "events", "status", "_keywords", "_html", "_text", "_version"),
     ("config", "rows", "storage"),
     ("data", "model"),
     ("kernels",),
     ("engine", "solvers"),
-    ("events", "warmup"),
-    ("checkpoints",),
+    ("warmup", "checkpoints"),
     ("fit", "observers"),
     ("results", "plan"),
     ("optimizer",),
@@ -101,3 +104,40 @@ def test_print_is_for_the_progress_observer() -> None:
             and node.func.id == "print"
         ]
         assert not calls or path.stem == "progress", path
+
+
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+
+installed = metadata.version
+
+def version(name):
+    if name == "nlsq-dask":
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+
+metadata.version = version
+
+import jax.numpy as jnp
+import numpy as np
+import nlsq_dask as nd
+
+print(nd.__version__)
+config = nd.HybridStreamingConfig(verbose=0, checkpoint_dir="checkpoints")
+x = np.linspace(0, 1, 100)
+result = nd.AdaptiveHybridStreamingOptimizer(config).fit(lambda x, a: a * x, x, 2 * x)
+result.save("result.nlsq")
+print(nd.FitResult.load("result.nlsq").success)
+"""
+
+
+def test_a_source_tree_that_is_not_installed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_INSTALLED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [nlsq_dask.__version__, "True"], done.stderr

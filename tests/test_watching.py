@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,27 @@ import pytest
 from distributed import Client
 
 import nlsq_dask as nd
-from nlsq_dask.events import BlocksFinished, Event, FitEnded, PassFinished, WarmupStarted
+from nlsq_dask.events import (
+    EVENTS,
+    BlocksFinished,
+    BlocksMeasured,
+    Event,
+    FitAborted,
+    FitEnded,
+    FitResumed,
+    FitStarted,
+    IterationFinished,
+    PassFinished,
+    PhaseEnded,
+    PhaseStarted,
+    WarmupEnded,
+    WarmupStarted,
+)
 from nlsq_dask.observers import logs, progress
+from nlsq_dask.observers.build import build_observers
 from nlsq_dask.observers.dashboard.messages import Messages
+from nlsq_dask.observers.format import TEXTS, format_event
 from nlsq_dask.observers.progress import Progress
-from nlsq_dask.observers.watching import watching
 
 N = 40_000
 X = np.linspace(0.0, 4.0, N)
@@ -40,13 +57,13 @@ def slowly(y: np.ndarray) -> np.ndarray:
     return y
 
 
-def fit(seconds: bool = False, **options: Any) -> nd.FitResult:
+def fit(seconds: bool = False, observers: Any = (), **options: Any) -> nd.FitResult:
     y = da.from_array(Y, chunks=N // 10)
     y = y.map_blocks(slowly, dtype=float) if seconds else y
     config = nd.HybridStreamingConfig(
         **{"verbose": 0, "sample_rows": 300, "gauss_newton_tol": 1e-12, **options}
     )
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
     with dask.config.set(scheduler="sync"):
         return optimizer.fit(decay, da.from_array(X, chunks=N // 10), y, START)
 
@@ -96,7 +113,7 @@ def test_no_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.getvalue() == ""
     monkeypatch.setattr(progress, "_LINE_INTERVAL", 0.0)
     shown(running(50, 10.0))
-    assert file.getvalue() == "  pass 3: 50 of 200 blocks (25%) in 10 s, 30 s left\n"
+    assert file.getvalue() == "  pass 3: 50 of 200 blocks (25%) in 10 s, 30 s remaining\n"
 
 
 @pytest.mark.usefixtures("no_delay")
@@ -128,9 +145,7 @@ def test_nothing_is_printed_unless_asked_for(capfd: pytest.CaptureFixture[str]) 
 
 def test_how_far_a_pass_is() -> None:
     seen: list[Event] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([_Entered(seen.append)]))
-        result = fit(cache=0)
+    result = fit(cache=0, observers=[seen.append])
     steps = [event for event in seen if isinstance(event, BlocksFinished)]
     for number in range(1, result.n_passes + 1):
         own = [event for event in steps if event.number == number]
@@ -141,15 +156,126 @@ def test_how_far_a_pass_is() -> None:
         assert {(event.n_blocks, event.n_rows) for event in own} == {(10, N)}
 
 
-class _Entered:
-    def __init__(self, observer: Any) -> None:
-        self._observer = observer
+def assert_ordered(seen: list[Event], result: nd.FitResult) -> None:
+    """Assert that events are complete and in order."""
+    assert isinstance(seen[0], FitStarted)
+    assert seen[-1] == FitEnded(result.success, result.message)
+    assert [e.phase for e in seen if isinstance(e, PhaseStarted)] == [0, 1, 2, 3]
+    assert [e.phase for e in seen if isinstance(e, PhaseEnded)] == [0, 1, 2, 3]
+    numbers = [e.number for e in seen if isinstance(e, PassFinished)]
+    assert numbers == list(range(1, result.n_passes + 1))
+    iterations = [e for e in seen if isinstance(e, IterationFinished)]
+    np.testing.assert_array_equal([e.iteration for e in iterations], result.history.iteration)
+    for event, following in pairwise(seen):
+        assert not isinstance(event, BlocksMeasured) or isinstance(following, PassFinished)
 
-    def __enter__(self) -> Any:
-        return self._observer
 
-    def __exit__(self, *_: object) -> None:
-        pass
+# --- observers of the caller
+
+
+@pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
+def test_observers_get_all_events_in_order(scheduler: str) -> None:
+    seen: list[Event] = []
+    threads: set[threading.Thread] = set()
+
+    def note_thread(event: Event) -> None:
+        threads.add(threading.current_thread())
+
+    config = nd.HybridStreamingConfig(verbose=0, sample_rows=300, gauss_newton_tol=1e-12)
+    observers = [seen.append, note_thread]
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
+    x, y = (da.from_array(a, chunks=N // 10) for a in (X, Y))
+    with dask.config.set(scheduler=scheduler):
+        result = optimizer.fit(decay, x, y, START)
+    assert_ordered(seen, result)
+    assert threads == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("kind", [ValueError, StopIteration])
+def test_an_observer_that_raises_is_dropped(kind: type[Exception]) -> None:
+    seen: list[Event] = []
+
+    def broken(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, PassFinished):
+            raise kind("no way")
+
+    expected = fit()
+    after: list[Event] = []
+    with pytest.warns(UserWarning, match=rf"observer .*broken raised {kind.__name__}: no") as all_:
+        result = fit(observers=[broken, after.append])
+    assert len(all_) == 1
+    assert all_[0].filename == __file__
+    assert isinstance(seen[-1], PassFinished)
+    assert_ordered(after, result)
+    np.testing.assert_array_equal(result.popt, expected.popt)
+    np.testing.assert_array_equal(result.pcov, expected.pcov)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_observer_can_interrupt_a_fit(kind: type[BaseException]) -> None:
+    seen: list[Event] = []
+
+    def interrupt(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, PassFinished):
+            raise kind
+
+    with pytest.raises(kind):
+        fit(observers=[interrupt])
+    assert isinstance(seen[-1], FitAborted)
+
+
+def test_an_observer_cannot_change_an_event() -> None:
+    def change(event: Event) -> None:
+        if isinstance(event, IterationFinished):
+            event.params[:] = 0.0
+
+    with pytest.warns(UserWarning, match=r"change raised ValueError: .*read-only"):
+        result = fit(observers=[change])
+    np.testing.assert_array_equal(result.popt, fit().popt)
+
+
+def test_observers_of_a_fit_that_fails() -> None:
+    seen: list[Event] = []
+    config = nd.HybridStreamingConfig(verbose=0)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=[seen.append])
+    with pytest.raises(nd.NonFiniteDataError):
+        optimizer.fit(decay, X, np.where(X > 3, np.nan, Y), START)
+    assert isinstance(seen[-1], FitAborted)
+    assert "NonFiniteDataError" in seen[-1].error
+
+
+def test_observers_of_a_resumed_fit_get_what_follows(tmp_path: Path) -> None:
+    def cut(event: Event) -> None:
+        if isinstance(event, PassFinished) and event.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(checkpoint_dir=tmp_path, observers=[cut])
+    seen: list[Event] = []
+    result = fit(resume_from_checkpoint=tmp_path, observers=[seen.append])
+    first, *others = seen
+    assert isinstance(first, FitResumed)
+    assert first.started is not None
+    assert first.started.param_names == ("a", "b", "c")
+    assert not any(isinstance(event, FitStarted | FitResumed) for event in others)
+    passes = [event.number for event in others if isinstance(event, PassFinished)]
+    assert passes == list(range(first.n_passes + 1, result.n_passes + 1)) != []
+
+
+@pytest.mark.parametrize("observers", [print, [print, "progress"], 3, "progress"])
+def test_observers_that_cannot_be_called(observers: Any) -> None:
+    with pytest.raises(TypeError, match=r"^observers must be a list of callables, each .*; "):
+        nd.AdaptiveHybridStreamingOptimizer(observers=observers)
+
+
+def test_the_documentation_lists_every_event() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    for kind in EVENTS.values():
+        assert f".. autoclass:: {kind.__name__}\n" in page
+        assert kind.__doc__
+        assert kind.__module__ == "nlsq_dask.events"
 
 
 def test_on_a_cluster_blocks_are_counted(process_client: Client) -> None:
@@ -157,10 +283,18 @@ def test_on_a_cluster_blocks_are_counted(process_client: Client) -> None:
     n = 2**18 * 6
     x = da.linspace(0.0, 4.0, n, chunks=2**18)
     y = 2.0 * da.exp(-0.7 * x) + 0.3
-    with pytest.MonkeyPatch.context() as patch, process_client.as_current():
-        patch.setattr("nlsq_dask.optimizer.watching", lambda *_: iter([_Entered(seen.append)]))
+    threads: set[threading.Thread] = set()
+
+    def note_thread(event: Event) -> None:
+        threads.add(threading.current_thread())
+
+    with process_client.as_current():
         config = nd.HybridStreamingConfig(sample_rows=300)
-        nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, x, y, START)
+        observers = [seen.append, note_thread]
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
+        result = optimizer.fit(decay, x, y, START)
+    assert threads == {threading.current_thread()}
+    assert_ordered(seen, result)
     first = [e.blocks for e in seen if isinstance(e, BlocksFinished) and e.number == 1]
     assert first[0] == 0
     assert first[-1] == 6
@@ -212,11 +346,25 @@ def test_a_warmup_that_is_skipped(
     config = nd.HybridStreamingConfig(warmup_iterations=0, sample_rows=300, **options)
     nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, X, Y, start)
     out = capsys.readouterr().out
-    assert "  skipped: no iterations are allowed, or the model is not finite at p0 (rel" in out
+    assert "  warm-up skipped: no iterations are allowed, or the model is not finite at p0 (" in out
     assert "None" not in out
     event = WarmupStarted("p0", 0.5, None, is_warm_start=False)
     (note,) = Messages().of(event)
-    assert note["text"].startswith("the warm-up is skipped: no iterations are allowed, or")
+    assert note["text"].startswith("warm-up skipped: no iterations are allowed, or")
+
+
+def test_events_without_text() -> None:
+    assert set(EVENTS.values()) - set(TEXTS) == {PhaseEnded, BlocksMeasured}
+
+
+def test_layers_that_acted_are_named() -> None:
+    ended = WarmupEnded("plateau", 12, 0.1, True, 3, 2, True, 0)
+    text = format_event(ended)
+    assert text is not None
+    for part in ("12 iterations", "layer 3", "layer 4, clipping: 3 steps", "line searches: 2"):
+        assert part in text
+    (note,) = Messages().of(ended)
+    assert note["text"] == text.strip()
 
 
 def test_json_lines_say_what_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +477,7 @@ def test_logging(caplog: pytest.LogCaptureFixture) -> None:
 def test_who_watches() -> None:
     def names(**options: Any) -> set[str]:
         found: set[str] = set()
-        for watch in watching(nd.HybridStreamingConfig(**options)):
+        for watch in build_observers(nd.HybridStreamingConfig(**options)):
             with watch as observer:
                 found.add(type(observer).__name__)
         return found

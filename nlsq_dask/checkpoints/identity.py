@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from nlsq_dask._version import version_of
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.fingerprints import describe_array, digest
@@ -73,7 +73,7 @@ class Identity:
                 for option in fields(config)
                 if option.metadata["changes_fit"]
             },
-            versions={name: version(name) for name in _PACKAGES} | {"processor": _processor()},
+            versions={name: version_of(name) for name in _PACKAGES} | {"processor": _processor()},
         )
 
     def check(self, now: Self) -> list[str]:

@@ -172,7 +172,7 @@ class CheckpointJournal(Journal):
 
     def observe(self, event: Event) -> None:
         """Remember what happened."""
-        if event.is_passing:
+        if event.is_transient:
             return
         kept = without_many_params(event)
         self._encoded_events.append((type(kept).__name__, encode(kept)))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
-from nlsq_dask._keywords import explain_keywords, suggest_keyword
+from nlsq_dask._keywords import explain_keywords
+from nlsq_dask.config import auto
+from nlsq_dask.config.presets import preset
 from nlsq_dask.config.rules import (
     BOOL,
     CRITERIA,
@@ -21,40 +23,16 @@ from nlsq_dask.config.rules import (
     RANGES,
     TOLERANCE,
     WEIGHTS,
-    Rule,
+    check_combinations,
     integer,
     one_of,
     or_else,
 )
-
-_AUTO_CHUNK_SIZE = 2**20
-_AUTO_SAMPLE_ROWS = 2**16, 2**17
-_AUTO_SAMPLE_SHARE = 1 / 16
-_AUTO_SAMPLE_ROWS_A_PARAM = 32
-_AUTO_SAMPLE_BYTES = 64 * 2**20
-
-# Switches that say nothing without another option.
-_NEEDS = {
-    "enable_group_variance_regularization": "group_variance_indices",
-    "enable_residual_weighting": "residual_weights",
-}
-
-
-def _aside(default: Any, rule: Rule, doc: str) -> Any:
-    """Declare an option that does not change the fit: it may be another when one is resumed."""
-    return _option(default, rule, doc, changes_fit=False)
-
-
-def _option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
-    """Declare one option: its default, what is allowed, and what it does."""
-    metadata = {"rule": rule, "doc": doc, "changes_fit": changes_fit}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from nlsq_dask.config.validation import ValidatedOptions, aside, option, parameters_section
 
 
 @dataclass(kw_only=True, repr=False)
-class HybridStreamingConfig:
+class HybridStreamingConfig(ValidatedOptions):
     """Options of a fit, as flat keyword arguments.
 
     Every value is checked at construction; a fit checks and copies the options
@@ -62,8 +40,8 @@ class HybridStreamingConfig:
     """
 
     # --- phase 0: normalization
-    normalize: bool = _option(True, BOOL, "Normalize the parameters for the warm-up.")
-    normalization_strategy: str = _option(
+    normalize: bool = option(True, BOOL, "Normalize the parameters for the warm-up.")
+    normalization_strategy: str = option(
         "auto",
         one_of("auto", "bounds", "p0", "none"),
         "'auto' (by bounds if all are finite, else by p0), 'bounds' (to [0, 1]), "
@@ -71,102 +49,102 @@ class HybridStreamingConfig:
     )
 
     # --- phase 1: L-BFGS warm-up on a sample
-    warmup_iterations: int = _option(
+    warmup_iterations: int = option(
         200,
         integer(0),
         "Iterations before 'plateau' and 'gradient' are tested; never more than "
         "max_warmup_iterations.",
     )
-    max_warmup_iterations: int = _option(
+    max_warmup_iterations: int = option(
         500,
         integer(0),
         "Its most iterations; 0 for no warm-up. Without 'max_iter' among the criteria only ten "
         "times as many end it.",
     )
-    loss_plateau_threshold: float = _option(
+    loss_plateau_threshold: float = option(
         1e-4, POSITIVE, "'plateau': relative change of the loss below this ends the warm-up."
     )
-    gradient_norm_threshold: float = _option(
+    gradient_norm_threshold: float = option(
         1e-3,
         POSITIVE,
         "'gradient': a norm below this ends the warm-up; gradient of the relative loss with "
         "respect to the normalized parameters.",
     )
-    active_switching_criteria: Sequence[str] = _option(
+    active_switching_criteria: Sequence[str] = option(
         ["plateau", "gradient", "max_iter"], CRITERIA, "The criteria in force; any one switches."
     )
-    lbfgs_history_size: int = _option(10, integer(1), "Pairs that L-BFGS remembers.")
-    lbfgs_line_search: str = _option(
+    lbfgs_history_size: int = option(10, integer(1), "Pairs that L-BFGS remembers.")
+    lbfgs_line_search: str = option(
         "wolfe",
         one_of("wolfe", "strong_wolfe", "backtracking"),
         "'wolfe' (optax's zoom search), 'strong_wolfe' (without its approximate-decrease test) or "
         "'backtracking'.",
     )
-    lbfgs_initial_step_size: float = _option(
+    lbfgs_initial_step_size: float = option(
         0.1, FINITE_POSITIVE, "First step size when the relative loss is below 1 ('careful')."
     )
-    lbfgs_exploration_step_size: float = _option(
+    lbfgs_exploration_step_size: float = option(
         0.1,
         FINITE_POSITIVE,
         "First step size when the relative loss is 1 or more ('exploration').",
     )
-    lbfgs_refinement_step_size: float = _option(
+    lbfgs_refinement_step_size: float = option(
         1.0, FINITE_POSITIVE, "First step size when the relative loss is below 0.1 ('refinement')."
     )
-    gradient_clip_value: float | None = _option(
+    gradient_clip_value: float | None = option(
         None, or_else(POSITIVE, None), "Largest norm of a warm-up gradient; None for no clipping."
     )
 
     # --- the four defence layers of the warm-up
-    enable_warm_start_detection: bool = _option(
+    enable_warm_start_detection: bool = option(
         True, BOOL, "Layer 1: skip the warm-up when p0 already fits."
     )
-    warm_start_threshold: float = _option(
+    warm_start_threshold: float = option(
         0.01,
         POSITIVE,
         "Layer 1: relative loss below which the warm-up is skipped; penalties count. On noisy "
         "data that of a perfect fit is noise / signal variance, so this can never fire there.",
     )
-    enable_adaptive_warmup_lr: bool = _option(
+    enable_adaptive_warmup_lr: bool = option(
         True, BOOL, "Layer 2: choose the first step size by the relative loss."
     )
-    enable_cost_guard: bool = _option(
+    enable_cost_guard: bool = option(
         True, BOOL, "Layer 3: abort when the loss grows, back to the best point."
     )
-    cost_increase_tolerance: float = _option(
+    cost_increase_tolerance: float = option(
         0.05, NON_NEGATIVE, "Layer 3: relative growth over the first loss that aborts."
     )
-    enable_step_clipping: bool = _option(True, BOOL, "Layer 4: limit the length of an update.")
-    max_warmup_step_size: float = _option(
+    enable_step_clipping: bool = option(True, BOOL, "Layer 4: limit the length of an update.")
+    max_warmup_step_size: float = option(
         0.1, POSITIVE, "Layer 4: largest L2 norm of an update, in normalized space."
     )
 
     # --- phase 2: Gauss-Newton
-    gauss_newton_max_iterations: int = _aside(
+    gauss_newton_max_iterations: int = aside(
         100,
         integer(1),
         "Most trial points over all rows; ten times as many on the sample, which is in memory.",
     )
-    gauss_newton_tol: float = _option(
+    gauss_newton_tol: float = option(
         1e-8,
         TOLERANCE,
         "Converged when sqrt(predicted reduction / cost) is below this; or the step of each "
         "parameter relative to it, and the whole step is negligible beside the standard errors.",
     )
-    trust_region_initial: float = _option(
+    trust_region_initial: float = option(
         1.0,
         POSITIVE,
         "First trust radius, as a multiple of the scaled length of the start; with conjugate "
         "gradients a smaller one damps the first step on the sample more.",
     )
-    regularization_factor: float = _option(
+    regularization_factor: float = option(
         1e-10,
         TOLERANCE,
         "Singular values of the column-scaled Jacobian below this fraction of the largest are "
         "damped as if they were that large. Fractions below 1e-8 damp rounding only. Conjugate "
         "gradients, which leave small ones out by themselves, do not need it.",
     )
-    gauss_newton_solver: str = _option(
+    gauss_newton_solver: str = option(
         "auto",
         one_of("auto", "normal", "qr"),
         "Sums from which the step is solved: 'normal', the normal equations, which square the "
@@ -174,21 +152,21 @@ class HybridStreamingConfig:
         "takes longer to compute; 'auto' goes over from the first to the second where the "
         "condition number says that the first would lose half of the digits (float64 only).",
     )
-    cg_param_threshold: int = _option(
+    cg_param_threshold: int = option(
         2000,
         integer(1),
         "Parameters from which on conjugate gradients solve the step, with one pass an iteration "
         "and nothing larger than a vector of the parameters; there is no covariance then.",
     )
-    cg_max_iterations: int = _option(100, integer(1), "Most conjugate-gradient iterations a step.")
-    cg_relative_tolerance: float = _option(
+    cg_max_iterations: int = option(100, integer(1), "Most conjugate-gradient iterations a step.")
+    cg_relative_tolerance: float = option(
         1e-4,
         TOLERANCE,
         "Residual that ends them, relative to the first one, in the norm of the preconditioner; up "
         "to 0.1 where the step is so long that its quadratic is not exact.",
     )
-    cg_absolute_tolerance: float = _option(1e-10, NON_NEGATIVE, "Absolute residual, likewise.")
-    cg_error_probes: int = _option(
+    cg_absolute_tolerance: float = option(1e-10, NON_NEGATIVE, "Absolute residual, likewise.")
+    cg_error_probes: int = option(
         0,
         integer(0),
         "Standard errors with conjugate gradients: 0 for none; k for estimates from k random "
@@ -198,7 +176,7 @@ class HybridStreamingConfig:
     )
 
     # --- phase 3: covariance
-    cov_type: str = _option(
+    cov_type: str = option(
         "nonrobust",
         one_of("nonrobust", "HC0", "HC1"),
         "Covariance: 'nonrobust' relies on sigma being right in each row, or in proportion; 'HC0' "
@@ -207,7 +185,7 @@ class HybridStreamingConfig:
     )
 
     # --- penalties and weights by group
-    enable_group_variance_regularization: bool = _option(
+    enable_group_variance_regularization: bool = option(
         False,
         BOOL,
         "Penalize the variance within groups of parameters: the fit minimizes "
@@ -215,37 +193,37 @@ class HybridStreamingConfig:
         "Var(group) = mean((p - mean(p))^2) over the parameters of a group, as they are given; "
         "the first sum as the loss has it.",
     )
-    group_variance_lambda: float = _option(0.01, FINITE_NON_NEGATIVE, "Strength of that penalty.")
-    group_variance_indices: Sequence[tuple[int, int]] | None = _option(
+    group_variance_lambda: float = option(0.01, FINITE_NON_NEGATIVE, "Strength of that penalty.")
+    group_variance_indices: Sequence[tuple[int, int]] | None = option(
         None,
         or_else(RANGES, None),
         "The groups, as (start, end) ranges of parameters, the end excluded.",
     )
-    enable_residual_weighting: bool = _option(
+    enable_residual_weighting: bool = option(
         False,
         BOOL,
         "Weight squared residuals by group: sigma is divided by the root of the group's weight. "
         "The group is the first column of x_data (x[:, 0], or the first of several arrays), an "
         "integer from 0.",
     )
-    residual_weights: Sequence[float] | None = _option(
+    residual_weights: Sequence[float] | None = option(
         None, or_else(WEIGHTS, None), "One weight a group."
     )
 
     # --- arithmetic and memory
-    precision: str = _option(
+    precision: str = option(
         "auto",
         one_of("auto", "float64", "float32"),
         "Arithmetic of model and Jacobian; sums beyond some thousand rows are always float64. "
         "'auto' is float64.",
     )
-    chunk_size: int | str = _aside(
+    chunk_size: int | str = aside(
         "auto",
         or_else(integer(1), "auto"),
         "Most rows that one kernel call is given; a larger chunk is taken in pieces, of 4 MB at "
         "most. 'auto' is 2**20.",
     )
-    cache: int | str = _aside(
+    cache: int | str = aside(
         "auto",
         or_else(integer(0), "auto"),
         "Bytes of memory, over all workers, in which blocks may stay between passes; 0 for none. "
@@ -254,82 +232,82 @@ class HybridStreamingConfig:
     )
 
     # --- surviving
-    enable_checkpoints: bool = _aside(True, BOOL, "Write checkpoints to checkpoint_dir.")
-    checkpoint_dir: str | os.PathLike[str] | None = _aside(
+    enable_checkpoints: bool = aside(True, BOOL, "Write checkpoints to checkpoint_dir.")
+    checkpoint_dir: str | os.PathLike[str] | None = aside(
         None,
         or_else(PATH, None),
         "Folder of the checkpoints, or an fsspec URL of one; the last three of a fit are kept. "
         "None writes no files.",
     )
-    checkpoint_frequency: int = _aside(
+    checkpoint_frequency: int = aside(
         100,
         integer(1),
         "Iterations of the warm-up between checkpoints; there is one at the end of each pass over "
         "all rows, too.",
     )
-    checkpoint_interval: float = _aside(
+    checkpoint_interval: float = aside(
         30.0,
         NON_NEGATIVE,
         "Seconds between checkpoints inside a pass, of what has been summed so far; twenty times "
         "as many as saving takes if that is more. 0 saves whenever a block group has been summed.",
     )
-    resume_from_checkpoint: str | os.PathLike[str] | bool | None = _aside(
+    resume_from_checkpoint: str | os.PathLike[str] | bool | None = aside(
         None,
         PATH_OR_FLAG,
         "A checkpoint, or a folder whose newest one is taken, to go on from. Data, model, "
         "arguments and those options that change the fit must be the same. True goes on from what "
         "is in checkpoint_dir, and begins if nothing is.",
     )
-    validate_numerics: bool = _option(
+    validate_numerics: bool = option(
         True,
         BOOL,
         "Where cost or gradient at a trial point are NaN or infinite, go back to the best point "
         "and try a smaller step; False ends the warm-up, or the fit, at the first such point.",
     )
-    enable_fault_tolerance: bool = _aside(
+    enable_fault_tolerance: bool = aside(
         True,
         BOOL,
         "Try again what could not be read; False makes the first error of the source the end.",
     )
-    max_retries_per_batch: int = _aside(
+    max_retries_per_batch: int = aside(
         2,
         integer(0),
         "How often reading is tried again, at the step of a block that failed, with pauses that "
         "grow from 0.1 s by a factor of 4, to 10 s at most.",
     )
-    min_success_rate: float = _aside(
+    min_success_rate: float = aside(
         1.0,
         FRACTION,
         "Share of the rows that must be readable. Below 1, blocks that stay unreadable are left "
         "out as long as so many rows remain, with a warning; the result says which.",
     )
-    max_walltime: float | None = _aside(
+    max_walltime: float | None = aside(
         None,
         or_else(POSITIVE, None),
         "Seconds after which the fit ends, with a checkpoint if there is a checkpoint_dir, and "
         "without success. Block groups that are being computed then are waited for.",
     )
-    stop_on_sigterm: bool = _aside(
+    stop_on_sigterm: bool = aside(
         False,
         BOOL,
         "End the fit in the same way on SIGTERM, which batch schedulers send before they kill.",
     )
-    enable_multi_device: bool = _aside(
+    enable_multi_device: bool = aside(
         False, BOOL, "Share a worker's blocks among its local devices."
     )
 
     # --- watching
-    callback_frequency: int = _aside(10, integer(1), "Iterations between calls of the callback.")
-    verbose: int = _aside(
+    callback_frequency: int = aside(10, integer(1), "Iterations between calls of the callback.")
+    verbose: int = aside(
         1,
         integer(0),
         "0 prints nothing, 1 phases and iterations over all rows, 2 those on the sample, too.",
     )
-    log_frequency: int = _aside(1, integer(1), "Iterations between printed lines.")
-    log_file: str | os.PathLike[str] | None = _aside(
+    log_frequency: int = aside(1, integer(1), "Iterations between printed lines.")
+    log_file: str | os.PathLike[str] | None = aside(
         None, or_else(PATH, None), "File for a JSON-lines record of the fit."
     )
-    dashboard: bool = _aside(
+    dashboard: bool = aside(
         True,
         BOOL,
         "Show the fit on a page, /nlsq, of a distributed cluster's dashboard, and count it in the "
@@ -337,7 +315,7 @@ class HybridStreamingConfig:
     )
 
     # --- starts and the sample
-    enable_multistart: bool = _option(
+    enable_multistart: bool = option(
         False,
         BOOL,
         "Hold a tournament of starts on the sample before the warm-up; it reads nothing more. In "
@@ -345,40 +323,40 @@ class HybridStreamingConfig:
         "their cost on it, and the worse ones leave. The warm-up goes on from the winner; up to 7 "
         "other survivors, and p0 with a warm-up of its own, are tried as well.",
     )
-    n_starts: int = _option(10, integer(1), "Candidates of the tournament, the first of them p0.")
-    multistart_sampler: str = _option(
+    n_starts: int = option(10, integer(1), "Candidates of the tournament, the first of them p0.")
+    multistart_sampler: str = option(
         "lhs",
         one_of("lhs", "sobol", "halton"),
         "How the other candidates are drawn: 'lhs' (Latin hypercube), or scrambled 'sobol' or "
         "'halton' sequences.",
     )
-    elimination_rounds: int = _option(3, integer(1, 60), "Rounds of the tournament.")
-    elimination_fraction: float = _option(
+    elimination_rounds: int = option(3, integer(1, 60), "Rounds of the tournament.")
+    elimination_fraction: float = option(
         0.5,
         TOLERANCE,
         "Share of the candidates that leave in a round, rounded down to whole ones; those at which "
         "the model is not finite leave in any case.",
     )
-    batches_per_round: int = _option(
+    batches_per_round: int = option(
         50,
         integer(1),
         "Minibatches on which a round works. They have 32 rows in the first round and twice as "
         "many in each further one, as long as the sample has them.",
     )
-    center_on_p0: bool = _option(
+    center_on_p0: bool = option(
         True,
         BOOL,
         "Draw the candidates around p0; False: around the middle of the bounds, those parameters "
         "that have two finite ones (one at least must).",
     )
-    scale_factor: float = _option(
+    scale_factor: float = option(
         1.0,
         FINITE_POSITIVE,
         "How far from there they are drawn, as a multiple of half the distance of the bounds, or "
         "of ``|p0|`` (of 1 where it is 0) for a parameter without two finite ones; never outside "
         "of the bounds.",
     )
-    sample_rows: int | str = _option(
+    sample_rows: int | str = option(
         "auto",
         or_else(integer(1), "auto"),
         "Rows of the in-memory sample on which Gauss-Newton is solved before the first pass and "
@@ -386,62 +364,11 @@ class HybridStreamingConfig:
         "is a 16th of all rows, from 2**16 to 2**17, or 32 a parameter; fewer where these would "
         "take more than 64 MB.",
     )
-    random_seed: int = _option(
-        0, integer(0, 2**63 - 1), "Seed of the sample and of the tournament."
-    )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option, which is checked when a fit starts; a name that is none is refused."""
-        option = self.__dataclass_fields__.get(name)
-        if option is None:
-            sentence = f"{type(self).__name__} has no option {name!r}. {suggest_keyword(name)}"
-            raise AttributeError(sentence.rstrip())
-        rule: Rule = option.metadata["rule"]
-        super().__setattr__(name, rule.kept(value) if rule.test(value) else value)
+    random_seed: int = option(0, integer(0, 2**63 - 1), "Seed of the sample and of the tournament.")
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value, rule = getattr(self, option.name), option.metadata["rule"]
-            if not rule.test(value):
-                raise ValueError(f"{option.name} must be {rule.allowed}; got {value!r}.")
-        for switch, needed in _NEEDS.items():
-            value = getattr(self, needed)
-            if getattr(self, switch) and value is None:
-                raise ValueError(f"{switch}=True needs {needed}; got None.")
-            if value is not None and not getattr(self, switch):
-                raise ValueError(
-                    f"{needed} needs {switch}=True; without it {value!r} says nothing."
-                )
-        if self.min_success_rate < 1.0 and not self.enable_fault_tolerance:
-            raise ValueError(
-                f"min_success_rate={self.min_success_rate!r} needs enable_fault_tolerance=True; "
-                f"without it no block is left out."
-            )
-        if self.resume_from_checkpoint is True:
-            if self.checkpoint_dir is None:
-                raise ValueError(
-                    "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, "
-                    "too."
-                )
-            if not self.enable_checkpoints:
-                raise ValueError(
-                    "resume_from_checkpoint=True needs enable_checkpoints=True; to go on without "
-                    "writing checkpoints, give the path of one."
-                )
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
-        return f"{type(self).__name__}({options})"
-
-    def changed(self) -> dict[str, Any]:
-        """Return the options whose values differ from the defaults."""
-        default = {option.name: option.default for option in fields(self)} | {
-            option.name: option.default_factory()
-            for option in fields(self)
-            if option.default_factory is not MISSING
-        }
-        values = {option.name: getattr(self, option.name) for option in fields(self)}
-        return {name: value for name, value in values.items() if value != default[name]}
+        super().__post_init__()
+        check_combinations(self)
 
     # --- what "auto" means, and what options mean together
 
@@ -453,15 +380,12 @@ class HybridStreamingConfig:
     @property
     def piece_rows(self) -> int:
         """The number of rows that ``chunk_size`` stands for."""
-        return _AUTO_CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
+        return auto.CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 
     def sample_size(self, n_rows: int, row_bytes: int, n_params: int = 1) -> int:
         """Return the number of rows that ``sample_rows`` stands for."""
         if isinstance(self.sample_rows, str):
-            least, most = _AUTO_SAMPLE_ROWS
-            wanted = min(max(int(_AUTO_SAMPLE_SHARE * n_rows), least), most)
-            wanted = max(wanted, _AUTO_SAMPLE_ROWS_A_PARAM * n_params)
-            return min(wanted, max(_AUTO_SAMPLE_BYTES // row_bytes, 1))
+            return auto.sample_rows(n_rows, row_bytes, n_params)
         return self.sample_rows
 
     def is_without_matrices(self, n_params: int) -> bool:
@@ -473,103 +397,32 @@ class HybridStreamingConfig:
         """The dtype of the arithmetic that ``precision`` stands for."""
         return "float64" if self.precision == "auto" else self.precision
 
-    def validated_copy(self) -> Self:
-        """Return a copy whose values have all been checked again."""
-        return replace(self)
+    # --- presets
 
-    # --- presets: what differs from the defaults
-
-    @classmethod
-    def aggressive(cls, **overrides: Any) -> Self:
-        """Speed first: a short warm-up, a looser tolerance, pieces as large as possible."""
-        values = {
-            "chunk_size": 2**21,
-            "warmup_iterations": 50,
-            "max_warmup_iterations": 100,
-            "loss_plateau_threshold": 5e-4,
-            "gradient_norm_threshold": 5e-3,
-            "gauss_newton_tol": 1e-7,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def conservative(cls, **overrides: Any) -> Self:
-        """Precision first: a tighter tolerance, more iterations, smaller first steps."""
-        values = {
-            "warmup_iterations": 30,
-            "max_warmup_iterations": 80,
-            "loss_plateau_threshold": 1e-5,
-            "gradient_norm_threshold": 1e-4,
-            "gauss_newton_tol": 1e-10,
-            "gauss_newton_max_iterations": 200,
-            "trust_region_initial": 0.5,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def memory_optimized(cls, **overrides: Any) -> Self:
-        """Small pieces, float32 arithmetic, nothing kept, no matrices from 1,000 parameters on."""
-        values: dict[str, Any] = {
-            "chunk_size": 2**17,
-            "precision": "float32",
-            "cache": 0,
-            "warmup_iterations": 40,
-            "max_warmup_iterations": 100,
-            "checkpoint_frequency": 50,
-            "cg_param_threshold": 1000,
-        }
-        return cls(**(values | overrides))
+    aggressive = preset("aggressive")
+    conservative = preset("conservative")
+    memory_optimized = preset("memory_optimized")
+    defense_strict = preset("defense_strict")
+    defense_relaxed = preset("defense_relaxed")
+    defense_disabled = preset("defense_disabled")
+    scientific_default = preset("scientific_default")
 
     @classmethod
     def with_multistart(cls, n_starts: int = 10, **overrides: Any) -> Self:
-        """Hold a tournament over ``n_starts`` starts first."""
+        """Search for the best of several starts before the warm-up.
+
+        Parameters
+        ----------
+        n_starts : int
+            Number of candidate starts, ``p0`` among them.
+        **overrides
+            Further options; they take precedence.
+
+        Returns
+        -------
+        HybridStreamingConfig
+        """
         return cls(**({"enable_multistart": True, "n_starts": n_starts} | overrides))
-
-    @classmethod
-    def defense_strict(cls, **overrides: Any) -> Self:
-        """Defence layers that act early: for starts that are already close."""
-        values = {
-            "max_warmup_step_size": 0.05,
-            "warmup_iterations": 25,
-            "max_warmup_iterations": 60,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def defense_relaxed(cls, **overrides: Any) -> Self:
-        """Longer steps and more growth of the loss; layer 1 skips more warm-ups than by default."""
-        values = {
-            "warm_start_threshold": 0.5,
-            "cost_increase_tolerance": 0.5,
-            "max_warmup_step_size": 0.5,
-            "warmup_iterations": 50,
-            "max_warmup_iterations": 120,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def defense_disabled(cls, **overrides: Any) -> Self:
-        """All four defence layers off."""
-        values = {
-            "enable_warm_start_detection": False,
-            "enable_adaptive_warmup_lr": False,
-            "enable_cost_guard": False,
-            "enable_step_clipping": False,
-        }
-        return cls(**(values | overrides))
-
-    @classmethod
-    def scientific_default(cls, **overrides: Any) -> Self:
-        """For results that will be published: a tight tolerance and a patient Gauss-Newton."""
-        values = {
-            "warm_start_threshold": 0.05,
-            "cost_increase_tolerance": 0.2,
-            "warmup_iterations": 35,
-            "max_warmup_iterations": 100,
-            "gauss_newton_tol": 1e-10,
-            "gauss_newton_max_iterations": 200,
-        }
-        return cls(**(values | overrides))
 
 
 _RAISES = """
@@ -584,19 +437,8 @@ _RAISES = """
 """
 
 
-def _parameters_section() -> str:
-    """Write the numpydoc section of the options from their own metadata."""
-    lines = ["", "    Parameters", "    ----------"]
-    for option in fields(HybridStreamingConfig):
-        default = option.default_factory() if callable(option.default_factory) else option.default
-        rule: Rule = option.metadata["rule"]
-        lines.append(f"    {option.name} : {rule.allowed}, default {default!r}")
-        lines.append(f"        {option.metadata['doc']}")
-    return "\n".join(lines) + "\n"
-
-
 if HybridStreamingConfig.__doc__ is not None:  # python -OO strips docstrings
-    HybridStreamingConfig.__doc__ += _parameters_section() + _RAISES
+    HybridStreamingConfig.__doc__ += parameters_section(HybridStreamingConfig) + _RAISES
 
 # Presets construct one, too, so that their keywords are explained as well.
 _explaining = explain_keywords("HybridStreamingConfig")

@@ -1,4 +1,4 @@
-"""What an option may be: a sentence for messages and documentation, and the test for it."""
+"""Rules: the allowed values of an option, and the allowed combinations of options."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nlsq_dask.config.options import HybridStreamingConfig
 
 
 def _plain(value: Any) -> Any:
@@ -111,3 +114,34 @@ WEIGHTS = Rule(
     _weights,
     lambda v: tuple(map(float, v)),  # compared and shown as a whole, which an array is not
 )
+
+# Switches that say nothing without another option.
+_NEEDS = {
+    "enable_group_variance_regularization": "group_variance_indices",
+    "enable_residual_weighting": "residual_weights",
+}
+
+
+def check_combinations(options: HybridStreamingConfig) -> None:
+    """Raise a ValueError for options that contradict each other."""
+    for switch, needed in _NEEDS.items():
+        value = getattr(options, needed)
+        if getattr(options, switch) and value is None:
+            raise ValueError(f"{switch}=True needs {needed}; got None.")
+        if value is not None and not getattr(options, switch):
+            raise ValueError(f"{needed} needs {switch}=True; without it {value!r} says nothing.")
+    if options.min_success_rate < 1.0 and not options.enable_fault_tolerance:
+        raise ValueError(
+            f"min_success_rate={options.min_success_rate!r} needs enable_fault_tolerance=True; "
+            f"without it no block is left out."
+        )
+    if options.resume_from_checkpoint is True:
+        if options.checkpoint_dir is None:
+            raise ValueError(
+                "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, too."
+            )
+        if not options.enable_checkpoints:
+            raise ValueError(
+                "resume_from_checkpoint=True needs enable_checkpoints=True; to go on without "
+                "writing checkpoints, give the path of one."
+            )

@@ -20,6 +20,7 @@ from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 
+from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sources.from_zarr import (
     StoredRegion,
@@ -167,7 +168,7 @@ class MissingChunks:
     def sentence(self) -> str:
         """What a person should know of it."""
         what = "1 chunk" if len(self.keys) == 1 else f"{len(self.keys):,} chunks"
-        listed = ", ".join(self.keys[:3]) + (", ..." if len(self.keys) > 3 else "")
+        listed = join_first(self.keys, 3)
         return (
             f"{self.array.store_path} lacks {what} that the fit reads ({listed}), for which Zarr "
             f"gives the fill value, {self.array.fill_value}. It stores no chunks that hold nothing "

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask._text import join_first
+
 Vector = NDArray[np.float64]
 
-_MOST_LISTED = 20  # parameters in a sentence
 _FAR_TOO_MANY = 10  # times as many values in p0 as there are parameters; no miscount is so large
 _OF_PAIRS = "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
 _ORDER = "The order of arguments is model, x, y, p0."
@@ -53,9 +54,7 @@ class Parameters:
             for name, value in zip(self.names, self.start, strict=True)
             if name in self.not_given
         ]
-        if len(starts) > _MOST_LISTED:
-            starts = [*starts[:_MOST_LISTED], f"{len(starts) - _MOST_LISTED:,} more"]
-        return f"Not in p0, so they start at: {', '.join(starts)}" if starts else ""
+        return f"Not in p0, so they start at: {join_first(starts)}" if starts else ""
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,8 @@ class Passes:
         asked = request.sums
         sums = result.sums.penalized(penalty, asked.params, asked.candidates, asked.directions)
         number = self.counts.n_passes + 1
-        self._emit(BlocksMeasured(number, result.blocks))
+        of = result.blocks
+        self._emit(BlocksMeasured(number, of.index, of.chi2, of.n_used, of.largest))
         self._report(
             PassFinished(
                 number,

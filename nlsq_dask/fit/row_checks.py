@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nlsq_dask._text import join_first
 from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.engine.retries import BadBlock
 from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFiniteDataError
@@ -62,11 +63,10 @@ def check_share(bad: Sequence[BadBlock], n_all: int, min_share: float) -> None:
     n_rows = n_all - sum(block.rows for block in bad)
     if n_rows and n_rows >= min_share * n_all:
         return
-    listed = "; ".join(block.sentence for block in bad[:_MOST_LISTED])
-    further = f"; and {len(bad) - _MOST_LISTED} blocks more" if len(bad) > _MOST_LISTED else ""
+    listed = join_first([block.sentence for block in bad], _MOST_LISTED, "; ", "blocks")
     raise BlockReadError(
         f"{n_rows:,} of {n_all:,} rows can be read, less than min_success_rate={min_share:g} of "
-        f"them. {listed}{further}. Repair or replace what is stored there, or lower "
+        f"them. {listed}. Repair or replace what is stored there, or lower "
         f"min_success_rate.",
         bad[0].array,
         bad[0].block,

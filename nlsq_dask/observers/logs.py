@@ -28,7 +28,7 @@ from nlsq_dask.events import (
     NonFiniteTrial,
     without_many_params,
 )
-from nlsq_dask.observers.format import sentence
+from nlsq_dask.observers.format import format_event
 
 LOGGER = logging.getLogger("nlsq_dask")
 LOGGER.addHandler(logging.NullHandler())  # so that nothing is printed unless it is asked for
@@ -69,7 +69,7 @@ class LogRecords:
         """Log the event, if there is anything to say."""
         level = _level(event)
         if LOGGER.isEnabledFor(level) and self._turns.lets_through(event):
-            text = event.error if isinstance(event, FitAborted) else sentence(event)
+            text = format_event(event)
             if text is not None:
                 LOGGER.log(level, "%s", text.strip())
 

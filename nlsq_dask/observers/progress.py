@@ -22,7 +22,7 @@ from nlsq_dask.events import (
     PassFinished,
     SampleRead,
 )
-from nlsq_dask.observers.format import in_words, sentence
+from nlsq_dask.observers.format import format_event, format_rate
 from nlsq_dask.observers.logs import LOGGER
 
 _BAR_DELAY = 0.5  # seconds that a pass must last for a bar
@@ -95,7 +95,7 @@ class Progress:
             return
         if isinstance(event, PassFinished):
             self.close()
-        line = sentence(event) if self._is_shown(event) else None
+        line = format_event(event) if self._is_shown(event) else None
         if line is not None:
             self._print(line)
 
@@ -128,7 +128,7 @@ class Progress:
                 bar_format=_FORMAT,
             )
         if event.seconds > 0.0:
-            rate = in_words(event.rows / event.seconds)
+            rate = format_rate(event.rows / event.seconds)
             self._bar.set_postfix_str(f"{rate} rows/s", refresh=False)
         self._bar.update(event.blocks - self._bar.n)
 
@@ -138,7 +138,7 @@ class Progress:
             self._pass_line_at = now
         elif now - self._pass_line_at >= _LINE_INTERVAL:
             self._pass_line_at = now
-            self._print(str(sentence(event)))
+            self._print(str(format_event(event)))
 
     def _is_shown(self, event: Event) -> bool:
         match event:
@@ -149,6 +149,9 @@ class Progress:
                 return self._shows_sample or event.stage != "sample"
             case SampleRead() | CheckpointWritten():
                 return self._shows_sample
-            case FitEnded() | FitAborted():
+            case FitEnded():
                 self.close()
+            case FitAborted():  # the error is raised
+                self.close()
+                return False
         return True

@@ -1,10 +1,13 @@
-"""``DefenseLayerTelemetry``: how often the defence layers acted, and how much fits have done."""
+"""``DefenseLayerTelemetry``: how often the defense layers acted, and the work of fits."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
+from copy import copy
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from nlsq_dask.events import (
@@ -18,36 +21,86 @@ from nlsq_dask.events import (
     WarmupStarted,
 )
 
-_MODES = ("refinement", "careful", "exploration", "fixed")
+_FIXED = "fixed"  # the mode where layer 2 is off
 _MAX_EVENTS = 1000
 
 
-class DefenseLayerTelemetry:
-    """Counters of the defence layers; safe to use from several threads.
+def _counter(doc: str, metric: str, rate: str = "", layer: str = "", first: Any = 0) -> Any:
+    """Declare a counter.
 
-    Attributes
+    Parameters
     ----------
-    total_warmup_calls : int
-        Warm-ups begun, those that layer 1 skipped included.
-    layer1_warm_start_triggers : int
-    layer2_lr_mode_counts : dict of str to int
-        By mode: "refinement", "careful", "exploration", "fixed".
-    layer3_cost_guard_triggers : int
-    layer4_clip_triggers : int
-        Warm-ups in which at least one update was shortened.
-    layer4_clipped_updates : int
-        Updates shortened in all.
-    lbfgs_history_buffer_fill_events : int
-        Warm-ups in which the memory of L-BFGS was filled.
-    lbfgs_line_search_failures : int
-    total_fits : int
-        Fits that have ended.
-    total_iterations, total_passes : int
-    total_rows_read, total_bytes_read : int
-        From the source, sampling included.
-    last_loss : float
-        That of the last iteration; NaN before there was one.
+    doc : str
+        Its documentation.
+    metric : str
+        Its name in Prometheus.
+    rate : str
+        Its name in ``get_trigger_rates``; none if empty.
+    layer : str
+        The defense layer whose triggers it counts; none if empty.
+    first : int, float or dict of str to int
+        Its value before anything is counted. A dict counts by mode, which replaces the ``*`` in
+        the names.
     """
+    metadata = {"doc": doc, "metric": metric, "rate": rate, "layer": layer, "first": first}
+    return field(metadata=metadata)
+
+
+@dataclass(init=False, eq=False, repr=False)
+class DefenseLayerTelemetry:
+    """Counters of the defense layers and of the work of fits; safe to use from several threads."""
+
+    total_warmup_calls: int = _counter(
+        "Warm-ups begun, including those skipped by layer 1.", "nlsq_defense_warmup_calls_total"
+    )
+    layer1_warm_start_triggers: int = _counter(
+        "Warm-ups skipped because the start already fits.",
+        "nlsq_defense_layer1_triggers_total",
+        "layer1_warm_start_rate",
+        "warm start detection",
+    )
+    layer2_lr_mode_counts: dict[str, int] = _counter(
+        'Warm-ups by mode: "refinement", "careful", "exploration", "fixed".',
+        "nlsq_defense_layer2_*_total",
+        "layer2_*_rate",
+        "adaptive first step",
+        dict.fromkeys(("refinement", "careful", "exploration", _FIXED), 0),
+    )
+    layer3_cost_guard_triggers: int = _counter(
+        "Warm-ups aborted because the loss grew.",
+        "nlsq_defense_layer3_triggers_total",
+        "layer3_cost_guard_rate",
+        "cost-increase guard",
+    )
+    layer4_clip_triggers: int = _counter(
+        "Warm-ups in which at least one update was clipped.",
+        "nlsq_defense_layer4_triggers_total",
+        "layer4_clip_rate",
+        "step clipping",
+    )
+    layer4_clipped_updates: int = _counter(
+        "Updates clipped in all warm-ups.", "nlsq_defense_layer4_clipped_updates_total"
+    )
+    lbfgs_history_buffer_fill_events: int = _counter(
+        "Warm-ups in which the history of L-BFGS was filled.",
+        "nlsq_defense_lbfgs_history_fill_total",
+        "lbfgs_history_buffer_fill_rate",
+    )
+    lbfgs_line_search_failures: int = _counter(
+        "Line searches that failed.",
+        "nlsq_defense_lbfgs_line_search_failures_total",
+        "lbfgs_line_search_failure_rate",
+    )
+    total_fits: int = _counter("Fits that ended.", "nlsq_fits_total")
+    total_iterations: int = _counter("Iterations of all phases.", "nlsq_iterations_total")
+    total_passes: int = _counter("Passes over all rows.", "nlsq_passes_total")
+    total_rows_read: int = _counter(
+        "Rows read from the source, including those read for samples.", "nlsq_rows_read_total"
+    )
+    total_bytes_read: int = _counter("Bytes read from the source.", "nlsq_bytes_read_total")
+    last_loss: float = _counter(
+        "Loss at the last iteration; NaN before the first.", "nlsq_last_loss", first=math.nan
+    )
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -56,20 +109,8 @@ class DefenseLayerTelemetry:
     def reset(self) -> None:
         """Set every counter to zero and forget the events."""
         with self._lock:
-            self.total_warmup_calls = 0
-            self.layer1_warm_start_triggers = 0
-            self.layer2_lr_mode_counts = dict.fromkeys(_MODES, 0)
-            self.layer3_cost_guard_triggers = 0
-            self.layer4_clip_triggers = 0
-            self.layer4_clipped_updates = 0
-            self.lbfgs_history_buffer_fill_events = 0
-            self.lbfgs_line_search_failures = 0
-            self.total_fits = 0
-            self.total_iterations = 0
-            self.total_passes = 0
-            self.total_rows_read = 0
-            self.total_bytes_read = 0
-            self.last_loss = float("nan")
+            for counter in fields(self):
+                setattr(self, counter.name, copy(counter.metadata["first"]))
             self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def __call__(self, event: Event) -> None:
@@ -123,65 +164,46 @@ class DefenseLayerTelemetry:
     def _record(self, kind: str, data: dict[str, Any]) -> None:
         self._events.append({"type": kind, "timestamp": time.time(), "data": data})
 
+    def _by_mode(self, counter: Field[Any]) -> dict[str, Any]:
+        """Return the counts by mode; of a counter without modes, its value under ""."""
+        value = getattr(self, counter.name)
+        return dict(value) if isinstance(value, dict) else {"": value}
+
+    def _percent(self, count: float) -> float:
+        return 100.0 * count / max(self.total_warmup_calls, 1)
+
     def get_trigger_rates(self) -> dict[str, float]:
         """Return how often each layer acted, in percent of the warm-ups.
 
         Returns
         -------
         dict of str to float
-            Shares of the warm-ups, but of ``lbfgs_line_search_failure_rate``: a warm-up may have
-            several of these failures, all of which count, so that it may be above 100.
+            Shares of the warm-ups, except ``lbfgs_line_search_failure_rate``: all failures of a
+            warm-up count, so that it can exceed 100.
         """
         with self._lock:
-            modes = self.layer2_lr_mode_counts
-            counts = {
-                "layer1_warm_start_rate": self.layer1_warm_start_triggers,
-                "layer2_refinement_rate": modes["refinement"],
-                "layer2_careful_rate": modes["careful"],
-                "layer2_exploration_rate": modes["exploration"],
-                "layer3_cost_guard_rate": self.layer3_cost_guard_triggers,
-                "layer4_clip_rate": self.layer4_clip_triggers,
-                "lbfgs_history_buffer_fill_rate": self.lbfgs_history_buffer_fill_events,
-                "lbfgs_line_search_failure_rate": self.lbfgs_line_search_failures,
+            return {
+                counter.metadata["rate"].replace("*", mode): self._percent(count)
+                for counter in fields(self)
+                for mode, count in self._by_mode(counter).items()
+                if counter.metadata["rate"] and mode != _FIXED
             }
-            calls = max(self.total_warmup_calls, 1)
-            return {name: 100.0 * count / calls for name, count in counts.items()}
 
     def get_summary(self) -> dict[str, Any]:
         """Return the counters by layer: name, triggers and rate in percent."""
         with self._lock:
-            rates = self.get_trigger_rates()
-            modes = self.layer2_lr_mode_counts
-
-            def layer(name: str, triggers: int, rate: float) -> dict[str, Any]:
-                return {"name": name, "triggers": triggers, "rate_pct": rate}
-
-            adaptive = sum(count for mode, count in modes.items() if mode != "fixed")
-            adaptive_rate = 100.0 * adaptive / max(self.total_warmup_calls, 1)
-            return {
-                "total_warmup_calls": self.total_warmup_calls,
-                "layer1": layer(
-                    "warm start detection",
-                    self.layer1_warm_start_triggers,
-                    rates["layer1_warm_start_rate"],
-                ),
-                "layer2": {
-                    **layer("adaptive first step", adaptive, adaptive_rate),
-                    "mode_counts": dict(modes),
-                },
-                "layer3": layer(
-                    "cost-increase guard",
-                    self.layer3_cost_guard_triggers,
-                    rates["layer3_cost_guard_rate"],
-                ),
-                "layer4": layer(
-                    "step clipping", self.layer4_clip_triggers, rates["layer4_clip_rate"]
-                ),
-                "lbfgs": {
-                    "history_buffer_fill_events": self.lbfgs_history_buffer_fill_events,
-                    "line_search_failures": self.lbfgs_line_search_failures,
-                },
+            summary: dict[str, Any] = {"total_warmup_calls": self.total_warmup_calls}
+            for counter in fields(self):
+                if name := counter.metadata["layer"]:
+                    n = sum(n for mode, n in self._by_mode(counter).items() if mode != _FIXED)
+                    layer = {"name": name, "triggers": n, "rate_pct": self._percent(n)}
+                    summary[counter.name.partition("_")[0]] = layer
+            summary["layer2"]["mode_counts"] = dict(self.layer2_lr_mode_counts)
+            summary["lbfgs"] = {
+                "history_buffer_fill_events": self.lbfgs_history_buffer_fill_events,
+                "line_search_failures": self.lbfgs_line_search_failures,
             }
+            return summary
 
     def get_recent_events(self, n: int = 10) -> list[dict[str, Any]]:
         """Return the last ``n`` events, the oldest first: dicts of type, timestamp and data."""
@@ -191,27 +213,18 @@ class DefenseLayerTelemetry:
     def export_metrics(self) -> dict[str, float]:
         """Return the counters, and the last loss, under Prometheus names."""
         with self._lock:
-            modes = {
-                f"nlsq_defense_layer2_{mode}_total": count
-                for mode, count in self.layer2_lr_mode_counts.items()
-            }
             return {
-                "nlsq_defense_warmup_calls_total": self.total_warmup_calls,
-                "nlsq_defense_layer1_triggers_total": self.layer1_warm_start_triggers,
-                **modes,
-                "nlsq_defense_layer3_triggers_total": self.layer3_cost_guard_triggers,
-                "nlsq_defense_layer4_triggers_total": self.layer4_clip_triggers,
-                "nlsq_defense_layer4_clipped_updates_total": self.layer4_clipped_updates,
-                "nlsq_defense_lbfgs_history_fill_total": self.lbfgs_history_buffer_fill_events,
-                "nlsq_defense_lbfgs_line_search_failures_total": self.lbfgs_line_search_failures,
-                "nlsq_fits_total": self.total_fits,
-                "nlsq_iterations_total": self.total_iterations,
-                "nlsq_passes_total": self.total_passes,
-                "nlsq_rows_read_total": self.total_rows_read,
-                "nlsq_bytes_read_total": self.total_bytes_read,
-                "nlsq_last_loss": self.last_loss,
+                counter.metadata["metric"].replace("*", mode): count
+                for counter in fields(self)
+                for mode, count in self._by_mode(counter).items()
             }
 
+
+if DefenseLayerTelemetry.__doc__ is not None:  # python -OO strips docstrings
+    DefenseLayerTelemetry.__doc__ += "\n\n    Attributes\n    ----------\n" + "\n".join(
+        f"    {counter.name} : {counter.type}\n        {counter.metadata['doc']}"
+        for counter in fields(DefenseLayerTelemetry)
+    )
 
 _process_telemetry = DefenseLayerTelemetry()
 

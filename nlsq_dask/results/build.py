@@ -9,6 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning
 
+from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.fit.outcome import Outcome
@@ -22,7 +23,6 @@ from nlsq_dask.status import Status
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-_MAX_LISTED = 20  # blocks or parameters in a sentence
 _MULTISTART_HINT = (
     " If p0 may be far from the solution, pass finite bounds and use "
     "HybridStreamingConfig.with_multistart(n_starts=30, center_on_p0=False)."
@@ -52,8 +52,7 @@ def build_result(
         _warn_covariance(non_identifiable, n_used, n_params)
     if non_identifiable and problem.is_without_matrices:
         warn_caller(
-            f"The data do not constrain {_listed(non_identifiable)}: other values fit equally "
-            f"well.",
+            f"The data do not constrain {_join(non_identifiable)}: other values fit equally well.",
             OptimizeWarning,
         )
     message = outcome.stop.message
@@ -64,13 +63,13 @@ def build_result(
         message += f" {skipped}"
         _warn_skipped(skipped, outcome.diagnostics["left_out"])
     if at_bounds:
-        message += f" At a bound: {_listed(at_bounds)}."
+        message += f" At a bound: {_join(at_bounds)}."
     if is_outward.any():
-        message += f" The cost would decrease beyond the bound of {_listed(restricted)}."
+        message += f" The cost would decrease beyond the bound of {_join(restricted)}."
     if sums is not None and n_used < n_params:
         message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
     if non_identifiable:
-        message += f" The data do not constrain: {_listed(non_identifiable)}."
+        message += f" The data do not constrain: {_join(non_identifiable)}."
     if not outcome.stop.is_success and not outcome.stop.is_interruption:
         message += _date_hint(blocks)
     if outcome.stop.is_interruption:
@@ -176,22 +175,19 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
-def _listed(items: list[Any]) -> str:
-    """Return names or blocks for a sentence, truncated after the first ``_MAX_LISTED``."""
-    text = ", ".join(map(repr, items[:_MAX_LISTED]))
-    n_more = len(items) - _MAX_LISTED
-    return f"{text} and {n_more:,} more" if n_more > 0 else text
-
-
 def _r_squared(sums: Sums | None) -> float:
     if sums is None or sums.total_variation <= 0.0:
         return float("nan")
     return 1.0 - sums.chi2 / sums.total_variation
 
 
+def _join(names: list[str]) -> str:
+    return join_first([*map(repr, names)])
+
+
 def _warn_covariance(non_identifiable: list[str], n_used: int, n_params: int) -> None:
     if non_identifiable:
-        reason = f"the data do not constrain {_listed(non_identifiable)}"
+        reason = f"the data do not constrain {_join(non_identifiable)}"
     elif n_used > n_params:
         reason = "the model is insensitive to some of them at this point"
     else:
@@ -211,7 +207,7 @@ def _skipped_message(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
 
 
 def _warn_skipped(message: str, records: list[dict[str, Any]]) -> None:
-    listed = _listed([record["block"] for record in records])
+    listed = join_first([str(record["block"]) for record in records])
     first = records[0]
     where = "" if first["chunk"] is None else f"{first['chunk']}: "
     warn_caller(

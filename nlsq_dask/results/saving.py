@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from nlsq_dask._version import version_of
 from nlsq_dask.errors import ModelError, RecordError, ResultFileError, warn_caller
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
@@ -146,7 +146,7 @@ def _reproduces_sample(result: FitResult) -> bool:
 
 def _describe_model(model: Model) -> MissingModel:
     kernel = PredictionKernel.trace(model)
-    versions = {package: version(package) for package in TRACED_BY}
+    versions = {package: version_of(package) for package in TRACED_BY}
     return MissingModel(model.name, kernel.program.fingerprint, versions)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksLeftOut,
@@ -28,14 +27,25 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
-from nlsq_dask.observers.format import passes_before
+from nlsq_dask.observers.format import format_event
 
 Message = dict[str, Any]
 
 _MOST_NAMES = 8  # of parameters
 _MOST_TEXT = 500  # characters of a sentence
+_MOST_LINES = 5  # of an event
 _MOST_CELLS = 100  # along each side of a map
 _MOST_STEPS = 1000  # of a profile
+
+# Events that the page shows as text.
+_NOTED = (
+    FitResumed,
+    TournamentRound,
+    WarmupStarted,
+    WarmupEnded,
+    NonFiniteTrial,
+    BlocksLeftOut,
+)
 
 
 class Messages:
@@ -62,7 +72,7 @@ class Messages:
             case BlocksFinished():
                 return [_progress(event)]
             case BlocksMeasured() if self._grid:
-                return [{"kind": "map", "pass": event.number, **self._map(event.sums)}]
+                return [{"kind": "map", "pass": event.number, **self._map(event)}]
             case PassFinished():
                 return [_pass(event)]
             case FitEnded():
@@ -73,10 +83,10 @@ class Messages:
         now = time.time()
         return [{"kind": "note", "time": now, "text": t[:_MOST_TEXT]} for t in _notes(event)]
 
-    def _map(self, sums: BlockSums) -> Message:
+    def _map(self, event: BlocksMeasured) -> Message:
         values = np.full(math.prod(self._grid), np.nan)
-        used = sums.n_used > 0
-        values[sums.index[used]] = sums.chi2[used] / sums.n_used[used]
+        used = event.n_used > 0
+        values[event.index[used]] = event.chi2[used] / event.n_used[used]
         table, axes = _two_largest(values.reshape(self._grid))
         dropped = [i for i, n in enumerate(self._grid) if n > 1 and i not in axes]
         size = list(table.shape)
@@ -160,35 +170,5 @@ def _pass(event: PassFinished) -> Message:
 
 
 def _notes(event: Event) -> list[str]:
-    match event:
-        case FitResumed():
-            return [f"going on from a checkpoint, {passes_before(event)}"]
-        case TournamentRound():
-            return [f"tournament, round {event.round}: {event.survivors} starts go on"]
-        case WarmupStarted(is_warm_start=True):
-            where = f"{event.start} fits already (relative loss {event.relative_loss:.3g})"
-            return [f"layer 1, warm start: {where}, so the warm-up is skipped"]
-        case WarmupStarted(mode=None):
-            why = f"no iterations are allowed, or the model is not finite at {event.start}"
-            return [f"the warm-up is skipped: {why} (relative loss {event.relative_loss:.3g})"]
-        case WarmupStarted():
-            found = f"{event.mode} (relative loss {event.relative_loss:.3g} at {event.start})"
-            return [f"layer 2, first step: {found}"]
-        case WarmupEnded():
-            return _of_warmup(event)
-        case NonFiniteTrial():
-            return [f"{event.stage}: a trial point was not finite"]
-        case BlocksLeftOut():
-            return [f"left out: {sentence}" for sentence in event.sentences[:5]]
-    return []
-
-
-def _of_warmup(event: WarmupEnded) -> list[str]:
-    found = []
-    if event.cost_guard:
-        found.append("layer 3, cost guard: back to the best point")
-    if event.clipped:
-        found.append(f"layer 4, clipping: {event.clipped} of the steps shortened")
-    if event.line_search_failures:
-        found.append(f"line searches that failed: {event.line_search_failures}")
-    return [*found, f"warm-up: {event.iterations} iterations, ended by {event.reason}"]
+    text = format_event(event) if isinstance(event, _NOTED) else None
+    return [line.strip() for line in (text or "").splitlines()[:_MOST_LINES]]

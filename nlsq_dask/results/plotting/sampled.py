@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask._text import join_first
 from nlsq_dask.results.plotting.figures import label
 
 if TYPE_CHECKING:
@@ -138,9 +139,8 @@ class Sampled:
         for quantity in self.quantities:
             if quantity.name == name:
                 return quantity
-        names = ", ".join(repr(quantity.name) for quantity in self.quantities[:20])
-        more = ", ..." if len(self.quantities) > 20 else ""
-        raise ValueError(f"x must be one of {names}{more}, or None; got {name!r}.")
+        names = join_first([repr(quantity.name) for quantity in self.quantities])
+        raise ValueError(f"x must be one of {names}, or None; got {name!r}.")
 
 
 def neighbor_groups(values: Vector) -> list[NDArray[np.int64]]:

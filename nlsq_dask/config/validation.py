@@ -1,0 +1,71 @@
+"""``ValidatedOptions``: a dataclass of options, each declared with its rule and documentation."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Self
+
+from nlsq_dask._keywords import suggest_keyword
+from nlsq_dask.config.rules import Rule
+
+
+def aside(default: Any, rule: Rule, doc: str) -> Any:
+    """Declare an option that does not change the fit: it may be another when one is resumed."""
+    return option(default, rule, doc, changes_fit=False)
+
+
+def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
+    """Declare one option: its default, what is allowed, and what it does."""
+    metadata = {"rule": rule, "doc": doc, "changes_fit": changes_fit}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True, repr=False)
+class ValidatedOptions:
+    """Base of a dataclass whose fields are declared by ``option`` and ``aside``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option, which is checked when a fit starts; a name that is none is refused."""
+        option = self.__dataclass_fields__.get(name)
+        if option is None:
+            sentence = f"{type(self).__name__} has no option {name!r}. {suggest_keyword(name)}"
+            raise AttributeError(sentence.rstrip())
+        rule: Rule = option.metadata["rule"]
+        super().__setattr__(name, rule.kept(value) if rule.test(value) else value)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, rule = getattr(self, option.name), option.metadata["rule"]
+            if not rule.test(value):
+                raise ValueError(f"{option.name} must be {rule.allowed}; got {value!r}.")
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
+        return f"{type(self).__name__}({options})"
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options whose values differ from the defaults."""
+        default = {option.name: option.default for option in fields(self)} | {
+            option.name: option.default_factory()
+            for option in fields(self)
+            if option.default_factory is not MISSING
+        }
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in values.items() if value != default[name]}
+
+    def validated_copy(self) -> Self:
+        """Return a copy whose values have all been checked again."""
+        return replace(self)
+
+
+def parameters_section(options: type[ValidatedOptions]) -> str:
+    """Write the numpydoc section of the options from their own metadata."""
+    lines = ["", "    Parameters", "    ----------"]
+    for option in fields(options):
+        default = option.default_factory() if callable(option.default_factory) else option.default
+        rule: Rule = option.metadata["rule"]
+        lines.append(f"    {option.name} : {rule.allowed}, default {default!r}")
+        lines.append(f"        {option.metadata['doc']}")
+    return "\n".join(lines) + "\n"
