@@ -171,7 +171,7 @@ def test_with_other_versions_values_are_compared(
 ) -> None:
     path = tmp_path / "result"
     with monkeypatch.context() as patch:
-        patch.setattr("nlsq_dask.results.saving.version", lambda package: "0.0")
+        patch.setattr("nlsq_dask.results.saving.version_of", lambda package: "0.0")
         fit(on_grid, ("time", "depth"), a_grid()).save(path)
     assert nd.FitResult.load(path, on_grid).has_model
     with pytest.raises(ValueError, match="differs from 'on_grid'"):

@@ -43,7 +43,7 @@ class Iterations:
     Attributes
     ----------
     non_finite : Counter
-        Trial points by stage at which something was not finite.
+        Proposal points by stage at which something was not finite.
     latest : ndarray, shape (p,), or None
         The parameters that were reported last.
     """

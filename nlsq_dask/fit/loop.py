@@ -15,7 +15,7 @@ from nlsq_dask.kernels.in_memory import NormalRowSums
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State
-from nlsq_dask.solvers.point import Point, Settings
+from nlsq_dask.solvers.iterate import Iterate, Settings
 from nlsq_dask.solvers.solver import Solver, SolverState
 from nlsq_dask.status import Status
 
@@ -136,7 +136,7 @@ class SampleSolver:
             solver = replace(solver, accumulation=accumulation)
             if state.stop in _NO_FURTHER or not pull.relaxed(_variance(sums(params))):
                 break
-        if not state.point.is_ill_conditioned:
+        if not state.iterate.is_ill_conditioned:
             sums.make(first_accumulation(self.config))
         return state
 
@@ -151,7 +151,10 @@ class SampleSolver:
         rough = replace(self, settings=replace(self.settings, tol=tol))
         best, least = rough._race(sums, starts, _ANCHOR_LENGTH, report)
         n_used, n_params = max(sums(best).n_used, 1), len(best)
-        if np.isfinite(least) and Point.of(best, sums(best), self.settings).measure > _PULLED:
+        if (
+            np.isfinite(least)
+            and Iterate.of(best, sums(best), self.settings).relative_decrement > _PULLED
+        ):
             races = (rough._race(sums, starts, length, report) for length in _FREE_LENGTHS)
             other, cost = min(races, key=lambda race: race[1])
             if cost * (1.0 + _CHANCE * n_params / n_used) < least:

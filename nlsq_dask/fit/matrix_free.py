@@ -28,13 +28,13 @@ from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers import newton_cg as cg
-from nlsq_dask.solvers.conjugate_gradients import LOST, solved_together
+from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, solved_together
 from nlsq_dask.solvers.preconditioners import (
     DiagonalPreconditioner,
     SamplePreconditioner,
     filled,
 )
-from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, lost_direction, probe_batches
+from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, null_direction, probe_batches
 from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
@@ -160,7 +160,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return None
         config = self.problem.config
         diagonal = filled(sample.reduce.diagonal(params), self.problem.normalizer.scales)
-        direction = lost_direction(
+        direction = null_direction(
             partial(sample.reduce.product, params),
             diagonal,
             MORE_ITERATIONS * config.cg_max_iterations,
@@ -172,7 +172,9 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         sums = self.context.passes.run(self._kernel, request).sums
         weight = sums.n_used / max(sample.n_used, 1)
         shares = np.abs(direction) * np.sqrt(diagonal)
-        if not abs(float(direction @ sums.products[0])) <= LOST * weight * float(shares @ shares):
+        if not abs(float(direction @ sums.products[0])) <= NULL_EIGENVALUE * weight * float(
+            shares @ shares
+        ):
             return None
         return np.asarray(shares > _TAKES_PART * shares.max())
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.fit.problem import FitProblem
+from nlsq_dask.solvers.iterate import Settings
 from nlsq_dask.solvers.newton_cg import CgSettings
-from nlsq_dask.solvers.point import Settings
 from nlsq_dask.warmup.defense_layers import StartSettings
 from nlsq_dask.warmup.lbfgs import WarmupSettings
 from nlsq_dask.warmup.multistart import MultistartSettings

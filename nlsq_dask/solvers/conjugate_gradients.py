@@ -20,7 +20,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 
 Vector = NDArray[np.float64]
 
-LOST = 1e-10  # eigenvalue of J^T J times its preconditioner that is rounding
+NULL_EIGENVALUE = 1e-10  # eigenvalue of J^T J times its preconditioner that is rounding
 _PROBE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
 
 
@@ -121,7 +121,7 @@ def solved_together(
         for i in list(running):
             solve = solves[i]
             solve = None if solve is None else solve.continued(found[i], precondition)
-            if solve is None or solve.least_ritz_value < LOST:
+            if solve is None or solve.least_ritz_value < NULL_EIGENVALUE:
                 solves[i] = None
                 del running[i]
                 continue

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.scaled_svd import ScaledSVD
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
@@ -57,16 +57,16 @@ def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> C
     p = len(sums.jtj)
     norms = np.sqrt(np.diag(sums.jtj))
     columns = np.where(norms > 0.0, norms, 1.0)
-    spectrum = Spectrum.of(sums, columns, epsilon)
-    lost = spectrum.is_lost
-    undetermined = np.asarray((np.abs(spectrum.vectors[:, lost]) > 1e-3).any(axis=1))
+    svd = ScaledSVD.of(sums, columns, epsilon)
+    lost = svd.is_null
+    undetermined = np.asarray((np.abs(svd.vectors[:, lost]) > 1e-3).any(axis=1))
     if lost.any() or (sums.n_used <= p and not absolute_sigma):
         root = np.full((p, p), np.inf)
     else:
-        root = spectrum.inverse_root / columns[:, None]
+        root = svd.inverse_root / columns[:, None]
         if not absolute_sigma:
             root = root * np.sqrt(sums.variance(p))
-    return Covariance(root, spectrum.condition, undetermined)
+    return Covariance(root, svd.condition, undetermined)
 
 
 def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:

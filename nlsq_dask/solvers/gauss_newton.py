@@ -1,7 +1,7 @@
 """``GaussNewton``: steps inside a trust region, solved with matrices of the parameters.
 
-``propose`` a trial, reduce over the rows, ``judge`` it: the sums of an accepted trial are never
-computed again.
+``propose`` a trial point, sum over the rows, ``update`` the state: the sums of an accepted proposal
+are never computed again.
 
 It works on the parameters themselves, not on normalized ones: the columns' norms scale every step,
 which makes it independent of the units of the parameters.
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.solvers.point import Point, Settings, column_scale
-from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.iterate import Iterate, Settings, column_scale
+from nlsq_dask.solvers.scaled_svd import ScaledSVD
 from nlsq_dask.solvers.solver import may_resume
 from nlsq_dask.solvers.trust_region import Vector, restricted_step
 from nlsq_dask.status import Status
@@ -35,46 +35,29 @@ _SHRINKING = 0.5  # below this, one more step leads closer
 # variances.
 _COVARIANCE_RTOL = 1e-7
 _CARRIED_RTOL = 5e-6  # of which a sample foresees all but a few percent
-_MEMORY = 3  # accepted points
+_MEMORY = 3  # earlier iterates
 _LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol |p|
 # The change of the covariance as extrapolated from the step before, which has another direction,
 # has been seen 5 times too small.
 _EXTRAPOLATION_MARGIN = 5.0
 # Ends that better sums would not change.
 _ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.USER_STOP}
-_FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a trial's step: shorter, longer
+_FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a proposal's step: shorter, longer
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A point to evaluate.
-
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-    step : ndarray, shape (p,)
-        Scaled step from the accepted point.
-    reduction : float
-        Reduction of the cost that the quadratic promises.
-    full : bool
-        Whether the trust region left the step as long as it wanted to be.
-    covariance_change : float
-        Change of the covariance along the step, relative to the variances, as far as it can be
-        foreseen; else infinity.
-    jtj : ndarray, shape (p, p), or None
-        ``J^T J`` at the trial, as a sample of the rows foresees it; None for a trial that comes
-        from the sums alone.
-    further : tuple of float
-        Multiples of the step at which the cost alone is worth knowing.
-    """
+class Proposal:
+    """A trial point, with what the quadratic model promises of it."""
 
     params: Vector
-    step: Vector
-    reduction: float
-    full: bool
+    step: Vector  # from the iterate, in scaled variables
+    reduction: float  # of the cost, as the quadratic model predicts it
+    full: bool  # whether the step is shorter than the trust radius
+    # Predicted change of the covariance along the step relative to the variances; else infinite.
     covariance_change: float = np.inf
+    # J^T J there as a sample of the rows predicts it; None for a step from the sums alone.
     jtj: NDArray[np.float64] | None = None
-    further: tuple[float, ...] = ()
+    further: tuple[float, ...] = ()  # multiples of the step at which the cost is evaluated, too
 
     @property
     def is_forecast(self) -> bool:
@@ -84,73 +67,45 @@ class Trial:
 
 @dataclass(frozen=True)
 class State:
-    """An accepted point, the trust radius and what is remembered of the way here.
+    """The iterate, the trust radius and the history that the stopping rules need."""
 
-    Attributes
-    ----------
-    point : Point
-    radius : float
-    iteration : int
-        Trials judged so far.
-    contraction : float
-        Ratio of the last two measures if a full step lies between them, else infinity.
-    covariance_change : float
-        Relative change of the covariance along that step.
-    was_forecast : bool
-        Whether a forecast led along it.
-    earlier : tuple of Point
-        The last points accepted before this one, the newest first.
-    progress : tuple of int, float, float
-        Iteration, cost and measure of the last point that was much better than those before.
-    rejected : int
-        Trials rejected since the last accepted one.
-    forecasts_rejected : int
-        Forecasts so far that were rejected or led hardly nearer.
-    stop : Status or None
-    solution : ndarray, shape (p,), or None
-        Where the solve ended; a last step beyond ``point`` if one was taken without a pass.
-    carried_jtj : ndarray, shape (p, p), or None
-        ``J^T J`` there as it was foreseen.
-    trial : Trial or None
-        Whose sums are needed next.
-    restart_at : ndarray, shape (p,), or None
-        Where fresh sums are needed next, to begin there again.
-    accumulation : Accumulation
-        From which steps are solved.
-    """
-
-    point: Point
+    iterate: Iterate
     radius: float
-    iteration: int = 0
+    iteration: int = 0  # proposals evaluated
+    # Ratio of the last two relative decrements if a full step lies between them, else infinite; the
+    # change of the covariance along that step; and whether it was a forecast.
     contraction: float = np.inf
     covariance_change: float = np.inf
     was_forecast: bool = False
-    earlier: tuple[Point, ...] = ()
+    earlier: tuple[Iterate, ...] = ()  # the last ones before this iterate, newest first
+    # Iteration, cost and relative decrement of the last iterate that was progress.
     progress: tuple[int, float, float] = (0, np.inf, np.inf)
-    rejected: int = 0
-    forecasts_rejected: int = 0
+    rejected: int = 0  # proposals since the last accepted one
+    forecasts_rejected: int = 0  # in all, with those that led hardly nearer
     stop: Status | None = None
+    # Where the solve ended, beyond the iterate if a last step was taken without a pass; and J^T J
+    # there as a forecast predicts it.
     solution: Vector | None = None
     carried_jtj: NDArray[np.float64] | None = None
-    trial: Trial | None = None
-    restart_at: Vector | None = None
+    proposal: Proposal | None = None  # whose sums are needed next
+    restart_at: Vector | None = None  # where fresh sums are needed next
     accumulation: Accumulation = Accumulation.GRAM
 
     @property
     def params(self) -> Vector:
-        """The accepted point's parameters."""
-        return self.point.params
+        """The parameters of the iterate."""
+        return self.iterate.params
 
     @property
     def sums(self) -> NormalEquations:
-        """The accepted point's sums."""
-        return self.point.sums
+        """The sums at the iterate."""
+        return self.iterate.sums
 
     @property
     def sums_at_solution(self) -> NormalEquations:
-        """The point's sums, with J^T J carried along a last step where that was foreseen."""
-        jtj = self.point.sums.jtj if self.carried_jtj is None else self.carried_jtj
-        return replace(self.point.sums, jtj=jtj)
+        """The sums at the iterate, with the predicted J^T J after a last step without a pass."""
+        jtj = self.iterate.sums.jtj if self.carried_jtj is None else self.carried_jtj
+        return replace(self.iterate.sums, jtj=jtj)
 
 
 @dataclass(frozen=True)
@@ -161,7 +116,7 @@ class GaussNewton:
     accumulation: Accumulation = Accumulation.GRAM  # from which steps are solved at first
     # Whether QR factorizations take its place where J^T J loses half of the digits.
     may_factorize: bool = False
-    forecast: Callable[[State], Trial | None] = lambda state: None
+    forecast: Callable[[State], Proposal | None] = lambda state: None
 
     def init(self, params: Vector, sums: NormalEquations) -> State:
         """Begin at parameters whose sums are known."""
@@ -173,15 +128,15 @@ class GaussNewton:
         """Return the sums that are needed next."""
         if state.restart_at is not None:
             return Request(state.restart_at, None, None, state.accumulation, False, True)
-        trial = state.trial
-        assert trial is not None
-        return Request(trial.params, candidates(state, trial), None, state.accumulation)
+        proposal = state.proposal
+        assert proposal is not None
+        return Request(proposal.params, candidates(state, proposal), None, state.accumulation)
 
     def tell(self, state: State, sums: NormalEquations) -> State:
-        """Judge the trial, or begin again at a point with fresh sums."""
+        """Accept or reject the proposal, or restart with fresh sums."""
         if state.restart_at is None:
-            assert state.trial is not None
-            return self._following(judge(state, state.trial, sums))
+            assert state.proposal is not None
+            return self._following(update(state, state.proposal, sums))
         iteration = state.iteration
         begun = start(state.restart_at, sums, self.settings)
         progress = (iteration, *begun.progress[1:])
@@ -191,193 +146,207 @@ class GaussNewton:
 
     def restart(self, state: State, params: Vector) -> State:
         """Ask for fresh sums at parameters, to begin there again."""
-        return replace(state, restart_at=params, trial=None, stop=None, solution=None)
+        return replace(state, restart_at=params, proposal=None, stop=None, solution=None)
 
     def resume(self, state: State) -> State:
         """Go on with a state of another process, which may have had other limits."""
-        state = replace(state, point=replace(state.point, settings=self.settings))
+        state = replace(state, iterate=replace(state.iterate, settings=self.settings))
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return self._following(replace(state, stop=None, solution=None))
         return state
 
     def end(self, state: State, stop: Status) -> State:
-        """End at the accepted point, for a reason that comes from outside."""
+        """End at the iterate, for a reason that comes from outside."""
         return replace(
-            state, stop=stop, solution=state.params, carried_jtj=None, trial=None, restart_at=None
+            state,
+            stop=stop,
+            solution=state.params,
+            carried_jtj=None,
+            proposal=None,
+            restart_at=None,
         )
 
     def _following(self, state: State) -> State:
-        """Return the state with its next trial, or with the better sums that it needs."""
+        """Return the state with its next proposal, or with a request for better sums."""
         if self.may_factorize and loses_digits(state):
             return self.restart(replace(state, accumulation=Accumulation.TRIANGLE), state.params)
         if state.stop is not None:
             return state
-        trial = self.forecast(state) or propose(state)
-        return replace(take_last_step(state, trial), trial=trial)
+        proposal = self.forecast(state) or propose(state)
+        return replace(take_last_step(state, proposal), proposal=proposal)
 
 
 def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
     """Begin at parameters whose sums are known."""
     if not sums.is_finite:
-        point = Point(params, sums, np.ones_like(params), settings)
-        return State(point, 0.0, stop=Status.NON_FINITE_START, solution=params)
-    point = Point.of(params, sums, settings)
-    length = float(np.linalg.norm(point.scale * params)) or float(np.linalg.norm(point.scale))
-    return _check(State(point, settings.initial_radius * length))
+        iterate = Iterate(params, sums, np.ones_like(params), settings)
+        return State(iterate, 0.0, stop=Status.NON_FINITE_START, solution=params)
+    iterate = Iterate.of(params, sums, settings)
+    length = float(np.linalg.norm(iterate.scale * params)) or float(np.linalg.norm(iterate.scale))
+    return _check(State(iterate, settings.initial_radius * length))
 
 
 def loses_digits(state: State) -> bool:
-    """Whether the accepted point's J^T J has lost half of the digits of what it stands for."""
-    point = state.point
-    if state.stop in _ENDED or not point.sums.is_finite or point.sums.triangle is not None:
+    """Whether J^T J at the iterate has lost half of the digits of J."""
+    iterate = state.iterate
+    if state.stop in _ENDED or not iterate.sums.is_finite or iterate.sums.triangle is not None:
         return False
-    return point.is_ill_conditioned
+    return iterate.is_ill_conditioned
 
 
-def propose(state: State) -> Trial:
-    """Return the trial that minimizes the quadratic inside bounds and trust region."""
-    point = state.point
-    step, full = restricted_step(point.quadratic, *point.room, state.radius)
+def propose(state: State) -> Proposal:
+    """Return the minimizer of the quadratic model inside bounds and trust region."""
+    iterate = state.iterate
+    step, full = restricted_step(iterate.quadratic, *iterate.room, state.radius)
     further: tuple[float, ...] = ()
     if state.rejected or not full:
         shorter, longer = _FURTHER
         further = shorter if state.rejected else longer
-    return Trial(
-        point.moved(step),
+    return Proposal(
+        iterate.moved(step),
         step,
-        point.quadratic.reduction(step),
+        iterate.quadratic.reduction(step),
         full,
         _EXTRAPOLATION_MARGIN * state.contraction * state.covariance_change,
         further=further,
     )
 
 
-def candidates(state: State, trial: Trial) -> Vector:
-    """Return the points at which the cost alone is wanted, shape (k, p)."""
-    points = [state.point.moved(factor * trial.step) for factor in trial.further]
-    return np.array(points).reshape(len(points), len(trial.params))
+def candidates(state: State, proposal: Proposal) -> Vector:
+    """Return the points at which the cost alone is evaluated, shape (k, p)."""
+    points = [state.iterate.moved(factor * proposal.step) for factor in proposal.further]
+    return np.array(points).reshape(len(points), len(proposal.params))
 
 
-def take_last_step(state: State, trial: Trial) -> State:
-    """Stop with the trial as solution if the error that it leaves is surely below the tolerance.
+def take_last_step(state: State, proposal: Proposal) -> State:
+    """Stop at the proposal if the error that it leaves is surely below the tolerance.
 
     The error is extrapolated from the contraction that the last step has shown, and must be below
     the tolerance for the residuals as a whole and for each parameter.
     """
-    point, tol = state.point, state.point.settings.tol
+    iterate, tol = state.iterate, state.iterate.settings.tol
     # What forecasts have achieved says nothing of a step without one.
-    is_comparable = trial.is_forecast or not state.was_forecast
-    if not (trial.full and is_comparable and state.contraction <= _FAST):
+    is_comparable = proposal.is_forecast or not state.was_forecast
+    if not (proposal.full and is_comparable and state.contraction <= _FAST):
         return state
-    left = state.contraction * np.abs(trial.params - point.params)
-    dof = max(point.sums.n_used - len(point.params), 1)
+    left = state.contraction * np.abs(proposal.params - iterate.params)
+    dof = max(iterate.sums.n_used - len(iterate.params), 1)
     # A triangle holds more than could be carried along.
-    jtj = trial.jtj if point.sums.triangle is None else None
+    jtj = proposal.jtj if iterate.sums.triangle is None else None
     # Of each parameter with the others held, which is less than its standard error.
-    deviation = float(np.sqrt(2.0 * point.sums.cost / dof)) / point.scale
+    deviation = float(np.sqrt(2.0 * iterate.sums.cost / dof)) / iterate.scale
     is_sure = (
-        not point.quadratic.is_flat
-        and state.contraction * point.measure <= tol
-        and bool((left <= tol * np.abs(trial.params) + _LAST_ERROR * deviation).all())
-        and trial.covariance_change <= (_COVARIANCE_RTOL if jtj is None else _CARRIED_RTOL)
+        not iterate.quadratic.is_flat
+        and state.contraction * iterate.relative_decrement <= tol
+        and bool((left <= tol * np.abs(proposal.params) + _LAST_ERROR * deviation).all())
+        and proposal.covariance_change <= (_COVARIANCE_RTOL if jtj is None else _CARRIED_RTOL)
     )
     if not is_sure:
         return state
-    reason = point.verdict(Status.LAST_STEP)
-    return replace(state, stop=reason, solution=trial.params, carried_jtj=jtj)
+    reason = iterate.verdict(Status.LAST_STEP)
+    return replace(state, stop=reason, solution=proposal.params, carried_jtj=jtj)
 
 
-def judge(state: State, trial: Trial, sums: NormalEquations) -> State:
-    """Accept or reject a trial whose sums are known, and say whether to go on."""
+def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
+    """Accept or reject a proposal whose sums are known, and test the stopping rules."""
     state = replace(state, iteration=state.iteration + 1)
-    length = float(np.linalg.norm(trial.step))
+    length = float(np.linalg.norm(proposal.step))
     if not sums.is_finite:
-        if not state.point.settings.recovers:
-            params = state.point.params
+        if not state.iterate.settings.recovers:
+            params = state.iterate.params
             return replace(state, stop=Status.NON_FINITE_STEP, solution=params)
-        return _rejected(state, trial, sums, Status.NON_FINITE_STEP)
-    old = state.point
-    new = Point(trial.params, sums, column_scale(sums.jtj, _SCALE_MEMORY * old.scale), old.settings)
+        return _rejected(state, proposal, sums, Status.NON_FINITE_STEP)
+    old = state.iterate
+    new = Iterate(
+        proposal.params, sums, column_scale(sums.jtj, _SCALE_MEMORY * old.scale), old.settings
+    )
     gain = old.sums.cost - sums.cost
-    if trial.reduction <= old.cost_noise:
+    if proposal.reduction <= old.cost_noise:
         # The costs cannot be told apart any more, but the gradients still can.
-        if new.measure <= 0.5 * old.measure:
-            return _accepted(state, trial, new, state.radius)
-        better = new if new.measure < old.measure else old
+        if new.relative_decrement <= 0.5 * old.relative_decrement:
+            return _accepted(state, proposal, new, state.radius)
+        better = new if new.relative_decrement < old.relative_decrement else old
         sure = better.is_negligible or better.reduction <= better.rounding_cost
-        if trial.is_forecast and better.reduction > better.rounding_cost:
-            return _rejected(state, trial, sums, Status.STALLED)
+        if proposal.is_forecast and better.reduction > better.rounding_cost:
+            return _rejected(state, proposal, sums, Status.STALLED)
         reason = better.verdict(Status.FLOOR if sure else Status.STALLED)
         is_by_jtj = better.sums.triangle is None
         if is_by_jtj and better.quadratic.is_flat and reason is Status.FLOOR:
             reason = Status.ILL_CONDITIONED  # what is left of the way cannot be known from J^T J
-        return replace(state, point=better, stop=reason, solution=better.params)
-    if gain < _ACCEPT * trial.reduction:
-        return _rejected(state, trial, sums, Status.STALLED)
+        return replace(state, iterate=better, stop=reason, solution=better.params)
+    if gain < _ACCEPT * proposal.reduction:
+        return _rejected(state, proposal, sums, Status.STALLED)
     radius = state.radius
-    if gain < _SHRINK_BELOW * trial.reduction:
+    if gain < _SHRINK_BELOW * proposal.reduction:
         radius = 0.5 * length
-    elif gain > _GROW_ABOVE * trial.reduction:
-        radius = max(radius, 2.0 * length, _longest_good(state, trial, sums) * length)
-    return _accepted(state, trial, new, radius)
+    elif gain > _GROW_ABOVE * proposal.reduction:
+        radius = max(radius, 2.0 * length, _longest_good(state, proposal, sums) * length)
+    return _accepted(state, proposal, new, radius)
 
 
-def _longest_good(state: State, trial: Trial, sums: NormalEquations) -> float:
+def _longest_good(state: State, proposal: Proposal, sums: NormalEquations) -> float:
     """Return the largest multiple of the step at which the cost fell as the quadratic promises."""
     good = [0.0]
-    for factor, cost in zip(trial.further, sums.candidate_costs, strict=False):
-        promised = state.point.quadratic.reduction(factor * trial.step)
-        if np.isfinite(cost) and state.point.sums.cost - cost > _SHRINK_BELOW * promised > 0.0:
+    for factor, cost in zip(proposal.further, sums.candidate_costs, strict=False):
+        promised = state.iterate.quadratic.reduction(factor * proposal.step)
+        if np.isfinite(cost) and state.iterate.sums.cost - cost > _SHRINK_BELOW * promised > 0.0:
             good.append(factor)
     return max(good)
 
 
-def _rejected(state: State, trial: Trial, sums: NormalEquations, if_exhausted: Status) -> State:
-    point = state.point
-    if trial.is_forecast:  # which says nothing of the radius
+def _rejected(
+    state: State, proposal: Proposal, sums: NormalEquations, if_exhausted: Status
+) -> State:
+    iterate = state.iterate
+    if proposal.is_forecast:  # which says nothing of the radius
         forecasts_rejected = state.forecasts_rejected + 1
         rejected = state.rejected + 1
         return _limit(replace(state, rejected=rejected, forecasts_rejected=forecasts_rejected))
-    tried = trial.further[: len(sums.candidate_costs)]
-    shorter = _longest_good(state, trial, sums) or min((0.25, *tried))
-    radius = shorter * float(np.linalg.norm(trial.step))
+    tried = proposal.further[: len(sums.candidate_costs)]
+    shorter = _longest_good(state, proposal, sums) or min((0.25, *tried))
+    radius = shorter * float(np.linalg.norm(proposal.step))
     state = replace(state, radius=radius, rejected=state.rejected + 1)
-    size = float(np.linalg.norm(point.scale * point.params)) or float(np.linalg.norm(point.scale))
-    if radius <= point.settings.epsilon * size:
-        return replace(state, stop=if_exhausted, solution=point.params)
+    size = float(np.linalg.norm(iterate.scale * iterate.params)) or float(
+        np.linalg.norm(iterate.scale)
+    )
+    if radius <= iterate.settings.epsilon * size:
+        return replace(state, stop=if_exhausted, solution=iterate.params)
     return _limit(state)
 
 
-def _accepted(state: State, trial: Trial, new: Point, radius: float) -> State:
-    old = state.point
+def _accepted(state: State, proposal: Proposal, new: Iterate, radius: float) -> State:
+    old = state.iterate
     contraction = change = np.inf
-    if trial.full and old.measure > 0.0:
-        contraction = new.measure / old.measure
+    if proposal.full and old.relative_decrement > 0.0:
+        contraction = new.relative_decrement / old.relative_decrement
         change = covariance_change(old.sums, new.sums, new)
     return _check(
         replace(
             state,
-            point=new,
+            iterate=new,
             radius=radius,
             contraction=contraction,
             covariance_change=change,
-            was_forecast=trial.is_forecast,
+            was_forecast=proposal.is_forecast,
             # One that leads hardly nearer costs a pass as one that is rejected does.
             forecasts_rejected=state.forecasts_rejected
-            + (trial.is_forecast and new.measure > _SHRINKING * old.measure),
+            + (
+                proposal.is_forecast
+                and new.relative_decrement > _SHRINKING * old.relative_decrement
+            ),
             earlier=(old, *state.earlier)[:_MEMORY],
             rejected=0,
         )
     )
 
 
-def covariance_change(old: NormalEquations, new: NormalEquations, point: Point) -> float:
+def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Iterate) -> float:
     """Return the largest change of the covariance between two sums, relative to the variances.
 
-    In the scale and with the rounding of ``point``.
+    In the scale and with the rounding of ``iterate``.
     """
-    scale, epsilon = point.scale, point.settings.epsilon
-    roots = [Spectrum.of(sums, scale, epsilon).inverse_root for sums in (old, new)]
+    scale, epsilon = iterate.scale, iterate.settings.epsilon
+    roots = [ScaledSVD.of(sums, scale, epsilon).inverse_root for sums in (old, new)]
     if not np.isfinite(roots).all():
         return np.inf
     before, after = (root @ root.T for root in roots)
@@ -386,26 +355,28 @@ def covariance_change(old: NormalEquations, new: NormalEquations, point: Point) 
 
 
 def _check(state: State) -> State:
-    """Stop if the accepted point is a solution."""
-    point = state.point
-    reason = point.converged()
+    """Stop if the iterate is a solution."""
+    iterate = state.iterate
+    reason = iterate.converged()
     if reason is not None:
         # The step is known, so taking it costs nothing where the steps have been shrinking.
         shrinks = state.contraction <= _SHRINKING
-        solution = point.moved(point.full_step) if shrinks else point.params
-        return replace(state, stop=point.verdict(reason), solution=solution)
-    if _CRAWLING <= state.contraction < np.inf and point.is_in_a_valley:
-        return replace(state, stop=Status.ILL_CONDITIONED, solution=point.params)
+        solution = iterate.moved(iterate.full_step) if shrinks else iterate.params
+        return replace(state, stop=iterate.verdict(reason), solution=solution)
+    if _CRAWLING <= state.contraction < np.inf and iterate.is_in_a_valley:
+        return replace(state, stop=Status.ILL_CONDITIONED, solution=iterate.params)
     return _limit(state)
 
 
 def _limit(state: State) -> State:
-    point, settings = state.point, state.point.settings
-    since, cost, measure = state.progress
-    if point.sums.cost < _LESS_COST * cost or point.measure < _SHRINKING * measure:
-        state = replace(state, progress=(state.iteration, point.sums.cost, point.measure))
+    iterate, settings = state.iterate, state.iterate.settings
+    since, cost, decrement = state.progress
+    if iterate.sums.cost < _LESS_COST * cost or iterate.relative_decrement < _SHRINKING * decrement:
+        state = replace(
+            state, progress=(state.iteration, iterate.sums.cost, iterate.relative_decrement)
+        )
     elif state.iteration - since >= settings.patience:
-        return replace(state, stop=Status.SLOW_PROGRESS, solution=point.params)
+        return replace(state, stop=Status.SLOW_PROGRESS, solution=iterate.params)
     if state.iteration < settings.max_iterations:
         return state
-    return replace(state, stop=Status.ITERATION_LIMIT, solution=point.params)
+    return replace(state, stop=Status.ITERATION_LIMIT, solution=iterate.params)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.solvers.conjugate_gradients import LOST, LinearSolve
+from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, LinearSolve
 
 Vector = NDArray[np.float64]
 Vectors = NDArray[np.float64]
@@ -66,7 +66,7 @@ def inverse_diagonal(solve: Callable[[Vectors], Vectors], probes: Iterator[Vecto
     return np.asarray(np.maximum(total / weight, 0.0))
 
 
-def lost_direction(
+def null_direction(
     product: Callable[[Vector], Vector], diagonal: Vector, max_iterations: int, seed: int
 ) -> Vector | None:
     """Return a direction along which ``J^T J`` is rounding alone, or None if none was found.
@@ -94,7 +94,7 @@ def lost_direction(
         square = float(left @ (diagonal * left))
         if square <= _GONE**2:
             return None
-        if abs(float(left @ solve.residual)) <= LOST * square:
+        if abs(float(left @ solve.residual)) <= NULL_EIGENVALUE * square:
             return left
         solve = solve.continued(product(solve.direction), lambda v: v / diagonal)
     return None

@@ -14,7 +14,7 @@ Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class ScaledSVD:
     """Singular values and right singular vectors of ``J / scale``.
 
     Attributes
@@ -38,7 +38,7 @@ class Spectrum:
     rounding: float
 
     @classmethod
-    def of(cls, sums: NormalEquations, scale: Vector, epsilon: float) -> Spectrum:
+    def of(cls, sums: NormalEquations, scale: Vector, epsilon: float) -> ScaledSVD:
         """Decompose; ``epsilon`` is that of the arithmetic which made the sums."""
         p, gradient = len(scale), sums.jtr / scale
         if sums.triangle is not None:
@@ -64,7 +64,7 @@ class Spectrum:
         return float(self.values.max()) / least if least > 0.0 else np.inf
 
     @property
-    def is_lost(self) -> NDArray[np.bool_]:
+    def is_null(self) -> NDArray[np.bool_]:
         """Which singular values are rounding alone, or zero."""
         return np.asarray(self.values <= self.rounding * self.values.max())
 

@@ -1,6 +1,6 @@
 """A forecast of where the cost over all rows is least, from one pass and a sample of the rows.
 
-Near an accepted point the sums over all rows give the cost to second order (in Gauss-Newton's
+Near an iterate the sums over all rows give the cost to second order (in Gauss-Newton's
 approximation). What is beyond that, the curvature of the model, is much the same for a sample:
 
     S(p) = w F(p) + (c - w c_s) + (g - w g_s)^T d + 1/2 d^T (H - w H_s) d,    d = p - p_0
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers import gauss_newton as gn
-from nlsq_dask.solvers.point import Point
+from nlsq_dask.solvers.iterate import Iterate
 from nlsq_dask.solvers.trust_region import Vector
 
 Reduce = Callable[[Vector], NormalEquations]
@@ -53,9 +53,9 @@ class Surrogate:
 
     Attributes
     ----------
-    point : Point
-        The accepted point p_0.
-    at_point : NormalEquations
+    iterate : Iterate
+        The iterate p_0.
+    at_iterate : NormalEquations
         The sample's sums there.
     reduce : callable
         Sums over the sample.
@@ -63,16 +63,16 @@ class Surrogate:
         What is added to the curvature.
     """
 
-    point: Point
-    at_point: NormalEquations
+    iterate: Iterate
+    at_iterate: NormalEquations
     reduce: Reduce
     secant: NDArray[np.float64]
 
     def __call__(self, params: Vector) -> NormalEquations:
         """Return what the sums over all rows should be at ``params``."""
-        exact, old, new = self.point.sums, self.at_point, self.reduce(params)
+        exact, old, new = self.iterate.sums, self.at_iterate, self.reduce(params)
         weight = exact.n_used / old.n_used
-        step = params - self.point.params
+        step = params - self.iterate.params
         curvature = exact.jtj - weight * old.jtj + self.secant
         slope = exact.jtr - weight * old.jtr
         jtj = weight * new.jtj + curvature
@@ -81,7 +81,7 @@ class Surrogate:
         cost = weight * (new.cost - old.cost) + exact.cost
         cost += float((slope + 0.5 * curvature @ step) @ step)
         if cost < 0.0:  # by rounding where the fit is perfect, else because S ends here
-            cost = 0.0 if cost >= -self.point.cost_noise else np.inf
+            cost = 0.0 if cost >= -self.iterate.cost_noise else np.inf
         return replace(
             exact,
             triangle=None,
@@ -92,11 +92,11 @@ class Surrogate:
             candidate_costs=np.zeros(0),
         )
 
-    def reproducing(self, earlier: Point) -> Surrogate:
+    def reproducing(self, earlier: Iterate) -> Surrogate:
         """Return S with its curvature updated so that it has the gradient known of a point."""
-        scale = self.point.scale
-        hessian = self.point.sums.jtj / np.outer(scale, scale)
-        step = (earlier.params - self.point.params) * scale
+        scale = self.iterate.scale
+        hessian = self.iterate.sums.jtj / np.outer(scale, scale)
+        step = (earlier.params - self.iterate.params) * scale
         missed = (earlier.sums.jtr - self(earlier.params).jtr) / scale
         flow = hessian @ step
         curved = float(flow @ step)
@@ -109,7 +109,7 @@ class Surrogate:
         return replace(self, secant=self.secant + update * np.outer(scale, scale))
 
 
-def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
+def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     """Return the minimizer of S inside the bounds, or None if the sample is no help.
 
     Parameters
@@ -121,37 +121,37 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Trial | None:
     """
     if state.rejected or state.forecasts_rejected >= _MOST_REJECTED:
         return None
-    point = state.point
-    if point.spectrum.condition > _MOST_CONDITION / np.sqrt(point.settings.epsilon):
+    iterate = state.iterate
+    if iterate.svd.condition > _MOST_CONDITION / np.sqrt(iterate.settings.epsilon):
         return None
-    at_point = reduce(point.params)
-    n_params = len(point.params)
-    if not at_point.is_finite:
+    at_iterate = reduce(iterate.params)
+    n_params = len(iterate.params)
+    if not at_iterate.is_finite:
         return None
-    if at_point.n_used <= n_params or at_point.n_used >= point.sums.n_used:
+    if at_iterate.n_used <= n_params or at_iterate.n_used >= iterate.sums.n_used:
         return None
-    surrogate = Surrogate(point, at_point, reduce, np.zeros_like(point.sums.jtj))
+    surrogate = Surrogate(iterate, at_iterate, reduce, np.zeros_like(iterate.sums.jtj))
     for earlier in reversed(state.earlier):
         surrogate = surrogate.reproducing(earlier)
     settings = replace(
-        point.settings, tol=_TOL_SHARE * point.settings.tol, max_iterations=_MOST_ITERATIONS
+        iterate.settings, tol=_TOL_SHARE * iterate.settings.tol, max_iterations=_MOST_ITERATIONS
     )
-    sums = replace(point.sums, triangle=None)
-    inner = gn.start(point.params, sums, settings)
+    sums = replace(iterate.sums, triangle=None)
+    inner = gn.start(iterate.params, sums, settings)
     while inner.stop is None:
-        trial = gn.propose(inner)
-        inner = gn.judge(inner, trial, surrogate(trial.params))
+        proposal = gn.propose(inner)
+        inner = gn.update(inner, proposal, surrogate(proposal.params))
     assert inner.solution is not None
     there = surrogate(inner.solution)
-    reduction = point.sums.cost - there.cost
-    step = (inner.solution - point.params) * point.scale
-    if reduction <= point.cost_noise:  # too small to be seen in the costs
-        reduction = point.quadratic.reduction(step)
+    reduction = iterate.sums.cost - there.cost
+    step = (inner.solution - iterate.params) * iterate.scale
+    if reduction <= iterate.cost_noise:  # too small to be seen in the costs
+        reduction = iterate.quadratic.reduction(step)
     if not (there.is_finite and reduction > 0.0):
         return None
     # The secant updates are second derivatives of the residuals, which are no part of J^T J.
     jtj = there.jtj
     if surrogate.secant.any():
         jtj = replace(surrogate, secant=np.zeros_like(jtj))(inner.solution).jtj
-    change = gn.covariance_change(sums, replace(sums, jtj=jtj), point)
-    return gn.Trial(inner.solution, step, reduction, inner.stop.is_success, change, jtj)
+    change = gn.covariance_change(sums, replace(sums, jtj=jtj), iterate)
+    return gn.Proposal(inner.solution, step, reduction, inner.stop.is_success, change, jtj)

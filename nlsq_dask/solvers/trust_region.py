@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.scaled_svd import ScaledSVD
 
 Vector = NDArray[np.float64]
 
@@ -40,26 +40,26 @@ class Quadratic:
     eigenvectors: NDArray[np.float64]
     slopes: Vector  # the gradient along the eigenvectors
     is_flat: bool  # whether there are such directions
-    lost_slope: float  # norm of the gradient along those whose curvature is rounding alone
+    null_slope: float  # norm of the gradient along those whose curvature is rounding alone
     damped_residual: float  # how much shorter the residual would be at the end of the others
 
     @classmethod
-    def of(cls, spectrum: Spectrum, floor: float) -> Quadratic:
+    def of(cls, svd: ScaledSVD, floor: float) -> Quadratic:
         """Make the quadratic model of the cost in scaled variables.
 
         The floor is a multiple of the largest singular value.
         """
-        least = max(floor, spectrum.rounding) * float(spectrum.values.max())
-        flat, lost = spectrum.values <= least, spectrum.is_lost
+        least = max(floor, svd.rounding) * float(svd.values.max())
+        flat, lost = svd.values <= least, svd.is_null
         damped = flat & ~lost
         return cls(
-            spectrum.gradient,
-            np.maximum(spectrum.values, least) ** 2,
-            spectrum.vectors,
-            spectrum.slopes,
+            svd.gradient,
+            np.maximum(svd.values, least) ** 2,
+            svd.vectors,
+            svd.slopes,
             bool(flat.any()),
-            float(np.linalg.norm(spectrum.slopes[lost])),
-            float(np.linalg.norm(spectrum.slopes[damped] / spectrum.values[damped])),
+            float(np.linalg.norm(svd.slopes[lost])),
+            float(np.linalg.norm(svd.slopes[damped] / svd.values[damped])),
         )
 
     def reduction(self, step: Vector) -> float:

@@ -1,4 +1,4 @@
-"""``Point``: parameters with their sums, and what these say of the way still to go."""
+"""``Iterate``: parameters with their sums, and the convergence criteria."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.solvers.scaled_svd import Spectrum
+from nlsq_dask.solvers.scaled_svd import ScaledSVD
 from nlsq_dask.solvers.trust_region import Quadratic, Vector
 from nlsq_dask.status import Status
 
@@ -62,7 +62,7 @@ def column_scale(jtj: NDArray[np.float64], least: Vector | None = None) -> Vecto
 
 
 @dataclass(frozen=True)
-class Point:
+class Iterate:
     """Parameters with their sums, and what these say of the way still to go.
 
     Attributes
@@ -81,24 +81,24 @@ class Point:
 
     @classmethod
     def of(cls, params: Vector, sums: NormalEquations, settings: Settings) -> Self:
-        """Return the point with its own column norms as scale."""
+        """Return the iterate with its own column norms as scale."""
         return cls(params, sums, column_scale(sums.jtj), settings)
 
     @cached_property
-    def spectrum(self) -> Spectrum:
+    def svd(self) -> ScaledSVD:
         """The singular values of the scaled Jacobian."""
-        return Spectrum.of(self.sums, self.scale, self.settings.epsilon)
+        return ScaledSVD.of(self.sums, self.scale, self.settings.epsilon)
 
     @cached_property
     def quadratic(self) -> Quadratic:
         """The quadratic model of the cost in scaled variables."""
         factor = self.settings.regularization
-        return Quadratic.of(self.spectrum, factor if factor >= _LEAST_FACTOR else 0.0)
+        return Quadratic.of(self.svd, factor if factor >= _LEAST_FACTOR else 0.0)
 
     @property
     def is_ill_conditioned(self) -> bool:
         """Whether squaring the condition number costs half of the digits or more."""
-        return self.spectrum.condition > float(self.settings.epsilon**-0.25)
+        return self.svd.condition > float(self.settings.epsilon**-0.25)
 
     @property
     def room(self) -> tuple[Vector, Vector]:
@@ -125,7 +125,7 @@ class Point:
         return max(self.quadratic.reduction(self.full_step), 0.0)
 
     @cached_property
-    def measure(self) -> float:
+    def relative_decrement(self) -> float:
         """``sqrt(reduction / cost)``: the step in units of the residual; 0 for a perfect fit."""
         if self.reduction == 0.0 or self.sums.cost == 0.0:
             return 0.0
@@ -135,7 +135,7 @@ class Point:
     def is_negligible(self) -> bool:
         """Whether the full step is a small fraction of a standard error."""
         dof = max(self.sums.n_used - len(self.params), 1)
-        return self.measure * float(np.sqrt(dof)) <= _NEGLIGIBLE
+        return self.relative_decrement * float(np.sqrt(dof)) <= _NEGLIGIBLE
 
     @property
     def cost_noise(self) -> float:
@@ -148,7 +148,7 @@ class Point:
         return 0.5 * (8 * self.settings.epsilon) ** 2 * self.sums.signal
 
     @property
-    def has_dead_parameters(self) -> bool:
+    def has_insensitive_parameters(self) -> bool:
         """Whether the model reacts to some parameter inside its bounds by rounding alone."""
         s = self.settings
         is_free = (s.low < self.params) & (self.params < s.high)
@@ -161,7 +161,7 @@ class Point:
     def is_in_a_valley(self) -> bool:
         """Whether the cost still falls along directions that are too flat for a step."""
         rounding = 64 * len(self.params) * self.settings.epsilon
-        if self.quadratic.lost_slope > rounding * float(np.sqrt(2 * self.sums.cost)):
+        if self.quadratic.null_slope > rounding * float(np.sqrt(2 * self.sums.cost)):
             return True
         dof = max(self.sums.n_used - len(self.params), 1)
         shortest = max(
@@ -172,13 +172,13 @@ class Point:
 
     def verdict(self, reason: Status) -> Status:
         """Return the reason to stop here, or why it is no success."""
-        if self.has_dead_parameters:
+        if self.has_insensitive_parameters:
             return Status.NO_SENSITIVITY
         return Status.ILL_CONDITIONED if self.is_in_a_valley else reason
 
     def converged(self) -> Status | None:
-        """Return the criterion that this point meets, if any."""
-        if self.measure <= self.settings.tol:
+        """Return the convergence criterion that the iterate meets, if any."""
+        if self.relative_decrement <= self.settings.tol:
             return Status.REDUCTION
         n = max(self.sums.n_used, 1)
         is_rounding = self.reduction <= self.rounding_cost * len(self.params) / n
