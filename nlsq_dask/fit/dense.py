@@ -19,7 +19,7 @@ from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.settings import gauss_newton_settings
 from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
 from nlsq_dask.kernels.dense_loops import Accumulation
-from nlsq_dask.kernels.in_memory import NormalRowSums
+from nlsq_dask.kernels.in_memory import DenseObjective
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
@@ -31,7 +31,7 @@ from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
-Sample = SampleProblem[NormalRowSums]
+Sample = SampleProblem[DenseObjective]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class DenseFit(FullFit[State, NormalEquations]):
             self._kernels[accumulation] = kernel
         return self._kernels[accumulation]
 
-    def sum_rows(self, rows: Rows, y_reference: float) -> NormalRowSums:
+    def make_objective(self, rows: Rows, y_reference: float) -> DenseObjective:
         """Return the sums over rows in memory."""
         kernel = replace(self._sample_kernel, y_reference=y_reference)
-        return NormalRowSums(self.problem.exact_model, kernel, rows, self.problem.penalty)
+        return DenseObjective(self.problem.exact_model, kernel, rows, self.problem.penalty)
 
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
@@ -81,15 +81,15 @@ class DenseFit(FullFit[State, NormalEquations]):
             return starts[0]
         find = partial(self._find_on_sample, sample, starts)
         found = self.context.journal.step("solution of the sample", _OnSample, find)
-        sample.reduce.make(found.accumulation)
+        sample.objective.make(found.accumulation)
         details["sample_iterations"] = found.iterations
         return found.params
 
     def _find_on_sample(self, sample: Sample, starts: list[Vector]) -> _OnSample:
         solver, races = self._sample_solver, self._reporting("sample", are_iterations=False)
-        start = solver.best_start(sample.reduce_few, starts, races)
-        state = solver.solve(sample.reduce, start, self._reporting("sample"))
-        accumulation = sample.reduce.accumulation
+        start = solver.best_start(sample.objective_few, starts, races)
+        state = solver.solve(sample.objective, start, self._reporting("sample"))
+        accumulation = sample.objective.accumulation
         if state.stop is Status.NON_FINITE_START:
             return _OnSample(start, state.iteration, accumulation)
         assert state.solution is not None
@@ -102,9 +102,9 @@ class DenseFit(FullFit[State, NormalEquations]):
         reduction = self._gram.reduction
         assert isinstance(reduction, DenseReduction)
         if self.problem.is_exact:
-            self._first_accumulation = sample.reduce.accumulation
+            self._first_accumulation = sample.objective.accumulation
         else:
-            reduction = replace(reduction, factors=sample.reduce.factors(start))
+            reduction = replace(reduction, factors=sample.objective.factors(start))
         self._gram = replace(self._gram, reduction=reduction, y_reference=sample.y_reference)
         self._kernels = {Accumulation.GRAM: self._gram}
 
@@ -117,7 +117,7 @@ class DenseFit(FullFit[State, NormalEquations]):
             self._settings,
             self._first_accumulation,
             may_factorize=is_auto and self.problem.is_exact,
-            forecast=lambda state: forecast(state, sample.reduce),
+            forecast=lambda state: forecast(state, sample.objective),
         )
 
     def _better_start(
@@ -132,12 +132,12 @@ class DenseFit(FullFit[State, NormalEquations]):
         found = self.context.start_finder.find(sample, {})
         again = self._solve_on_sample(sample, found, {})
         state = begin(start, first.sums, self._settings)
-        ahead = None if state.stop is not None else forecast(state, sample.reduce)
-        reached = sample.reduce(start if ahead is None else ahead.params)
-        there = sample.reduce(again)
+        ahead = None if state.stop is not None else forecast(state, sample.objective)
+        reached = sample.objective(start if ahead is None else ahead.params)
+        there = sample.objective(again)
         if not there.is_finite:
             again = self.problem.parameters.start
-            there = sample.reduce(again)
+            there = sample.objective(again)
         if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
             return start, first
         kernel = self.kernel(self._first_request(again))

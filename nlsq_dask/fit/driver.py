@@ -151,7 +151,7 @@ class Driver:
         rows, n_blocks = self._passes.sample(problem.sample_rows, problem.config.random_seed)
         details["sample"] = {"rows": len(rows), "blocks": n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
-        sample: SampleProblem[Any] = SampleProblem(problem, fit.sum_rows, rows)
+        sample: SampleProblem[Any] = SampleProblem(problem, fit.make_objective, rows)
         self._sample = sample
         if self._passes.must_report(sample.at_start):
             # Counts all bad rows, and raises.
@@ -171,7 +171,7 @@ class Driver:
         random = np.random.default_rng(0)
         shifts = _SHIFT * scales * random.uniform(-1.0, 1.0, (_POINTS, len(start)))
         points = [start, *np.clip(start + shifts, parameters.low, parameters.high)]
-        now = [float(sample.reduce(point).cost) for point in points]
+        now = [float(sample.objective(point).cost) for point in points]
         before = self._journal.step("costs of the sample near p0", list[float], lambda: now)
         if not np.allclose(now, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
             raise CheckpointError(

@@ -18,7 +18,7 @@ from nlsq_dask.fit.loop import Report, iterate
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Reduced, RowsInUse
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.kernels.in_memory import RowSums
+from nlsq_dask.kernels.in_memory import SampleObjective
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
@@ -64,7 +64,7 @@ class FullFit(ABC, Generic[T, S]):
         """Return the kernel that makes what is asked for of all rows."""
 
     @abstractmethod
-    def sum_rows(self, rows: Rows, y_reference: float) -> RowSums[S]:
+    def make_objective(self, rows: Rows, y_reference: float) -> SampleObjective[S]:
         """Return the sums over rows in memory."""
 
     @abstractmethod

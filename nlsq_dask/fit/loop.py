@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.kernels.dense_loops import Accumulation
-from nlsq_dask.kernels.in_memory import NormalRowSums
+from nlsq_dask.kernels.in_memory import DenseObjective
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State
@@ -106,7 +106,7 @@ class SampleSolver:
 
     def solve(
         self,
-        sums: NormalRowSums,
+        sums: DenseObjective,
         start: Vector,
         report: Report,
         anchor_length: float = _ANCHOR_LENGTH,
@@ -140,7 +140,7 @@ class SampleSolver:
             sums.make(first_accumulation(self.config))
         return state
 
-    def best_start(self, sums: NormalRowSums, starts: list[Vector], report: Report) -> Vector:
+    def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
         """Return where the best of some starts leads to, the first of those that are equally good.
 
         A warm-up may end in a valley that Gauss-Newton would not have entered from the start, and
@@ -162,7 +162,7 @@ class SampleSolver:
         return best
 
     def _race(
-        self, sums: NormalRowSums, starts: list[Vector], anchor_length: float, report: Report
+        self, sums: DenseObjective, starts: list[Vector], anchor_length: float, report: Report
     ) -> tuple[Vector, float]:
         ends, costs = [], []
         for start in starts:

@@ -21,7 +21,7 @@ from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.settings import newton_cg_settings
 from nlsq_dask.kernels.gradient_kernel import gradient_kernel
-from nlsq_dask.kernels.in_memory import GradientRowSums
+from nlsq_dask.kernels.in_memory import GradientObjective
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import GradientSums
@@ -38,7 +38,7 @@ from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, null_directi
 from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
-Sample = SampleProblem[GradientRowSums]
+Sample = SampleProblem[GradientObjective]
 
 _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
 _SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
@@ -78,10 +78,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         """Return the kernel that makes what is asked for of all rows."""
         return self._kernel
 
-    def sum_rows(self, rows: Rows, y_reference: float) -> GradientRowSums:
+    def make_objective(self, rows: Rows, y_reference: float) -> GradientObjective:
         """Return the sums over rows in memory."""
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
-        return GradientRowSums(kernel, diagonal, rows, self.problem.penalty)
+        return GradientObjective(kernel, diagonal, rows, self.problem.penalty)
 
     def _prepare(self, sample: Sample, start: Vector) -> None:
         self._sample = sample
@@ -103,7 +103,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         if first.sums.is_finite and not sample.is_informative:
             return start, first
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
-        costs = [sample.reduce(end).cost for end in ends]
+        costs = [sample.objective(end).cost for end in ends]
         best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
         for other in (best, *starts):
             there, first = self.context.passes.run_beside(self._kernel, other, start, first)
@@ -159,9 +159,9 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
             return None
         config = self.problem.config
-        diagonal = filled(sample.reduce.diagonal(params), self.problem.normalizer.scales)
+        diagonal = filled(sample.objective.diagonal(params), self.problem.normalizer.scales)
         direction = null_direction(
-            partial(sample.reduce.product, params),
+            partial(sample.objective.product, params),
             diagonal,
             MORE_ITERATIONS * config.cg_max_iterations,
             config.random_seed,
@@ -193,7 +193,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        finite = [start for start in starts if sample.reduce(start).is_finite]
+        finite = [start for start in starts if sample.objective(start).is_finite]
         if not finite or not sample.is_informative:
             return starts[0]
         find = partial(self._find_on_sample, sample, finite)
@@ -202,7 +202,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return found.params
 
     def _find_on_sample(self, sample: Sample, finite: list[Vector]) -> _OnSample:
-        sums = sample.reduce
+        sums = sample.objective
         start = min(finite, key=lambda start: sums(start).cost)
         settings = replace(
             self._settings,
@@ -223,14 +223,14 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
 
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
         scales = self.problem.normalizer.scales
-        return DiagonalPreconditioner(filled(sample.reduce.diagonal(params), scales))
+        return DiagonalPreconditioner(filled(sample.objective.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
         """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
-        diagonal = filled(sample.reduce.diagonal(params), self.problem.normalizer.scales)
+        diagonal = filled(sample.objective.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
-            partial(sample.reduce.product, params),
+            partial(sample.objective.product, params),
             diagonal,
             weight=n_rows / n_used,
             share=min(1.0, len(params) / n_used),

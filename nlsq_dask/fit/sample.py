@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from nlsq_dask.errors import DataError
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.settings import multistart_settings, warmup_settings
-from nlsq_dask.kernels.in_memory import RowSums
+from nlsq_dask.kernels.in_memory import SampleObjective
 from nlsq_dask.kernels.losses import LARGEST, SMALLEST
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
-from nlsq_dask.warmup.multistart import Tournament
+from nlsq_dask.warmup.multistart import SuccessiveHalving
 
 Vector = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
         )
 
 
-R = TypeVar("R", bound=RowSums[Sums])
+R = TypeVar("R", bound=SampleObjective[Sums])
 
 
 class SampleProblem(Generic[R]):
@@ -52,7 +52,7 @@ class SampleProblem(Generic[R]):
     ----------
     problem : FitProblem
         Whose model is evaluated in float64, whatever the arithmetic over all rows.
-    sum_rows : callable
+    make_objective : callable
         Returns the sums over given rows, which measure y from a given reference.
     rows : Rows
         As they were read, unusable ones among them.
@@ -61,16 +61,16 @@ class SampleProblem(Generic[R]):
     ----------
     y_reference : float
         Mean of its y.
-    reduce : RowSums
+    objective : SampleObjective
         Over all rows of the sample, measuring y from its mean.
-    reduce_few : RowSums
+    objective_few : SampleObjective
         Over no more of them than a choice between starts needs.
     """
 
     def __init__(
         self,
         problem: FitProblem,
-        sum_rows: Callable[[Rows, float], R],
+        make_objective: Callable[[Rows, float], R],
         rows: Rows,
     ) -> None:
         self._problem = problem
@@ -79,7 +79,7 @@ class SampleProblem(Generic[R]):
         usable = rows.usable()
         y = usable.y.astype(np.float64)
         _check_units(y, usable.sigma)
-        self._sum_rows = sum_rows
+        self._sum_rows = make_objective
         self.y_reference = float(y.mean()) if len(y) else 0.0
         self._hold(rows, usable)
         self._prediction = PredictionKernel.trace(self._model, BLOCK_ROWS)
@@ -91,8 +91,8 @@ class SampleProblem(Generic[R]):
     def _hold(self, rows: Rows, usable: Rows) -> None:
         self._rows = usable
         few = usable.take(self._spread(min(self.n_used, _FEW_ROWS)))
-        self.reduce = self._sum_rows(rows, self.y_reference)
-        self.reduce_few = self._sum_rows(few, self.y_reference)
+        self.objective = self._sum_rows(rows, self.y_reference)
+        self.objective_few = self._sum_rows(few, self.y_reference)
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return indices of so many usable rows, spread evenly."""
@@ -121,7 +121,7 @@ class SampleProblem(Generic[R]):
 
     def most_expected(self, params: Vector) -> float:
         """Return up to which mean square, at the sample's solution, other rows are like these."""
-        return self.reduce(params).variance(0) * self.chance if self.n_used else 0.0
+        return self.objective(params).variance(0) * self.chance if self.n_used else 0.0
 
     @property
     def variance(self) -> float:
@@ -132,7 +132,7 @@ class SampleProblem(Generic[R]):
     @property
     def at_start(self) -> Sums:
         """The sums at ``start``; they also count the unusable rows."""
-        return self.reduce(self._start)
+        return self.objective(self._start)
 
     def exchange(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
@@ -170,7 +170,7 @@ class SampleProblem(Generic[R]):
             self._fingerprint,
         )
 
-    def prepare_tournament(self) -> Tournament:
+    def prepare_halving(self) -> SuccessiveHalving:
         """Make a tournament on the usable rows, as many as its last round takes.
 
         They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
@@ -179,7 +179,7 @@ class SampleProblem(Generic[R]):
         n_rows = min(self.n_used, multistart_settings(problem.config).most_rows)
         capacity = 1 << (n_rows - 1).bit_length()
         order = np.random.default_rng(problem.config.random_seed).permutation(self.n_used)[:n_rows]
-        return Tournament.prepare(
+        return SuccessiveHalving.prepare(
             self._model,
             self._rows.take(np.resize(order, capacity)),
             n_rows,

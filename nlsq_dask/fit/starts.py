@@ -93,7 +93,7 @@ class StartFinder:
             warmed_up = self._warm_up(sample, "p0", own)
             summary = warmed_up.summary
             return _Found(_distinct([warmed_up.params, own]), summary, {"warm_up": summary})
-        held = self.journal.step("tournament", _Found, partial(self._hold_tournament, sample))
+        held = self.journal.step("tournament", _Found, partial(self._run_halving, sample))
         survivors, multistart = held.starts, dict(held.diagnostics)
         is_own = multistart["winner"] == 0
         name, first = ("p0", own) if is_own else ("winner", survivors[0])
@@ -109,7 +109,7 @@ class StartFinder:
             {"warm_up": warmed_up.summary, "multistart": multistart},
         )
 
-    def _hold_tournament(self, sample: SampleProblem[Any]) -> _Found:
+    def _run_halving(self, sample: SampleProblem[Any]) -> _Found:
         """Return the survivors, the best one first; where the caller's start wins, as it was."""
         parameters, settings = self.problem.parameters, multistart_settings(self.problem.config)
         own = parameters.start
@@ -117,7 +117,7 @@ class StartFinder:
         normalized = self.problem.normalizer.normalize(candidates)
         rounds = []
         for number, found in enumerate(
-            sample.prepare_tournament().rounds(normalized, settings), start=1
+            sample.prepare_halving().rounds(normalized, settings), start=1
         ):
             rounds.append(found)
             best = float(found.losses[found.survivors[0]])
@@ -148,7 +148,7 @@ class StartFinder:
         return self.journal.step("warm-up", _WarmedUp, make)
 
     def _make_warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
-        config, sums = self.problem.config, sample.reduce(start)
+        config, sums = self.problem.config, sample.objective(start)
         loss, settings = relative_loss(sums), start_settings(config)
         is_warm = is_warm_start(loss, settings)
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite

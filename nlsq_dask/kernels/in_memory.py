@@ -23,7 +23,7 @@ S_co = TypeVar("S_co", bound=Sums, covariant=True)
 _REMEMBERED = 8  # points; forecasts come back to those that they have tried
 
 
-class RowSums(ABC, Generic[S_co]):
+class SampleObjective(ABC, Generic[S_co]):
     """Sums over rows, as a function of the parameters; the last few are remembered.
 
     Parameters
@@ -55,7 +55,7 @@ class RowSums(ABC, Generic[S_co]):
         return self._known[key]
 
 
-class NormalRowSums(RowSums[NormalEquations]):
+class DenseObjective(SampleObjective[NormalEquations]):
     """Normal equations over rows in memory, or what takes their place.
 
     Parameters
@@ -102,7 +102,7 @@ class NormalRowSums(RowSums[NormalEquations]):
         return tuple(np.exp2(exponents).tolist())
 
 
-class GradientRowSums(RowSums[GradientSums]):
+class GradientObjective(SampleObjective[GradientSums]):
     """Gradients over rows in memory, products with ``J^T J`` and its diagonal.
 
     Parameters

@@ -82,7 +82,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Tournament:
+class SuccessiveHalving:
     """A tournament that is ready to be held.
 
     Attributes
@@ -116,7 +116,7 @@ class Tournament:
         loss: Loss,
         penalty: GroupVariance,
         fingerprint: str,
-    ) -> Tournament:
+    ) -> SuccessiveHalving:
         """Gather what the program needs.
 
         Parameters
