@@ -46,39 +46,26 @@ def build_result(
     non_identifiable = [] if flags is None else _names(parameters, flags)
     at_bounds = _names(parameters, active != 0)
     is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
-    restricted = _names(parameters, is_outward)
     pcov, root = _covariance(outcome, problem)
-    if covariance is not None and pcov is not None and not np.isfinite(pcov).all():
-        _warn_covariance(non_identifiable, n_used, n_params)
-    if non_identifiable and problem.is_without_matrices:
-        warn_caller(
-            f"The data do not constrain {_join(non_identifiable)}: other values fit equally well.",
-            OptimizeWarning,
-        )
-    message = outcome.stop.message
-    if outcome.stop.suggests_another_start and _can_use_multistart(problem):
-        message += _MULTISTART_HINT
     skipped = _skipped_message(outcome.diagnostics["left_out"], blocks)
-    if skipped:
-        message += f" {skipped}"
-        _warn_skipped(skipped, outcome.diagnostics["left_out"])
-    if at_bounds:
-        message += f" At a bound: {_join(at_bounds)}."
-    if is_outward.any():
-        message += f" The cost would decrease beyond the bound of {_join(restricted)}."
-    if sums is not None and n_used < n_params:
-        message += f" There are fewer rows ({n_used}) than parameters ({n_params})."
-    if non_identifiable:
-        message += f" The data do not constrain: {_join(non_identifiable)}."
-    if not outcome.stop.is_success and not outcome.stop.is_interruption:
-        message += _date_hint(blocks)
-    if outcome.stop.is_interruption:
-        message += resume_hint(outcome.checkpoint)
+    _warn(outcome, problem, pcov, non_identifiable, skipped)
+    sentences = {
+        skipped: bool(skipped),
+        f"At a bound: {_join(at_bounds)}.": bool(at_bounds),
+        f"The cost would decrease beyond the bound of {_join(_names(parameters, is_outward))}.": (
+            bool(is_outward.any())
+        ),
+        f"There are fewer rows ({n_used}) than parameters ({n_params}).": (
+            sums is not None and n_used < n_params
+        ),
+        f"The data do not constrain: {_join(non_identifiable)}.": bool(non_identifiable),
+    }
+    # Long, because each field of the result takes a line.
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
         status=outcome.stop.code,
-        message=message,
+        message=_message(outcome, problem, [text for text, holds in sentences.items() if holds]),
         cost=np.nan if sums is None else sums.cost,
         chi2=np.nan if sums is None else sums.chi2,
         grad=gradient,
@@ -124,6 +111,38 @@ def build_result(
         _root=root,
         _errors=outcome.errors,
     )
+
+
+def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str:
+    """Return why the fit ended, what is known of the solution, and what to do next."""
+    stop = outcome.stop
+    message = stop.message
+    if stop.suggests_another_start and _can_use_multistart(problem):
+        message += _MULTISTART_HINT
+    message = " ".join([message, *sentences])
+    if stop.is_interruption:
+        return message + resume_hint(outcome.checkpoint)
+    return message if stop.is_success else message + _date_hint(problem.blocks)
+
+
+def _warn(
+    outcome: Outcome,
+    problem: FitProblem,
+    pcov: Matrix | None,
+    non_identifiable: list[str],
+    skipped: str,
+) -> None:
+    """Warn if the covariance is unreliable or rows were skipped."""
+    if outcome.covariance is not None and pcov is not None and not np.isfinite(pcov).all():
+        n_used = 0 if outcome.sums is None else outcome.sums.n_used
+        _warn_covariance(non_identifiable, n_used, problem.model.n_params)
+    if non_identifiable and problem.is_without_matrices:
+        warn_caller(
+            f"The data do not constrain {_join(non_identifiable)}: other values fit equally well.",
+            OptimizeWarning,
+        )
+    if skipped:
+        _warn_skipped(skipped, outcome.diagnostics["left_out"])
 
 
 def _date_hint(blocks: RowBlocks) -> str:
