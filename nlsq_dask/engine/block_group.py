@@ -1,4 +1,4 @@
-"""``Group``: the blocks of one task, on the worker that holds them from pass to pass."""
+"""``BlockGroup``: the blocks of one task, on the worker that holds them from pass to pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.device_rows import PlacedRows
 
-Kept = Block | PlacedRows
+CachedBlock = Block | PlacedRows
 
-_kept_bytes: Counter[str] = Counter()
+_cached_bytes: Counter[str] = Counter()
 _released: deque[tuple[str, int]] = deque()
 _lock = threading.Lock()
 
@@ -40,9 +40,9 @@ class CacheBudget:
         """Take some bytes out of the budget of this process, if there are so many left."""
         with _lock:
             _settle()
-            if _kept_bytes[self.fit] + n_bytes > self.process_bytes:
+            if _cached_bytes[self.fit] + n_bytes > self.process_bytes:
                 return False
-            _kept_bytes[self.fit] += n_bytes
+            _cached_bytes[self.fit] += n_bytes
             return True
 
     def release(self, n_bytes: int) -> None:
@@ -50,19 +50,19 @@ class CacheBudget:
         _released.append((self.fit, n_bytes))
 
 
-def kept_bytes() -> int:
+def cached_bytes() -> int:
     """Return how many bytes of blocks this process keeps, over all fits."""
     with _lock:
         _settle()
-        return _kept_bytes.total()
+        return _cached_bytes.total()
 
 
 def _settle() -> None:
     while _released:
         fit, n_bytes = _released.popleft()
-        _kept_bytes[fit] -= n_bytes
-        if not _kept_bytes[fit]:
-            del _kept_bytes[fit]
+        _cached_bytes[fit] -= n_bytes
+        if not _cached_bytes[fit]:
+            del _cached_bytes[fit]
 
 
 class ReadAhead:
@@ -90,7 +90,7 @@ class ReadAhead:
         self.pool.shutdown(cancel_futures=True)
 
 
-class Group:
+class BlockGroup:
     """What one task works on: how its blocks are read, and the blocks themselves if it keeps them.
 
     A copy that is sent elsewhere keeps nothing. When the group goes, its bytes go back to the
@@ -113,19 +113,19 @@ class Group:
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_large = is_large
-        self._following: Group | None = None
+        self._following: BlockGroup | None = None
         self._threads: ReadAhead | None = None
         self._left_out: frozenset[int] = frozenset()
-        self._coming: tuple[frozenset[int], _Reading] | None = None
-        self._kept: list[tuple[int, Kept]] | None = None
+        self._prefetched: tuple[frozenset[int], _Reading] | None = None
+        self._cached: list[tuple[int, CachedBlock]] | None = None
         # What other tasks read for several groups would be read again all the same.
-        self._may_keep = bool(reader.steps) and not reader.inputs
+        self._may_cache = bool(reader.steps) and not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
 
     def read_ahead_of(
-        self, following: Group | None, threads: ReadAhead, left_out: frozenset[int]
+        self, following: BlockGroup | None, threads: ReadAhead, left_out: frozenset[int]
     ) -> None:
         """Let this group start the reading of another while its own last block is computed.
 
@@ -133,7 +133,7 @@ class Group:
 
         Parameters
         ----------
-        following : Group or None
+        following : BlockGroup or None
         threads : ReadAhead
         left_out : frozenset of int
             Blocks that are not wanted.
@@ -147,26 +147,26 @@ class Group:
     def _start_reading(self, threads: ReadAhead, left_out: frozenset[int]) -> None:
         """Begin to read the first block, unless it is there or waits for other tasks."""
         with _lock:
-            wants = self._kept is None and self._coming is None and not self.reader.inputs
+            wants = self._cached is None and self._prefetched is None and not self.reader.inputs
             if wants and threads.has_room():
                 items = self.reader.read((), left_out)
-                self._coming = left_out, _Reading.started(items, threads.pool)
+                self._prefetched = left_out, _Reading.started(items, threads.pool)
 
     def _reading(self, inputs: Sequence[Any], left_out: frozenset[int]) -> _Reading:
         with _lock:
-            coming, self._coming = self._coming, None
-        if coming is not None and self._threads is not None:
+            prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and self._threads is not None:
             self._threads.taken()
-            if coming[0] == left_out:
-                return coming[1]
+            if prefetched[0] == left_out:
+                return prefetched[1]
         return _Reading(self.reader.read(inputs, left_out))
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(
-        self, inputs: Sequence[Any], left_out: frozenset[int], place: Callable[[Block], Kept]
-    ) -> Iterator[tuple[int, Kept | None, ReadBlock | None]]:
+        self, inputs: Sequence[Any], left_out: frozenset[int], place: Callable[[Block], CachedBlock]
+    ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
         """Yield flat index and rows of each block, and how it was read if it was read now.
 
         There are no rows of a block that could not be read.
@@ -180,35 +180,37 @@ class Group:
         place : callable
             Puts a block where it is best kept.
         """
-        if self._kept is not None:
-            yield from ((index, rows, None) for index, rows in self._kept if index not in left_out)
+        if self._cached is not None:
+            yield from (
+                (index, rows, None) for index, rows in self._cached if index not in left_out
+            )
             return
-        wants = self._may_keep and self._budget.reserve(self._n_bytes)
+        wants = self._may_cache and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
-        kept: list[tuple[int, Kept]] = []
+        cached: list[tuple[int, CachedBlock]] = []
         try:
             reading, count = self._reading(inputs, left_out), self.reader.count(left_out)
             for read in _ahead(reading, count, self._start_following):
-                rows: Kept | None = read.block
+                rows: CachedBlock | None = read.block
                 if reserved and read.block is None:
-                    # Which blocks are kept would have to be known to every later pass.
+                    # Which blocks are cached would have to be known to every later pass.
                     self._budget.release(reserved)
-                    reserved, kept = 0, []
+                    reserved, cached = 0, []
                 elif reserved and read.block is not None:
                     rows = place(read.block.compact())
-                    kept.append((read.index, rows))
+                    cached.append((read.index, rows))
                     more = max(rows.nbytes - read.block.nbytes, 0)
                     if self._budget.reserve(more):
                         reserved += more
                     else:
                         self._budget.release(reserved)
-                        reserved, kept, self._may_keep = 0, [], False
+                        reserved, cached, self._may_cache = 0, [], False
                 yield read.index, rows, read
         except BaseException:
             self._budget.release(reserved)
             raise
         if reserved:
-            self._kept = kept
+            self._cached = cached
             weakref.finalize(self, self._budget.release, reserved)
 
 
@@ -219,11 +221,11 @@ class _Reading:
     Attributes
     ----------
     items : iterator of ReadBlock
-    coming : Future or None
+    prefetched : Future or None
     """
 
     items: Iterator[ReadBlock]
-    coming: Future[ReadBlock] | None = None
+    prefetched: Future[ReadBlock] | None = None
 
     @classmethod
     def started(cls, items: Iterator[ReadBlock], pool: ThreadPoolExecutor) -> _Reading:
@@ -232,7 +234,7 @@ class _Reading:
 
     def next(self) -> ReadBlock:
         """Return the next block as soon as it is there."""
-        return next(self.items) if self.coming is None else self.coming.result()
+        return next(self.items) if self.prefetched is None else self.prefetched.result()
 
 
 def _ahead(reading: _Reading, count: int, at_last: Callable[[], None]) -> Iterator[ReadBlock]:

@@ -37,6 +37,6 @@ class BlockSums:
         return cls(np.array([index]), np.array([chi2]), np.array([n_used]), np.array([largest]))
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
         """Return the blocks of all of them."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))

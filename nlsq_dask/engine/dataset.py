@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.block_group import CacheBudget, Group, ReadAhead
-from nlsq_dask.engine.execution import Parts, Watch, WorkersReplacedError, run_tree
+from nlsq_dask.engine.block_group import BlockGroup, CacheBudget, ReadAhead
+from nlsq_dask.engine.execution import PartialResults, Watch, WorkersReplacedError, execute
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, group_blocks, hold, send_once
+from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
 from nlsq_dask.engine.retries import BadBlock, Fault, ReadFailedError, ReadPolicy
 from nlsq_dask.engine.source_graph import Index, SourceGraph
 from nlsq_dask.engine.tasks import (
@@ -72,24 +72,24 @@ class DataSet:
         self._literals = self._source.large_literals
         self._block_groups = groups
         self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
-        self._place()
+        self._distribute()
         self._all_sizes = self._amounts(range(len(groups)), frozenset())
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
             self._read_ahead = ReadAhead(self._workers.most_threads)
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
-    def _place(self) -> None:
+    def _distribute(self) -> None:
         """Put groups, and arrays that are in memory, on the workers."""
-        self._source.replace(send_once(self._literals, self._workers.client))
+        self._source.replace(broadcast(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
         self._members = [{index for index, *_ in reader.blocks} for reader in readers]
-        held = [
-            Group(reader, n_bytes, self._budget, self.memory.all_fits)
+        block_groups = [
+            BlockGroup(reader, n_bytes, self._budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
-        self._groups = hold("group", held, self._workers)
+        self._groups = pin("group", block_groups, self._workers)
 
     def close(self) -> None:
         """Let go of what is held on the workers."""
@@ -113,7 +113,7 @@ class DataSet:
         kernel: Kernel[S],
         request: PassRequest,
         known: Mapping[Node, PassResult[S]] | None = None,
-        watch: Watch = lambda parts: None,
+        watch: Watch = lambda partials: None,
     ) -> PassResult[S]:
         """Sum over all rows but those of blocks left out: one pass.
 
@@ -122,10 +122,10 @@ class DataSet:
         kernel : Kernel
         request : PassRequest
         known : mapping of Node to PassResult, optional
-            Finished parts of an earlier pass with the same kernel and request.
+            Partial results of an earlier pass with the same kernel and request.
         watch : callable, optional
-            Called with the ``Parts`` at the start and whenever one has finished; may raise to end
-            the pass.
+            Called with the ``PartialResults`` at the start and whenever one has finished; may raise
+            to end the pass.
 
         Raises
         ------
@@ -134,19 +134,21 @@ class DataSet:
         ClusterLostError
             If the scheduler is lost, or workers again and again.
         """
-        parts = Parts(self._sizes(request), dict(known or {}))
-        watch(parts)
-        result: PassResult[S] = self._attempted(
-            lambda: self._tree(kernel, request, parts.values), parts, watch
+        partials = PartialResults(self._amounts_of(request), dict(known or {}))
+        watch(partials)
+        result: PassResult[S] = self._run_with_recovery(
+            lambda: self._tree(kernel, request, partials.values), partials, watch
         )
         return result
 
-    def _attempted(self, make_tree: Callable[[], Tree], parts: Parts, watch: Watch) -> Any:
+    def _run_with_recovery(
+        self, make_tree: Callable[[], Tree], partials: PartialResults, watch: Watch
+    ) -> Any:
         """Run a tree, made anew after workers were lost: what it refers to is placed again."""
         attempt = 1
         while True:
             try:
-                return run_tree(make_tree(), self._workers, parts, watch)
+                return execute(make_tree(), self._workers, partials, watch)
             except ReadFailedError as failed:
                 raise self._block_error(failed.fault) from failed.cause
             except (
@@ -156,7 +158,7 @@ class DataSet:
                 WorkersReplacedError,
             ) as error:
                 self._recover(error, attempt)
-                parts.drop_lost()
+                partials.drop_missing()
             attempt += 1
 
     def _recover(self, error: Exception, attempt: int) -> None:
@@ -179,7 +181,7 @@ class DataSet:
         self._workers = Workers.active()
         self._kernel = None
         try:
-            self._place()
+            self._distribute()
         except TimeoutError as timeout:
             raise ClusterLostError(
                 "all workers were lost, and none came that arrays in memory could be sent to. "
@@ -189,44 +191,44 @@ class DataSet:
     def _tree(self, kernel: Kernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
-            self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]
+            self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (
             graph.constant("kernel", self._kernel[1]),
             graph.constant("request", request),
         )
 
-        wanted = self._wanted(request)
+        needed = self._needed_groups(request)
 
         def leaf(i: int) -> TaskRef:
-            number = wanted[i]
+            number = needed[i]
             group = graph.constant(f"group-{number}", self._groups[number])
             inputs = self._inputs[number]
             return graph.task(
                 "normal-equations", number, reduce_group, group, *constants, inputs=inputs
             )
 
-        tree = graph.tree(len(wanted), leaf, combine, known)
+        tree = graph.tree(len(needed), leaf, combine, known)
         if self._read_ahead is not None:
             # When a thread is done with its group, the one so many places further on is its next.
             positions = list(tree.leaves)
             order = graph.order_of(list(tree.leaves.values()))
-            turns = [self._groups[wanted[positions[i]]] for i in order]
+            turns = [self._groups[needed[positions[i]]] for i in order]
             following = turns[self._workers.most_threads :]
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead, request.left_out)
         return tree
 
-    def _wanted(self, request: PassRequest) -> list[int]:
+    def _needed_groups(self, request: PassRequest) -> list[int]:
         """Return the groups of which not all blocks are left out."""
         if not request.left_out:
             return list(range(len(self._members)))
         return [i for i, own in enumerate(self._members) if not own <= request.left_out]
 
-    def _sizes(self, request: PassRequest) -> NDArray[np.int64]:
-        """Return the ``Amount`` of each wanted group, found once for the passes over all."""
+    def _amounts_of(self, request: PassRequest) -> NDArray[np.int64]:
+        """Return the ``Amount`` of each needed group, computed once for the passes over all."""
         if not request.left_out:
             return self._all_sizes
-        return self._amounts(self._wanted(request), request.left_out)
+        return self._amounts(self._needed_groups(request), request.left_out)
 
     def _amounts(self, groups: Iterable[int], left_out: frozenset[int]) -> NDArray[np.int64]:
         sizes = []
@@ -242,7 +244,7 @@ class DataSet:
         sample_rows: int,
         seed: int,
         left_out: frozenset[int] = frozenset(),
-        watch: Watch = lambda parts: None,
+        watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
         """Read a few blocks and take rows from each, as if those left out were not there.
 
@@ -261,7 +263,7 @@ class DataSet:
             ]
             return graph.of_one(graph.task("sample-join", 0, combine, *leaves))
 
-        sample: PassResult[Sums] = self._attempted(tree, _one_part(), watch)
+        sample: PassResult[Sums] = self._run_with_recovery(tree, _single_result(), watch)
         return sample
 
     def _block_error(self, fault: Fault) -> BlockReadError:
@@ -310,8 +312,8 @@ class DataSet:
                 graph.task("not-finite", 0, not_finite, reader, inputs=reader.inputs)
             )
 
-        found: tuple[int, Index, Index] | None = self._attempted(
-            tree, _one_part(), lambda parts: None
+        found: tuple[int, Index, Index] | None = self._run_with_recovery(
+            tree, _single_result(), lambda partials: None
         )
         if found is None:
             return block, ""
@@ -329,6 +331,6 @@ class DataSet:
         return [missing.sentence for missing in self._source.missing_chunks()]
 
 
-def _one_part() -> Parts:
-    """Return parts for a result that is known as a whole or not at all."""
-    return Parts(np.zeros((1, 3), np.int64))
+def _single_result() -> PartialResults:
+    """Return partial results for a result that is known as a whole or not at all."""
+    return PartialResults(np.zeros((1, 3), np.int64))

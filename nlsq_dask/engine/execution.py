@@ -1,8 +1,8 @@
-"""A reduction whose finished parts can be seen, kept and given back while it runs.
+"""A reduction whose partial results can be seen, kept and given back while it runs.
 
 A part is a node of the tree in which sums combine: a leaf, or what finished leaves were combined
-to. The tree is fixed, so a reduction that is given parts of an earlier one has the same bits as if
-it had made them itself.
+to. The tree is fixed, so a reduction that is given results of an earlier one has the same bits as
+if it had made them itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distributed.utils import thread_state  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
-from nlsq_dask.engine.serialization import sealed
+from nlsq_dask.engine.serialization import to_opaque_graph
 from nlsq_dask.engine.workers import Workers
 
 _PATIENCE = 5.0  # seconds, and more each time, for a result to be sent
@@ -45,8 +45,8 @@ class Amount(NamedTuple):
 
 
 @dataclass
-class Parts:
-    """The finished parts of a reduction, without those that a larger finished one contains.
+class PartialResults:
+    """The partial results of a reduction, without those that a larger finished one contains.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Parts:
                 smaller.release()
         self.values[node] = value
 
-    def drop_lost(self) -> None:
+    def drop_missing(self) -> None:
         """Forget what the workers that had it have lost."""
         lost = [
             n for n, v in self.values.items() if isinstance(v, Future) and v.status != "finished"
@@ -98,7 +98,7 @@ class Parts:
 
     @property
     def finished(self) -> Amount:
-        """What is in the finished parts."""
+        """What is in the partial results."""
         found = np.zeros(3, np.int64)
         for level, i in self.values:
             width = TREE_WIDTH**level
@@ -107,28 +107,28 @@ class Parts:
         return Amount(*map(int, found))
 
     def collect(self) -> dict[Node, Any]:
-        """Return the parts themselves, fetched from the workers where they are there."""
+        """Return the partial results themselves, fetched from the workers where they are there."""
         futures = {n: v for n, v in self.values.items() if isinstance(v, Future)}
         if not futures:
             return dict(self.values)
         client = next(iter(futures.values())).client
         # Of those alone that a worker has: for what was lost, it would wait until a worker comes.
-        there = client.sync(_there, client, list(futures.values()))
+        there = client.sync(_held_keys, client, list(futures.values()))
         wanted = {n: future for n, future in futures.items() if future.key in there}
-        found = client.sync(_gathered, client, list(wanted.values()))
+        found = client.sync(_gather_if_held, client, list(wanted.values()))
         if len(found) == len(wanted):
             self.values.update(zip(wanted, found, strict=True))
         return {n: v for n, v in self.values.items() if not isinstance(v, Future)}
 
 
-async def _there(client: Client, futures: list[Future[Any]]) -> set[Any]:
+async def _held_keys(client: Client, futures: list[Future[Any]]) -> set[Any]:
     """Return the keys of what a worker has."""
     assert client.scheduler is not None
     holders = await client.scheduler.who_has(keys=[future.key for future in futures])
     return {key for key, workers in holders.items() if workers}
 
 
-async def _gathered(client: Client, futures: list[Future[Any]]) -> list[Any]:
+async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[Any]:
     """Return results that were there, or nothing if one of them goes before it is sent.
 
     The gathering would wait until a worker comes. It is not cancelled, because others that gather
@@ -139,11 +139,11 @@ async def _gathered(client: Client, futures: list[Future[Any]]) -> list[Any]:
         done, _ = await asyncio.wait([gathering], timeout=_GATHER_INTERVAL)
         if done:
             return list(await gathering)
-        if len(await _there(client, futures)) < len(futures):
+        if len(await _held_keys(client, futures)) < len(futures):
             return []
 
 
-Watch = Callable[[Parts], None]
+Watch = Callable[[PartialResults], None]
 
 
 _REPLACED = "all were replaced by others"
@@ -153,7 +153,7 @@ class WorkersReplacedError(Exception):
     """None of the workers that a fit had placed something on is there, but others are."""
 
 
-def run_tree(tree: Tree, workers: Workers, parts: Parts, watch: Watch) -> Any:
+def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch) -> Any:
     """Run on the active scheduler, calling ``watch`` whenever a part has finished.
 
     On a cluster, where tasks may wait for a worker, it is called every second in any case.
@@ -162,19 +162,19 @@ def run_tree(tree: Tree, workers: Workers, parts: Parts, watch: Watch) -> Any:
     ----------
     tree : Tree
     workers : Workers
-    parts : Parts
+    partials : PartialResults
         Receives what has finished.
     watch : callable
         May raise, which ends the reduction.
     """
     if workers.client is not None:
-        with _seceded():
-            return _run_on_cluster(tree, workers, workers.client, parts, watch)
+        with _secede():
+            return _run_on_cluster(tree, workers, workers.client, partials, watch)
 
     def finished(key: Any, result: Any, *_: Any) -> None:
         if key in tree.nodes:
-            parts.add(tree.nodes[key], result)
-            watch(parts)
+            partials.add(tree.nodes[key], result)
+            watch(partials)
 
     options: dict[str, Any] = {}
     get = get_scheduler()
@@ -185,9 +185,11 @@ def run_tree(tree: Tree, workers: Workers, parts: Parts, watch: Watch) -> Any:
 
 
 def _run_on_cluster(
-    tree: Tree, workers: Workers, client: Client, parts: Parts, watch: Watch
+    tree: Tree, workers: Workers, client: Client, partials: PartialResults, watch: Watch
 ) -> Any:
-    futures: list[Future[Any]] = client.get(sealed(tree.tasks), list(tree.nodes), sync=False)
+    futures: list[Future[Any]] = client.get(
+        to_opaque_graph(tree.tasks), list(tree.nodes), sync=False
+    )
     finished = as_completed(futures)
     try:
         while True:
@@ -196,7 +198,7 @@ def _run_on_cluster(
                 with finished.thread_condition:
                     finished.thread_condition.wait(timeout=0.1)
                 if time.monotonic() - watched > 1.0:
-                    watch(parts)
+                    watch(partials)
                     # A scheduler leaves tasks that asked for a lost worker waiting, even if they
                     # allowed others, when there was none at all for a while.
                     if workers.are_replaced:
@@ -205,19 +207,19 @@ def _run_on_cluster(
             future: Future[Any] = next(finished)
             if future.status != "finished":
                 future.result()  # raises
-            parts.add(tree.nodes[future.key], future)
-            watch(parts)
+            partials.add(tree.nodes[future.key], future)
+            watch(partials)
             if future.key == tree.root.key:
-                return _fetched(future, workers, parts, watch)
+                return _fetch(future, workers, partials, watch)
     finally:
         # One by one, because an error that is raised from a future keeps it, and this frame.
-        kept = {value.key for value in parts.values.values() if isinstance(value, Future)}
+        kept = {value.key for value in partials.values.values() if isinstance(value, Future)}
         for future in futures:
             if future.key not in kept:
                 future.release()
 
 
-def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) -> Any:
+def _fetch(future: Future[Any], workers: Workers, partials: PartialResults, watch: Watch) -> Any:
     """Return a result that was there; the workers that had it may have gone since.
 
     Then it is computed again, which those that took their place may never be asked to do.
@@ -229,14 +231,14 @@ def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) 
         except TimeoutError:
             if future.status == "error":
                 raise
-            watch(parts)
+            watch(partials)
             if workers.are_replaced:
                 raise WorkersReplacedError(_REPLACED) from None
         patience *= 2
 
 
 @contextmanager
-def _seceded() -> Iterator[None]:
+def _secede() -> Iterator[None]:
     """Make room for the tasks of a fit that runs in a task itself, as Dask's own compute does."""
     inside = bool(getattr(thread_state, "key", False))
     if inside:

@@ -18,7 +18,7 @@ from dask.order import order
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from nlsq_dask.engine.serialization import seal, unseal
+from nlsq_dask.engine.serialization import from_opaque, to_opaque
 from nlsq_dask.engine.workers import Workers
 
 Node = tuple[int, int]  # of a tree: level, 0 for leaves, and position in it
@@ -49,7 +49,7 @@ def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
     return groups
 
 
-def send_once(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
+def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
     """Send large values to a cluster, if there is one, for as long as the result lives.
 
     Otherwise every pass would carry them in its graph.
@@ -66,7 +66,7 @@ def send_once(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
     return dict(zip(values, futures, strict=True))
 
 
-def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
+def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     """Place values on the workers, evenly, for as long as the results live.
 
     They are results of tasks, so that a scheduler can make them again if a worker is lost.
@@ -81,14 +81,16 @@ def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
     token = uuid.uuid4().hex
     if not workers.threads:  # a cluster that is still starting
         keys = [f"nlsq-{name}-{token}-{i}" for i in range(len(values))]
-        return list(workers.client.map(unseal, [seal(value) for value in values], key=keys))
+        return list(
+            workers.client.map(from_opaque, [to_opaque(value) for value in values], key=keys)
+        )
     futures: dict[int, Any] = {}
     for address, share in workers.share_out(list(enumerate(values))).items():
         if not share:
             continue
         placed = workers.client.map(
-            unseal,
-            [seal(value) for _, value in share],
+            from_opaque,
+            [to_opaque(value) for _, value in share],
             key=[f"nlsq-{name}-{token}-{i}" for i, _ in share],
             workers=[address],
             allow_other_workers=True,
@@ -183,7 +185,7 @@ class TaskGraph:
         combine : callable
             Combines results, in their order.
         known : mapping of Node to result
-            Parts of the tree that are not computed again.
+            PartialResults of the tree that are not computed again.
         """
         sizes = _level_sizes(n_leaves)
         inside = {

@@ -145,7 +145,7 @@ class SharedStep:
     policy: ReadPolicy
 
     @classmethod
-    def wrapped(cls, node: GraphNode, policy: ReadPolicy) -> GraphNode:
+    def wrap(cls, node: GraphNode, policy: ReadPolicy) -> GraphNode:
         """Return a node that runs another one as a step; constants and names stay as they are."""
         if not isinstance(node, Task):
             return node
@@ -155,7 +155,7 @@ class SharedStep:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run it on the values of its dependencies."""
-        values, _ = unwrapped(zip(self.dependencies, inputs, strict=True))
+        values, _ = unwrap(zip(self.dependencies, inputs, strict=True))
         value, retries = run_step(self.node, values, self.policy)
         return Retried(value, {self.node.key: retries}) if retries else value
 
@@ -168,7 +168,7 @@ class Retried:
     retries: dict[Key, int] = field(default_factory=dict)
 
 
-def unwrapped(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
+def unwrap(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
     """Return values of steps, and the tries that they took."""
     found: dict[Key, Any] = {}
     retries: dict[Key, int] = {}
@@ -242,7 +242,7 @@ class ReadReport:
     retries: dict[Key, int] = field(default_factory=dict)  # by step
 
     @classmethod
-    def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
+    def concatenate(cls, reports: Iterable[ReadReport]) -> ReadReport:
         """Return what all of them say; what several groups have waited for counts once."""
         reports = list(reports)
         return cls(

@@ -1,4 +1,4 @@
-"""What a fit sends to workers, sealed from the scheduler that it passes through.
+"""What a fit sends to workers, opaque to the scheduler that it passes through.
 
 Distributed unpickles graphs in the scheduler's process, which may lack this package, JAX or what
 the caller's arrays are read with. Only workers need these, so a scheduler sees keys, dependencies
@@ -16,16 +16,16 @@ from typing import Any
 from dask._task_spec import DataNode, GraphNode, Task, TaskRef
 from distributed.protocol.pickle import dumps, loads
 
-unseal = loads  # a function that a scheduler has
+from_opaque = loads  # a function that a scheduler has
 
 
-def seal(value: Any) -> bytes:
-    """Return the bytes of which ``unseal`` makes the value."""
-    data: bytes = dumps(PackageFirst(value))
+def to_opaque(value: Any) -> bytes:
+    """Return the bytes of which ``from_opaque`` makes the value."""
+    data: bytes = dumps(WithPackageImport(value))
     return data
 
 
-def sealed(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
+def to_opaque_graph(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return a graph with the same keys and dependencies, and the rest as bytes.
 
     Parameters
@@ -33,23 +33,23 @@ def sealed(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
     tasks : dict
         What is no node of a graph, a caller's future, stays as it is.
     """
-    opened: dict[int, Task] = {}  # of functions that many tasks call, sealed once
+    functions: dict[int, Task] = {}  # of functions that many tasks call, serialized once
     return {
-        key: _sealed(key, node, opened) if isinstance(node, GraphNode) else node
+        key: _to_opaque_task(key, node, functions) if isinstance(node, GraphNode) else node
         for key, node in tasks.items()
     }
 
 
-def _sealed(key: Any, node: GraphNode, opened: dict[int, Task]) -> Task:
+def _to_opaque_task(key: Any, node: GraphNode, functions: dict[int, Task]) -> Task:
     if isinstance(node, DataNode):
-        return Task(key, unseal, seal(node.value))
+        return Task(key, from_opaque, to_opaque(node.value))
     if isinstance(node, Task) and not node.kwargs and all(type(a) is TaskRef for a in node.args):
         function = id(node.func)
-        if function not in opened:
-            opened[function] = Task(None, unseal, seal(node.func))
-        return Task(key, operator.call, opened[function], *node.args)
+        if function not in functions:
+            functions[function] = Task(None, from_opaque, to_opaque(node.func))
+        return Task(key, operator.call, functions[function], *node.args)
     needed = tuple(node.dependencies)
-    step = Task(None, unseal, seal(_Step(node, needed)))
+    step = Task(None, from_opaque, to_opaque(_Step(node, needed)))
     return Task(key, operator.call, step, *map(TaskRef, needed))
 
 
@@ -65,7 +65,7 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class PackageFirst:
+class WithPackageImport:
     """Unpickled, it is the value itself, and the package was imported before a module of it.
 
     A thread that imports a module first holds that module's lock while it waits for the package's;

@@ -32,7 +32,7 @@ from nlsq_dask.engine.retries import (
     ReadPolicy,
     SharedStep,
     run_step,
-    unwrapped,
+    unwrap,
 )
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout
@@ -110,7 +110,7 @@ class GroupReader:
         """
         blocks = [block for block in self.blocks if block[0] not in left_out]
         steps = self.steps if len(blocks) == len(self.blocks) else self._steps_of(blocks)
-        values, retries = unwrapped(zip(self.inputs, inputs, strict=True))
+        values, retries = unwrap(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
         uses.update(key for _, keys, _ in blocks for key in keys)
 
@@ -240,7 +240,7 @@ class SourceGraph:
         shared = {key: self._nodes[key] for key, owner in owners.items() if owner == _SHARED}
         needed = {dep for node in shared.values() for dep in node.dependencies}
         shared |= {key: self._nodes[key] for key in needed if key in self._nodes}
-        shared = {key: SharedStep.wrapped(node, self._policy) for key, node in shared.items()}
+        shared = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
         readers = [self._reader(group, owners) for group in groups]
         return readers, {**shared, **self._futures}
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nlsq_dask.data.sampling import SamplePlan, subsample
-from nlsq_dask.engine.block_group import Group, Kept
+from nlsq_dask.engine.block_group import BlockGroup, CachedBlock
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
@@ -46,7 +46,7 @@ class PassResult(Generic[S]):
 
 
 def reduce_group(
-    group: Group, kernel: Kernel[S], request: PassRequest, *inputs: Any
+    group: BlockGroup, kernel: Kernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
     """Sum over the blocks of a group, read now or kept from an earlier pass."""
     blocks = group.blocks(inputs, request.left_out, kernel.placed)
@@ -57,7 +57,7 @@ def _reduce_block(
     kernel: Kernel[S],
     request: PassRequest,
     index: int,
-    rows: Kept | None,
+    rows: CachedBlock | None,
     read: ReadBlock | None,
 ) -> PassResult[S]:
     report = _report(read, rows)
@@ -72,7 +72,7 @@ def _reduce_block(
     return PassResult(sums, sample, report, measured, index if sums.n_bad else None)
 
 
-def _report(read: ReadBlock | None, rows: Kept | None) -> ReadReport:
+def _report(read: ReadBlock | None, rows: CachedBlock | None) -> ReadReport:
     """Return how a block was read; None stands for one that was in memory."""
     if read is None:
         return ReadReport(rows_cached=0 if rows is None else len(rows))
@@ -91,8 +91,8 @@ def combine(*parts: PassResult[S]) -> PassResult[S]:
     return PassResult(
         reduce(lambda one, other: one.combine(other), sums) if sums else None,
         Rows.concatenate(rows) if rows else None,
-        ReadReport.joined(part.reading for part in parts),
-        BlockSums.joined(blocks) if blocks else None,
+        ReadReport.concatenate(part.reading for part in parts),
+        BlockSums.concatenate(blocks) if blocks else None,
         min(bad, default=None),
     )
 

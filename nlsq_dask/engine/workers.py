@@ -14,7 +14,7 @@ from dask.threaded import get as get_threaded
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
-from nlsq_dask.engine.serialization import PackageFirst
+from nlsq_dask.engine.serialization import WithPackageImport
 from nlsq_dask.model.jax_scope import CPU, local_platforms
 
 _ASYNCHRONOUS = (
@@ -107,7 +107,9 @@ class Workers:
         if self.client is None:
             return local_platforms()
         # A worker that leaves at this moment gives no answer, and needs no program.
-        answers = self.client.run(PackageFirst(_prepare), os.getpid(), on_error="ignore").values()
+        answers = self.client.run(
+            WithPackageImport(_prepare), os.getpid(), on_error="ignore"
+        ).values()
         found = {platform for answer in answers if answer for platform in answer}
         return tuple(sorted(found)) or (CPU,)
 

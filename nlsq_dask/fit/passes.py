@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.dataset import DataSet
-from nlsq_dask.engine.execution import Parts
+from nlsq_dask.engine.execution import PartialResults
 from nlsq_dask.engine.retries import BadBlock, ReadReport
 from nlsq_dask.engine.tasks import PassRequest, PassResult
 from nlsq_dask.errors import ClusterLostError
@@ -278,9 +278,9 @@ class Passes:
         cut: _Cut[S],
     ) -> PassResult[S]:
         """Reduce, and keep what is finished from time to time."""
-        latest: list[Parts] = []
+        latest: list[PartialResults] = []
 
-        def keep(parts: Parts) -> None:
+        def keep(parts: PartialResults) -> None:
             began_to_keep = time.monotonic()
             good = {  # the others are read again
                 node: part for node, part in parts.collect().items() if self._is_good(part)
@@ -293,7 +293,7 @@ class Passes:
             self._journal.note(_Cut(time.perf_counter() - began, retries, found))
             self._journal.save(began_to_keep)
 
-        def tell(parts: Parts) -> None:
+        def tell(parts: PartialResults) -> None:
             done, all_of_it, seconds = parts.finished, parts.total, time.perf_counter() - began
             number, n_blocks, n_rows = self.counts.n_passes + 1, all_of_it.blocks, all_of_it.rows
             self._emit(
@@ -302,7 +302,7 @@ class Passes:
                 )
             )
 
-        def watch(parts: Parts) -> None:
+        def watch(parts: PartialResults) -> None:
             latest[:] = [parts]
             tell(parts)
             self._interruption.check()
@@ -329,7 +329,7 @@ class Passes:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""
         return are_unusable(sums, self._omits_nan)
 
-    def _watch(self, parts: Parts) -> None:
+    def _watch(self, parts: PartialResults) -> None:
         self._interruption.check()
 
     def _named(self, reading: ReadReport) -> dict[int, BadBlock]:
