@@ -115,7 +115,7 @@ class BlockGroup:
         self._is_large = is_large
         self._following: BlockGroup | None = None
         self._threads: ReadAhead | None = None
-        self._left_out: frozenset[int] = frozenset()
+        self._skipped: frozenset[int] = frozenset()
         self._prefetched: tuple[frozenset[int], _Reading] | None = None
         self._cached: list[tuple[int, CachedBlock]] | None = None
         # What other tasks read for several groups would be read again all the same.
@@ -125,7 +125,7 @@ class BlockGroup:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
 
     def read_ahead_of(
-        self, following: BlockGroup | None, threads: ReadAhead, left_out: frozenset[int]
+        self, following: BlockGroup | None, threads: ReadAhead, skipped: frozenset[int]
     ) -> None:
         """Let this group start the reading of another while its own last block is computed.
 
@@ -135,37 +135,37 @@ class BlockGroup:
         ----------
         following : BlockGroup or None
         threads : ReadAhead
-        left_out : frozenset of int
+        skipped : frozenset of int
             Blocks that are not wanted.
         """
-        self._following, self._threads, self._left_out = following, threads, left_out
+        self._following, self._threads, self._skipped = following, threads, skipped
 
     def _start_following(self) -> None:
         if self._following is not None and self._threads is not None:
-            self._following._start_reading(self._threads, self._left_out)
+            self._following._start_reading(self._threads, self._skipped)
 
-    def _start_reading(self, threads: ReadAhead, left_out: frozenset[int]) -> None:
+    def _start_reading(self, threads: ReadAhead, skipped: frozenset[int]) -> None:
         """Begin to read the first block, unless it is there or waits for other tasks."""
         with _lock:
             wants = self._cached is None and self._prefetched is None and not self.reader.inputs
             if wants and threads.has_room():
-                items = self.reader.read((), left_out)
-                self._prefetched = left_out, _Reading.started(items, threads.pool)
+                items = self.reader.read((), skipped)
+                self._prefetched = skipped, _Reading.started(items, threads.pool)
 
-    def _reading(self, inputs: Sequence[Any], left_out: frozenset[int]) -> _Reading:
+    def _reading(self, inputs: Sequence[Any], skipped: frozenset[int]) -> _Reading:
         with _lock:
             prefetched, self._prefetched = self._prefetched, None
         if prefetched is not None and self._threads is not None:
             self._threads.taken()
-            if prefetched[0] == left_out:
+            if prefetched[0] == skipped:
                 return prefetched[1]
-        return _Reading(self.reader.read(inputs, left_out))
+        return _Reading(self.reader.read(inputs, skipped))
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(
-        self, inputs: Sequence[Any], left_out: frozenset[int], place: Callable[[Block], CachedBlock]
+        self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Block], CachedBlock]
     ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
         """Yield flat index and rows of each block, and how it was read if it was read now.
 
@@ -175,21 +175,19 @@ class BlockGroup:
         ----------
         inputs : sequence
             Results of the tasks that the reader names.
-        left_out : frozenset of int
+        skipped : frozenset of int
             Blocks that are not wanted.
         place : callable
             Puts a block where it is best kept.
         """
         if self._cached is not None:
-            yield from (
-                (index, rows, None) for index, rows in self._cached if index not in left_out
-            )
+            yield from ((index, rows, None) for index, rows in self._cached if index not in skipped)
             return
         wants = self._may_cache and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
         cached: list[tuple[int, CachedBlock]] = []
         try:
-            reading, count = self._reading(inputs, left_out), self.reader.count(left_out)
+            reading, count = self._reading(inputs, skipped), self.reader.count(skipped)
             for read in _ahead(reading, count, self._start_following):
                 rows: CachedBlock | None = read.block
                 if reserved and read.block is None:

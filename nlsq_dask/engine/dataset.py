@@ -19,7 +19,7 @@ from nlsq_dask.engine.block_group import BlockGroup, CacheBudget, ReadAhead
 from nlsq_dask.engine.execution import PartialResults, Watch, WorkersReplacedError, execute
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
-from nlsq_dask.engine.retries import BadBlock, Fault, ReadFailedError, ReadPolicy
+from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
 from nlsq_dask.engine.source_graph import Index, SourceGraph
 from nlsq_dask.engine.tasks import (
     PassRequest,
@@ -150,7 +150,7 @@ class DataSet:
             try:
                 return execute(make_tree(), self._workers, partials, watch)
             except ReadFailedError as failed:
-                raise self._block_error(failed.fault) from failed.cause
+                raise self._read_failure(failed.read_error) from failed.cause
             except (
                 FutureCancelledError,
                 FuturesCancelledError,
@@ -215,25 +215,25 @@ class DataSet:
             turns = [self._groups[needed[positions[i]]] for i in order]
             following = turns[self._workers.most_threads :]
             for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead, request.left_out)
+                group.read_ahead_of(other, self._read_ahead, request.skipped)
         return tree
 
     def _needed_groups(self, request: PassRequest) -> list[int]:
         """Return the groups of which not all blocks are left out."""
-        if not request.left_out:
+        if not request.skipped:
             return list(range(len(self._members)))
-        return [i for i, own in enumerate(self._members) if not own <= request.left_out]
+        return [i for i, own in enumerate(self._members) if not own <= request.skipped]
 
     def _amounts_of(self, request: PassRequest) -> NDArray[np.int64]:
         """Return the ``Amount`` of each needed group, computed once for the passes over all."""
-        if not request.left_out:
+        if not request.skipped:
             return self._all_sizes
-        return self._amounts(self._needed_groups(request), request.left_out)
+        return self._amounts(self._needed_groups(request), request.skipped)
 
-    def _amounts(self, groups: Iterable[int], left_out: frozenset[int]) -> NDArray[np.int64]:
+    def _amounts(self, groups: Iterable[int], skipped: frozenset[int]) -> NDArray[np.int64]:
         sizes = []
         for i in groups:
-            blocks = list(self._members[i] - left_out)
+            blocks = list(self._members[i] - skipped)
             rows = self._block_rows.flat[blocks].sum()
             share = len(blocks) / len(self._members[i])
             sizes.append((len(blocks), rows, share * self.memory.group_bytes[i]))
@@ -243,7 +243,7 @@ class DataSet:
         self,
         sample_rows: int,
         seed: int,
-        left_out: frozenset[int] = frozenset(),
+        skipped: frozenset[int] = frozenset(),
         watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
         """Read a few blocks and take rows from each, as if those left out were not there.
@@ -251,7 +251,7 @@ class DataSet:
         ``watch`` may raise to end that, as in ``reduce``.
         """
         block_rows = self._block_rows.copy()
-        block_rows.flat[list(left_out)] = 0
+        block_rows.flat[list(skipped)] = 0
         plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
 
         def tree() -> Tree:
@@ -266,9 +266,9 @@ class DataSet:
         sample: PassResult[Sums] = self._run_with_recovery(tree, _single_result(), watch)
         return sample
 
-    def _block_error(self, fault: Fault) -> BlockReadError:
-        block = self._source.first_block_needing(fault.key)
-        bad = self.bad_block(int(np.ravel_multi_index(block, self.blocks.grid)), fault)
+    def _read_failure(self, read_error: ReadError) -> BlockReadError:
+        block = self._source.first_block_needing(read_error.key)
+        bad = self.skipped_block(int(np.ravel_multi_index(block, self.blocks.grid)), read_error)
         return BlockReadError(
             f"{bad.sentence}. Repair or replace what is stored there, or let blocks that stay "
             f"unreadable be left out with HybridStreamingConfig(min_success_rate=...) below 1.",
@@ -277,20 +277,20 @@ class DataSet:
             bad.chunk,
         )
 
-    def bad_block(self, index: int, fault: Fault) -> BadBlock:
+    def skipped_block(self, index: int, read_error: ReadError) -> SkippedBlock:
         """Say in the caller's terms which block could not be read."""
         block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
         names = self.blocks.layout.array_names
-        arrays = [names[i] for i in self._source.arrays_needing(fault.key, block)]
-        return BadBlock(
+        arrays = [names[i] for i in self._source.arrays_needing(read_error.key, block)]
+        return SkippedBlock(
             block=block,
             grid=self.blocks.grid,
             rows=int(self._block_rows[block]),
             part=tuple((part.start, part.stop) for part in self.blocks.block_slices(block)),
             array=" and ".join(arrays),
-            chunk=fault.chunk,
-            error=fault.error,
-            tries=fault.tries,
+            chunk=read_error.chunk,
+            error=read_error.error,
+            tries=read_error.tries,
         )
 
     def first_not_finite(self, index: int) -> tuple[Index, str]:

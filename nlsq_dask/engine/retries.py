@@ -31,16 +31,16 @@ class ReadPolicy:
     ----------
     retries : int
         How often a step that has failed is tried again.
-    leaves_out : bool
+    skips_unreadable : bool
         Whether blocks that stay unreadable are left out; if not, the first of them is an error.
     """
 
     retries: int = 0
-    leaves_out: bool = False
+    skips_unreadable: bool = False
 
 
 @dataclass(frozen=True)
-class Fault:
+class ReadError:
     """Why a step of the graph has no value; it stands for the value, also in what is made of it.
 
     Attributes
@@ -63,13 +63,13 @@ class Fault:
 class ReadFailedError(Exception):
     """A step has failed for good; made for the way from a worker to where the blocks have names."""
 
-    def __init__(self, fault: Fault, cause: Exception | None) -> None:
-        super().__init__(fault.error)
-        self.fault = fault
+    def __init__(self, read_error: ReadError, cause: Exception | None) -> None:
+        super().__init__(read_error.error)
+        self.read_error = read_error
         self.cause = cause
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.fault, _if_sendable(self.cause))
+        return type(self), (self.read_error, _if_sendable(self.cause))
 
 
 def _if_sendable(error: Exception | None) -> Exception | None:
@@ -94,7 +94,7 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
     Returns
     -------
     value
-        A ``Fault`` if there is none and it may be left out.
+        A ``ReadError`` if there is none and it may be left out.
     retries : int
 
     Raises
@@ -103,7 +103,7 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
         If it has no value.
     """
     for key in node.dependencies:
-        if isinstance(values[key], Fault):
+        if isinstance(values[key], ReadError):
             return values[key], 0
     retries = 0
     while True:
@@ -115,10 +115,12 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
             # A store, a codec, a file system over a network: each raises what it likes.
             is_program = isinstance(error, _PROGRAM_ERRORS)
             if is_program or retries >= policy.retries:
-                fault = Fault(node.key, _text(error), failing_chunk(node, values), retries + 1)
-                if policy.leaves_out and not is_program:
-                    return fault, retries
-                raise ReadFailedError(fault, error) from error
+                read_error = ReadError(
+                    node.key, _text(error), failing_chunk(node, values), retries + 1
+                )
+                if policy.skips_unreadable and not is_program:
+                    return read_error, retries
+                raise ReadFailedError(read_error, error) from error
         time.sleep(min(_FIRST_PAUSE * _GROWTH**retries, _LONGEST_PAUSE))
         retries += 1
 
@@ -181,7 +183,7 @@ def unwrap(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key,
 
 
 @dataclass(frozen=True)
-class BadBlock:
+class SkippedBlock:
     """A block that could not be read, in the caller's terms.
 
     Attributes
@@ -238,7 +240,7 @@ class ReadReport:
     bytes_read: int = 0
     rows_cached: int = 0  # in a worker's memory from an earlier pass
     n_blocks: int = 0  # read, not cached
-    lost: dict[int, Fault] = field(default_factory=dict)  # blocks not read, by flat index
+    errors: dict[int, ReadError] = field(default_factory=dict)  # blocks not read, by flat index
     retries: dict[Key, int] = field(default_factory=dict)  # by step
 
     @classmethod
@@ -250,7 +252,11 @@ class ReadReport:
             sum(report.bytes_read for report in reports),
             sum(report.rows_cached for report in reports),
             sum(report.n_blocks for report in reports),
-            {index: fault for report in reports for index, fault in report.lost.items()},
+            {
+                index: read_error
+                for report in reports
+                for index, read_error in report.errors.items()
+            },
             {key: count for report in reports for key, count in report.retries.items()},
         )
 

@@ -28,7 +28,7 @@ from nlsq_dask.data.sources.from_zarr import (
     stored_regions,
 )
 from nlsq_dask.engine.retries import (
-    Fault,
+    ReadError,
     ReadPolicy,
     SharedStep,
     run_step,
@@ -54,14 +54,14 @@ class ReadBlock:
     index : int
         Flat index in the grid.
     block : Block or None
-    fault : Fault or None
+    read_error : ReadError or None
     retries : dict of key to int
         How often steps were tried again to read it.
     """
 
     index: int
     block: Block | None
-    fault: Fault | None = None
+    read_error: ReadError | None = None
     retries: dict[Key, int] = field(default_factory=dict)
 
 
@@ -87,12 +87,12 @@ class GroupReader:
     inputs: tuple[Key, ...]
     policy: ReadPolicy
 
-    def count(self, left_out: frozenset[int]) -> int:
+    def count(self, skipped: frozenset[int]) -> int:
         """Return the number of blocks that ``read`` yields."""
-        return sum(index not in left_out for index, *_ in self.blocks)
+        return sum(index not in skipped for index, *_ in self.blocks)
 
     def read(
-        self, inputs: Sequence[Any], left_out: frozenset[int] = frozenset()
+        self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()
     ) -> Iterator[ReadBlock]:
         """Yield the blocks, each as soon as it is read; nothing is kept longer than needed.
 
@@ -100,7 +100,7 @@ class GroupReader:
         ----------
         inputs : sequence
             Results of the tasks that ``inputs`` names.
-        left_out : frozenset of int
+        skipped : frozenset of int
             Flat indices of blocks that are not wanted.
 
         Raises
@@ -108,7 +108,7 @@ class GroupReader:
         ReadFailedError
             If a block cannot be read and may not be left out.
         """
-        blocks = [block for block in self.blocks if block[0] not in left_out]
+        blocks = [block for block in self.blocks if block[0] not in skipped]
         steps = self.steps if len(blocks) == len(self.blocks) else self._steps_of(blocks)
         values, retries = unwrap(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
@@ -131,10 +131,10 @@ class GroupReader:
                 release(node.dependencies)
             arrays = [values[key] for key in keys]
             release(keys)
-            fault = next((array for array in arrays if isinstance(array, Fault)), None)
-            block = None if fault else Block.of(arrays, self.layout, shapes)
+            read_error = next((array for array in arrays if isinstance(array, ReadError)), None)
+            block = None if read_error else Block.of(arrays, self.layout, shapes)
             del arrays
-            yield ReadBlock(index, block, fault, retries)
+            yield ReadBlock(index, block, read_error, retries)
             retries = {}
 
     def _steps_of(

@@ -28,7 +28,7 @@ class PassRequest:
     wants_moments: bool = True  # whether to sum what depends on the data alone
     sample_share: float = 0.0  # of the rows to bring back, taken evenly from all blocks
     seed: int = 0
-    left_out: frozenset[int] = frozenset()  # flat indices of blocks that are not wanted
+    skipped: frozenset[int] = frozenset()  # flat indices of blocks that are not wanted
 
 
 S = TypeVar("S", bound=Sums)
@@ -49,7 +49,7 @@ def reduce_group(
     group: BlockGroup, kernel: Kernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
     """Sum over the blocks of a group, read now or kept from an earlier pass."""
-    blocks = group.blocks(inputs, request.left_out, kernel.placed)
+    blocks = group.blocks(inputs, request.skipped, kernel.placed)
     return combine(*(_reduce_block(kernel, request, *block) for block in blocks))
 
 
@@ -77,8 +77,8 @@ def _report(read: ReadBlock | None, rows: CachedBlock | None) -> ReadReport:
     if read is None:
         return ReadReport(rows_cached=0 if rows is None else len(rows))
     if read.block is None:
-        lost = {} if read.fault is None else {read.index: read.fault}
-        return ReadReport(lost=lost, retries=read.retries)
+        errors = {} if read.read_error is None else {read.index: read.read_error}
+        return ReadReport(errors=errors, retries=read.retries)
     return ReadReport(len(read.block), read.block.nbytes, 0, 1, retries=read.retries)
 
 

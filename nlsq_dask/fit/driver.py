@@ -112,9 +112,9 @@ class Driver:
         details: dict[str, Any],
     ) -> Outcome:
         while True:
-            before = self._passes.n_left_out
+            before = self._passes.n_skipped
             covariance, errors = fit.covariance(details), fit.errors(details)
-            if self._passes.n_left_out == before:
+            if self._passes.n_skipped == before:
                 return replace(outcome, covariance=covariance, errors=errors)
             outcome = fit.solve_again(sample, details)
 
@@ -210,7 +210,7 @@ class Driver:
             diagnostics=self._diagnostics
             | {
                 "non_finite": dict(self._iterations.non_finite),
-                "left_out": [bad.record() for _, bad in sorted(self._passes.left_out.items())],
+                "left_out": [bad.record() for _, bad in sorted(self._passes.skipped.items())],
                 "retries": counts.retries,
             },
             sample=None if sample is None else sample.shown(outcome.params, seed),

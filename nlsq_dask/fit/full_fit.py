@@ -190,9 +190,9 @@ class FullFit(ABC, Generic[T, S]):
                 self._state = state = solver.resume(noted.state)
             while True:
                 state = self._iterated(state)
-                before = passes.n_left_out
+                before = passes.n_skipped
                 state, undetermined = self._confirmed(state)
-                if passes.n_left_out == before:
+                if passes.n_skipped == before:
                     break
                 assert state.solution is not None
                 state = solver.restart(state, state.solution)
@@ -222,9 +222,9 @@ class FullFit(ABC, Generic[T, S]):
     def _evaluate(self, request: Request) -> S | None:
         """Return the sums over all rows; None if they cannot be compared with those before."""
         passes = self.context.passes
-        before = passes.n_left_out
+        before = passes.n_skipped
         found = passes.run(self.kernel(request), request)
-        if passes.n_left_out > before and not request.is_fresh:
+        if passes.n_skipped > before and not request.is_fresh:
             return None
         self._new_blocks = found.blocks
         return found.sums
