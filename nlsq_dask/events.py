@@ -112,7 +112,7 @@ class PhaseEnded(Event):
 
 
 @dataclass(frozen=True)
-class TournamentRound(Event):
+class HalvingRound(Event):
     """A round of successive halving over the candidate starts ended.
 
     Attributes
@@ -121,7 +121,7 @@ class TournamentRound(Event):
         Counted from 1.
     rows : int
         Number of rows of the minibatch.
-    survivors : int
+    n_remaining : int
         Number of candidates that remain.
     best_loss : float
         Mean squared weighted residual of the best candidate over these rows.
@@ -129,7 +129,7 @@ class TournamentRound(Event):
 
     round: int
     rows: int
-    survivors: int
+    n_remaining: int
     best_loss: float
 
 
@@ -358,7 +358,7 @@ class BlocksMeasured(Event):
 
 
 @dataclass(frozen=True)
-class BlocksLeftOut(Event):
+class BlocksSkipped(Event):
     """Blocks could not be read and are skipped from now on.
 
     Costs of earlier passes were over more rows.

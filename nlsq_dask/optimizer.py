@@ -27,7 +27,7 @@ from nlsq_dask.errors import (
 )
 from nlsq_dask.events import (
     PHASES,
-    BlocksLeftOut,
+    BlocksSkipped,
     Event,
     FitAborted,
     FitEnded,
@@ -317,7 +317,7 @@ class AdaptiveHybridStreamingOptimizer:
             is_better = self.best_params_global is None or event.cost < self.best_cost_global
             if is_better and event.params.size:  # a checkpoint leaves out very many of them
                 self.best_params_global, self.best_cost_global = event.params, event.cost
-        elif isinstance(event, BlocksLeftOut):  # costs of fewer rows are no better for being less
+        elif isinstance(event, BlocksSkipped):  # costs of fewer rows are no better for being less
             self.best_cost_global = float("inf")
         elif (
             isinstance(event, IterationFinished)

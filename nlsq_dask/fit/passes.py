@@ -20,8 +20,8 @@ from nlsq_dask.engine.tasks import PassRequest, PassResult
 from nlsq_dask.errors import ClusterLostError
 from nlsq_dask.events import (
     BlocksFinished,
-    BlocksLeftOut,
     BlocksMeasured,
+    BlocksSkipped,
     Event,
     Observer,
     PassFinished,
@@ -354,6 +354,6 @@ class Passes:
         self.skipped |= new
         self._moments = None
         missing = self._data.blocks.n_rows - self.n_rows
-        event = BlocksLeftOut(tuple(bad.sentence for bad in new.values()), missing)
+        event = BlocksSkipped(tuple(bad.sentence for bad in new.values()), missing)
         self._journal.once("leaving out", partial(self._emit, event))
         return True

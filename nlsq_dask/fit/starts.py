@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
+from nlsq_dask.events import HalvingRound, Observer, WarmupEnded, WarmupStarted
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
@@ -121,7 +121,7 @@ class StartFinder:
         ):
             rounds.append(found)
             best = float(found.losses[found.survivors[0]])
-            self.emit(TournamentRound(number, found.n_rows, len(found.survivors), best))
+            self.emit(HalvingRound(number, found.n_rows, len(found.survivors), best))
         last = rounds[-1]
         survivors = [self._original(last.params[i]) for i in last.survivors[:_MOST_SURVIVORS]]
         winner = int(last.survivors[0])

@@ -8,20 +8,20 @@ from typing import Any
 from nlsq_dask._text import join_first
 from nlsq_dask.events import (
     BlocksFinished,
-    BlocksLeftOut,
+    BlocksSkipped,
     CheckpointWritten,
     Event,
     FitAborted,
     FitEnded,
     FitResumed,
     FitStarted,
+    HalvingRound,
     IterationFinished,
     NonFiniteTrial,
     PassFinished,
     PhaseStarted,
     SampleRead,
     SampleSolved,
-    TournamentRound,
     WarmupEnded,
     WarmupStarted,
 )
@@ -115,8 +115,8 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     FitResumed: _fit_resumed,
     PhaseStarted: "Phase {0.phase}: {0.name}",
     SampleRead: "  sample: {0.rows:,} rows from {0.blocks:,} blocks",
-    TournamentRound: "  round {0.round} on {0.rows:,} rows: best loss {0.best_loss:.8g}, "
-    "{0.survivors} starts remain",
+    HalvingRound: "  round {0.round} on {0.rows:,} rows: best loss {0.best_loss:.8g}, "
+    "{0.n_remaining} starts remain",
     WarmupStarted: _warmup_started,
     WarmupEnded: _warmup_ended,
     SampleSolved: "  sample: loss {0.loss:.8g} after {0.iterations} iterations",
@@ -124,7 +124,7 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     NonFiniteTrial: _non_finite,
     BlocksFinished: _progress,
     PassFinished: _pass,
-    BlocksLeftOut: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
+    BlocksSkipped: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
     CheckpointWritten: "  checkpoint {0.path} written in {0.seconds:.2f} s",
     FitEnded: "{0.message}",
     FitAborted: "{0.error}",

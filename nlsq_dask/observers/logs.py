@@ -18,8 +18,8 @@ from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
     ALL_ROWS,
     BlocksFinished,
-    BlocksLeftOut,
     BlocksMeasured,
+    BlocksSkipped,
     CheckpointWritten,
     Event,
     FitAborted,
@@ -78,7 +78,7 @@ def _level(event: Event) -> int:
     match event:
         case FitAborted():
             return logging.ERROR
-        case BlocksLeftOut() | FitEnded(success=False):
+        case BlocksSkipped() | FitEnded(success=False):
             return logging.WARNING
         case IterationFinished() | NonFiniteTrial() if event.stage != ALL_ROWS:
             return logging.DEBUG

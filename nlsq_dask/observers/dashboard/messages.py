@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from nlsq_dask.events import (
     BlocksFinished,
-    BlocksLeftOut,
     BlocksMeasured,
+    BlocksSkipped,
     Event,
     FitAborted,
     FitEnded,
     FitResumed,
     FitStarted,
+    HalvingRound,
     IterationFinished,
     NonFiniteTrial,
     PassFinished,
     PhaseEnded,
     PhaseStarted,
-    TournamentRound,
     WarmupEnded,
     WarmupStarted,
 )
@@ -40,11 +40,11 @@ _MOST_STEPS = 1000  # of a profile
 # Events that the page shows as text.
 _NOTED = (
     FitResumed,
-    TournamentRound,
+    HalvingRound,
     WarmupStarted,
     WarmupEnded,
     NonFiniteTrial,
-    BlocksLeftOut,
+    BlocksSkipped,
 )
 
 
