@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nlsq_dask import _html as html
 from nlsq_dask._keywords import arguments_of, explain_keywords
 from nlsq_dask._text import join_first
-from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.engine.dataset import DataSet
@@ -234,10 +234,10 @@ class AdaptiveHybridStreamingOptimizer:
             for observer in remembering:
                 observer(event)
 
-        def describe() -> Identity:
+        def describe() -> FitFingerprint:
             kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), BLOCK_ROWS)
             model = kernel.program.fingerprint
-            return Identity.of(model, problem.blocks, problem.arguments, config)
+            return FitFingerprint.of(model, problem.blocks, problem.arguments, config)
 
         with ExitStack() as stack:
             observers += [

@@ -227,8 +227,8 @@ def test_where_saving_takes_long_it_is_done_less_often(
 
     monkeypatch.setattr(CheckpointFolder, "save", slowly)
     folder = CheckpointFolder(str(tmp_path))
-    identity = load(saved)[0].identity
-    journal = CheckpointJournal(identity, folder, interval, lambda event: None)
+    fingerprint = load(saved)[0].fingerprint
+    journal = CheckpointJournal(fingerprint, folder, interval, lambda event: None)
     journal.save()
     while len(saved_at) < 3:
         if journal.is_due:
@@ -368,12 +368,12 @@ def test_another_version_or_processor_is_a_note(
     tmp_path: Path, saved: Path, expected: nd.FitResult
 ) -> None:
     checkpoint, _ = load(saved)
-    identity = dataclasses.replace(
-        checkpoint.identity,
+    fingerprint = dataclasses.replace(
+        checkpoint.fingerprint,
         model="traced to another text",
-        versions={**checkpoint.identity.versions, "jax": "0.0.1", "processor": "another"},
+        versions={**checkpoint.fingerprint.versions, "jax": "0.0.1", "processor": "another"},
     )
-    changed = dataclasses.replace(checkpoint, identity=identity)
+    changed = dataclasses.replace(checkpoint, fingerprint=fingerprint)
     (tmp_path / "c.nlsq").write_bytes(changed.to_bytes())
     with pytest.warns(UserWarning, match="version jax was 0.0.1") as caught:
         assert_same(fit(resume_from_checkpoint=tmp_path), expected)
@@ -404,12 +404,12 @@ def test_what_a_checkpoint_does_not_know_counts_as_its_default(
 ) -> None:
     checkpoint, _ = load(saved)
     for name, field in (("random_seed", "options"), ("f_scale", "arguments")):
-        del getattr(checkpoint.identity, field)[name]
+        del getattr(checkpoint.fingerprint, field)[name]
     older = tmp_path / "older"
     older.write_bytes(checkpoint.to_bytes())
     with pytest.raises(nd.CheckpointError, match="argument f_scale was None and is"):
         fit(resume_from_checkpoint=older)
-    checkpoint.identity.arguments["f_scale"] = "1.0"
+    checkpoint.fingerprint.arguments["f_scale"] = "1.0"
     older.write_bytes(checkpoint.to_bytes())
     assert_same(fit(resume_from_checkpoint=older), expected)
     with pytest.raises(nd.CheckpointError, match="option random_seed was 0 and is 1"):

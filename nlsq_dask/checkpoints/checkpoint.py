@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.errors import CheckpointError, RecordError
 from nlsq_dask.storage import codec
 from nlsq_dask.storage.envelope import seal, unseal
@@ -42,7 +42,7 @@ class Checkpoint:
         Name of the fit, the same through all its resumes.
     number : int
         Of the checkpoint, from 1.
-    identity : Identity
+    fingerprint : FitFingerprint
         Of what is fitted.
     phase_seconds : float
         That the phase has taken in which it was written.
@@ -54,7 +54,7 @@ class Checkpoint:
 
     fit: str
     number: int
-    identity: Identity
+    fingerprint: FitFingerprint
     phase_seconds: float
     entries: dict[str, bytes]
     events: list[tuple[str, bytes]]

@@ -11,7 +11,7 @@ from nlsq_dask.checkpoints.checkpoint import Checkpoint
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.storage.folders import normalize_path, open_folder
 
-_KEPT = 3
+_MAX_FILES = 3
 _SUFFIX = ".nlsq"
 
 
@@ -49,7 +49,7 @@ class CheckpointFolder:
         name = f"{checkpoint.fit}-{checkpoint.number:08d}{_SUFFIX}"
         self._files.write(name, checkpoint.to_bytes())
         own = [other for other in self._newest_first() if other.startswith(f"{checkpoint.fit}-")]
-        for old in own[_KEPT:]:
+        for old in own[_MAX_FILES:]:
             self._files.remove(old)
         return f"{self._path.rstrip('/')}/{name}"
 

@@ -1,4 +1,4 @@
-"""``Identity``: what is fitted, so that a fit is not resumed on something else."""
+"""``FitFingerprint``: what is fitted, so that a fit is not resumed on something else."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nlsq_dask.errors import CheckpointError
 from nlsq_dask.model.program import TRACED_BY
 
 _PACKAGES = (*TRACED_BY, "numpy", "scipy", "optax")
-_MOST_TEXT = 200  # characters of a value in a message
+_MAX_TEXT = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
-class Identity:
+class FitFingerprint:
     """What is fitted, in words that can be compared and shown.
 
     Attributes
@@ -81,7 +81,7 @@ class Identity:
 
         Parameters
         ----------
-        now : Identity
+        now : FitFingerprint
             Of the fit that is to go on from it.
 
         Raises
@@ -131,7 +131,7 @@ def _text(value: Any) -> str:
         return _text(np.asarray(value).tolist())
     if isinstance(value, Iterable):
         text = f"[{', '.join(map(_text, value))}]"
-        return text if len(text) < _MOST_TEXT else f"{text[:_MOST_TEXT]}... {digest(text)}"
+        return text if len(text) < _MAX_TEXT else f"{text[:_MAX_TEXT]}... {digest(text)}"
     return repr(value)
 
 

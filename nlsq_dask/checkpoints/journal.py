@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode, new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder, load
-from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
@@ -43,7 +43,7 @@ from nlsq_dask.storage.folders import normalize_path
 T = TypeVar("T")
 
 _STATE = "state"  # of a loop, among what is inside its scope
-_MOST_SAVING = 0.05  # of the time of a pass
+_MAX_SAVING_SHARE = 0.05  # of the time of a pass
 
 
 class Journal:
@@ -51,7 +51,7 @@ class Journal:
 
     events: Sequence[Event] = ()
     last_path: str | None = None
-    is_kept = False
+    is_enabled = False
     is_saving = False
 
     def observe(self, event: Event) -> None:
@@ -73,7 +73,7 @@ class Journal:
         """
         return make()
 
-    def once(self, name: str, act: Callable[[], None]) -> None:
+    def run_once(self, name: str, act: Callable[[], None]) -> None:
         """Do something that must not be done again when the fit is resumed."""
         self.step(name, type(None), act)
 
@@ -82,14 +82,14 @@ class Journal:
         """Enter the scope of a loop, which notes its state."""
         yield
 
-    def noted(self, kind: type[T]) -> T | None:
+    def load_state(self, kind: type[T]) -> T | None:
         """Return the state that was noted last in this scope, if any."""
         return None
 
-    def note(self, state: Any) -> None:
+    def save_state(self, state: Any) -> None:
         """Remember the state of this scope's loop; what is inside is not needed any more."""
 
-    def phase_clock(self, goes_on: bool) -> Callable[[], float]:
+    def phase_clock(self, is_resumed: bool) -> Callable[[], float]:
         """Return what tells the seconds of a phase that begins now, or goes on."""
         began = time.perf_counter()
         return lambda: time.perf_counter() - began
@@ -114,7 +114,7 @@ class CheckpointJournal(Journal):
 
     Parameters
     ----------
-    identity : Identity
+    fingerprint : FitFingerprint
         Of what is fitted.
     folder : CheckpointFolder or None
         Where to save; None for nowhere.
@@ -135,18 +135,18 @@ class CheckpointJournal(Journal):
         Of the newest checkpoint.
     """
 
-    is_kept = True
+    is_enabled = True
 
     def __init__(
         self,
-        identity: Identity,
+        fingerprint: FitFingerprint,
         folder: CheckpointFolder | None,
         interval: float,
         emit: Observer,
         resumed: Checkpoint | None = None,
         resumed_path: str | None = None,
     ) -> None:
-        self._identity = identity
+        self._fingerprint = fingerprint
         self._folder = folder
         self.is_saving = folder is not None
         self._interval = interval
@@ -155,16 +155,16 @@ class CheckpointJournal(Journal):
         self._number = 0 if resumed is None else resumed.number
         self._entries: dict[str, bytes] = {} if resumed is None else dict(resumed.entries)
         self._encoded_events = [] if resumed is None else list(resumed.events)
-        self._n_settled = len(self._encoded_events)
+        self._n_events_saved = len(self._encoded_events)
         self.events = [
             decode(data, EVENTS[name]) for name, data in self._encoded_events if name in EVENTS
         ]
         self._scope = ""
         self._counts: Counter[str] = Counter()
         self._saved_at = time.monotonic()
-        self._saving_took = 0.0
+        self._saving_seconds = 0.0
         self._seconds_before = 0.0 if resumed is None else resumed.phase_seconds
-        self._seconds = super().phase_clock(goes_on=False)
+        self._seconds = super().phase_clock(is_resumed=False)
         self.last_path = resumed_path
         self._has_warned = False
         if folder is not None:
@@ -179,13 +179,13 @@ class CheckpointJournal(Journal):
 
     def step(self, name: str, kind: type[T], make: Callable[[], T], saves: bool = False) -> T:
         """Return what the step found when it was made before, or make it."""
-        path = self._numbered(name)
+        path = self._unique_path(name)
         if path in self._entries:
             return decode(self._entries[path], kind)
-        with self._inside(path):
+        with self._enter_scope(path):
             value = make()
-        self._drop_inside(path)
-        self._settle(path, value)
+        self._drop_nested(path)
+        self._set_entry(path, value)
         if saves:
             self.save()
         return value
@@ -193,18 +193,18 @@ class CheckpointJournal(Journal):
     @contextmanager
     def loop(self, name: str) -> Iterator[None]:
         """Enter the scope of a loop, which notes its state."""
-        with self._inside(self._numbered(name)):
+        with self._enter_scope(self._unique_path(name)):
             yield
 
-    def noted(self, kind: type[T]) -> T | None:
+    def load_state(self, kind: type[T]) -> T | None:
         """Return the state that was noted last in this scope, if any."""
         data = self._entries.get(f"{self._scope}/{_STATE}")
         return None if data is None else decode(data, kind)
 
-    def note(self, state: Any) -> None:
+    def save_state(self, state: Any) -> None:
         """Remember the state of this scope's loop; what is inside is not needed any more."""
-        self._drop_inside(self._scope)
-        self._settle(f"{self._scope}/{_STATE}", state)
+        self._drop_nested(self._scope)
+        self._set_entry(f"{self._scope}/{_STATE}", state)
 
     def save(self, began: float | None = None) -> None:
         """Write a checkpoint."""
@@ -212,9 +212,9 @@ class CheckpointJournal(Journal):
             return
         began = time.monotonic() if began is None else began
         self._number += 1
-        events = self._encoded_events[: self._n_settled]
+        events = self._encoded_events[: self._n_events_saved]
         checkpoint = Checkpoint(
-            self._fit, self._number, self._identity, self._seconds(), self._entries, events
+            self._fit, self._number, self._fingerprint, self._seconds(), self._entries, events
         )
         try:
             self.last_path = self._folder.save(checkpoint)
@@ -223,13 +223,13 @@ class CheckpointJournal(Journal):
             return
         finally:
             self._saved_at = time.monotonic()
-            self._saving_took = self._saved_at - began
-        self._emit(CheckpointWritten(self.last_path, self._saving_took))
+            self._saving_seconds = self._saved_at - began
+        self._emit(CheckpointWritten(self.last_path, self._saving_seconds))
 
-    def phase_clock(self, goes_on: bool) -> Callable[[], float]:
+    def phase_clock(self, is_resumed: bool) -> Callable[[], float]:
         """Return what tells the seconds of a phase that begins now, or goes on."""
-        before = self._seconds_before if goes_on else 0.0
-        now = super().phase_clock(goes_on)
+        before = self._seconds_before if is_resumed else 0.0
+        now = super().phase_clock(is_resumed)
         self._seconds = lambda: before + now()
         return self._seconds
 
@@ -250,37 +250,37 @@ class CheckpointJournal(Journal):
         """Whether the last checkpoint is older than the interval."""
         if self._folder is None:
             return False
-        interval = max(self._interval, self._saving_took / _MOST_SAVING)
+        interval = max(self._interval, self._saving_seconds / _MAX_SAVING_SHARE)
         return not self._interval or time.monotonic() - self._saved_at >= interval
 
-    def _numbered(self, name: str) -> str:
+    def _unique_path(self, name: str) -> str:
         path = f"{self._scope}/{name}"
         self._counts[path] += 1
         return f"{path}-{self._counts[path]}"
 
     @contextmanager
-    def _inside(self, path: str) -> Iterator[None]:
+    def _enter_scope(self, path: str) -> Iterator[None]:
         outside, self._scope = self._scope, path
         try:
             yield
         finally:
             self._scope = outside
 
-    def _drop_inside(self, path: str) -> None:
+    def _drop_nested(self, path: str) -> None:
         inside = f"{path}/"
         for name in [name for name in self._entries if name.startswith(inside)]:
             del self._entries[name]
         for name in [name for name in self._counts if name.startswith(inside)]:
             del self._counts[name]
 
-    def _settle(self, path: str, value: Any) -> None:
+    def _set_entry(self, path: str, value: Any) -> None:
         self._entries[path] = encode(value)
-        self._n_settled = len(self._encoded_events)
+        self._n_events_saved = len(self._encoded_events)
 
 
 def open_journal(
     config: HybridStreamingConfig,
-    describe: Callable[[], Identity],
+    describe: Callable[[], FitFingerprint],
     emit: Observer,
     remember: Observer,
 ) -> Journal:
@@ -310,12 +310,12 @@ def open_journal(
         if folder is None:
             return Journal()
         return CheckpointJournal(describe(), folder, config.checkpoint_interval, emit)
-    identity, interval, path = describe(), config.checkpoint_interval, normalize_path(wanted)
+    fingerprint, interval, path = describe(), config.checkpoint_interval, normalize_path(wanted)
     checkpoint, notes = load(path)
-    notes += checkpoint.identity.check(identity)
+    notes += checkpoint.fingerprint.check(fingerprint)
     if notes:
         warn_caller(f"Resuming a fit: {'; '.join(notes)}.")
-    journal = CheckpointJournal(identity, folder, interval, emit, checkpoint, path)
+    journal = CheckpointJournal(fingerprint, folder, interval, emit, checkpoint, path)
     for event in journal.events:
         remember(event)
     n_passes = sum(isinstance(event, PassFinished) for event in journal.events)

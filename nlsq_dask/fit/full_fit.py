@@ -181,13 +181,13 @@ class FullFit(ABC, Generic[T, S]):
         assert solver is not None
         kind: Any = _Progress
         with journal.loop("all rows"):
-            noted: _Progress[T] | None = journal.noted(kind[self.state_type])
-            if noted is None:
+            saved: _Progress[T] | None = journal.load_state(kind[self.state_type])
+            if saved is None:
                 state = init()
                 self._remember(state)
             else:
-                passes.rows_in_use, self._blocks = noted.rows, noted.blocks
-                self._state = state = solver.resume(noted.state)
+                passes.rows_in_use, self._blocks = saved.rows, saved.blocks
+                self._state = state = solver.resume(saved.state)
             while True:
                 state = self._iterated(state)
                 before = passes.n_skipped
@@ -231,7 +231,9 @@ class FullFit(ABC, Generic[T, S]):
 
     def _remember(self, state: T) -> None:
         self._state = state
-        self.context.journal.note(_Progress(state, self.context.passes.rows_in_use, self._blocks))
+        self.context.journal.save_state(
+            _Progress(state, self.context.passes.rows_in_use, self._blocks)
+        )
 
     def _outcome(self, state: T, undetermined: NDArray[np.bool_] | None) -> Outcome:
         assert state.stop is not None

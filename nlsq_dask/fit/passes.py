@@ -204,7 +204,7 @@ class Passes:
         share = min(1.0, sample_rows / self.n_rows)
         wanted = PassRequest(request, wants_moments, share, seed, frozenset(self.skipped))
         name = "pass"
-        if self._journal.is_kept:
+        if self._journal.is_enabled:
             what = hashlib.sha256(kernel.reduction.name.encode() + encode(wanted))
             name = f"pass {what.hexdigest()[:16]}"
         penalty = self._penalty if is_penalized else GroupVariance()
@@ -240,7 +240,7 @@ class Passes:
         """Run the pass, from where it was cut."""
         self._interruption.check()
         kind: Any = _Cut
-        cut: _Cut[S] = self._journal.noted(kind[kernel.reduction.sums_type]) or _Cut()
+        cut: _Cut[S] = self._journal.load_state(kind[kernel.reduction.sums_type]) or _Cut()
         began = time.perf_counter() - cut.seconds
         result = self._reduce(kernel, request, began, cut)
         read = result.reading
@@ -290,7 +290,7 @@ class Passes:
                 (*node, replace(part, reading=replace(part.reading, retries={})))
                 for node, part in good.items()
             ]
-            self._journal.note(_Cut(time.perf_counter() - began, retries, found))
+            self._journal.save_state(_Cut(time.perf_counter() - began, retries, found))
             self._journal.save(began_to_keep)
 
         def tell(parts: PartialResults) -> None:
@@ -355,5 +355,5 @@ class Passes:
         self._moments = None
         missing = self._data.blocks.n_rows - self.n_rows
         event = BlocksSkipped(tuple(bad.sentence for bad in new.values()), missing)
-        self._journal.once("leaving out", partial(self._emit, event))
+        self._journal.run_once("blocks skipped", partial(self._emit, event))
         return True

@@ -154,7 +154,7 @@ class StartFinder:
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
         mode, step = first_step_size(loss, settings)
         began = WarmupStarted(name, loss, None if skip else mode, is_warm)
-        self.journal.once("beginning", partial(self.emit, began))
+        self.journal.run_once("beginning", partial(self.emit, began))
         summary = asdict(began)
         if not skip:
             warmup = sample.prepare_warmup(step)
@@ -164,7 +164,7 @@ class StartFinder:
                 warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
                 start = self._original(np.asarray(state.best_params))
                 report = partial(self.iterations.report_non_finite, "warm-up", start, 0)
-                self.journal.once("restart", report)
+                self.journal.run_once("restart", report)
                 runs.append(self._run_warmup(warmup, start, sample.variance))
             state = runs[-1]
             start = self._original(np.asarray(state.best_params))
@@ -197,13 +197,13 @@ class StartFinder:
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
         state = warmup.start(self.problem.normalizer.normalize(start))
         with self.journal.loop("iterations"):
-            noted = self.journal.noted(list[NDArray[Any]])
-            state = state if noted is None else unpacked(state, noted)
+            saved = self.journal.load_state(list[NDArray[Any]])
+            state = state if saved is None else unpacked(state, saved)
             while int(state.end) == WarmupEnd.RUNNING:
                 before = state
                 state = warmup.run(state, self._burst_end(int(before.iteration)))
                 self._report(state, before, variance)
-                self.journal.note(packed(state))
+                self.journal.save_state(packed(state))
                 frequency = self.problem.config.checkpoint_frequency
                 if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()
