@@ -28,7 +28,7 @@ from nlsq_dask.config.rules import (
     one_of,
     or_else,
 )
-from nlsq_dask.config.validation import ValidatedOptions, aside, option, parameters_section
+from nlsq_dask.config.validation import ValidatedOptions, option, parameters_section, runtime_option
 
 
 @dataclass(kw_only=True, repr=False)
@@ -120,7 +120,7 @@ class HybridStreamingConfig(ValidatedOptions):
     )
 
     # --- phase 2: Gauss-Newton
-    gauss_newton_max_iterations: int = aside(
+    gauss_newton_max_iterations: int = runtime_option(
         100,
         integer(1),
         "Most trial points over all rows; ten times as many on the sample, which is in memory.",
@@ -217,13 +217,13 @@ class HybridStreamingConfig(ValidatedOptions):
         "Arithmetic of model and Jacobian; sums beyond some thousand rows are always float64. "
         "'auto' is float64.",
     )
-    chunk_size: int | str = aside(
+    chunk_size: int | str = runtime_option(
         "auto",
         or_else(integer(1), "auto"),
         "Most rows that one kernel call is given; a larger chunk is taken in pieces, of 4 MB at "
         "most. 'auto' is 2**20.",
     )
-    cache: int | str = aside(
+    cache: int | str = runtime_option(
         "auto",
         or_else(integer(0), "auto"),
         "Bytes of memory, over all workers, in which blocks may stay between passes; 0 for none. "
@@ -232,26 +232,26 @@ class HybridStreamingConfig(ValidatedOptions):
     )
 
     # --- surviving
-    enable_checkpoints: bool = aside(True, BOOL, "Write checkpoints to checkpoint_dir.")
-    checkpoint_dir: str | os.PathLike[str] | None = aside(
+    enable_checkpoints: bool = runtime_option(True, BOOL, "Write checkpoints to checkpoint_dir.")
+    checkpoint_dir: str | os.PathLike[str] | None = runtime_option(
         None,
         or_else(PATH, None),
         "Folder of the checkpoints, or an fsspec URL of one; the last three of a fit are kept. "
         "None writes no files.",
     )
-    checkpoint_frequency: int = aside(
+    checkpoint_frequency: int = runtime_option(
         100,
         integer(1),
         "Iterations of the warm-up between checkpoints; there is one at the end of each pass over "
         "all rows, too.",
     )
-    checkpoint_interval: float = aside(
+    checkpoint_interval: float = runtime_option(
         30.0,
         NON_NEGATIVE,
         "Seconds between checkpoints inside a pass, of what has been summed so far; twenty times "
         "as many as saving takes if that is more. 0 saves whenever a block group has been summed.",
     )
-    resume_from_checkpoint: str | os.PathLike[str] | bool | None = aside(
+    resume_from_checkpoint: str | os.PathLike[str] | bool | None = runtime_option(
         None,
         PATH_OR_FLAG,
         "A checkpoint, or a folder whose newest one is taken, to go on from. Data, model, "
@@ -264,50 +264,52 @@ class HybridStreamingConfig(ValidatedOptions):
         "Where cost or gradient at a trial point are NaN or infinite, go back to the best point "
         "and try a smaller step; False ends the warm-up, or the fit, at the first such point.",
     )
-    enable_fault_tolerance: bool = aside(
+    enable_fault_tolerance: bool = runtime_option(
         True,
         BOOL,
         "Try again what could not be read; False makes the first error of the source the end.",
     )
-    max_retries_per_batch: int = aside(
+    max_retries_per_batch: int = runtime_option(
         2,
         integer(0),
         "How often reading is tried again, at the step of a block that failed, with pauses that "
         "grow from 0.1 s by a factor of 4, to 10 s at most.",
     )
-    min_success_rate: float = aside(
+    min_success_rate: float = runtime_option(
         1.0,
         FRACTION,
         "Share of the rows that must be readable. Below 1, blocks that stay unreadable are left "
         "out as long as so many rows remain, with a warning; the result says which.",
     )
-    max_walltime: float | None = aside(
+    max_walltime: float | None = runtime_option(
         None,
         or_else(POSITIVE, None),
         "Seconds after which the fit ends, with a checkpoint if there is a checkpoint_dir, and "
         "without success. Block groups that are being computed then are waited for.",
     )
-    stop_on_sigterm: bool = aside(
+    stop_on_sigterm: bool = runtime_option(
         False,
         BOOL,
         "End the fit in the same way on SIGTERM, which batch schedulers send before they kill.",
     )
-    enable_multi_device: bool = aside(
+    enable_multi_device: bool = runtime_option(
         False, BOOL, "Share a worker's blocks among its local devices."
     )
 
     # --- watching
-    callback_frequency: int = aside(10, integer(1), "Iterations between calls of the callback.")
-    verbose: int = aside(
+    callback_frequency: int = runtime_option(
+        10, integer(1), "Iterations between calls of the callback."
+    )
+    verbose: int = runtime_option(
         1,
         integer(0),
         "0 prints nothing, 1 phases and iterations over all rows, 2 those on the sample, too.",
     )
-    log_frequency: int = aside(1, integer(1), "Iterations between printed lines.")
-    log_file: str | os.PathLike[str] | None = aside(
+    log_frequency: int = runtime_option(1, integer(1), "Iterations between printed lines.")
+    log_file: str | os.PathLike[str] | None = runtime_option(
         None, or_else(PATH, None), "File for a JSON-lines record of the fit."
     )
-    dashboard: bool = aside(
+    dashboard: bool = runtime_option(
         True,
         BOOL,
         "Show the fit on a page, /nlsq, of a distributed cluster's dashboard, and count it in the "

@@ -9,7 +9,7 @@ from nlsq_dask._keywords import suggest_keyword
 from nlsq_dask.config.rules import Rule
 
 
-def aside(default: Any, rule: Rule, doc: str) -> Any:
+def runtime_option(default: Any, rule: Rule, doc: str) -> Any:
     """Declare an option that does not change the fit: it may be another when one is resumed."""
     return option(default, rule, doc, changes_fit=False)
 
@@ -24,7 +24,7 @@ def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
 
 @dataclass(kw_only=True, repr=False)
 class ValidatedOptions:
-    """Base of a dataclass whose fields are declared by ``option`` and ``aside``."""
+    """Base of a dataclass whose fields are declared by ``option`` and ``runtime_option``."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option, which is checked when a fit starts; a name that is none is refused."""
