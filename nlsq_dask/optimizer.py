@@ -247,7 +247,7 @@ class AdaptiveHybridStreamingOptimizer:
             if page is not None:
                 observers.append(page)
                 remembering.append(page.remember)
-            stack.enter_context(_saying_why(emit))
+            stack.enter_context(_report_abort(emit))
             journal = open_journal(config, describe, emit, remember)
             observers.append(journal.observe)
             if config.stop_on_sigterm:
@@ -328,7 +328,7 @@ class AdaptiveHybridStreamingOptimizer:
 
 
 @contextmanager
-def _saying_why(emit: Observer) -> Iterator[None]:
+def _report_abort(emit: Observer) -> Iterator[None]:
     """Tell those who watch of an error that ends the fit."""
     try:
         yield

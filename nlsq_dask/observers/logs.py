@@ -36,13 +36,13 @@ LOGGER.addHandler(logging.NullHandler())  # so that nothing is printed unless it
 _INTERVAL = 10.0  # seconds between records on a running pass
 
 
-class _NowAndThen:
+class _RateLimit:
     """Lets one of the events on a running pass through every few seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
-    def lets_through(self, event: Event) -> bool:
+    def allows(self, event: Event) -> bool:
         """Whether to record this event."""
         if isinstance(event, BlocksMeasured):
             return False
@@ -63,12 +63,12 @@ class LogRecords:
     """
 
     def __init__(self) -> None:
-        self._turns = _NowAndThen()
+        self._rate_limit = _RateLimit()
 
     def __call__(self, event: Event) -> None:
         """Log the event, if there is anything to say."""
         level = _level(event)
-        if LOGGER.isEnabledFor(level) and self._turns.lets_through(event):
+        if LOGGER.isEnabledFor(level) and self._rate_limit.allows(event):
             text = format_event(event)
             if text is not None:
                 LOGGER.log(level, "%s", text.strip())
@@ -114,13 +114,13 @@ class JsonLines:
                 f"in a folder that may be written to",
                 str(self._path),
             ) from error
-        self._turns = _NowAndThen()
+        self._rate_limit = _RateLimit()
         self._fit = uuid.uuid4().hex[:8]
         self._is_broken = False
 
     def __call__(self, event: Event) -> None:
         """Write the event."""
-        if self._is_broken or not self._turns.lets_through(event):
+        if self._is_broken or not self._rate_limit.allows(event):
             return
         record = {"time": time.time(), "fit": self._fit, **_values(event)}
         try:

@@ -114,7 +114,7 @@ class Progress:
 
     def _move(self, event: BlocksFinished) -> None:
         if not _shows_bars(self._stream):
-            self._say_now_and_then(event)
+            self._print_now_and_then(event)
             return
         if self._bar is None:
             self._bar = _bar_class()(
@@ -132,7 +132,7 @@ class Progress:
             self._bar.set_postfix_str(f"{rate} rows/s", refresh=False)
         self._bar.update(event.blocks - self._bar.n)
 
-    def _say_now_and_then(self, event: BlocksFinished) -> None:
+    def _print_now_and_then(self, event: BlocksFinished) -> None:
         now = time.monotonic()
         if not event.blocks or event.blocks == event.n_blocks:
             self._pass_line_at = now

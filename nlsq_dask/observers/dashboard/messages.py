@@ -31,14 +31,14 @@ from nlsq_dask.observers.format import format_event
 
 Message = dict[str, Any]
 
-_MOST_NAMES = 8  # of parameters
-_MOST_TEXT = 500  # characters of a sentence
-_MOST_LINES = 5  # of an event
-_MOST_CELLS = 100  # along each side of a map
-_MOST_STEPS = 1000  # of a profile
+_MAX_NAMES = 8  # of parameters
+_MAX_TEXT = 500  # characters of a sentence
+_MAX_LINES = 5  # of an event
+_MAX_CELLS = 100  # along each side of a map
+_MAX_STEPS = 1000  # of a profile
 
 # Events that the page shows as text.
-_NOTED = (
+_TEXT_EVENTS = (
     FitResumed,
     HalvingRound,
     WarmupStarted,
@@ -77,11 +77,11 @@ class Messages:
                 return [_pass(event)]
             case FitEnded():
                 state = "finished" if event.success else "no success"
-                return [{"kind": "ended", "state": state, "text": event.message[:_MOST_TEXT]}]
+                return [{"kind": "ended", "state": state, "text": event.message[:_MAX_TEXT]}]
             case FitAborted():
-                return [{"kind": "ended", "state": "aborted", "text": event.error[:_MOST_TEXT]}]
+                return [{"kind": "ended", "state": "aborted", "text": event.error[:_MAX_TEXT]}]
         now = time.time()
-        return [{"kind": "note", "time": now, "text": t[:_MOST_TEXT]} for t in _notes(event)]
+        return [{"kind": "note", "time": now, "text": t[:_MAX_TEXT]} for t in _notes(event)]
 
     def _map(self, event: BlocksMeasured) -> Message:
         values = np.full(math.prod(self._grid), np.nan)
@@ -90,7 +90,7 @@ class Messages:
         table, axes = _two_largest(values.reshape(self._grid))
         dropped = [i for i, n in enumerate(self._grid) if n > 1 and i not in axes]
         size = list(table.shape)
-        most = _MOST_STEPS if table.ndim == 1 else _MOST_CELLS
+        most = _MAX_STEPS if table.ndim == 1 else _MAX_CELLS
         step = tuple(-(n // -most) for n in table.shape)
         for axis, width in enumerate(step):
             table = _worst(table, axis, width)
@@ -126,7 +126,7 @@ def _started(event: FitStarted) -> Message:
         "kind": "started",
         "time": time.time(),
         "model": event.model[:80],
-        "names": [str(name)[:40] for name in event.param_names[:_MOST_NAMES]],
+        "names": [str(name)[:40] for name in event.param_names[:_MAX_NAMES]],
         "n_params": len(event.param_names),
         "n_rows": int(event.n_rows),
         "grid": [int(n) for n in event.grid],
@@ -170,5 +170,5 @@ def _pass(event: PassFinished) -> Message:
 
 
 def _notes(event: Event) -> list[str]:
-    text = format_event(event) if isinstance(event, _NOTED) else None
-    return [line.strip() for line in (text or "").splitlines()[:_MOST_LINES]]
+    text = format_event(event) if isinstance(event, _TEXT_EVENTS) else None
+    return [line.strip() for line in (text or "").splitlines()[:_MAX_LINES]]

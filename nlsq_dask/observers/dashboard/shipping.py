@@ -18,7 +18,7 @@ _LOCK = threading.Lock()
 
 
 @cache
-def _parcel() -> bytes:
+def _pickled_plugin() -> bytes:
     """Return the bytes of a new plugin with its code.
 
     So a scheduler needs neither this package nor JAX, which would take it a second or two to
@@ -58,4 +58,4 @@ class ShippedPlugin(SchedulerPlugin):
     idempotent = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (_parcel(),)
+        return pickle.loads, (_pickled_plugin(),)

@@ -37,7 +37,7 @@ class Collector:
             return
         for name, value in sorted(self._read().items()):
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield kind(name, f"nlsq_dask: {_in_words(name)}", value=value)
+            yield kind(name, f"nlsq_dask: {_description(name)}", value=value)
 
 
 def registered(registry: Any) -> list[Any]:
@@ -47,5 +47,5 @@ def registered(registry: Any) -> list[Any]:
     return [c for c in everyone if getattr(c, "is_of_nlsq_dask", False)]
 
 
-def _in_words(name: str) -> str:
+def _description(name: str) -> str:
     return name.removeprefix("nlsq_").removesuffix("_total").replace("_", " ")

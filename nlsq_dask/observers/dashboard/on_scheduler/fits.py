@@ -6,12 +6,12 @@ import time
 from collections import deque
 from typing import Any
 
-MOST_FITS = 20  # unless more are running
-MOST_RUNNING = 200
-_MOST_FORGOTTEN = 1_000  # whose counters are kept apart
-_MOST_ITERATIONS = 5000
-_MOST_RATES = 2000
-_MOST_NOTES = 200
+MAX_FITS = 20  # unless more are running
+MAX_RUNNING = 200
+_MAX_FORGOTTEN = 1_000  # whose counters are kept apart
+_MAX_ITERATIONS = 5000
+_MAX_RATES = 2000
+_MAX_NOTES = 200
 _RATE_INTERVAL = 0.4  # seconds over which bytes a second are counted at least
 
 
@@ -38,12 +38,12 @@ class Fit:
         self.began = self.heard = time.time()
         self.about: dict[str, Any] = {}
         self.phases: list[dict[str, Any]] = []
-        self.iterations: deque[dict[str, Any]] = deque(maxlen=_MOST_ITERATIONS)
+        self.iterations: deque[dict[str, Any]] = deque(maxlen=_MAX_ITERATIONS)
         self.progress: dict[str, Any] = {}
-        self.rates: deque[tuple[float, float]] = deque(maxlen=_MOST_RATES)
+        self.rates: deque[tuple[float, float]] = deque(maxlen=_MAX_RATES)
         self.last_pass: dict[str, Any] = {}
         self.map: dict[str, Any] = {}
-        self.notes: deque[tuple[float, str]] = deque(maxlen=_MOST_NOTES)
+        self.notes: deque[tuple[float, str]] = deque(maxlen=_MAX_NOTES)
         self.metrics: dict[str, float] = {}
         self._rated: dict[str, Any] = {}
 
@@ -160,15 +160,15 @@ class Fits:
     def _forget(self) -> None:
         """Forget the oldest that have ended; their counts stay."""
         ended = [name for name, fit in self.recent.items() if not fit.is_running]
-        for name in ended[: max(len(self.recent) - MOST_FITS, 0)]:
+        for name in ended[: max(len(self.recent) - MAX_FITS, 0)]:
             self._drop(name)
-        while len(self.recent) > MOST_RUNNING:
+        while len(self.recent) > MAX_RUNNING:
             self._drop(next(iter(self.recent)))
 
     def _drop(self, name: str) -> None:
         gone = self.recent.pop(name)
         self._forgotten[name] = gone.number, gone.metrics
-        if len(self._forgotten) > _MOST_FORGOTTEN:
+        if len(self._forgotten) > _MAX_FORGOTTEN:
             _, metrics = self._forgotten.pop(next(iter(self._forgotten)))
             self._of_others = _added(self._of_others, metrics)
 

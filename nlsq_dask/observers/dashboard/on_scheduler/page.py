@@ -8,7 +8,7 @@ from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit, Fits
 from nlsq_dask.observers.dashboard.on_scheduler.plots import (
-    COLOURS,
+    COLORS,
     SLOTS,
     Curves,
     Map,
@@ -16,7 +16,7 @@ from nlsq_dask.observers.dashboard.on_scheduler.plots import (
     Profile,
     RunningPass,
 )
-from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, curve, pass_in_words, rates
+from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, curve, describe_pass, rates
 
 _PERIOD = 500  # milliseconds
 _STATES = {
@@ -129,7 +129,7 @@ class View:
         if not shown:
             self._head.text = _NOTHING
             return
-        self._head.text = "".join(map(_of_fit, reversed(shown)))
+        self._head.text = "".join(map(_fit_html, reversed(shown)))
         self._phases.show(shown)
         self._pass.show(shown)
         for name, curves in self._curves.items():
@@ -139,7 +139,7 @@ class View:
         mapped = [*running, *(fit for fit in reversed(shown) if fit.map)][:1]
         self._map.show(mapped)
         self._profile.show(mapped)
-        self._notes.text = _notes_of(shown)
+        self._notes.text = _notes_html(shown)
 
     def _offer(self, every: list[Fit]) -> None:
         label = f"all fits (the last {SLOTS})" if len(every) > SLOTS else "all fits"
@@ -159,7 +159,7 @@ _NOTHING = (
 )
 
 
-def _of_fit(fit: Fit) -> str:
+def _fit_html(fit: Fit) -> str:
     about = fit.about
     state = f'<b style="color: {_STATES.get(fit.state, "#333")}">{fit.state}</b>'
     words = []
@@ -169,30 +169,30 @@ def _of_fit(fit: Fit) -> str:
         names += f" and {more:,} more parameters" if more else ""
         grid = " x ".join(f"{n:,}" for n in about["grid"])
         words = [names, f"{about['n_rows']:,} rows", f"blocks: {grid}"]
-    now = pass_in_words(fit)
+    now = describe_pass(fit)
     loss = [entry["loss"] for entry in list(fit.iterations)[-1:]]
     words += [f"loss {value:.6g}" for value in loss]
     started = time.strftime("%H:%M:%S", time.localtime(fit.began))
     text = " &middot; ".join(html.escape(word) for word in [f"since {started}", *words])
-    colour = COLOURS[fit.number % SLOTS]
+    color = COLORS[fit.number % SLOTS]
     end = html.escape(now or fit.text)
     return (
-        f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {colour}; '
+        f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {color}; '
         f'padding-left: 8px"><b>{html.escape(fit.title)}</b>: {state} '
         f'<span style="color: #555">{text}</span><br>{end}</div>'
     )
 
 
-def _notes_of(shown: list[Fit]) -> str:
+def _notes_html(shown: list[Fit]) -> str:
     entries = [(at, fit, text) for fit in shown for at, text in fit.notes]
     lines = []
     for at, fit, text in sorted(entries, key=lambda entry: entry[0], reverse=True)[:30]:
         clock = time.strftime("%H:%M:%S", time.localtime(at))
         which = f"{html.escape(fit.title)}: " if len(shown) > 1 else ""
-        colour = COLOURS[fit.number % SLOTS]
+        color = COLORS[fit.number % SLOTS]
         lines.append(
             f'<tr><td style="color: #777; padding-right: 10px">{clock}</td><td>'
-            f'<span style="color: {colour}">{which}</span>{html.escape(text)}</td></tr>'
+            f'<span style="color: {color}">{which}</span>{html.escape(text)}</td></tr>'
         )
     table = "".join(lines) or '<tr><td style="color: #777">nothing yet</td></tr>'
     return (

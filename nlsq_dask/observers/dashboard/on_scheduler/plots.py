@@ -14,7 +14,7 @@ from nlsq_dask.observers.dashboard.on_scheduler.tables import (
 
 SLOTS = 6  # fits that are shown side by side
 # Of Okabe and Ito: told apart by everyone, on paper, too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PHASES = ("#999999", "#E69F00", "#0072B2", "#009E73")  # by number
 # Short ones of events.PHASES, which is not installed where this runs.
 _PHASE_NAMES = ("normalization", "warm-up", "Gauss-Newton", "covariance")
@@ -67,11 +67,11 @@ class Curves:
             y_axis_type="log" if is_log else "auto",
         )
         self._tables, self._items = [], []
-        for colour in COLOURS:
+        for color in COLORS:
             table = ColumnDataSource({"x": [], "y": [], "marker": [], "size": []})
-            line = self.figure.line("x", "y", source=table, color=colour, width=2)
+            line = self.figure.line("x", "y", source=table, color=color, width=2)
             points = self.figure.scatter(
-                "x", "y", source=table, color=colour, marker="marker", size="size"
+                "x", "y", source=table, color=color, marker="marker", size="size"
             )
             self._tables.append(table)
             self._items.append(LegendItem(label="", renderers=[line, points], visible=False))
@@ -166,7 +166,7 @@ class RunningPass(Bars):
             x_axis_label="% of the blocks",
             tools="",
         )
-        self._table.data = bars_of_pass([], COLOURS)
+        self._table.data = bars_of_pass([], COLORS)
         self.figure.hbar(
             y="fit", left=0, right=100, height=0.62, color="#eeeeee", source=self._table
         )
@@ -186,7 +186,7 @@ class RunningPass(Bars):
 
     def show(self, fits: list[Fit]) -> None:
         """Show these fits."""
-        self._fill(fits, bars_of_pass(fits, COLOURS))
+        self._fill(fits, bars_of_pass(fits, COLORS))
 
 
 # Which block, or blocks, of a dimension the pointer is over.
@@ -274,7 +274,7 @@ class Profile:
             _BLOCKS, name="profile", height=330, visible=False, y_axis_label="reduced chi-square"
         )
         self._table = ColumnDataSource({"x": [], "y": []})
-        self.figure.step("x", "y", source=self._table, mode="after", color=COLOURS[0], width=1.5)
+        self.figure.step("x", "y", source=self._table, mode="after", color=COLORS[0], width=1.5)
 
     def show(self, fits: list[Fit]) -> None:
         """Show one fit, or none."""

@@ -38,13 +38,13 @@ class FitPages(SchedulerPlugin):
             self.__dict__.update(before.__self__.__dict__)
             return
         self.no_page = _add_page(scheduler, self.fits)
-        self.collector = _shown(None, self.fits)
+        self.collector = _register_collector(None, self.fits)
         scheduler.handlers[HANDLER] = self.take
 
     def take(self, batch: dict[str, Any]) -> dict[str, str]:
         """Take messages on a fit; return why there is no page, nothing if there is."""
         self.fits.take(batch)
-        self.collector = _shown(self.collector, self.fits)
+        self.collector = _register_collector(self.collector, self.fits)
         return {"no_page": self.no_page}
 
     def remove_client(self, scheduler: Any, client: str) -> None:
@@ -87,7 +87,7 @@ def _add_page(scheduler: Any, fits: Fits) -> str:
     return ""
 
 
-def _shown(collector: Any, fits: Fits) -> Any:
+def _register_collector(collector: Any, fits: Fits) -> Any:
     """Return the collector of these fits, made if it is None, and see that it is registered.
 
     Of several schedulers in one process, which have one registry, the one that has heard of a fit

@@ -42,7 +42,7 @@ def rates(fit: Fit) -> dict[str, list[Any]]:
     }
 
 
-def bars_of_phases(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[Any]]:
+def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
     """Return a bar for each phase of each fit."""
     keys = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
     found: dict[str, list[Any]] = {key: [] for key in keys}
@@ -63,7 +63,7 @@ def bars_of_phases(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[
                 left + seconds,
                 seconds,
                 f"{seconds:.1f} s" if has_room else "",
-                colours[phase["phase"] % len(colours)],
+                colors[phase["phase"] % len(colors)],
                 state,
             )
             for key, value in zip(keys, values, strict=True):
@@ -71,13 +71,13 @@ def bars_of_phases(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[
     return found
 
 
-def bars_of_pass(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[Any]]:
+def bars_of_pass(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
     """Return a bar for each fit."""
     return {
         "fit": [fit.title for fit in fits],
         "share": [100 * _share(fit) for fit in fits],
-        "label": [pass_in_words(fit) or fit.state for fit in fits],
-        "color": [colours[fit.number % len(colours)] for fit in fits],
+        "label": [describe_pass(fit) or fit.state for fit in fits],
+        "color": [colors[fit.number % len(colors)] for fit in fits],
     }
 
 
@@ -86,7 +86,7 @@ def _share(fit: Fit) -> float:
     return float(now["blocks"] / max(now["n_blocks"], 1)) if now else 0.0
 
 
-def pass_in_words(fit: Fit) -> str:
+def describe_pass(fit: Fit) -> str:
     """Return how far a running fit is."""
     now = fit.progress
     if not fit.is_running:
