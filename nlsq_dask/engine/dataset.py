@@ -35,7 +35,7 @@ from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 
-_MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
+_MAX_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
 
 
 class DataSet:
@@ -76,7 +76,7 @@ class DataSet:
         self._all_sizes = self._amounts(range(len(groups)), frozenset())
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
-            self._read_ahead = ReadAhead(self._workers.most_threads)
+            self._read_ahead = ReadAhead(self._workers.max_threads)
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def _distribute(self) -> None:
@@ -173,7 +173,7 @@ class DataSet:
                 "the connection to the Dask scheduler was lost in the middle of a pass. Start a "
                 "cluster and a client again, and fit again."
             ) from error
-        if attempt == _MOST_ATTEMPTS:
+        if attempt == _MAX_ATTEMPTS:
             raise ClusterLostError(
                 f"workers were lost again and again ({error}). If they ran out of memory, give "
                 f"them more, or use smaller chunks; the workers' logs say why they ended."
@@ -213,7 +213,7 @@ class DataSet:
             positions = list(tree.leaves)
             order = graph.order_of(list(tree.leaves.values()))
             turns = [self._groups[needed[positions[i]]] for i in order]
-            following = turns[self._workers.most_threads :]
+            following = turns[self._workers.max_threads :]
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead, request.skipped)
         return tree

@@ -15,7 +15,7 @@ from nlsq_dask.errors import DataError
 _BASE_BYTES = 350 * 2**20
 # While a chunk is decoded, encoded and decoded bytes are in memory together.
 _COPIES = 2
-_MOST_FILLED = 0.8  # of a worker's memory, where distributed pauses it
+_MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
 _AUTO_CACHE = 0.2  # of a worker's memory
 
 
@@ -63,8 +63,8 @@ class MemoryPlan:
         task_bytes = 0
         if not blocks.in_memory:
             task_bytes = _COPIES * max(at_once * int(block_bytes.max()), blocks.split_bytes)
-        threads, limit = min(workers.most_threads, len(groups)), workers.memory_limit
-        free = int(_MOST_FILLED * limit) - _BASE_BYTES - threads * task_bytes
+        threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
+        free = int(_MAX_FILLED * limit) - _BASE_BYTES - threads * task_bytes
         wanted = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
         cache_bytes = max(min(int(wanted), free), 0) if is_useful else 0
@@ -86,7 +86,7 @@ class MemoryPlan:
     def problem(self) -> str | None:
         """Why a worker would not have enough memory, or None."""
         needed = _BASE_BYTES + self.threads * self.task_bytes
-        if needed <= _MOST_FILLED * self.limit:
+        if needed <= _MAX_FILLED * self.limit:
             return None
         return (
             f"a worker would need {format_bytes(needed)} and has {format_bytes(self.limit)}: each "

@@ -25,16 +25,16 @@ Node = tuple[int, int]  # of a tree: level, 0 for leaves, and position in it
 
 # A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
 # one, and with many blocks groups grow, so that there are never many more tasks than these.
-_LEAST_GROUP_ROWS = 2**18
-_LEAST_GROUP_BLOCKS = 128
-_MOST_GROUPS = 8192
+_MIN_GROUP_ROWS = 2**18
+_MIN_GROUP_BLOCKS = 128
+_MAX_GROUPS = 8192
 TREE_WIDTH = 16
 
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
     """Put consecutive blocks into groups, in C order of the grid; empty blocks are left out."""
-    enough_rows = max(_LEAST_GROUP_ROWS, -(int(block_rows.sum()) // -_MOST_GROUPS))
-    enough_blocks = max(_LEAST_GROUP_BLOCKS, -(int((block_rows > 0).sum()) // -_MOST_GROUPS))
+    enough_rows = max(_MIN_GROUP_ROWS, -(int(block_rows.sum()) // -_MAX_GROUPS))
+    enough_blocks = max(_MIN_GROUP_BLOCKS, -(int((block_rows > 0).sum()) // -_MAX_GROUPS))
     groups: list[list[tuple[int, ...]]] = []
     rows = 0
     for index in np.ndindex(block_rows.shape):
@@ -85,7 +85,7 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
             workers.client.map(from_opaque, [to_opaque(value) for value in values], key=keys)
         )
     futures: dict[int, Any] = {}
-    for address, share in workers.share_out(list(enumerate(values))).items():
+    for address, share in workers.assign(list(enumerate(values))).items():
         if not share:
             continue
         placed = workers.client.map(

@@ -20,7 +20,7 @@ _FIRST_PAUSE, _GROWTH, _LONGEST_PAUSE = 0.1, 4.0, 10.0
 # These say that a program is wrong, not that a store is: trying again would not help, and to leave
 # out rows would hide it.
 _PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
-_MOST_TEXT = 500  # characters of an error that are quoted
+_MAX_TEXT = 500  # characters of an error that are quoted
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
 
 def _text(error: Exception) -> str:
     text = str(error).rstrip(".")
-    return f"{type(error).__name__}: {text[:_MOST_TEXT]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:_MAX_TEXT]}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Workers:
         return max(len(self.threads), 1)
 
     @property
-    def most_threads(self) -> int:
+    def max_threads(self) -> int:
         """Threads of the process that has most of them."""
         return max(self.threads.values(), default=1)
 
@@ -113,7 +113,7 @@ class Workers:
         found = {platform for answer in answers if answer for platform in answer}
         return tuple(sorted(found)) or (CPU,)
 
-    def share_out(self, items: list[Any]) -> dict[str, list[Any]]:
+    def assign(self, items: list[Any]) -> dict[str, list[Any]]:
         """Deal items to the processes in turn, as many to each as it has threads."""
         turns = [address for address, count in self.threads.items() for _ in range(count)]
         return {
