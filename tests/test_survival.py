@@ -325,7 +325,7 @@ LOST: dict[str, Callable[[], Exception]] = {  # made when raised: an error keeps
     "KilledWorker": lambda: KilledWorker("task", None, 3),
     "FutureCancelledError": lambda: FutureCancelledError("task", "lost dependencies"),
     "FuturesCancelledError": lambda: FuturesCancelledError([]),
-    "WorkersReplacedError": lambda: execution.WorkersReplacedError("all were replaced by others"),
+    "WorkersReplacedError": lambda: execution.WorkersReplacedError("all workers were replaced"),
 }
 
 
@@ -366,7 +366,8 @@ def test_workers_that_are_lost_again_and_again_while_the_sample_is_read(
     with (
         process_client.as_current(),
         pytest.raises(
-            nd.ClusterLostError, match=r"again and again \(all were replaced by others\)"
+            nd.ClusterLostError,
+            match=r"in each of 4 attempts at a pass \(all workers were replaced\)",
         ),
     ):
         surviving_fit.fit()

@@ -170,13 +170,14 @@ class DataSet:
         client = self._workers.client
         if client is None or client.status != "running":
             raise ClusterLostError(
-                "the connection to the Dask scheduler was lost in the middle of a pass. Start a "
-                "cluster and a client again, and fit again."
+                "the connection to the Dask scheduler was lost during a pass. Start a new cluster "
+                "and client, then fit again."
             ) from error
         if attempt == _MAX_ATTEMPTS:
             raise ClusterLostError(
-                f"workers were lost again and again ({error}). If they ran out of memory, give "
-                f"them more, or use smaller chunks; the workers' logs say why they ended."
+                f"workers were lost in each of {_MAX_ATTEMPTS} attempts at a pass ({error}). See "
+                f"the workers' logs for the reason. If they ran out of memory, use smaller chunks "
+                f"or workers with more memory."
             ) from error
         self._workers = Workers.active()
         self._kernel = None
@@ -184,8 +185,8 @@ class DataSet:
             self._distribute()
         except TimeoutError as timeout:
             raise ClusterLostError(
-                "all workers were lost, and none came that arrays in memory could be sent to. "
-                "Start a cluster again, and fit again."
+                "all workers were lost, and no new worker has connected. Start a new cluster, "
+                "then fit again."
             ) from timeout
 
     def _tree(self, kernel: Kernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
@@ -270,8 +271,8 @@ class DataSet:
         block = self._source.first_block_needing(read_error.key)
         bad = self.skipped_block(int(np.ravel_multi_index(block, self.blocks.grid)), read_error)
         return BlockReadError(
-            f"{bad.sentence}. Repair or replace what is stored there, or let blocks that stay "
-            f"unreadable be left out with HybridStreamingConfig(min_success_rate=...) below 1.",
+            f"{bad.sentence}. Repair the stored data, or pass "
+            f"HybridStreamingConfig(min_success_rate=...) below 1 to skip unreadable blocks.",
             bad.array,
             bad.block,
             bad.chunk,

@@ -146,7 +146,7 @@ async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[An
 Watch = Callable[[PartialResults], None]
 
 
-_REPLACED = "all were replaced by others"
+_REPLACED = "all workers were replaced"
 
 
 class WorkersReplacedError(Exception):

@@ -89,10 +89,10 @@ class MemoryPlan:
         if needed <= _MAX_FILLED * self.limit:
             return None
         return (
-            f"a worker would need {format_bytes(needed)} and has {format_bytes(self.limit)}: each "
-            f"of its {self.threads} threads reads a block of up to "
+            f"a worker needs {format_bytes(needed)} of memory and has {format_bytes(self.limit)}: "
+            f"each of its {self.threads} threads reads blocks of up to "
             f"{format_bytes(self.task_bytes // _COPIES)}. Use smaller chunks (rechunk the arrays, "
-            f"or open them with chunks=...), fewer threads a worker, or workers with more memory"
+            f"or open them with chunks=...), fewer threads per worker, or workers with more memory"
         )
 
     def check(self) -> None:

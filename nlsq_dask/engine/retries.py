@@ -215,9 +215,9 @@ class SkippedBlock:
         """What a person should know of it."""
         part = ", ".join(f"{start}:{end}" for start, end in self.part)
         where = "" if self.chunk is None else f"{self.chunk}: "
-        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        attempts = "1 attempt" if self.tries == 1 else f"{self.tries} attempts"
         return (
-            f"{self.array} could not be read in {tries} in block {self.block} of the grid "
+            f"{self.array} could not be read after {attempts} in block {self.block} of the grid "
             f"{self.grid}, y_data[{part}]: {where}{self.error}"
         )
 

@@ -170,9 +170,10 @@ class MissingChunks:
         what = "1 chunk" if len(self.keys) == 1 else f"{len(self.keys):,} chunks"
         listed = join_first(self.keys, 3)
         return (
-            f"{self.array.store_path} lacks {what} that the fit reads ({listed}), for which Zarr "
-            f"gives the fill value, {self.array.fill_value}. It stores no chunks that hold nothing "
-            f"else, so this may be right; if they were lost, write them again, or mask their rows."
+            f"{self.array.store_path} lacks {what} that the fit reads ({listed}); Zarr returns the "
+            f"fill value, {self.array.fill_value}. Chunks of nothing but the fill value are not "
+            f"stored by default, so this may be correct. If chunks were deleted, write them again "
+            f"or mask their rows."
         )
 
 

@@ -18,8 +18,8 @@ from nlsq_dask.engine.serialization import WithPackageImport
 from nlsq_dask.model.jax_scope import CPU, local_platforms
 
 _ASYNCHRONOUS = (
-    "the active client is asynchronous; a fit needs a synchronous one: Client(...) without "
-    "asynchronous=True."
+    "the active Dask client is asynchronous; a fit needs a synchronous client. Create it with "
+    "Client(...), without asynchronous=True."
 )
 
 
