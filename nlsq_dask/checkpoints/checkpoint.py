@@ -79,7 +79,7 @@ class Checkpoint:
         found = decode(body, cls)
         # It becomes part of the names of files.
         if not _FIT_NAME.fullmatch(found.fit) or found.number < 1:
-            raise CheckpointError(f"it is of a fit named {found.fit!r}, which no fit is.")
+            raise CheckpointError(f"its fit has the invalid name {found.fit!r}.")
         return found
 
 

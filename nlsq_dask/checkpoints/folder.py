@@ -40,8 +40,8 @@ class CheckpointFolder:
             self._files.prepare(fit)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint_dir={self._path!r} cannot be written to: {error}. Choose another, or "
-                f"leave it out."
+                f"cannot write to checkpoint_dir={self._path!r}: {error}. Pass a writable "
+                f"directory, or None to write no checkpoints."
             ) from error
 
     def save(self, checkpoint: Checkpoint) -> str:
@@ -74,9 +74,9 @@ class CheckpointFolder:
             try:
                 return Checkpoint.from_bytes(self._files.read(name)), notes
             except (CheckpointError, OSError) as error:
-                notes.append(f"checkpoint {name} cannot be used: {error}")
-        found = "; ".join(notes) or f"no file in it ends in {_SUFFIX!r}"
-        raise CheckpointError(f"there is no usable checkpoint in {self._path!r}: {found}")
+                notes.append(f"checkpoint {name} is invalid: {error}")
+        found = "; ".join(notes) or f"it contains no {_SUFFIX} file"
+        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {found}")
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
@@ -97,8 +97,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
         exists, is_folder = Path(text).exists(), Path(text).is_dir()
     if not exists:
         raise FileNotFoundError(
-            f"resume_from_checkpoint={text!r} does not exist; give a checkpoint, or the folder "
-            f"that was checkpoint_dir."
+            f"resume_from_checkpoint={text!r} does not exist; pass the path of a checkpoint, or "
+            f"of the directory that was checkpoint_dir."
         )
     if is_folder:
         return CheckpointFolder(text).newest()
@@ -107,6 +107,6 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
         return Checkpoint.from_bytes(open_folder(folder or slash).read(name)), []
     except CheckpointError as error:
         raise CheckpointError(
-            f"resume_from_checkpoint={text!r} cannot be used: {error} Give the folder instead to "
-            f"go on from the newest one that can be."
+            f"resume_from_checkpoint={text!r} is not a valid checkpoint: {error} Pass its "
+            f"directory to resume from the newest valid one."
         ) from error

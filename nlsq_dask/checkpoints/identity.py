@@ -98,11 +98,11 @@ class FitFingerprint:
         ]
         traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in TRACED_BY)
         if traced_alike and self.model != now.model:
-            differences.append("the model computes something else")
+            differences.append("the model computes a different function")
         if differences:
             raise CheckpointError(
-                f"the checkpoint is of another fit: {'; '.join(differences)}. Fit again without "
-                f"resume_from_checkpoint, or with what the checkpoint was made with."
+                f"the checkpoint is of a different fit: {'; '.join(differences)}. Restore these, "
+                f"or omit resume_from_checkpoint to start a new fit."
             )
         return [
             f"{text}: the result may differ in its last digits"

@@ -236,7 +236,7 @@ class CheckpointJournal(Journal):
     def _warn_once(self, error: OSError) -> None:
         if not self._has_warned:
             warn_caller(
-                f"A checkpoint could not be written: {error}. The fit goes on, and will try again."
+                f"Could not write a checkpoint: {error}. The fit continues and will try again."
             )
         self._has_warned = True
 
