@@ -110,7 +110,7 @@ PATH_OR_FLAG = Rule(
 CRITERIA = Rule("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
 RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
 WEIGHTS = Rule(
-    "a sequence of finite numbers > 0, one a group",
+    "a sequence of finite numbers > 0, one per group",
     _weights,
     lambda v: tuple(map(float, v)),  # compared and shown as a whole, which an array is not
 )
@@ -127,21 +127,21 @@ def check_combinations(options: HybridStreamingConfig) -> None:
     for switch, needed in _NEEDS.items():
         value = getattr(options, needed)
         if getattr(options, switch) and value is None:
-            raise ValueError(f"{switch}=True needs {needed}; got None.")
+            raise ValueError(f"{switch}=True requires {needed}; got None.")
         if value is not None and not getattr(options, switch):
-            raise ValueError(f"{needed} needs {switch}=True; without it {value!r} says nothing.")
+            raise ValueError(f"{needed}={value!r} requires {switch}=True.")
     if options.min_success_rate < 1.0 and not options.enable_fault_tolerance:
         raise ValueError(
-            f"min_success_rate={options.min_success_rate!r} needs enable_fault_tolerance=True; "
-            f"without it no block is left out."
+            f"min_success_rate={options.min_success_rate!r} requires enable_fault_tolerance=True; "
+            f"otherwise no block is skipped."
         )
     if options.resume_from_checkpoint is True:
         if options.checkpoint_dir is None:
             raise ValueError(
-                "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, too."
+                "resume_from_checkpoint=True resumes from checkpoint_dir, which is None; set both."
             )
         if not options.enable_checkpoints:
             raise ValueError(
-                "resume_from_checkpoint=True needs enable_checkpoints=True; to go on without "
-                "writing checkpoints, give the path of one."
+                "resume_from_checkpoint=True requires enable_checkpoints=True; to resume without "
+                "writing checkpoints, pass the path of a checkpoint."
             )
