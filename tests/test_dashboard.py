@@ -331,9 +331,9 @@ def test_bytes_a_second_are_those_gone_through() -> None:
     at = {"kind": "progress", "time": 1.0, "pass": 2, "blocks": 3, "n_blocks": 9, "seconds": 2.0}
     fits.take(batch("a", {**at, "bytes": 30_000_000}))
     (fit,) = fits.recent.values()
-    assert describe_pass(fit) == ("pass 2: 3 of 9 blocks, going through 15 MB/s, 4 s left")
+    assert describe_pass(fit) == ("pass 2: 3 of 9 blocks, 15 MB/s, 4 s remaining")
     titles = [root.title.text for root in View(fits).roots if root.name == "rate"]
-    assert titles == ["Data gone through a second"]
+    assert titles == ["Data processed per second"]
 
 
 def test_a_rate_is_taken_from_one_end_of_blocks_to_the_next() -> None:
@@ -517,7 +517,7 @@ def test_trouble_with_the_page_is_one_line(
     monkeypatch.setattr("nlsq_dask.observers.dashboard.observer.Page._call", broken)
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
-    assert said(caplog) == ["The fit goes on without its page: OSError: no way there"]
+    assert said(caplog) == ["The dashboard page is disabled: OSError: no way there"]
 
 
 @pytest.mark.parametrize("python", ["3.9.1.final.0", "4.0.0.final.0"])
@@ -538,7 +538,7 @@ def test_no_code_goes_to_another_python(
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
     (line,) = said(caplog)
-    assert line.startswith("The fit has no page: the scheduler runs Python " + python[:3])
+    assert line.startswith("The fit has no dashboard page: the scheduler runs Python " + python[:3])
 
 
 def test_the_python_of_the_scheduler_is_read(as_default: Client) -> None:

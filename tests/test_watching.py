@@ -403,7 +403,7 @@ def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_does_not_end_the_fit() -> None:
-    with pytest.warns(UserWarning, match="log_file='/dev/full' is written no further"):
+    with pytest.warns(UserWarning, match="Could not write to log_file='/dev/full'"):
         result = fit(log_file="/dev/full")
     assert result.success
 

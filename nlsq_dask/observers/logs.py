@@ -110,8 +110,8 @@ class JsonLines:
         except OSError as error:
             raise OSError(  # of the class that its number has
                 error.errno,
-                f"log_file cannot be opened for writing ({error.strerror}); name a file "
-                f"in a folder that may be written to",
+                f"could not open log_file for writing ({error.strerror}); pass a path in a "
+                f"writable directory",
                 str(self._path),
             ) from error
         self._rate_limit = _RateLimit()
@@ -128,7 +128,10 @@ class JsonLines:
             self._file.flush()
         except OSError as error:  # a full disk must not end the fit
             self._is_broken = True
-            warn_caller(f"log_file={str(self._path)!r} is written no further: {error}")
+            warn_caller(
+                f"Could not write to log_file={str(self._path)!r}: {error}. Logging to this file "
+                f"is disabled."
+            )
 
     def close(self) -> None:
         """Close the file."""

@@ -87,7 +87,7 @@ class Progress:
             # Closed, a broken pipe, a full disk, an encoding without these characters: the fit
             # goes on without being seen.
             self._is_on = False
-            LOGGER.warning("Progress is printed no further: %s", error)
+            LOGGER.warning("Could not print progress: %s. Printing is disabled.", error)
 
     def _show(self, event: Event) -> None:
         if isinstance(event, BlocksFinished):

@@ -73,7 +73,7 @@ class Page:
         except Exception as error:
             self._is_on = False
             self._waiting = []
-            LOGGER.warning("The fit goes on without its page: %s: %s", type(error).__name__, error)
+            LOGGER.warning("The dashboard page is disabled: %s: %s", type(error).__name__, error)
 
     def _take(self, event: Event) -> None:
         new = self._messages.of(event)
@@ -125,10 +125,10 @@ class Page:
 
     def _say(self, no_page: str) -> None:
         if no_page:
-            LOGGER.info("The fit has no page: %s", no_page)
+            LOGGER.info("The fit has no dashboard page: %s", no_page)
             return
         link = self._client.dashboard_link or ""
-        LOGGER.info("The fit can be watched at %s", link.removesuffix("status") + PAGE)
+        LOGGER.info("Dashboard page of the fit: %s", link.removesuffix("status") + PAGE)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def why_not_to_ship(python: str) -> str:
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
     if theirs == ours:
         return ""
-    return f"the scheduler runs Python {theirs} and this process {ours}; use one version for both"
+    return f"the scheduler runs Python {theirs} and this process {ours}; use the same version"
 
 
 class ShippedPlugin(SchedulerPlugin):

@@ -147,7 +147,7 @@ class Fits:
         """Take note that a client is gone: what it still ran is lost."""
         for fit in self.recent.values():
             if fit.client == client and fit.is_running:
-                fit.end("lost", "its client has left")
+                fit.end("lost", "its client disconnected")
                 self.version += 1
 
     def _add(self, name: str, client: str, ahead: float) -> None:

@@ -91,7 +91,7 @@ class View:
         self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
         self._curves = {name: Curves(name, *about) for name, about in CURVES.items()}
         self._rates = Curves(
-            "rate", "Data gone through a second", "seconds since the fit began", "MB/s"
+            "rate", "Data processed per second", "seconds since the start of the fit", "MB/s"
         )
         self._phases = Phases()
         self._pass = RunningPass()
@@ -155,7 +155,7 @@ class View:
 _FULL_WIDTH = ".bk-clearfix { width: 100%; }"
 _NOTHING = (
     '<div style="font-size: 15px; color: #555; padding: 2rem 0.5rem">'
-    "<b>No fit yet.</b> A fit on this cluster shows up here by itself.</div>"
+    "<b>No fit yet.</b> Fits on this cluster appear here.</div>"
 )
 
 
@@ -197,6 +197,6 @@ def _notes_html(shown: list[Fit]) -> str:
     table = "".join(lines) or '<tr><td style="color: #777">nothing yet</td></tr>'
     return (
         '<div style="font-size: 13px; background: white; border: 1px solid #ccc; padding: 8px">'
-        '<div style="font-size: 15px; margin-bottom: 4px">Defence layers and other events</div>'
+        '<div style="font-size: 15px; margin-bottom: 4px">Defense layers and other events</div>'
         f'<div style="max-height: 240px; overflow-y: auto"><table>{table}</table></div></div>'
     )

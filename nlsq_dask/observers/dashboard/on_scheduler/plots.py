@@ -120,7 +120,7 @@ class Phases(Bars):
         super().__init__(
             "Phases",
             "phases",
-            x_axis_label="seconds since the fit began",
+            x_axis_label="seconds since the start of the fit",
             tools="xpan,xwheel_zoom,reset,save",
         )
         self._table.data = bars_of_phases([], _PHASES)
@@ -160,7 +160,7 @@ class RunningPass(Bars):
 
     def __init__(self) -> None:
         super().__init__(
-            "Blocks done in the running pass",
+            "Completed blocks of the running pass",
             "pass",
             x_range=(0, 100),
             x_axis_label="% of the blocks",

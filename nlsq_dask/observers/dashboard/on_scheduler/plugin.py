@@ -67,7 +67,7 @@ def _add_page(scheduler: Any, fits: Fits) -> str:
         if "/status" in getattr(app, "app_paths", ())
     ]  # fmt: skip
     if not served:
-        return "the scheduler serves no dashboard (it needs bokeh, and to be started with one)"
+        return "the scheduler serves no dashboard; install bokeh and start it with a dashboard"
     # A scheduler that serves a dashboard can import these.
     from distributed.dashboard.core import BokehApplication
     from distributed.dashboard.scheduler import template_variables

@@ -99,7 +99,7 @@ def describe_pass(fit: Fit) -> str:
     if now["blocks"] and now["seconds"] > 0.0:
         rate = now["bytes"] / now["seconds"]
         left = now["seconds"] * (now["n_blocks"] / now["blocks"] - 1)
-        words += f", going through {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+        words += f", {rate / 1e6:,.0f} MB/s, {left:,.0f} s remaining"
     return words
 
 
