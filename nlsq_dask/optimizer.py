@@ -210,7 +210,7 @@ class AdaptiveHybridStreamingOptimizer:
         """
         if not self._running.acquire(blocking=False):
             raise FitInProgressError(
-                "this optimizer is running a fit already; make another optimizer for a second fit."
+                "this optimizer is already running a fit; create another optimizer for the second."
             )
         try:
             self._forget()
