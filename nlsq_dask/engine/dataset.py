@@ -313,12 +313,12 @@ class DataSet:
                 graph.task("not-finite", 0, not_finite, reader, inputs=reader.inputs)
             )
 
-        found: tuple[int, Index, Index] | None = self._run_with_recovery(
+        first: tuple[int, Index, Index] | None = self._run_with_recovery(
             tree, _single_result(), lambda partials: None
         )
-        if found is None:
+        if first is None:
             return block, ""
-        i, position, shape = found
+        i, position, shape = first
         starts = [part.start for part in self.blocks.block_slices(block)]
         row = ", ".join(str(start + at) for start, at in zip(starts, position, strict=False))
         name = self.blocks.layout.array_names[i]

@@ -71,19 +71,19 @@ class PartialResults:
             for lower, j in self.values
             if lower < level and j // TREE_WIDTH ** (level - lower) == i
         ]
-        for part in inside:
-            smaller = self.values.pop(part)
+        for inner in inside:
+            smaller = self.values.pop(inner)
             if isinstance(smaller, Future):
                 smaller.release()
         self.values[node] = value
 
     def drop_missing(self) -> None:
         """Forget what the workers that had it have lost."""
-        lost = [
+        missing = [
             n for n, v in self.values.items() if isinstance(v, Future) and v.status != "finished"
         ]
-        for part in lost:
-            del self.values[part]
+        for node in missing:
+            del self.values[node]
 
     def release(self) -> None:
         """Let workers forget what is still with them."""
@@ -99,12 +99,12 @@ class PartialResults:
     @property
     def finished(self) -> Amount:
         """What is in the partial results."""
-        found = np.zeros(3, np.int64)
+        total = np.zeros(3, np.int64)
         for level, i in self.values:
             width = TREE_WIDTH**level
             end = min((i + 1) * width, len(self.sizes))
-            found += self._sums[end] - self._sums[i * width]
-        return Amount(*map(int, found))
+            total += self._sums[end] - self._sums[i * width]
+        return Amount(*map(int, total))
 
     def collect(self) -> dict[Node, Any]:
         """Return the partial results themselves, fetched from the workers where they are there."""
@@ -113,11 +113,11 @@ class PartialResults:
             return dict(self.values)
         client = next(iter(futures.values())).client
         # Of those alone that a worker has: for what was lost, it would wait until a worker comes.
-        there = client.sync(_held_keys, client, list(futures.values()))
-        wanted = {n: future for n, future in futures.items() if future.key in there}
-        found = client.sync(_gather_if_held, client, list(wanted.values()))
-        if len(found) == len(wanted):
-            self.values.update(zip(wanted, found, strict=True))
+        keys = client.sync(_held_keys, client, list(futures.values()))
+        held = {n: future for n, future in futures.items() if future.key in keys}
+        results = client.sync(_gather_if_held, client, list(held.values()))
+        if len(results) == len(held):
+            self.values.update(zip(held, results, strict=True))
         return {n: v for n, v in self.values.items() if not isinstance(v, Future)}
 
 

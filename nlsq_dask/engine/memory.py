@@ -65,9 +65,9 @@ class MemoryPlan:
             task_bytes = _COPIES * max(at_once * int(block_bytes.max()), blocks.split_bytes)
         threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
         free = int(_MAX_FILLED * limit) - _BASE_BYTES - threads * task_bytes
-        wanted = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
+        requested = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
-        cache_bytes = max(min(int(wanted), free), 0) if is_useful else 0
+        cache_bytes = max(min(int(requested), free), 0) if is_useful else 0
         all_fits = sum(group_bytes) <= cache_bytes * workers.n_processes
         return cls(group_bytes, task_bytes, threads, cache_bytes, all_fits, limit)
 

@@ -200,23 +200,23 @@ class TaskGraph:
         nodes: dict[Any, Node] = {}
         below: list[TaskRef | None] = []
         for level, size in enumerate(sizes):
-            found: list[TaskRef | None] = []
+            nodes_above: list[TaskRef | None] = []
             for i in range(size):
-                parts = below[i * TREE_WIDTH : (i + 1) * TREE_WIDTH]
+                children = below[i * TREE_WIDTH : (i + 1) * TREE_WIDTH]
                 if (level, i) in inside:
-                    found.append(None)
+                    nodes_above.append(None)
                 elif (level, i) in known:
-                    found.append(self.constant(f"part-{level}-{i}", known[level, i]))
-                elif len(parts) == 1:
-                    found.append(parts[0])
+                    nodes_above.append(self.constant(f"partial-{level}-{i}", known[level, i]))
+                elif len(children) == 1:
+                    nodes_above.append(children[0])
                 else:
                     number = sum(sizes[1:level]) + i
-                    task = self.task("combine", number, combine, *parts) if level else leaf(i)
+                    task = self.task("combine", number, combine, *children) if level else leaf(i)
                     if not level:
                         leaves[i] = task
                     nodes[task.key] = level, i
-                    found.append(task)
-            below = found
+                    nodes_above.append(task)
+            below = nodes_above
         (root,) = below
         assert root is not None
         return Tree(self._tasks, root, leaves, nodes)

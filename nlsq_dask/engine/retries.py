@@ -172,14 +172,14 @@ class Retried:
 
 def unwrap(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
     """Return values of steps, and the tries that they took."""
-    found: dict[Key, Any] = {}
+    results: dict[Key, Any] = {}
     retries: dict[Key, int] = {}
     for key, value in values:
-        found[key] = value
+        results[key] = value
         if isinstance(value, Retried):
-            found[key] = value.value
+            results[key] = value.value
             retries |= value.retries
-    return found, retries
+    return results, retries
 
 
 @dataclass(frozen=True)

@@ -257,13 +257,13 @@ class SourceGraph:
         return next(block for block in blocks if self.arrays_needing(key, block))
 
     def _steps_towards(self, keys: Iterable[Key]) -> set[Key]:
-        stack, found = list(keys), set[Key]()
+        stack, steps = list(keys), set[Key]()
         while stack:
             key = stack.pop()
-            if key not in found and key in self._nodes:
-                found.add(key)
+            if key not in steps and key in self._nodes:
+                steps.add(key)
                 stack.extend(self._nodes[key].dependencies)
-        return found
+        return steps
 
     def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
         """Return the stored chunk that holds an entry of a block, if the block is a part of one.
@@ -277,8 +277,8 @@ class SourceGraph:
             Of that block.
         """
         node = self._nodes.get(key)
-        found = [] if node is None else list(stored_regions(node, self._literals))
-        return found[0].chunk_at(position, shape) if len(found) == 1 else None
+        regions = [] if node is None else list(stored_regions(node, self._literals))
+        return regions[0].chunk_at(position, shape) if len(regions) == 1 else None
 
     @property
     def _literals(self) -> dict[Key, Any]:

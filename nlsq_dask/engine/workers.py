@@ -110,8 +110,8 @@ class Workers:
         answers = self.client.run(
             WithPackageImport(_prepare), os.getpid(), on_error="ignore"
         ).values()
-        found = {platform for answer in answers if answer for platform in answer}
-        return tuple(sorted(found)) or (CPU,)
+        platforms = {platform for answer in answers if answer for platform in answer}
+        return tuple(sorted(platforms)) or (CPU,)
 
     def assign(self, items: list[Any]) -> dict[str, list[Any]]:
         """Deal items to the processes in turn, as many to each as it has threads."""
