@@ -1,4 +1,4 @@
-"""``BlockGroup``: the blocks of one task, on the worker that holds them from pass to pass."""
+"""``BlockGroup``: the blocks of one task, cached on a worker between passes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,13 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """How many bytes the groups of one fit may keep in a process.
+    """The limit on cached bytes of one fit in each process."""
 
-    Attributes
-    ----------
-    fit : str
-        Name of the fit.
-    process_bytes : int
-    """
-
-    fit: str
+    fit: str  # unique name
     process_bytes: int
 
     def reserve(self, n_bytes: int) -> bool:
-        """Take some bytes out of the budget of this process, if there are so many left."""
+        """Reserve bytes in this process; return False if too few remain."""
         with _lock:
             _settle()
             if _cached_bytes[self.fit] + n_bytes > self.process_bytes:
@@ -46,12 +39,12 @@ class CacheBudget:
             return True
 
     def release(self, n_bytes: int) -> None:
-        """Give them back; may be called by the garbage collector at any moment, so no lock."""
+        """Release bytes; takes no lock, because the garbage collector may call it at any time."""
         _released.append((self.fit, n_bytes))
 
 
 def cached_bytes() -> int:
-    """Return how many bytes of blocks this process keeps, over all fits."""
+    """Return the number of cached bytes in this process, over all fits."""
     with _lock:
         _settle()
         return _cached_bytes.total()
@@ -66,7 +59,7 @@ def _settle() -> None:
 
 
 class ReadAhead:
-    """Threads that read blocks before they are asked for: no more blocks than there are threads.
+    """A thread pool that prefetches blocks, at most one per thread.
 
     Parameters
     ----------
@@ -78,32 +71,31 @@ class ReadAhead:
         self._room = threading.Semaphore(n_threads)
 
     def has_room(self) -> bool:
-        """Whether one more block may be read; if so, it is counted."""
+        """Reserve room for one more block; return False if there is none."""
         return self._room.acquire(blocking=False)
 
     def taken(self) -> None:
-        """Say that one of the blocks was asked for."""
+        """Free the room of a block that was consumed."""
         self._room.release()
 
     def close(self) -> None:
-        """Wait for what is being read, and read no more."""
+        """Wait for running reads and cancel the others."""
         self.pool.shutdown(cancel_futures=True)
 
 
 class BlockGroup:
-    """What one task works on: how its blocks are read, and the blocks themselves if it keeps them.
+    """The reader of the blocks of one task, and the blocks if they are cached.
 
-    A copy that is sent elsewhere keeps nothing. When the group goes, its bytes go back to the
-    budget.
+    A pickled copy has no cached blocks. Garbage collection releases the bytes to the budget.
 
     Parameters
     ----------
     reader : GroupReader
     n_bytes : int
-        Bytes of all its blocks.
+        Size of all blocks.
     budget : CacheBudget
     is_large : bool
-        Whether a scheduler should take it for as large as it may become, so that it is not moved.
+        Whether ``sizeof`` includes the blocks, so that a scheduler does not move the group.
     """
 
     def __init__(
@@ -118,7 +110,7 @@ class BlockGroup:
         self._skipped: frozenset[int] = frozenset()
         self._prefetched: tuple[frozenset[int], _Reading] | None = None
         self._cached: list[tuple[int, CachedBlock]] | None = None
-        # What other tasks read for several groups would be read again all the same.
+        # Inputs from shared tasks would be read again in any case.
         self._may_cache = bool(reader.steps) and not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,16 +119,16 @@ class BlockGroup:
     def read_ahead_of(
         self, following: BlockGroup | None, threads: ReadAhead, skipped: frozenset[int]
     ) -> None:
-        """Let this group start the reading of another while its own last block is computed.
+        """Make this group prefetch from another one while its own last block is computed.
 
-        Both must be in this process, and stay here.
+        Both must be in this process.
 
         Parameters
         ----------
         following : BlockGroup or None
         threads : ReadAhead
         skipped : frozenset of int
-            Blocks that are not wanted.
+            Flat indices of blocks.
         """
         self._following, self._threads, self._skipped = following, threads, skipped
 
@@ -145,7 +137,7 @@ class BlockGroup:
             self._following._start_reading(self._threads, self._skipped)
 
     def _start_reading(self, threads: ReadAhead, skipped: frozenset[int]) -> None:
-        """Begin to read the first block, unless it is there or waits for other tasks."""
+        """Prefetch the first block, unless it is cached or depends on other tasks."""
         with _lock:
             wants = self._cached is None and self._prefetched is None and not self.reader.inputs
             if wants and threads.has_room():
@@ -167,18 +159,18 @@ class BlockGroup:
     def blocks(
         self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Block], CachedBlock]
     ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
-        """Yield flat index and rows of each block, and how it was read if it was read now.
+        """Yield the flat index of each block, its rows, and its ``ReadBlock`` unless it was cached.
 
-        There are no rows of a block that could not be read.
+        The rows of an unreadable block are None.
 
         Parameters
         ----------
         inputs : sequence
-            Results of the tasks that the reader names.
+            Results of the tasks in ``reader.inputs``.
         skipped : frozenset of int
-            Blocks that are not wanted.
+            Flat indices of blocks.
         place : callable
-            Puts a block where it is best kept.
+            Moves a block to the memory in which it is cached.
         """
         if self._cached is not None:
             yield from ((index, rows, None) for index, rows in self._cached if index not in skipped)
@@ -191,7 +183,7 @@ class BlockGroup:
             for read in _ahead(reading, count, self._start_following):
                 rows: CachedBlock | None = read.block
                 if reserved and read.block is None:
-                    # Which blocks are cached would have to be known to every later pass.
+                    # A group is cached as a whole or not at all.
                     self._budget.release(reserved)
                     reserved, cached = 0, []
                 elif reserved and read.block is not None:
@@ -214,31 +206,25 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Blocks that come from an iterator, the next of which may be on its way already.
-
-    Attributes
-    ----------
-    items : iterator of ReadBlock
-    prefetched : Future or None
-    """
+    """An iterator over blocks, the next of which may be prefetched."""
 
     items: Iterator[ReadBlock]
     prefetched: Future[ReadBlock] | None = None
 
     @classmethod
     def started(cls, items: Iterator[ReadBlock], pool: ThreadPoolExecutor) -> _Reading:
-        """Let a thread of the pool get the next block."""
+        """Prefetch the next block in a thread of the pool."""
         return cls(items, pool.submit(contextvars.copy_context().run, next, items))
 
     def next(self) -> ReadBlock:
-        """Return the next block as soon as it is there."""
+        """Wait for the next block and return it."""
         return next(self.items) if self.prefetched is None else self.prefetched.result()
 
 
 def _ahead(reading: _Reading, count: int, at_last: Callable[[], None]) -> Iterator[ReadBlock]:
-    """Yield blocks while another thread gets the next one: computing overlaps with reading.
+    """Yield blocks while another thread reads the next one.
 
-    ``at_last`` is called before the last of them is given away.
+    ``at_last`` is called before the last block is yielded.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as pool:
         for _ in range(count - 1):

@@ -1,4 +1,4 @@
-"""``DataSet``: the two things that are ever done with the rows, reducing them and sampling them."""
+"""``DataSet``: reduce the rows, or sample them."""
 
 from __future__ import annotations
 
@@ -35,23 +35,21 @@ from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 
-_MAX_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
+_MAX_ATTEMPTS = 4  # at a pass, if workers are lost
 
 
 class DataSet:
-    """Row blocks, ready to be reduced and sampled on the active Dask scheduler.
+    """Row blocks that are reduced and sampled on the active Dask scheduler.
 
-    The graph is analysed once; a pass adds little more than its names and the parameters.
-
-    It holds its groups on the workers until it is closed.
+    The graph is analyzed once, and block groups stay on the workers until ``close``.
 
     Parameters
     ----------
     blocks : RowBlocks
     cache : int or "auto"
-        Bytes of blocks that may stay in the workers' memory between passes.
+        Bytes of blocks to cache in the memory of the workers.
     policy : ReadPolicy, optional
-        What happens where reading fails.
+        How failed reads are handled.
 
     Raises
     ------
@@ -80,7 +78,7 @@ class DataSet:
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def _distribute(self) -> None:
-        """Put groups, and arrays that are in memory, on the workers."""
+        """Send block groups and arrays in memory to the workers."""
         self._source.replace(broadcast(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
@@ -92,7 +90,7 @@ class DataSet:
         self._groups = pin("group", block_groups, self._workers)
 
     def close(self) -> None:
-        """Let go of what is held on the workers."""
+        """Release everything on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._groups, self._kernel, self._shared = [], None, {}
@@ -100,12 +98,12 @@ class DataSet:
 
     @property
     def longest_block(self) -> int:
-        """Rows of the largest block."""
+        """Number of rows of the largest block."""
         return int(self._block_rows.max())
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """Platforms of the processes that will run kernels."""
+        """JAX platforms of the processes that run kernels."""
         return self._workers.platforms()
 
     def reduce(
@@ -115,24 +113,24 @@ class DataSet:
         known: Mapping[Node, PassResult[S]] | None = None,
         watch: Watch = lambda partials: None,
     ) -> PassResult[S]:
-        """Sum over all rows but those of blocks left out: one pass.
+        """Sum over all rows except those of skipped blocks: one pass.
 
         Parameters
         ----------
         kernel : Kernel
         request : PassRequest
         known : mapping of Node to PassResult, optional
-            Partial results of an earlier pass with the same kernel and request.
+            Partial results of an interrupted pass with the same kernel and request.
         watch : callable, optional
-            Called with the ``PartialResults`` at the start and whenever one has finished; may raise
-            to end the pass.
+            Called with the ``PartialResults`` at the start and after each of them; an exception
+            ends the pass.
 
         Raises
         ------
         BlockReadError
-            If a block cannot be read, and the policy does not let it be left out.
+            If a block cannot be read and the policy does not skip it.
         ClusterLostError
-            If the scheduler is lost, or workers again and again.
+            If the scheduler is lost, or workers are lost repeatedly.
         """
         partials = PartialResults(self._amounts_of(request), dict(known or {}))
         watch(partials)
@@ -144,7 +142,7 @@ class DataSet:
     def _run_with_recovery(
         self, make_tree: Callable[[], Tree], partials: PartialResults, watch: Watch
     ) -> Any:
-        """Run a tree, made anew after workers were lost: what it refers to is placed again."""
+        """Run a tree; after workers are lost, distribute the data again and rebuild it."""
         attempt = 1
         while True:
             try:
@@ -162,10 +160,9 @@ class DataSet:
             attempt += 1
 
     def _recover(self, error: Exception, attempt: int) -> None:
-        """Make another attempt possible after workers were lost, or raise what is to be done.
+        """Prepare another attempt after workers were lost, or raise a ClusterLostError.
 
-        A scheduler computes anew what a lost worker held, but it cannot do so with data that were
-        sent to it; those are sent once more.
+        A scheduler recomputes results of lost workers, but not data that were sent to them.
         """
         client = self._workers.client
         if client is None or client.status != "running":
@@ -210,7 +207,7 @@ class DataSet:
 
         tree = graph.tree(len(needed), leaf, combine, known)
         if self._read_ahead is not None:
-            # When a thread is done with its group, the one so many places further on is its next.
+            # Groups finish in order, so the next group of a thread is max_threads places ahead.
             positions = list(tree.leaves)
             order = graph.order_of(list(tree.leaves.values()))
             turns = [self._groups[needed[positions[i]]] for i in order]
@@ -220,13 +217,13 @@ class DataSet:
         return tree
 
     def _needed_groups(self, request: PassRequest) -> list[int]:
-        """Return the groups of which not all blocks are left out."""
+        """Return the groups with at least one block that is not skipped."""
         if not request.skipped:
             return list(range(len(self._members)))
         return [i for i, own in enumerate(self._members) if not own <= request.skipped]
 
     def _amounts_of(self, request: PassRequest) -> NDArray[np.int64]:
-        """Return the ``Amount`` of each needed group, computed once for the passes over all."""
+        """Return the ``Amount`` of each needed group."""
         if not request.skipped:
             return self._all_sizes
         return self._amounts(self._needed_groups(request), request.skipped)
@@ -247,10 +244,7 @@ class DataSet:
         skipped: frozenset[int] = frozenset(),
         watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
-        """Read a few blocks and take rows from each, as if those left out were not there.
-
-        ``watch`` may raise to end that, as in ``reduce``.
-        """
+        """Sample rows from a few blocks that are not skipped; ``watch`` as in ``reduce``."""
         block_rows = self._block_rows.copy()
         block_rows.flat[list(skipped)] = 0
         plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
@@ -279,7 +273,7 @@ class DataSet:
         )
 
     def skipped_block(self, index: int, read_error: ReadError) -> SkippedBlock:
-        """Say in the caller's terms which block could not be read."""
+        """Describe an unreadable block in the terms of the caller."""
         block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
         names = self.blocks.layout.array_names
         arrays = [names[i] for i in self._source.arrays_needing(read_error.key, block)]
@@ -295,9 +289,9 @@ class DataSet:
         )
 
     def first_not_finite(self, index: int) -> tuple[Index, str]:
-        """Return the position of a block, and in words which of its arrays is not finite and where.
+        """Return the position of a block, and a description of its first non-finite element.
 
-        The block is read once more. The words are none if it is finite now.
+        The block is read again. The description is empty if all elements are finite now.
 
         Parameters
         ----------
@@ -328,10 +322,10 @@ class DataSet:
         return block, where if chunk is None else f"{where}, in {chunk}"
 
     def missing_chunks(self) -> list[str]:
-        """Return sentences on chunks that a Zarr store does not hold and reads as values."""
+        """Return warnings about chunks that are missing in Zarr stores."""
         return [missing.sentence for missing in self._source.missing_chunks()]
 
 
 def _single_result() -> PartialResults:
-    """Return partial results for a result that is known as a whole or not at all."""
+    """Return partial results of a tree with a single node."""
     return PartialResults(np.zeros((1, 3), np.int64))

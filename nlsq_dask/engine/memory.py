@@ -1,4 +1,4 @@
-"""``MemoryPlan``: what a pass needs of a worker's memory, computed before anything is read."""
+"""``MemoryPlan``: memory that a pass needs on a worker, computed from metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 
-# Python with its libraries, compiled programs, the scheduler's own needs; measured.
+# Python with its libraries, compiled programs and overhead of the scheduler; measured.
 _BASE_BYTES = 350 * 2**20
 # While a chunk is decoded, encoded and decoded bytes are in memory together.
 _COPIES = 2
@@ -21,30 +21,14 @@ _AUTO_CACHE = 0.2  # of a worker's memory
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that the blocks take.
+    """Memory of blocks, tasks and workers, in bytes."""
 
-    Attributes
-    ----------
-    group_bytes : tuple of int
-        Of all blocks of each group.
-    task_bytes : int
-        That one running task needs at most.
-    threads : int
-        Tasks that run at once in a worker.
-    cache_bytes : int
-        That blocks may take in a worker between passes.
-    all_fits : bool
-        Whether that is enough for all blocks.
-    limit : int
-        Memory of a worker.
-    """
-
-    group_bytes: tuple[int, ...]
-    task_bytes: int
-    threads: int
-    cache_bytes: int
-    all_fits: bool
-    limit: int
+    group_bytes: tuple[int, ...]  # of the blocks of each group
+    task_bytes: int  # peak of one running task
+    threads: int  # concurrent tasks per worker
+    cache_bytes: int  # for cached blocks, per worker
+    all_fits: bool  # whether all blocks can be cached
+    limit: int  # memory of a worker
 
     @classmethod
     def of(
@@ -54,10 +38,10 @@ class MemoryPlan:
         workers: Workers,
         cache: int | str,
     ) -> MemoryPlan:
-        """Compute it from the grid of blocks and the option ``cache``."""
+        """Compute the plan from the grid of blocks and the option ``cache``."""
         block_bytes = blocks.block_bytes()
         group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)
-        # The next block is read ahead: of the same group, or in this process of another.
+        # The next block is read ahead, in this process from the next group as well.
         reads_ahead = max(map(len, groups)) > 1 or workers.shares_memory
         at_once = 2 if reads_ahead else 1
         task_bytes = 0
@@ -78,13 +62,13 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """What a worker needs at most, cache included."""
+        """Peak memory of a worker, cache included."""
         cached = min(self.cache_bytes, self.bytes_per_pass)
         return _BASE_BYTES + self.threads * self.task_bytes + cached
 
     @property
     def problem(self) -> str | None:
-        """Why a worker would not have enough memory, or None."""
+        """Reason why the memory of a worker is too small, or None."""
         needed = _BASE_BYTES + self.threads * self.task_bytes
         if needed <= _MAX_FILLED * self.limit:
             return None
@@ -96,6 +80,6 @@ class MemoryPlan:
         )
 
     def check(self) -> None:
-        """Raise a DataError if a worker would not have enough memory."""
+        """Raise a DataError if the memory of a worker is too small."""
         if self.problem is not None:
             raise DataError(f"{self.problem}.")

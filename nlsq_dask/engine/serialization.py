@@ -1,8 +1,7 @@
-"""What a fit sends to workers, opaque to the scheduler that it passes through.
+"""Opaque serialization: graphs whose contents only workers unpickle.
 
-Distributed unpickles graphs in the scheduler's process, which may lack this package, JAX or what
-the caller's arrays are read with. Only workers need these, so a scheduler sees keys, dependencies
-and bytes.
+Distributed unpickles graphs on the scheduler, which may lack this package, JAX or the libraries
+that read the caller's arrays. An opaque graph has only keys, dependencies and bytes.
 """
 
 from __future__ import annotations
@@ -20,20 +19,17 @@ from_opaque = loads  # a function that a scheduler has
 
 
 def to_opaque(value: Any) -> bytes:
-    """Return the bytes of which ``from_opaque`` makes the value."""
+    """Pickle a value, for ``from_opaque`` on a worker."""
     data: bytes = dumps(WithPackageImport(value))
     return data
 
 
 def to_opaque_graph(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a graph with the same keys and dependencies, and the rest as bytes.
+    """Return a graph with the same keys and dependencies, and everything else as bytes.
 
-    Parameters
-    ----------
-    tasks : dict
-        What is no node of a graph, a caller's future, stays as it is.
+    Futures of the caller stay as they are.
     """
-    functions: dict[int, Task] = {}  # of functions that many tasks call, serialized once
+    functions: dict[int, Task] = {}  # by id, each serialized once
     return {
         key: _to_opaque_task(key, node, functions) if isinstance(node, GraphNode) else node
         for key, node in tasks.items()
@@ -55,7 +51,7 @@ def _to_opaque_task(key: Any, node: GraphNode, functions: dict[int, Task]) -> Ta
 
 @dataclass(frozen=True)
 class _Step:
-    """A node, called with the results of the keys that it needs, in their order."""
+    """A node that is called with the results of its dependencies, in their order."""
 
     node: GraphNode
     needed: tuple[Any, ...]
@@ -66,10 +62,10 @@ class _Step:
 
 @dataclass(frozen=True)
 class WithPackageImport:
-    """Unpickled, it is the value itself, and the package was imported before a module of it.
+    """A value whose unpickling imports the package before any of its modules.
 
-    A thread that imports a module first holds that module's lock while it waits for the package's;
-    another one that imports the package then waits for the first, and Python raises an error.
+    Otherwise, two threads that import the package and one of its modules deadlock, and Python
+    raises an error.
     """
 
     value: Any

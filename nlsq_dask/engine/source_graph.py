@@ -1,9 +1,8 @@
-"""The graph that makes the blocks, cut so that one task reads and computes a whole block group.
+"""``SourceGraph``: the caller's graph, partitioned into one task per block group.
 
-Dask's own fusion joins tasks along a line; a group of blocks of several arrays is a tree. So the
-tasks that only one group needs are put into that group's task, as a ``GroupReader``, and run there
-one block after another. What several groups need (a mean that was subtracted, a chunk that was
-split) stays a task of its own and runs once.
+Dask fuses chains of tasks, but a group of blocks of several arrays is a tree. Steps that only one
+group needs become its ``GroupReader``, which runs them one block after another. Steps that several
+groups need, such as a mean or a split chunk, remain tasks and run once.
 """
 
 from __future__ import annotations
@@ -41,50 +40,29 @@ Key = Any
 Index = tuple[int, ...]
 
 _SHARED = -1
-# A literal up to this size (an opened Zarr array, a lock) is written into every group.
+# Literals up to this size, such as an opened Zarr array or a lock, are copied into each group.
 _MAX_INLINE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class ReadBlock:
-    """A block as it came from the source, or the reason why it did not.
+    """A block from the source, or the error of reading it."""
 
-    Attributes
-    ----------
-    index : int
-        Flat index in the grid.
-    block : Block or None
-    read_error : ReadError or None
-    retries : dict of key to int
-        How often steps were tried again to read it.
-    """
-
-    index: int
+    index: int  # flat index in the grid
     block: Block | None
     read_error: ReadError | None = None
-    retries: dict[Key, int] = field(default_factory=dict)
+    retries: dict[Key, int] = field(default_factory=dict)  # by step
 
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Reads the blocks of one group, one after the other; what one task holds.
-
-    Attributes
-    ----------
-    layout : Layout
-    blocks : tuple of (int, list of key, list of shape)
-        Flat index of each block, with the keys and shapes of its arrays.
-    steps : dict of key to GraphNode
-        What to run, in topological order.
-    inputs : tuple of key
-        What has to come from other tasks.
-    policy : ReadPolicy
-    """
+    """Reads the blocks of one group, one after another, within one task."""
 
     layout: Layout
+    # Flat index of each block, with the keys and shapes of its arrays.
     blocks: tuple[tuple[int, list[Key], list[Index]], ...]
-    steps: dict[Key, GraphNode]
-    inputs: tuple[Key, ...]
+    steps: dict[Key, GraphNode]  # in topological order
+    inputs: tuple[Key, ...]  # keys of other tasks
     policy: ReadPolicy
 
     def count(self, skipped: frozenset[int]) -> int:
@@ -94,19 +72,19 @@ class GroupReader:
     def read(
         self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()
     ) -> Iterator[ReadBlock]:
-        """Yield the blocks, each as soon as it is read; nothing is kept longer than needed.
+        """Yield each block as soon as it is read; intermediate values are released early.
 
         Parameters
         ----------
         inputs : sequence
-            Results of the tasks that ``inputs`` names.
+            Results of the tasks in ``inputs``.
         skipped : frozenset of int
-            Flat indices of blocks that are not wanted.
+            Flat indices of blocks.
 
         Raises
         ------
         ReadFailedError
-            If a block cannot be read and may not be left out.
+            If a block cannot be read and the policy does not skip it.
         """
         blocks = [block for block in self.blocks if block[0] not in skipped]
         steps = self.steps if len(blocks) == len(self.blocks) else self._steps_of(blocks)
@@ -124,7 +102,7 @@ class GroupReader:
         for index, keys, shapes in blocks:
             while not all(key in values for key in keys):
                 key, node = next(pending)
-                # What has failed is run again by itself; what it depends on is still there.
+                # Only the failed step is retried; its dependencies are still in memory.
                 values[key], tries = run_step(node, values, self.policy)
                 if tries:
                     retries[key] = tries
@@ -140,7 +118,7 @@ class GroupReader:
     def _steps_of(
         self, blocks: Sequence[tuple[int, list[Key], list[Index]]]
     ) -> dict[Key, GraphNode]:
-        """Return the steps that these blocks need, in the same order."""
+        """Return the steps that some blocks need, in topological order."""
         stack = [key for _, keys, _ in blocks for key in keys]
         needed: set[Key] = set()
         while stack:
@@ -153,20 +131,14 @@ class GroupReader:
 
 @dataclass(frozen=True)
 class MissingChunks:
-    """Chunks that a fit reads and a Zarr store does not hold.
-
-    Attributes
-    ----------
-    array : zarr.Array
-    keys : tuple of str
-    """
+    """Chunks that a fit reads but a Zarr store does not contain."""
 
     array: zarr.Array[Any]
     keys: tuple[str, ...]
 
     @property
     def sentence(self) -> str:
-        """What a person should know of it."""
+        """Warning about the chunks."""
         what = "1 chunk" if len(self.keys) == 1 else f"{len(self.keys):,} chunks"
         listed = join_first(self.keys, 3)
         return (
@@ -178,25 +150,25 @@ class MissingChunks:
 
 
 class SourceGraph:
-    """The optimized graph of all blocks of a data set, from which readers are cut.
+    """The optimized graph of all blocks of a data set.
 
     Parameters
     ----------
     blocks : RowBlocks
     policy : ReadPolicy, optional
-        What its readers do where reading fails.
+        How readers handle failed reads.
     """
 
     def __init__(self, blocks: RowBlocks, policy: ReadPolicy | None = None) -> None:
         self._blocks = blocks
         self._policy = ReadPolicy() if policy is None else policy
-        # All arrays at once: dask.optimize would do it one by one, and what is made from another of
-        # them (a sigma that is a share of y) would read that a second time.
+        # Optimized together: dask.optimize handles arrays one by one, so that an array computed
+        # from another, such as sigma from y, would read it a second time.
         graph = HighLevelGraph.merge(*(array.__dask_graph__() for array in blocks.arrays))
         keys = list(flatten([array.__dask_keys__() for array in blocks.arrays]))
         optimized = da.Array.__dask_optimize__(graph, keys)
         self._nodes: dict[Key, GraphNode] = convert_legacy_graph(dict(optimized))
-        # Arrays that the caller has persisted: their keys are futures of the cluster.
+        # Persisted arrays: their keys are futures.
         self._futures = {
             key: value
             for array in blocks.arrays
@@ -206,7 +178,7 @@ class SourceGraph:
 
     @property
     def large_literals(self) -> dict[Key, Any]:
-        """Arrays in memory that stand in the graph itself."""
+        """Arrays in memory that are part of the graph."""
         return {
             key: node.value
             for key, node in self._nodes.items()
@@ -214,7 +186,7 @@ class SourceGraph:
         }
 
     def replace(self, futures: dict[Key, Any]) -> None:
-        """Let these futures stand for the literals of the given keys, or for earlier futures."""
+        """Replace literals, or earlier futures, by futures."""
         for key, future in futures.items():
             before = self._nodes[key]
             if isinstance(before, Alias):
@@ -225,17 +197,18 @@ class SourceGraph:
     def readers(
         self, groups: Sequence[Sequence[Index]]
     ) -> tuple[list[GroupReader], dict[Key, Any]]:
-        """Cut the graph into one reader a group and the tasks that stand on their own.
+        """Partition the graph into one reader per group and shared tasks.
 
         Parameters
         ----------
-        groups : sequence of sequences of block positions
+        groups : sequence of sequences of tuple of int
+            Positions of blocks.
 
         Returns
         -------
         readers : list of GroupReader
         shared : dict
-            Graph of the tasks that several readers need, with the caller's futures.
+            Graph of shared tasks and the caller's futures.
         """
         owners = self._owners(groups)
         shared = {key: self._nodes[key] for key, owner in owners.items() if owner == _SHARED}
@@ -246,13 +219,13 @@ class SourceGraph:
         return readers, {**shared, **self._futures}
 
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
-        """Return which arrays of a block, by their position, are made with a step."""
+        """Return the indices of the arrays of a block that depend on a step."""
         return [
             i for i, own in enumerate(self._blocks.keys(block)) if key in self._steps_towards([own])
         ]
 
     def first_block_needing(self, key: Key) -> Index:
-        """Return the first block that is made with a step."""
+        """Return the first block that depends on a step."""
         blocks = np.ndindex(self._blocks.grid)
         return next(block for block in blocks if self.arrays_needing(key, block))
 
@@ -266,15 +239,16 @@ class SourceGraph:
         return steps
 
     def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
-        """Return the stored chunk that holds an entry of a block, if the block is a part of one.
+        """Return the stored chunk that contains an element of a block, if it is known.
 
         Parameters
         ----------
         key : key
-            Of the block of one array.
+            Key of the block of one array.
         position : tuple of int
+            Position of the element in that block.
         shape : tuple of int
-            Of that block.
+            Shape of that block.
         """
         node = self._nodes.get(key)
         regions = [] if node is None else list(stored_regions(node, self._literals))
@@ -285,10 +259,10 @@ class SourceGraph:
         return {key: n.value for key, n in self._nodes.items() if isinstance(n, DataNode)}
 
     def missing_chunks(self) -> Iterator[MissingChunks]:
-        """Yield the Zarr arrays of which chunks are missing that a fit would read as values.
+        """Yield the Zarr arrays with missing chunks, which a fit would read as fill values.
 
-        Zarr leaves out chunks that hold nothing but the fill value, so that one which was lost
-        looks the same. Each store is asked once for a list of what it holds.
+        Zarr does not store chunks of nothing but the fill value, so that deleted chunks look the
+        same. Each store is listed once.
         """
         literals = self._literals
         by_array: defaultdict[int, list[StoredRegion]] = defaultdict(list)
@@ -301,7 +275,7 @@ class SourceGraph:
                 yield MissingChunks(regions[0].array, missing)
 
     def _owners(self, groups: Sequence[Sequence[Index]]) -> dict[Key, int]:
-        """Return, for each task, the group that alone needs it, or ``_SHARED``."""
+        """Return the only group that needs each task, or ``_SHARED``."""
         owners: dict[Key, int] = {}
 
         def claim(keys: Iterable[Key], owner: int) -> None:
@@ -313,7 +287,7 @@ class SourceGraph:
                 known = owners.get(key)
                 if known in (owner, _SHARED):
                     continue
-                # A second group wants it: it and all that it needs become shared.
+                # Needed by a second group: it and its dependencies become shared.
                 new = owner if known is None and not self._is_large_literal(key) else _SHARED
                 owners[key] = new
                 if new == _SHARED and owner != _SHARED:
@@ -343,7 +317,7 @@ class SourceGraph:
         inputs: dict[Key, None] = {}
 
         def add(key: Key) -> None:
-            """Add what is needed for a key, dependencies first (a walk without recursion)."""
+            """Add the steps for a key, dependencies first, without recursion."""
             stack = [(key, False)]
             while stack:
                 key, dependencies_done = stack.pop()
