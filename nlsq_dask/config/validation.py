@@ -1,4 +1,4 @@
-"""``ValidatedOptions``: a dataclass of options, each declared with its rule and documentation."""
+"""``ValidatedOptions``: a dataclass whose fields have rules and documentation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nlsq_dask.config.rules import Rule
 
 
 def runtime_option(default: Any, rule: Rule, doc: str) -> Any:
-    """Declare an option that does not change the fit: it may be another when one is resumed."""
+    """Declare an option that does not change the result and may differ when a fit is resumed."""
     return option(default, rule, doc, changes_fit=False)
 
 
 def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
-    """Declare one option: its default, what is allowed, and what it does."""
+    """Declare an option."""
     metadata = {"rule": rule, "doc": doc, "changes_fit": changes_fit}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -24,10 +24,10 @@ def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
 
 @dataclass(kw_only=True, repr=False)
 class ValidatedOptions:
-    """Base of a dataclass whose fields are declared by ``option`` and ``runtime_option``."""
+    """Base class of dataclasses with fields from ``option`` and ``runtime_option``."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option, which is checked when a fit starts; a name that is none is refused."""
+        """Set an option, validated when a fit starts; raise AttributeError for another name."""
         option = self.__dataclass_fields__.get(name)
         if option is None:
             sentence = f"{type(self).__name__} has no option {name!r}. {suggest_keyword(name)}"
@@ -56,12 +56,12 @@ class ValidatedOptions:
         return {name: value for name, value in values.items() if value != default[name]}
 
     def validated_copy(self) -> Self:
-        """Return a copy whose values have all been checked again."""
+        """Return a copy after validating all values."""
         return replace(self)
 
 
 def parameters_section(options: type[ValidatedOptions]) -> str:
-    """Write the numpydoc section of the options from their own metadata."""
+    """Return the numpydoc section of the options."""
     lines = ["", "    Parameters", "    ----------"]
     for option in fields(options):
         default = option.default_factory() if callable(option.default_factory) else option.default
