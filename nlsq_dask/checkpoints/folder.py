@@ -1,4 +1,4 @@
-"""``CheckpointFolder``: the last few checkpoints of a fit."""
+"""``CheckpointFolder``: a directory of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SUFFIX = ".nlsq"
 
 
 class CheckpointFolder:
-    """The folder in which a fit keeps its checkpoints.
+    """A directory of checkpoints.
 
     Parameters
     ----------
     path : str or os.PathLike
-        A folder, made when it is needed, or an fsspec URL of one.
+        Path or fsspec URL; created when needed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -29,12 +29,12 @@ class CheckpointFolder:
         self._files = open_folder(self._path)
 
     def prepare(self, fit: str) -> None:
-        """See that checkpoints can be written.
+        """Create the directory.
 
         Raises
         ------
         CheckpointError
-            If they cannot.
+            If it is not writable.
         """
         try:
             self._files.prepare(fit)
@@ -45,7 +45,7 @@ class CheckpointFolder:
             ) from error
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write a checkpoint, remove the oldest of its fit, and return its path."""
+        """Write a checkpoint, remove the oldest of the same fit, and return the path."""
         name = f"{checkpoint.fit}-{checkpoint.number:08d}{_SUFFIX}"
         self._files.write(name, checkpoint.to_bytes())
         own = [other for other in self._newest_first() if other.startswith(f"{checkpoint.fit}-")]
@@ -58,16 +58,16 @@ class CheckpointFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no checkpoint, whole or not."""
+        """Whether the directory has no checkpoints, valid or not."""
         return not self._newest_first()
 
     def newest(self) -> tuple[Checkpoint, list[str]]:
-        """Return the newest checkpoint that is whole, and a note on each newer one that is not.
+        """Return the newest valid checkpoint, and a note on each newer invalid one.
 
         Raises
         ------
         CheckpointError
-            If there is none.
+            If there is no valid checkpoint.
         """
         notes: list[str] = []
         for name in self._newest_first():
@@ -80,14 +80,14 @@ class CheckpointFolder:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
-    """Return the checkpoint of a file of any name, or the newest whole one of a folder.
+    """Load the checkpoint of a file, or the newest valid one of a directory, with notes.
 
     Raises
     ------
     FileNotFoundError
-        If there is neither.
+        If the path does not exist.
     CheckpointError
-        If it cannot be used.
+        If the checkpoint is invalid.
     """
     text = normalize_path(path)
     if "://" in text:
