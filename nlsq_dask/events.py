@@ -54,7 +54,7 @@ class FitStarted(Event):
         Names of the dimensions.
     param_names : tuple of str
     notes : tuple of str
-        Sentences on how the arguments were interpreted, where that may surprise.
+        Sentences on unexpected interpretations of the arguments.
     """
 
     model: str
@@ -472,11 +472,11 @@ class FitAborted(Event):
     error: str
 
 
-_MANY = 1000  # parameters; those of every iteration would fill a log
+_MANY = 1000  # parameters, too many to record at every iteration
 
 
 def without_many_params(event: Event) -> Event:
-    """Return the event, without its parameters if there are very many."""
+    """Return the event, without its parameters if they are many."""
     if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event
@@ -484,5 +484,5 @@ def without_many_params(event: Event) -> Event:
 
 Observer = Callable[[Event], None]
 
-# By name, to read them back.
+# Event classes by name, to decode them.
 EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}
