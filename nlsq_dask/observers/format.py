@@ -1,4 +1,4 @@
-"""Events as text: one table of sentences for printing, logging and the dashboard."""
+"""Events as text, for printing, logging and the dashboard."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ from nlsq_dask.events import (
 
 
 def format_event(event: Event) -> str | None:
-    """Return the text of an event, None for an event without one.
-
-    What belongs to a phase is indented by two spaces.
-    """
+    """Return the text of an event, or None; text on a phase is indented by two spaces."""
     text = TEXTS.get(type(event))
     return text(event) if callable(text) else text and text.format(event)
 

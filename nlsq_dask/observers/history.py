@@ -1,4 +1,4 @@
-"""``History``: all iterations of a fit, as a Dataset."""
+"""``History``: the iterations of a fit, as a Dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBERS = ("loss", "gradient_norm", "step_norm", "trust_radius", "time")
 
 
 class History:
-    """Collects the iterations."""
+    """Records the iterations of a fit."""
 
     def __init__(self) -> None:
         self._iterations: list[IterationFinished] = []
@@ -21,7 +21,7 @@ class History:
         self._n_passes = 0
 
     def __call__(self, event: Event) -> None:
-        """Take note of an iteration, or of a pass."""
+        """Record an iteration, or count a pass."""
         if isinstance(event, IterationFinished):
             kept = without_many_params(event)
             assert isinstance(kept, IterationFinished)
@@ -31,7 +31,7 @@ class History:
             self._n_passes += 1
 
     def dataset(self, param_names: tuple[str, ...]) -> xr.Dataset:
-        """Return what was collected; see ``FitResult.history``."""
+        """Return the iterations as a Dataset; see ``FitResult.history``."""
         found = self._iterations
         stages = np.array([event.stage for event in found], dtype=str)
         values: dict[str, Any] = {
@@ -49,7 +49,7 @@ class History:
             "stage": ("iteration", stages),
         }
         n_params = len(param_names)
-        # Very many are left out.
+        # Omitted from events if very many.
         if all(event.params.size == n_params for event in found):
             params = np.array([event.params for event in found]).reshape(-1, n_params)
             values["params"] = ("iteration", "param"), params

@@ -1,4 +1,4 @@
-"""``DefenseLayerTelemetry``: how often the defense layers acted, and the work of fits."""
+"""``DefenseLayerTelemetry``: counters of the defense layers and of the work of fits."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class DefenseLayerTelemetry:
             self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def __call__(self, event: Event) -> None:
-        """Count what an event of a fit says."""
+        """Count an event."""
         with self._lock:
             match event:
                 case WarmupStarted():
@@ -173,7 +173,7 @@ class DefenseLayerTelemetry:
         return 100.0 * count / max(self.total_warmup_calls, 1)
 
     def get_trigger_rates(self) -> dict[str, float]:
-        """Return how often each layer acted, in percent of the warm-ups.
+        """Return the triggers of each layer in percent of the warm-ups.
 
         Returns
         -------
@@ -230,10 +230,10 @@ _process_telemetry = DefenseLayerTelemetry()
 
 
 def get_defense_telemetry() -> DefenseLayerTelemetry:
-    """Return the telemetry that counts over all fits of this process."""
+    """Return the telemetry of all fits in this process."""
     return _process_telemetry
 
 
 def reset_defense_telemetry() -> None:
-    """Set the counters of this process to zero."""
+    """Reset the telemetry of this process."""
     _process_telemetry.reset()

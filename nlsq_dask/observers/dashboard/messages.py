@@ -1,4 +1,4 @@
-"""What the page is told: small dicts of what msgpack knows, made from the events of a fit."""
+"""``Messages``: events as small dicts that msgpack can encode, for the dashboard page."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ _TEXT_EVENTS = (
 
 
 class Messages:
-    """Makes messages of events; it remembers the grid of the fit."""
+    """Converts events to messages; keeps the grid of the fit."""
 
     def __init__(self) -> None:
         self._grid: tuple[int, ...] = ()
         self._dims: tuple[str, ...] = ()
 
     def of(self, event: Event) -> list[Message]:
-        """Return what the page is told of an event."""
+        """Return the messages of an event."""
         match event:
             case FitStarted():
                 self._grid, self._dims = event.grid, event.dims
@@ -105,7 +105,7 @@ class Messages:
 
 
 def _two_largest(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[int, ...]]:
-    """Return a table of the two longest dimensions, or of one if there is just one to see."""
+    """Reduce a table to its two longest dimensions, or to one if others have length 1."""
     by_length = sorted(range(table.ndim), key=lambda axis: -table.shape[axis])
     kept = [axis for axis in by_length[:2] if table.shape[axis] > 1] or by_length[:1]
     for axis in sorted(set(range(table.ndim)) - set(kept), reverse=True):
@@ -114,7 +114,7 @@ def _two_largest(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple
 
 
 def _worst(table: NDArray[np.float64], axis: int, width: int) -> NDArray[np.float64]:
-    """Return the largest of each ``width`` neighbours along an axis."""
+    """Return the maximum of each ``width`` neighbors along an axis."""
     if width == 1:
         return table
     starts = np.arange(0, table.shape[axis], width)

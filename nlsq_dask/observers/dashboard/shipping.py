@@ -1,4 +1,4 @@
-"""How the plugin gets to a scheduler that may lack this package: its code goes with it."""
+"""Sends the plugin with its code to a scheduler that may lack this package."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ _LOCK = threading.Lock()
 
 @cache
 def _pickled_plugin() -> bytes:
-    """Return the bytes of a new plugin with its code.
+    """Pickle a new plugin with its code.
 
-    So a scheduler needs neither this package nor JAX, which would take it a second or two to
-    import. Classes that cloudpickle sends by value are whole modules of functions, no more.
+    The scheduler needs neither this package nor JAX, whose import takes a second or two.
     """
-    with _LOCK:  # the registry of cloudpickle is that of the process
+    with _LOCK:  # cloudpickle has one registry per process
         cloudpickle.register_pickle_by_value(on_scheduler)
         try:
             data: bytes = cloudpickle.dumps(FitPages())
@@ -34,15 +33,14 @@ def _pickled_plugin() -> bytes:
 
 
 def why_not_to_ship(python: str) -> str:
-    """Return why the plugin cannot go to a scheduler of some version of Python, nothing if it can.
+    """Return why the plugin cannot run on a version of Python, or an empty string.
 
-    Its code travels as bytecode, which differs between minor versions of Python. The process of
-    the scheduler can crash where it runs that of another.
+    Its code is sent as bytecode, which can crash a process of another minor version.
 
     Parameters
     ----------
     python : str
-        The scheduler's version: numbers between dots, as ``Client.get_versions`` returns it.
+        Version of the scheduler, such as "3.12.1".
     """
     theirs = ".".join(python.split(".")[:2])
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -52,7 +50,7 @@ def why_not_to_ship(python: str) -> str:
 
 
 class ShippedPlugin(SchedulerPlugin):
-    """Registered in place of ``FitPages``, it arrives as one."""
+    """A plugin that unpickles as ``FitPages``."""
 
     name = PLUGIN
     idempotent = True

@@ -1,4 +1,4 @@
-"""The page: a Bokeh document that copies what is known of the fits every half second."""
+"""The dashboard page: a Bokeh document, updated every half second."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STATES = {
 }
 _ALL = "all"
 
-# The menu is fixed at the top, and covers what is below it where it takes two lines.
+# The menu is sticky, because a fixed one of two lines covers the page.
 _TEMPLATE = """
 {% extends "base.html" %}
 {% block extra_resources %}
@@ -55,7 +55,7 @@ _TEMPLATE = """
 
 
 def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -> None:
-    """Fill the document of a browser that has opened the page."""
+    """Fill the document of a browser session."""
     from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 
     view = View(fits)
@@ -70,13 +70,7 @@ def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -
 
 
 class View:
-    """The models of one browser's page.
-
-    Attributes
-    ----------
-    roots : list of Model
-        In their order on the page.
-    """
+    """The Bokeh models of one browser session; ``roots`` are in the order of the page."""
 
     def __init__(self, fits: Fits) -> None:
         from bokeh.layouts import column
@@ -107,14 +101,14 @@ class View:
             self._profile.figure,
             self._notes,
         ]
-        # One of the two is empty; together they take one place.
+        # Only one of the two is visible.
         blocks = column(
             self._map.figure, self._profile.figure, sizing_mode="stretch_width", name="blocks"
         )
         self.roots = [self._choice, self._head, *self._plots[:-3], blocks, self._notes]
 
     def update(self) -> None:
-        """Copy what is new."""
+        """Update the models."""
         every = list(self._fits.recent.values())
         is_running = any(fit.is_running for fit in every)
         seen = (self._fits.version, self._choice.value, time.time() if is_running else 0)

@@ -1,4 +1,4 @@
-"""What is known of fits, as the columns that the page draws."""
+"""Data of fits as columns, for the plots of the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 
-# What is drawn of each iteration: title, axes, whether the second is logarithmic.
+# Curves over iterations: title, axes, whether y is logarithmic.
 CURVES = {
     "loss": ("Loss: mean squared weighted residual", "iteration", "loss", True),
     "gradient_norm": ("Gradient norm", "iteration", "|gradient|", True),
@@ -18,12 +18,12 @@ _ALL_ROWS = "all rows"
 
 
 def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
-    """Return one number of every iteration; those over all rows have larger marks."""
+    """Return a curve over iterations; full-data iterations have larger markers."""
     found: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
     for entry in list(fit.iterations):
         value = entry[name]
         is_full = entry["stage"] == _ALL_ROWS
-        # A logarithmic axis has no place for the others; there is a gap then.
+        # A logarithmic axis shows a gap for other values.
         found["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
         found["x"].append(entry["iteration"])
         found["marker"].append("circle" if entry["accepted"] else "x")
@@ -32,7 +32,7 @@ def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
-    """Return the megabytes a second that were gone through: read, or kept on the workers."""
+    """Return the megabytes per second that were processed, read or cached."""
     found = list(fit.rates)
     return {
         "x": [at - fit.began for at, _ in found],
@@ -87,7 +87,7 @@ def _share(fit: Fit) -> float:
 
 
 def describe_pass(fit: Fit) -> str:
-    """Return how far a running fit is."""
+    """Return the progress of a running fit as text."""
     now = fit.progress
     if not fit.is_running:
         return ""
@@ -104,33 +104,23 @@ def describe_pass(fit: Fit) -> str:
 
 
 class Image:
-    """A map of the blocks, the first dimension downwards.
-
-    Attributes
-    ----------
-    drawn : tuple of float
-        Width and height of the picture; all its cells are of one size, so that where blocks were
-        put together the last ones may go beyond the grid.
-    size : tuple of int
-        Width and height of the grid.
-    blocks : list of int
-        Blocks in a cell, from left to right and downwards.
-    """
+    """A map of the blocks, with the first dimension downwards."""
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         self.table = table
         down, across = about["step"]
-        self.blocks = [across, down]
+        self.blocks = [across, down]  # blocks per cell
+        # Width and height of the image. Cells of several blocks may extend beyond the grid.
         self.drawn = (table.shape[1] * across, table.shape[0] * down)
         height, width = about.get("size", reversed(self.drawn))
-        self.size = (width, height)
+        self.size = (width, height)  # of the grid
         self.axes = [_axis(dim) for dim in reversed(about["dims"])]
         self.low, self.high = _limits(table)
         self.note = _note(about)
 
 
 class Line:
-    """A profile of the blocks."""
+    """A profile of the blocks along one dimension."""
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         (step,) = about["step"]
@@ -142,12 +132,12 @@ class Line:
 
 
 def image(fit: Fit) -> Image | None:
-    """Return the map of a fit, if it has one of two dimensions."""
+    """Return the map of a fit, or None if it is not two-dimensional."""
     return Image(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 2 else None
 
 
 def profile(fit: Fit) -> Line | None:
-    """Return the profile of a fit, if its blocks lie along one dimension."""
+    """Return the profile of a fit, or None if its grid is not one-dimensional."""
     return Line(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 1 else None
 
 
@@ -170,7 +160,7 @@ def _axis(dim: str) -> str:
 
 
 def _note(about: dict[str, Any]) -> str:
-    """Return what blocks the numbers are the largest of, where it is more than one."""
+    """Return a note if values are maxima over several blocks."""
     over, steps = about.get("largest_over", []), about["step"]
     words = [f"largest over {', '.join(over)}"] if over else []
     words += [f"largest of each {' x '.join(map(str, steps))}"] if max(steps) > 1 else []
