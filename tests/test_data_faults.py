@@ -331,7 +331,7 @@ def test_what_is_no_fault_of_reading_is_not_tried_again(tmp_path: Path) -> None:
     options = {"max_retries_per_batch": 2, "min_success_rate": 0.5}
     for error in (TypeError, AttributeError, NotImplementedError):
         flaky = Flaky(tmp_path, error=error)
-        with pytest.raises(nd.BlockReadError, match=f"in 1 try in .*{error.__name__}"):
+        with pytest.raises(nd.BlockReadError, match=f"after 1 attempt in .*{error.__name__}"):
             fit(*flaky.data(), **options)
         assert flaky.calls == 1
     flaky = Flaky(tmp_path, error=MemoryError)

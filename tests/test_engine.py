@@ -249,7 +249,7 @@ def test_plan_raises_what_a_fit_would() -> None:
 def test_plan_names_very_small_blocks() -> None:
     x = da.zeros(2_000_000, chunks=1_000)
     plan = nd.AdaptiveHybridStreamingOptimizer().plan(model, x, x, START)
-    assert any("asking for them" in problem for problem in plan.problems)
+    assert any("requesting them" in problem for problem in plan.problems)
     assert plan.n_tasks < 40
 
 
