@@ -57,11 +57,11 @@ class Checkpoint:
             body = unseal(_KIND, data, _VERSION)
         except RecordError as error:
             raise CheckpointError(str(error)) from error
-        found = decode(body, cls)
+        checkpoint = decode(body, cls)
         # The name becomes part of file names.
-        if not _FIT_NAME.fullmatch(found.fit) or found.number < 1:
-            raise CheckpointError(f"its fit has the invalid name {found.fit!r}.")
-        return found
+        if not _FIT_NAME.fullmatch(checkpoint.fit) or checkpoint.number < 1:
+            raise CheckpointError(f"its fit has the invalid name {checkpoint.fit!r}.")
+        return checkpoint
 
 
 def new_fit_name() -> str:

@@ -75,8 +75,8 @@ class CheckpointFolder:
                 return Checkpoint.from_bytes(self._files.read(name)), notes
             except (CheckpointError, OSError) as error:
                 notes.append(f"checkpoint {name} is invalid: {error}")
-        found = "; ".join(notes) or f"it contains no {_SUFFIX} file"
-        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {found}")
+        reasons = "; ".join(notes) or f"it contains no {_SUFFIX} file"
+        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {reasons}")
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:

@@ -301,14 +301,14 @@ def open_journal(
     """
     directory = config.checkpoint_dir if config.enable_checkpoints else None
     folder = None if directory is None else CheckpointFolder(directory)
-    wanted = config.resume_from_checkpoint
-    if wanted is True:  # only with checkpoint_dir
-        wanted = None if folder is None or folder.is_empty else directory
-    if wanted is None or wanted is False:
+    source = config.resume_from_checkpoint
+    if source is True:  # only with checkpoint_dir
+        source = None if folder is None or folder.is_empty else directory
+    if source is None or source is False:
         if folder is None:
             return Journal()
         return CheckpointJournal(describe(), folder, config.checkpoint_interval, emit)
-    fingerprint, interval, path = describe(), config.checkpoint_interval, normalize_path(wanted)
+    fingerprint, interval, path = describe(), config.checkpoint_interval, normalize_path(source)
     checkpoint, notes = load(path)
     notes += checkpoint.fingerprint.check(fingerprint)
     if notes:
