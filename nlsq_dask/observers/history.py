@@ -32,26 +32,26 @@ class History:
 
     def dataset(self, param_names: tuple[str, ...]) -> xr.Dataset:
         """Return the iterations as a Dataset; see ``FitResult.history``."""
-        found = self._iterations
-        stages = np.array([event.stage for event in found], dtype=str)
+        events = self._iterations
+        stages = np.array([event.stage for event in events], dtype=str)
         values: dict[str, Any] = {
-            name: ("iteration", np.array([getattr(event, name) for event in found], float))
+            name: ("iteration", np.array([getattr(event, name) for event in events], float))
             for name in _NUMBERS
         }
-        values["accepted"] = "iteration", np.array([event.accepted for event in found], bool)
+        values["accepted"] = "iteration", np.array([event.accepted for event in events], bool)
         values["n_iterations"] = (
             "iteration",
-            np.array([event.n_iterations for event in found], np.int64),
+            np.array([event.n_iterations for event in events], np.int64),
         )
         values["n_passes"] = "iteration", np.array(self._passes, np.int64)
         coords: dict[str, Any] = {
-            "iteration": np.array([event.iteration for event in found], np.int64),
+            "iteration": np.array([event.iteration for event in events], np.int64),
             "stage": ("iteration", stages),
         }
         n_params = len(param_names)
         # Omitted from events if very many.
-        if all(event.params.size == n_params for event in found):
-            params = np.array([event.params for event in found]).reshape(-1, n_params)
+        if all(event.params.size == n_params for event in events):
+            params = np.array([event.params for event in events]).reshape(-1, n_params)
             values["params"] = ("iteration", "param"), params
             coords["param"] = list(param_names)
         return xr.Dataset(values, coords)

@@ -142,8 +142,8 @@ class Progress:
     def _is_shown(self, event: Event) -> bool:
         match event:
             case IterationFinished():
-                wanted = self._shows_sample or event.stage == ALL_ROWS
-                return wanted and event.reaches_multiple(self._log_frequency)
+                is_visible = self._shows_sample or event.stage == ALL_ROWS
+                return is_visible and event.reaches_multiple(self._log_frequency)
             case NonFiniteTrial():
                 return self._shows_sample or event.stage != "sample"
             case SampleRead() | CheckpointWritten():

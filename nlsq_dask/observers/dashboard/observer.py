@@ -114,8 +114,8 @@ class Page:
     def _python_of_scheduler(self) -> str:
         # Client.get_versions would query every worker.
         ask = self._client.scheduler.versions
-        found = self._client.sync(ask, callback_timeout=_PATIENCE)
-        return str(found["host"]["python"])
+        versions = self._client.sync(ask, callback_timeout=_PATIENCE)
+        return str(versions["host"]["python"])
 
     def _call(self, batch: dict[str, Any]) -> Any:
         call = getattr(self._client.scheduler, HANDLER)
@@ -131,9 +131,9 @@ class Page:
 
 
 @contextmanager
-def on_dashboard(is_wanted: bool) -> Iterator[Page | None]:
+def on_dashboard(is_enabled: bool) -> Iterator[Page | None]:
     """Yield the ``Page`` on the active cluster, or None without a cluster."""
-    client = Workers.active().client if is_wanted else None
+    client = Workers.active().client if is_enabled else None
     if client is None:
         yield None
     else:

@@ -157,10 +157,10 @@ class Fits:
         """Return the counters of all fits and the last loss by Prometheus name."""
         every = [fit.metrics for fit in list(self.recent.values())]
         every += [metrics for _, metrics in list(self._forgotten.values())]
-        found = self._of_others
+        totals = self._of_others
         for metrics in every:
-            found = _added(found, metrics)
-        return {**found, "nlsq_last_loss": self._last_loss}
+            totals = _added(totals, metrics)
+        return {**totals, "nlsq_last_loss": self._last_loss}
 
 
 def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:

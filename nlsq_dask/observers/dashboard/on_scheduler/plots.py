@@ -239,21 +239,21 @@ class Map:
 
     def show(self, fits: list[Fit]) -> None:
         """Show the first fit, if any."""
-        found = image(fits[0]) if fits else None
-        self.figure.visible = found is not None
-        if found is None:
+        block_map = image(fits[0]) if fits else None
+        self.figure.visible = block_map is not None
+        if block_map is None:
             return
-        width, height = found.drawn
-        self._table.data = {"image": [found.table], "w": [width], "h": [height]}
-        about = {"blocks": found.blocks, "size": list(found.size)}
+        width, height = block_map.drawn
+        self._table.data = {"image": [block_map.table], "w": [width], "h": [height]}
+        about = {"blocks": block_map.blocks, "size": list(block_map.size)}
         if about != dict(self._about.data):  # otherwise keep the zoom of the user
             self._about.data = about
-            _fix(self.figure.x_range, 0, found.size[0])
-            _fix(self.figure.y_range, found.size[1], 0)
-        self._mapper.low, self._mapper.high = found.low, found.high
-        self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = found.axes
+            _fix(self.figure.x_range, 0, block_map.size[0])
+            _fix(self.figure.y_range, block_map.size[1], 0)
+        self._mapper.low, self._mapper.high = block_map.low, block_map.high
+        self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = block_map.axes
         self.figure.title.text = (
-            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
+            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{block_map.note}"
         )
 
 
@@ -278,12 +278,12 @@ class Profile:
 
     def show(self, fits: list[Fit]) -> None:
         """Show the first fit, if any."""
-        found = profile(fits[0]) if fits else None
-        self.figure.visible = found is not None
-        if found is None:
+        line = profile(fits[0]) if fits else None
+        self.figure.visible = line is not None
+        if line is None:
             return
-        self._table.data = {"x": found.x, "y": found.y}
-        self.figure.xaxis.axis_label = found.axis
+        self._table.data = {"x": line.x, "y": line.y}
+        self.figure.xaxis.axis_label = line.axis
         self.figure.title.text = (
-            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
+            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{line.note}"
         )

@@ -19,33 +19,33 @@ _ALL_ROWS = "all rows"
 
 def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
     """Return a curve over iterations; full-data iterations have larger markers."""
-    found: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
+    columns: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
     for entry in list(fit.iterations):
         value = entry[name]
         is_full = entry["stage"] == _ALL_ROWS
         # A logarithmic axis shows a gap for other values.
-        found["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
-        found["x"].append(entry["iteration"])
-        found["marker"].append("circle" if entry["accepted"] else "x")
-        found["size"].append(9 if is_full else 4 if entry["accepted"] else 7)
-    return found
+        columns["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
+        columns["x"].append(entry["iteration"])
+        columns["marker"].append("circle" if entry["accepted"] else "x")
+        columns["size"].append(9 if is_full else 4 if entry["accepted"] else 7)
+    return columns
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
     """Return the megabytes per second that were processed, read or cached."""
-    found = list(fit.rates)
+    measured = list(fit.rates)
     return {
-        "x": [at - fit.began for at, _ in found],
-        "y": [rate / 1e6 for _, rate in found],
-        "marker": ["circle"] * len(found),
-        "size": [4] * len(found),
+        "x": [at - fit.began for at, _ in measured],
+        "y": [rate / 1e6 for _, rate in measured],
+        "marker": ["circle"] * len(measured),
+        "size": [4] * len(measured),
     }
 
 
 def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
     """Return a bar for each phase of each fit."""
     keys = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
-    found: dict[str, list[Any]] = {key: [] for key in keys}
+    columns: dict[str, list[Any]] = {key: [] for key in keys}
     ends = [fit.heard if not fit.is_running else time.time() for fit in fits]
     spans = [end - fit.began for fit, end in zip(fits, ends, strict=True)]
     for fit, end in zip(fits, ends, strict=True):
@@ -67,8 +67,8 @@ def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[A
                 state,
             )
             for key, value in zip(keys, values, strict=True):
-                found[key].append(value)
-    return found
+                columns[key].append(value)
+    return columns
 
 
 def bars_of_pass(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -150,8 +150,8 @@ def _table(about: dict[str, Any]) -> Any:
 def _limits(table: Any) -> tuple[float, float]:
     import numpy as np
 
-    found = table[np.isfinite(table)]
-    low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+    finite = table[np.isfinite(table)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
