@@ -51,7 +51,7 @@ class DefenseLayerTelemetry:
     """Counters of the defense layers and of the work of fits; safe to use from several threads."""
 
     total_warmup_calls: int = _counter(
-        "Warm-ups begun, including those skipped by layer 1.", "nlsq_defense_warmup_calls_total"
+        "Warm-ups started, including those skipped by layer 1.", "nlsq_defense_warmup_calls_total"
     )
     layer1_warm_start_triggers: int = _counter(
         "Warm-ups skipped because the start already fits.",
