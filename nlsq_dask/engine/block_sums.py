@@ -25,6 +25,6 @@ class BlockSums:
         return cls(np.array([index]), np.array([chi2]), np.array([n_used]), np.array([largest]))
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
+    def concatenate(cls, records: Sequence[Self]) -> Self:
         """Concatenate the blocks of several records."""
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+        return cls(*(np.concatenate([getattr(r, f.name) for r in records]) for f in fields(cls)))

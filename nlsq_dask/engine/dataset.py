@@ -281,11 +281,11 @@ class DataSet:
             block=block,
             grid=self.blocks.grid,
             rows=int(self._block_rows[block]),
-            part=tuple((part.start, part.stop) for part in self.blocks.block_slices(block)),
+            slices=tuple((s.start, s.stop) for s in self.blocks.block_slices(block)),
             array=" and ".join(arrays),
             chunk=read_error.chunk,
             error=read_error.error,
-            tries=read_error.tries,
+            attempts=read_error.attempts,
         )
 
     def first_not_finite(self, index: int) -> tuple[Index, str]:
@@ -313,7 +313,7 @@ class DataSet:
         if first is None:
             return block, ""
         i, position, shape = first
-        starts = [part.start for part in self.blocks.block_slices(block)]
+        starts = [s.start for s in self.blocks.block_slices(block)]
         row = ", ".join(str(start + at) for start, at in zip(starts, position, strict=False))
         name = self.blocks.layout.array_names[i]
         where = f", beginning with {'' if name == 'y_data' else f'{name} at '}y_data[{row}]"

@@ -37,7 +37,7 @@ class ReadError:
     key: Key  # of the step
     error: str  # type and message
     chunk: str | None  # the unreadable chunk, if known
-    tries: int
+    attempts: int
 
 
 class ReadFailedError(Exception):
@@ -161,21 +161,21 @@ class SkippedBlock:
     block: tuple[int, ...]  # position in the grid
     grid: tuple[int, ...]  # number of blocks along each dimension of y
     rows: int
-    part: tuple[tuple[int, int], ...]  # start and end along each dimension of y
+    slices: tuple[tuple[int, int], ...]  # start and end along each dimension of y
     array: str  # names of the unreadable arrays
     chunk: str | None  # the unreadable chunk, if known
     error: str
-    tries: int
+    attempts: int
 
     @property
     def sentence(self) -> str:
         """Description of the block and its error, without a full stop."""
-        part = ", ".join(f"{start}:{end}" for start, end in self.part)
+        slices = ", ".join(f"{start}:{end}" for start, end in self.slices)
         where = "" if self.chunk is None else f"{self.chunk}: "
-        attempts = "1 attempt" if self.tries == 1 else f"{self.tries} attempts"
+        attempts = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
         return (
             f"{self.array} could not be read after {attempts} in block {self.block} of the grid "
-            f"{self.grid}, y_data[{part}]: {where}{self.error}"
+            f"{self.grid}, y_data[{slices}]: {where}{self.error}"
         )
 
     def record(self) -> dict[str, Any]:

@@ -103,9 +103,9 @@ class GroupReader:
             while not all(key in values for key in keys):
                 key, node = next(pending)
                 # Only the failed step is retried; its dependencies are still in memory.
-                values[key], tries = run_step(node, values, self.policy)
-                if tries:
-                    retries[key] = tries
+                values[key], n_retries = run_step(node, values, self.policy)
+                if n_retries:
+                    retries[key] = n_retries
                 release(node.dependencies)
             arrays = [values[key] for key in keys]
             release(keys)

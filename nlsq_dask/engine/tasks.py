@@ -82,16 +82,16 @@ def _report(read: ReadBlock | None, rows: CachedBlock | None) -> ReadReport:
     return ReadReport(len(read.block), read.block.nbytes, 0, 1, retries=read.retries)
 
 
-def combine(*parts: PassResult[S]) -> PassResult[S]:
+def combine(*partials: PassResult[S]) -> PassResult[S]:
     """Combine partial results of a pass, in the order of their rows."""
-    sums = [part.sums for part in parts if part.sums is not None]
-    rows = [part.rows for part in parts if part.rows is not None]
-    blocks = [part.blocks for part in parts if part.blocks is not None]
-    bad = [part.first_bad_block for part in parts if part.first_bad_block is not None]
+    sums = [partial.sums for partial in partials if partial.sums is not None]
+    rows = [partial.rows for partial in partials if partial.rows is not None]
+    blocks = [partial.blocks for partial in partials if partial.blocks is not None]
+    bad = [partial.first_bad_block for partial in partials if partial.first_bad_block is not None]
     return PassResult(
         reduce(lambda one, other: one.combine(other), sums) if sums else None,
         Rows.concatenate(rows) if rows else None,
-        ReadReport.concatenate(part.reading for part in parts),
+        ReadReport.concatenate(partial.reading for partial in partials),
         BlockSums.concatenate(blocks) if blocks else None,
         min(bad, default=None),
     )
