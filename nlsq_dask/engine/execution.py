@@ -122,7 +122,7 @@ async def _held_keys(client: Client, futures: list[Future[Any]]) -> set[Any]:
 async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[Any]:
     """Gather results; return an empty list if one of them is lost in the meantime.
 
-    The transfer is not cancelled, because concurrent ones may wait for the same answer. It ends
+    The transfer is not canceled, because concurrent ones may wait for the same answer. It ends
     when the futures are released.
     """
     gathering = asyncio.ensure_future(client.gather(futures, errors="skip", asynchronous=True))
