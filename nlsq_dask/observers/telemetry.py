@@ -230,10 +230,30 @@ _process_telemetry = DefenseLayerTelemetry()
 
 
 def get_defense_telemetry() -> DefenseLayerTelemetry:
-    """Return the telemetry of all fits in this process."""
+    """Return the telemetry of all fits in this process.
+
+    Returns
+    -------
+    DefenseLayerTelemetry
+
+    See Also
+    --------
+    reset_defense_telemetry : Reset its counters.
+
+    Examples
+    --------
+    >>> reset_defense_telemetry()
+    >>> get_defense_telemetry().total_fits
+    0
+    """
     return _process_telemetry
 
 
 def reset_defense_telemetry() -> None:
-    """Reset the telemetry of this process."""
+    """Reset the telemetry of this process.
+
+    See Also
+    --------
+    get_defense_telemetry : Return the telemetry.
+    """
     _process_telemetry.reset()

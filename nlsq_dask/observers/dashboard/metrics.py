@@ -14,5 +14,17 @@ def metrics_collector() -> Collector:
     Collector
         To pass to ``prometheus_client.REGISTRY.register``; has the names of
         ``get_defense_telemetry().export_metrics()``.
+
+    See Also
+    --------
+    get_defense_telemetry : Return the counters themselves.
+
+    Examples
+    --------
+    >>> from prometheus_client import CollectorRegistry
+    >>> registry = CollectorRegistry()
+    >>> registry.register(metrics_collector())
+    >>> registry.get_sample_value("nlsq_fits_total") is None
+    False
     """
     return Collector(get_defense_telemetry().export_metrics, is_of_scheduler=False)
