@@ -46,7 +46,14 @@ class ValidatedOptions:
         return f"{type(self).__name__}({options})"
 
     def changed(self) -> dict[str, Any]:
-        """Return the options whose values differ from the defaults."""
+        """Return the options whose values differ from the defaults.
+
+        Examples
+        --------
+        >>> from nlsq_dask import HybridStreamingConfig
+        >>> HybridStreamingConfig(cache=0).changed()
+        {'cache': 0}
+        """
         default = {option.name: option.default for option in fields(self)} | {
             option.name: option.default_factory()
             for option in fields(self)
