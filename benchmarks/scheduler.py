@@ -30,8 +30,8 @@ from dask.local import SynchronousExecutor
 from distributed import Client, Worker, wait
 
 from benchmarks import common
-from nlsq_dask.engine.execution import Parts, run_tree
-from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph, hold
+from nlsq_dask.engine.execution import PartialResults, execute
+from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph, pin
 from nlsq_dask.engine.workers import Workers
 
 _P = 10
@@ -52,8 +52,8 @@ class EmptyDataSet:
 
     def __init__(self, n_groups: int) -> None:
         self._workers = Workers.active()
-        self._groups = hold("group", [bytes(100)] * n_groups, self._workers)
-        (self._kernel,) = hold("kernel", [bytes(50_000)], self._workers)
+        self._groups = pin("group", [bytes(100)] * n_groups, self._workers)
+        (self._kernel,) = pin("kernel", [bytes(50_000)], self._workers)
         wait(self._groups)
 
     def reduce(self) -> int:
@@ -72,8 +72,8 @@ class EmptyDataSet:
 
         n_groups = len(self._groups)
         tree = graph.tree(n_groups, add_leaf, importable.combine, {})
-        parts = Parts(np.ones((n_groups, 3), np.int64))
-        run_tree(tree, self._workers, parts, lambda parts: None)
+        parts = PartialResults(np.ones((n_groups, 3), np.int64))
+        execute(tree, self._workers, parts, lambda parts: None)
         parts.release()
         return len(tree.nodes)
 

@@ -54,7 +54,7 @@ class FitStarted(Event):
         Names of the dimensions.
     param_names : tuple of str
     notes : tuple of str
-        Sentences on how the arguments were interpreted, where that may surprise.
+        Sentences on unexpected interpretations of the arguments.
     """
 
     model: str
@@ -112,7 +112,7 @@ class PhaseEnded(Event):
 
 
 @dataclass(frozen=True)
-class TournamentRound(Event):
+class HalvingRound(Event):
     """A round of successive halving over the candidate starts ended.
 
     Attributes
@@ -121,7 +121,7 @@ class TournamentRound(Event):
         Counted from 1.
     rows : int
         Number of rows of the minibatch.
-    survivors : int
+    n_remaining : int
         Number of candidates that remain.
     best_loss : float
         Mean squared weighted residual of the best candidate over these rows.
@@ -129,7 +129,7 @@ class TournamentRound(Event):
 
     round: int
     rows: int
-    survivors: int
+    n_remaining: int
     best_loss: float
 
 
@@ -358,7 +358,7 @@ class BlocksMeasured(Event):
 
 
 @dataclass(frozen=True)
-class BlocksLeftOut(Event):
+class BlocksSkipped(Event):
     """Blocks could not be read and are skipped from now on.
 
     Costs of earlier passes were over more rows.
@@ -472,11 +472,11 @@ class FitAborted(Event):
     error: str
 
 
-_MANY = 1000  # parameters; those of every iteration would fill a log
+_MANY = 1000  # parameters, too many to record at every iteration
 
 
 def without_many_params(event: Event) -> Event:
-    """Return the event, without its parameters if there are very many."""
+    """Return the event, without its parameters if they are many."""
     if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event
@@ -484,5 +484,5 @@ def without_many_params(event: Event) -> Event:
 
 Observer = Callable[[Event], None]
 
-# By name, to read them back.
+# Event classes by name, to decode them.
 EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}

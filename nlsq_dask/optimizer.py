@@ -1,4 +1,4 @@
-"""``AdaptiveHybridStreamingOptimizer``: the public call; it wires observers and wraps."""
+"""``AdaptiveHybridStreamingOptimizer``: the public interface of a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nlsq_dask import _html as html
 from nlsq_dask._keywords import arguments_of, explain_keywords
 from nlsq_dask._text import join_first
-from nlsq_dask.checkpoints.identity import Identity
+from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.checkpoints.journal import open_journal
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.engine.dataset import DataSet
@@ -27,7 +27,7 @@ from nlsq_dask.errors import (
 )
 from nlsq_dask.events import (
     PHASES,
-    BlocksLeftOut,
+    BlocksSkipped,
     Event,
     FitAborted,
     FitEnded,
@@ -60,28 +60,27 @@ class AdaptiveHybridStreamingOptimizer:
     ----------
     config : HybridStreamingConfig, optional
     observers : sequence of callable
-        Each is called with every event of a fit, a record of ``nlsq_dask.events``, in order and in
-        the thread that called ``fit``. An observer cannot change the fit: one that raises an
-        exception is dropped with a warning. A resumed fit begins with ``FitResumed``; earlier
-        events are not repeated.
+        Called with every event of a fit, a record of ``nlsq_dask.events``, in the thread that
+        called ``fit``. An observer cannot change the fit: one that raises an exception is disabled
+        with a warning. A resumed fit begins with ``FitResumed``; earlier events are not repeated.
 
     Attributes
     ----------
     current_phase : int
-        0 before a fit, then the phase that runs or ran last.
+        Number of the current or last phase; 0 before a fit.
     phase_history : list of dict
-        A record a phase: phase, name, start_time (s since the epoch), duration (s), what it did.
+        One record per phase: phase, name, start_time (s since the epoch), duration (s), details.
     phase_status : dict of int to str
-        By phase: "pending", "running", "done" or "failed"; "done", too, if the callback,
-        ``max_walltime`` or SIGTERM ended it, which the result's ``status`` tells.
+        "pending", "running", "done" or "failed" by phase; also "done" if the callback,
+        ``max_walltime`` or SIGTERM ended it.
     normalizer : ParameterNormalizer or None
     normalized_model : NormalizedModelWrapper or None
     normalized_bounds : tuple of ndarray, or None
     normalization_jacobian : ndarray, shape (p, p), or None
     best_params_global : ndarray, shape (p,), or None
-        The best parameters so far.
+        Best parameters so far.
     best_cost_global : float
-        Their cost over all rows; infinite before the first pass.
+        Cost of these over all rows; infinite before the first pass.
 
     Examples
     --------
@@ -127,7 +126,7 @@ class AdaptiveHybridStreamingOptimizer:
 
     def _repr_html_(self) -> str:
         changed = self.config.changed().items()
-        options = [(name, repr(value)) for name, value in changed] or [("", "all as by default")]
+        options = [(name, repr(value)) for name, value in changed] or [("", "defaults only")]
         status = "; ".join(
             f"{PHASES[phase]}: {status}" for phase, status in self.phase_status.items()
         )
@@ -148,48 +147,50 @@ class AdaptiveHybridStreamingOptimizer:
     @explain_keywords("fit")
     @arguments_of(validate_arguments)
     def fit(self, *args: Any, **kwargs: Any) -> FitResult:
-        """Fit ``model`` to all rows.
+        """Fit a model to all rows.
 
-        Runs on the active ``distributed.Client``, else on the scheduler of Dask's configuration,
-        else on threads.
+        Runs on the active ``distributed.Client``, on the scheduler of the Dask configuration, or on
+        threads.
 
         Parameters
         ----------
         model : callable
-            ``model(x, *params)``, written in jax.numpy, row-wise: it is called with blocks of b
-            rows, x of shape (b,), (b, k), or a tuple or dict of (b,), and returns (b,).
+            Model ``model(x, *params)``, written with jax.numpy. It is called with batches of b
+            rows: x has shape (b,) or (b, k), or is a tuple or dict of arrays of shape (b,). It
+            returns an array of shape (b,), whose elements depend on their own row only.
         x_data : array, tuple or dict of arrays, or names of coordinates of ``y_data``
-            NumPy (in memory or memory-mapped), JAX, pandas, HDF5, Dask, Zarr or xarray; of shape
-            (n,) or (n, k), or broadcasting against an N-d ``y_data``. Dates become float64 days
-            since 1970-01-01, those of cftime in their own calendar, and durations days: see
-            ``FitResult.x_units``.
+            Independent variables: NumPy (in memory or memory-mapped), JAX, pandas, HDF5, Dask, Zarr
+            or xarray. The shape is (n,) or (n, k), or broadcasts against an N-d ``y_data``. Dates
+            become float64 days since 1970-01-01, cftime dates in their own calendar, and durations
+            become days; see ``FitResult.x_units``.
         y_data : array
-            Real, 1-d or N-d. Rows that are masked, in any of x, y and sigma, are left out.
+            Dependent variable, real, 1-d or N-d; each element is one row. Rows masked in any of x,
+            y and sigma are omitted.
         p0 : sequence or dict by name, optional
-            Start; what is missing comes from the model's signature, then 1.0.
+            Initial values; missing ones are the defaults in the signature of the model, or 1.0.
         bounds : (low, high) or dict by name of (low, high), optional
-            Each of low and high a number, a sequence or a dict by name; infinite where there is
-            none. No trial leaves them.
+            Bounds on parameters, each a number, a sequence or a dict by name; infinite by default.
+            Trial points never leave them.
         sigma : array or scalar, optional
-            Positive standard deviations of y, in anything that broadcasts against it.
+            Positive standard deviations of y, broadcast against it.
         absolute_sigma : bool
             Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
         loss : {"linear", "soft_l1", "huber", "cauchy", "arctan"}
-            SciPy's: the fit minimizes ``1/2 sum f_scale^2 rho((r / f_scale)^2)``. All but "linear"
-            give outliers less weight.
+            Loss, as in SciPy: the fit minimizes ``1/2 sum f_scale^2 rho((r / f_scale)^2)``. All but
+            "linear" reduce the weight of outliers.
         f_scale : float
-            Weighted residuals ``(y - model) / sigma`` beyond this count as outliers; "linear" does
-            not depend on it.
+            Weighted residual ``(y - model) / sigma`` beyond which a row is an outlier; not used by
+            "linear".
         nan_policy : {"raise", "omit"}
-            What to do with rows that hold NaN or infinity in y, x or sigma.
+            Whether rows with NaN or infinity in y, x or sigma are an error or omitted.
         param_names : sequence of str, optional
-            Names to use instead of those in the model's signature, one a parameter.
+            Names of all parameters, instead of those in the signature of the model.
         callback : callable, optional
-            ``callback(params, loss, iteration)`` with the parameters, shape (p,), and the mean
-            squared weighted residual, every ``callback_frequency`` iterations; StopIteration ends
-            the fit.
+            Called as ``callback(params, loss, iteration)`` every ``callback_frequency`` iterations,
+            with the parameters, shape (p,), and the mean squared weighted residual. It can stop the
+            fit by raising StopIteration.
         verbose : int, optional
-            Overrides the configuration's.
+            Overrides ``verbose`` of the configuration.
 
         Returns
         -------
@@ -198,19 +199,23 @@ class AdaptiveHybridStreamingOptimizer:
         Raises
         ------
         DataError, ModelError, ValueError, TypeError
-            For arguments that cannot be used.
+            For invalid arguments.
         BlockReadError
-            For a block that could not be read (a DataError, too).
+            If a block could not be read; a subclass of DataError.
         FitInProgressError
-            If this optimizer is running a fit already.
+            If this optimizer is already running a fit.
         CheckpointError, FileNotFoundError
             If the fit cannot be resumed from ``resume_from_checkpoint``.
         ClusterLostError
-            If the cluster is gone in the middle of a pass.
+            If the cluster is lost during a pass.
+
+        See Also
+        --------
+        curve_fit : The interface of ``scipy.optimize.curve_fit``.
         """
         if not self._running.acquire(blocking=False):
             raise FitInProgressError(
-                "this optimizer is running a fit already; make another optimizer for a second fit."
+                "this optimizer is already running a fit; create another optimizer for the second."
             )
         try:
             self._forget()
@@ -219,7 +224,7 @@ class AdaptiveHybridStreamingOptimizer:
             self._running.release()
 
     def _fit(self, problem: FitProblem) -> FitResult:
-        """Wire the observers, open the journal, drive the phases and wrap what they found."""
+        """Connect observers and journal, run the phases and build the result."""
         config = problem.config
         interruption = Interruption(config.max_walltime)
         own, history = DefenseLayerTelemetry(), History()
@@ -234,10 +239,10 @@ class AdaptiveHybridStreamingOptimizer:
             for observer in remembering:
                 observer(event)
 
-        def describe() -> Identity:
+        def describe() -> FitFingerprint:
             kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), BLOCK_ROWS)
             model = kernel.program.fingerprint
-            return Identity.of(model, problem.blocks, problem.arguments, config)
+            return FitFingerprint.of(model, problem.blocks, problem.arguments, config)
 
         with ExitStack() as stack:
             observers += [
@@ -247,7 +252,7 @@ class AdaptiveHybridStreamingOptimizer:
             if page is not None:
                 observers.append(page)
                 remembering.append(page.remember)
-            stack.enter_context(_saying_why(emit))
+            stack.enter_context(_report_abort(emit))
             journal = open_journal(config, describe, emit, remember)
             observers.append(journal.observe)
             if config.stop_on_sigterm:
@@ -262,7 +267,7 @@ class AdaptiveHybridStreamingOptimizer:
                 outcome = driver.run()
             except ClusterLostError as error:
                 raise ClusterLostError(f"{error}{resume_hint(journal.last_path)}") from error
-            except KeyboardInterrupt as error:  # of which tracebacks show the notes last
+            except KeyboardInterrupt as error:  # whose notes come last in a traceback
                 if journal.last_path is not None:
                     error.add_note(resume_hint(journal.last_path).strip())
                 raise
@@ -275,14 +280,14 @@ class AdaptiveHybridStreamingOptimizer:
     @explain_keywords("plan", others=False)
     @arguments_of(validate_arguments)
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """Say what ``fit`` would do with the same arguments; only metadata is read.
+        """Return the cost of ``fit`` with the same arguments; only metadata is read.
 
         Parameters
         ----------
         model, x_data, y_data, p0, bounds
-            As of ``fit``.
+            As in ``fit``.
         sigma, absolute_sigma, loss, f_scale, nan_policy, param_names, callback, verbose
-            Likewise.
+            As in ``fit``.
 
         Returns
         -------
@@ -291,9 +296,8 @@ class AdaptiveHybridStreamingOptimizer:
         Raises
         ------
         DataError, ModelError, ValueError, TypeError
-            As ``fit`` would, except for what only the values of the data and the model can tell,
-            for a checkpoint that cannot be resumed, and for blocks too large for a worker, which
-            are among the plan's ``problems``.
+            As in ``fit``, without checks of values of the data and the model or of the checkpoint.
+            Blocks too large for a worker are listed in ``Plan.problems`` instead.
         """
         return build_plan(validate_arguments(self.config, *args, **kwargs))
 
@@ -304,7 +308,7 @@ class AdaptiveHybridStreamingOptimizer:
         self.normalization_jacobian = problem.normalizer.normalization_jacobian
 
     def _observe(self, event: Event) -> None:
-        """Keep the attributes that can be read while a fit runs."""
+        """Update the attributes that can be read during a fit."""
         if isinstance(event, PhaseStarted):
             self.current_phase = event.phase
             self.phase_status[event.phase] = "running"
@@ -315,9 +319,9 @@ class AdaptiveHybridStreamingOptimizer:
             self.phase_history[-1].update(duration=event.duration, **event.details)
         elif isinstance(event, PassFinished):
             is_better = self.best_params_global is None or event.cost < self.best_cost_global
-            if is_better and event.params.size:  # a checkpoint leaves out very many of them
+            if is_better and event.params.size:  # omitted from checkpoints if very many
                 self.best_params_global, self.best_cost_global = event.params, event.cost
-        elif isinstance(event, BlocksLeftOut):  # costs of fewer rows are no better for being less
+        elif isinstance(event, BlocksSkipped):  # costs over fewer rows are not comparable
             self.best_cost_global = float("inf")
         elif (
             isinstance(event, IterationFinished)
@@ -328,8 +332,8 @@ class AdaptiveHybridStreamingOptimizer:
 
 
 @contextmanager
-def _saying_why(emit: Observer) -> Iterator[None]:
-    """Tell those who watch of an error that ends the fit."""
+def _report_abort(emit: Observer) -> Iterator[None]:
+    """Emit ``FitAborted`` for an error that ends the fit."""
     try:
         yield
     except BaseException as error:

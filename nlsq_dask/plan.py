@@ -125,7 +125,7 @@ def build_plan(problem: FitProblem) -> Plan:
         bytes_per_pass=memory.bytes_per_pass,
         sample_rows_read=int(sum(block_rows[block] for block in sample.blocks)),
         n_workers=workers.n_processes,
-        threads=workers.most_threads,
+        threads=workers.max_threads,
         peak_memory=memory.peak_bytes,
         memory_limit=memory.limit,
         cache_per_worker=memory.cache_bytes,

@@ -227,8 +227,8 @@ def test_where_saving_takes_long_it_is_done_less_often(
 
     monkeypatch.setattr(CheckpointFolder, "save", slowly)
     folder = CheckpointFolder(str(tmp_path))
-    identity = load(saved)[0].identity
-    journal = CheckpointJournal(identity, folder, interval, lambda event: None)
+    fingerprint = load(saved)[0].fingerprint
+    journal = CheckpointJournal(fingerprint, folder, interval, lambda event: None)
     journal.save()
     while len(saved_at) < 3:
         if journal.is_due:
@@ -240,7 +240,10 @@ def test_where_saving_takes_long_it_is_done_less_often(
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"model": lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c}, "model computes something"),
+        (
+            {"model": lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c},
+            "model computes a different function",
+        ),
         ({"p0": [1.0, 1.0, 0.2]}, r"argument p0 was \[1.0, 1.0, 0.1\] and is \[1.0, 1.0, 0.2\]"),
         ({"call": {"bounds": ([0, 0, 0], [9, 9, 9])}}, "argument lower bounds"),
         ({"call": {"loss": "huber"}}, "argument loss was 'linear' and is 'huber'"),
@@ -295,7 +298,7 @@ def test_several_arrays_in_memory_are_known_again(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     seen: list[int] = []
-    with pytest.raises(nd.CheckpointError, match="cannot be written to"):
+    with pytest.raises(nd.CheckpointError, match="cannot write to checkpoint_dir="):
         fit(checkpoint_dir=tmp_path / "file", call={"callback": lambda *args: seen.append(1)})
     assert not seen
 
@@ -308,7 +311,7 @@ def test_a_full_disk_does_not_end_a_fit(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.warns(UserWarning, match="could not be written: .*No space left"):
+        with pytest.warns(UserWarning, match="Could not write a checkpoint: .*No space left"):
             assert_same(fit(checkpoint_dir=tmp_path), expected)
     assert not list(tmp_path.iterdir())
 
@@ -368,12 +371,12 @@ def test_another_version_or_processor_is_a_note(
     tmp_path: Path, saved: Path, expected: nd.FitResult
 ) -> None:
     checkpoint, _ = load(saved)
-    identity = dataclasses.replace(
-        checkpoint.identity,
+    fingerprint = dataclasses.replace(
+        checkpoint.fingerprint,
         model="traced to another text",
-        versions={**checkpoint.identity.versions, "jax": "0.0.1", "processor": "another"},
+        versions={**checkpoint.fingerprint.versions, "jax": "0.0.1", "processor": "another"},
     )
-    changed = dataclasses.replace(checkpoint, identity=identity)
+    changed = dataclasses.replace(checkpoint, fingerprint=fingerprint)
     (tmp_path / "c.nlsq").write_bytes(changed.to_bytes())
     with pytest.warns(UserWarning, match="version jax was 0.0.1") as caught:
         assert_same(fit(resume_from_checkpoint=tmp_path), expected)
@@ -404,12 +407,12 @@ def test_what_a_checkpoint_does_not_know_counts_as_its_default(
 ) -> None:
     checkpoint, _ = load(saved)
     for name, field in (("random_seed", "options"), ("f_scale", "arguments")):
-        del getattr(checkpoint.identity, field)[name]
+        del getattr(checkpoint.fingerprint, field)[name]
     older = tmp_path / "older"
     older.write_bytes(checkpoint.to_bytes())
     with pytest.raises(nd.CheckpointError, match="argument f_scale was None and is"):
         fit(resume_from_checkpoint=older)
-    checkpoint.identity.arguments["f_scale"] = "1.0"
+    checkpoint.fingerprint.arguments["f_scale"] = "1.0"
     older.write_bytes(checkpoint.to_bytes())
     assert_same(fit(resume_from_checkpoint=older), expected)
     with pytest.raises(nd.CheckpointError, match="option random_seed was 0 and is 1"):
@@ -421,16 +424,16 @@ def test_a_checkpoint_of_another_format_is_refused_by_its_version(
 ) -> None:
     older = tmp_path / "older"
     older.write_bytes(load(saved)[0].to_bytes().replace(b"version 2", b"version 1", 1))
-    with pytest.raises(nd.CheckpointError, match="its format has version 1; this version"):
+    with pytest.raises(nd.CheckpointError, match="it has format version 1; this version"):
         fit(resume_from_checkpoint=older)
 
 
 def test_missing_paths_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist; give a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="does not exist; pass the path"):
         fit(resume_from_checkpoint=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         fit(resume_from_checkpoint="memory://test_missing_paths/nowhere")
-    with pytest.raises(nd.CheckpointError, match="no usable checkpoint in"):
+    with pytest.raises(nd.CheckpointError, match="no valid checkpoint in"):
         fit(resume_from_checkpoint=tmp_path)
 
 
@@ -441,9 +444,9 @@ def test_a_damaged_newest_falls_back_and_says_so(
     shutil.copytree(saved, folder)
     newest = max(folder.iterdir())
     newest.write_bytes(newest.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match=rf"{newest.name} cannot be used: it is damaged"):
+    with pytest.warns(UserWarning, match=rf"{newest.name} is invalid: it is damaged"):
         assert_same(fit(resume_from_checkpoint=folder), expected)
-    with pytest.raises(nd.CheckpointError, match=r"damaged.*Give the folder instead"):
+    with pytest.raises(nd.CheckpointError, match=r"damaged.*Pass its directory"):
         fit(resume_from_checkpoint=newest)
 
 
@@ -525,7 +528,7 @@ def test_forged_checkpoints_with_a_right_checksum(tmp_path: Path, saved: Path) -
     assert refused >= 5 * len(checkpoint.entries)
     for hostile in ("../../x", "/etc/x", ""):
         path.write_bytes(dataclasses.replace(checkpoint, fit=hostile).to_bytes())
-        with pytest.raises(nd.CheckpointError, match="named"):
+        with pytest.raises(nd.CheckpointError, match="invalid name"):
             fit(resume_from_checkpoint=path, checkpoint_dir=tmp_path / "new")
     assert sorted(tmp_path.rglob("*")) == [path]
 
@@ -593,7 +596,7 @@ def test_true_goes_on_if_there_is_something(tmp_path: Path) -> None:
         patch.setattr("nlsq_dask.checkpoints.journal.load", lambda p: resumed.append(p) or load(p))
         assert_same(fit(**options), expected)
     assert resumed
-    with pytest.raises(ValueError, match=r"=True goes on .* checkpoint_dir; set that"):
+    with pytest.raises(ValueError, match=r"=True resumes from checkpoint_dir, which is None"):
         fit(resume_from_checkpoint=True)
     assert_same(fit(resume_from_checkpoint=False), expected)
 

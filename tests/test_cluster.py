@@ -228,7 +228,9 @@ def test_an_asynchronous_client_is_named(way: str) -> None:
             scheduler = client.get if way == "its get" else None
             with (
                 dask.config.set(scheduler=scheduler),
-                pytest.raises(RuntimeError, match=r"the active client is asynchronous; a fit nee"),
+                pytest.raises(
+                    RuntimeError, match=r"the active Dask client is asynchronous; a fit nee"
+                ),
             ):
                 fit()
             # It is so in its own event loop alone.

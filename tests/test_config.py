@@ -230,9 +230,9 @@ def test_attributes_are_options_and_nothing_else() -> None:
 
 
 def test_going_on_needs_a_folder() -> None:
-    with pytest.raises(ValueError, match=r"=True goes on from what is in checkpoint_dir; set"):
+    with pytest.raises(ValueError, match=r"=True resumes from checkpoint_dir, which is None"):
         Config(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"=True needs enable_checkpoints=True"):
+    with pytest.raises(ValueError, match=r"=True requires enable_checkpoints=True"):
         Config(resume_from_checkpoint=True, checkpoint_dir="a", enable_checkpoints=False)
 
 

@@ -27,14 +27,14 @@ import nlsq_dask as nd
 from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
-from nlsq_dask.observers.dashboard.on_scheduler.fits import MOST_FITS, MOST_RUNNING, Fit, Fits
+from nlsq_dask.observers.dashboard.on_scheduler.fits import MAX_FITS, MAX_RUNNING, Fit, Fits
 from nlsq_dask.observers.dashboard.on_scheduler.page import View
-from nlsq_dask.observers.dashboard.on_scheduler.plots import COLOURS, Map
+from nlsq_dask.observers.dashboard.on_scheduler.plots import COLORS, Map
 from nlsq_dask.observers.dashboard.on_scheduler.plugin import PLUGIN
 from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     bars_of_phases,
+    describe_pass,
     image,
-    pass_in_words,
     profile,
     rates,
 )
@@ -260,7 +260,7 @@ def test_old_fits_are_forgotten_and_their_counts_stay() -> None:
     for i in range(100):
         fits.take(batch(str(i), passes=1))
         fits.take(batch(str(i), end, passes=2))
-    assert len(fits.recent) == MOST_FITS
+    assert len(fits.recent) == MAX_FITS
     assert "one that runs on" in fits.recent
     assert fits.metrics() == {"nlsq_passes_total": 201, "nlsq_last_loss": 0.5}
 
@@ -277,11 +277,11 @@ def test_running_fits_are_not_forgotten_and_count_once() -> None:
 
 def test_one_of_very_many_that_is_heard_of_again_counts_once() -> None:
     fits = Fits()
-    names = [f"fit {i}" for i in range(MOST_RUNNING + 30)]
+    names = [f"fit {i}" for i in range(MAX_RUNNING + 30)]
     for n in (1, 2, 3):
         for name in names:
             fits.take(batch(name, passes=n))
-        assert len(fits.recent) == MOST_RUNNING
+        assert len(fits.recent) == MAX_RUNNING
         assert fits.metrics()["nlsq_passes_total"] == n * len(names)
     assert {fit.number for fit in fits.recent.values()} <= set(range(1, len(names) + 1))
 
@@ -291,12 +291,12 @@ def test_a_client_that_comes_back_goes_on_and_counts_once() -> None:
     fits.take(batch("a", passes=1))
     fits.client_left("c")
     assert fits.recent["a"].state == "lost"
-    for i in range(MOST_FITS):
+    for i in range(MAX_FITS):
         fits.take(batch(str(i), passes=1))
     assert "a" not in fits.recent
     fits.take(batch("a", passes=2))
     assert fits.recent["a"].is_running
-    assert fits.metrics()["nlsq_passes_total"] == MOST_FITS + 2
+    assert fits.metrics()["nlsq_passes_total"] == MAX_FITS + 2
 
 
 @pytest.mark.parametrize("ahead", [0.0, -3600.0, 86400.0])
@@ -314,7 +314,7 @@ def test_times_are_those_of_the_scheduler(ahead: float, monkeypatch: pytest.Monk
     note = {"kind": "note", "time": now + 1, "text": "so"}
     fits.take({**batch("a", phase, *told, note), "time": now})
     (fit,) = fits.recent.values()
-    bars = bars_of_phases([fit], COLOURS)
+    bars = bars_of_phases([fit], COLORS)
     assert bars["left"] == pytest.approx([0], abs=1e-4)
     assert bars["seconds"] == pytest.approx([2], abs=1e-4)
     assert rates(fit)["x"] == pytest.approx([3, 4], abs=1e-4)
@@ -322,7 +322,7 @@ def test_times_are_those_of_the_scheduler(ahead: float, monkeypatch: pytest.Monk
     assert fit.notes[0][0] == pytest.approx(now + ahead + 1, abs=1e-4)
     now += 5
     fits.take({**batch("a"), "time": now})
-    assert bars_of_phases([fit], COLOURS)["seconds"] == pytest.approx([7], abs=1e-4)
+    assert bars_of_phases([fit], COLORS)["seconds"] == pytest.approx([7], abs=1e-4)
 
 
 def test_bytes_a_second_are_those_gone_through() -> None:
@@ -331,9 +331,9 @@ def test_bytes_a_second_are_those_gone_through() -> None:
     at = {"kind": "progress", "time": 1.0, "pass": 2, "blocks": 3, "n_blocks": 9, "seconds": 2.0}
     fits.take(batch("a", {**at, "bytes": 30_000_000}))
     (fit,) = fits.recent.values()
-    assert pass_in_words(fit) == ("pass 2: 3 of 9 blocks, going through 15 MB/s, 4 s left")
+    assert describe_pass(fit) == ("pass 2: 3 of 9 blocks, 15 MB/s, 4 s remaining")
     titles = [root.title.text for root in View(fits).roots if root.name == "rate"]
-    assert titles == ["Data gone through a second"]
+    assert titles == ["Data processed per second"]
 
 
 def test_a_rate_is_taken_from_one_end_of_blocks_to_the_next() -> None:
@@ -434,7 +434,7 @@ def test_registered_again_after_it_was_taken_away(as_default: Client) -> None:
     as_default.register_plugin(ShippedPlugin())
     assert len(pages(as_default)) == n
     fit()
-    assert len(pages(as_default)) == min(n + 1, MOST_FITS)
+    assert len(pages(as_default)) == min(n + 1, MAX_FITS)
     assert fetch(address(as_default) + "/status").count('href="nlsq"') == 1
 
 
@@ -517,7 +517,7 @@ def test_trouble_with_the_page_is_one_line(
     monkeypatch.setattr("nlsq_dask.observers.dashboard.observer.Page._call", broken)
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
-    assert said(caplog) == ["The fit goes on without its page: OSError: no way there"]
+    assert said(caplog) == ["The dashboard page is disabled: OSError: no way there"]
 
 
 @pytest.mark.parametrize("python", ["3.9.1.final.0", "4.0.0.final.0"])
@@ -538,7 +538,7 @@ def test_no_code_goes_to_another_python(
     with caplog.at_level(logging.INFO, "nlsq_dask"):
         assert fit().success
     (line,) = said(caplog)
-    assert line.startswith("The fit has no page: the scheduler runs Python " + python[:3])
+    assert line.startswith("The fit has no dashboard page: the scheduler runs Python " + python[:3])
 
 
 def test_the_python_of_the_scheduler_is_read(as_default: Client) -> None:

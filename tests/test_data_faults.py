@@ -225,7 +225,9 @@ def test_a_sigma_that_cannot_be_read(tmp_path: Path) -> None:
     truncate(tmp_path / "sigma/c/3")
     config = Config(verbose=0, max_retries_per_batch=0)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    with pytest.raises(nd.BlockReadError, match=r"^sigma could not be read in 1 try in block"):
+    with pytest.raises(
+        nd.BlockReadError, match=r"^sigma could not be read after 1 attempt in block"
+    ):
         optimizer.fit(PROBLEM.model, X, Y, PROBLEM.start, sigma=sigma)
 
 
@@ -319,8 +321,8 @@ def test_a_fault_that_passes(
 )
 def test_how_often_reading_is_tried(options: dict[str, Any], tries: int, tmp_path: Path) -> None:
     flaky = Flaky(tmp_path)
-    said = "1 try" if tries == 1 else f"{tries} tries"
-    with pytest.raises(nd.BlockReadError, match=f"y_data could not be read in {said} .*OSError"):
+    said = "1 attempt" if tries == 1 else f"{tries} attempts"
+    with pytest.raises(nd.BlockReadError, match=f"y_data could not be read after {said} .*OSError"):
         fit(*flaky.data(), **options)
     assert flaky.calls == tries
 
@@ -329,7 +331,7 @@ def test_what_is_no_fault_of_reading_is_not_tried_again(tmp_path: Path) -> None:
     options = {"max_retries_per_batch": 2, "min_success_rate": 0.5}
     for error in (TypeError, AttributeError, NotImplementedError):
         flaky = Flaky(tmp_path, error=error)
-        with pytest.raises(nd.BlockReadError, match=f"in 1 try in .*{error.__name__}"):
+        with pytest.raises(nd.BlockReadError, match=f"after 1 attempt in .*{error.__name__}"):
             fit(*flaky.data(), **options)
         assert flaky.calls == 1
     flaky = Flaky(tmp_path, error=MemoryError)
@@ -339,7 +341,7 @@ def test_what_is_no_fault_of_reading_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_tolerance_and_permission_go_together() -> None:
-    with pytest.raises(ValueError, match=r"min_success_rate=0\.5 needs enable_fault_tolerance"):
+    with pytest.raises(ValueError, match=r"min_success_rate=0\.5 requires enable_fault_tolerance"):
         Config(enable_fault_tolerance=False, min_success_rate=0.5)
 
 
@@ -488,7 +490,7 @@ def test_what_several_groups_wait_for(tmp_path: Path) -> None:
     result = fit(x, y, max_retries_per_batch=1, sample_rows=1000)
     assert result.diagnostics["retries"] == 1
     x, y, flaky = wide(tmp_path)
-    with pytest.raises(nd.BlockReadError, match=r"x_data .* in 2 tries in block \(0,"):
+    with pytest.raises(nd.BlockReadError, match=r"x_data .* after 2 attempts in block \(0,"):
         fit(x, y, max_retries_per_batch=1)
     assert flaky.calls == 2
     x, y, flaky = wide(tmp_path)

@@ -21,8 +21,8 @@ from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
 from nlsq_dask.engine import dataset
-from nlsq_dask.engine.block_group import kept_bytes
-from nlsq_dask.engine.execution import Parts
+from nlsq_dask.engine.block_group import cached_bytes
+from nlsq_dask.engine.execution import PartialResults
 from nlsq_dask.kernels import kernel
 from nlsq_dask.kernels.dense_loops import Accumulation
 
@@ -62,7 +62,7 @@ class Watch:
         self._calls = 0
 
     def __call__(self, params: Any, loss: float, iteration: int) -> None:
-        self.peak = max(self.peak, kept_bytes())
+        self.peak = max(self.peak, cached_bytes())
         self._calls += 1
         if self.peak and self._calls >= self._most:
             raise RuntimeError("enough")
@@ -77,19 +77,19 @@ def test_the_budget_is_honoured_and_given_back(n_groups: int, exact: nd.FitResul
     np.testing.assert_array_equal(result.x, exact.x)
     np.testing.assert_array_equal(result.pcov, exact.pcov)
     gc.collect()
-    assert kept_bytes() == 0
+    assert cached_bytes() == 0
 
 
 def test_what_a_pass_covers_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With thousands of groups it would take a while at each pass."""
     covered: list[np.ndarray] = []
 
-    def recorded(sizes: np.ndarray, *known: Any) -> Parts:
+    def recorded(sizes: np.ndarray, *known: Any) -> PartialResults:
         if len(sizes) > 1:  # a pass, not the sample
             covered.append(sizes)
-        return Parts(sizes, *known)
+        return PartialResults(sizes, *known)
 
-    monkeypatch.setattr(dataset, "Parts", recorded)
+    monkeypatch.setattr(dataset, "PartialResults", recorded)
     result = fit()
     assert len(covered) == result.n_passes > 1
     np.testing.assert_array_equal(covered[0], [[1, CHUNK, 16 * CHUNK]] * 10)
@@ -110,7 +110,7 @@ def test_blocks_kept_in_the_memory_of_devices(
     np.testing.assert_array_equal(result.x, exact.x)
     np.testing.assert_array_equal(result.pcov, exact.pcov)
     gc.collect()
-    assert kept_bytes() == 0
+    assert cached_bytes() == 0
 
 
 def test_given_back_after_an_error() -> None:
@@ -119,7 +119,7 @@ def test_given_back_after_an_error() -> None:
         fit(watch)
     assert watch.peak == 16 * N_ROWS
     gc.collect()
-    assert kept_bytes() == 0
+    assert cached_bytes() == 0
 
 
 def test_arrays_in_memory_are_not_kept_twice() -> None:
@@ -164,7 +164,7 @@ def test_cache_on_a_cluster(process_client: Client, exact: nd.FitResult) -> None
     on_workers: list[int] = []
 
     def callback(params: Any, loss: float, iteration: int) -> None:
-        on_workers.append(sum(process_client.run(kept_bytes).values()))
+        on_workers.append(sum(process_client.run(cached_bytes).values()))
 
     with process_client.as_current(), dask.config.set(scheduler="dask.distributed"):
         result = fit(callback, cache=8 * 16 * CHUNK)
@@ -175,7 +175,7 @@ def test_cache_on_a_cluster(process_client: Client, exact: nd.FitResult) -> None
     # The scheduler tells the workers what to forget; a busy machine takes a moment for that.
     for _ in range(100):
         process_client.run(gc.collect)
-        left = sum(process_client.run(kept_bytes).values())
+        left = sum(process_client.run(cached_bytes).values())
         if not left:
             break
         time.sleep(0.1)

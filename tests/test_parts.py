@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
-from nlsq_dask.engine.execution import Parts, run_tree
+from nlsq_dask.engine.execution import PartialResults, execute
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph
 from nlsq_dask.engine.workers import Workers
 
@@ -34,14 +34,14 @@ def reduced(n: int, random: np.random.Generator) -> tuple[int, ...]:
         tree = graph.tree(n, lambda i: graph.task("leaf", i, leaf, i), joined, known)
         left = int(random.integers(1, n + 20))
 
-        def watch(parts: Parts, left: int = left, seen: list[int] = []) -> None:  # noqa: B006
+        def watch(parts: PartialResults, left: int = left, seen: list[int] = []) -> None:  # noqa: B006
             seen.append(parts.finished.blocks)
             if len(seen) % (left + 1) == left:
                 raise CutError
 
-        parts = Parts(np.ones((n, 3), np.int64), dict(known))
+        parts = PartialResults(np.ones((n, 3), np.int64), dict(known))
         try:
-            result: tuple[int, ...] = run_tree(tree, Workers.active(), parts, watch)
+            result: tuple[int, ...] = execute(tree, Workers.active(), parts, watch)
         except CutError:
             known = parts.collect()
             assert parts.finished.blocks == sum(map(len, known.values()))
@@ -79,7 +79,7 @@ def test_parts_whose_workers_go_before_they_are_sent(monkeypatch: pytest.MonkeyP
             return await gathers(*args, **options)
 
         monkeypatch.setattr(client, "_gather", too_late)
-        parts = Parts(np.ones((2, 3), np.int64), {(0, 0): future, (0, 1): (1,)})
+        parts = PartialResults(np.ones((2, 3), np.int64), {(0, 0): future, (0, 1): (1,)})
         assert parts.collect() == {(0, 1): (1,)}
         parts.release()
 

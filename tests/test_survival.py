@@ -305,7 +305,7 @@ def test_all_workers_go_and_come_back(undisturbed: nd.FitResult) -> None:
 def test_all_workers_go_when_a_result_is_about_to_be_fetched(
     which: int, undisturbed: nd.FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched, calls = execution._fetched, []
+    fetched, calls = execution._fetch, []
 
     def too_late(*args: Any) -> Any:
         calls.append(0)
@@ -315,7 +315,7 @@ def test_all_workers_go_when_a_result_is_about_to_be_fetched(
             local.scale(2)
         return fetched(*args)
 
-    monkeypatch.setattr(execution, "_fetched", too_late)
+    monkeypatch.setattr(execution, "_fetch", too_late)
     with cluster() as (local, _):
         result = surviving_fit.fit()
     assert is_equal(result, undisturbed)
@@ -325,7 +325,7 @@ LOST: dict[str, Callable[[], Exception]] = {  # made when raised: an error keeps
     "KilledWorker": lambda: KilledWorker("task", None, 3),
     "FutureCancelledError": lambda: FutureCancelledError("task", "lost dependencies"),
     "FuturesCancelledError": lambda: FuturesCancelledError([]),
-    "WorkersReplacedError": lambda: execution.WorkersReplacedError("all were replaced by others"),
+    "WorkersReplacedError": lambda: execution.WorkersReplacedError("all workers were replaced"),
 }
 
 
@@ -336,7 +336,7 @@ def test_workers_that_are_lost_while_the_sample_is_read(
     process_client: Client,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs, trees = dataset.run_tree, []
+    runs, trees = dataset.execute, []
 
     def lost_once(tree: Tree, *args: Any) -> Any:
         trees.append(tree)
@@ -344,7 +344,7 @@ def test_workers_that_are_lost_while_the_sample_is_read(
             raise LOST[name]()
         return runs(tree, *args)
 
-    monkeypatch.setattr(dataset, "run_tree", lost_once)
+    monkeypatch.setattr(dataset, "execute", lost_once)
     with process_client.as_current():
         result = surviving_fit.fit()
     assert ["sample" in str(tree.root.key) for tree in trees[:3]] == [True, True, False]
@@ -366,7 +366,8 @@ def test_workers_that_are_lost_again_and_again_while_the_sample_is_read(
     with (
         process_client.as_current(),
         pytest.raises(
-            nd.ClusterLostError, match=r"again and again \(all were replaced by others\)"
+            nd.ClusterLostError,
+            match=r"in each of 4 attempts at a pass \(all workers were replaced\)",
         ),
     ):
         surviving_fit.fit()

@@ -398,12 +398,12 @@ def test_json_lines_say_what_happened(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"log_file cannot be opened .*no-folder"):
+    with pytest.raises(FileNotFoundError, match=r"could not open log_file .*no-folder"):
         fit(log_file=tmp_path / "no-folder" / "fit.jsonl")
 
 
 def test_a_disk_that_is_full_does_not_end_the_fit() -> None:
-    with pytest.warns(UserWarning, match="log_file='/dev/full' is written no further"):
+    with pytest.warns(UserWarning, match="Could not write to log_file='/dev/full'"):
         result = fit(log_file="/dev/full")
     assert result.success
 

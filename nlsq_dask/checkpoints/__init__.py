@@ -1,1 +1,1 @@
-"""What a fit has found so far, on disk: nothing of it gets lost, and reading it runs no code."""
+"""Checkpoints: the state of a fit on disk. Loading one executes no code."""

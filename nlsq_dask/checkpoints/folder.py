@@ -1,4 +1,4 @@
-"""``CheckpointFolder``: the last few checkpoints of a fit."""
+"""``CheckpointFolder``: a directory of checkpoints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from nlsq_dask.checkpoints.checkpoint import Checkpoint
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.storage.folders import normalize_path, open_folder
 
-_KEPT = 3
+_MAX_FILES = 3
 _SUFFIX = ".nlsq"
 
 
 class CheckpointFolder:
-    """The folder in which a fit keeps its checkpoints.
+    """A directory of checkpoints.
 
     Parameters
     ----------
     path : str or os.PathLike
-        A folder, made when it is needed, or an fsspec URL of one.
+        Path or fsspec URL; created when needed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -29,27 +29,27 @@ class CheckpointFolder:
         self._files = open_folder(self._path)
 
     def prepare(self, fit: str) -> None:
-        """See that checkpoints can be written.
+        """Create the directory.
 
         Raises
         ------
         CheckpointError
-            If they cannot.
+            If it is not writable.
         """
         try:
             self._files.prepare(fit)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint_dir={self._path!r} cannot be written to: {error}. Choose another, or "
-                f"leave it out."
+                f"cannot write to checkpoint_dir={self._path!r}: {error}. Pass a writable "
+                f"directory, or None to write no checkpoints."
             ) from error
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write a checkpoint, remove the oldest of its fit, and return its path."""
+        """Write a checkpoint, remove the oldest of the same fit, and return the path."""
         name = f"{checkpoint.fit}-{checkpoint.number:08d}{_SUFFIX}"
         self._files.write(name, checkpoint.to_bytes())
         own = [other for other in self._newest_first() if other.startswith(f"{checkpoint.fit}-")]
-        for old in own[_KEPT:]:
+        for old in own[_MAX_FILES:]:
             self._files.remove(old)
         return f"{self._path.rstrip('/')}/{name}"
 
@@ -58,36 +58,36 @@ class CheckpointFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no checkpoint, whole or not."""
+        """Whether the directory has no checkpoints, valid or not."""
         return not self._newest_first()
 
     def newest(self) -> tuple[Checkpoint, list[str]]:
-        """Return the newest checkpoint that is whole, and a note on each newer one that is not.
+        """Return the newest valid checkpoint, and a note on each newer invalid one.
 
         Raises
         ------
         CheckpointError
-            If there is none.
+            If there is no valid checkpoint.
         """
         notes: list[str] = []
         for name in self._newest_first():
             try:
                 return Checkpoint.from_bytes(self._files.read(name)), notes
             except (CheckpointError, OSError) as error:
-                notes.append(f"checkpoint {name} cannot be used: {error}")
-        found = "; ".join(notes) or f"no file in it ends in {_SUFFIX!r}"
-        raise CheckpointError(f"there is no usable checkpoint in {self._path!r}: {found}")
+                notes.append(f"checkpoint {name} is invalid: {error}")
+        reasons = "; ".join(notes) or f"it contains no {_SUFFIX} file"
+        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {reasons}")
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
-    """Return the checkpoint of a file of any name, or the newest whole one of a folder.
+    """Load the checkpoint of a file, or the newest valid one of a directory, with notes.
 
     Raises
     ------
     FileNotFoundError
-        If there is neither.
+        If the path does not exist.
     CheckpointError
-        If it cannot be used.
+        If the checkpoint is invalid.
     """
     text = normalize_path(path)
     if "://" in text:
@@ -97,8 +97,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
         exists, is_folder = Path(text).exists(), Path(text).is_dir()
     if not exists:
         raise FileNotFoundError(
-            f"resume_from_checkpoint={text!r} does not exist; give a checkpoint, or the folder "
-            f"that was checkpoint_dir."
+            f"resume_from_checkpoint={text!r} does not exist; pass the path of a checkpoint, or "
+            f"of the directory that was checkpoint_dir."
         )
     if is_folder:
         return CheckpointFolder(text).newest()
@@ -107,6 +107,6 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
         return Checkpoint.from_bytes(open_folder(folder or slash).read(name)), []
     except CheckpointError as error:
         raise CheckpointError(
-            f"resume_from_checkpoint={text!r} cannot be used: {error} Give the folder instead to "
-            f"go on from the newest one that can be."
+            f"resume_from_checkpoint={text!r} is not a valid checkpoint: {error} Pass its "
+            f"directory to resume from the newest valid one."
         ) from error

@@ -1,4 +1,4 @@
-"""``Identity``: what is fitted, so that a fit is not resumed on something else."""
+"""``FitFingerprint``: model, data and options of a fit, compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -18,32 +18,18 @@ from nlsq_dask.errors import CheckpointError
 from nlsq_dask.model.program import TRACED_BY
 
 _PACKAGES = (*TRACED_BY, "numpy", "scipy", "optax")
-_MOST_TEXT = 200  # characters of a value in a message
+_MAX_TEXT = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What is fitted, in words that can be compared and shown.
+class FitFingerprint:
+    """What a fit computes, as text by name."""
 
-    Attributes
-    ----------
-    model : str
-        Fingerprint of what the model computes.
-    data : dict of str to str
-        Shape, dtype and chunks of each array, and the metadata of Zarr arrays behind it.
-    arguments : dict of str to str
-        Of the call: start, bounds, loss, ...
-    options : dict of str to str
-        Fields of the configuration that change what is computed.
-    versions : dict of str to str
-        Of the packages and of the processor.
-    """
-
-    model: str
-    data: dict[str, str]
-    arguments: dict[str, str]
-    options: dict[str, str]
-    versions: dict[str, str]
+    model: str  # fingerprint of the computed function
+    data: dict[str, str]  # shape, dtype and chunks of arrays, with metadata of Zarr arrays
+    arguments: dict[str, str]  # start, bounds, loss, ...
+    options: dict[str, str]  # those that change the result
+    versions: dict[str, str]  # packages and processor
 
     @classmethod
     def of(
@@ -53,12 +39,12 @@ class Identity:
         arguments: Mapping[str, Any],
         config: HybridStreamingConfig,
     ) -> Self:
-        """Describe a fit.
+        """Compute the fingerprint of a fit.
 
         Parameters
         ----------
         model : str
-            Fingerprint.
+            Fingerprint of the model.
         blocks : RowBlocks
         arguments : mapping of str to values
         config : HybridStreamingConfig
@@ -77,19 +63,19 @@ class Identity:
         )
 
     def check(self, now: Self) -> list[str]:
-        """Return notes on what does not matter much but differs from what a checkpoint was of.
+        """Compare the fingerprint of a checkpoint with that of the resumed fit.
 
-        Parameters
-        ----------
-        now : Identity
-            Of the fit that is to go on from it.
+        Returns
+        -------
+        list of str
+            Notes on different versions.
 
         Raises
         ------
         CheckpointError
-            If it is another fit, saying what differs.
+            If anything else differs.
         """
-        # An argument or option that is newer than the checkpoint counts as its default.
+        # Arguments and options newer than the checkpoint have their defaults.
         options = {o.name: _text(_default(o)) for o in fields(HybridStreamingConfig)}
         differences = [
             *_differences("data", self.data, now.data),
@@ -98,11 +84,11 @@ class Identity:
         ]
         traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in TRACED_BY)
         if traced_alike and self.model != now.model:
-            differences.append("the model computes something else")
+            differences.append("the model computes a different function")
         if differences:
             raise CheckpointError(
-                f"the checkpoint is of another fit: {'; '.join(differences)}. Fit again without "
-                f"resume_from_checkpoint, or with what the checkpoint was made with."
+                f"the checkpoint is of a different fit: {'; '.join(differences)}. Restore these, "
+                f"or omit resume_from_checkpoint to start a new fit."
             )
         return [
             f"{text}: the result may differ in its last digits"
@@ -124,14 +110,14 @@ def _differences(
 
 
 def _text(value: Any) -> str:
-    """Return a value as text, the same for all forms in which it may be given."""
+    """Return a value as text, the same for a list, tuple or array."""
     if isinstance(value, str | bool | None):
         return repr(value)
     if isinstance(value, np.generic | np.ndarray) or hasattr(value, "to_numpy"):
         return _text(np.asarray(value).tolist())
     if isinstance(value, Iterable):
         text = f"[{', '.join(map(_text, value))}]"
-        return text if len(text) < _MOST_TEXT else f"{text[:_MOST_TEXT]}... {digest(text)}"
+        return text if len(text) < _MAX_TEXT else f"{text[:_MAX_TEXT]}... {digest(text)}"
     return repr(value)
 
 

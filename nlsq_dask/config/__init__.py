@@ -1,4 +1,4 @@
-"""The options of a fit: their defaults, rules and documentation, and the presets."""
+"""Options of a fit, their rules, and presets."""
 
 from nlsq_dask.config.options import HybridStreamingConfig
 

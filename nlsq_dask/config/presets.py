@@ -1,4 +1,4 @@
-"""The presets of ``HybridStreamingConfig``: a table of what differs from the defaults."""
+"""Presets of ``HybridStreamingConfig``, as tables of non-default values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nlsq_dask.config.options import HybridStreamingConfig
 
-# By name: the first line of the documentation, and the values.
+# Summary and values by name.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "aggressive": (
         "Favor speed: a short warm-up, a looser tolerance and large chunks.",
@@ -45,7 +45,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "defense_strict": (
-        "Take short steps in the warm-up, for starts that are already close.",
+        "Take short warm-up steps, for starts close to the solution.",
         {
             "max_warmup_step_size": 0.05,
             "warmup_iterations": 25,
@@ -53,7 +53,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "defense_relaxed": (
-        "Take long steps, tolerate more growth of the loss, and skip the warm-up more often.",
+        "Take long warm-up steps, tolerate more growth of the loss, skip the warm-up more often.",
         {
             "warm_start_threshold": 0.5,
             "cost_increase_tolerance": 0.5,
@@ -86,7 +86,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def preset(name: str) -> classmethod[HybridStreamingConfig, ..., HybridStreamingConfig]:
-    """Return the class method that constructs the options of a preset."""
+    """Return the class method of a preset."""
     summary, values = PRESETS[name]
 
     def construct(cls: type[HybridStreamingConfig], /, **overrides: Any) -> HybridStreamingConfig:
@@ -96,12 +96,12 @@ def preset(name: str) -> classmethod[HybridStreamingConfig, ..., HybridStreaming
     construct.__name__, construct.__qualname__ = name, f"HybridStreamingConfig.{name}"
     construct.__doc__ = f"""{summary}
 
-        It sets {settings}.
+        Sets {settings}.
 
         Parameters
         ----------
         **overrides
-            Further options; they take precedence over those of the preset.
+            Other options, which take precedence over the preset.
 
         Returns
         -------

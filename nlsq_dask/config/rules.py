@@ -1,4 +1,4 @@
-"""Rules: the allowed values of an option, and the allowed combinations of options."""
+"""Rules on the values of an option, and on combinations of options."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def _plain(value: Any) -> Any:
-    """Return a NumPy scalar as a number of Python, and anything else as it is."""
+    """Convert a NumPy scalar to a Python number; return other values unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 class Rule(NamedTuple):
-    """What is allowed, as a sentence; the test for it; and the form in which it is kept."""
+    """A rule: the allowed values in words, a test, and a conversion to the stored form."""
 
     allowed: str
     test: Callable[[Any], bool]
@@ -65,7 +65,7 @@ def or_else(other: Rule, *values: object) -> Rule:
 
 
 def one_of(*values: str) -> Rule:
-    """Allow some strings."""
+    """Allow the given strings."""
     allowed = f"one of {', '.join(map(repr, values))}"
     return Rule(allowed, lambda v: isinstance(v, str) and v in values)
 
@@ -95,7 +95,7 @@ def _weights(value: Any) -> bool:
 
 
 BOOL = Rule("True or False", _is_bool)
-# Infinity is a limit that is never met; where a number is a size or a factor, it means nothing.
+# Infinity is a valid limit, but not a valid size or factor.
 POSITIVE = Rule("a number > 0", lambda v: _is_real(v) and v > 0)
 NON_NEGATIVE = Rule("a number >= 0", lambda v: _is_real(v) and v >= 0)
 FINITE_POSITIVE = Rule("a finite number > 0", lambda v: _is_finite(v) and v > 0)
@@ -110,12 +110,12 @@ PATH_OR_FLAG = Rule(
 CRITERIA = Rule("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
 RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
 WEIGHTS = Rule(
-    "a sequence of finite numbers > 0, one a group",
+    "a sequence of finite numbers > 0, one per group",
     _weights,
-    lambda v: tuple(map(float, v)),  # compared and shown as a whole, which an array is not
+    lambda v: tuple(map(float, v)),  # comparable, unlike an array
 )
 
-# Switches that say nothing without another option.
+# Switches that require another option.
 _NEEDS = {
     "enable_group_variance_regularization": "group_variance_indices",
     "enable_residual_weighting": "residual_weights",
@@ -123,25 +123,25 @@ _NEEDS = {
 
 
 def check_combinations(options: HybridStreamingConfig) -> None:
-    """Raise a ValueError for options that contradict each other."""
+    """Raise a ValueError if options contradict each other."""
     for switch, needed in _NEEDS.items():
         value = getattr(options, needed)
         if getattr(options, switch) and value is None:
-            raise ValueError(f"{switch}=True needs {needed}; got None.")
+            raise ValueError(f"{switch}=True requires {needed}; got None.")
         if value is not None and not getattr(options, switch):
-            raise ValueError(f"{needed} needs {switch}=True; without it {value!r} says nothing.")
+            raise ValueError(f"{needed}={value!r} requires {switch}=True.")
     if options.min_success_rate < 1.0 and not options.enable_fault_tolerance:
         raise ValueError(
-            f"min_success_rate={options.min_success_rate!r} needs enable_fault_tolerance=True; "
-            f"without it no block is left out."
+            f"min_success_rate={options.min_success_rate!r} requires enable_fault_tolerance=True; "
+            f"otherwise no block is skipped."
         )
     if options.resume_from_checkpoint is True:
         if options.checkpoint_dir is None:
             raise ValueError(
-                "resume_from_checkpoint=True goes on from what is in checkpoint_dir; set that, too."
+                "resume_from_checkpoint=True resumes from checkpoint_dir, which is None; set both."
             )
         if not options.enable_checkpoints:
             raise ValueError(
-                "resume_from_checkpoint=True needs enable_checkpoints=True; to go on without "
-                "writing checkpoints, give the path of one."
+                "resume_from_checkpoint=True requires enable_checkpoints=True; to resume without "
+                "writing checkpoints, pass the path of a checkpoint."
             )

@@ -1,4 +1,4 @@
-"""``ValidatedOptions``: a dataclass of options, each declared with its rule and documentation."""
+"""``ValidatedOptions``: a dataclass whose fields have rules and documentation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from nlsq_dask._keywords import suggest_keyword
 from nlsq_dask.config.rules import Rule
 
 
-def aside(default: Any, rule: Rule, doc: str) -> Any:
-    """Declare an option that does not change the fit: it may be another when one is resumed."""
+def runtime_option(default: Any, rule: Rule, doc: str) -> Any:
+    """Declare an option that does not change the result and may differ when a fit is resumed."""
     return option(default, rule, doc, changes_fit=False)
 
 
 def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
-    """Declare one option: its default, what is allowed, and what it does."""
+    """Declare an option."""
     metadata = {"rule": rule, "doc": doc, "changes_fit": changes_fit}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -24,10 +24,10 @@ def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
 
 @dataclass(kw_only=True, repr=False)
 class ValidatedOptions:
-    """Base of a dataclass whose fields are declared by ``option`` and ``aside``."""
+    """Base class of dataclasses with fields from ``option`` and ``runtime_option``."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option, which is checked when a fit starts; a name that is none is refused."""
+        """Set an option, validated when a fit starts; raise AttributeError for another name."""
         option = self.__dataclass_fields__.get(name)
         if option is None:
             sentence = f"{type(self).__name__} has no option {name!r}. {suggest_keyword(name)}"
@@ -46,7 +46,14 @@ class ValidatedOptions:
         return f"{type(self).__name__}({options})"
 
     def changed(self) -> dict[str, Any]:
-        """Return the options whose values differ from the defaults."""
+        """Return the options whose values differ from the defaults.
+
+        Examples
+        --------
+        >>> from nlsq_dask import HybridStreamingConfig
+        >>> HybridStreamingConfig(cache=0).changed()
+        {'cache': 0}
+        """
         default = {option.name: option.default for option in fields(self)} | {
             option.name: option.default_factory()
             for option in fields(self)
@@ -56,12 +63,12 @@ class ValidatedOptions:
         return {name: value for name, value in values.items() if value != default[name]}
 
     def validated_copy(self) -> Self:
-        """Return a copy whose values have all been checked again."""
+        """Return a copy after validating all values."""
         return replace(self)
 
 
 def parameters_section(options: type[ValidatedOptions]) -> str:
-    """Write the numpydoc section of the options from their own metadata."""
+    """Return the numpydoc section of the options."""
     lines = ["", "    Parameters", "    ----------"]
     for option in fields(options):
         default = option.default_factory() if callable(option.default_factory) else option.default

@@ -1,1 +1,1 @@
-"""The engine: where a fit runs Dask. One task a block group, a fixed tree of sums."""
+"""The engine runs a fit on Dask: one task per block group, a fixed tree of sums."""

@@ -1,4 +1,4 @@
-"""``Group``: the blocks of one task, on the worker that holds them from pass to pass."""
+"""``BlockGroup``: the blocks of one task, cached on a worker between passes."""
 
 from __future__ import annotations
 
@@ -15,58 +15,51 @@ from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.device_rows import PlacedRows
 
-Kept = Block | PlacedRows
+CachedBlock = Block | PlacedRows
 
-_kept_bytes: Counter[str] = Counter()
+_cached_bytes: Counter[str] = Counter()
 _released: deque[tuple[str, int]] = deque()
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """How many bytes the groups of one fit may keep in a process.
+    """The limit on cached bytes of one fit in each process."""
 
-    Attributes
-    ----------
-    fit : str
-        Name of the fit.
-    process_bytes : int
-    """
-
-    fit: str
+    fit: str  # unique name
     process_bytes: int
 
     def reserve(self, n_bytes: int) -> bool:
-        """Take some bytes out of the budget of this process, if there are so many left."""
+        """Reserve bytes in this process; return False if too few remain."""
         with _lock:
             _settle()
-            if _kept_bytes[self.fit] + n_bytes > self.process_bytes:
+            if _cached_bytes[self.fit] + n_bytes > self.process_bytes:
                 return False
-            _kept_bytes[self.fit] += n_bytes
+            _cached_bytes[self.fit] += n_bytes
             return True
 
     def release(self, n_bytes: int) -> None:
-        """Give them back; may be called by the garbage collector at any moment, so no lock."""
+        """Release bytes; takes no lock, because the garbage collector may call it at any time."""
         _released.append((self.fit, n_bytes))
 
 
-def kept_bytes() -> int:
-    """Return how many bytes of blocks this process keeps, over all fits."""
+def cached_bytes() -> int:
+    """Return the number of cached bytes in this process, over all fits."""
     with _lock:
         _settle()
-        return _kept_bytes.total()
+        return _cached_bytes.total()
 
 
 def _settle() -> None:
     while _released:
         fit, n_bytes = _released.popleft()
-        _kept_bytes[fit] -= n_bytes
-        if not _kept_bytes[fit]:
-            del _kept_bytes[fit]
+        _cached_bytes[fit] -= n_bytes
+        if not _cached_bytes[fit]:
+            del _cached_bytes[fit]
 
 
 class ReadAhead:
-    """Threads that read blocks before they are asked for: no more blocks than there are threads.
+    """A thread pool that prefetches blocks, at most one per thread.
 
     Parameters
     ----------
@@ -78,32 +71,31 @@ class ReadAhead:
         self._room = threading.Semaphore(n_threads)
 
     def has_room(self) -> bool:
-        """Whether one more block may be read; if so, it is counted."""
+        """Reserve room for one more block; return False if there is none."""
         return self._room.acquire(blocking=False)
 
     def taken(self) -> None:
-        """Say that one of the blocks was asked for."""
+        """Free the room of a block that was consumed."""
         self._room.release()
 
     def close(self) -> None:
-        """Wait for what is being read, and read no more."""
+        """Wait for running reads and cancel the others."""
         self.pool.shutdown(cancel_futures=True)
 
 
-class Group:
-    """What one task works on: how its blocks are read, and the blocks themselves if it keeps them.
+class BlockGroup:
+    """The reader of the blocks of one task, and the blocks if they are cached.
 
-    A copy that is sent elsewhere keeps nothing. When the group goes, its bytes go back to the
-    budget.
+    A pickled copy has no cached blocks. Garbage collection releases the bytes to the budget.
 
     Parameters
     ----------
     reader : GroupReader
     n_bytes : int
-        Bytes of all its blocks.
+        Size of all blocks.
     budget : CacheBudget
     is_large : bool
-        Whether a scheduler should take it for as large as it may become, so that it is not moved.
+        Whether ``sizeof`` includes the blocks, so that a scheduler does not move the group.
     """
 
     def __init__(
@@ -113,132 +105,126 @@ class Group:
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_large = is_large
-        self._following: Group | None = None
+        self._following: BlockGroup | None = None
         self._threads: ReadAhead | None = None
-        self._left_out: frozenset[int] = frozenset()
-        self._coming: tuple[frozenset[int], _Reading] | None = None
-        self._kept: list[tuple[int, Kept]] | None = None
-        # What other tasks read for several groups would be read again all the same.
-        self._may_keep = bool(reader.steps) and not reader.inputs
+        self._skipped: frozenset[int] = frozenset()
+        self._prefetched: tuple[frozenset[int], _Reading] | None = None
+        self._cached: list[tuple[int, CachedBlock]] | None = None
+        # Inputs from shared tasks would be read again in any case.
+        self._may_cache = bool(reader.steps) and not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
 
     def read_ahead_of(
-        self, following: Group | None, threads: ReadAhead, left_out: frozenset[int]
+        self, following: BlockGroup | None, threads: ReadAhead, skipped: frozenset[int]
     ) -> None:
-        """Let this group start the reading of another while its own last block is computed.
+        """Make this group prefetch from another one while its own last block is computed.
 
-        Both must be in this process, and stay here.
+        Both must be in this process.
 
         Parameters
         ----------
-        following : Group or None
+        following : BlockGroup or None
         threads : ReadAhead
-        left_out : frozenset of int
-            Blocks that are not wanted.
+        skipped : frozenset of int
+            Flat indices of blocks.
         """
-        self._following, self._threads, self._left_out = following, threads, left_out
+        self._following, self._threads, self._skipped = following, threads, skipped
 
     def _start_following(self) -> None:
         if self._following is not None and self._threads is not None:
-            self._following._start_reading(self._threads, self._left_out)
+            self._following._start_reading(self._threads, self._skipped)
 
-    def _start_reading(self, threads: ReadAhead, left_out: frozenset[int]) -> None:
-        """Begin to read the first block, unless it is there or waits for other tasks."""
+    def _start_reading(self, threads: ReadAhead, skipped: frozenset[int]) -> None:
+        """Prefetch the first block, unless it is cached or depends on other tasks."""
         with _lock:
-            wants = self._kept is None and self._coming is None and not self.reader.inputs
+            wants = self._cached is None and self._prefetched is None and not self.reader.inputs
             if wants and threads.has_room():
-                items = self.reader.read((), left_out)
-                self._coming = left_out, _Reading.started(items, threads.pool)
+                items = self.reader.read((), skipped)
+                self._prefetched = skipped, _Reading.started(items, threads.pool)
 
-    def _reading(self, inputs: Sequence[Any], left_out: frozenset[int]) -> _Reading:
+    def _reading(self, inputs: Sequence[Any], skipped: frozenset[int]) -> _Reading:
         with _lock:
-            coming, self._coming = self._coming, None
-        if coming is not None and self._threads is not None:
+            prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and self._threads is not None:
             self._threads.taken()
-            if coming[0] == left_out:
-                return coming[1]
-        return _Reading(self.reader.read(inputs, left_out))
+            if prefetched[0] == skipped:
+                return prefetched[1]
+        return _Reading(self.reader.read(inputs, skipped))
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(
-        self, inputs: Sequence[Any], left_out: frozenset[int], place: Callable[[Block], Kept]
-    ) -> Iterator[tuple[int, Kept | None, ReadBlock | None]]:
-        """Yield flat index and rows of each block, and how it was read if it was read now.
+        self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Block], CachedBlock]
+    ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
+        """Yield the flat index of each block, its rows, and its ``ReadBlock`` unless it was cached.
 
-        There are no rows of a block that could not be read.
+        The rows of an unreadable block are None.
 
         Parameters
         ----------
         inputs : sequence
-            Results of the tasks that the reader names.
-        left_out : frozenset of int
-            Blocks that are not wanted.
+            Results of the tasks in ``reader.inputs``.
+        skipped : frozenset of int
+            Flat indices of blocks.
         place : callable
-            Puts a block where it is best kept.
+            Moves a block to the memory in which it is cached.
         """
-        if self._kept is not None:
-            yield from ((index, rows, None) for index, rows in self._kept if index not in left_out)
+        if self._cached is not None:
+            yield from ((index, rows, None) for index, rows in self._cached if index not in skipped)
             return
-        wants = self._may_keep and self._budget.reserve(self._n_bytes)
+        wants = self._may_cache and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
-        kept: list[tuple[int, Kept]] = []
+        cached: list[tuple[int, CachedBlock]] = []
         try:
-            reading, count = self._reading(inputs, left_out), self.reader.count(left_out)
+            reading, count = self._reading(inputs, skipped), self.reader.count(skipped)
             for read in _ahead(reading, count, self._start_following):
-                rows: Kept | None = read.block
+                rows: CachedBlock | None = read.block
                 if reserved and read.block is None:
-                    # Which blocks are kept would have to be known to every later pass.
+                    # A group is cached as a whole or not at all.
                     self._budget.release(reserved)
-                    reserved, kept = 0, []
+                    reserved, cached = 0, []
                 elif reserved and read.block is not None:
                     rows = place(read.block.compact())
-                    kept.append((read.index, rows))
+                    cached.append((read.index, rows))
                     more = max(rows.nbytes - read.block.nbytes, 0)
                     if self._budget.reserve(more):
                         reserved += more
                     else:
                         self._budget.release(reserved)
-                        reserved, kept, self._may_keep = 0, [], False
+                        reserved, cached, self._may_cache = 0, [], False
                 yield read.index, rows, read
         except BaseException:
             self._budget.release(reserved)
             raise
         if reserved:
-            self._kept = kept
+            self._cached = cached
             weakref.finalize(self, self._budget.release, reserved)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Blocks that come from an iterator, the next of which may be on its way already.
-
-    Attributes
-    ----------
-    items : iterator of ReadBlock
-    coming : Future or None
-    """
+    """An iterator over blocks, the next of which may be prefetched."""
 
     items: Iterator[ReadBlock]
-    coming: Future[ReadBlock] | None = None
+    prefetched: Future[ReadBlock] | None = None
 
     @classmethod
     def started(cls, items: Iterator[ReadBlock], pool: ThreadPoolExecutor) -> _Reading:
-        """Let a thread of the pool get the next block."""
+        """Prefetch the next block in a thread of the pool."""
         return cls(items, pool.submit(contextvars.copy_context().run, next, items))
 
     def next(self) -> ReadBlock:
-        """Return the next block as soon as it is there."""
-        return next(self.items) if self.coming is None else self.coming.result()
+        """Wait for the next block and return it."""
+        return next(self.items) if self.prefetched is None else self.prefetched.result()
 
 
 def _ahead(reading: _Reading, count: int, at_last: Callable[[], None]) -> Iterator[ReadBlock]:
-    """Yield blocks while another thread gets the next one: computing overlaps with reading.
+    """Yield blocks while another thread reads the next one.
 
-    ``at_last`` is called before the last of them is given away.
+    ``at_last`` is called before the last block is yielded.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as pool:
         for _ in range(count - 1):

@@ -1,4 +1,4 @@
-"""``BlockSums``: what a pass knows of the residuals of each block by itself."""
+"""``BlockSums``: statistics of the residuals of each block."""
 
 from __future__ import annotations
 
@@ -12,31 +12,19 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class BlockSums:
-    """Numbers for m blocks of the grid.
+    """Statistics of m blocks; arrays of shape (m,)."""
 
-    Attributes
-    ----------
-    index : ndarray of int, shape (m,)
-        Flat index of each block.
-    chi2 : ndarray, shape (m,)
-        ``sum r^2`` of its rows.
-    n_used : ndarray of int, shape (m,)
-        How many these are.
-    largest : ndarray, shape (m,)
-        Largest ``|r|``.
-    """
-
-    index: NDArray[np.int64]
-    chi2: NDArray[np.float64]
-    n_used: NDArray[np.int64]
-    largest: NDArray[np.float64]
+    index: NDArray[np.int64]  # flat index in the grid
+    chi2: NDArray[np.float64]  # sum of r^2
+    n_used: NDArray[np.int64]  # rows used
+    largest: NDArray[np.float64]  # largest |r|
 
     @classmethod
     def of(cls, index: int, chi2: float, n_used: int, largest: float) -> Self:
-        """Return the numbers of one block."""
+        """Return the statistics of one block."""
         return cls(np.array([index]), np.array([chi2]), np.array([n_used]), np.array([largest]))
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return the blocks of all of them."""
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+    def concatenate(cls, records: Sequence[Self]) -> Self:
+        """Concatenate the blocks of several records."""
+        return cls(*(np.concatenate([getattr(r, f.name) for r in records]) for f in fields(cls)))

@@ -1,4 +1,4 @@
-"""``DataSet``: the two things that are ever done with the rows, reducing them and sampling them."""
+"""``DataSet``: reduce the rows, or sample them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.block_group import CacheBudget, Group, ReadAhead
-from nlsq_dask.engine.execution import Parts, Watch, WorkersReplacedError, run_tree
+from nlsq_dask.engine.block_group import BlockGroup, CacheBudget, ReadAhead
+from nlsq_dask.engine.execution import PartialResults, Watch, WorkersReplacedError, execute
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, group_blocks, hold, send_once
-from nlsq_dask.engine.retries import BadBlock, Fault, ReadFailedError, ReadPolicy
+from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
+from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
 from nlsq_dask.engine.source_graph import Index, SourceGraph
 from nlsq_dask.engine.tasks import (
     PassRequest,
@@ -35,23 +35,21 @@ from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 
-_MOST_ATTEMPTS = 4  # of a pass whose workers or data on them were lost
+_MAX_ATTEMPTS = 4  # at a pass, if workers are lost
 
 
 class DataSet:
-    """Row blocks, ready to be reduced and sampled on the active Dask scheduler.
+    """Row blocks that are reduced and sampled on the active Dask scheduler.
 
-    The graph is analysed once; a pass adds little more than its names and the parameters.
-
-    It holds its groups on the workers until it is closed.
+    The graph is analyzed once, and block groups stay on the workers until ``close``.
 
     Parameters
     ----------
     blocks : RowBlocks
     cache : int or "auto"
-        Bytes of blocks that may stay in the workers' memory between passes.
+        Bytes of blocks to cache in the memory of the workers.
     policy : ReadPolicy, optional
-        What happens where reading fails.
+        How failed reads are handled.
 
     Raises
     ------
@@ -72,27 +70,27 @@ class DataSet:
         self._literals = self._source.large_literals
         self._block_groups = groups
         self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
-        self._place()
+        self._distribute()
         self._all_sizes = self._amounts(range(len(groups)), frozenset())
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
-            self._read_ahead = ReadAhead(self._workers.most_threads)
+            self._read_ahead = ReadAhead(self._workers.max_threads)
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
-    def _place(self) -> None:
-        """Put groups, and arrays that are in memory, on the workers."""
-        self._source.replace(send_once(self._literals, self._workers.client))
+    def _distribute(self) -> None:
+        """Send block groups and arrays in memory to the workers."""
+        self._source.replace(broadcast(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
         self._members = [{index for index, *_ in reader.blocks} for reader in readers]
-        held = [
-            Group(reader, n_bytes, self._budget, self.memory.all_fits)
+        block_groups = [
+            BlockGroup(reader, n_bytes, self._budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
-        self._groups = hold("group", held, self._workers)
+        self._groups = pin("group", block_groups, self._workers)
 
     def close(self) -> None:
-        """Let go of what is held on the workers."""
+        """Release everything on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._groups, self._kernel, self._shared = [], None, {}
@@ -100,12 +98,12 @@ class DataSet:
 
     @property
     def longest_block(self) -> int:
-        """Rows of the largest block."""
+        """Number of rows of the largest block."""
         return int(self._block_rows.max())
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """Platforms of the processes that will run kernels."""
+        """JAX platforms of the processes that run kernels."""
         return self._workers.platforms()
 
     def reduce(
@@ -113,42 +111,44 @@ class DataSet:
         kernel: Kernel[S],
         request: PassRequest,
         known: Mapping[Node, PassResult[S]] | None = None,
-        watch: Watch = lambda parts: None,
+        watch: Watch = lambda partials: None,
     ) -> PassResult[S]:
-        """Sum over all rows but those of blocks left out: one pass.
+        """Sum over all rows except those of skipped blocks: one pass.
 
         Parameters
         ----------
         kernel : Kernel
         request : PassRequest
         known : mapping of Node to PassResult, optional
-            Finished parts of an earlier pass with the same kernel and request.
+            Partial results of an interrupted pass with the same kernel and request.
         watch : callable, optional
-            Called with the ``Parts`` at the start and whenever one has finished; may raise to end
-            the pass.
+            Called with the ``PartialResults`` at the start and after each of them; an exception
+            ends the pass.
 
         Raises
         ------
         BlockReadError
-            If a block cannot be read, and the policy does not let it be left out.
+            If a block cannot be read and the policy does not skip it.
         ClusterLostError
-            If the scheduler is lost, or workers again and again.
+            If the scheduler is lost, or workers are lost repeatedly.
         """
-        parts = Parts(self._sizes(request), dict(known or {}))
-        watch(parts)
-        result: PassResult[S] = self._attempted(
-            lambda: self._tree(kernel, request, parts.values), parts, watch
+        partials = PartialResults(self._amounts_of(request), dict(known or {}))
+        watch(partials)
+        result: PassResult[S] = self._run_with_recovery(
+            lambda: self._tree(kernel, request, partials.values), partials, watch
         )
         return result
 
-    def _attempted(self, make_tree: Callable[[], Tree], parts: Parts, watch: Watch) -> Any:
-        """Run a tree, made anew after workers were lost: what it refers to is placed again."""
+    def _run_with_recovery(
+        self, make_tree: Callable[[], Tree], partials: PartialResults, watch: Watch
+    ) -> Any:
+        """Run a tree; after workers are lost, distribute the data again and rebuild it."""
         attempt = 1
         while True:
             try:
-                return run_tree(make_tree(), self._workers, parts, watch)
+                return execute(make_tree(), self._workers, partials, watch)
             except ReadFailedError as failed:
-                raise self._block_error(failed.fault) from failed.cause
+                raise self._read_failure(failed.read_error) from failed.cause
             except (
                 FutureCancelledError,
                 FuturesCancelledError,
@@ -156,82 +156,82 @@ class DataSet:
                 WorkersReplacedError,
             ) as error:
                 self._recover(error, attempt)
-                parts.drop_lost()
+                partials.drop_missing()
             attempt += 1
 
     def _recover(self, error: Exception, attempt: int) -> None:
-        """Make another attempt possible after workers were lost, or raise what is to be done.
+        """Prepare another attempt after workers were lost, or raise a ClusterLostError.
 
-        A scheduler computes anew what a lost worker held, but it cannot do so with data that were
-        sent to it; those are sent once more.
+        A scheduler recomputes results of lost workers, but not data that were sent to them.
         """
         client = self._workers.client
         if client is None or client.status != "running":
             raise ClusterLostError(
-                "the connection to the Dask scheduler was lost in the middle of a pass. Start a "
-                "cluster and a client again, and fit again."
+                "the connection to the Dask scheduler was lost during a pass. Start a new cluster "
+                "and client, then fit again."
             ) from error
-        if attempt == _MOST_ATTEMPTS:
+        if attempt == _MAX_ATTEMPTS:
             raise ClusterLostError(
-                f"workers were lost again and again ({error}). If they ran out of memory, give "
-                f"them more, or use smaller chunks; the workers' logs say why they ended."
+                f"workers were lost in each of {_MAX_ATTEMPTS} attempts at a pass ({error}). See "
+                f"the workers' logs for the reason. If they ran out of memory, use smaller chunks "
+                f"or workers with more memory."
             ) from error
         self._workers = Workers.active()
         self._kernel = None
         try:
-            self._place()
+            self._distribute()
         except TimeoutError as timeout:
             raise ClusterLostError(
-                "all workers were lost, and none came that arrays in memory could be sent to. "
-                "Start a cluster again, and fit again."
+                "all workers were lost, and no new worker has connected. Start a new cluster, "
+                "then fit again."
             ) from timeout
 
     def _tree(self, kernel: Kernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
-            self._kernel = kernel, hold("kernel", [kernel], self._workers)[0]
+            self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (
             graph.constant("kernel", self._kernel[1]),
             graph.constant("request", request),
         )
 
-        wanted = self._wanted(request)
+        needed = self._needed_groups(request)
 
         def leaf(i: int) -> TaskRef:
-            number = wanted[i]
+            number = needed[i]
             group = graph.constant(f"group-{number}", self._groups[number])
             inputs = self._inputs[number]
             return graph.task(
                 "normal-equations", number, reduce_group, group, *constants, inputs=inputs
             )
 
-        tree = graph.tree(len(wanted), leaf, combine, known)
+        tree = graph.tree(len(needed), leaf, combine, known)
         if self._read_ahead is not None:
-            # When a thread is done with its group, the one so many places further on is its next.
+            # Groups finish in order, so the next group of a thread is max_threads places ahead.
             positions = list(tree.leaves)
             order = graph.order_of(list(tree.leaves.values()))
-            turns = [self._groups[wanted[positions[i]]] for i in order]
-            following = turns[self._workers.most_threads :]
+            turns = [self._groups[needed[positions[i]]] for i in order]
+            following = turns[self._workers.max_threads :]
             for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead, request.left_out)
+                group.read_ahead_of(other, self._read_ahead, request.skipped)
         return tree
 
-    def _wanted(self, request: PassRequest) -> list[int]:
-        """Return the groups of which not all blocks are left out."""
-        if not request.left_out:
+    def _needed_groups(self, request: PassRequest) -> list[int]:
+        """Return the groups with at least one block that is not skipped."""
+        if not request.skipped:
             return list(range(len(self._members)))
-        return [i for i, own in enumerate(self._members) if not own <= request.left_out]
+        return [i for i, own in enumerate(self._members) if not own <= request.skipped]
 
-    def _sizes(self, request: PassRequest) -> NDArray[np.int64]:
-        """Return the ``Amount`` of each wanted group, found once for the passes over all."""
-        if not request.left_out:
+    def _amounts_of(self, request: PassRequest) -> NDArray[np.int64]:
+        """Return the ``Amount`` of each needed group."""
+        if not request.skipped:
             return self._all_sizes
-        return self._amounts(self._wanted(request), request.left_out)
+        return self._amounts(self._needed_groups(request), request.skipped)
 
-    def _amounts(self, groups: Iterable[int], left_out: frozenset[int]) -> NDArray[np.int64]:
+    def _amounts(self, groups: Iterable[int], skipped: frozenset[int]) -> NDArray[np.int64]:
         sizes = []
         for i in groups:
-            blocks = list(self._members[i] - left_out)
+            blocks = list(self._members[i] - skipped)
             rows = self._block_rows.flat[blocks].sum()
             share = len(blocks) / len(self._members[i])
             sizes.append((len(blocks), rows, share * self.memory.group_bytes[i]))
@@ -241,15 +241,12 @@ class DataSet:
         self,
         sample_rows: int,
         seed: int,
-        left_out: frozenset[int] = frozenset(),
-        watch: Watch = lambda parts: None,
+        skipped: frozenset[int] = frozenset(),
+        watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
-        """Read a few blocks and take rows from each, as if those left out were not there.
-
-        ``watch`` may raise to end that, as in ``reduce``.
-        """
+        """Sample rows from a few blocks that are not skipped; ``watch`` as in ``reduce``."""
         block_rows = self._block_rows.copy()
-        block_rows.flat[list(left_out)] = 0
+        block_rows.flat[list(skipped)] = 0
         plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
 
         def tree() -> Tree:
@@ -261,40 +258,40 @@ class DataSet:
             ]
             return graph.of_one(graph.task("sample-join", 0, combine, *leaves))
 
-        sample: PassResult[Sums] = self._attempted(tree, _one_part(), watch)
+        sample: PassResult[Sums] = self._run_with_recovery(tree, _single_result(), watch)
         return sample
 
-    def _block_error(self, fault: Fault) -> BlockReadError:
-        block = self._source.first_block_needing(fault.key)
-        bad = self.bad_block(int(np.ravel_multi_index(block, self.blocks.grid)), fault)
+    def _read_failure(self, read_error: ReadError) -> BlockReadError:
+        block = self._source.first_block_needing(read_error.key)
+        bad = self.skipped_block(int(np.ravel_multi_index(block, self.blocks.grid)), read_error)
         return BlockReadError(
-            f"{bad.sentence}. Repair or replace what is stored there, or let blocks that stay "
-            f"unreadable be left out with HybridStreamingConfig(min_success_rate=...) below 1.",
+            f"{bad.sentence}. Repair the stored data, or pass "
+            f"HybridStreamingConfig(min_success_rate=...) below 1 to skip unreadable blocks.",
             bad.array,
             bad.block,
             bad.chunk,
         )
 
-    def bad_block(self, index: int, fault: Fault) -> BadBlock:
-        """Say in the caller's terms which block could not be read."""
+    def skipped_block(self, index: int, read_error: ReadError) -> SkippedBlock:
+        """Describe an unreadable block in the terms of the caller."""
         block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
         names = self.blocks.layout.array_names
-        arrays = [names[i] for i in self._source.arrays_needing(fault.key, block)]
-        return BadBlock(
+        arrays = [names[i] for i in self._source.arrays_needing(read_error.key, block)]
+        return SkippedBlock(
             block=block,
             grid=self.blocks.grid,
             rows=int(self._block_rows[block]),
-            part=tuple((part.start, part.stop) for part in self.blocks.block_slices(block)),
+            slices=tuple((s.start, s.stop) for s in self.blocks.block_slices(block)),
             array=" and ".join(arrays),
-            chunk=fault.chunk,
-            error=fault.error,
-            tries=fault.tries,
+            chunk=read_error.chunk,
+            error=read_error.error,
+            attempts=read_error.attempts,
         )
 
     def first_not_finite(self, index: int) -> tuple[Index, str]:
-        """Return the position of a block, and in words which of its arrays is not finite and where.
+        """Return the position of a block, and a description of its first non-finite element.
 
-        The block is read once more. The words are none if it is finite now.
+        The block is read again. The description is empty if all elements are finite now.
 
         Parameters
         ----------
@@ -310,13 +307,13 @@ class DataSet:
                 graph.task("not-finite", 0, not_finite, reader, inputs=reader.inputs)
             )
 
-        found: tuple[int, Index, Index] | None = self._attempted(
-            tree, _one_part(), lambda parts: None
+        first: tuple[int, Index, Index] | None = self._run_with_recovery(
+            tree, _single_result(), lambda partials: None
         )
-        if found is None:
+        if first is None:
             return block, ""
-        i, position, shape = found
-        starts = [part.start for part in self.blocks.block_slices(block)]
+        i, position, shape = first
+        starts = [s.start for s in self.blocks.block_slices(block)]
         row = ", ".join(str(start + at) for start, at in zip(starts, position, strict=False))
         name = self.blocks.layout.array_names[i]
         where = f", beginning with {'' if name == 'y_data' else f'{name} at '}y_data[{row}]"
@@ -325,10 +322,10 @@ class DataSet:
         return block, where if chunk is None else f"{where}, in {chunk}"
 
     def missing_chunks(self) -> list[str]:
-        """Return sentences on chunks that a Zarr store does not hold and reads as values."""
+        """Return warnings about chunks that are missing in Zarr stores."""
         return [missing.sentence for missing in self._source.missing_chunks()]
 
 
-def _one_part() -> Parts:
-    """Return parts for a result that is known as a whole or not at all."""
-    return Parts(np.zeros((1, 3), np.int64))
+def _single_result() -> PartialResults:
+    """Return partial results of a tree with a single node."""
+    return PartialResults(np.zeros((1, 3), np.int64))

@@ -1,8 +1,7 @@
-"""A reduction whose finished parts can be seen, kept and given back while it runs.
+"""Execute a reduction with access to its partial results.
 
-A part is a node of the tree in which sums combine: a leaf, or what finished leaves were combined
-to. The tree is fixed, so a reduction that is given parts of an earlier one has the same bits as if
-it had made them itself.
+A partial result is the value of a leaf or an inner node of the reduction tree. The tree is fixed,
+so a reduction that reuses partial results of an earlier run has the same bits.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from distributed.utils import thread_state  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
-from nlsq_dask.engine.serialization import sealed
+from nlsq_dask.engine.serialization import to_opaque_graph
 from nlsq_dask.engine.workers import Workers
 
-_PATIENCE = 5.0  # seconds, and more each time, for a result to be sent
-_GATHER_INTERVAL = 1.0  # seconds between questions whether what is gathered is still there
-# Dask's own schedulers without a cluster, which tell of every task that has finished.
+_PATIENCE = 5.0  # seconds until a transfer is checked, doubled each time
+_GATHER_INTERVAL = 1.0  # seconds between checks that gathered results still exist
+# Dask's local schedulers, which report every finished task.
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
 
 
 class Amount(NamedTuple):
-    """How much data there is in some blocks."""
+    """An amount of data."""
 
     blocks: int
     rows: int
@@ -45,149 +44,142 @@ class Amount(NamedTuple):
 
 
 @dataclass
-class Parts:
-    """The finished parts of a reduction, without those that a larger finished one contains.
+class PartialResults:
+    """The largest partial results of a reduction, none inside another."""
 
-    Attributes
-    ----------
-    sizes : ndarray of int, shape (n, 3)
-        ``Amount`` of each leaf of the tree.
-    values : dict of Node to result
-        On a cluster, to a future of it.
-    """
-
-    sizes: NDArray[np.int64]
-    values: dict[Node, Any] = field(default_factory=dict)
+    sizes: NDArray[np.int64]  # the Amount of each leaf, shape (n, 3)
+    values: dict[Node, Any] = field(default_factory=dict)  # futures on a cluster
     _sums: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         self._sums = np.concatenate([np.zeros((1, 3), np.int64), self.sizes.cumsum(axis=0)])
 
     def add(self, node: Node, value: Any) -> None:
-        """Add a part that has just finished; those inside it go."""
+        """Add a partial result and remove those inside it."""
         level, i = node
         inside = [
             (lower, j)
             for lower, j in self.values
             if lower < level and j // TREE_WIDTH ** (level - lower) == i
         ]
-        for part in inside:
-            smaller = self.values.pop(part)
+        for inner in inside:
+            smaller = self.values.pop(inner)
             if isinstance(smaller, Future):
                 smaller.release()
         self.values[node] = value
 
-    def drop_lost(self) -> None:
-        """Forget what the workers that had it have lost."""
-        lost = [
+    def drop_missing(self) -> None:
+        """Remove results that were lost with their workers."""
+        missing = [
             n for n, v in self.values.items() if isinstance(v, Future) and v.status != "finished"
         ]
-        for part in lost:
-            del self.values[part]
+        for node in missing:
+            del self.values[node]
 
     def release(self) -> None:
-        """Let workers forget what is still with them."""
+        """Release the futures."""
         for value in self.values.values():
             if isinstance(value, Future):
                 value.release()
 
     @property
     def total(self) -> Amount:
-        """What there is."""
+        """The amount of all data."""
         return Amount(*map(int, self._sums[-1]))
 
     @property
     def finished(self) -> Amount:
-        """What is in the finished parts."""
-        found = np.zeros(3, np.int64)
+        """The amount of data in the partial results."""
+        total = np.zeros(3, np.int64)
         for level, i in self.values:
             width = TREE_WIDTH**level
             end = min((i + 1) * width, len(self.sizes))
-            found += self._sums[end] - self._sums[i * width]
-        return Amount(*map(int, found))
+            total += self._sums[end] - self._sums[i * width]
+        return Amount(*map(int, total))
 
     def collect(self) -> dict[Node, Any]:
-        """Return the parts themselves, fetched from the workers where they are there."""
+        """Return the partial results, gathered from the workers if they still exist."""
         futures = {n: v for n, v in self.values.items() if isinstance(v, Future)}
         if not futures:
             return dict(self.values)
         client = next(iter(futures.values())).client
-        # Of those alone that a worker has: for what was lost, it would wait until a worker comes.
-        there = client.sync(_there, client, list(futures.values()))
-        wanted = {n: future for n, future in futures.items() if future.key in there}
-        found = client.sync(_gathered, client, list(wanted.values()))
-        if len(found) == len(wanted):
-            self.values.update(zip(wanted, found, strict=True))
+        # Gathering a lost result would wait until a worker joins.
+        keys = client.sync(_held_keys, client, list(futures.values()))
+        held = {n: future for n, future in futures.items() if future.key in keys}
+        results = client.sync(_gather_if_held, client, list(held.values()))
+        if len(results) == len(held):
+            self.values.update(zip(held, results, strict=True))
         return {n: v for n, v in self.values.items() if not isinstance(v, Future)}
 
 
-async def _there(client: Client, futures: list[Future[Any]]) -> set[Any]:
-    """Return the keys of what a worker has."""
+async def _held_keys(client: Client, futures: list[Future[Any]]) -> set[Any]:
+    """Return the keys of the futures that a worker holds."""
     assert client.scheduler is not None
     holders = await client.scheduler.who_has(keys=[future.key for future in futures])
     return {key for key, workers in holders.items() if workers}
 
 
-async def _gathered(client: Client, futures: list[Future[Any]]) -> list[Any]:
-    """Return results that were there, or nothing if one of them goes before it is sent.
+async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[Any]:
+    """Gather results; return an empty list if one of them is lost in the meantime.
 
-    The gathering would wait until a worker comes. It is not cancelled, because others that gather
-    at the same time wait for the same answer; it ends when the futures are released.
+    The transfer is not canceled, because concurrent ones may wait for the same answer. It ends
+    when the futures are released.
     """
     gathering = asyncio.ensure_future(client.gather(futures, errors="skip", asynchronous=True))
     while True:
         done, _ = await asyncio.wait([gathering], timeout=_GATHER_INTERVAL)
         if done:
             return list(await gathering)
-        if len(await _there(client, futures)) < len(futures):
+        if len(await _held_keys(client, futures)) < len(futures):
             return []
 
 
-Watch = Callable[[Parts], None]
+Watch = Callable[[PartialResults], None]
 
 
-_REPLACED = "all were replaced by others"
+_REPLACED = "all workers were replaced"
 
 
 class WorkersReplacedError(Exception):
-    """None of the workers that a fit had placed something on is there, but others are."""
+    """All workers on which a fit had placed data were replaced by others."""
 
 
-def run_tree(tree: Tree, workers: Workers, parts: Parts, watch: Watch) -> Any:
-    """Run on the active scheduler, calling ``watch`` whenever a part has finished.
-
-    On a cluster, where tasks may wait for a worker, it is called every second in any case.
+def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch) -> Any:
+    """Run a reduction on the active scheduler.
 
     Parameters
     ----------
     tree : Tree
     workers : Workers
-    parts : Parts
-        Receives what has finished.
+    partials : PartialResults
+        Receives the partial results.
     watch : callable
-        May raise, which ends the reduction.
+        Called after each partial result, and every second on a cluster. An exception ends the
+        reduction.
     """
     if workers.client is not None:
-        with _seceded():
-            return _run_on_cluster(tree, workers, workers.client, parts, watch)
+        with _secede():
+            return _run_on_cluster(tree, workers, workers.client, partials, watch)
 
     def finished(key: Any, result: Any, *_: Any) -> None:
         if key in tree.nodes:
-            parts.add(tree.nodes[key], result)
-            watch(parts)
+            partials.add(tree.nodes[key], result)
+            watch(partials)
 
     options: dict[str, Any] = {}
     get = get_scheduler()
     if get in _LOCAL or (isinstance(get, partial) and get.func is get_async):  # of an executor
-        # Given as an argument: the global set of callbacks would be shared by concurrent fits.
+        # As an argument, because concurrent fits share the global set of callbacks.
         options["callbacks"] = [*Callback.active, (None, None, None, finished, None)]
     return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
 
 
 def _run_on_cluster(
-    tree: Tree, workers: Workers, client: Client, parts: Parts, watch: Watch
+    tree: Tree, workers: Workers, client: Client, partials: PartialResults, watch: Watch
 ) -> Any:
-    futures: list[Future[Any]] = client.get(sealed(tree.tasks), list(tree.nodes), sync=False)
+    futures: list[Future[Any]] = client.get(
+        to_opaque_graph(tree.tasks), list(tree.nodes), sync=False
+    )
     finished = as_completed(futures)
     try:
         while True:
@@ -196,31 +188,31 @@ def _run_on_cluster(
                 with finished.thread_condition:
                     finished.thread_condition.wait(timeout=0.1)
                 if time.monotonic() - watched > 1.0:
-                    watch(parts)
-                    # A scheduler leaves tasks that asked for a lost worker waiting, even if they
-                    # allowed others, when there was none at all for a while.
+                    watch(partials)
+                    # After a time without workers, a scheduler may never run tasks that preferred
+                    # a lost worker, even if they allow others.
                     if workers.are_replaced:
                         raise WorkersReplacedError(_REPLACED)
                     watched = time.monotonic()
             future: Future[Any] = next(finished)
             if future.status != "finished":
                 future.result()  # raises
-            parts.add(tree.nodes[future.key], future)
-            watch(parts)
+            partials.add(tree.nodes[future.key], future)
+            watch(partials)
             if future.key == tree.root.key:
-                return _fetched(future, workers, parts, watch)
+                return _fetch(future, workers, partials, watch)
     finally:
-        # One by one, because an error that is raised from a future keeps it, and this frame.
-        kept = {value.key for value in parts.values.values() if isinstance(value, Future)}
+        # Explicitly, because an exception from a future keeps it and this frame alive.
+        kept = {value.key for value in partials.values.values() if isinstance(value, Future)}
         for future in futures:
             if future.key not in kept:
                 future.release()
 
 
-def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) -> Any:
-    """Return a result that was there; the workers that had it may have gone since.
+def _fetch(future: Future[Any], workers: Workers, partials: PartialResults, watch: Watch) -> Any:
+    """Return a finished result, or raise if its workers are lost.
 
-    Then it is computed again, which those that took their place may never be asked to do.
+    The scheduler then recomputes it, but may never assign it to the replacements.
     """
     patience = _PATIENCE
     while True:
@@ -229,20 +221,20 @@ def _fetched(future: Future[Any], workers: Workers, parts: Parts, watch: Watch) 
         except TimeoutError:
             if future.status == "error":
                 raise
-            watch(parts)
+            watch(partials)
             if workers.are_replaced:
                 raise WorkersReplacedError(_REPLACED) from None
         patience *= 2
 
 
 @contextmanager
-def _seceded() -> Iterator[None]:
-    """Make room for the tasks of a fit that runs in a task itself, as Dask's own compute does."""
+def _secede() -> Iterator[None]:
+    """Secede while a fit runs inside a task, as ``compute`` of Dask does."""
     inside = bool(getattr(thread_state, "key", False))
     if inside:
         try:
             secede()
-        except KeyError:  # it has, as in ``distributed.worker_client``
+        except KeyError:  # already seceded, as in ``distributed.worker_client``
             inside = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""``MemoryPlan``: what a pass needs of a worker's memory, computed before anything is read."""
+"""``MemoryPlan``: memory that a pass needs on a worker, computed from metadata."""
 
 from __future__ import annotations
 
@@ -11,40 +11,24 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 
-# Python with its libraries, compiled programs, the scheduler's own needs; measured.
+# Python with its libraries, compiled programs and overhead of the scheduler; measured.
 _BASE_BYTES = 350 * 2**20
 # While a chunk is decoded, encoded and decoded bytes are in memory together.
 _COPIES = 2
-_MOST_FILLED = 0.8  # of a worker's memory, where distributed pauses it
+_MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
 _AUTO_CACHE = 0.2  # of a worker's memory
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that the blocks take.
+    """Memory of blocks, tasks and workers, in bytes."""
 
-    Attributes
-    ----------
-    group_bytes : tuple of int
-        Of all blocks of each group.
-    task_bytes : int
-        That one running task needs at most.
-    threads : int
-        Tasks that run at once in a worker.
-    cache_bytes : int
-        That blocks may take in a worker between passes.
-    all_fits : bool
-        Whether that is enough for all blocks.
-    limit : int
-        Memory of a worker.
-    """
-
-    group_bytes: tuple[int, ...]
-    task_bytes: int
-    threads: int
-    cache_bytes: int
-    all_fits: bool
-    limit: int
+    group_bytes: tuple[int, ...]  # of the blocks of each group
+    task_bytes: int  # peak of one running task
+    threads: int  # concurrent tasks per worker
+    cache_bytes: int  # for cached blocks, per worker
+    all_fits: bool  # whether all blocks can be cached
+    limit: int  # memory of a worker
 
     @classmethod
     def of(
@@ -54,20 +38,20 @@ class MemoryPlan:
         workers: Workers,
         cache: int | str,
     ) -> MemoryPlan:
-        """Compute it from the grid of blocks and the option ``cache``."""
+        """Compute the plan from the grid of blocks and the option ``cache``."""
         block_bytes = blocks.block_bytes()
         group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)
-        # The next block is read ahead: of the same group, or in this process of another.
+        # The next block is read ahead, in this process from the next group as well.
         reads_ahead = max(map(len, groups)) > 1 or workers.shares_memory
         at_once = 2 if reads_ahead else 1
         task_bytes = 0
         if not blocks.in_memory:
             task_bytes = _COPIES * max(at_once * int(block_bytes.max()), blocks.split_bytes)
-        threads, limit = min(workers.most_threads, len(groups)), workers.memory_limit
-        free = int(_MOST_FILLED * limit) - _BASE_BYTES - threads * task_bytes
-        wanted = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
+        threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
+        free = int(_MAX_FILLED * limit) - _BASE_BYTES - threads * task_bytes
+        requested = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
-        cache_bytes = max(min(int(wanted), free), 0) if is_useful else 0
+        cache_bytes = max(min(int(requested), free), 0) if is_useful else 0
         all_fits = sum(group_bytes) <= cache_bytes * workers.n_processes
         return cls(group_bytes, task_bytes, threads, cache_bytes, all_fits, limit)
 
@@ -78,24 +62,24 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """What a worker needs at most, cache included."""
+        """Peak memory of a worker, cache included."""
         cached = min(self.cache_bytes, self.bytes_per_pass)
         return _BASE_BYTES + self.threads * self.task_bytes + cached
 
     @property
     def problem(self) -> str | None:
-        """Why a worker would not have enough memory, or None."""
+        """Reason why the memory of a worker is too small, or None."""
         needed = _BASE_BYTES + self.threads * self.task_bytes
-        if needed <= _MOST_FILLED * self.limit:
+        if needed <= _MAX_FILLED * self.limit:
             return None
         return (
-            f"a worker would need {format_bytes(needed)} and has {format_bytes(self.limit)}: each "
-            f"of its {self.threads} threads reads a block of up to "
+            f"a worker needs {format_bytes(needed)} of memory and has {format_bytes(self.limit)}: "
+            f"each of its {self.threads} threads reads blocks of up to "
             f"{format_bytes(self.task_bytes // _COPIES)}. Use smaller chunks (rechunk the arrays, "
-            f"or open them with chunks=...), fewer threads a worker, or workers with more memory"
+            f"or open them with chunks=...), fewer threads per worker, or workers with more memory"
         )
 
     def check(self) -> None:
-        """Raise a DataError if a worker would not have enough memory."""
+        """Raise a DataError if the memory of a worker is too small."""
         if self.problem is not None:
             raise DataError(f"{self.problem}.")

@@ -1,7 +1,7 @@
-"""What is one task, in which tree the sums combine, and how a graph reaches the scheduler.
+"""Block groups, the reduction tree, and the graph that is sent to the scheduler.
 
-Groups and tree follow from the grid of blocks alone, never from the number of workers or from who
-was first, so the sums have the same bits on every cluster.
+Groups and tree depend on the grid of blocks alone, not on the number of workers or the order of
+execution, so the sums have the same bits on every cluster.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from dask.order import order
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from nlsq_dask.engine.serialization import seal, unseal
+from nlsq_dask.engine.serialization import from_opaque, to_opaque
 from nlsq_dask.engine.workers import Workers
 
-Node = tuple[int, int]  # of a tree: level, 0 for leaves, and position in it
+Node = tuple[int, int]  # level, 0 for leaves, and position in the level
 
-# A task costs a distributed scheduler about a millisecond whatever it does: small blocks share
-# one, and with many blocks groups grow, so that there are never many more tasks than these.
-_LEAST_GROUP_ROWS = 2**18
-_LEAST_GROUP_BLOCKS = 128
-_MOST_GROUPS = 8192
+# A task costs a distributed scheduler about a millisecond, so small blocks share one and the number
+# of groups is limited.
+_MIN_GROUP_ROWS = 2**18
+_MIN_GROUP_BLOCKS = 128
+_MAX_GROUPS = 8192
 TREE_WIDTH = 16
 
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
-    """Put consecutive blocks into groups, in C order of the grid; empty blocks are left out."""
-    enough_rows = max(_LEAST_GROUP_ROWS, -(int(block_rows.sum()) // -_MOST_GROUPS))
-    enough_blocks = max(_LEAST_GROUP_BLOCKS, -(int((block_rows > 0).sum()) // -_MOST_GROUPS))
+    """Group consecutive blocks in C order of the grid, without empty blocks."""
+    enough_rows = max(_MIN_GROUP_ROWS, -(int(block_rows.sum()) // -_MAX_GROUPS))
+    enough_blocks = max(_MIN_GROUP_BLOCKS, -(int((block_rows > 0).sum()) // -_MAX_GROUPS))
     groups: list[list[tuple[int, ...]]] = []
     rows = 0
     for index in np.ndindex(block_rows.shape):
@@ -49,46 +49,46 @@ def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
     return groups
 
 
-def send_once(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
-    """Send large values to a cluster, if there is one, for as long as the result lives.
-
-    Otherwise every pass would carry them in its graph.
+def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
+    """Send large values to a cluster once, instead of in the graph of every pass.
 
     Returns
     -------
     dict
-        A future for every key; empty where tasks run in this process's memory anyway.
+        A future for each key; empty without a cluster.
     """
     if not values or client is None:
         return {}
-    # Under names of their own: a name that was used before could still be on its way out.
+    # New names: the release of an earlier name may still be in progress.
     futures = client.scatter(list(values.values()), hash=False)
     return dict(zip(values, futures, strict=True))
 
 
-def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
-    """Place values on the workers, evenly, for as long as the results live.
+def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
+    """Distribute values over the workers.
 
-    They are results of tasks, so that a scheduler can make them again if a worker is lost.
+    They are results of tasks, which a scheduler recomputes if a worker is lost.
 
     Returns
     -------
     list
-        Futures on a cluster, else the values themselves.
+        Futures on a cluster, otherwise the values.
     """
     if workers.client is None:
         return values
     token = uuid.uuid4().hex
     if not workers.threads:  # a cluster that is still starting
         keys = [f"nlsq-{name}-{token}-{i}" for i in range(len(values))]
-        return list(workers.client.map(unseal, [seal(value) for value in values], key=keys))
+        return list(
+            workers.client.map(from_opaque, [to_opaque(value) for value in values], key=keys)
+        )
     futures: dict[int, Any] = {}
-    for address, share in workers.share_out(list(enumerate(values))).items():
+    for address, share in workers.assign(list(enumerate(values))).items():
         if not share:
             continue
         placed = workers.client.map(
-            unseal,
-            [seal(value) for _, value in share],
+            from_opaque,
+            [to_opaque(value) for _, value in share],
             key=[f"nlsq-{name}-{token}-{i}" for i, _ in share],
             workers=[address],
             allow_other_workers=True,
@@ -98,14 +98,14 @@ def hold(name: str, values: list[Any], workers: Workers) -> list[Any]:
 
 
 def count_tree(n_leaves: int) -> int:
-    """Return the number of tasks that combine so many results."""
+    """Return the number of combining tasks for a number of leaves."""
     sizes = _level_sizes(n_leaves)
-    # Where one is left over in a level, nothing is combined.
+    # A single node at the end of a level is not combined.
     return sum(above - (below % TREE_WIDTH == 1) for below, above in pairwise(sizes))
 
 
 def _level_sizes(n_leaves: int) -> list[int]:
-    """Return the number of nodes in each level of the tree, from the leaves to the root."""
+    """Return the number of nodes per level, from the leaves to the root."""
     sizes = [n_leaves]
     while sizes[-1] > 1:
         sizes.append(-(sizes[-1] // -TREE_WIDTH))
@@ -114,30 +114,19 @@ def _level_sizes(n_leaves: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tree:
-    """Tasks that reduce leaves in order, in a tree of fixed width.
+    """A graph that reduces leaves in order, in a tree of fixed width."""
 
-    Attributes
-    ----------
-    tasks : dict
-        The whole graph.
-    root : TaskRef
-    leaves : dict of int to TaskRef
-        Those that have to be computed.
-    nodes : dict of key to Node
-        Where the tasks to be computed stand in the tree.
-    """
-
-    tasks: dict[Any, Any]
+    tasks: dict[Any, Any]  # the whole graph
     root: TaskRef
-    leaves: dict[int, TaskRef]
-    nodes: dict[Any, Node]
+    leaves: dict[int, TaskRef]  # leaves to compute
+    nodes: dict[Any, Node]  # nodes to compute, by key
 
 
 class TaskGraph:
-    """A graph under construction, with names that no other graph has.
+    """A graph under construction, with unique keys.
 
-    A name is never used twice, so that a scheduler cannot mistake the sums of one pass for those of
-    another. The names begin with what the dashboard should show.
+    No two passes share a key, so a scheduler cannot confuse their sums. The first word of a key is
+    shown on the dashboard.
     """
 
     def __init__(self, shared: dict[Any, Any]) -> None:
@@ -145,7 +134,7 @@ class TaskGraph:
         self._token = uuid.uuid4().hex
 
     def constant(self, name: str, value: Any) -> TaskRef:
-        """Add a value that many tasks need, so that it is sent to a worker once."""
+        """Add a value that many tasks share, sent to each worker once."""
         if isinstance(value, Future):
             self._tasks[value.key] = value
             return TaskRef(value.key)
@@ -161,7 +150,7 @@ class TaskGraph:
         *args: Any,
         inputs: Iterable[Any] = (),
     ) -> TaskRef:
-        """Add a call; arguments that are TaskRef, and the keys ``inputs``, become results."""
+        """Add a task; results replace ``TaskRef`` arguments and the keys ``inputs``."""
         key = (f"nlsq-{name}-{self._token}", index)
         self._tasks[key] = Task(key, function, *args, *map(TaskRef, inputs))
         return TaskRef(key)
@@ -179,11 +168,11 @@ class TaskGraph:
         ----------
         n_leaves : int
         leaf : callable
-            Adds the task of a leaf.
+            Adds the task of the i-th leaf.
         combine : callable
-            Combines results, in their order.
+            Combines results in order.
         known : mapping of Node to result
-            Parts of the tree that are not computed again.
+            Partial results that are not recomputed.
         """
         sizes = _level_sizes(n_leaves)
         inside = {
@@ -198,32 +187,32 @@ class TaskGraph:
         nodes: dict[Any, Node] = {}
         below: list[TaskRef | None] = []
         for level, size in enumerate(sizes):
-            found: list[TaskRef | None] = []
+            nodes_above: list[TaskRef | None] = []
             for i in range(size):
-                parts = below[i * TREE_WIDTH : (i + 1) * TREE_WIDTH]
+                children = below[i * TREE_WIDTH : (i + 1) * TREE_WIDTH]
                 if (level, i) in inside:
-                    found.append(None)
+                    nodes_above.append(None)
                 elif (level, i) in known:
-                    found.append(self.constant(f"part-{level}-{i}", known[level, i]))
-                elif len(parts) == 1:
-                    found.append(parts[0])
+                    nodes_above.append(self.constant(f"partial-{level}-{i}", known[level, i]))
+                elif len(children) == 1:
+                    nodes_above.append(children[0])
                 else:
                     number = sum(sizes[1:level]) + i
-                    task = self.task("combine", number, combine, *parts) if level else leaf(i)
+                    task = self.task("combine", number, combine, *children) if level else leaf(i)
                     if not level:
                         leaves[i] = task
                     nodes[task.key] = level, i
-                    found.append(task)
-            below = found
+                    nodes_above.append(task)
+            below = nodes_above
         (root,) = below
         assert root is not None
         return Tree(self._tasks, root, leaves, nodes)
 
     def order_of(self, tasks: Sequence[TaskRef]) -> list[int]:
-        """Return the positions of tasks in the order in which Dask's own schedulers run them."""
+        """Return the indices of tasks in the order in which Dask runs them."""
         priorities = order(self._tasks)
         return sorted(range(len(tasks)), key=lambda i: priorities[tasks[i].key])
 
     def of_one(self, result: TaskRef) -> Tree:
-        """Return the graph as that of one result, which is the only part."""
+        """Return the tree of a single result."""
         return Tree(self._tasks, result, {}, {result.key: (0, 0)})

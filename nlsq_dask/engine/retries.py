@@ -1,4 +1,4 @@
-"""Reading can fail: what is tried again, and what is known of that which stays unreadable."""
+"""Retries of failed reads, and records of what remains unreadable."""
 
 from __future__ import annotations
 
@@ -15,138 +15,112 @@ from nlsq_dask.errors import DataError
 
 Key = Any
 
-# Seconds before a step is tried again, growing with each try: long enough for a server to recover.
+# Seconds before a retry, growing with each: long enough for a server to recover.
 _FIRST_PAUSE, _GROWTH, _LONGEST_PAUSE = 0.1, 4.0, 10.0
-# These say that a program is wrong, not that a store is: trying again would not help, and to leave
-# out rows would hide it.
+# Errors of a program, not of a store: a retry does not help, and skipping rows would hide them.
 _PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
-_MOST_TEXT = 500  # characters of an error that are quoted
+_MAX_TEXT = 500  # characters of an error that are quoted
 
 
 @dataclass(frozen=True)
 class ReadPolicy:
-    """What happens where reading fails.
+    """How failed reads are handled."""
 
-    Attributes
-    ----------
-    retries : int
-        How often a step that has failed is tried again.
-    leaves_out : bool
-        Whether blocks that stay unreadable are left out; if not, the first of them is an error.
-    """
-
-    retries: int = 0
-    leaves_out: bool = False
+    retries: int = 0  # of a failed step
+    skips_unreadable: bool = False  # if False, the first unreadable block is an error
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Why a step of the graph has no value; it stands for the value, also in what is made of it.
+class ReadError:
+    """The error of a step of the graph; replaces its value and those of dependent steps."""
 
-    Attributes
-    ----------
-    key : key
-        Of the step.
-    error : str
-        Type and text.
-    chunk : str or None
-        What the store could not give.
-    tries : int
-    """
-
-    key: Key
-    error: str
-    chunk: str | None
-    tries: int
+    key: Key  # of the step
+    error: str  # type and message
+    chunk: str | None  # the unreadable chunk, if known
+    attempts: int
 
 
 class ReadFailedError(Exception):
-    """A step has failed for good; made for the way from a worker to where the blocks have names."""
+    """A step failed after all retries; carries the ``ReadError`` from a worker to the client."""
 
-    def __init__(self, fault: Fault, cause: Exception | None) -> None:
-        super().__init__(fault.error)
-        self.fault = fault
+    def __init__(self, read_error: ReadError, cause: Exception | None) -> None:
+        super().__init__(read_error.error)
+        self.read_error = read_error
         self.cause = cause
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.fault, _if_sendable(self.cause))
+        return type(self), (self.read_error, _if_sendable(self.cause))
 
 
 def _if_sendable(error: Exception | None) -> Exception | None:
-    """Return the error if it survives pickling, which those of libraries not always do."""
+    """Return the error if it can be pickled, otherwise None."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever the classes of others do
+    except Exception:  # pickling runs code of any library
         return None
     return error
 
 
 def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> tuple[Any, int]:
-    """Run one step of the caller's graph, again if it fails.
+    """Run one step of the caller's graph, with retries.
 
     Parameters
     ----------
     node : GraphNode
     values : mapping
-        Of the steps that it depends on, faults among them.
+        Values or errors of its dependencies.
     policy : ReadPolicy
 
     Returns
     -------
     value
-        A ``Fault`` if there is none and it may be left out.
+        A ``ReadError`` if the step failed and the policy skips unreadable blocks.
     retries : int
 
     Raises
     ------
     ReadFailedError
-        If it has no value.
+        If the step failed otherwise.
     """
     for key in node.dependencies:
-        if isinstance(values[key], Fault):
+        if isinstance(values[key], ReadError):
             return values[key], 0
     retries = 0
     while True:
         try:
             return node(values), retries
         except (MemoryError, DataError):
-            raise  # DataError: it was read, and cannot be used
+            raise  # a DataError is not a failure to read
         except Exception as error:
-            # A store, a codec, a file system over a network: each raises what it likes.
+            # Stores, codecs and network file systems raise errors of any class.
             is_program = isinstance(error, _PROGRAM_ERRORS)
             if is_program or retries >= policy.retries:
-                fault = Fault(node.key, _text(error), failing_chunk(node, values), retries + 1)
-                if policy.leaves_out and not is_program:
-                    return fault, retries
-                raise ReadFailedError(fault, error) from error
+                read_error = ReadError(
+                    node.key, _text(error), failing_chunk(node, values), retries + 1
+                )
+                if policy.skips_unreadable and not is_program:
+                    return read_error, retries
+                raise ReadFailedError(read_error, error) from error
         time.sleep(min(_FIRST_PAUSE * _GROWTH**retries, _LONGEST_PAUSE))
         retries += 1
 
 
 def _text(error: Exception) -> str:
     text = str(error).rstrip(".")
-    return f"{type(error).__name__}: {text[:_MOST_TEXT]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:_MAX_TEXT]}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)
 class SharedStep:
-    """A step that stands on its own in the graph, because several groups need it.
-
-    Attributes
-    ----------
-    node : GraphNode
-    dependencies : tuple of key
-        In the order in which their values are passed.
-    policy : ReadPolicy
-    """
+    """A step that several groups need, as a separate task."""
 
     node: GraphNode
-    dependencies: tuple[Key, ...]
+    dependencies: tuple[Key, ...]  # in the order of the arguments
     policy: ReadPolicy
 
     @classmethod
-    def wrapped(cls, node: GraphNode, policy: ReadPolicy) -> GraphNode:
-        """Return a node that runs another one as a step; constants and names stay as they are."""
+    def wrap(cls, node: GraphNode, policy: ReadPolicy) -> GraphNode:
+        """Wrap a task as a step; return other nodes unchanged."""
         if not isinstance(node, Task):
             return node
         dependencies = tuple(node.dependencies)
@@ -154,73 +128,58 @@ class SharedStep:
         return Task(node.key, step, *map(TaskRef, dependencies))
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run it on the values of its dependencies."""
-        values, _ = unwrapped(zip(self.dependencies, inputs, strict=True))
+        """Run the step on the values of its dependencies."""
+        values, _ = unwrap(zip(self.dependencies, inputs, strict=True))
         value, retries = run_step(self.node, values, self.policy)
         return Retried(value, {self.node.key: retries}) if retries else value
 
 
 @dataclass(frozen=True)
 class Retried:
-    """A value of a shared step, with how many more tries than one it took, by the step's key."""
+    """A value of a shared step, and the number of retries by key."""
 
     value: Any
     retries: dict[Key, int] = field(default_factory=dict)
 
 
-def unwrapped(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
-    """Return values of steps, and the tries that they took."""
-    found: dict[Key, Any] = {}
+def unwrap(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
+    """Return values and retries of steps by key."""
+    results: dict[Key, Any] = {}
     retries: dict[Key, int] = {}
     for key, value in values:
-        found[key] = value
+        results[key] = value
         if isinstance(value, Retried):
-            found[key] = value.value
+            results[key] = value.value
             retries |= value.retries
-    return found, retries
+    return results, retries
 
 
 @dataclass(frozen=True)
-class BadBlock:
-    """A block that could not be read, in the caller's terms.
+class SkippedBlock:
+    """An unreadable block, in the terms of the caller."""
 
-    Attributes
-    ----------
-    block, grid : tuple of int
-        Its position, and the number of blocks along each dimension of y.
-    rows : int
-    part : tuple of (int, int)
-        Which part of y it is, by start and end along each dimension.
-    array : str
-        Names of the arrays that could not be read there.
-    chunk : str or None
-        Where the store holds what could not be read.
-    error : str
-    tries : int
-    """
-
-    block: tuple[int, ...]
-    grid: tuple[int, ...]
+    block: tuple[int, ...]  # position in the grid
+    grid: tuple[int, ...]  # number of blocks along each dimension of y
     rows: int
-    part: tuple[tuple[int, int], ...]
-    array: str
-    chunk: str | None
+    slices: tuple[tuple[int, int], ...]  # start and end along each dimension of y
+    array: str  # names of the unreadable arrays
+    chunk: str | None  # the unreadable chunk, if known
     error: str
-    tries: int
+    attempts: int
 
     @property
     def sentence(self) -> str:
-        """What a person should know of it."""
-        part = ", ".join(f"{start}:{end}" for start, end in self.part)
+        """Description of the block and its error, without a full stop."""
+        slices = ", ".join(f"{start}:{end}" for start, end in self.slices)
         where = "" if self.chunk is None else f"{self.chunk}: "
-        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        attempts = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
         return (
-            f"{self.array} could not be read in {tries} in block {self.block} of the grid "
-            f"{self.grid}, y_data[{part}]: {where}{self.error}"
+            f"{self.array} could not be read after {attempts} in block {self.block} of the grid "
+            f"{self.grid}, y_data[{slices}]: {where}{self.error}"
         )
 
     def record(self) -> dict[str, Any]:
-        """Return what a result keeps of it."""
+        """Return the entry of ``diagnostics["left_out"]``."""
         return {
             "block": self.block,
             "rows": self.rows,
@@ -232,29 +191,33 @@ class BadBlock:
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What was read, and what went wrong with it."""
+    """Counts of what was read, with errors and retries."""
 
     rows_read: int = 0
     bytes_read: int = 0
-    rows_cached: int = 0  # in a worker's memory from an earlier pass
+    rows_cached: int = 0  # from the memory of a worker
     n_blocks: int = 0  # read, not cached
-    lost: dict[int, Fault] = field(default_factory=dict)  # blocks not read, by flat index
+    errors: dict[int, ReadError] = field(default_factory=dict)  # by flat index of the block
     retries: dict[Key, int] = field(default_factory=dict)  # by step
 
     @classmethod
-    def joined(cls, reports: Iterable[ReadReport]) -> ReadReport:
-        """Return what all of them say; what several groups have waited for counts once."""
+    def concatenate(cls, reports: Iterable[ReadReport]) -> ReadReport:
+        """Combine reports; retries of a shared step count once."""
         reports = list(reports)
         return cls(
             sum(report.rows_read for report in reports),
             sum(report.bytes_read for report in reports),
             sum(report.rows_cached for report in reports),
             sum(report.n_blocks for report in reports),
-            {index: fault for report in reports for index, fault in report.lost.items()},
+            {
+                index: read_error
+                for report in reports
+                for index, read_error in report.errors.items()
+            },
             {key: count for report in reports for key, count in report.retries.items()},
         )
 
     @property
     def n_retries(self) -> int:
-        """How often something was tried again."""
+        """Total number of retries."""
         return sum(self.retries.values())

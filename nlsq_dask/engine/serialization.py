@@ -1,8 +1,7 @@
-"""What a fit sends to workers, sealed from the scheduler that it passes through.
+"""Opaque serialization: graphs whose contents only workers unpickle.
 
-Distributed unpickles graphs in the scheduler's process, which may lack this package, JAX or what
-the caller's arrays are read with. Only workers need these, so a scheduler sees keys, dependencies
-and bytes.
+Distributed unpickles graphs on the scheduler, which may lack this package, JAX or the libraries
+that read the caller's arrays. An opaque graph has only keys, dependencies and bytes.
 """
 
 from __future__ import annotations
@@ -16,46 +15,43 @@ from typing import Any
 from dask._task_spec import DataNode, GraphNode, Task, TaskRef
 from distributed.protocol.pickle import dumps, loads
 
-unseal = loads  # a function that a scheduler has
+from_opaque = loads  # a function that a scheduler has
 
 
-def seal(value: Any) -> bytes:
-    """Return the bytes of which ``unseal`` makes the value."""
-    data: bytes = dumps(PackageFirst(value))
+def to_opaque(value: Any) -> bytes:
+    """Pickle a value, for ``from_opaque`` on a worker."""
+    data: bytes = dumps(WithPackageImport(value))
     return data
 
 
-def sealed(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a graph with the same keys and dependencies, and the rest as bytes.
+def to_opaque_graph(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a graph with the same keys and dependencies, and everything else as bytes.
 
-    Parameters
-    ----------
-    tasks : dict
-        What is no node of a graph, a caller's future, stays as it is.
+    Futures of the caller stay as they are.
     """
-    opened: dict[int, Task] = {}  # of functions that many tasks call, sealed once
+    functions: dict[int, Task] = {}  # by id, each serialized once
     return {
-        key: _sealed(key, node, opened) if isinstance(node, GraphNode) else node
+        key: _to_opaque_task(key, node, functions) if isinstance(node, GraphNode) else node
         for key, node in tasks.items()
     }
 
 
-def _sealed(key: Any, node: GraphNode, opened: dict[int, Task]) -> Task:
+def _to_opaque_task(key: Any, node: GraphNode, functions: dict[int, Task]) -> Task:
     if isinstance(node, DataNode):
-        return Task(key, unseal, seal(node.value))
+        return Task(key, from_opaque, to_opaque(node.value))
     if isinstance(node, Task) and not node.kwargs and all(type(a) is TaskRef for a in node.args):
         function = id(node.func)
-        if function not in opened:
-            opened[function] = Task(None, unseal, seal(node.func))
-        return Task(key, operator.call, opened[function], *node.args)
+        if function not in functions:
+            functions[function] = Task(None, from_opaque, to_opaque(node.func))
+        return Task(key, operator.call, functions[function], *node.args)
     needed = tuple(node.dependencies)
-    step = Task(None, unseal, seal(_Step(node, needed)))
+    step = Task(None, from_opaque, to_opaque(_Step(node, needed)))
     return Task(key, operator.call, step, *map(TaskRef, needed))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A node, called with the results of the keys that it needs, in their order."""
+    """A node that is called with the results of its dependencies, in their order."""
 
     node: GraphNode
     needed: tuple[Any, ...]
@@ -65,11 +61,11 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class PackageFirst:
-    """Unpickled, it is the value itself, and the package was imported before a module of it.
+class WithPackageImport:
+    """A value whose unpickling imports the package before any of its modules.
 
-    A thread that imports a module first holds that module's lock while it waits for the package's;
-    another one that imports the package then waits for the first, and Python raises an error.
+    Otherwise, two threads that import the package and one of its modules deadlock, and Python
+    raises an error.
     """
 
     value: Any

@@ -1,9 +1,8 @@
-"""The graph that makes the blocks, cut so that one task reads and computes a whole block group.
+"""``SourceGraph``: the caller's graph, partitioned into one task per block group.
 
-Dask's own fusion joins tasks along a line; a group of blocks of several arrays is a tree. So the
-tasks that only one group needs are put into that group's task, as a ``GroupReader``, and run there
-one block after another. What several groups need (a mean that was subtracted, a chunk that was
-split) stays a task of its own and runs once.
+Dask fuses chains of tasks, but a group of blocks of several arrays is a tree. Steps that only one
+group needs become its ``GroupReader``, which runs them one block after another. Steps that several
+groups need, such as a mean or a split chunk, remain tasks and run once.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from nlsq_dask.data.sources.from_zarr import (
     stored_regions,
 )
 from nlsq_dask.engine.retries import (
-    Fault,
+    ReadError,
     ReadPolicy,
     SharedStep,
     run_step,
-    unwrapped,
+    unwrap,
 )
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout
@@ -41,76 +40,55 @@ Key = Any
 Index = tuple[int, ...]
 
 _SHARED = -1
-# A literal up to this size (an opened Zarr array, a lock) is written into every group.
+# Literals up to this size, such as an opened Zarr array or a lock, are copied into each group.
 _MAX_INLINE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class ReadBlock:
-    """A block as it came from the source, or the reason why it did not.
+    """A block from the source, or the error of reading it."""
 
-    Attributes
-    ----------
-    index : int
-        Flat index in the grid.
-    block : Block or None
-    fault : Fault or None
-    retries : dict of key to int
-        How often steps were tried again to read it.
-    """
-
-    index: int
+    index: int  # flat index in the grid
     block: Block | None
-    fault: Fault | None = None
-    retries: dict[Key, int] = field(default_factory=dict)
+    read_error: ReadError | None = None
+    retries: dict[Key, int] = field(default_factory=dict)  # by step
 
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Reads the blocks of one group, one after the other; what one task holds.
-
-    Attributes
-    ----------
-    layout : Layout
-    blocks : tuple of (int, list of key, list of shape)
-        Flat index of each block, with the keys and shapes of its arrays.
-    steps : dict of key to GraphNode
-        What to run, in topological order.
-    inputs : tuple of key
-        What has to come from other tasks.
-    policy : ReadPolicy
-    """
+    """Reads the blocks of one group, one after another, within one task."""
 
     layout: Layout
+    # Flat index of each block, with the keys and shapes of its arrays.
     blocks: tuple[tuple[int, list[Key], list[Index]], ...]
-    steps: dict[Key, GraphNode]
-    inputs: tuple[Key, ...]
+    steps: dict[Key, GraphNode]  # in topological order
+    inputs: tuple[Key, ...]  # keys of other tasks
     policy: ReadPolicy
 
-    def count(self, left_out: frozenset[int]) -> int:
+    def count(self, skipped: frozenset[int]) -> int:
         """Return the number of blocks that ``read`` yields."""
-        return sum(index not in left_out for index, *_ in self.blocks)
+        return sum(index not in skipped for index, *_ in self.blocks)
 
     def read(
-        self, inputs: Sequence[Any], left_out: frozenset[int] = frozenset()
+        self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()
     ) -> Iterator[ReadBlock]:
-        """Yield the blocks, each as soon as it is read; nothing is kept longer than needed.
+        """Yield each block as soon as it is read; intermediate values are released early.
 
         Parameters
         ----------
         inputs : sequence
-            Results of the tasks that ``inputs`` names.
-        left_out : frozenset of int
-            Flat indices of blocks that are not wanted.
+            Results of the tasks in ``inputs``.
+        skipped : frozenset of int
+            Flat indices of blocks.
 
         Raises
         ------
         ReadFailedError
-            If a block cannot be read and may not be left out.
+            If a block cannot be read and the policy does not skip it.
         """
-        blocks = [block for block in self.blocks if block[0] not in left_out]
+        blocks = [block for block in self.blocks if block[0] not in skipped]
         steps = self.steps if len(blocks) == len(self.blocks) else self._steps_of(blocks)
-        values, retries = unwrapped(zip(self.inputs, inputs, strict=True))
+        values, retries = unwrap(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
         uses.update(key for _, keys, _ in blocks for key in keys)
 
@@ -124,23 +102,23 @@ class GroupReader:
         for index, keys, shapes in blocks:
             while not all(key in values for key in keys):
                 key, node = next(pending)
-                # What has failed is run again by itself; what it depends on is still there.
-                values[key], tries = run_step(node, values, self.policy)
-                if tries:
-                    retries[key] = tries
+                # Only the failed step is retried; its dependencies are still in memory.
+                values[key], n_retries = run_step(node, values, self.policy)
+                if n_retries:
+                    retries[key] = n_retries
                 release(node.dependencies)
             arrays = [values[key] for key in keys]
             release(keys)
-            fault = next((array for array in arrays if isinstance(array, Fault)), None)
-            block = None if fault else Block.of(arrays, self.layout, shapes)
+            read_error = next((array for array in arrays if isinstance(array, ReadError)), None)
+            block = None if read_error else Block.of(arrays, self.layout, shapes)
             del arrays
-            yield ReadBlock(index, block, fault, retries)
+            yield ReadBlock(index, block, read_error, retries)
             retries = {}
 
     def _steps_of(
         self, blocks: Sequence[tuple[int, list[Key], list[Index]]]
     ) -> dict[Key, GraphNode]:
-        """Return the steps that these blocks need, in the same order."""
+        """Return the steps that some blocks need, in topological order."""
         stack = [key for _, keys, _ in blocks for key in keys]
         needed: set[Key] = set()
         while stack:
@@ -153,49 +131,44 @@ class GroupReader:
 
 @dataclass(frozen=True)
 class MissingChunks:
-    """Chunks that a fit reads and a Zarr store does not hold.
-
-    Attributes
-    ----------
-    array : zarr.Array
-    keys : tuple of str
-    """
+    """Chunks that a fit reads but a Zarr store does not contain."""
 
     array: zarr.Array[Any]
     keys: tuple[str, ...]
 
     @property
     def sentence(self) -> str:
-        """What a person should know of it."""
+        """Warning about the chunks."""
         what = "1 chunk" if len(self.keys) == 1 else f"{len(self.keys):,} chunks"
         listed = join_first(self.keys, 3)
         return (
-            f"{self.array.store_path} lacks {what} that the fit reads ({listed}), for which Zarr "
-            f"gives the fill value, {self.array.fill_value}. It stores no chunks that hold nothing "
-            f"else, so this may be right; if they were lost, write them again, or mask their rows."
+            f"{self.array.store_path} lacks {what} that the fit reads ({listed}); Zarr returns the "
+            f"fill value, {self.array.fill_value}. Chunks of nothing but the fill value are not "
+            f"stored by default, so this may be correct. If chunks were deleted, write them again "
+            f"or mask their rows."
         )
 
 
 class SourceGraph:
-    """The optimized graph of all blocks of a data set, from which readers are cut.
+    """The optimized graph of all blocks of a data set.
 
     Parameters
     ----------
     blocks : RowBlocks
     policy : ReadPolicy, optional
-        What its readers do where reading fails.
+        How readers handle failed reads.
     """
 
     def __init__(self, blocks: RowBlocks, policy: ReadPolicy | None = None) -> None:
         self._blocks = blocks
         self._policy = ReadPolicy() if policy is None else policy
-        # All arrays at once: dask.optimize would do it one by one, and what is made from another of
-        # them (a sigma that is a share of y) would read that a second time.
+        # Optimized together: dask.optimize handles arrays one by one, so that an array computed
+        # from another, such as sigma from y, would read it a second time.
         graph = HighLevelGraph.merge(*(array.__dask_graph__() for array in blocks.arrays))
         keys = list(flatten([array.__dask_keys__() for array in blocks.arrays]))
         optimized = da.Array.__dask_optimize__(graph, keys)
         self._nodes: dict[Key, GraphNode] = convert_legacy_graph(dict(optimized))
-        # Arrays that the caller has persisted: their keys are futures of the cluster.
+        # Persisted arrays: their keys are futures.
         self._futures = {
             key: value
             for array in blocks.arrays
@@ -205,7 +178,7 @@ class SourceGraph:
 
     @property
     def large_literals(self) -> dict[Key, Any]:
-        """Arrays in memory that stand in the graph itself."""
+        """Arrays in memory that are part of the graph."""
         return {
             key: node.value
             for key, node in self._nodes.items()
@@ -213,7 +186,7 @@ class SourceGraph:
         }
 
     def replace(self, futures: dict[Key, Any]) -> None:
-        """Let these futures stand for the literals of the given keys, or for earlier futures."""
+        """Replace literals, or earlier futures, by futures."""
         for key, future in futures.items():
             before = self._nodes[key]
             if isinstance(before, Alias):
@@ -224,70 +197,72 @@ class SourceGraph:
     def readers(
         self, groups: Sequence[Sequence[Index]]
     ) -> tuple[list[GroupReader], dict[Key, Any]]:
-        """Cut the graph into one reader a group and the tasks that stand on their own.
+        """Partition the graph into one reader per group and shared tasks.
 
         Parameters
         ----------
-        groups : sequence of sequences of block positions
+        groups : sequence of sequences of tuple of int
+            Positions of blocks.
 
         Returns
         -------
         readers : list of GroupReader
         shared : dict
-            Graph of the tasks that several readers need, with the caller's futures.
+            Graph of shared tasks and the caller's futures.
         """
         owners = self._owners(groups)
         shared = {key: self._nodes[key] for key, owner in owners.items() if owner == _SHARED}
         needed = {dep for node in shared.values() for dep in node.dependencies}
         shared |= {key: self._nodes[key] for key in needed if key in self._nodes}
-        shared = {key: SharedStep.wrapped(node, self._policy) for key, node in shared.items()}
+        shared = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
         readers = [self._reader(group, owners) for group in groups]
         return readers, {**shared, **self._futures}
 
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
-        """Return which arrays of a block, by their position, are made with a step."""
+        """Return the indices of the arrays of a block that depend on a step."""
         return [
             i for i, own in enumerate(self._blocks.keys(block)) if key in self._steps_towards([own])
         ]
 
     def first_block_needing(self, key: Key) -> Index:
-        """Return the first block that is made with a step."""
+        """Return the first block that depends on a step."""
         blocks = np.ndindex(self._blocks.grid)
         return next(block for block in blocks if self.arrays_needing(key, block))
 
     def _steps_towards(self, keys: Iterable[Key]) -> set[Key]:
-        stack, found = list(keys), set[Key]()
+        stack, steps = list(keys), set[Key]()
         while stack:
             key = stack.pop()
-            if key not in found and key in self._nodes:
-                found.add(key)
+            if key not in steps and key in self._nodes:
+                steps.add(key)
                 stack.extend(self._nodes[key].dependencies)
-        return found
+        return steps
 
     def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
-        """Return the stored chunk that holds an entry of a block, if the block is a part of one.
+        """Return the stored chunk that contains an element of a block, if it is known.
 
         Parameters
         ----------
         key : key
-            Of the block of one array.
+            Key of the block of one array.
         position : tuple of int
+            Position of the element in that block.
         shape : tuple of int
-            Of that block.
+            Shape of that block.
         """
         node = self._nodes.get(key)
-        found = [] if node is None else list(stored_regions(node, self._literals))
-        return found[0].chunk_at(position, shape) if len(found) == 1 else None
+        regions = [] if node is None else list(stored_regions(node, self._literals))
+        return regions[0].chunk_at(position, shape) if len(regions) == 1 else None
 
     @property
     def _literals(self) -> dict[Key, Any]:
         return {key: n.value for key, n in self._nodes.items() if isinstance(n, DataNode)}
 
     def missing_chunks(self) -> Iterator[MissingChunks]:
-        """Yield the Zarr arrays of which chunks are missing that a fit would read as values.
+        """Yield the Zarr arrays with missing chunks, which a fit would read as fill values.
 
-        Zarr leaves out chunks that hold nothing but the fill value, so that one which was lost
-        looks the same. Each store is asked once for a list of what it holds.
+        Zarr does not store chunks of nothing but the fill value, so that deleted chunks look the
+        same. Each store is listed once.
         """
         literals = self._literals
         by_array: defaultdict[int, list[StoredRegion]] = defaultdict(list)
@@ -300,7 +275,7 @@ class SourceGraph:
                 yield MissingChunks(regions[0].array, missing)
 
     def _owners(self, groups: Sequence[Sequence[Index]]) -> dict[Key, int]:
-        """Return, for each task, the group that alone needs it, or ``_SHARED``."""
+        """Return the only group that needs each task, or ``_SHARED``."""
         owners: dict[Key, int] = {}
 
         def claim(keys: Iterable[Key], owner: int) -> None:
@@ -312,7 +287,7 @@ class SourceGraph:
                 known = owners.get(key)
                 if known in (owner, _SHARED):
                     continue
-                # A second group wants it: it and all that it needs become shared.
+                # Needed by a second group: it and its dependencies become shared.
                 new = owner if known is None and not self._is_large_literal(key) else _SHARED
                 owners[key] = new
                 if new == _SHARED and owner != _SHARED:
@@ -342,7 +317,7 @@ class SourceGraph:
         inputs: dict[Key, None] = {}
 
         def add(key: Key) -> None:
-            """Add what is needed for a key, dependencies first (a walk without recursion)."""
+            """Add the steps for a key, dependencies first, without recursion."""
             stack = [(key, False)]
             while stack:
                 key, dependencies_done = stack.pop()

@@ -1,4 +1,4 @@
-"""What runs on a worker: the sums of a group of blocks, rows for the sample; how they combine."""
+"""Functions that run on workers: sum a block group, sample rows, combine results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nlsq_dask.data.sampling import SamplePlan, subsample
-from nlsq_dask.engine.block_group import Group, Kept
+from nlsq_dask.engine.block_group import BlockGroup, CachedBlock
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
@@ -22,13 +22,13 @@ from nlsq_dask.rows.rows import Rows
 
 @dataclass(frozen=True)
 class PassRequest:
-    """What is wanted of a pass."""
+    """The arguments of a pass."""
 
     sums: Request
-    wants_moments: bool = True  # whether to sum what depends on the data alone
-    sample_share: float = 0.0  # of the rows to bring back, taken evenly from all blocks
+    wants_moments: bool = True  # sums that depend on the data alone
+    sample_share: float = 0.0  # share of the rows of each block to return
     seed: int = 0
-    left_out: frozenset[int] = frozenset()  # flat indices of blocks that are not wanted
+    skipped: frozenset[int] = frozenset()  # flat indices of blocks
 
 
 S = TypeVar("S", bound=Sums)
@@ -36,20 +36,20 @@ S = TypeVar("S", bound=Sums)
 
 @dataclass(frozen=True)
 class PassResult(Generic[S]):
-    """What a pass, or a part of one, brings back."""
+    """The result of a pass, or a partial result of one."""
 
-    sums: S | None  # None if no block could be read, or nothing was to be summed
+    sums: S | None  # None if no block was read, or none was requested
     rows: Rows | None
     reading: ReadReport
-    blocks: BlockSums | None = None  # of each block by itself
-    first_bad_block: int | None = None  # flat index of the first with a row that is not finite
+    blocks: BlockSums | None = None
+    first_bad_block: int | None = None  # flat index of the first with a non-finite row
 
 
 def reduce_group(
-    group: Group, kernel: Kernel[S], request: PassRequest, *inputs: Any
+    group: BlockGroup, kernel: Kernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
-    """Sum over the blocks of a group, read now or kept from an earlier pass."""
-    blocks = group.blocks(inputs, request.left_out, kernel.placed)
+    """Sum over the blocks of a group, read or cached."""
+    blocks = group.blocks(inputs, request.skipped, kernel.placed)
     return combine(*(_reduce_block(kernel, request, *block) for block in blocks))
 
 
@@ -57,7 +57,7 @@ def _reduce_block(
     kernel: Kernel[S],
     request: PassRequest,
     index: int,
-    rows: Kept | None,
+    rows: CachedBlock | None,
     read: ReadBlock | None,
 ) -> PassResult[S]:
     report = _report(read, rows)
@@ -66,39 +66,39 @@ def _reduce_block(
     sums = kernel(rows, request.sums, request.wants_moments)
     block = rows if read is None else read.block
     taken = subsample(len(rows), request.sample_share, request.seed, index)
-    # Nothing is taken from a GPU's memory; the sample comes from the first pass, which reads.
+    # The sample comes from the first pass, whose blocks are not yet in the memory of a GPU.
     sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
     measured = BlockSums.of(index, sums.chi2, sums.n_used, sums.largest)
     return PassResult(sums, sample, report, measured, index if sums.n_bad else None)
 
 
-def _report(read: ReadBlock | None, rows: Kept | None) -> ReadReport:
-    """Return how a block was read; None stands for one that was in memory."""
+def _report(read: ReadBlock | None, rows: CachedBlock | None) -> ReadReport:
+    """Return the report on a block; ``read`` is None for a cached one."""
     if read is None:
         return ReadReport(rows_cached=0 if rows is None else len(rows))
     if read.block is None:
-        lost = {} if read.fault is None else {read.index: read.fault}
-        return ReadReport(lost=lost, retries=read.retries)
+        errors = {} if read.read_error is None else {read.index: read.read_error}
+        return ReadReport(errors=errors, retries=read.retries)
     return ReadReport(len(read.block), read.block.nbytes, 0, 1, retries=read.retries)
 
 
-def combine(*parts: PassResult[S]) -> PassResult[S]:
-    """Combine parts of a pass, in the order of their rows."""
-    sums = [part.sums for part in parts if part.sums is not None]
-    rows = [part.rows for part in parts if part.rows is not None]
-    blocks = [part.blocks for part in parts if part.blocks is not None]
-    bad = [part.first_bad_block for part in parts if part.first_bad_block is not None]
+def combine(*partials: PassResult[S]) -> PassResult[S]:
+    """Combine partial results of a pass, in the order of their rows."""
+    sums = [partial.sums for partial in partials if partial.sums is not None]
+    rows = [partial.rows for partial in partials if partial.rows is not None]
+    blocks = [partial.blocks for partial in partials if partial.blocks is not None]
+    bad = [partial.first_bad_block for partial in partials if partial.first_bad_block is not None]
     return PassResult(
         reduce(lambda one, other: one.combine(other), sums) if sums else None,
         Rows.concatenate(rows) if rows else None,
-        ReadReport.joined(part.reading for part in parts),
-        BlockSums.joined(blocks) if blocks else None,
+        ReadReport.concatenate(partial.reading for partial in partials),
+        BlockSums.concatenate(blocks) if blocks else None,
         min(bad, default=None),
     )
 
 
 def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> PassResult[Sums]:
-    """Read the i-th block of a plan and take its rows."""
+    """Read the i-th block of a plan and take rows from it."""
     (read,) = reader.read(inputs)
     block = read.block
     rows = None if block is None else block.take(plan.rows_of(i, len(block)))
@@ -106,7 +106,7 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
 
 
 def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
-    """Return which array of a block is not finite, where first, and that array's shape."""
+    """Return the index of the first non-finite array of a block, the position, and the shape."""
     (read,) = reader.read(inputs)
     if read.block is None:
         return None
@@ -116,7 +116,7 @@ def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | 
         if mask is not None:
             bad = bad & ~mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
         if bad.any():
-            # Where an array does not vary, an entry belongs to all rows along that dimension.
+            # An element that is broadcast belongs to all rows along that dimension.
             repeated = tuple(i for i, n in enumerate(array.shape) if n < bad.shape[i])
             bad = np.asarray(bad.any(axis=repeated, keepdims=True))
             position = np.unravel_index(int(bad.argmax()), bad.shape)

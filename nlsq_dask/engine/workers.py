@@ -1,4 +1,4 @@
-"""``Workers``: on what a fit runs, as far as memory and number of tasks depend on it."""
+"""``Workers``: the threads and memory of the processes that run tasks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dask.threaded import get as get_threaded
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
-from nlsq_dask.engine.serialization import PackageFirst
+from nlsq_dask.engine.serialization import WithPackageImport
 from nlsq_dask.model.jax_scope import CPU, local_platforms
 
 _ASYNCHRONOUS = (
-    "the active client is asynchronous; a fit needs a synchronous one: Client(...) without "
-    "asynchronous=True."
+    "the active Dask client is asynchronous; a fit needs a synchronous client. Create it with "
+    "Client(...), without asynchronous=True."
 )
 
 
 def _prepare(client_process: int) -> tuple[str, ...]:
-    """Return a worker's platforms; where JAX has not started, let it take no whole card."""
+    """Return the platforms of a worker; disable preallocation of GPU memory in other processes."""
     if os.getpid() != client_process:  # not in the caller's own process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return local_platforms()
@@ -32,42 +32,31 @@ def _prepare(client_process: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that run tasks.
-
-    Attributes
-    ----------
-    client : distributed.Client or None
-    threads : dict of str to int
-        Threads of each process by its address, "local" without a cluster.
-    memory_limit : int
-        Bytes that the smallest process may use.
-    is_persistent : bool
-        Whether a process that ran a task may find what it kept at the next one.
-    """
+    """The processes that run tasks."""
 
     client: Client | None
-    threads: dict[str, int]
-    memory_limit: int
-    is_persistent: bool
+    threads: dict[str, int]  # by address; "local" without a cluster
+    memory_limit: int  # of the smallest process, in bytes
+    is_persistent: bool  # whether memory of a process survives from task to task
 
     @classmethod
     def active(cls) -> Workers:
-        """Return the workers of the active client, else those of Dask's configuration.
+        """Return the workers of the active client, or of the Dask configuration.
 
         Raises
         ------
         RuntimeError
-            If the client is asynchronous here, which it is in its own event loop only.
+            If the client is asynchronous.
         """
         try:
             get = get_scheduler()
-        except RuntimeError as error:  # Dask's own, which does not say what to do
+        except RuntimeError as error:  # Dask's message names no remedy
             if "asynchronous" not in str(error):
                 raise
             raise RuntimeError(_ASYNCHRONOUS) from error
         client = getattr(get, "__self__", None)
         if isinstance(client, Client):
-            if client.asynchronous:  # Dask does not ask where it is given the client's own get
+            if client.asynchronous:  # not checked by Dask for a given scheduler
                 raise RuntimeError(_ASYNCHRONOUS)
             workers = client.scheduler_info(n_workers=-1)["workers"]
             limits = [info["memory_limit"] or MEMORY_LIMIT for info in workers.values()]
@@ -81,7 +70,7 @@ class Workers:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether tasks run in this very process, on objects that they leave where they are."""
+        """Whether tasks run in this process and share its objects."""
         return self.client is None and self.is_persistent
 
     @property
@@ -90,29 +79,31 @@ class Workers:
         return max(len(self.threads), 1)
 
     @property
-    def most_threads(self) -> int:
-        """Threads of the process that has most of them."""
+    def max_threads(self) -> int:
+        """Largest number of threads of a process."""
         return max(self.threads.values(), default=1)
 
     @property
     def are_replaced(self) -> bool:
-        """Whether there are processes, but none of these."""
+        """Whether the cluster has workers, but none of these."""
         if self.client is None or self.client.status != "running":
             return False
         now = self.client.scheduler_info(n_workers=-1)["workers"]
         return bool(now) and bool(self.threads) and not now.keys() & self.threads.keys()
 
     def platforms(self) -> tuple[str, ...]:
-        """Return the platforms of all processes, each of which wants a program of its own."""
+        """Return the JAX platforms of all processes."""
         if self.client is None:
             return local_platforms()
-        # A worker that leaves at this moment gives no answer, and needs no program.
-        answers = self.client.run(PackageFirst(_prepare), os.getpid(), on_error="ignore").values()
-        found = {platform for answer in answers if answer for platform in answer}
-        return tuple(sorted(found)) or (CPU,)
+        # Workers that leave in the meantime do not answer.
+        answers = self.client.run(
+            WithPackageImport(_prepare), os.getpid(), on_error="ignore"
+        ).values()
+        platforms = {platform for answer in answers if answer for platform in answer}
+        return tuple(sorted(platforms)) or (CPU,)
 
-    def share_out(self, items: list[Any]) -> dict[str, list[Any]]:
-        """Deal items to the processes in turn, as many to each as it has threads."""
+    def assign(self, items: list[Any]) -> dict[str, list[Any]]:
+        """Distribute items over the processes in proportion to their threads."""
         turns = [address for address, count in self.threads.items() for _ in range(count)]
         return {
             address: [item for i, item in enumerate(items) if turns[i % len(turns)] == address]

@@ -84,7 +84,7 @@ class Driver:
         problem, blocks = self._problem, self._problem.blocks
         names, model = problem.parameters.names, problem.model.name
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
-        self._journal.once("beginning", partial(self._emit, started))
+        self._journal.run_once("beginning", partial(self._emit, started))
         with self._phase(0) as details:
             fit = self._prepared(details)
         try:
@@ -112,9 +112,9 @@ class Driver:
         details: dict[str, Any],
     ) -> Outcome:
         while True:
-            before = self._passes.n_left_out
+            before = self._passes.n_skipped
             covariance, errors = fit.covariance(details), fit.errors(details)
-            if self._passes.n_left_out == before:
+            if self._passes.n_skipped == before:
                 return replace(outcome, covariance=covariance, errors=errors)
             outcome = fit.solve_again(sample, details)
 
@@ -157,7 +157,7 @@ class Driver:
             # Counts all bad rows, and raises.
             request = Request(problem.parameters.start, is_fresh=True)
             self._passes.run(fit.kernel(request), request)
-        if self._journal.is_kept:
+        if self._journal.is_enabled:
             self._compare(sample)
         return sample
 
@@ -187,7 +187,7 @@ class Driver:
         if any(isinstance(event, PhaseEnded) for event in before):
             yield details
             return
-        seconds = self._journal.phase_clock(goes_on=bool(before))
+        seconds = self._journal.phase_clock(is_resumed=bool(before))
         if not before:
             self._emit(PhaseStarted(number, name, time.time()))
         try:
@@ -197,7 +197,7 @@ class Driver:
             self._emit(PhaseEnded(number, name, seconds(), failed, details))
             raise
         ended = PhaseEnded(number, name, seconds(), False, details)
-        self._journal.once(f"end of phase {number}", partial(self._emit, ended))
+        self._journal.run_once(f"end of phase {number}", partial(self._emit, ended))
 
     def _finished(self, outcome: Outcome) -> Outcome:
         """Add what was counted on the way, and rows to be drawn."""
@@ -210,7 +210,7 @@ class Driver:
             diagnostics=self._diagnostics
             | {
                 "non_finite": dict(self._iterations.non_finite),
-                "left_out": [bad.record() for _, bad in sorted(self._passes.left_out.items())],
+                "left_out": [bad.record() for _, bad in sorted(self._passes.skipped.items())],
                 "retries": counts.retries,
             },
             sample=None if sample is None else sample.shown(outcome.params, seed),

@@ -181,18 +181,18 @@ class FullFit(ABC, Generic[T, S]):
         assert solver is not None
         kind: Any = _Progress
         with journal.loop("all rows"):
-            noted: _Progress[T] | None = journal.noted(kind[self.state_type])
-            if noted is None:
+            saved: _Progress[T] | None = journal.load_state(kind[self.state_type])
+            if saved is None:
                 state = init()
                 self._remember(state)
             else:
-                passes.rows_in_use, self._blocks = noted.rows, noted.blocks
-                self._state = state = solver.resume(noted.state)
+                passes.rows_in_use, self._blocks = saved.rows, saved.blocks
+                self._state = state = solver.resume(saved.state)
             while True:
                 state = self._iterated(state)
-                before = passes.n_left_out
+                before = passes.n_skipped
                 state, undetermined = self._confirmed(state)
-                if passes.n_left_out == before:
+                if passes.n_skipped == before:
                     break
                 assert state.solution is not None
                 state = solver.restart(state, state.solution)
@@ -222,16 +222,18 @@ class FullFit(ABC, Generic[T, S]):
     def _evaluate(self, request: Request) -> S | None:
         """Return the sums over all rows; None if they cannot be compared with those before."""
         passes = self.context.passes
-        before = passes.n_left_out
+        before = passes.n_skipped
         found = passes.run(self.kernel(request), request)
-        if passes.n_left_out > before and not request.is_fresh:
+        if passes.n_skipped > before and not request.is_fresh:
             return None
         self._new_blocks = found.blocks
         return found.sums
 
     def _remember(self, state: T) -> None:
         self._state = state
-        self.context.journal.note(_Progress(state, self.context.passes.rows_in_use, self._blocks))
+        self.context.journal.save_state(
+            _Progress(state, self.context.passes.rows_in_use, self._blocks)
+        )
 
     def _outcome(self, state: T, undetermined: NDArray[np.bool_] | None) -> Outcome:
         assert state.stop is not None

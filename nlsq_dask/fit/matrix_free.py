@@ -253,10 +253,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return None
         n_params, sums = len(state.params), state.sums
         n_probes = details["probes"] = min(n_probes, n_params)
-        n_left_out = self.context.passes.n_left_out
+        n_skipped = self.context.passes.n_skipped
         probes = probe_batches(n_probes, n_params, self.problem.config.random_seed)
         variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
-        if self.context.passes.n_left_out > n_left_out:  # the fit is solved again
+        if self.context.passes.n_skipped > n_skipped:  # the fit is solved again
             return None
         if not (state.touched.all() and np.isfinite(variances).all()):
             warn_caller(
@@ -280,10 +280,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             y_reference=self._kernel.y_reference,
         )
         precondition = self._by_sample(sample, state.sums.n_used, params)
-        most, n_left_out = self.problem.config.cg_max_iterations, context.passes.n_left_out
+        most, n_skipped = self.problem.config.cg_max_iterations, context.passes.n_skipped
 
         def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-            if context.passes.n_left_out > n_left_out:
+            if context.passes.n_skipped > n_skipped:
                 return np.full_like(vectors, np.nan)
             filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
             request = Request(params, directions=filled_up, is_trial=False)

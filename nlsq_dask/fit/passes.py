@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.dataset import DataSet
-from nlsq_dask.engine.execution import Parts
-from nlsq_dask.engine.retries import BadBlock, ReadReport
+from nlsq_dask.engine.execution import PartialResults
+from nlsq_dask.engine.retries import ReadReport, SkippedBlock
 from nlsq_dask.engine.tasks import PassRequest, PassResult
 from nlsq_dask.errors import ClusterLostError
 from nlsq_dask.events import (
     BlocksFinished,
-    BlocksLeftOut,
     BlocksMeasured,
+    BlocksSkipped,
     Event,
     Observer,
     PassFinished,
@@ -47,7 +47,7 @@ Found = TypeVar("Found", bound=Sums | None)
 class RowsInUse:
     """The rows that sums are over."""
 
-    left_out: dict[int, BadBlock]  # blocks that could not be read, by flat index
+    skipped: dict[int, SkippedBlock]  # blocks that could not be read, by flat index
     moments: Moments | None  # sums of the data alone; None if there were none yet
 
 
@@ -59,7 +59,7 @@ class Reduced(Generic[Found]):
     rows: Rows | None = None
     blocks: BlockSums | None = None  # of the residuals of each block
     n_blocks: int = 0  # read
-    lost: dict[int, BadBlock] = field(default_factory=dict)  # not read, and not left out before
+    skipped: dict[int, SkippedBlock] = field(default_factory=dict)  # not read by this pass
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Passes:
 
     A block that could not be read is left out from then on, if so many rows may be missing. Then
     sums from before are over other rows than those that follow, and must not be compared with them:
-    ``n_left_out`` tells.
+    ``n_skipped`` tells.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Passes:
     Attributes
     ----------
     counts : ReadCounts
-    left_out : dict of int to BadBlock
+    skipped : dict of int to SkippedBlock
         Blocks that could not be read, by their flat index.
     """
 
@@ -113,7 +113,7 @@ class Passes:
         self._journal = journal
         self._interruption = interruption
         self.counts = ReadCounts()
-        self.left_out: dict[int, BadBlock] = {}
+        self.skipped: dict[int, SkippedBlock] = {}
         self._moments: Moments | None = None
 
     def count(self, event: Event) -> None:
@@ -130,21 +130,21 @@ class Passes:
     @property
     def rows_in_use(self) -> RowsInUse:
         """The rows that the next sums are over."""
-        return RowsInUse(self.left_out, self._moments)
+        return RowsInUse(self.skipped, self._moments)
 
     @rows_in_use.setter
     def rows_in_use(self, rows: RowsInUse) -> None:
-        self.left_out, self._moments = dict(rows.left_out), rows.moments
+        self.skipped, self._moments = dict(rows.skipped), rows.moments
 
     @property
-    def n_left_out(self) -> int:
+    def n_skipped(self) -> int:
         """Number of blocks left out; sums from before it grew are over other rows."""
-        return len(self.left_out)
+        return len(self.skipped)
 
     @property
     def n_rows(self) -> int:
         """Number of rows, without those left out."""
-        return self._data.blocks.n_rows - sum(bad.rows for bad in self.left_out.values())
+        return self._data.blocks.n_rows - sum(bad.rows for bad in self.skipped.values())
 
     def sample(self, wanted: int, seed: int) -> tuple[Rows, int]:
         """Read a few blocks and take rows from each; return them, and of how many blocks.
@@ -158,24 +158,24 @@ class Passes:
         """
         was_taken = any(isinstance(event, SampleRead) for event in self._journal.events)
         while True:
-            left_out = frozenset(self.left_out)
-            read = partial(self._read_sample, wanted, seed, left_out)
+            skipped = frozenset(self.skipped)
+            read = partial(self._read_sample, wanted, seed, skipped)
             sample = self._journal.step("sample", Reduced[None], read)
-            if not self._leave_out(sample.lost) and sample.rows is not None:
+            if not self._skip(sample.skipped) and sample.rows is not None:
                 break
         if was_taken:
-            again = self._data.sample(wanted, seed, left_out, self._watch)
-            if again.rows is not None and not again.reading.lost:
+            again = self._data.sample(wanted, seed, skipped, self._watch)
+            if again.rows is not None and not again.reading.errors:
                 check_same(sample.rows, again.rows)
         return sample.rows, sample.n_blocks
 
-    def _read_sample(self, wanted: int, seed: int, left_out: frozenset[int]) -> Reduced[None]:
-        found = self._data.sample(wanted, seed, left_out, self._watch)
+    def _read_sample(self, wanted: int, seed: int, skipped: frozenset[int]) -> Reduced[None]:
+        found = self._data.sample(wanted, seed, skipped, self._watch)
         n_rows, read = 0 if found.rows is None else len(found.rows), found.reading
         self._report(
             SampleRead(n_rows, read.n_blocks, read.rows_read, read.bytes_read, read.n_retries)
         )
-        return Reduced(None, found.rows, n_blocks=read.n_blocks, lost=self._named(read))
+        return Reduced(None, found.rows, n_blocks=read.n_blocks, skipped=self._named(read))
 
     def run(
         self,
@@ -188,7 +188,7 @@ class Passes:
     ) -> Reduced[S]:
         """Sum over all rows, or return what the journal has of that; DataError if they are useless.
 
-        Where ``n_left_out`` has grown, blocks had to be left out that are in the sums of earlier
+        Where ``n_skipped`` has grown, blocks had to be left out that are in the sums of earlier
         passes.
 
         Parameters
@@ -202,9 +202,9 @@ class Passes:
         """
         wants_moments = request.is_fresh or self._moments is None
         share = min(1.0, sample_rows / self.n_rows)
-        wanted = PassRequest(request, wants_moments, share, seed, frozenset(self.left_out))
+        wanted = PassRequest(request, wants_moments, share, seed, frozenset(self.skipped))
         name = "pass"
-        if self._journal.is_kept:
+        if self._journal.is_enabled:
             what = hashlib.sha256(kernel.reduction.name.encode() + encode(wanted))
             name = f"pass {what.hexdigest()[:16]}"
         penalty = self._penalty if is_penalized else GroupVariance()
@@ -215,7 +215,7 @@ class Passes:
             partial(self._make, kernel, wanted, penalty),
             saves=True,
         )
-        self._leave_out(found.lost)
+        self._skip(found.skipped)
         if wants_moments:
             self._moments = found.sums.moments
         elif self._moments is not None:
@@ -230,9 +230,9 @@ class Passes:
         The latter is run again if blocks had to be left out of the former.
         """
         while True:
-            before = self.n_left_out
+            before = self.n_skipped
             found = self.run(kernel, Request(params))
-            if self.n_left_out == before:
+            if self.n_skipped == before:
                 return found, there
             there = self.run(kernel, Request(point, is_fresh=True))
 
@@ -240,16 +240,16 @@ class Passes:
         """Run the pass, from where it was cut."""
         self._interruption.check()
         kind: Any = _Cut
-        cut: _Cut[S] = self._journal.noted(kind[kernel.reduction.sums_type]) or _Cut()
+        cut: _Cut[S] = self._journal.load_state(kind[kernel.reduction.sums_type]) or _Cut()
         began = time.perf_counter() - cut.seconds
         result = self._reduce(kernel, request, began, cut)
         read = result.reading
-        lost = self._named(read)
+        skipped = self._named(read)
         # Before it is remembered: it may be repaired, and then read again.
-        self._check_share(lost)
+        self._check_share(skipped)
         assert result.sums is not None  # it is an error to leave out all rows
         assert result.blocks is not None
-        n_rows = self.n_rows - sum(bad.rows for bad in lost.values())  # not left out so far
+        n_rows = self.n_rows - sum(bad.rows for bad in skipped.values())  # not left out so far
         check_rows(result.sums, self._omits_nan, self._data, n_rows, result.first_bad_block)
         asked = request.sums
         sums = result.sums.penalized(penalty, asked.params, asked.candidates, asked.directions)
@@ -268,7 +268,7 @@ class Passes:
                 cut.retries + read.n_retries,
             )
         )
-        return Reduced(sums, result.rows, result.blocks, lost=lost)
+        return Reduced(sums, result.rows, result.blocks, skipped=skipped)
 
     def _reduce(
         self,
@@ -278,9 +278,9 @@ class Passes:
         cut: _Cut[S],
     ) -> PassResult[S]:
         """Reduce, and keep what is finished from time to time."""
-        latest: list[Parts] = []
+        latest: list[PartialResults] = []
 
-        def keep(parts: Parts) -> None:
+        def keep(parts: PartialResults) -> None:
             began_to_keep = time.monotonic()
             good = {  # the others are read again
                 node: part for node, part in parts.collect().items() if self._is_good(part)
@@ -290,10 +290,10 @@ class Passes:
                 (*node, replace(part, reading=replace(part.reading, retries={})))
                 for node, part in good.items()
             ]
-            self._journal.note(_Cut(time.perf_counter() - began, retries, found))
+            self._journal.save_state(_Cut(time.perf_counter() - began, retries, found))
             self._journal.save(began_to_keep)
 
-        def tell(parts: Parts) -> None:
+        def tell(parts: PartialResults) -> None:
             done, all_of_it, seconds = parts.finished, parts.total, time.perf_counter() - began
             number, n_blocks, n_rows = self.counts.n_passes + 1, all_of_it.blocks, all_of_it.rows
             self._emit(
@@ -302,7 +302,7 @@ class Passes:
                 )
             )
 
-        def watch(parts: Parts) -> None:
+        def watch(parts: PartialResults) -> None:
             latest[:] = [parts]
             tell(parts)
             self._interruption.check()
@@ -323,24 +323,24 @@ class Passes:
                 parts_left.release()
 
     def _is_good(self, part: PassResult[S]) -> bool:
-        return not part.reading.lost and part.sums is not None and not self.must_report(part.sums)
+        return not part.reading.errors and part.sums is not None and not self.must_report(part.sums)
 
     def must_report(self, sums: Sums) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""
         return are_unusable(sums, self._omits_nan)
 
-    def _watch(self, parts: Parts) -> None:
+    def _watch(self, parts: PartialResults) -> None:
         self._interruption.check()
 
-    def _named(self, reading: ReadReport) -> dict[int, BadBlock]:
+    def _named(self, reading: ReadReport) -> dict[int, SkippedBlock]:
         """Return what could not be read, in the caller's terms."""
-        return {i: self._data.bad_block(i, reading.lost[i]) for i in sorted(reading.lost)}
+        return {i: self._data.skipped_block(i, reading.errors[i]) for i in sorted(reading.errors)}
 
-    def _check_share(self, new: dict[int, BadBlock]) -> None:
-        bad = list((self.left_out | new).values())
+    def _check_share(self, new: dict[int, SkippedBlock]) -> None:
+        bad = list((self.skipped | new).values())
         check_share(bad, self._data.blocks.n_rows, self._min_share)
 
-    def _leave_out(self, new: dict[int, BadBlock]) -> bool:
+    def _skip(self, new: dict[int, SkippedBlock]) -> bool:
         """Take note of what could not be read; return whether it is more than before.
 
         Raises
@@ -351,9 +351,9 @@ class Passes:
         if not new:
             return False
         self._check_share(new)
-        self.left_out |= new
+        self.skipped |= new
         self._moments = None
         missing = self._data.blocks.n_rows - self.n_rows
-        event = BlocksLeftOut(tuple(bad.sentence for bad in new.values()), missing)
-        self._journal.once("leaving out", partial(self._emit, event))
+        event = BlocksSkipped(tuple(bad.sentence for bad in new.values()), missing)
+        self._journal.run_once("blocks skipped", partial(self._emit, event))
         return True

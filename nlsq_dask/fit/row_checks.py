@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nlsq_dask._text import join_first
 from nlsq_dask.engine.dataset import DataSet
-from nlsq_dask.engine.retries import BadBlock
+from nlsq_dask.engine.retries import SkippedBlock
 from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFiniteDataError
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
@@ -58,7 +58,7 @@ def check_rows(
         )
 
 
-def check_share(bad: Sequence[BadBlock], n_all: int, min_share: float) -> None:
+def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> None:
     """Raise a BlockReadError if too few of ``n_all`` rows are left without these blocks."""
     n_rows = n_all - sum(block.rows for block in bad)
     if n_rows and n_rows >= min_share * n_all:

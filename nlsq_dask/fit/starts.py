@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
-from nlsq_dask.events import Observer, TournamentRound, WarmupEnded, WarmupStarted
+from nlsq_dask.events import HalvingRound, Observer, WarmupEnded, WarmupStarted
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
@@ -121,7 +121,7 @@ class StartFinder:
         ):
             rounds.append(found)
             best = float(found.losses[found.survivors[0]])
-            self.emit(TournamentRound(number, found.n_rows, len(found.survivors), best))
+            self.emit(HalvingRound(number, found.n_rows, len(found.survivors), best))
         last = rounds[-1]
         survivors = [self._original(last.params[i]) for i in last.survivors[:_MOST_SURVIVORS]]
         winner = int(last.survivors[0])
@@ -154,7 +154,7 @@ class StartFinder:
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
         mode, step = first_step_size(loss, settings)
         began = WarmupStarted(name, loss, None if skip else mode, is_warm)
-        self.journal.once("beginning", partial(self.emit, began))
+        self.journal.run_once("beginning", partial(self.emit, began))
         summary = asdict(began)
         if not skip:
             warmup = sample.prepare_warmup(step)
@@ -164,7 +164,7 @@ class StartFinder:
                 warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
                 start = self._original(np.asarray(state.best_params))
                 report = partial(self.iterations.report_non_finite, "warm-up", start, 0)
-                self.journal.once("restart", report)
+                self.journal.run_once("restart", report)
                 runs.append(self._run_warmup(warmup, start, sample.variance))
             state = runs[-1]
             start = self._original(np.asarray(state.best_params))
@@ -197,13 +197,13 @@ class StartFinder:
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
         state = warmup.start(self.problem.normalizer.normalize(start))
         with self.journal.loop("iterations"):
-            noted = self.journal.noted(list[NDArray[Any]])
-            state = state if noted is None else unpacked(state, noted)
+            saved = self.journal.load_state(list[NDArray[Any]])
+            state = state if saved is None else unpacked(state, saved)
             while int(state.end) == WarmupEnd.RUNNING:
                 before = state
                 state = warmup.run(state, self._burst_end(int(before.iteration)))
                 self._report(state, before, variance)
-                self.journal.note(packed(state))
+                self.journal.save_state(packed(state))
                 frequency = self.problem.config.checkpoint_frequency
                 if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()

@@ -1,1 +1,1 @@
-"""Observers: they receive the events of a fit and show or count them; they never change it."""
+"""Observers of a fit: progress, logs, counters and a dashboard page."""

@@ -1,4 +1,4 @@
-"""``build_observers``: the built-in observers that a configuration asks for, and the caller's."""
+"""``build_observers``: the observers of a fit, built-in ones and the caller's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nlsq_dask.observers.progress import Progress
 def build_observers(
     config: HybridStreamingConfig, observers: Iterable[Observer] = ()
 ) -> Iterator[AbstractContextManager[Observer]]:
-    """Yield the observers of a fit, each as a context manager to enter for the fit."""
+    """Yield the observers of a fit, as context managers."""
     yield nullcontext(LogRecords())
     if config.verbose:
         yield closing(Progress(config.log_frequency, shows_sample=config.verbose > 1))
@@ -27,7 +27,7 @@ def build_observers(
 
 
 def validate_observers(observers: Any) -> tuple[Observer, ...]:
-    """Return the observers of the caller as a tuple.
+    """Validate the caller's observers and return them as a tuple.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def validate_observers(observers: Any) -> tuple[Observer, ...]:
 
 
 class GuardedObserver:
-    """Calls an observer until it raises an exception, so that it cannot end the fit.
+    """An observer that is disabled when it raises an exception, so that the fit continues.
 
     KeyboardInterrupt and SystemExit pass through.
     """

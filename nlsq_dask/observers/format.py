@@ -1,4 +1,4 @@
-"""Events as text: one table of sentences for printing, logging and the dashboard."""
+"""Events as text, for printing, logging and the dashboard."""
 
 from __future__ import annotations
 
@@ -8,30 +8,27 @@ from typing import Any
 from nlsq_dask._text import join_first
 from nlsq_dask.events import (
     BlocksFinished,
-    BlocksLeftOut,
+    BlocksSkipped,
     CheckpointWritten,
     Event,
     FitAborted,
     FitEnded,
     FitResumed,
     FitStarted,
+    HalvingRound,
     IterationFinished,
     NonFiniteTrial,
     PassFinished,
     PhaseStarted,
     SampleRead,
     SampleSolved,
-    TournamentRound,
     WarmupEnded,
     WarmupStarted,
 )
 
 
 def format_event(event: Event) -> str | None:
-    """Return the text of an event, None for an event without one.
-
-    What belongs to a phase is indented by two spaces.
-    """
+    """Return the text of an event, or None; text on a phase is indented by two spaces."""
     text = TEXTS.get(type(event))
     return text(event) if callable(text) else text and text.format(event)
 
@@ -115,8 +112,8 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     FitResumed: _fit_resumed,
     PhaseStarted: "Phase {0.phase}: {0.name}",
     SampleRead: "  sample: {0.rows:,} rows from {0.blocks:,} blocks",
-    TournamentRound: "  round {0.round} on {0.rows:,} rows: best loss {0.best_loss:.8g}, "
-    "{0.survivors} starts remain",
+    HalvingRound: "  round {0.round} on {0.rows:,} rows: best loss {0.best_loss:.8g}, "
+    "{0.n_remaining} starts remain",
     WarmupStarted: _warmup_started,
     WarmupEnded: _warmup_ended,
     SampleSolved: "  sample: loss {0.loss:.8g} after {0.iterations} iterations",
@@ -124,7 +121,7 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     NonFiniteTrial: _non_finite,
     BlocksFinished: _progress,
     PassFinished: _pass,
-    BlocksLeftOut: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
+    BlocksSkipped: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
     CheckpointWritten: "  checkpoint {0.path} written in {0.seconds:.2f} s",
     FitEnded: "{0.message}",
     FitAborted: "{0.error}",

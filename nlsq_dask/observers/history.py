@@ -1,4 +1,4 @@
-"""``History``: all iterations of a fit, as a Dataset."""
+"""``History``: the iterations of a fit, as a Dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBERS = ("loss", "gradient_norm", "step_norm", "trust_radius", "time")
 
 
 class History:
-    """Collects the iterations."""
+    """Records the iterations of a fit."""
 
     def __init__(self) -> None:
         self._iterations: list[IterationFinished] = []
@@ -21,7 +21,7 @@ class History:
         self._n_passes = 0
 
     def __call__(self, event: Event) -> None:
-        """Take note of an iteration, or of a pass."""
+        """Record an iteration, or count a pass."""
         if isinstance(event, IterationFinished):
             kept = without_many_params(event)
             assert isinstance(kept, IterationFinished)
@@ -31,27 +31,27 @@ class History:
             self._n_passes += 1
 
     def dataset(self, param_names: tuple[str, ...]) -> xr.Dataset:
-        """Return what was collected; see ``FitResult.history``."""
-        found = self._iterations
-        stages = np.array([event.stage for event in found], dtype=str)
+        """Return the iterations as a Dataset; see ``FitResult.history``."""
+        events = self._iterations
+        stages = np.array([event.stage for event in events], dtype=str)
         values: dict[str, Any] = {
-            name: ("iteration", np.array([getattr(event, name) for event in found], float))
+            name: ("iteration", np.array([getattr(event, name) for event in events], float))
             for name in _NUMBERS
         }
-        values["accepted"] = "iteration", np.array([event.accepted for event in found], bool)
+        values["accepted"] = "iteration", np.array([event.accepted for event in events], bool)
         values["n_iterations"] = (
             "iteration",
-            np.array([event.n_iterations for event in found], np.int64),
+            np.array([event.n_iterations for event in events], np.int64),
         )
         values["n_passes"] = "iteration", np.array(self._passes, np.int64)
         coords: dict[str, Any] = {
-            "iteration": np.array([event.iteration for event in found], np.int64),
+            "iteration": np.array([event.iteration for event in events], np.int64),
             "stage": ("iteration", stages),
         }
         n_params = len(param_names)
-        # Very many are left out.
-        if all(event.params.size == n_params for event in found):
-            params = np.array([event.params for event in found]).reshape(-1, n_params)
+        # Omitted from events if very many.
+        if all(event.params.size == n_params for event in events):
+            params = np.array([event.params for event in events]).reshape(-1, n_params)
             values["params"] = ("iteration", "param"), params
             coords["param"] = list(param_names)
         return xr.Dataset(values, coords)

@@ -1,4 +1,4 @@
-"""Records for later: Python's logging, and a file of JSON lines."""
+"""Logging of events: to a Python logger, and to a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
     ALL_ROWS,
     BlocksFinished,
-    BlocksLeftOut,
     BlocksMeasured,
+    BlocksSkipped,
     CheckpointWritten,
     Event,
     FitAborted,
@@ -31,18 +31,18 @@ from nlsq_dask.events import (
 from nlsq_dask.observers.format import format_event
 
 LOGGER = logging.getLogger("nlsq_dask")
-LOGGER.addHandler(logging.NullHandler())  # so that nothing is printed unless it is asked for
+LOGGER.addHandler(logging.NullHandler())  # print nothing unless configured
 
-_INTERVAL = 10.0  # seconds between records on a running pass
+_INTERVAL = 10.0  # seconds between records of a running pass
 
 
-class _NowAndThen:
-    """Lets one of the events on a running pass through every few seconds."""
+class _RateLimit:
+    """Drops events of a running pass that follow within a few seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
-    def lets_through(self, event: Event) -> bool:
+    def allows(self, event: Event) -> bool:
         """Whether to record this event."""
         if isinstance(event, BlocksMeasured):
             return False
@@ -56,19 +56,18 @@ class _NowAndThen:
 
 
 class LogRecords:
-    """Hands what happens to the logger "nlsq_dask".
+    """Logs events to the logger "nlsq_dask".
 
-    What is missing or failed are warnings; what concerns the sample, and checkpoints, are for
-    debugging; the rest is information.
+    Failures have level WARNING, events of the sample and checkpoints DEBUG, others INFO.
     """
 
     def __init__(self) -> None:
-        self._turns = _NowAndThen()
+        self._rate_limit = _RateLimit()
 
     def __call__(self, event: Event) -> None:
-        """Log the event, if there is anything to say."""
+        """Log the event, if it has a text."""
         level = _level(event)
-        if LOGGER.isEnabledFor(level) and self._turns.lets_through(event):
+        if LOGGER.isEnabledFor(level) and self._rate_limit.allows(event):
             text = format_event(event)
             if text is not None:
                 LOGGER.log(level, "%s", text.strip())
@@ -78,7 +77,7 @@ def _level(event: Event) -> int:
     match event:
         case FitAborted():
             return logging.ERROR
-        case BlocksLeftOut() | FitEnded(success=False):
+        case BlocksSkipped() | FitEnded(success=False):
             return logging.WARNING
         case IterationFinished() | NonFiniteTrial() if event.stage != ALL_ROWS:
             return logging.DEBUG
@@ -88,10 +87,10 @@ def _level(event: Event) -> int:
 
 
 class JsonLines:
-    """Appends lines of JSON on a fit: time, name of the fit, name of the event, and its values.
+    """Appends one JSON line per event: time, ID of the fit, name and fields of the event.
 
-    There is one for each event, and every ten seconds one on the running pass. Numbers that are not
-    finite become null, and parameters of more than 1,000 are left out.
+    A running pass has one line every ten seconds. Non-finite numbers become null, and more than
+    1,000 parameters are omitted.
 
     Parameters
     ----------
@@ -108,19 +107,19 @@ class JsonLines:
         try:
             self._file = self._path.open("ab")
         except OSError as error:
-            raise OSError(  # of the class that its number has
+            raise OSError(  # the subclass for this errno
                 error.errno,
-                f"log_file cannot be opened for writing ({error.strerror}); name a file "
-                f"in a folder that may be written to",
+                f"could not open log_file for writing ({error.strerror}); pass a path in a "
+                f"writable directory",
                 str(self._path),
             ) from error
-        self._turns = _NowAndThen()
+        self._rate_limit = _RateLimit()
         self._fit = uuid.uuid4().hex[:8]
         self._is_broken = False
 
     def __call__(self, event: Event) -> None:
         """Write the event."""
-        if self._is_broken or not self._turns.lets_through(event):
+        if self._is_broken or not self._rate_limit.allows(event):
             return
         record = {"time": time.time(), "fit": self._fit, **_values(event)}
         try:
@@ -128,11 +127,14 @@ class JsonLines:
             self._file.flush()
         except OSError as error:  # a full disk must not end the fit
             self._is_broken = True
-            warn_caller(f"log_file={str(self._path)!r} is written no further: {error}")
+            warn_caller(
+                f"Could not write to log_file={str(self._path)!r}: {error}. Logging to this file "
+                f"is disabled."
+            )
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of what could not be written, which has been said
+        with suppress(OSError):  # already reported
             self._file.close()
 
 
@@ -145,7 +147,7 @@ def _values(event: Event) -> dict[str, Any]:
 def _as_json(record: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(record, enc_hook=_plain)
-    except UnicodeEncodeError:  # half of a pair, as in the name of a file that cannot be decoded
+    except UnicodeEncodeError:  # a lone surrogate, as in an undecodable file name
         return msgspec.json.encode(_escaped(msgspec.to_builtins(record, enc_hook=_plain)))
 
 

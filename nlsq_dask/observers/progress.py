@@ -1,4 +1,4 @@
-"""``Progress``: what a person sees of a fit that runs: lines, and a bar for the running pass."""
+"""``Progress``: printed lines, and a bar for the running pass."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from nlsq_dask.events import (
 from nlsq_dask.observers.format import format_event, format_rate
 from nlsq_dask.observers.logs import LOGGER
 
-_BAR_DELAY = 0.5  # seconds that a pass must last for a bar
-_LINE_INTERVAL = 30.0  # seconds between lines on a pass where there can be no bar
+_BAR_DELAY = 0.5  # seconds until a bar is shown
+_LINE_INTERVAL = 30.0  # seconds between lines of a pass without a bar
 _COUNTS = "{n_fmt}/{total_fmt} blocks [{elapsed}<{remaining}{postfix}]"
 _FORMAT = f"  {{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS}"
 
 
 @cache
 def _bar_class() -> Any:
-    """Return tqdm's bar for where this runs, without its thread and its lock of processes."""
-    if find_spec("ipywidgets") is None:  # without which the other one warns, in a notebook
+    """Return the tqdm class for this environment, without its thread and multiprocessing lock."""
+    if find_spec("ipywidgets") is None:  # tqdm.auto would warn in a notebook
         from tqdm.std import tqdm
     else:
         from tqdm.auto import tqdm
@@ -47,24 +47,24 @@ def _bar_class() -> Any:
 
 
 def _shows_bars(stream: Any) -> bool:
-    """Whether what is written there can be written over: in terminals and in notebooks."""
+    """Whether the stream is a terminal or a notebook, in which output can be overwritten."""
     is_terminal = getattr(stream, "isatty", None)
     return bool(is_terminal and is_terminal()) or "ipykernel" in type(stream).__module__
 
 
 class Progress:
-    """Prints what happens to ``stream``.
+    """Prints events.
 
-    Where that can show one, a bar says how far the running pass is; a line now and then elsewhere.
+    A running pass has a bar in terminals and notebooks, and occasional lines elsewhere.
 
     Parameters
     ----------
     log_frequency : int
-        Iterations between printed lines.
+        Number of iterations between printed lines.
     shows_sample : bool
-        Whether what concerns the sample and checkpoints is shown, too.
+        Whether to print events of the sample and of checkpoints.
     stream : file-like, optional
-        Standard output if not given.
+        Standard output by default.
     """
 
     def __init__(
@@ -78,16 +78,15 @@ class Progress:
         self._pass_line_at = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Print the event if it is one of those that are shown."""
+        """Print the event, unless it is hidden."""
         if not self._is_on:
             return
         try:
             self._show(event)
         except (OSError, ValueError) as error:
-            # Closed, a broken pipe, a full disk, an encoding without these characters: the fit
-            # goes on without being seen.
+            # A closed stream, broken pipe, full disk or limited encoding must not end the fit.
             self._is_on = False
-            LOGGER.warning("Progress is printed no further: %s", error)
+            LOGGER.warning("Could not print progress: %s. Printing is disabled.", error)
 
     def _show(self, event: Event) -> None:
         if isinstance(event, BlocksFinished):
@@ -100,7 +99,7 @@ class Progress:
             self._print(line)
 
     def close(self) -> None:
-        """Take away the bar."""
+        """Remove the bar."""
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed
@@ -114,7 +113,7 @@ class Progress:
 
     def _move(self, event: BlocksFinished) -> None:
         if not _shows_bars(self._stream):
-            self._say_now_and_then(event)
+            self._print_now_and_then(event)
             return
         if self._bar is None:
             self._bar = _bar_class()(
@@ -132,7 +131,7 @@ class Progress:
             self._bar.set_postfix_str(f"{rate} rows/s", refresh=False)
         self._bar.update(event.blocks - self._bar.n)
 
-    def _say_now_and_then(self, event: BlocksFinished) -> None:
+    def _print_now_and_then(self, event: BlocksFinished) -> None:
         now = time.monotonic()
         if not event.blocks or event.blocks == event.n_blocks:
             self._pass_line_at = now
@@ -143,8 +142,8 @@ class Progress:
     def _is_shown(self, event: Event) -> bool:
         match event:
             case IterationFinished():
-                wanted = self._shows_sample or event.stage == ALL_ROWS
-                return wanted and event.reaches_multiple(self._log_frequency)
+                is_visible = self._shows_sample or event.stage == ALL_ROWS
+                return is_visible and event.reaches_multiple(self._log_frequency)
             case NonFiniteTrial():
                 return self._shows_sample or event.stage != "sample"
             case SampleRead() | CheckpointWritten():

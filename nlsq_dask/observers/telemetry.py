@@ -1,4 +1,4 @@
-"""``DefenseLayerTelemetry``: how often the defense layers acted, and the work of fits."""
+"""``DefenseLayerTelemetry``: counters of the defense layers and of the work of fits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DefenseLayerTelemetry:
     """Counters of the defense layers and of the work of fits; safe to use from several threads."""
 
     total_warmup_calls: int = _counter(
-        "Warm-ups begun, including those skipped by layer 1.", "nlsq_defense_warmup_calls_total"
+        "Warm-ups started, including those skipped by layer 1.", "nlsq_defense_warmup_calls_total"
     )
     layer1_warm_start_triggers: int = _counter(
         "Warm-ups skipped because the start already fits.",
@@ -114,7 +114,7 @@ class DefenseLayerTelemetry:
             self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def __call__(self, event: Event) -> None:
-        """Count what an event of a fit says."""
+        """Count an event."""
         with self._lock:
             match event:
                 case WarmupStarted():
@@ -173,7 +173,7 @@ class DefenseLayerTelemetry:
         return 100.0 * count / max(self.total_warmup_calls, 1)
 
     def get_trigger_rates(self) -> dict[str, float]:
-        """Return how often each layer acted, in percent of the warm-ups.
+        """Return the triggers of each layer in percent of the warm-ups.
 
         Returns
         -------
@@ -230,10 +230,30 @@ _process_telemetry = DefenseLayerTelemetry()
 
 
 def get_defense_telemetry() -> DefenseLayerTelemetry:
-    """Return the telemetry that counts over all fits of this process."""
+    """Return the telemetry of all fits in this process.
+
+    Returns
+    -------
+    DefenseLayerTelemetry
+
+    See Also
+    --------
+    reset_defense_telemetry : Reset its counters.
+
+    Examples
+    --------
+    >>> reset_defense_telemetry()
+    >>> get_defense_telemetry().total_fits
+    0
+    """
     return _process_telemetry
 
 
 def reset_defense_telemetry() -> None:
-    """Set the counters of this process to zero."""
+    """Reset the telemetry of this process.
+
+    See Also
+    --------
+    get_defense_telemetry : Return the telemetry.
+    """
     _process_telemetry.reset()

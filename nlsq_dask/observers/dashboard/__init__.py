@@ -1,1 +1,1 @@
-"""A live page on the dashboard of a distributed cluster, and metrics for Prometheus."""
+"""A live page on the dashboard of a cluster, and Prometheus metrics."""

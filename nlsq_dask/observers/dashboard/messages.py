@@ -1,4 +1,4 @@
-"""What the page is told: small dicts of what msgpack knows, made from the events of a fit."""
+"""``Messages``: events as small dicts that msgpack can encode, for the dashboard page."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from nlsq_dask.events import (
     BlocksFinished,
-    BlocksLeftOut,
     BlocksMeasured,
+    BlocksSkipped,
     Event,
     FitAborted,
     FitEnded,
     FitResumed,
     FitStarted,
+    HalvingRound,
     IterationFinished,
     NonFiniteTrial,
     PassFinished,
     PhaseEnded,
     PhaseStarted,
-    TournamentRound,
     WarmupEnded,
     WarmupStarted,
 )
@@ -31,32 +31,32 @@ from nlsq_dask.observers.format import format_event
 
 Message = dict[str, Any]
 
-_MOST_NAMES = 8  # of parameters
-_MOST_TEXT = 500  # characters of a sentence
-_MOST_LINES = 5  # of an event
-_MOST_CELLS = 100  # along each side of a map
-_MOST_STEPS = 1000  # of a profile
+_MAX_NAMES = 8  # of parameters
+_MAX_TEXT = 500  # characters of a sentence
+_MAX_LINES = 5  # of an event
+_MAX_CELLS = 100  # along each side of a map
+_MAX_STEPS = 1000  # of a profile
 
 # Events that the page shows as text.
-_NOTED = (
+_TEXT_EVENTS = (
     FitResumed,
-    TournamentRound,
+    HalvingRound,
     WarmupStarted,
     WarmupEnded,
     NonFiniteTrial,
-    BlocksLeftOut,
+    BlocksSkipped,
 )
 
 
 class Messages:
-    """Makes messages of events; it remembers the grid of the fit."""
+    """Converts events to messages; keeps the grid of the fit."""
 
     def __init__(self) -> None:
         self._grid: tuple[int, ...] = ()
         self._dims: tuple[str, ...] = ()
 
     def of(self, event: Event) -> list[Message]:
-        """Return what the page is told of an event."""
+        """Return the messages of an event."""
         match event:
             case FitStarted():
                 self._grid, self._dims = event.grid, event.dims
@@ -77,11 +77,11 @@ class Messages:
                 return [_pass(event)]
             case FitEnded():
                 state = "finished" if event.success else "no success"
-                return [{"kind": "ended", "state": state, "text": event.message[:_MOST_TEXT]}]
+                return [{"kind": "ended", "state": state, "text": event.message[:_MAX_TEXT]}]
             case FitAborted():
-                return [{"kind": "ended", "state": "aborted", "text": event.error[:_MOST_TEXT]}]
+                return [{"kind": "ended", "state": "aborted", "text": event.error[:_MAX_TEXT]}]
         now = time.time()
-        return [{"kind": "note", "time": now, "text": t[:_MOST_TEXT]} for t in _notes(event)]
+        return [{"kind": "note", "time": now, "text": t[:_MAX_TEXT]} for t in _notes(event)]
 
     def _map(self, event: BlocksMeasured) -> Message:
         values = np.full(math.prod(self._grid), np.nan)
@@ -90,7 +90,7 @@ class Messages:
         table, axes = _two_largest(values.reshape(self._grid))
         dropped = [i for i, n in enumerate(self._grid) if n > 1 and i not in axes]
         size = list(table.shape)
-        most = _MOST_STEPS if table.ndim == 1 else _MOST_CELLS
+        most = _MAX_STEPS if table.ndim == 1 else _MAX_CELLS
         step = tuple(-(n // -most) for n in table.shape)
         for axis, width in enumerate(step):
             table = _worst(table, axis, width)
@@ -105,7 +105,7 @@ class Messages:
 
 
 def _two_largest(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[int, ...]]:
-    """Return a table of the two longest dimensions, or of one if there is just one to see."""
+    """Reduce a table to its two longest dimensions, or to one if others have length 1."""
     by_length = sorted(range(table.ndim), key=lambda axis: -table.shape[axis])
     kept = [axis for axis in by_length[:2] if table.shape[axis] > 1] or by_length[:1]
     for axis in sorted(set(range(table.ndim)) - set(kept), reverse=True):
@@ -114,7 +114,7 @@ def _two_largest(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple
 
 
 def _worst(table: NDArray[np.float64], axis: int, width: int) -> NDArray[np.float64]:
-    """Return the largest of each ``width`` neighbours along an axis."""
+    """Return the maximum of each ``width`` neighbors along an axis."""
     if width == 1:
         return table
     starts = np.arange(0, table.shape[axis], width)
@@ -126,7 +126,7 @@ def _started(event: FitStarted) -> Message:
         "kind": "started",
         "time": time.time(),
         "model": event.model[:80],
-        "names": [str(name)[:40] for name in event.param_names[:_MOST_NAMES]],
+        "names": [str(name)[:40] for name in event.param_names[:_MAX_NAMES]],
         "n_params": len(event.param_names),
         "n_rows": int(event.n_rows),
         "grid": [int(n) for n in event.grid],
@@ -170,5 +170,5 @@ def _pass(event: PassFinished) -> Message:
 
 
 def _notes(event: Event) -> list[str]:
-    text = format_event(event) if isinstance(event, _NOTED) else None
-    return [line.strip() for line in (text or "").splitlines()[:_MOST_LINES]]
+    text = format_event(event) if isinstance(event, _TEXT_EVENTS) else None
+    return [line.strip() for line in (text or "").splitlines()[:_MAX_LINES]]

@@ -1,4 +1,4 @@
-"""Metrics of this process, for people without a cluster."""
+"""Metrics of this process, without a cluster."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from nlsq_dask.observers.telemetry import get_defense_telemetry
 
 
 def metrics_collector() -> Collector:
-    """Return a collector of prometheus_client that shows what the fits of this process count.
+    """Return a prometheus_client collector for the fits of this process.
 
     Returns
     -------
     Collector
-        For ``prometheus_client.REGISTRY.register``; the names are those of
+        To pass to ``prometheus_client.REGISTRY.register``; has the names of
         ``get_defense_telemetry().export_metrics()``.
+
+    See Also
+    --------
+    get_defense_telemetry : Return the counters themselves.
+
+    Examples
+    --------
+    >>> from prometheus_client import CollectorRegistry
+    >>> registry = CollectorRegistry()
+    >>> registry.register(metrics_collector())
+    >>> registry.get_sample_value("nlsq_fits_total") is None
+    False
     """
     return Collector(get_defense_telemetry().export_metrics, is_of_scheduler=False)

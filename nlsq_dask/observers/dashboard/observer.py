@@ -1,4 +1,4 @@
-"""``Page``: tells the scheduler's page of a fit what happens in it."""
+"""``Page``: sends the events of a fit to the dashboard page on the scheduler."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from nlsq_dask.observers.dashboard.shipping import ShippedPlugin, why_not_to_shi
 from nlsq_dask.observers.logs import LOGGER
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry
 
-_INTERVAL = 0.5  # seconds between calls of the scheduler, each of which takes about a millisecond
-_SHORTER = 0.1  # where a person waits for something to be seen
-_PATIENCE = 10.0  # seconds that a scheduler may take to answer
+_INTERVAL = 0.5  # seconds between calls of the scheduler, of about a millisecond each
+_SHORTER = 0.1  # at the start of a phase
+_PATIENCE = 10.0  # timeout of a call in seconds
 
 _registered: WeakSet[Any] = WeakSet()  # clients that have registered the plugin
 
 
 class Page:
-    """An observer that sends what happens to the scheduler of a client, several events at once.
+    """An observer that sends batches of events to the scheduler of a client.
 
     Parameters
     ----------
@@ -50,22 +50,21 @@ class Page:
         self._is_on = True
 
     def __call__(self, event: Event) -> None:
-        """Take an event, and send what is waiting if it is time."""
+        """Queue an event, and send the queue if it is due."""
         self._safely(self._telemetry, event)
         self._safely(self._take, event)
 
     def remember(self, event: Event) -> None:
-        """Take an event of before, which is shown and counts nothing."""
+        """Queue an earlier event, which is shown but not counted."""
         self._safely(self._take, event)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining messages."""
         if self._waiting:
             self._safely(self._send)
 
     def _safely(self, act: Callable[..., None], *args: Any) -> None:
-        # Whatever goes wrong here, in a scheduler of any version, which sends back its own
-        # exceptions, or on the way there, costs the page and not the fit.
+        # An error of any class, here or on a scheduler of any version, must not end the fit.
         if not self._is_on:
             return
         try:
@@ -73,7 +72,7 @@ class Page:
         except Exception as error:
             self._is_on = False
             self._waiting = []
-            LOGGER.warning("The fit goes on without its page: %s: %s", type(error).__name__, error)
+            LOGGER.warning("The dashboard page is disabled: %s: %s", type(error).__name__, error)
 
     def _take(self, event: Event) -> None:
         new = self._messages.of(event)
@@ -98,7 +97,7 @@ class Page:
         }
         self._waiting = []
         answer = self._call(batch) if self._client in _registered else None
-        if answer is None:  # nor does a scheduler that was started anew know the call
+        if answer is None:  # or the scheduler was restarted
             no_page = why_not_to_ship(self._python_of_scheduler())
             if no_page:
                 self._is_on = False
@@ -113,10 +112,10 @@ class Page:
             self._say(answer["no_page"])
 
     def _python_of_scheduler(self) -> str:
-        # Client.get_versions would ask every worker, too.
+        # Client.get_versions would query every worker.
         ask = self._client.scheduler.versions
-        found = self._client.sync(ask, callback_timeout=_PATIENCE)
-        return str(found["host"]["python"])
+        versions = self._client.sync(ask, callback_timeout=_PATIENCE)
+        return str(versions["host"]["python"])
 
     def _call(self, batch: dict[str, Any]) -> Any:
         call = getattr(self._client.scheduler, HANDLER)
@@ -125,16 +124,16 @@ class Page:
 
     def _say(self, no_page: str) -> None:
         if no_page:
-            LOGGER.info("The fit has no page: %s", no_page)
+            LOGGER.info("The fit has no dashboard page: %s", no_page)
             return
         link = self._client.dashboard_link or ""
-        LOGGER.info("The fit can be watched at %s", link.removesuffix("status") + PAGE)
+        LOGGER.info("Dashboard page of the fit: %s", link.removesuffix("status") + PAGE)
 
 
 @contextmanager
-def on_dashboard(is_wanted: bool) -> Iterator[Page | None]:
-    """Yield who tells the page of the active cluster of a fit, None where there is no cluster."""
-    client = Workers.active().client if is_wanted else None
+def on_dashboard(is_enabled: bool) -> Iterator[Page | None]:
+    """Yield the ``Page`` on the active cluster, or None without a cluster."""
+    client = Workers.active().client if is_enabled else None
     if client is None:
         yield None
     else:

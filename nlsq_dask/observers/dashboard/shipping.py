@@ -1,4 +1,4 @@
-"""How the plugin gets to a scheduler that may lack this package: its code goes with it."""
+"""Sends the plugin with its code to a scheduler that may lack this package."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ _LOCK = threading.Lock()
 
 
 @cache
-def _parcel() -> bytes:
-    """Return the bytes of a new plugin with its code.
+def _pickled_plugin() -> bytes:
+    """Pickle a new plugin with its code.
 
-    So a scheduler needs neither this package nor JAX, which would take it a second or two to
-    import. Classes that cloudpickle sends by value are whole modules of functions, no more.
+    The scheduler needs neither this package nor JAX, whose import takes a second or two.
     """
-    with _LOCK:  # the registry of cloudpickle is that of the process
+    with _LOCK:  # cloudpickle has one registry per process
         cloudpickle.register_pickle_by_value(on_scheduler)
         try:
             data: bytes = cloudpickle.dumps(FitPages())
@@ -34,28 +33,27 @@ def _parcel() -> bytes:
 
 
 def why_not_to_ship(python: str) -> str:
-    """Return why the plugin cannot go to a scheduler of some version of Python, nothing if it can.
+    """Return why the plugin cannot run on a version of Python, or an empty string.
 
-    Its code travels as bytecode, which differs between minor versions of Python. The process of
-    the scheduler can crash where it runs that of another.
+    Its code is sent as bytecode, which can crash a process of another minor version.
 
     Parameters
     ----------
     python : str
-        The scheduler's version: numbers between dots, as ``Client.get_versions`` returns it.
+        Version of the scheduler, such as "3.12.1".
     """
     theirs = ".".join(python.split(".")[:2])
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
     if theirs == ours:
         return ""
-    return f"the scheduler runs Python {theirs} and this process {ours}; use one version for both"
+    return f"the scheduler runs Python {theirs} and this process {ours}; use the same version"
 
 
 class ShippedPlugin(SchedulerPlugin):
-    """Registered in place of ``FitPages``, it arrives as one."""
+    """A plugin that unpickles as ``FitPages``."""
 
     name = PLUGIN
     idempotent = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (_parcel(),)
+        return pickle.loads, (_pickled_plugin(),)

@@ -1,6 +1,5 @@
-"""What runs in the scheduler's process, which may lack this package.
+"""Code that runs on the scheduler, which may lack this package.
 
-It is sent there as code (see ``shipping.py``), so its modules import the standard library, each
-other, distributed, and Bokeh and prometheus_client in the functions that need them; no more. Their
-classes are plain ones: dataclasses do not survive the journey whole.
+It is sent by value (see ``shipping.py``). Its modules import only the standard library, each other
+and distributed, and Bokeh and prometheus_client within functions. Dataclasses cannot be sent.
 """

@@ -1,4 +1,4 @@
-"""``Collector``: flat names and numbers, as prometheus_client wants them."""
+"""``Collector``: metrics for prometheus_client."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Collector:
     Parameters
     ----------
     read : callable
-        Returns numbers by name; names that end in ``_total`` are of counters.
+        Returns numbers by name; names of counters end in ``_total``.
     is_of_scheduler : bool
-        One of a scheduler steps aside where a driver in the same process, with a cluster of its
-        own, has put its collector into the same registry: both would show the same fits.
+        A collector of a scheduler yields nothing if a driver in the same process has registered
+        its own, because both would show the same fits.
     """
 
     is_of_nlsq_dask = True
@@ -25,11 +25,11 @@ class Collector:
         self.is_of_scheduler = is_of_scheduler
 
     def describe(self) -> list[Any]:
-        """Return nothing: prometheus_client would refuse a second collector of these names."""
+        """Return nothing, because prometheus_client rejects two collectors of the same names."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield the numbers."""
+        """Yield the metrics."""
         from prometheus_client import REGISTRY
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -37,15 +37,15 @@ class Collector:
             return
         for name, value in sorted(self._read().items()):
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield kind(name, f"nlsq_dask: {_in_words(name)}", value=value)
+            yield kind(name, f"nlsq_dask: {_description(name)}", value=value)
 
 
 def registered(registry: Any) -> list[Any]:
-    """Return the collectors of this package in a registry, whichever copy of it made them."""
-    # There is no public list of them; without this attribute none is found, and nothing breaks.
+    """Return the collectors of this package in a registry, from any copy of its code."""
+    # A private attribute; without it, the result is empty.
     everyone = list(getattr(registry, "_collector_to_names", ()))
     return [c for c in everyone if getattr(c, "is_of_nlsq_dask", False)]
 
 
-def _in_words(name: str) -> str:
+def _description(name: str) -> str:
     return name.removeprefix("nlsq_").removesuffix("_total").replace("_", " ")

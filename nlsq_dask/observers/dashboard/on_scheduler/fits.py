@@ -1,4 +1,4 @@
-"""``Fits``: what is known of the last fits, from the messages of those who run them."""
+"""``Fits``: the last fits, from the messages of their clients."""
 
 from __future__ import annotations
 
@@ -6,66 +6,55 @@ import time
 from collections import deque
 from typing import Any
 
-MOST_FITS = 20  # unless more are running
-MOST_RUNNING = 200
-_MOST_FORGOTTEN = 1_000  # whose counters are kept apart
-_MOST_ITERATIONS = 5000
-_MOST_RATES = 2000
-_MOST_NOTES = 200
-_RATE_INTERVAL = 0.4  # seconds over which bytes a second are counted at least
+MAX_FITS = 20  # unless more are running
+MAX_RUNNING = 200
+_MAX_FORGOTTEN = 1_000  # fits with separate counters
+_MAX_ITERATIONS = 5000
+_MAX_RATES = 2000
+_MAX_NOTES = 200
+_RATE_INTERVAL = 0.4  # minimum seconds over which a rate is measured
 
 
 class Fit:
-    """One fit.
-
-    Attributes
-    ----------
-    number : int
-        Counted from 1 on this scheduler.
-    ahead : float
-        Seconds by which this scheduler's clock is ahead of that of who runs the fit. All times kept
-        here are of this scheduler.
-    state : str
-        "running", "finished", "no success", "aborted" or "lost".
-    """
+    """One fit, with times of the clock of the scheduler."""
 
     def __init__(self, number: int, client: str, ahead: float = 0.0) -> None:
-        self.number = number
+        self.number = number  # from 1 on this scheduler
         self.client = client
-        self.ahead = ahead
-        self.state = "running"
+        self.ahead = ahead  # seconds by which this clock is ahead of that of the client
+        self.state = "running"  # or "finished", "no success", "aborted", "lost"
         self.text = ""
         self.began = self.heard = time.time()
         self.about: dict[str, Any] = {}
         self.phases: list[dict[str, Any]] = []
-        self.iterations: deque[dict[str, Any]] = deque(maxlen=_MOST_ITERATIONS)
+        self.iterations: deque[dict[str, Any]] = deque(maxlen=_MAX_ITERATIONS)
         self.progress: dict[str, Any] = {}
-        self.rates: deque[tuple[float, float]] = deque(maxlen=_MOST_RATES)
+        self.rates: deque[tuple[float, float]] = deque(maxlen=_MAX_RATES)
         self.last_pass: dict[str, Any] = {}
         self.map: dict[str, Any] = {}
-        self.notes: deque[tuple[float, str]] = deque(maxlen=_MOST_NOTES)
+        self.notes: deque[tuple[float, str]] = deque(maxlen=_MAX_NOTES)
         self.metrics: dict[str, float] = {}
         self._rated: dict[str, Any] = {}
 
     @property
     def is_running(self) -> bool:
-        """Whether its end is not known."""
+        """Whether the fit is running."""
         return self.state == "running"
 
     @property
     def title(self) -> str:
-        """What it is called."""
+        """Title of the fit on the page."""
         return f"{self.number}: {self.about.get('model', 'fit')}"
 
     def take(self, message: dict[str, Any]) -> None:
-        """Take note of a message; one of another version's kind is no harm."""
+        """Record a message; unknown kinds of other versions are ignored."""
         times: dict[str, Any] = {
             key: message[key] + self.ahead for key in ("time", "start") if key in message
         }
         message = {**message, **times}
         match message.get("kind"):
             case "started":
-                # One that goes on from a checkpoint began before this.
+                # A resumed fit began earlier.
                 self.about = message
             case "phase":
                 self.phases.append({**message, "duration": None, "failed": False})
@@ -88,14 +77,14 @@ class Fit:
                 self.end(message["state"], message["text"])
 
     def end(self, state: str, text: str) -> None:
-        """Take note of the end."""
+        """Record the end of the fit."""
         self.state, self.text, self.progress = state, text, {}
 
     def _rate(self, new: dict[str, Any]) -> None:
         old = self._rated
         if old and old["pass"] == new["pass"] and new["blocks"]:
             if new["blocks"] == old["blocks"]:
-                return  # blocks end a group at a time, and nothing stands still in between
+                return  # blocks finish in groups
             seconds = new["seconds"] - old["seconds"]
             if seconds < _RATE_INTERVAL and new["blocks"] < new["n_blocks"]:
                 return
@@ -105,34 +94,26 @@ class Fit:
 
 
 class Fits:
-    """The last fits, and what all fits have counted.
-
-    Attributes
-    ----------
-    recent : dict of str to Fit
-        By the names that those who run them gave them, in the order of their beginning.
-    version : int
-        Grows with every change.
-    """
+    """The last fits, and the counters of all fits."""
 
     def __init__(self) -> None:
-        self.recent: dict[str, Fit] = {}
-        self.version = 0
+        self.recent: dict[str, Fit] = {}  # by ID, in order of their start
+        self.version = 0  # incremented with every change
         self._n_fits = 0
-        # Number and counters by name: one that is heard of again counts on from there.
+        # Number and counters by ID, in case a fit sends messages again.
         self._forgotten: dict[str, tuple[int, dict[str, float]]] = {}
         self._of_others: dict[str, float] = {}  # sums
         self._last_loss = float("nan")
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Take what one who runs a fit has sent: messages, and its counters as they stand."""
+        """Record a batch of a client: messages, and the current counters of a fit."""
         name = batch["fit"]
         if name not in self.recent:
-            # The first batch was written just now.
+            # The first batch was sent just now.
             now = time.time()
             self._add(name, batch["client"], now - batch.get("time", now))
         fit = self.recent[name]
-        if fit.state == "lost":  # its client has come back
+        if fit.state == "lost":  # its client reconnected
             fit.state, fit.text = "running", ""
         fit.heard = time.time()
         for message in batch["messages"]:
@@ -144,10 +125,10 @@ class Fits:
         self.version += 1
 
     def client_left(self, client: str) -> None:
-        """Take note that a client is gone: what it still ran is lost."""
+        """Mark the running fits of a disconnected client as lost."""
         for fit in self.recent.values():
             if fit.client == client and fit.is_running:
-                fit.end("lost", "its client has left")
+                fit.end("lost", "its client disconnected")
                 self.version += 1
 
     def _add(self, name: str, client: str, ahead: float) -> None:
@@ -158,28 +139,28 @@ class Fits:
         self._forget()
 
     def _forget(self) -> None:
-        """Forget the oldest that have ended; their counts stay."""
+        """Drop the oldest fits that ended, but not their counters."""
         ended = [name for name, fit in self.recent.items() if not fit.is_running]
-        for name in ended[: max(len(self.recent) - MOST_FITS, 0)]:
+        for name in ended[: max(len(self.recent) - MAX_FITS, 0)]:
             self._drop(name)
-        while len(self.recent) > MOST_RUNNING:
+        while len(self.recent) > MAX_RUNNING:
             self._drop(next(iter(self.recent)))
 
     def _drop(self, name: str) -> None:
         gone = self.recent.pop(name)
         self._forgotten[name] = gone.number, gone.metrics
-        if len(self._forgotten) > _MOST_FORGOTTEN:
+        if len(self._forgotten) > _MAX_FORGOTTEN:
             _, metrics = self._forgotten.pop(next(iter(self._forgotten)))
             self._of_others = _added(self._of_others, metrics)
 
     def metrics(self) -> dict[str, float]:
-        """Return the counters of all fits, and the last loss, under their Prometheus names."""
+        """Return the counters of all fits and the last loss by Prometheus name."""
         every = [fit.metrics for fit in list(self.recent.values())]
         every += [metrics for _, metrics in list(self._forgotten.values())]
-        found = self._of_others
+        totals = self._of_others
         for metrics in every:
-            found = _added(found, metrics)
-        return {**found, "nlsq_last_loss": self._last_loss}
+            totals = _added(totals, metrics)
+        return {**totals, "nlsq_last_loss": self._last_loss}
 
 
 def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:

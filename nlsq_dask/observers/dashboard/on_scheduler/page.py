@@ -1,4 +1,4 @@
-"""The page: a Bokeh document that copies what is known of the fits every half second."""
+"""The dashboard page: a Bokeh document, updated every half second."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit, Fits
 from nlsq_dask.observers.dashboard.on_scheduler.plots import (
-    COLOURS,
+    COLORS,
     SLOTS,
     Curves,
     Map,
@@ -16,7 +16,7 @@ from nlsq_dask.observers.dashboard.on_scheduler.plots import (
     Profile,
     RunningPass,
 )
-from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, curve, pass_in_words, rates
+from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, curve, describe_pass, rates
 
 _PERIOD = 500  # milliseconds
 _STATES = {
@@ -28,7 +28,7 @@ _STATES = {
 }
 _ALL = "all"
 
-# The menu is fixed at the top, and covers what is below it where it takes two lines.
+# The menu is sticky, because a fixed one of two lines covers the page.
 _TEMPLATE = """
 {% extends "base.html" %}
 {% block extra_resources %}
@@ -55,7 +55,7 @@ _TEMPLATE = """
 
 
 def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -> None:
-    """Fill the document of a browser that has opened the page."""
+    """Fill the document of a browser session."""
     from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 
     view = View(fits)
@@ -70,13 +70,7 @@ def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -
 
 
 class View:
-    """The models of one browser's page.
-
-    Attributes
-    ----------
-    roots : list of Model
-        In their order on the page.
-    """
+    """The Bokeh models of one browser session; ``roots`` are in the order of the page."""
 
     def __init__(self, fits: Fits) -> None:
         from bokeh.layouts import column
@@ -91,7 +85,7 @@ class View:
         self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
         self._curves = {name: Curves(name, *about) for name, about in CURVES.items()}
         self._rates = Curves(
-            "rate", "Data gone through a second", "seconds since the fit began", "MB/s"
+            "rate", "Data processed per second", "seconds since the start of the fit", "MB/s"
         )
         self._phases = Phases()
         self._pass = RunningPass()
@@ -107,14 +101,14 @@ class View:
             self._profile.figure,
             self._notes,
         ]
-        # One of the two is empty; together they take one place.
+        # Only one of the two is visible.
         blocks = column(
             self._map.figure, self._profile.figure, sizing_mode="stretch_width", name="blocks"
         )
         self.roots = [self._choice, self._head, *self._plots[:-3], blocks, self._notes]
 
     def update(self) -> None:
-        """Copy what is new."""
+        """Update the models."""
         every = list(self._fits.recent.values())
         is_running = any(fit.is_running for fit in every)
         seen = (self._fits.version, self._choice.value, time.time() if is_running else 0)
@@ -129,7 +123,7 @@ class View:
         if not shown:
             self._head.text = _NOTHING
             return
-        self._head.text = "".join(map(_of_fit, reversed(shown)))
+        self._head.text = "".join(map(_fit_html, reversed(shown)))
         self._phases.show(shown)
         self._pass.show(shown)
         for name, curves in self._curves.items():
@@ -139,7 +133,7 @@ class View:
         mapped = [*running, *(fit for fit in reversed(shown) if fit.map)][:1]
         self._map.show(mapped)
         self._profile.show(mapped)
-        self._notes.text = _notes_of(shown)
+        self._notes.text = _notes_html(shown)
 
     def _offer(self, every: list[Fit]) -> None:
         label = f"all fits (the last {SLOTS})" if len(every) > SLOTS else "all fits"
@@ -155,11 +149,11 @@ class View:
 _FULL_WIDTH = ".bk-clearfix { width: 100%; }"
 _NOTHING = (
     '<div style="font-size: 15px; color: #555; padding: 2rem 0.5rem">'
-    "<b>No fit yet.</b> A fit on this cluster shows up here by itself.</div>"
+    "<b>No fit yet.</b> Fits on this cluster appear here.</div>"
 )
 
 
-def _of_fit(fit: Fit) -> str:
+def _fit_html(fit: Fit) -> str:
     about = fit.about
     state = f'<b style="color: {_STATES.get(fit.state, "#333")}">{fit.state}</b>'
     words = []
@@ -169,34 +163,34 @@ def _of_fit(fit: Fit) -> str:
         names += f" and {more:,} more parameters" if more else ""
         grid = " x ".join(f"{n:,}" for n in about["grid"])
         words = [names, f"{about['n_rows']:,} rows", f"blocks: {grid}"]
-    now = pass_in_words(fit)
+    now = describe_pass(fit)
     loss = [entry["loss"] for entry in list(fit.iterations)[-1:]]
     words += [f"loss {value:.6g}" for value in loss]
     started = time.strftime("%H:%M:%S", time.localtime(fit.began))
     text = " &middot; ".join(html.escape(word) for word in [f"since {started}", *words])
-    colour = COLOURS[fit.number % SLOTS]
+    color = COLORS[fit.number % SLOTS]
     end = html.escape(now or fit.text)
     return (
-        f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {colour}; '
+        f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {color}; '
         f'padding-left: 8px"><b>{html.escape(fit.title)}</b>: {state} '
         f'<span style="color: #555">{text}</span><br>{end}</div>'
     )
 
 
-def _notes_of(shown: list[Fit]) -> str:
+def _notes_html(shown: list[Fit]) -> str:
     entries = [(at, fit, text) for fit in shown for at, text in fit.notes]
     lines = []
     for at, fit, text in sorted(entries, key=lambda entry: entry[0], reverse=True)[:30]:
         clock = time.strftime("%H:%M:%S", time.localtime(at))
         which = f"{html.escape(fit.title)}: " if len(shown) > 1 else ""
-        colour = COLOURS[fit.number % SLOTS]
+        color = COLORS[fit.number % SLOTS]
         lines.append(
             f'<tr><td style="color: #777; padding-right: 10px">{clock}</td><td>'
-            f'<span style="color: {colour}">{which}</span>{html.escape(text)}</td></tr>'
+            f'<span style="color: {color}">{which}</span>{html.escape(text)}</td></tr>'
         )
     table = "".join(lines) or '<tr><td style="color: #777">nothing yet</td></tr>'
     return (
         '<div style="font-size: 13px; background: white; border: 1px solid #ccc; padding: 8px">'
-        '<div style="font-size: 15px; margin-bottom: 4px">Defence layers and other events</div>'
+        '<div style="font-size: 15px; margin-bottom: 4px">Defense layers and other events</div>'
         f'<div style="max-height: 240px; overflow-y: auto"><table>{table}</table></div></div>'
     )

@@ -1,4 +1,4 @@
-"""The plots of the page, each with a method that shows what is known now."""
+"""Plots of the dashboard page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     profile,
 )
 
-SLOTS = 6  # fits that are shown side by side
-# Of Okabe and Ito: told apart by everyone, on paper, too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SLOTS = 6  # fits that are shown together
+# The palette of Okabe and Ito, for all kinds of color vision.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PHASES = ("#999999", "#E69F00", "#0072B2", "#009E73")  # by number
-# Short ones of events.PHASES, which is not installed where this runs.
+# Short forms of events.PHASES, which cannot be imported here.
 _PHASE_NAMES = ("normalization", "warm-up", "Gauss-Newton", "covariance")
 
 
@@ -43,7 +43,7 @@ def _figure(title: str, **options: Any) -> Any:
 
 
 def _above(figure: Any, legend: Any) -> Any:
-    """Put a legend where it covers nothing."""
+    """Place a legend above the figure."""
     legend.orientation = "horizontal"
     legend.label_text_font_size = "9pt"
     legend.border_line_color = legend.background_fill_color = None
@@ -54,7 +54,7 @@ def _above(figure: Any, legend: Any) -> Any:
 
 
 class Curves:
-    """A curve a fit, each drawn by itself: in one table, those of two fits would be joined."""
+    """One curve per fit, each with its own data source, so that they are not joined."""
 
     def __init__(self, name: str, title: str, x: str, y: str, is_log: bool = False) -> None:
         from bokeh.models import ColumnDataSource, Legend, LegendItem
@@ -67,18 +67,18 @@ class Curves:
             y_axis_type="log" if is_log else "auto",
         )
         self._tables, self._items = [], []
-        for colour in COLOURS:
+        for color in COLORS:
             table = ColumnDataSource({"x": [], "y": [], "marker": [], "size": []})
-            line = self.figure.line("x", "y", source=table, color=colour, width=2)
+            line = self.figure.line("x", "y", source=table, color=color, width=2)
             points = self.figure.scatter(
-                "x", "y", source=table, color=colour, marker="marker", size="size"
+                "x", "y", source=table, color=color, marker="marker", size="size"
             )
             self._tables.append(table)
             self._items.append(LegendItem(label="", renderers=[line, points], visible=False))
         self._legend = _above(self.figure, Legend(items=self._items, click_policy="hide"))
 
     def show(self, fits: list[Fit], data: Any) -> None:
-        """Show these fits and no others."""
+        """Show these fits."""
         of_slot = {fit.number % SLOTS: fit for fit in fits}
         for slot, (table, item) in enumerate(zip(self._tables, self._items, strict=True)):
             fit = of_slot.get(slot)
@@ -93,7 +93,7 @@ class Curves:
 
 
 class Bars:
-    """Bars in a row a fit, with words beside them."""
+    """One row of labeled bars per fit."""
 
     def __init__(self, title: str, name: str, **options: Any) -> None:
         from bokeh.models import ColumnDataSource, FactorRange
@@ -112,7 +112,7 @@ class Bars:
 
 
 class Phases(Bars):
-    """The time line of the phases."""
+    """Timeline of the phases."""
 
     def __init__(self) -> None:
         from bokeh.models import HoverTool, Legend, LegendItem
@@ -120,7 +120,7 @@ class Phases(Bars):
         super().__init__(
             "Phases",
             "phases",
-            x_axis_label="seconds since the fit began",
+            x_axis_label="seconds since the start of the fit",
             tools="xpan,xwheel_zoom,reset,save",
         )
         self._table.data = bars_of_phases([], _PHASES)
@@ -139,7 +139,7 @@ class Phases(Bars):
         )  # fmt: skip
         tips = [("phase", "@name"), ("seconds", "@seconds{0.00}"), ("state", "@state")]
         self.figure.add_tools(HoverTool(renderers=[bars], tooltips=tips))
-        # Squares that are nowhere but in the legend: a phase is to be in it before it begins.
+        # Invisible squares, so that the legend has all phases from the start.
         nowhere = [float("nan")]
         squares = [
             self.figure.scatter(nowhere, nowhere, marker="square", color=c, size=10)
@@ -156,17 +156,17 @@ class Phases(Bars):
 
 
 class RunningPass(Bars):
-    """How far the running pass of each fit is."""
+    """Progress of the running pass of each fit."""
 
     def __init__(self) -> None:
         super().__init__(
-            "Blocks done in the running pass",
+            "Completed blocks of the running pass",
             "pass",
             x_range=(0, 100),
             x_axis_label="% of the blocks",
             tools="",
         )
-        self._table.data = bars_of_pass([], COLOURS)
+        self._table.data = bars_of_pass([], COLORS)
         self.figure.hbar(
             y="fit", left=0, right=100, height=0.62, color="#eeeeee", source=self._table
         )
@@ -186,10 +186,10 @@ class RunningPass(Bars):
 
     def show(self, fits: list[Fit]) -> None:
         """Show these fits."""
-        self._fill(fits, bars_of_pass(fits, COLOURS))
+        self._fill(fits, bars_of_pass(fits, COLORS))
 
 
-# Which block, or blocks, of a dimension the pointer is over.
+# The block, or range of blocks, at the pointer.
 _WHICH = """
 const {blocks, size} = about.data
 const first = Math.floor(value / blocks[axis]) * blocks[axis]
@@ -200,7 +200,7 @@ _BLOCKS = "Reduced chi-square of each block"
 
 
 class Map:
-    """Reduced chi-square of the blocks of a grid of two or more dimensions."""
+    """Reduced chi-square of the blocks of a grid with two or more dimensions."""
 
     def __init__(self) -> None:
         from bokeh.models import (
@@ -229,7 +229,7 @@ class Map:
         self.figure.add_layout(bar, "right")
         self.figure.grid.visible = False
         self.figure.axis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-        # In the order of the grid, as in messages and results.
+        # In the order of the grid.
         tips = [("block", "$y{custom}, $x{custom}"), ("reduced chi-square", "@image{0.0000}")]
         which = {
             name: CustomJSHover(args={"about": self._about, "axis": axis}, code=_WHICH)
@@ -238,34 +238,34 @@ class Map:
         self.figure.add_tools(HoverTool(renderers=[picture], tooltips=tips, formatters=which))
 
     def show(self, fits: list[Fit]) -> None:
-        """Show one fit, or none."""
-        found = image(fits[0]) if fits else None
-        self.figure.visible = found is not None
-        if found is None:
+        """Show the first fit, if any."""
+        block_map = image(fits[0]) if fits else None
+        self.figure.visible = block_map is not None
+        if block_map is None:
             return
-        width, height = found.drawn
-        self._table.data = {"image": [found.table], "w": [width], "h": [height]}
-        about = {"blocks": found.blocks, "size": list(found.size)}
-        if about != dict(self._about.data):  # else a person may have chosen what to see
+        width, height = block_map.drawn
+        self._table.data = {"image": [block_map.table], "w": [width], "h": [height]}
+        about = {"blocks": block_map.blocks, "size": list(block_map.size)}
+        if about != dict(self._about.data):  # otherwise keep the zoom of the user
             self._about.data = about
-            _fix(self.figure.x_range, 0, found.size[0])
-            _fix(self.figure.y_range, found.size[1], 0)
-        self._mapper.low, self._mapper.high = found.low, found.high
-        self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = found.axes
+            _fix(self.figure.x_range, 0, block_map.size[0])
+            _fix(self.figure.y_range, block_map.size[1], 0)
+        self._mapper.low, self._mapper.high = block_map.low, block_map.high
+        self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = block_map.axes
         self.figure.title.text = (
-            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
+            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{block_map.note}"
         )
 
 
 def _fix(axis: Any, start: int, end: int) -> None:
-    """Let an axis show this and nothing beyond, the larger number first if it runs downwards."""
-    axis.bounds = None  # a browser would keep a new end within the old bounds
+    """Set the range and the bounds of an axis."""
+    axis.bounds = None  # a browser clips the new range to the old bounds
     axis.update(start=start, end=end, reset_start=start, reset_end=end)
     axis.bounds = (min(start, end), max(start, end))
 
 
 class Profile:
-    """Reduced chi-square of the blocks of a grid of one dimension."""
+    """Reduced chi-square of the blocks of a one-dimensional grid."""
 
     def __init__(self) -> None:
         from bokeh.models import ColumnDataSource
@@ -274,16 +274,16 @@ class Profile:
             _BLOCKS, name="profile", height=330, visible=False, y_axis_label="reduced chi-square"
         )
         self._table = ColumnDataSource({"x": [], "y": []})
-        self.figure.step("x", "y", source=self._table, mode="after", color=COLOURS[0], width=1.5)
+        self.figure.step("x", "y", source=self._table, mode="after", color=COLORS[0], width=1.5)
 
     def show(self, fits: list[Fit]) -> None:
-        """Show one fit, or none."""
-        found = profile(fits[0]) if fits else None
-        self.figure.visible = found is not None
-        if found is None:
+        """Show the first fit, if any."""
+        line = profile(fits[0]) if fits else None
+        self.figure.visible = line is not None
+        if line is None:
             return
-        self._table.data = {"x": found.x, "y": found.y}
-        self.figure.xaxis.axis_label = found.axis
+        self._table.data = {"x": line.x, "y": line.y}
+        self.figure.xaxis.axis_label = line.axis
         self.figure.title.text = (
-            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{found.note}"
+            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{line.note}"
         )

@@ -1,4 +1,4 @@
-"""``FitPages``: the plugin of a scheduler that serves the page and the metrics."""
+"""``FitPages``: the scheduler plugin that serves the page and the metrics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nlsq_dask.observers.dashboard.on_scheduler.fits import Fits
 from nlsq_dask.observers.dashboard.on_scheduler.page import show_fits
 
 PLUGIN = "nlsq-dask"
-HANDLER = "nlsq_fit"  # under which a scheduler takes messages on fits
+HANDLER = "nlsq_fit"  # name of the RPC handler
 PAGE = "nlsq"
 
 
 class FitPages(SchedulerPlugin):
-    """Takes messages on fits, and shows them.
+    """Receives and shows messages of fits.
 
-    Messages come by a call of their own: ``log_event`` would keep 100,000 of them.
+    Messages have their own handler, because ``log_event`` would keep 100,000 of them.
     """
 
     name = PLUGIN
@@ -31,28 +31,28 @@ class FitPages(SchedulerPlugin):
         self.collector: Any = None
 
     async def start(self, scheduler: Any) -> None:
-        """Begin to take messages, and add the page and the metrics to what the scheduler serves."""
+        """Register the handler, the page and the metrics on the scheduler."""
         before = scheduler.handlers.get(HANDLER)
         if before is not None:
-            # Taken away and registered again. What it has put up is still there.
+            # Removed and registered again: the page and the handler still exist.
             self.__dict__.update(before.__self__.__dict__)
             return
         self.no_page = _add_page(scheduler, self.fits)
-        self.collector = _shown(None, self.fits)
+        self.collector = _register_collector(None, self.fits)
         scheduler.handlers[HANDLER] = self.take
 
     def take(self, batch: dict[str, Any]) -> dict[str, str]:
-        """Take messages on a fit; return why there is no page, nothing if there is."""
+        """Record messages of a fit; return why there is no page, or an empty string."""
         self.fits.take(batch)
-        self.collector = _shown(self.collector, self.fits)
+        self.collector = _register_collector(self.collector, self.fits)
         return {"no_page": self.no_page}
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        """Take note that a client is gone."""
+        """Mark the running fits of a client as lost."""
         self.fits.client_left(client)
 
     async def close(self) -> None:
-        """Take the metrics away: the process may go on without this scheduler."""
+        """Unregister the metrics, because the process may outlive the scheduler."""
         if self.collector is not None:
             from prometheus_client import REGISTRY
 
@@ -61,13 +61,13 @@ class FitPages(SchedulerPlugin):
 
 
 def _add_page(scheduler: Any, fits: Fits) -> str:
-    """Add the page beside those of Dask; return why that cannot be, nothing if it could."""
+    """Add the page to the dashboard; return why that failed, or an empty string."""
     served = [
         app for app in scheduler.http_application.applications
         if "/status" in getattr(app, "app_paths", ())
     ]  # fmt: skip
     if not served:
-        return "the scheduler serves no dashboard (it needs bokeh, and to be started with one)"
+        return "the scheduler serves no dashboard; install bokeh and start it with a dashboard"
     # A scheduler that serves a dashboard can import these.
     from distributed.dashboard.core import BokehApplication
     from distributed.dashboard.scheduler import template_variables
@@ -83,15 +83,14 @@ def _add_page(scheduler: Any, fits: Fits) -> str:
     scheduler.http_application.add_application(app)
     app.initialize(IOLoop.current())
     app.start()
-    variables["pages"].append(PAGE)  # the menu of all pages, which share this list
+    variables["pages"].append(PAGE)  # the menu of all pages shares this list
     return ""
 
 
-def _shown(collector: Any, fits: Fits) -> Any:
-    """Return the collector of these fits, made if it is None, and see that it is registered.
+def _register_collector(collector: Any, fits: Fits) -> Any:
+    """Register the collector of these fits, and create it if it is None.
 
-    Of several schedulers in one process, which have one registry, the one that has heard of a fit
-    last is shown.
+    Schedulers in one process share a registry, which shows the one with the latest message.
     """
     try:
         from prometheus_client import REGISTRY

@@ -1,4 +1,4 @@
-"""What is known of fits, as the columns that the page draws."""
+"""Data of fits as columns, for the plots of the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 
-# What is drawn of each iteration: title, axes, whether the second is logarithmic.
+# Curves over iterations: title, axes, whether y is logarithmic.
 CURVES = {
     "loss": ("Loss: mean squared weighted residual", "iteration", "loss", True),
     "gradient_norm": ("Gradient norm", "iteration", "|gradient|", True),
@@ -18,34 +18,34 @@ _ALL_ROWS = "all rows"
 
 
 def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
-    """Return one number of every iteration; those over all rows have larger marks."""
-    found: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
+    """Return a curve over iterations; full-data iterations have larger markers."""
+    columns: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
     for entry in list(fit.iterations):
         value = entry[name]
         is_full = entry["stage"] == _ALL_ROWS
-        # A logarithmic axis has no place for the others; there is a gap then.
-        found["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
-        found["x"].append(entry["iteration"])
-        found["marker"].append("circle" if entry["accepted"] else "x")
-        found["size"].append(9 if is_full else 4 if entry["accepted"] else 7)
-    return found
+        # A logarithmic axis shows a gap for other values.
+        columns["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
+        columns["x"].append(entry["iteration"])
+        columns["marker"].append("circle" if entry["accepted"] else "x")
+        columns["size"].append(9 if is_full else 4 if entry["accepted"] else 7)
+    return columns
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
-    """Return the megabytes a second that were gone through: read, or kept on the workers."""
-    found = list(fit.rates)
+    """Return the megabytes per second that were processed, read or cached."""
+    measured = list(fit.rates)
     return {
-        "x": [at - fit.began for at, _ in found],
-        "y": [rate / 1e6 for _, rate in found],
-        "marker": ["circle"] * len(found),
-        "size": [4] * len(found),
+        "x": [at - fit.began for at, _ in measured],
+        "y": [rate / 1e6 for _, rate in measured],
+        "marker": ["circle"] * len(measured),
+        "size": [4] * len(measured),
     }
 
 
-def bars_of_phases(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[Any]]:
+def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
     """Return a bar for each phase of each fit."""
     keys = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
-    found: dict[str, list[Any]] = {key: [] for key in keys}
+    columns: dict[str, list[Any]] = {key: [] for key in keys}
     ends = [fit.heard if not fit.is_running else time.time() for fit in fits]
     spans = [end - fit.began for fit, end in zip(fits, ends, strict=True)]
     for fit, end in zip(fits, ends, strict=True):
@@ -63,21 +63,21 @@ def bars_of_phases(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[
                 left + seconds,
                 seconds,
                 f"{seconds:.1f} s" if has_room else "",
-                colours[phase["phase"] % len(colours)],
+                colors[phase["phase"] % len(colors)],
                 state,
             )
             for key, value in zip(keys, values, strict=True):
-                found[key].append(value)
-    return found
+                columns[key].append(value)
+    return columns
 
 
-def bars_of_pass(fits: list[Fit], colours: tuple[str, ...]) -> dict[str, list[Any]]:
+def bars_of_pass(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
     """Return a bar for each fit."""
     return {
         "fit": [fit.title for fit in fits],
         "share": [100 * _share(fit) for fit in fits],
-        "label": [pass_in_words(fit) or fit.state for fit in fits],
-        "color": [colours[fit.number % len(colours)] for fit in fits],
+        "label": [describe_pass(fit) or fit.state for fit in fits],
+        "color": [colors[fit.number % len(colors)] for fit in fits],
     }
 
 
@@ -86,8 +86,8 @@ def _share(fit: Fit) -> float:
     return float(now["blocks"] / max(now["n_blocks"], 1)) if now else 0.0
 
 
-def pass_in_words(fit: Fit) -> str:
-    """Return how far a running fit is."""
+def describe_pass(fit: Fit) -> str:
+    """Return the progress of a running fit as text."""
     now = fit.progress
     if not fit.is_running:
         return ""
@@ -99,38 +99,28 @@ def pass_in_words(fit: Fit) -> str:
     if now["blocks"] and now["seconds"] > 0.0:
         rate = now["bytes"] / now["seconds"]
         left = now["seconds"] * (now["n_blocks"] / now["blocks"] - 1)
-        words += f", going through {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
+        words += f", {rate / 1e6:,.0f} MB/s, {left:,.0f} s remaining"
     return words
 
 
 class Image:
-    """A map of the blocks, the first dimension downwards.
-
-    Attributes
-    ----------
-    drawn : tuple of float
-        Width and height of the picture; all its cells are of one size, so that where blocks were
-        put together the last ones may go beyond the grid.
-    size : tuple of int
-        Width and height of the grid.
-    blocks : list of int
-        Blocks in a cell, from left to right and downwards.
-    """
+    """A map of the blocks, with the first dimension downwards."""
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         self.table = table
         down, across = about["step"]
-        self.blocks = [across, down]
+        self.blocks = [across, down]  # blocks per cell
+        # Width and height of the image. Cells of several blocks may extend beyond the grid.
         self.drawn = (table.shape[1] * across, table.shape[0] * down)
         height, width = about.get("size", reversed(self.drawn))
-        self.size = (width, height)
+        self.size = (width, height)  # of the grid
         self.axes = [_axis(dim) for dim in reversed(about["dims"])]
         self.low, self.high = _limits(table)
         self.note = _note(about)
 
 
 class Line:
-    """A profile of the blocks."""
+    """A profile of the blocks along one dimension."""
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         (step,) = about["step"]
@@ -142,12 +132,12 @@ class Line:
 
 
 def image(fit: Fit) -> Image | None:
-    """Return the map of a fit, if it has one of two dimensions."""
+    """Return the map of a fit, or None if it is not two-dimensional."""
     return Image(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 2 else None
 
 
 def profile(fit: Fit) -> Line | None:
-    """Return the profile of a fit, if its blocks lie along one dimension."""
+    """Return the profile of a fit, or None if its grid is not one-dimensional."""
     return Line(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 1 else None
 
 
@@ -160,8 +150,8 @@ def _table(about: dict[str, Any]) -> Any:
 def _limits(table: Any) -> tuple[float, float]:
     import numpy as np
 
-    found = table[np.isfinite(table)]
-    low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+    finite = table[np.isfinite(table)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
@@ -170,7 +160,7 @@ def _axis(dim: str) -> str:
 
 
 def _note(about: dict[str, Any]) -> str:
-    """Return what blocks the numbers are the largest of, where it is more than one."""
+    """Return a note if values are maxima over several blocks."""
     over, steps = about.get("largest_over", []), about["step"]
     words = [f"largest over {', '.join(over)}"] if over else []
     words += [f"largest of each {' x '.join(map(str, steps))}"] if max(steps) > 1 else []
