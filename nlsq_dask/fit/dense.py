@@ -52,7 +52,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         super().__init__(context)
         problem = self.problem
         config = problem.config
-        trace = partial(dense_kernel, piece_rows=context.piece_rows)
+        trace = partial(dense_kernel, batch_rows=context.batch_rows)
         kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
         self._gram = replace(kernel, uses_all_devices=config.enable_multi_device)
         self._kernels = {Accumulation.GRAM: self._gram}

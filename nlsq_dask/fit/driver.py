@@ -32,7 +32,7 @@ from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
-from nlsq_dask.kernels.kernel import piece_rows_for
+from nlsq_dask.kernels.kernel import batch_rows_for
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.status import Status
@@ -139,8 +139,8 @@ class Driver:
             start_finder=self._start_finder,
             emit=self._emit,
             journal=self._journal,
-            piece_rows=piece_rows_for(
-                self._data.longest_block, problem.config.piece_rows, problem.model.layout.row_bytes
+            batch_rows=batch_rows_for(
+                self._data.longest_block, problem.config.batch_rows, problem.model.layout.row_bytes
             ),
             platforms=details["platforms"],
         )

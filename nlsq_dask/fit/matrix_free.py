@@ -70,8 +70,8 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         self._undetermined: NDArray[np.bool_] | None = None
 
     def _traced(self, model: Model, **options: Any) -> Kernel[GradientSums]:
-        piece_rows, loss = self.context.piece_rows, self.problem.loss
-        kernel = gradient_kernel(model, piece_rows, loss=loss, **options)
+        batch_rows, loss = self.context.batch_rows, self.problem.loss
+        kernel = gradient_kernel(model, batch_rows, loss=loss, **options)
         return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
 
     def kernel(self, request: Request) -> Kernel[GradientSums]:

@@ -18,7 +18,7 @@ from nlsq_dask.kernels.losses import LARGEST, SMALLEST
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.prediction import PredictionKernel
-from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
+from nlsq_dask.rows.rows import STRIP_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
 from nlsq_dask.warmup.multistart import SuccessiveHalving
 
@@ -82,7 +82,7 @@ class SampleProblem(Generic[R]):
         self._sum_rows = make_objective
         self.y_reference = float(y.mean()) if len(y) else 0.0
         self._hold(rows, usable)
-        self._prediction = PredictionKernel.trace(self._model, BLOCK_ROWS)
+        self._prediction = PredictionKernel.trace(self._model, STRIP_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = self._prediction.program.fingerprint
         if len(usable):
@@ -149,7 +149,7 @@ class SampleProblem(Generic[R]):
             return None
         rows = replace(self._rows.take(np.sort(chosen)), mask=None)
         kernel = self._prediction
-        return rows, kernel(rows.pieces(kernel.piece_rows), params)[0]
+        return rows, kernel(rows.batches(kernel.batch_rows), params)[0]
 
     def prepare_warmup(self, first_step: float) -> Warmup:
         """Make the L-BFGS problem of the usable rows, padded by repetition to a power of two."""

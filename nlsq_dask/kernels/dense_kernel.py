@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.block_loops import MakeLoops, block_rows_for, lanes_for
 from nlsq_dask.kernels.dense_loops import Accumulation, DenseLoops, add_gram, n_gram_lanes
 from nlsq_dask.kernels.kernel import Kernel, Totals
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.kernels.tsqr import merged, part_rows
 from nlsq_dask.model.jacobian import Mode, choose_mode
@@ -64,19 +64,19 @@ class DenseReduction:
             total[-1, 0, 0] = largest
         return total
 
-    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
+    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
         """Return matrix and residuals over no rows."""
-        n_lanes = lanes_for(piece_rows, platform)
+        n_lanes = lanes_for(batch_rows, platform)
         n_own = n_gram_lanes(n_params, n_lanes, self.accumulation)
         return np.zeros((n_params + 1, n_params + 1, n_own)), np.zeros((2, n_lanes))
 
-    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
+    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
         """Return how many rows one turn of the loops takes."""
-        return block_rows_for(piece_rows, platform)
+        return strip_rows_for(batch_rows, platform)
 
-    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
+    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
         """Return what adds rows to matrix and residuals."""
-        n_rows = block_rows_for(piece_rows, platform)
+        n_rows = strip_rows_for(batch_rows, platform)
         at_once = part_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
         how = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
         return partial(how, model, loss, n_rows, part_rows=at_once)
@@ -127,7 +127,7 @@ class DenseReduction:
 
 def dense_kernel(
     model: Model,
-    piece_rows: int,
+    batch_rows: int,
     mode: Mode | None = None,
     platforms: tuple[str, ...] = (CPU,),
     loss: Loss | None = None,
@@ -137,7 +137,7 @@ def dense_kernel(
     with x64():
         mode = mode or choose_mode(model, model.jaxpr())
     reduction = DenseReduction(mode, (1.0,) * (model.n_params + 1), accumulation)
-    return Kernel.trace(reduction, model, piece_rows, platforms, loss)
+    return Kernel.trace(reduction, model, batch_rows, platforms, loss)
 
 
 def with_accumulation(
@@ -155,5 +155,5 @@ def with_accumulation(
         return kernel
     reduction = replace(reduction, accumulation=accumulation)
     platforms = tuple(kernel.programs)
-    other = Kernel.trace(reduction, model, kernel.piece_rows, platforms, kernel.loss)
+    other = Kernel.trace(reduction, model, kernel.batch_rows, platforms, kernel.loss)
     return replace(kernel, reduction=reduction, programs=other.programs)

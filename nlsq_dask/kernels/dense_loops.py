@@ -1,6 +1,6 @@
-"""Products of Jacobian and residual, block by block: what a step is solved from.
+"""Products of Jacobian and residual, strip by strip: what a step is solved from.
 
-Jacobian and residual of a block are stacked, so that one product gives ``J^T J``, ``J^T r`` and
+Jacobian and residual of a strip are stacked, so that one product gives ``J^T J``, ``J^T r`` and
 ``r^T r`` together.
 """
 
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.kernels.block_loops import (
-    BlockLoops,
+from nlsq_dask.kernels.losses import LINEAR
+from nlsq_dask.kernels.strip_loops import (
+    StripLoops,
     dot,
     lane_sums,
 )
-from nlsq_dask.kernels.losses import LINEAR
 from nlsq_dask.kernels.tsqr import extended
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.model import Model
@@ -94,16 +94,16 @@ def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
     return jnp.stack([*rows, jnp.concatenate([largest[None], between, row(n_rows - 1)])])
 
 
-class DenseLoops(BlockLoops):
+class DenseLoops(StripLoops):
     """Loops whose sums are a matrix and sums of residuals; parameters and factors are their point.
 
     Parameters
     ----------
     model : Model
     loss : str
-    block_rows : int
+    strip_rows : int
     *args
-        As for ``BlockLoops``.
+        As for ``StripLoops``.
     accumulation : Accumulation
     part_rows : int
         Rows that are factorized at once.
@@ -115,13 +115,13 @@ class DenseLoops(BlockLoops):
         self,
         model: Model,
         loss: str,
-        block_rows: int,
+        strip_rows: int,
         *args: Any,
         accumulation: Accumulation,
         part_rows: int,
         mode: Mode,
     ) -> None:
-        super().__init__(model, loss, block_rows, *args)
+        super().__init__(model, loss, strip_rows, *args)
         self._accumulation = accumulation
         self._part_rows = part_rows
         self._linearized = residual_and_jacobian(model, mode)
@@ -137,7 +137,7 @@ class DenseLoops(BlockLoops):
         return values, stacked
 
     def added(self, sums: Any, part: Any) -> Any:
-        """Return the sums with the product of a block added."""
+        """Return the sums with the product of a strip added."""
         matrix, residuals = sums
         stacked, residual = part, part[-1]
         jacobian_scale: Any = 1
@@ -166,10 +166,10 @@ class DenseLoops(BlockLoops):
         return jnp.isfinite(jnp.trace(sums[0])).all()
 
     def plain_stretch(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add several blocks without masks.
+        """Add several strips without masks.
 
         In float32 lanes are short enough for sums of their own, which saves conversions. In float64
-        blocks are added one by one, so that it does not matter where stretches begin.
+        strips are added one by one, so that it does not matter where stretches begin.
         """
         dtype, matrix = self._model.dtype, sums[0]
         if matrix.shape[-1] == 1 or dtype == matrix.dtype:
@@ -180,7 +180,7 @@ class DenseLoops(BlockLoops):
         return add_gram(jnp, matrix, gram), sums[1] + residuals
 
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
-        """Return R of the rows so far, which are in ``matrix``, and of a block."""
+        """Return R of the rows so far, which are in ``matrix``, and of a strip."""
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
         if self._accumulation is not Accumulation.ROOT:
             new = extended(triangle, stacked, self._part_rows)

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
-from nlsq_dask.kernels.block_loops import MakeLoops, block_rows_for, lanes_for
 from nlsq_dask.kernels.gradient_loops import DiagonalLoops, GradientLoops
 from nlsq_dask.kernels.kernel import Kernel, Totals
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
@@ -37,21 +37,21 @@ class GradientReduction:
         """All that makes its program another one."""
         return GradientSums, self.n_directions, self.is_diagonal
 
-    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
+    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
         """Return vectors, residuals and the largest over no rows."""
-        n_lanes = lanes_for(piece_rows, platform)
+        n_lanes = lanes_for(batch_rows, platform)
         vectors = np.zeros((1 + self.n_directions, n_params))
         return vectors, np.zeros((2, n_lanes)), np.zeros(())
 
-    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
+    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
         """Return how many rows one turn takes: as many as parameters, or their sums dominate."""
         enough = 1 << max(n_params - 1, 1).bit_length()
-        return min(max(block_rows_for(piece_rows, platform), enough), piece_rows)
+        return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
 
-    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
+    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
         """Return what adds rows to vectors, residuals and the largest."""
         kind = DiagonalLoops if self.is_diagonal else GradientLoops
-        return partial(kind, model, loss, self.block_rows(model.n_params, piece_rows, platform))
+        return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
         """Return parameters and directions; these are zero where no product is needed."""
@@ -76,7 +76,7 @@ class GradientReduction:
 
 def gradient_kernel(
     model: Model,
-    piece_rows: int,
+    batch_rows: int,
     platforms: tuple[str, ...] = (CPU,),
     loss: Loss | None = None,
     **options: Any,
@@ -89,7 +89,7 @@ def gradient_kernel(
         If the model cannot be differentiated in both directions.
     """
     try:
-        return Kernel.trace(GradientReduction(**options), model, piece_rows, platforms, loss)
+        return Kernel.trace(GradientReduction(**options), model, batch_rows, platforms, loss)
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"The model {model.name!r} has {model.n_params} parameters, which asks for "

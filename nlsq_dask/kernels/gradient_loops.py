@@ -1,7 +1,7 @@
-"""Gradient of the cost and products ``J^T J v``, block by block, without any Jacobian.
+"""Gradient of the cost and products ``J^T J v``, strip by strip, without any Jacobian.
 
 Derivatives along directions come from pushing these through the model, and the sums over rows from
-pulling residuals back, so that nothing is larger than the rows of a block or the parameters.
+pulling residuals back, so that nothing is larger than the rows of a strip or the parameters.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask.kernels.block_loops import BlockLoops, dot
 from nlsq_dask.kernels.losses import LINEAR
+from nlsq_dask.kernels.strip_loops import StripLoops, dot
 from nlsq_dask.rows.rows import Rows
 
 _MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
@@ -24,11 +24,11 @@ _MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at o
 # - largest (): the largest r^2.
 
 
-class GradientLoops(BlockLoops):
+class GradientLoops(StripLoops):
     """Loops whose sums are vectors, residuals and the largest; the point has directions."""
 
     def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, the block's vectors and its residuals."""
+        """Return the model's values, the strip's vectors and its residuals."""
         params, directions = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         values, push = jax.linearize(lambda q: self._model(x, q), params)
@@ -47,12 +47,12 @@ class GradientLoops(BlockLoops):
             curvature = jacobian_scale**2
         changes = jax.vmap(push)(directions) * (weight**2 * curvature)
         (vectors,) = jax.vmap(pull)(jnp.concatenate([(slope * weight)[None], changes]))
-        if usable is not None:  # a block without any is of no meaning
+        if usable is not None:  # a strip without any is of no meaning
             vectors = jnp.where(usable.any(), vectors, 0)
         return values, (vectors, rho, residual)
 
     def added(self, sums: Any, part: Any) -> Any:
-        """Return the sums with a block added."""
+        """Return the sums with a strip added."""
         (totals, residuals, largest), (vectors, rho, residual) = sums, part
         n_lanes = residuals.shape[-1]
         parts = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
@@ -75,7 +75,7 @@ class DiagonalLoops(GradientLoops):
     """
 
     def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, the block's vectors and its residuals."""
+        """Return the model's values, the strip's vectors and its residuals."""
         values, (vectors, rho, residual) = super().part(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
@@ -87,7 +87,7 @@ class DiagonalLoops(GradientLoops):
         if usable is not None:
             weight = jnp.where(usable, weight, 0)
         most = max(_MOST_ENTRIES // self._model.n_params, 1)
-        n_at_once = min(1 << (most.bit_length() - 1), self._block_rows)
+        n_at_once = min(1 << (most.bit_length() - 1), self._strip_rows)
 
         def of_row(row: Any, q: Any) -> Any:
             return self._model(tuple(leaf[None] for leaf in row), q)[0]

@@ -1,4 +1,4 @@
-"""``Kernel``: what a worker computes from rows, traced once and run on every piece."""
+"""``Kernel``: what a worker computes from rows, traced once and run on every batch."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.block_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.strip_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.jax_scope import CPU, platform_of, usable_devices, x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, traced_once
-from nlsq_dask.rows.device_rows import Piece, PlacedRows
-from nlsq_dask.rows.rows import BLOCK_ROWS, Array
+from nlsq_dask.rows.device_rows import Batch, PlacedRows
+from nlsq_dask.rows.rows import STRIP_ROWS, Array
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
 MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
-# Larger pieces take more memory for copies, smaller ones more calls.
-_MAX_PIECE_BYTES = 4 * 2**20
+# Larger batches take more memory for copies, smaller ones more calls.
+_MAX_BATCH_BYTES = 4 * 2**20
 _HOST_PLATFORMS = {CPU}  # whose devices have no memory of their own
-_IN_FLIGHT = 2  # pieces that a device has at once: one is computed, one is on its way
+_IN_FLIGHT = 2  # batches that a device has at once: one is computed, one is on its way
 
 
-def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
+def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
     """Return how many rows one kernel call is given: a power of two, at most ``chunk_size``.
 
     No larger than the longest block needs, and few enough to be copied into JAX's memory cheaply.
     """
-    most = max(min(chunk_size, _MAX_PIECE_BYTES // row_bytes), 1)
-    wanted = max(longest_block, BLOCK_ROWS)
+    most = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
+    wanted = max(longest_block, STRIP_ROWS)
     return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
@@ -95,13 +95,13 @@ class Reduction(Protocol[S_co]):
     def combine(self) -> tuple[Callable[[Any, Any], Any], ...]:
         """For each of the totals, how those over two parts of the rows combine, in NumPy."""
 
-    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
+    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
         """Return the totals over no rows."""
 
-    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
+    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
         """Return how many rows one turn of the loops takes."""
 
-    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
+    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
         """Return what adds rows to the totals."""
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
@@ -111,25 +111,25 @@ class Reduction(Protocol[S_co]):
         """Return the sums, given the fields that do not depend on the kind."""
 
 
-def _no_rows(totals: Totals, piece_rows: int, platform: str) -> Carry:
-    n_lanes = lanes_for(piece_rows, platform)
+def _no_rows(totals: Totals, batch_rows: int, platform: str) -> Carry:
+    n_lanes = lanes_for(batch_rows, platform)
     counts, costs = np.zeros(4, np.int64), np.zeros((MOST_CANDIDATES, n_lanes))
     return totals, counts, np.zeros((3, n_lanes)), costs
 
 
 def _trace(
-    reduction: Reduction[Sums], model: Model, loss: str, piece_rows: int, platform: str
+    reduction: Reduction[Sums], model: Model, loss: str, batch_rows: int, platform: str
 ) -> Program:
-    """Trace the program that adds a piece of rows to running sums."""
-    arrays, p = _rows_spec(model, piece_rows + SLACK), model.n_params
-    nothing = _no_rows(reduction.zero(p, piece_rows, platform), piece_rows, platform)
+    """Trace the program that adds a batch of rows to running sums."""
+    arrays, p = _rows_spec(model, batch_rows + SLACK), model.n_params
+    nothing = _no_rows(reduction.zero(p, batch_rows, platform), batch_rows, platform)
     point = reduction.point(Request(np.zeros(p)))
 
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     return Program.trace(
-        accumulator(reduction.loops(model, loss, piece_rows, platform), model.dtype),
+        accumulator(reduction.loops(model, loss, batch_rows, platform), model.dtype),
         jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), nothing),
         (*(spec("f8", *a.shape) for a in point), spec("f8", MOST_CANDIDATES, p)),
         (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
@@ -142,7 +142,7 @@ def _trace(
 
 @dataclass(frozen=True)
 class Kernel(Generic[S]):
-    """Rows and a request in, sums out; traced for pieces of a fixed length.
+    """Rows and a request in, sums out; traced for batches of a fixed length.
 
     Attributes
     ----------
@@ -150,13 +150,13 @@ class Kernel(Generic[S]):
         Which sums.
     programs : dict of str to Program
         By platform; a process takes the one for its best devices.
-    n_params, piece_rows : int
+    n_params, batch_rows : int
         Parameters; rows that one call of the program is given.
     loss : Loss
     y_reference : float
         The y0 of ``Sums``.
     uses_all_devices : bool
-        Whether a process shares its pieces among its devices; else it takes the first.
+        Whether a process shares its batches among its devices; else it takes the first.
     memory : MemoryPool
         For copies of rows, as long as the kernel lives.
     """
@@ -164,7 +164,7 @@ class Kernel(Generic[S]):
     reduction: Reduction[S]
     programs: dict[str, Program]
     n_params: int
-    piece_rows: int
+    batch_rows: int
     loss: Loss
     y_reference: float = 0.0
     uses_all_devices: bool = False
@@ -175,31 +175,31 @@ class Kernel(Generic[S]):
         cls,
         reduction: Reduction[S],
         model: Model,
-        piece_rows: int,
+        batch_rows: int,
         platforms: tuple[str, ...] = (CPU,),
         loss: Loss | None = None,
     ) -> Self:
-        """Trace the kernel of a model for pieces of this length."""
+        """Trace the kernel of a model for batches of this length."""
         with x64():
             jaxpr = model.jaxpr()
         loss = loss or Loss()
-        key = (*reduction.key, model.layout, model.dtype, model.n_params, loss.name, piece_rows)
+        key = (*reduction.key, model.layout, model.dtype, model.n_params, loss.name, batch_rows)
         programs = {
             platform: traced_once(
                 (*key, platform),
                 jaxpr,
-                partial(_trace, reduction, model, loss.name, piece_rows, platform),
+                partial(_trace, reduction, model, loss.name, batch_rows, platform),
             )
             for platform in platforms
         }
-        return cls(reduction, programs, model.n_params, piece_rows, loss)
+        return cls(reduction, programs, model.n_params, batch_rows, loss)
 
     def __call__(
         self, source: RowSource | PlacedRows, request: Request, wants_moments: bool = True
     ) -> S:
-        """Sum over some rows, in pieces of ``piece_rows``.
+        """Sum over some rows, in batches of ``batch_rows``.
 
-        The running sums are carried from piece to piece. In float64, and without rows left out,
+        The running sums are carried from batch to batch. In float64, and without rows left out,
         where the rows are cut has no influence on the bits of the result.
 
         Parameters
@@ -236,18 +236,18 @@ class Kernel(Generic[S]):
         )
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
-        """Run the program over all pieces; the carries of several devices are combined."""
+        """Run the program over all batches; the carries of several devices are combined."""
         devices, platform = self._devices()
-        nothing = self.reduction.zero(self.n_params, self.piece_rows, platform)
-        carries = [_no_rows(nothing, self.piece_rows, platform)] * len(devices)
+        nothing = self.reduction.zero(self.n_params, self.batch_rows, platform)
+        carries = [_no_rows(nothing, self.batch_rows, platform)] * len(devices)
         most_in_flight = _IN_FLIGHT * len(devices)
         in_flight: deque[Any] = deque()
         with self.memory.borrow(most_in_flight + 1) as memory:
-            for turn, piece in enumerate(self._pieces(source, memory, platform)):
+            for turn, batch in enumerate(self._batches(source, memory, platform)):
                 i = turn % len(devices)
-                n_rows = np.int64(piece.n_rows)
+                n_rows = np.int64(batch.n_rows)
                 carries[i] = self.programs[platform](
-                    carries[i], point, options, n_rows, *piece[:2], device=devices[i]
+                    carries[i], point, options, n_rows, *batch[:2], device=devices[i]
                 )
                 in_flight.append(carries[i])
                 if len(in_flight) > most_in_flight:
@@ -264,32 +264,32 @@ class Kernel(Generic[S]):
         devices, platform = self._devices()
         if platform in _HOST_PLATFORMS:
             return source
-        pieces = []
+        batches = []
         try:
             with x64(), self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
-                for turn, piece in enumerate(self._pieces(source, memory, platform)):
+                for turn, batch in enumerate(self._batches(source, memory, platform)):
                     copy = partial(jnp.array, copy=True, device=devices[turn % len(devices)])
-                    arrays = jax.block_until_ready(jax.tree.map(copy, piece.arrays))
-                    pieces.append(piece._replace(arrays=arrays))
+                    arrays = jax.block_until_ready(jax.tree.map(copy, batch.arrays))
+                    batches.append(batch._replace(arrays=arrays))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return source
-        return PlacedRows(source.shape, tuple(pieces))
+        return PlacedRows(source.shape, tuple(batches))
 
     def _devices(self) -> tuple[list[jax.Device], str]:
-        """Return the devices that pieces are dealt to, and their platform."""
+        """Return the devices that batches are dealt to, and their platform."""
         devices = usable_devices(tuple(self.programs), self.uses_all_devices)
         return devices, platform_of(devices[0])
 
-    def _pieces(
+    def _batches(
         self, source: RowSource | PlacedRows, memory: Memory, platform: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Batch]:
         if isinstance(source, PlacedRows):
-            yield from source.pieces
+            yield from source.batches
             return
-        block_rows = self.reduction.block_rows(self.n_params, self.piece_rows, platform)
-        rows = self.piece_rows, block_rows
+        strip_rows = self.reduction.strip_rows(self.n_params, self.batch_rows, platform)
+        rows = self.batch_rows, strip_rows
         for *pair, n_rows in windows(source.arrays, source.shape, *rows, memory):
             arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
-            yield Piece(arrays, offsets, n_rows)
+            yield Batch(arrays, offsets, n_rows)

@@ -16,7 +16,7 @@ from jax import lax
 from nlsq_dask.kernels.losses import LINEAR, robust
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.model import Model
-from nlsq_dask.rows.rows import BLOCK_ROWS
+from nlsq_dask.rows.rows import STRIP_ROWS
 
 _STEPS = 10  # trial points of a candidate
 # Multiples of the curvature that are added to it: at first, and by what they change. The first
@@ -66,9 +66,9 @@ def make_objective(
 ) -> Callable[[Any], Objective]:
     """Return the objective over the first so many rows.
 
-    It is summed block by block, so that the Jacobian of all rows is never in memory.
+    It is summed strip by strip, so that the Jacobian of all rows is never in memory.
     """
-    size = min(BLOCK_ROWS, problem.y.shape[0])
+    size = min(STRIP_ROWS, problem.y.shape[0])
     linearized = residual_and_jacobian(model, mode)
     factors = jnp.append(problem.scales, 1.0)
     p = model.n_params
@@ -94,9 +94,9 @@ def make_objective(
             return sums[0] + terms.sum(), sums[1] + stacked @ stacked.T
 
         nothing = jnp.zeros(()), jnp.zeros((p + 1, p + 1))
-        n_blocks = (n_rows + size - 1) // size
+        n_strips = (n_rows + size - 1) // size
         total, gram = jax.tree.map(
-            lambda array: array / n_rows, lax.fori_loop(0, n_blocks, add, nothing)
+            lambda array: array / n_rows, lax.fori_loop(0, n_strips, add, nothing)
         )
         further = jnp.column_stack([problem.penalty * problem.scales, problem.penalty @ params])
         total, gram = total + (further[:, p] ** 2).sum(), gram + further.T @ further

@@ -1,6 +1,6 @@
-"""The loops over blocks of rows that make the sums of a kernel, as JAX traces them.
+"""The loops over strips of rows that make the sums of a kernel, as JAX traces them.
 
-What is computed from a block, and how it is summed, is for subclasses to say. Blocks are small
+What is computed from a strip, and how it is summed, is for subclasses to say. Strips are small
 enough to stay in a core's cache.
 """
 
@@ -19,10 +19,10 @@ from jax import lax
 from nlsq_dask.kernels.losses import rho, robust
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
-from nlsq_dask.rows.rows import BLOCK_ROWS, Rows
+from nlsq_dask.rows.rows import STRIP_ROWS, Rows
 
-_STRETCH = 16  # blocks after which the sums are looked at
-_GPU_BLOCK_ROWS = 2**18
+_STRETCH = 16  # strips after which the sums are looked at
+_GPU_STRIP_ROWS = 2**18
 # On a CPU sums run in so many lanes side by side. Of its own accord XLA does that only in a matrix
 # product, which spends more time on preparations than on sums where there are few columns.
 _LANES = 128
@@ -35,18 +35,18 @@ _LANES = 128
 Carry = tuple[Any, Any, Any, Any]
 
 
-def block_rows_for(piece_rows: int, platform: str) -> int:
-    """Return how many rows are one block of a piece."""
-    return min(BLOCK_ROWS if platform == CPU else _GPU_BLOCK_ROWS, piece_rows)
+def strip_rows_for(batch_rows: int, platform: str) -> int:
+    """Return how many rows are one strip of a batch."""
+    return min(STRIP_ROWS if platform == CPU else _GPU_STRIP_ROWS, batch_rows)
 
 
-def lanes_for(piece_rows: int, platform: str) -> int:
+def lanes_for(batch_rows: int, platform: str) -> int:
     """Return how many sums run side by side."""
-    return min(_LANES, block_rows_for(piece_rows, platform)) if platform == CPU else 1
+    return min(_LANES, strip_rows_for(batch_rows, platform)) if platform == CPU else 1
 
 
 def lane_sums(n_parts: int, part: Callable[[int], Any]) -> Any:
-    """Add parts of a block. Each is to be cut out in one step before anything is done with it.
+    """Add parts of a strip. Each is to be cut out in one step before anything is done with it.
 
     XLA then makes one loop of it all and keeps no products in memory.
     """
@@ -61,30 +61,30 @@ def dot(a: Any, b: Any, n_lanes: int) -> Any:
     return lane_sums(len(a), lambda k: a[k] * b[k])
 
 
-class BlockLoops(ABC):
-    """The loops over the blocks of a piece, all of which one program runs one after the other.
+class StripLoops(ABC):
+    """The loops over the strips of a batch, all of which one program runs one after the other.
 
     Parameters
     ----------
     model : Model
     loss : str
         Name of the loss.
-    block_rows : int
+    strip_rows : int
     point : tuple of array
         Parameters and what else the kind of loop takes, in the model's dtype.
     f_scale : array
         Of the loss.
     n_rows : array
-        Rows of the piece that count.
+        Rows of the batch that count.
     arrays, offsets : pytree
-        The piece, and where in its arrays the rows begin.
+        The batch, and where in its arrays the rows begin.
     """
 
     def __init__(
         self,
         model: Model,
         loss: str,
-        block_rows: int,
+        strip_rows: int,
         point: Any,
         f_scale: Any,
         n_rows: Any,
@@ -93,18 +93,18 @@ class BlockLoops(ABC):
     ) -> None:
         self._model = model
         self._loss = loss
-        self._block_rows = block_rows
+        self._strip_rows = strip_rows
         self._point = point
         self._f_scale = f_scale
         self._n_rows = n_rows
         self._arrays = arrays
         self._offsets = offsets
-        self._n_full = n_rows // block_rows
-        self._n_blocks = (n_rows + block_rows - 1) // block_rows
+        self._n_full = n_rows // strip_rows
+        self._n_strips = (n_rows + strip_rows - 1) // strip_rows
 
     @abstractmethod
     def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values at a block, and what is to be added to the sums.
+        """Return the model's values at a strip, and what is to be added to the sums.
 
         Parameters
         ----------
@@ -124,19 +124,19 @@ class BlockLoops(ABC):
         """Return whether everything that was added has been finite."""
 
     def plain(self, i: Any, sums: Any) -> Any:
-        """Add a block without masks; bad rows make the sums NaN."""
+        """Add a strip without masks; bad rows make the sums NaN."""
         rows = self._rows(i)
         return self.added(sums, self.part(rows, self._poisoned(rows), None)[1])
 
     def plain_stretch(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add several blocks without masks."""
+        """Add several strips without masks."""
         return lax.fori_loop(start, end, self.plain, sums)
 
     def sums(self, sums: Any, counts: Any) -> Any:
         """Add to sums and counts, without masks as long as none is needed.
 
-        Most pieces need none, and to find that out afterwards costs less than the masks. Returned
-        with the sums is the number of blocks that needed no mask.
+        Most batches need none, and to find that out afterwards costs less than the masks. Returned
+        with the sums is the number of strips that needed no mask.
         """
 
         def stretch(state: Any) -> Any:
@@ -153,7 +153,7 @@ class BlockLoops(ABC):
             usable = self._usable(i, rows)
             values, part = self.part(rows, rows.y.astype(self._model.dtype), usable)
             nothing = jnp.zeros((), bool)
-            left_out = nothing if rows.mask is None else self._in_piece(i) & rows.mask
+            left_out = nothing if rows.mask is None else self._in_batch(i) & rows.mask
             bad_sigma = nothing if rows.sigma is None else usable & (rows.sigma <= 0)
             flags = (usable, usable & ~jnp.isfinite(values), left_out, bad_sigma)
             counted = jnp.stack([jnp.sum(flag, dtype=jnp.int64) for flag in flags])
@@ -161,8 +161,8 @@ class BlockLoops(ABC):
 
         start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), sums)
         n_plain, _, sums = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
-        counts = counts.at[0].add(n_plain * self._block_rows)
-        return *lax.fori_loop(n_plain, self._n_blocks, masked, (sums, counts)), n_plain
+        counts = counts.at[0].add(n_plain * self._strip_rows)
+        return *lax.fori_loop(n_plain, self._n_strips, masked, (sums, counts)), n_plain
 
     def _robust(self, residual: Any, factor: Any) -> Any:
         """Return rho of each row and by what Jacobian and residual are multiplied.
@@ -178,7 +178,7 @@ class BlockLoops(ABC):
         def add(i: Any, moments: Any, is_masked: bool) -> Any:
             rows = self._rows(i)
             offset: Any = rows.y.astype(jnp.float64) - y0
-            weight: Any = jnp.ones(self._block_rows)
+            weight: Any = jnp.ones(self._strip_rows)
             if rows.sigma is not None:
                 weight = 1 / rows.sigma.astype(jnp.float64) ** 2
             if is_masked:
@@ -188,7 +188,7 @@ class BlockLoops(ABC):
             return moments + jnp.stack([dot(a, b, moments.shape[-1]) for a, b in pairs])
 
         moments = lax.fori_loop(0, n_plain, lambda i, m: add(i, m, False), moments)
-        return lax.fori_loop(n_plain, self._n_blocks, lambda i, m: add(i, m, True), moments)
+        return lax.fori_loop(n_plain, self._n_strips, lambda i, m: add(i, m, True), moments)
 
     def costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
         """Add to ``sum rho(z)`` at the first so many candidates."""
@@ -203,10 +203,10 @@ class BlockLoops(ABC):
             terms = rho(self._loss, (residual / self._f_scale) ** 2)
             return costs.at[k].add(dot(terms, jnp.ones_like(terms), costs.shape[-1]))
 
-        return lax.fori_loop(0, self._n_blocks * n_candidates, add, costs)
+        return lax.fori_loop(0, self._n_strips * n_candidates, add, costs)
 
     def _rows(self, i: Any) -> Rows:
-        size = self._block_rows
+        size = self._strip_rows
         return Rows(
             *jax.tree.map(
                 lambda array, offset: lax.dynamic_slice_in_dim(array, offset + i * size, size),
@@ -215,12 +215,12 @@ class BlockLoops(ABC):
             )
         )
 
-    def _in_piece(self, i: Any) -> Any:
-        return i * self._block_rows + jnp.arange(self._block_rows) < self._n_rows
+    def _in_batch(self, i: Any) -> Any:
+        return i * self._strip_rows + jnp.arange(self._strip_rows) < self._n_rows
 
     def _usable(self, i: Any, rows: Rows) -> Any:
         """Return, a row, whether it is neither masked nor has a NaN or infinity."""
-        usable = self._in_piece(i) & jnp.isfinite(rows.y)
+        usable = self._in_batch(i) & jnp.isfinite(rows.y)
         for leaf in rows.x:
             usable &= jnp.isfinite(leaf) if leaf.ndim == 1 else jnp.isfinite(leaf).all(axis=1)
         if rows.sigma is not None:
@@ -244,16 +244,16 @@ class BlockLoops(ABC):
         return poison
 
 
-MakeLoops = Callable[..., BlockLoops]
+MakeLoops = Callable[..., StripLoops]
 
 
 def accumulator(make_loops: MakeLoops, dtype: str) -> Callable[..., Carry]:
-    """Return the function that adds a piece of rows to running sums.
+    """Return the function that adds a batch of rows to running sums.
 
     Parameters
     ----------
     make_loops : callable
-        Takes the last five parameters of ``BlockLoops``.
+        Takes the last five parameters of ``StripLoops``.
     dtype : str
         Of the model.
     """
