@@ -81,7 +81,7 @@ class DenseFit(FullFit[State, NormalEquations]):
             return starts[0]
         find = partial(self._find_on_sample, sample, starts)
         found = self.context.journal.step("solution of the sample", _OnSample, find)
-        sample.objective.make(found.accumulation)
+        sample.objective.use(found.accumulation)
         details["sample_iterations"] = found.iterations
         return found.params
 

@@ -118,13 +118,13 @@ class SampleSolver:
         """
         accumulation = first_accumulation(self.config)
         solver = GaussNewton(self.settings, accumulation, self.config.gauss_newton_solver == "auto")
-        sums.make(accumulation)
+        sums.use(accumulation)
         if not sums(start).is_finite:
             return solver.init(start, sums(start))
         pull = _Pull(start, _variance(sums(start)), anchor_length * self.settings.sizes)
 
         def evaluate(request: Request) -> NormalEquations:
-            sums.make(request.accumulation)
+            sums.use(request.accumulation)
             return pull.added_to(sums(request.params), request.params)
 
         params = start
@@ -137,7 +137,7 @@ class SampleSolver:
             if state.stop in _NO_FURTHER or not pull.relaxed(_variance(sums(params))):
                 break
         if not state.iterate.is_ill_conditioned:
-            sums.make(first_accumulation(self.config))
+            sums.use(first_accumulation(self.config))
         return state
 
     def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:

@@ -214,7 +214,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         precondition = self._remembering(partial(self._by_diagonal, sample))
         solver = cg.NewtonCg(settings, precondition, damping)
         begun = solver.init(start, sums(start))
-        state = iterate(solver, begun, sums.at, self._reporting("sample"))
+        state = iterate(solver, begun, sums.reduce, self._reporting("sample"))
         assert state.solution is not None
         if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)

@@ -16,7 +16,7 @@ from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.kernels.tsqr import merged, part_rows
+from nlsq_dask.kernels.tsqr import merge, panel_rows
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import CPU, x64
 from nlsq_dask.model.model import Model
@@ -53,22 +53,22 @@ class DenseReduction:
     @property
     def combine(self) -> tuple[Any, ...]:
         """How matrix and residuals over two parts of the rows combine."""
-        return self._combined_matrix, add
+        return self._combine_matrix, add
 
-    def _combined_matrix(self, one: Matrix, other: Matrix) -> Matrix:
+    def _combine_matrix(self, one: Matrix, other: Matrix) -> Matrix:
         total = np.asarray(add_gram(np, one, other))
         if self.accumulation.is_factorized:
             end = -1 if self.accumulation is Accumulation.ROOT else None
             largest = total[-1, 0, 0]
-            total[:end, :end, 0] = merged(one[:end, :end, 0], other[:end, :end, 0])
+            total[:end, :end, 0] = merge(one[:end, :end, 0], other[:end, :end, 0])
             total[-1, 0, 0] = largest
         return total
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
         """Return matrix and residuals over no rows."""
         n_lanes = lanes_for(batch_rows, platform)
-        n_own = n_gram_lanes(n_params, n_lanes, self.accumulation)
-        return np.zeros((n_params + 1, n_params + 1, n_own)), np.zeros((2, n_lanes))
+        n_matrix_lanes = n_gram_lanes(n_params, n_lanes, self.accumulation)
+        return np.zeros((n_params + 1, n_params + 1, n_matrix_lanes)), np.zeros((2, n_lanes))
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
         """Return how many rows one turn of the loops takes."""
@@ -77,9 +77,9 @@ class DenseReduction:
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
         """Return what adds rows to matrix and residuals."""
         n_rows = strip_rows_for(batch_rows, platform)
-        at_once = part_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
-        how = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
-        return partial(how, model, loss, n_rows, part_rows=at_once)
+        n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
+        make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
+        return partial(make_loops, model, loss, n_rows, panel_rows=n_panel_rows)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
         """Return parameters and factors."""
@@ -89,7 +89,7 @@ class DenseReduction:
         """Return the sums without the factors."""
         (lanes, residuals), factors = totals, np.array(self.factors)
         p = len(factors) - 1
-        jtj, jtr, square, triangle = self._unscaled(lanes.sum(axis=-1), factors)
+        jtj, jtr, square, triangle = self._unscale(lanes.sum(axis=-1), factors)
         rho, squares = residuals.sum(axis=-1)
         # With the linear loss the product holds the sum of squares.
         twice_cost, chi2 = loss.f_scale**2 * rho, squares / factors[p] ** 2
@@ -105,7 +105,7 @@ class DenseReduction:
             **common,
         )
 
-    def _unscaled(
+    def _unscale(
         self, product: Matrix, factors: NDArray[np.float64]
     ) -> tuple[Matrix, NDArray[np.float64], float, Matrix | None]:
         """Return ``J^T J``, ``J^T r``, ``r^T r`` and R, if there is one, without the factors."""

@@ -21,12 +21,12 @@ from nlsq_dask.kernels.strip_loops import (
     dot,
     lane_sums,
 )
-from nlsq_dask.kernels.tsqr import extended
+from nlsq_dask.kernels.tsqr import append_rows
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
-_MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
+_MAX_IN_LANES = 6  # rows of the Gram matrix, p + 1
 
 
 class Accumulation(Enum):
@@ -49,13 +49,13 @@ class Accumulation(Enum):
 
 # The running sums, most of them in lanes:
 # - matrix (p+1, p+1, lanes): see ``Accumulation``;
-# - residuals (2, lanes): sums of rho(z) and of r^2, nothing with the linear loss, where the Gram
+# - residuals (2, lanes): sums of rho(z) and of r^2, zeros with the linear loss, where the Gram
 #   product holds both.
 
 
 def n_gram_lanes(n_params: int, n_lanes: int, accumulation: Accumulation) -> int:
     """Return in how many lanes the matrix is summed."""
-    is_in_lanes = n_params < _MOST_IN_LANES and not accumulation.is_factorized
+    is_in_lanes = n_params < _MAX_IN_LANES and not accumulation.is_factorized
     return n_lanes if is_in_lanes else 1
 
 
@@ -79,15 +79,15 @@ def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
         product = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
         last_row = stacked[-1] if residual is None else residual
         return product.at[-1, 0, 0].set((last_row**2).max())
-    parts = stacked.reshape(n_rows, -1, n_lanes)
+    slices = stacked.reshape(n_rows, -1, n_lanes)
 
     def row(i: int) -> Any:
-        return lane_sums(parts.shape[1], lambda k: parts[i:, k] * parts[i, k])
+        return lane_sums(slices.shape[1], lambda k: slices[i:, k] * slices[i, k])
 
     def last(k: int) -> Any:
-        return parts[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
+        return slices[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
 
-    squares = (last(k) * last(k) for k in range(parts.shape[1]))
+    squares = (last(k) * last(k) for k in range(slices.shape[1]))
     largest = reduce(lambda a, b: jnp.where(a > b, a, b), squares)
     rows = [jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows - 1)]
     between = jnp.zeros((n_rows - 2, n_lanes), stacked.dtype)
@@ -105,7 +105,7 @@ class DenseLoops(StripLoops):
     *args
         As for ``StripLoops``.
     accumulation : Accumulation
-    part_rows : int
+    panel_rows : int
         Rows that are factorized at once.
     mode : Mode
         Of the Jacobian.
@@ -118,15 +118,15 @@ class DenseLoops(StripLoops):
         strip_rows: int,
         *args: Any,
         accumulation: Accumulation,
-        part_rows: int,
+        panel_rows: int,
         mode: Mode,
     ) -> None:
         super().__init__(model, loss, strip_rows, *args)
         self._accumulation = accumulation
-        self._part_rows = part_rows
+        self._panel_rows = panel_rows
         self._linearized = residual_and_jacobian(model, mode)
 
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values and Jacobian and residual, stacked."""
         values, stacked = self._linearized(rows.x, target, *self._point)
         if rows.sigma is not None:
@@ -136,10 +136,10 @@ class DenseLoops(StripLoops):
             stacked = jnp.where(usable, stacked, 0)
         return values, stacked
 
-    def added(self, sums: Any, part: Any) -> Any:
+    def add(self, sums: Any, contribution: Any) -> Any:
         """Return the sums with the product of a strip added."""
         matrix, residuals = sums
-        stacked, residual = part, part[-1]
+        stacked, residual = contribution, contribution[-1]
         jacobian_scale: Any = 1
         residual_scale: Any = 1
         if self._loss != LINEAR:
@@ -147,8 +147,8 @@ class DenseLoops(StripLoops):
             terms, jacobian_scale, residual_scale = self._robust(residual, factors[-1])
             n_lanes = residuals.shape[-1]
             ones = jnp.ones_like(terms)
-            parts = dot(terms, ones, n_lanes), dot(residual, residual, n_lanes)
-            residuals = residuals + jnp.stack(parts).astype(residuals.dtype)
+            totals = dot(terms, ones, n_lanes), dot(residual, residual, n_lanes)
+            residuals = residuals + jnp.stack(totals).astype(residuals.dtype)
         is_scores = self._accumulation is Accumulation.SCORES
         if is_scores:
             jacobian_scale = residual * (jacobian_scale * residual_scale)
@@ -165,7 +165,7 @@ class DenseLoops(StripLoops):
         """Look at sums of squares, of which one at least is infinite or NaN if any product is."""
         return jnp.isfinite(jnp.trace(sums[0])).all()
 
-    def plain_stretch(self, start: Any, end: Any, sums: Any) -> Any:
+    def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
         """Add several strips without masks.
 
         In float32 lanes are short enough for sums of their own, which saves conversions. In float64
@@ -173,19 +173,19 @@ class DenseLoops(StripLoops):
         """
         dtype, matrix = self._model.dtype, sums[0]
         if matrix.shape[-1] == 1 or dtype == matrix.dtype:
-            return super().plain_stretch(start, end, sums)
-        nothing = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
-        part = super().plain_stretch(start, end, nothing)
-        gram, residuals = (array.astype(matrix.dtype) for array in part)
+            return super().add_unmasked_range(start, end, sums)
+        zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
+        partial = super().add_unmasked_range(start, end, zeros)
+        gram, residuals = (array.astype(matrix.dtype) for array in partial)
         return add_gram(jnp, matrix, gram), sums[1] + residuals
 
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
         """Return R of the rows so far, which are in ``matrix``, and of a strip."""
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
         if self._accumulation is not Accumulation.ROOT:
-            new = extended(triangle, stacked, self._part_rows)
+            new = append_rows(triangle, stacked, self._panel_rows)
         else:
-            root = extended(triangle[:-1, :-1], stacked[:-1], self._part_rows)
+            root = append_rows(triangle[:-1, :-1], stacked[:-1], self._panel_rows)
             column = jnp.matmul(stacked, stacked[-1], precision=lax.Precision.HIGHEST)
             new = jnp.pad(root, ((0, 1), (0, 1))).at[:, -1].set(triangle[:, -1] + column)
         largest = jnp.maximum(matrix[-1, 0, 0], (residual**2).max())

@@ -16,7 +16,7 @@ from nlsq_dask.kernels.losses import LINEAR
 from nlsq_dask.kernels.strip_loops import StripLoops, dot
 from nlsq_dask.rows.rows import Rows
 
-_MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
+_MAX_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
 
 # The running sums:
 # - vectors (1 + directions, p): J^T r, and J^T J v for each direction;
@@ -27,7 +27,7 @@ _MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at o
 class GradientLoops(StripLoops):
     """Loops whose sums are vectors, residuals and the largest; the point has directions."""
 
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values, the strip's vectors and its residuals."""
         params, directions = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
@@ -51,14 +51,14 @@ class GradientLoops(StripLoops):
             vectors = jnp.where(usable.any(), vectors, 0)
         return values, (vectors, rho, residual)
 
-    def added(self, sums: Any, part: Any) -> Any:
+    def add(self, sums: Any, contribution: Any) -> Any:
         """Return the sums with a strip added."""
-        (totals, residuals, largest), (vectors, rho, residual) = sums, part
+        (totals, residuals, largest), (vectors, rho, residual) = sums, contribution
         n_lanes = residuals.shape[-1]
-        parts = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
+        partial = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
         return (
             totals + vectors.astype(totals.dtype),
-            residuals + jnp.stack(parts).astype(residuals.dtype),
+            residuals + jnp.stack(partial).astype(residuals.dtype),
             jnp.maximum(largest, (residual**2).max().astype(largest.dtype)),
         )
 
@@ -74,9 +74,9 @@ class DiagonalLoops(GradientLoops):
     It takes the gradient of every row by itself, a few rows at a time.
     """
 
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values, the strip's vectors and its residuals."""
-        values, (vectors, rho, residual) = super().part(rows, target, usable)
+        values, (vectors, rho, residual) = super().contribution(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         weight: Any = jnp.ones_like(residual)
@@ -86,19 +86,19 @@ class DiagonalLoops(GradientLoops):
             weight = weight * self._robust(residual, jnp.ones(()))[1]
         if usable is not None:
             weight = jnp.where(usable, weight, 0)
-        most = max(_MOST_ENTRIES // self._model.n_params, 1)
-        n_at_once = min(1 << (most.bit_length() - 1), self._strip_rows)
+        max_rows = max(_MAX_ENTRIES // self._model.n_params, 1)
+        group_rows = min(1 << (max_rows.bit_length() - 1), self._strip_rows)
 
         def of_row(row: Any, q: Any) -> Any:
             return self._model(tuple(leaf[None] for leaf in row), q)[0]
 
-        def add(total: Any, some: Any) -> tuple[Any, None]:
-            x, weight = some
+        def add(total: Any, group: Any) -> tuple[Any, None]:
+            x, weight = group
             gradients = jax.vmap(jax.grad(of_row, argnums=1), (0, None))(x, params)
             return total + ((gradients * weight[:, None]) ** 2).sum(axis=0), None
 
         def split(array: Any) -> Any:
-            return array.reshape(-1, n_at_once, *array.shape[1:])
+            return array.reshape(-1, group_rows, *array.shape[1:])
 
         start = jnp.zeros_like(params)
         diagonal, _ = lax.scan(add, start, jax.tree.map(split, (x, weight)))

@@ -20,7 +20,7 @@ from nlsq_dask.rows.rows import Rows
 Vector = NDArray[np.float64]
 S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
-_REMEMBERED = 8  # points; forecasts come back to those that they have tried
+_CACHE_SIZE = 8  # points; forecasts come back to those that they have tried
 
 
 class SampleObjective(ABC, Generic[S_co]):
@@ -36,7 +36,7 @@ class SampleObjective(ABC, Generic[S_co]):
     def __init__(self, rows: Rows, penalty: GroupVariance) -> None:
         self._rows = rows
         self._penalty = penalty
-        self._known: dict[bytes, S_co] = {}
+        self._cache: dict[bytes, S_co] = {}
 
     @property
     @abstractmethod
@@ -46,13 +46,13 @@ class SampleObjective(ABC, Generic[S_co]):
     def __call__(self, params: Vector) -> S_co:
         """Sum at ``params``."""
         key = params.tobytes()
-        if key not in self._known:
-            if len(self._known) == _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = self.kernel(self._rows, Request(params)).penalized(
+        if key not in self._cache:
+            if len(self._cache) == _CACHE_SIZE:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = self.kernel(self._rows, Request(params)).penalized(
                 self._penalty, params
             )
-        return self._known[key]
+        return self._cache[key]
 
 
 class DenseObjective(SampleObjective[NormalEquations]):
@@ -86,12 +86,12 @@ class DenseObjective(SampleObjective[NormalEquations]):
         assert isinstance(reduction, DenseReduction)
         return reduction.accumulation
 
-    def make(self, accumulation: Accumulation) -> None:
+    def use(self, accumulation: Accumulation) -> None:
         """Use another accumulation from now on."""
         kernel = with_accumulation(self._kernel, accumulation, self._model)
         if kernel is not self._kernel:
             self._kernel = kernel
-            self._known.clear()
+            self._cache.clear()
 
     def factors(self, params: Vector) -> tuple[float, ...]:
         """Return powers of two that bring Jacobian and residual at ``params`` near one."""
@@ -130,7 +130,7 @@ class GradientObjective(SampleObjective[GradientSums]):
         """The kernel that makes them."""
         return self._kernel
 
-    def at(self, request: Request) -> GradientSums:
+    def reduce(self, request: Request) -> GradientSums:
         """Sum what is asked for; what depends on the data alone is left out with a direction."""
         params, candidates, directions = request.params, request.candidates, request.directions
         if directions is None and (candidates is None or not len(candidates)):
@@ -140,8 +140,8 @@ class GradientObjective(SampleObjective[GradientSums]):
 
     def product(self, params: Vector, vector: Vector) -> Vector:
         """Return ``J^T J v`` at ``params``."""
-        (found,) = self.at(Request(params, directions=vector[None])).products
-        return np.asarray(found)
+        (product,) = self.reduce(Request(params, directions=vector[None])).products
+        return np.asarray(product)
 
     def diagonal(self, params: Vector) -> Vector:
         """Return the diagonal of ``J^T J`` at ``params``."""

@@ -25,7 +25,7 @@ from nlsq_dask.rows.device_rows import Batch, PlacedRows
 from nlsq_dask.rows.rows import STRIP_ROWS, Array
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
-MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
+MAX_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
 # Larger batches take more memory for copies, smaller ones more calls.
 _MAX_BATCH_BYTES = 4 * 2**20
 _HOST_PLATFORMS = {CPU}  # whose devices have no memory of their own
@@ -37,9 +37,9 @@ def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
 
     No larger than the longest block needs, and few enough to be copied into JAX's memory cheaply.
     """
-    most = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
-    wanted = max(longest_block, STRIP_ROWS)
-    return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
+    max_rows = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
+    needed = max(longest_block, STRIP_ROWS)
+    return min(1 << (needed - 1).bit_length(), 1 << (max_rows.bit_length() - 1))
 
 
 def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
@@ -111,9 +111,9 @@ class Reduction(Protocol[S_co]):
         """Return the sums, given the fields that do not depend on the kind."""
 
 
-def _no_rows(totals: Totals, batch_rows: int, platform: str) -> Carry:
+def _zero_carry(totals: Totals, batch_rows: int, platform: str) -> Carry:
     n_lanes = lanes_for(batch_rows, platform)
-    counts, costs = np.zeros(4, np.int64), np.zeros((MOST_CANDIDATES, n_lanes))
+    counts, costs = np.zeros(4, np.int64), np.zeros((MAX_CANDIDATES, n_lanes))
     return totals, counts, np.zeros((3, n_lanes)), costs
 
 
@@ -122,7 +122,7 @@ def _trace(
 ) -> Program:
     """Trace the program that adds a batch of rows to running sums."""
     arrays, p = _rows_spec(model, batch_rows + SLACK), model.n_params
-    nothing = _no_rows(reduction.zero(p, batch_rows, platform), batch_rows, platform)
+    zero = _zero_carry(reduction.zero(p, batch_rows, platform), batch_rows, platform)
     point = reduction.point(Request(np.zeros(p)))
 
     def spec(dtype: str, *shape: int) -> Any:
@@ -130,8 +130,8 @@ def _trace(
 
     return Program.trace(
         accumulator(reduction.loops(model, loss, batch_rows, platform), model.dtype),
-        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), nothing),
-        (*(spec("f8", *a.shape) for a in point), spec("f8", MOST_CANDIDATES, p)),
+        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), zero),
+        (*(spec("f8", *a.shape) for a in point), spec("f8", MAX_CANDIDATES, p)),
         (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
         arrays,
@@ -206,13 +206,13 @@ class Kernel(Generic[S]):
         ----------
         source : RowSource or PlacedRows
         request : Request
-            With at most ``MOST_CANDIDATES`` candidates.
+            With at most ``MAX_CANDIDATES`` candidates.
         wants_moments : bool
             Whether to sum what depends on the data alone.
         """
         y0, candidates = self.y_reference, request.candidates
         points = np.empty((0, self.n_params)) if candidates is None else candidates
-        padded = np.zeros((MOST_CANDIDATES, self.n_params))
+        padded = np.zeros((MAX_CANDIDATES, self.n_params))
         padded[: len(points)] = points
         numbers = np.float64(y0), np.float64(self.loss.f_scale)
         options = (*numbers, np.bool_(wants_moments), np.int64(len(points)))
@@ -238,11 +238,11 @@ class Kernel(Generic[S]):
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
         """Run the program over all batches; the carries of several devices are combined."""
         devices, platform = self._devices()
-        nothing = self.reduction.zero(self.n_params, self.batch_rows, platform)
-        carries = [_no_rows(nothing, self.batch_rows, platform)] * len(devices)
-        most_in_flight = _IN_FLIGHT * len(devices)
+        zero = self.reduction.zero(self.n_params, self.batch_rows, platform)
+        carries = [_zero_carry(zero, self.batch_rows, platform)] * len(devices)
+        max_in_flight = _IN_FLIGHT * len(devices)
         in_flight: deque[Any] = deque()
-        with self.memory.borrow(most_in_flight + 1) as memory:
+        with self.memory.borrow(max_in_flight + 1) as memory:
             for turn, batch in enumerate(self._batches(source, memory, platform)):
                 i = turn % len(devices)
                 n_rows = np.int64(batch.n_rows)
@@ -250,11 +250,11 @@ class Kernel(Generic[S]):
                     carries[i], point, options, n_rows, *batch[:2], device=devices[i]
                 )
                 in_flight.append(carries[i])
-                if len(in_flight) > most_in_flight:
+                if len(in_flight) > max_in_flight:
                     jax.block_until_ready(in_flight.popleft())
-            return reduce(self._join, (jax.tree.map(np.asarray, carry) for carry in carries))
+            return reduce(self._combine, (jax.tree.map(np.asarray, carry) for carry in carries))
 
-    def _join(self, one: Carry, other: Carry) -> Carry:
+    def _combine(self, one: Carry, other: Carry) -> Carry:
         totals = zip(self.reduction.combine, one[0], other[0], strict=True)
         counts, moments, costs = (a + b for a, b in zip(one[1:], other[1:], strict=True))
         return tuple(combine(a, b) for combine, a, b in totals), counts, moments, costs

@@ -38,31 +38,31 @@ class GroupVariance:
 
     def residuals(self, params: Vector, n_rows: int) -> Vector:
         """Return the residuals of the further rows; half their sum of squares is the penalty."""
-        parts = [self._factor(a, b, n_rows) * _centered(params[a:b]) for a, b in self.groups]
-        return np.concatenate([np.zeros(0), *parts])
+        values = [self._factor(a, b, n_rows) * _centered(params[a:b]) for a, b in self.groups]
+        return np.concatenate([np.zeros(0), *values])
 
     def jacobian(self, n_params: int, n_rows: int) -> NDArray[np.float64]:
         """Return their Jacobian, which does not depend on the parameters."""
         unit = np.eye(n_params)
-        parts = [self._factor(a, b, n_rows) * _centered(unit[a:b]) for a, b in self.groups]
-        return np.vstack([np.zeros((0, n_params)), *parts])
+        values = [self._factor(a, b, n_rows) * _centered(unit[a:b]) for a, b in self.groups]
+        return np.vstack([np.zeros((0, n_params)), *values])
 
     def _factor(self, start: int, end: int, n_rows: int) -> float:
         return float(np.sqrt(self.strength * n_rows / (end - start)))
 
     def product(self, vector: Vector, n_rows: int) -> Vector:
         """Return ``J^T J v`` of the further rows, which at ``v = p`` is the penalty's gradient."""
-        found = np.zeros_like(vector)
+        product = np.zeros_like(vector)
         for a, b in self.groups:
-            found[a:b] += self._factor(a, b, n_rows) ** 2 * _centered(vector[a:b])
-        return found
+            product[a:b] += self._factor(a, b, n_rows) ** 2 * _centered(vector[a:b])
+        return product
 
     def diagonal(self, n_params: int, n_rows: int) -> Vector:
         """Return the diagonal of their ``J^T J``."""
-        found = np.zeros(n_params)
+        diagonal = np.zeros(n_params)
         for a, b in self.groups:
-            found[a:b] += self._factor(a, b, n_rows) ** 2 * (1.0 - 1.0 / (b - a))
-        return found
+            diagonal[a:b] += self._factor(a, b, n_rows) ** 2 * (1.0 - 1.0 / (b - a))
+        return diagonal
 
     def costs(self, points: NDArray[np.float64], n_rows: int) -> Vector:
         """Return the penalty at some points, shape (k, p)."""

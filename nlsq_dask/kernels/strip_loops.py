@@ -21,7 +21,7 @@ from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import STRIP_ROWS, Rows
 
-_STRETCH = 16  # strips after which the sums are looked at
+_STRIPS_PER_CHECK = 16  # strips after which the sums are looked at
 _GPU_STRIP_ROWS = 2**18
 # On a CPU sums run in so many lanes side by side. Of its own accord XLA does that only in a matrix
 # product, which spends more time on preparations than on sums where there are few columns.
@@ -45,12 +45,12 @@ def lanes_for(batch_rows: int, platform: str) -> int:
     return min(_LANES, strip_rows_for(batch_rows, platform)) if platform == CPU else 1
 
 
-def lane_sums(n_parts: int, part: Callable[[int], Any]) -> Any:
+def lane_sums(n_slices: int, take: Callable[[int], Any]) -> Any:
     """Add parts of a strip. Each is to be cut out in one step before anything is done with it.
 
     XLA then makes one loop of it all and keeps no products in memory.
     """
-    return reduce(add, map(part, range(n_parts)))
+    return reduce(add, map(take, range(n_slices)))
 
 
 def dot(a: Any, b: Any, n_lanes: int) -> Any:
@@ -103,7 +103,7 @@ class StripLoops(ABC):
         self._n_strips = (n_rows + strip_rows - 1) // strip_rows
 
     @abstractmethod
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values at a strip, and what is to be added to the sums.
 
         Parameters
@@ -116,53 +116,55 @@ class StripLoops(ABC):
         """
 
     @abstractmethod
-    def added(self, sums: Any, part: Any) -> Any:
+    def add(self, sums: Any, contribution: Any) -> Any:
         """Return the sums with a part added."""
 
     @abstractmethod
     def is_finite(self, sums: Any) -> Any:
         """Return whether everything that was added has been finite."""
 
-    def plain(self, i: Any, sums: Any) -> Any:
+    def add_unmasked(self, i: Any, sums: Any) -> Any:
         """Add a strip without masks; bad rows make the sums NaN."""
         rows = self._rows(i)
-        return self.added(sums, self.part(rows, self._poisoned(rows), None)[1])
+        return self.add(sums, self.contribution(rows, self._y_with_nan(rows), None)[1])
 
-    def plain_stretch(self, start: Any, end: Any, sums: Any) -> Any:
+    def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
         """Add several strips without masks."""
-        return lax.fori_loop(start, end, self.plain, sums)
+        return lax.fori_loop(start, end, self.add_unmasked, sums)
 
-    def sums(self, sums: Any, counts: Any) -> Any:
+    def add_strips(self, sums: Any, counts: Any) -> Any:
         """Add to sums and counts, without masks as long as none is needed.
 
         Most batches need none, and to find that out afterwards costs less than the masks. Returned
         with the sums is the number of strips that needed no mask.
         """
 
-        def stretch(state: Any) -> Any:
+        def add_range(state: Any) -> Any:
             i, _, sums = state
-            end = jnp.minimum(i + _STRETCH, self._n_full)
-            new = self.plain_stretch(i, end, sums)
-            is_plain = self.is_finite(new)
-            kept = jax.tree.map(lambda new, old: jnp.where(is_plain, new, old), new, sums)
-            return jnp.where(is_plain, end, i), is_plain, kept
+            end = jnp.minimum(i + _STRIPS_PER_CHECK, self._n_full)
+            new = self.add_unmasked_range(i, end, sums)
+            is_finite = self.is_finite(new)
+            kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, sums)
+            return jnp.where(is_finite, end, i), is_finite, kept
 
-        def masked(i: Any, state: Any) -> Any:
+        def add_masked(i: Any, state: Any) -> Any:
             sums, counts = state
             rows = self._rows(i)
             usable = self._usable(i, rows)
-            values, part = self.part(rows, rows.y.astype(self._model.dtype), usable)
-            nothing = jnp.zeros((), bool)
-            left_out = nothing if rows.mask is None else self._in_batch(i) & rows.mask
-            bad_sigma = nothing if rows.sigma is None else usable & (rows.sigma <= 0)
+            values, contribution = self.contribution(rows, rows.y.astype(self._model.dtype), usable)
+            none = jnp.zeros((), bool)
+            left_out = none if rows.mask is None else self._in_batch(i) & rows.mask
+            bad_sigma = none if rows.sigma is None else usable & (rows.sigma <= 0)
             flags = (usable, usable & ~jnp.isfinite(values), left_out, bad_sigma)
             counted = jnp.stack([jnp.sum(flag, dtype=jnp.int64) for flag in flags])
-            return self.added(sums, part), counts + counted
+            return self.add(sums, contribution), counts + counted
 
         start = (jnp.zeros((), jnp.int64), jnp.ones((), bool), sums)
-        n_plain, _, sums = lax.while_loop(lambda s: s[1] & (s[0] < self._n_full), stretch, start)
-        counts = counts.at[0].add(n_plain * self._strip_rows)
-        return *lax.fori_loop(n_plain, self._n_strips, masked, (sums, counts)), n_plain
+        n_unmasked, _, sums = lax.while_loop(
+            lambda s: s[1] & (s[0] < self._n_full), add_range, start
+        )
+        counts = counts.at[0].add(n_unmasked * self._strip_rows)
+        return *lax.fori_loop(n_unmasked, self._n_strips, add_masked, (sums, counts)), n_unmasked
 
     def _robust(self, residual: Any, factor: Any) -> Any:
         """Return rho of each row and by what Jacobian and residual are multiplied.
@@ -172,7 +174,7 @@ class StripLoops(ABC):
         unit = factor * self._f_scale
         return robust(self._loss, (residual * (1 / unit).astype(residual.dtype)) ** 2)
 
-    def moments(self, moments: Any, y0: Any, n_plain: Any) -> Any:
+    def add_moments(self, moments: Any, y0: Any, n_unmasked: Any) -> Any:
         """Add to the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
 
         def add(i: Any, moments: Any, is_masked: bool) -> Any:
@@ -187,10 +189,10 @@ class StripLoops(ABC):
             pairs = (weight, jnp.ones_like(offset)), (weight, offset), (weight * offset, offset)
             return moments + jnp.stack([dot(a, b, moments.shape[-1]) for a, b in pairs])
 
-        moments = lax.fori_loop(0, n_plain, lambda i, m: add(i, m, False), moments)
-        return lax.fori_loop(n_plain, self._n_strips, lambda i, m: add(i, m, True), moments)
+        moments = lax.fori_loop(0, n_unmasked, lambda i, m: add(i, m, False), moments)
+        return lax.fori_loop(n_unmasked, self._n_strips, lambda i, m: add(i, m, True), moments)
 
-    def costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
+    def add_costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
         """Add to ``sum rho(z)`` at the first so many candidates."""
 
         def add(step: Any, costs: Any) -> Any:
@@ -229,19 +231,19 @@ class StripLoops(ABC):
             usable &= ~rows.mask
         return usable
 
-    def _poisoned(self, rows: Rows) -> Any:
+    def _y_with_nan(self, rows: Rows) -> Any:
         """Return y, with NaN at each row that must not be used."""
         dtype = self._model.dtype
-        poison: Any = rows.y.astype(dtype)
+        y: Any = rows.y.astype(dtype)
         for leaf in rows.x:
-            nothing = 0 * leaf.astype(dtype)  # NaN for NaN and infinity
-            poison += nothing if leaf.ndim == 1 else nothing.sum(axis=1)
+            zeros = 0 * leaf.astype(dtype)  # NaN for NaN and infinity
+            y += zeros if leaf.ndim == 1 else zeros.sum(axis=1)
         if rows.sigma is not None:
             is_good = (rows.sigma > 0) & (rows.sigma < jnp.inf)
-            poison = jnp.where(is_good, poison, jnp.nan)
+            y = jnp.where(is_good, y, jnp.nan)
         if rows.mask is not None:
-            poison = jnp.where(rows.mask, jnp.nan, poison)
-        return poison
+            y = jnp.where(rows.mask, jnp.nan, y)
+        return y
 
 
 MakeLoops = Callable[..., StripLoops]
@@ -265,10 +267,10 @@ def accumulator(make_loops: MakeLoops, dtype: str) -> Callable[..., Carry]:
         y0, f_scale, wants_moments, n_candidates = options
         sums, counts, moments, costs = carry
         loops = make_loops(point, f_scale, n_rows, arrays, offsets)
-        sums, counts, n_plain = loops.sums(sums, counts)
+        sums, counts, n_unmasked = loops.add_strips(sums, counts)
         moments = lax.cond(
-            wants_moments, lambda: loops.moments(moments, y0, n_plain), lambda: moments
+            wants_moments, lambda: loops.add_moments(moments, y0, n_unmasked), lambda: moments
         )
-        return sums, counts, moments, loops.costs(costs, candidates, n_candidates)
+        return sums, counts, moments, loops.add_costs(costs, candidates, n_candidates)
 
     return accumulate

@@ -22,10 +22,10 @@ def combined(combine: Callable[[Any, Any], Any], **options: Any) -> Any:
     return field(metadata={"combine": combine}, **options)
 
 
-def _merged(
+def _merge(
     one: NDArray[np.float64] | None, other: NDArray[np.float64] | None
 ) -> NDArray[np.float64] | None:
-    return None if one is None or other is None else tsqr.merged(one, other)
+    return None if one is None or other is None else tsqr.merge(one, other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class NormalEquations(Sums):
     """
 
     jtj: NDArray[np.float64] = combined(add)
-    triangle: NDArray[np.float64] | None = combined(_merged, default=None)
+    triangle: NDArray[np.float64] | None = combined(_merge, default=None)
 
     def penalized(
         self,
@@ -187,10 +187,10 @@ class NormalEquations(Sums):
         if not penalty.groups:
             return self
         n = self.n_used
-        found = self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
+        sums = self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
         if candidates is None:
-            return found
-        return replace(found, candidate_costs=self.candidate_costs + penalty.costs(candidates, n))
+            return sums
+        return replace(sums, candidate_costs=self.candidate_costs + penalty.costs(candidates, n))
 
     def with_rows(self, jacobian: NDArray[np.float64], residuals: NDArray[np.float64]) -> Self:
         """Return the sums with further rows, which count as a penalty and not as data.
@@ -200,14 +200,14 @@ class NormalEquations(Sums):
         jacobian : ndarray, shape (k, p)
         residuals : ndarray, shape (k,)
         """
-        joined = None
+        triangle = None
         if self.triangle is not None:
             rows = np.column_stack([jacobian, residuals])[:, : self.triangle.shape[1]]
-            joined = tsqr.with_rows(self.triangle, rows)
+            triangle = tsqr.with_rows(self.triangle, rows)
         penalty = 0.5 * float(residuals @ residuals)
         return replace(
             self,
-            triangle=joined,
+            triangle=triangle,
             jtj=self.jtj + jacobian.T @ jacobian,
             jtr=self.jtr + jacobian.T @ residuals,
             cost=self.cost + penalty,
@@ -246,11 +246,11 @@ class GradientSums(Sums):
         vectors = np.empty((0, p)) if directions is None else directions
         points = np.empty((0, p)) if candidates is None else candidates
         cost = float(penalty.costs(params[None], n)[0])
-        further = [penalty.product(vector, n) for vector in vectors]
+        added = [penalty.product(vector, n) for vector in vectors]
         return replace(
             self,
             jtr=self.jtr + penalty.product(params, n),
-            products=self.products + np.array(further) if further else self.products,
+            products=self.products + np.array(added) if added else self.products,
             cost=self.cost + cost,
             penalty=self.penalty + cost,
             candidate_costs=self.candidate_costs + penalty.costs(points, n),

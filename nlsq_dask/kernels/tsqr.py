@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 # OpenBLAS shares larger matrices among its threads, whose number would then show in the bits.
-_MOST_ENTRIES = 2**13
-_LEAST_ROWS = 64
+_MAX_ENTRIES = 2**13
+_MIN_ROWS = 64
 
 
-def part_rows(n_columns: int, n_rows: int) -> int:
+def panel_rows(n_columns: int, n_rows: int) -> int:
     """Return how many rows, a power of two, are best factorized at once on a CPU."""
-    most = max(_MOST_ENTRIES // n_columns, _LEAST_ROWS)
-    return min(1 << (most.bit_length() - 1), n_rows)
+    max_rows = max(_MAX_ENTRIES // n_columns, _MIN_ROWS)
+    return min(1 << (max_rows.bit_length() - 1), n_rows)
 
 
-def extended(triangle: Any, columns: Any, n_at_once: int) -> Any:
+def append_rows(triangle: Any, columns: Any, n_panel_rows: int) -> Any:
     """Return R of the rows behind ``triangle`` and further ones, in JAX.
 
     Parameters
@@ -41,18 +41,18 @@ def extended(triangle: Any, columns: Any, n_at_once: int) -> Any:
         Upper triangular.
     columns : array, shape (k, b)
         The further rows, transposed.
-    n_at_once : int
+    n_panel_rows : int
         Rows that are factorized at once; a divisor of b.
     """
 
     def add(i: Any, triangle: Any) -> Any:
-        part = lax.dynamic_slice_in_dim(columns, i * n_at_once, n_at_once, axis=1)
-        return jnp.linalg.qr(jnp.concatenate([triangle, part.T]), mode="r")
+        panel = lax.dynamic_slice_in_dim(columns, i * n_panel_rows, n_panel_rows, axis=1)
+        return jnp.linalg.qr(jnp.concatenate([triangle, panel.T]), mode="r")
 
-    return lax.fori_loop(0, columns.shape[1] // n_at_once, add, triangle)
+    return lax.fori_loop(0, columns.shape[1] // n_panel_rows, add, triangle)
 
 
-def merged(one: Matrix, other: Matrix) -> Matrix:
+def merge(one: Matrix, other: Matrix) -> Matrix:
     """Return R of the rows behind both; below the diagonal an R may hold other things."""
     return with_rows(one, np.triu(other))
 
