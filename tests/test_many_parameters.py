@@ -407,10 +407,10 @@ def test_ritz_values_are_eigenvalues() -> None:
     rng = np.random.default_rng(0)
     root = rng.normal(size=(12, 8))
     matrix = root.T @ root
-    solve: Any = LinearSolve.begin(rng.normal(size=8), lambda v: v)
+    solve: Any = LinearSolve.init(rng.normal(size=8), lambda v: v)
     first = -solve.residual
     for _ in range(8):
-        solve = solve.continued(matrix @ solve.direction, lambda v: v)
+        solve = solve.update(matrix @ solve.direction, lambda v: v)
     assert solve.least_ritz_value == pytest.approx(np.linalg.eigvalsh(matrix).min(), rel=1e-6)
     np.testing.assert_allclose(matrix @ solve.step, -first, rtol=1e-6, atol=1e-8)
     promised = -(first @ solve.step + 0.5 * solve.step @ matrix @ solve.step)

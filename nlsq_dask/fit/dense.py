@@ -25,8 +25,7 @@ from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
-from nlsq_dask.solvers.gauss_newton import GaussNewton, State
-from nlsq_dask.solvers.gauss_newton import start as begin
+from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
@@ -131,7 +130,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         """Start once more on the new sample; a pass decides where that leads to a better point."""
         found = self.context.start_finder.find(sample, {})
         again = self._solve_on_sample(sample, found, {})
-        state = begin(start, first.sums, self._settings)
+        state = init_state(start, first.sums, self._settings)
         ahead = None if state.stop is not None else forecast(state, sample.objective)
         reached = sample.objective(start if ahead is None else ahead.params)
         there = sample.objective(again)

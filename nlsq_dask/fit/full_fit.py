@@ -191,7 +191,7 @@ class FullFit(ABC, Generic[T, S]):
             while True:
                 state = self._iterated(state)
                 before = passes.n_left_out
-                state, undetermined = self._confirmed(state)
+                state, non_identifiable = self._confirmed(state)
                 if passes.n_left_out == before:
                     break
                 assert state.solution is not None
@@ -204,7 +204,7 @@ class FullFit(ABC, Generic[T, S]):
             "reason": state.stop.name.lower(),
             **self._describe(state),
         }
-        return self._outcome(state, undetermined)
+        return self._outcome(state, non_identifiable)
 
     def _iterated(self, state: T) -> T:
         report = self._reporting(ALL_ROWS)
@@ -233,7 +233,7 @@ class FullFit(ABC, Generic[T, S]):
         self._state = state
         self.context.journal.note(_Progress(state, self.context.passes.rows_in_use, self._blocks))
 
-    def _outcome(self, state: T, undetermined: NDArray[np.bool_] | None) -> Outcome:
+    def _outcome(self, state: T, non_identifiable: NDArray[np.bool_] | None) -> Outcome:
         assert state.stop is not None
         assert state.solution is not None
         return Outcome(
@@ -243,7 +243,7 @@ class FullFit(ABC, Generic[T, S]):
             state.params,
             self._blocks,
             state.iteration,
-            undetermined=undetermined,
+            non_identifiable=non_identifiable,
         )
 
     def _reporting(self, stage: str, are_iterations: bool = True) -> Report:

@@ -28,11 +28,11 @@ from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers import newton_cg as cg
-from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, solved_together
+from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, solve_many
 from nlsq_dask.solvers.preconditioners import (
     DiagonalPreconditioner,
     SamplePreconditioner,
-    filled,
+    fill_zeros,
 )
 from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, null_direction, probe_batches
 from nlsq_dask.status import Status
@@ -67,7 +67,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         self._sample_kernels = self._traced(exact), self._traced(exact, is_diagonal=True)
         self._settings = newton_cg_settings(problem)
         self._sample: Sample | None = None
-        self._undetermined: NDArray[np.bool_] | None = None
+        self._non_identifiable: NDArray[np.bool_] | None = None
 
     def _traced(self, model: Model, **options: Any) -> Kernel[GradientSums]:
         batch_rows, loss = self.context.batch_rows, self.problem.loss
@@ -122,10 +122,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         """Look at a solution once more, because the steps to it say little of single parameters."""
         assert state.stop is not None
         if not state.stop.is_success:
-            return state, self._undetermined
+            return state, self._non_identifiable
         state = self._with_sensitivity(state)
-        self._undetermined = self._without_effect(state)
-        return state, self._undetermined
+        self._non_identifiable = self._without_effect(state)
+        return state, self._non_identifiable
 
     def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
         """Say whether the model reacts to all parameters, by one more pass.
@@ -133,15 +133,15 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         Where residuals are zero gradients are, too, and say nothing of it.
         """
         assert state.solution is not None
-        if state.touched.all():
+        if state.sensitive.all():
             return state
         signs = np.random.default_rng(self.problem.config.random_seed).choice(
             [-1.0, 1.0], len(state.params)
         )
         (product,) = self._products(state.solution, signs * self.problem.normalizer.scales)
-        touched = state.touched | (product != 0.0)
-        stop = state.stop if touched.all() else Status.NO_SENSITIVITY
-        return replace(state, touched=touched, stop=stop)
+        sensitive = state.sensitive | (product != 0.0)
+        stop = state.stop if sensitive.all() else Status.NO_SENSITIVITY
+        return replace(state, sensitive=sensitive, stop=stop)
 
     def _products(self, params: Vector, *directions: Vector) -> NDArray[np.float64]:
         """Return ``J^T J v`` over all rows, by a pass."""
@@ -159,7 +159,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
             return None
         config = self.problem.config
-        diagonal = filled(sample.objective.diagonal(params), self.problem.normalizer.scales)
+        diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         direction = null_direction(
             partial(sample.objective.product, params),
             diagonal,
@@ -223,17 +223,17 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
 
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
         scales = self.problem.normalizer.scales
-        return DiagonalPreconditioner(filled(sample.objective.diagonal(params), scales))
+        return DiagonalPreconditioner(fill_zeros(sample.objective.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
         """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
-        diagonal = filled(sample.objective.diagonal(params), self.problem.normalizer.scales)
+        diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
             partial(sample.objective.product, params),
             diagonal,
             weight=n_rows / n_used,
-            share=min(1.0, len(params) / n_used),
+            diagonal_share=min(1.0, len(params) / n_used),
         )
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> None:
@@ -246,8 +246,8 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         They are infinite where it is known to have none.
         """
         state, sample = self._state, self._sample
-        if self._undetermined is not None:
-            return np.full(len(self._undetermined), np.inf)
+        if self._non_identifiable is not None:
+            return np.full(len(self._non_identifiable), np.inf)
         n_probes = self.problem.config.cg_error_probes
         if not n_probes or state is None or sample is None or not state.sums.is_finite:
             return None
@@ -258,7 +258,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
         if self.context.passes.n_left_out > n_left_out:  # the fit is solved again
             return None
-        if not (state.touched.all() and np.isfinite(variances).all()):
+        if not (state.sensitive.all() and np.isfinite(variances).all()):
             warn_caller(
                 "Standard errors of the parameters could not be estimated: the data do not "
                 "determine all of them, or cg_max_iterations is too small.",
@@ -291,7 +291,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
 
         def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
             # A step, so that the passes of a batch need not be remembered longer than it.
-            make = partial(solved_together, products, vectors, precondition, most)
+            make = partial(solve_many, products, vectors, precondition, most)
             return context.journal.step("probes", NDArray[np.float64], make)
 
         return solve
