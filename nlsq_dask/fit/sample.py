@@ -156,7 +156,7 @@ class SampleProblem(Generic[R]):
         problem, normalizer = self._problem, self._problem.normalizer
         n_rows = min(self.n_used, _FEW_ROWS)
         capacity = 1 << (n_rows - 1).bit_length()
-        return Warmup.prepare(
+        return Warmup.build(
             self._model,
             self._rows.take(self._spread(n_rows)[np.arange(capacity) % n_rows]),
             n_rows,
@@ -176,10 +176,10 @@ class SampleProblem(Generic[R]):
         They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
         """
         problem, normalizer = self._problem, self._problem.normalizer
-        n_rows = min(self.n_used, multistart_settings(problem.config).most_rows)
+        n_rows = min(self.n_used, multistart_settings(problem.config).max_rows)
         capacity = 1 << (n_rows - 1).bit_length()
         order = np.random.default_rng(problem.config.random_seed).permutation(self.n_used)[:n_rows]
-        return SuccessiveHalving.prepare(
+        return SuccessiveHalving.build(
             self._model,
             self._rows.take(np.resize(order, capacity)),
             n_rows,

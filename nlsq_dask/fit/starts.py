@@ -25,8 +25,8 @@ from nlsq_dask.warmup.lbfgs import (
     WarmupEnd,
     WarmupState,
     clip_count,
-    packed,
-    unpacked,
+    pack,
+    unpack,
 )
 from nlsq_dask.warmup.multistart import draw_starts
 
@@ -195,15 +195,15 @@ class StartFinder:
         )
 
     def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
-        state = warmup.start(self.problem.normalizer.normalize(start))
+        state = warmup.init(self.problem.normalizer.normalize(start))
         with self.journal.loop("iterations"):
             noted = self.journal.noted(list[NDArray[Any]])
-            state = state if noted is None else unpacked(state, noted)
+            state = state if noted is None else unpack(state, noted)
             while int(state.end) == WarmupEnd.RUNNING:
                 before = state
                 state = warmup.run(state, self._burst_end(int(before.iteration)))
                 self._report(state, before, variance)
-                self.journal.note(packed(state))
+                self.journal.note(pack(state))
                 frequency = self.problem.config.checkpoint_frequency
                 if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()
