@@ -396,7 +396,7 @@ def test_a_model_that_has_no_forward_mode() -> None:
         return sum(p[i] * decay(x * p[i]) for i in range(12))
 
     optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, cg_param_threshold=10))
-    with pytest.raises(nd.ModelError, match="forward and in reverse mode"):
+    with pytest.raises(nd.ModelError, match="forward and reverse mode"):
         optimizer.fit(model, np.linspace(0, 1, 500), np.ones(500), np.ones(12))
 
 

@@ -1,4 +1,4 @@
-"""``DenseReduction``: the sums from which a step is solved with dense matrices."""
+"""``DenseReduction``: sums for steps that are solved with dense matrices."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DenseReduction:
-    """Products of Jacobian and residual, or a QR factorization in their place.
+    """Products of Jacobian and residual, or their QR factorization.
 
-    With ``SCORES``, R is that of ``r J``, whose ``R^T R = sum r^2 J^T J`` is the middle of a
-    sandwich covariance; with a robust loss ``rho' r`` takes the place of r.
+    With ``SCORES``, R is the factor of ``r J``: ``R^T R = sum r^2 J^T J`` is the middle of a
+    sandwich covariance. With a robust loss, r is replaced by ``rho' r``.
     """
 
-    mode: Mode  # of the Jacobian
-    # Powers of two by which the columns of the Jacobian and the residual are multiplied before
-    # their products are summed; they keep float32 away from its limits.
+    mode: Mode  # forward or reverse, for the Jacobian
+    # Powers of two that scale the columns of the Jacobian and the residual before the products are
+    # summed, which avoids overflow and underflow in float32.
     factors: tuple[float, ...]
     accumulation: Accumulation = Accumulation.GRAM
 
@@ -42,17 +42,17 @@ class DenseReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that makes its program another one."""
+        """Everything that changes the program."""
         return self.accumulation, self.mode
 
     @property
     def name(self) -> str:
-        """Which sums it makes."""
+        """Name of the sums."""
         return self.accumulation.value
 
     @property
     def combine(self) -> tuple[Any, ...]:
-        """How matrix and residuals over two parts of the rows combine."""
+        """Functions that combine matrix and residuals over two sets of rows."""
         return self._combine_matrix, add
 
     def _combine_matrix(self, one: Matrix, other: Matrix) -> Matrix:
@@ -65,33 +65,33 @@ class DenseReduction:
         return total
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return matrix and residuals over no rows."""
+        """Return zero totals: matrix and residuals."""
         n_lanes = lanes_for(batch_rows, platform)
         n_matrix_lanes = n_gram_lanes(n_params, n_lanes, self.accumulation)
         return np.zeros((n_params + 1, n_params + 1, n_matrix_lanes)), np.zeros((2, n_lanes))
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return how many rows one turn of the loops takes."""
+        """Return the number of rows per strip."""
         return strip_rows_for(batch_rows, platform)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return what adds rows to matrix and residuals."""
+        """Return the constructor of the loops."""
         n_rows = strip_rows_for(batch_rows, platform)
         n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
         make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
         return partial(make_loops, model, loss, n_rows, panel_rows=n_panel_rows)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return parameters and factors."""
+        """Return parameters and scaling factors."""
         return request.params, np.array(self.factors)
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> NormalEquations:
-        """Return the sums without the factors."""
+        """Return the sums with the scaling removed."""
         (lanes, residuals), factors = totals, np.array(self.factors)
         p = len(factors) - 1
         jtj, jtr, square, triangle = self._unscale(lanes.sum(axis=-1), factors)
         rho, squares = residuals.sum(axis=-1)
-        # With the linear loss the product holds the sum of squares.
+        # With the linear loss, the product contains the sum of squares.
         twice_cost, chi2 = loss.f_scale**2 * rho, squares / factors[p] ** 2
         if loss.is_linear:
             twice_cost = chi2 = square
@@ -108,7 +108,7 @@ class DenseReduction:
     def _unscale(
         self, product: Matrix, factors: NDArray[np.float64]
     ) -> tuple[Matrix, NDArray[np.float64], float, Matrix | None]:
-        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R, if there is one, without the factors."""
+        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R (or None) with the scaling removed."""
         p, upper = len(factors) - 1, np.triu(product)
         if self.accumulation is Accumulation.GRAM:
             upper = upper / factors[:, None] / factors
@@ -133,7 +133,7 @@ def dense_kernel(
     loss: Loss | None = None,
     accumulation: Accumulation = Accumulation.GRAM,
 ) -> Kernel[NormalEquations]:
-    """Trace the kernel of ``DenseReduction``; its mode is chosen by ``choose_mode`` by default."""
+    """Trace a kernel with a ``DenseReduction``; ``mode`` defaults to that of ``choose_mode``."""
     with x64():
         mode = mode or choose_mode(model, model.jaxpr())
     reduction = DenseReduction(mode, (1.0,) * (model.n_params + 1), accumulation)
@@ -143,9 +143,9 @@ def dense_kernel(
 def with_accumulation(
     kernel: Kernel[NormalEquations], accumulation: Accumulation, model: Model
 ) -> Kernel[NormalEquations]:
-    """Return the kernel of the same model with another accumulation.
+    """Return a kernel of the same model with another accumulation.
 
-    With a robust loss, ``ROOT`` takes the place of ``TRIANGLE``.
+    With a robust loss, ``TRIANGLE`` is replaced by ``ROOT``.
     """
     if accumulation is Accumulation.TRIANGLE and not kernel.loss.is_linear:
         accumulation = Accumulation.ROOT

@@ -1,4 +1,4 @@
-"""``GradientReduction``: the sums for many parameters, without matrices."""
+"""``GradientReduction``: sums for many parameters, without p-by-p matrices."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from nlsq_dask.model.model import Model
 
 @dataclass(frozen=True)
 class GradientReduction:
-    """The gradient of the cost and products ``J^T J v``."""
+    """Gradient of the cost and products ``J^T J v``."""
 
     n_directions: int = 1
-    is_diagonal: bool = False  # the diagonal of J^T J takes the place of the one product
+    is_diagonal: bool = False  # compute the diagonal of J^T J instead of a product
 
     sums_type = GradientSums
     name = GradientSums.__name__
@@ -34,27 +34,27 @@ class GradientReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that makes its program another one."""
+        """Everything that changes the program."""
         return GradientSums, self.n_directions, self.is_diagonal
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return vectors, residuals and the largest over no rows."""
+        """Return zero totals: vectors, residuals and the largest r^2."""
         n_lanes = lanes_for(batch_rows, platform)
         vectors = np.zeros((1 + self.n_directions, n_params))
         return vectors, np.zeros((2, n_lanes)), np.zeros(())
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return how many rows one turn takes: as many as parameters, or their sums dominate."""
+        """Return the number of rows per strip, at least p: with fewer, adding vectors dominates."""
         enough = 1 << max(n_params - 1, 1).bit_length()
         return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return what adds rows to vectors, residuals and the largest."""
+        """Return the constructor of the loops."""
         kind = DiagonalLoops if self.is_diagonal else GradientLoops
         return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return parameters and directions; these are zero where no product is needed."""
+        """Return parameters and directions; directions are zero if no product is needed."""
         if request.directions is not None:
             return request.params, request.directions
         return request.params, np.zeros((self.n_directions, len(request.params)))
@@ -81,19 +81,19 @@ def gradient_kernel(
     loss: Loss | None = None,
     **options: Any,
 ) -> Kernel[GradientSums]:
-    """Trace the kernel of a ``GradientReduction`` with these options.
+    """Trace a kernel with a ``GradientReduction(**options)``.
 
     Raises
     ------
     ModelError
-        If the model cannot be differentiated in both directions.
+        If the model is not differentiable in both forward and reverse mode.
     """
     try:
         return Kernel.trace(GradientReduction(**options), model, batch_rows, platforms, loss)
     except (ValueError, TypeError) as error:
         raise ModelError(
-            f"The model {model.name!r} has {model.n_params} parameters, which asks for "
-            f"conjugate gradients, and these for derivatives in forward and in reverse mode "
+            f"Conjugate gradients, used for the {model.n_params} parameters of the model "
+            f"{model.name!r}, need derivatives in forward and reverse mode "
             f"({error}). Use lax.scan instead of lax.while_loop, jax.custom_jvp instead of "
             f"custom_vjp, or a larger cg_param_threshold."
         ) from error

@@ -1,7 +1,7 @@
-"""Gradient of the cost and products ``J^T J v``, strip by strip, without any Jacobian.
+"""Gradient of the cost and products ``J^T J v``, strip by strip, without a Jacobian matrix.
 
-Derivatives along directions come from pushing these through the model, and the sums over rows from
-pulling residuals back, so that nothing is larger than the rows of a strip or the parameters.
+Jacobian-vector products give the derivatives along directions, and vector-Jacobian products the
+sums over rows, so that no array exceeds the rows of a strip or the parameters.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from nlsq_dask.kernels.losses import LINEAR
 from nlsq_dask.kernels.strip_loops import StripLoops, dot
 from nlsq_dask.rows.rows import Rows
 
-_MAX_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
+_MAX_ENTRIES = 2**18  # of the per-row gradients in memory
 
-# The running sums:
+# Running sums:
 # - vectors (1 + directions, p): J^T r, and J^T J v for each direction;
 # - residuals (2, lanes): sums of rho(z) and of r^2;
 # - largest (): the largest r^2.
 
 
 class GradientLoops(StripLoops):
-    """Loops whose sums are vectors, residuals and the largest; the point has directions."""
+    """Loops for vectors, residuals and the largest r^2; the point is parameters and directions."""
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, the strip's vectors and its residuals."""
+        """Return the model's values, and vectors, rho and residuals of the strip."""
         params, directions = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         values, push = jax.linearize(lambda q: self._model(x, q), params)
@@ -47,12 +47,12 @@ class GradientLoops(StripLoops):
             curvature = jacobian_scale**2
         changes = jax.vmap(push)(directions) * (weight**2 * curvature)
         (vectors,) = jax.vmap(pull)(jnp.concatenate([(slope * weight)[None], changes]))
-        if usable is not None:  # a strip without any is of no meaning
+        if usable is not None:  # NaN if no row of the strip is usable
             vectors = jnp.where(usable.any(), vectors, 0)
         return values, (vectors, rho, residual)
 
     def add(self, sums: Any, contribution: Any) -> Any:
-        """Return the sums with a strip added."""
+        """Return the sums with a contribution added."""
         (totals, residuals, largest), (vectors, rho, residual) = sums, contribution
         n_lanes = residuals.shape[-1]
         partial = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
@@ -63,19 +63,19 @@ class GradientLoops(StripLoops):
         )
 
     def is_finite(self, sums: Any) -> Any:
-        """Look at all of them."""
+        """Return whether vectors and residuals are finite."""
         vectors, residuals, _ = sums
         return jnp.isfinite(vectors).all() & jnp.isfinite(residuals).all()
 
 
 class DiagonalLoops(GradientLoops):
-    """Loops that have the diagonal of ``J^T J`` in the place of a product.
+    """Loops that compute the diagonal of ``J^T J`` instead of a product.
 
-    It takes the gradient of every row by itself, a few rows at a time.
+    The gradient of each row is computed separately, a group of rows at a time.
     """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, the strip's vectors and its residuals."""
+        """Return the model's values, and vectors, rho and residuals of the strip."""
         values, (vectors, rho, residual) = super().contribution(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
@@ -108,9 +108,9 @@ class DiagonalLoops(GradientLoops):
 
 
 def _with_usable(x: tuple[Any, ...], usable: Any) -> tuple[Any, ...]:
-    """Return x with a usable row in the place of each that is not.
+    """Return x with each unusable row replaced by a usable one.
 
-    What is pulled back from a row with a NaN is NaN even where its residual is set to zero.
+    The vector-Jacobian product of a row with NaN is NaN even if its residual is set to zero.
     """
     first = jnp.argmax(usable)
 

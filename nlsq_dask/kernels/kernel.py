@@ -1,4 +1,4 @@
-"""``Kernel``: what a worker computes from rows, traced once and run on every batch."""
+"""``Kernel``: a compiled reduction over rows, traced once and run on every batch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from nlsq_dask.rows.device_rows import Batch, PlacedRows
 from nlsq_dask.rows.rows import STRIP_ROWS, Array
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
-MAX_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
-# Larger batches take more memory for copies, smaller ones more calls.
+MAX_CANDIDATES = 3  # points per pass at which only the cost is evaluated
+# Larger batches need more memory for copies, smaller ones more calls.
 _MAX_BATCH_BYTES = 4 * 2**20
-_HOST_PLATFORMS = {CPU}  # whose devices have no memory of their own
-_IN_FLIGHT = 2  # batches that a device has at once: one is computed, one is on its way
+_HOST_PLATFORMS = {CPU}  # platforms whose devices share host memory
+_IN_FLIGHT = 2  # batches per device: one is computed, one is transferred
 
 
 def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
-    """Return how many rows one kernel call is given: a power of two, at most ``chunk_size``.
+    """Return the number of rows per kernel call, a power of two, at most ``chunk_size``.
 
-    No larger than the longest block needs, and few enough to be copied into JAX's memory cheaply.
+    It is limited by the longest block and by the bytes that are cheap to copy into JAX's memory.
     """
     max_rows = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
     needed = max(longest_block, STRIP_ROWS)
@@ -43,7 +43,7 @@ def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
 
 
 def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
-    """Return shapes and dtypes of ``Rows`` as a plain tuple, which is what a program takes."""
+    """Return shapes and dtypes of ``Rows`` as a plain tuple, the argument of a program."""
     layout = model.layout
 
     def spec(dtype: str | None) -> Any:
@@ -54,11 +54,11 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
 
 
 class RowSource(Protocol):
-    """What a kernel can take its rows from, such as ``Rows`` or a block of an N-d array."""
+    """Source of rows, such as ``Rows`` or a block of an N-d array."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape against which the arrays broadcast; its entries in C order are the rows."""
+        """Shape to which the arrays broadcast; its elements in C order are the rows."""
 
     @property
     def arrays(self) -> tuple[Array | None, ...]:
@@ -74,41 +74,41 @@ Totals = tuple[Any, ...]
 
 
 class Reduction(Protocol[S_co]):
-    """Sums of one kind, as data: their zero, what a row adds, how parts combine, what they mean.
+    """Definition of a kind of sums: zero, contribution of a row, combination, final values.
 
-    ``totals`` are the running sums that are of this kind alone; see ``Carry`` for the others.
+    ``totals`` are the running sums of this kind; ``Carry`` lists the common ones.
     """
 
     @property
     def sums_type(self) -> type[S_co]:
-        """The type of the finished sums."""
+        """Type of the final sums."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that makes its program another one."""
+        """Everything that changes the program."""
 
     @property
     def name(self) -> str:
-        """The name under which a journal keeps the finished sums."""
+        """Name of the final sums in a journal."""
 
     @property
     def combine(self) -> tuple[Callable[[Any, Any], Any], ...]:
-        """For each of the totals, how those over two parts of the rows combine, in NumPy."""
+        """NumPy functions that combine each total over two sets of rows."""
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return the totals over no rows."""
+        """Return the totals over zero rows."""
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return how many rows one turn of the loops takes."""
+        """Return the number of rows per strip."""
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return what adds rows to the totals."""
+        """Return the constructor of the loops."""
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return the arguments of the program beside the rows."""
+        """Return the arguments of the program other than the rows."""
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> S_co:
-        """Return the sums, given the fields that do not depend on the kind."""
+        """Return the final sums, given the common fields."""
 
 
 def _zero_carry(totals: Totals, batch_rows: int, platform: str) -> Carry:
@@ -142,33 +142,16 @@ def _trace(
 
 @dataclass(frozen=True)
 class Kernel(Generic[S]):
-    """Rows and a request in, sums out; traced for batches of a fixed length.
-
-    Attributes
-    ----------
-    reduction : Reduction
-        Which sums.
-    programs : dict of str to Program
-        By platform; a process takes the one for its best devices.
-    n_params, batch_rows : int
-        Parameters; rows that one call of the program is given.
-    loss : Loss
-    y_reference : float
-        The y0 of ``Sums``.
-    uses_all_devices : bool
-        Whether a process shares its batches among its devices; else it takes the first.
-    memory : MemoryPool
-        For copies of rows, as long as the kernel lives.
-    """
+    """Compiled reduction from rows and a request to sums, traced for one batch length."""
 
     reduction: Reduction[S]
-    programs: dict[str, Program]
+    programs: dict[str, Program]  # by platform; a process uses that of its best devices
     n_params: int
-    batch_rows: int
+    batch_rows: int  # per call of the program
     loss: Loss
-    y_reference: float = 0.0
-    uses_all_devices: bool = False
-    memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
+    y_reference: float = 0.0  # the y0 of ``Sums``
+    uses_all_devices: bool = False  # distribute batches over all devices of a process
+    memory: MemoryPool = field(default_factory=MemoryPool, compare=False)  # for copies of rows
 
     @classmethod
     def trace(
@@ -179,7 +162,7 @@ class Kernel(Generic[S]):
         platforms: tuple[str, ...] = (CPU,),
         loss: Loss | None = None,
     ) -> Self:
-        """Trace the kernel of a model for batches of this length."""
+        """Trace the kernel of a model for batches of ``batch_rows`` rows."""
         with x64():
             jaxpr = model.jaxpr()
         loss = loss or Loss()
@@ -197,18 +180,18 @@ class Kernel(Generic[S]):
     def __call__(
         self, source: RowSource | PlacedRows, request: Request, wants_moments: bool = True
     ) -> S:
-        """Sum over some rows, in batches of ``batch_rows``.
+        """Return the sums over rows, computed in batches of ``batch_rows``.
 
-        The running sums are carried from batch to batch. In float64, and without rows left out,
-        where the rows are cut has no influence on the bits of the result.
+        The running sums are carried from batch to batch. In float64 and without masked rows, the
+        bits of the result do not depend on the batches.
 
         Parameters
         ----------
         source : RowSource or PlacedRows
         request : Request
-            With at most ``MAX_CANDIDATES`` candidates.
+            At most ``MAX_CANDIDATES`` candidates.
         wants_moments : bool
-            Whether to sum what depends on the data alone.
+            Whether to compute the sums of the data alone.
         """
         y0, candidates = self.y_reference, request.candidates
         points = np.empty((0, self.n_params)) if candidates is None else candidates
@@ -236,7 +219,7 @@ class Kernel(Generic[S]):
         )
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
-        """Run the program over all batches; the carries of several devices are combined."""
+        """Run the program over all batches and combine the carries of the devices."""
         devices, platform = self._devices()
         zero = self.reduction.zero(self.n_params, self.batch_rows, platform)
         carries = [_zero_carry(zero, self.batch_rows, platform)] * len(devices)
@@ -260,7 +243,7 @@ class Kernel(Generic[S]):
         return tuple(combine(a, b) for combine, a, b in totals), counts, moments, costs
 
     def placed(self, source: Source) -> Source | PlacedRows:
-        """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""
+        """Return the rows in GPU memory if they fit there, for later calls."""
         devices, platform = self._devices()
         if platform in _HOST_PLATFORMS:
             return source
@@ -278,7 +261,7 @@ class Kernel(Generic[S]):
         return PlacedRows(source.shape, tuple(batches))
 
     def _devices(self) -> tuple[list[jax.Device], str]:
-        """Return the devices that batches are dealt to, and their platform."""
+        """Return the devices to use and their platform."""
         devices = usable_devices(tuple(self.programs), self.uses_all_devices)
         return devices, platform_of(devices[0])
 

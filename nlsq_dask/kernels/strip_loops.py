@@ -1,7 +1,6 @@
-"""The loops over strips of rows that make the sums of a kernel, as JAX traces them.
+"""Loops over strips of rows that compute the sums of a kernel, traced by JAX.
 
-What is computed from a strip, and how it is summed, is for subclasses to say. Strips are small
-enough to stay in a core's cache.
+Subclasses define the contribution of a strip and how it is added. A strip fits a core's cache.
 """
 
 from __future__ import annotations
@@ -21,40 +20,41 @@ from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import STRIP_ROWS, Rows
 
-_STRIPS_PER_CHECK = 16  # strips after which the sums are looked at
+_STRIPS_PER_CHECK = 16  # strips between checks for finite sums
 _GPU_STRIP_ROWS = 2**18
-# On a CPU sums run in so many lanes side by side. Of its own accord XLA does that only in a matrix
-# product, which spends more time on preparations than on sums where there are few columns.
+# Number of parallel running sums on a CPU (SIMD lanes). XLA vectorizes sums by itself only in a
+# matrix product, whose setup dominates for few columns.
 _LANES = 128
 
 # Running sums:
-# - sums: what the kind of loop makes of residuals and derivatives;
-# - counts (4,): rows used, rows where the model is not finite, masked rows, rows with bad sigma;
+# - sums: totals of the subclass, from residuals and derivatives;
+# - counts (4,): rows used, rows with a non-finite model, masked rows, rows with invalid sigma;
 # - moments (3, lanes): sums of w, w (y - y0) and w (y - y0)^2;
-# - costs (candidates, lanes): sums of rho(z) at further points.
+# - costs (candidates, lanes): sums of rho(z) at the candidates.
 Carry = tuple[Any, Any, Any, Any]
 
 
 def strip_rows_for(batch_rows: int, platform: str) -> int:
-    """Return how many rows are one strip of a batch."""
+    """Return the number of rows per strip."""
     return min(STRIP_ROWS if platform == CPU else _GPU_STRIP_ROWS, batch_rows)
 
 
 def lanes_for(batch_rows: int, platform: str) -> int:
-    """Return how many sums run side by side."""
+    """Return the number of SIMD lanes."""
     return min(_LANES, strip_rows_for(batch_rows, platform)) if platform == CPU else 1
 
 
 def lane_sums(n_slices: int, take: Callable[[int], Any]) -> Any:
-    """Add parts of a strip. Each is to be cut out in one step before anything is done with it.
+    """Sum slices of a strip.
 
-    XLA then makes one loop of it all and keeps no products in memory.
+    If ``take`` slices first and computes second, XLA fuses everything into one loop and stores no
+    intermediate products.
     """
     return reduce(add, map(take, range(n_slices)))
 
 
 def dot(a: Any, b: Any, n_lanes: int) -> Any:
-    """Sum ``a * b`` in lanes."""
+    """Return the sum of ``a * b``, one partial sum per lane."""
     if n_lanes == 1:
         return (a * b).sum()[None]
     a, b = (array.reshape(-1, n_lanes) for array in (a, b))
@@ -62,7 +62,7 @@ def dot(a: Any, b: Any, n_lanes: int) -> Any:
 
 
 class StripLoops(ABC):
-    """The loops over the strips of a batch, all of which one program runs one after the other.
+    """Loops over the strips of a batch, run in sequence by one program.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ class StripLoops(ABC):
         Name of the loss.
     strip_rows : int
     point : tuple of array
-        Parameters and what else the kind of loop takes, in the model's dtype.
+        Parameters and further arguments of the subclass, in the model's dtype.
     f_scale : array
-        Of the loss.
+        Scale of the loss.
     n_rows : array
-        Rows of the batch that count.
+        Number of rows of the batch that are not padding.
     arrays, offsets : pytree
-        The batch, and where in its arrays the rows begin.
+        Arrays of the batch, and the index of its first row in each.
     """
 
     def __init__(
@@ -104,39 +104,39 @@ class StripLoops(ABC):
 
     @abstractmethod
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values at a strip, and what is to be added to the sums.
+        """Return the model's values and the contribution of a strip to the sums.
 
         Parameters
         ----------
         rows : Rows
         target : array, shape (b,)
-            The y that the model is compared with.
+            The y that is subtracted from the model.
         usable : array of bool, shape (b,), or None
-            Which rows count; None for all of them.
+            Rows to use; None for all rows.
         """
 
     @abstractmethod
     def add(self, sums: Any, contribution: Any) -> Any:
-        """Return the sums with a part added."""
+        """Return the sums with a contribution added."""
 
     @abstractmethod
     def is_finite(self, sums: Any) -> Any:
-        """Return whether everything that was added has been finite."""
+        """Return whether all contributions were finite."""
 
     def add_unmasked(self, i: Any, sums: Any) -> Any:
-        """Add a strip without masks; bad rows make the sums NaN."""
+        """Add a strip without masks; an unusable row turns the sums into NaN."""
         rows = self._rows(i)
         return self.add(sums, self.contribution(rows, self._y_with_nan(rows), None)[1])
 
     def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add several strips without masks."""
+        """Add a range of strips without masks."""
         return lax.fori_loop(start, end, self.add_unmasked, sums)
 
     def add_strips(self, sums: Any, counts: Any) -> Any:
-        """Add to sums and counts, without masks as long as none is needed.
+        """Add all strips to sums and counts, without masks up to the first unusable row.
 
-        Most batches need none, and to find that out afterwards costs less than the masks. Returned
-        with the sums is the number of strips that needed no mask.
+        Most batches need no mask, and checking the sums afterwards is cheaper than masking. Also
+        returns the number of strips added without a mask.
         """
 
         def add_range(state: Any) -> Any:
@@ -167,15 +167,15 @@ class StripLoops(ABC):
         return *lax.fori_loop(n_unmasked, self._n_strips, add_masked, (sums, counts)), n_unmasked
 
     def _robust(self, residual: Any, factor: Any) -> Any:
-        """Return rho of each row and by what Jacobian and residual are multiplied.
+        """Return rho and the scales of Jacobian and residual of each row.
 
-        ``residual`` is that of the rows times ``factor``.
+        ``residual`` is the residual of each row times ``factor``.
         """
         unit = factor * self._f_scale
         return robust(self._loss, (residual * (1 / unit).astype(residual.dtype)) ** 2)
 
     def add_moments(self, moments: Any, y0: Any, n_unmasked: Any) -> Any:
-        """Add to the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
+        """Add the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
 
         def add(i: Any, moments: Any, is_masked: bool) -> Any:
             rows = self._rows(i)
@@ -193,7 +193,7 @@ class StripLoops(ABC):
         return lax.fori_loop(n_unmasked, self._n_strips, lambda i, m: add(i, m, True), moments)
 
     def add_costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
-        """Add to ``sum rho(z)`` at the first so many candidates."""
+        """Add ``sum rho(z)`` at the first ``n_candidates`` candidates."""
 
         def add(step: Any, costs: Any) -> Any:
             i, k = step // n_candidates, step % n_candidates
@@ -221,7 +221,7 @@ class StripLoops(ABC):
         return i * self._strip_rows + jnp.arange(self._strip_rows) < self._n_rows
 
     def _usable(self, i: Any, rows: Rows) -> Any:
-        """Return, a row, whether it is neither masked nor has a NaN or infinity."""
+        """Return which rows are finite and not masked."""
         usable = self._in_batch(i) & jnp.isfinite(rows.y)
         for leaf in rows.x:
             usable &= jnp.isfinite(leaf) if leaf.ndim == 1 else jnp.isfinite(leaf).all(axis=1)
@@ -232,7 +232,7 @@ class StripLoops(ABC):
         return usable
 
     def _y_with_nan(self, rows: Rows) -> Any:
-        """Return y, with NaN at each row that must not be used."""
+        """Return y with NaN at the unusable rows."""
         dtype = self._model.dtype
         y: Any = rows.y.astype(dtype)
         for leaf in rows.x:
@@ -250,14 +250,14 @@ MakeLoops = Callable[..., StripLoops]
 
 
 def accumulator(make_loops: MakeLoops, dtype: str) -> Callable[..., Carry]:
-    """Return the function that adds a batch of rows to running sums.
+    """Return a function that adds a batch of rows to running sums.
 
     Parameters
     ----------
     make_loops : callable
-        Takes the last five parameters of ``StripLoops``.
+        Called with the last five parameters of ``StripLoops``.
     dtype : str
-        Of the model.
+        dtype of the model.
     """
 
     def accumulate(
