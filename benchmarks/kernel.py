@@ -23,11 +23,11 @@ import numpy as np
 
 from benchmarks import common
 from nlsq_dask.kernels.dense_kernel import dense_kernel
-from nlsq_dask.kernels.kernel import piece_rows_for
+from nlsq_dask.kernels.kernel import batch_rows_for
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.model import Model
-from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
+from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
 SIZES = (3, 10, 20, 60)
 MODES = ("rule", "forward", "reverse")
@@ -104,7 +104,7 @@ def package_kernel(
     traced, params = Model(model, p, layout, dtype), start(p)
     with jax.enable_x64(True):
         chosen = choose_mode(traced, traced.jaxpr()) if mode == "rule" else Mode(mode)
-    n_rows = piece_rows_for(len(rows), 2**20, layout.row_bytes)
+    n_rows = batch_rows_for(len(rows), 2**20, layout.row_bytes)
     kernel = dense_kernel(traced, n_rows, None if mode == "rule" else chosen)
     return lambda: kernel(rows, Request(params), wants_moments=False), chosen.value
 
@@ -190,7 +190,7 @@ def main() -> None:
     common.Report(
         "kernel",
         "The kernel in memory, one core: million rows a second",
-        settings={"block_rows": BLOCK_ROWS},
+        settings={"block_rows": STRIP_ROWS},
         figures={"models": found},
         headlines=[
             (

@@ -49,7 +49,7 @@ from nlsq_dask.plan import Plan, build_plan
 from nlsq_dask.results import report
 from nlsq_dask.results.build import build_result, resume_hint
 from nlsq_dask.results.result import FitResult
-from nlsq_dask.rows.rows import BLOCK_ROWS
+from nlsq_dask.rows.rows import STRIP_ROWS
 from nlsq_dask.warmup.normalize import NormalizedModelWrapper, ParameterNormalizer
 
 
@@ -240,7 +240,7 @@ class AdaptiveHybridStreamingOptimizer:
                 observer(event)
 
         def describe() -> FitFingerprint:
-            kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), BLOCK_ROWS)
+            kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), STRIP_ROWS)
             model = kernel.program.fingerprint
             return FitFingerprint.of(model, problem.blocks, problem.arguments, config)
 

@@ -220,10 +220,10 @@ def test_each_field_of_sums_says_how_it_combines(kind: type[Sums]) -> None:
 
 def test_padding_costs_no_copy_where_none_is_needed() -> None:
     rows = Rows(np.arange(6.0), (np.ones((6, 2)),))
-    ((piece, count),) = rows.pieces(6)
+    ((batch, count),) = rows.batches(6)
     assert count == 6
-    assert np.shares_memory(piece.y, rows.y)
-    (_, first), (padded, second) = rows.pieces(4)
+    assert np.shares_memory(batch.y, rows.y)
+    (_, first), (padded, second) = rows.batches(4)
     assert (first, second, padded.x[0].shape) == (4, 2, (4, 2))
 
 

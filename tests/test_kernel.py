@@ -14,8 +14,8 @@ import pytest
 from jax import lax
 
 import nlsq_dask as nd
-from nlsq_dask.kernels import block_loops
 from nlsq_dask.kernels import kernel as kernel_module
+from nlsq_dask.kernels import strip_loops
 from nlsq_dask.kernels.dense_kernel import dense_kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
@@ -132,8 +132,8 @@ def test_where_a_block_is_cut_changes_no_bit() -> None:
     rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
     params = np.array([1.2, 0.7, 0.3])
     sums = []
-    for piece_rows in (1024, 4096, 32_768):
-        kernel = dense_kernel(model_of(exponentials(3), 3), piece_rows)
+    for batch_rows in (1024, 4096, 32_768):
+        kernel = dense_kernel(model_of(exponentials(3), 3), batch_rows)
         sums.append(kernel(rows, Request(params)))
     for other in sums[1:]:
         np.testing.assert_array_equal(other.jtj, sums[0].jtj)
@@ -285,7 +285,7 @@ def test_models_that_differ_in_hidden_constants_are_two_models() -> None:
 def test_broadcast_rows_in_memory_that_is_used_again(
     x_shape: tuple[int, ...], sigma_shape: tuple[int, ...]
 ) -> None:
-    """Pieces are copied into memory of earlier ones, by two threads at once."""
+    """Batches are copied into memory of earlier ones, by two threads at once."""
     shape = (40, 30, 25)
     rng = np.random.default_rng(4)
     x, sigma = rng.uniform(0, 5, x_shape), rng.uniform(0.5, 2, sigma_shape)
@@ -339,7 +339,7 @@ def test_sums_of_the_data_alone(first: int | None) -> None:
 @pytest.mark.parametrize("n_rows", [1_000, 2**18, 300_000, 600_001])
 def test_blocks_as_long_as_a_gpu_wants_them(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loops and windows that a GPU gets, run on the CPU, over rows that are not alike."""
-    monkeypatch.setattr(block_loops, "CPU", "another platform")
+    monkeypatch.setattr(strip_loops, "CPU", "another platform")
     monkeypatch.setattr(kernel_module, "_HOST_PLATFORMS", set())
     x = np.linspace(0.1, 4.0, n_rows)
     y, y[::97] = np.cos(3 * x), np.nan

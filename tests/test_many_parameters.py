@@ -396,7 +396,7 @@ def test_a_model_that_has_no_forward_mode() -> None:
         return sum(p[i] * decay(x * p[i]) for i in range(12))
 
     optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(verbose=0, cg_param_threshold=10))
-    with pytest.raises(nd.ModelError, match="forward and in reverse mode"):
+    with pytest.raises(nd.ModelError, match="forward and reverse mode"):
         optimizer.fit(model, np.linspace(0, 1, 500), np.ones(500), np.ones(12))
 
 
@@ -407,10 +407,10 @@ def test_ritz_values_are_eigenvalues() -> None:
     rng = np.random.default_rng(0)
     root = rng.normal(size=(12, 8))
     matrix = root.T @ root
-    solve: Any = LinearSolve.begin(rng.normal(size=8), lambda v: v)
+    solve: Any = LinearSolve.init(rng.normal(size=8), lambda v: v)
     first = -solve.residual
     for _ in range(8):
-        solve = solve.continued(matrix @ solve.direction, lambda v: v)
+        solve = solve.update(matrix @ solve.direction, lambda v: v)
     assert solve.least_ritz_value == pytest.approx(np.linalg.eigvalsh(matrix).min(), rel=1e-6)
     np.testing.assert_allclose(matrix @ solve.step, -first, rtol=1e-6, atol=1e-8)
     promised = -(first @ solve.step + 0.5 * solve.step @ matrix @ solve.step)

@@ -390,7 +390,7 @@ class HybridStreamingConfig(ValidatedOptions):
         return self.max_retries_per_batch if self.enable_fault_tolerance else 0
 
     @property
-    def piece_rows(self) -> int:
+    def batch_rows(self) -> int:
         """``chunk_size`` with "auto" resolved."""
         return auto.CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 

@@ -22,5 +22,5 @@ class FitContext:
     start_finder: StartFinder
     emit: Observer
     journal: Journal
-    piece_rows: int  # that a kernel is given at once
+    batch_rows: int  # that a kernel is given at once
     platforms: tuple[str, ...]  # of the workers

@@ -25,8 +25,7 @@ from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
-from nlsq_dask.solvers.gauss_newton import GaussNewton, State
-from nlsq_dask.solvers.gauss_newton import start as begin
+from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
@@ -35,7 +34,7 @@ Sample = SampleProblem[DenseObjective]
 
 
 @dataclass(frozen=True)
-class _OnSample:
+class _SampleSolution:
     """What the sample's solve has found, and which sums it needed in the end."""
 
     params: Vector
@@ -52,7 +51,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         super().__init__(context)
         problem = self.problem
         config = problem.config
-        trace = partial(dense_kernel, piece_rows=context.piece_rows)
+        trace = partial(dense_kernel, batch_rows=context.batch_rows)
         kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
         self._gram = replace(kernel, uses_all_devices=config.enable_multi_device)
         self._kernels = {Accumulation.GRAM: self._gram}
@@ -79,24 +78,24 @@ class DenseFit(FullFit[State, NormalEquations]):
     ) -> Vector:
         if not sample.is_informative:
             return starts[0]
-        find = partial(self._find_on_sample, sample, starts)
-        found = self.context.journal.step("solution of the sample", _OnSample, find)
-        sample.objective.make(found.accumulation)
-        details["sample_iterations"] = found.iterations
-        return found.params
+        solve = partial(self._compute_sample_solution, sample, starts)
+        solution = self.context.journal.step("solution of the sample", _SampleSolution, solve)
+        sample.objective.use(solution.accumulation)
+        details["sample_iterations"] = solution.iterations
+        return solution.params
 
-    def _find_on_sample(self, sample: Sample, starts: list[Vector]) -> _OnSample:
-        solver, races = self._sample_solver, self._reporting("sample", are_iterations=False)
-        start = solver.best_start(sample.objective_few, starts, races)
-        state = solver.solve(sample.objective, start, self._reporting("sample"))
+    def _compute_sample_solution(self, sample: Sample, starts: list[Vector]) -> _SampleSolution:
+        solver, report = self._sample_solver, self._build_report("sample", are_iterations=False)
+        start = solver.best_start(sample.objective_few, starts, report)
+        state = solver.solve(sample.objective, start, self._build_report("sample"))
         accumulation = sample.objective.accumulation
         if state.stop is Status.NON_FINITE_START:
-            return _OnSample(start, state.iteration, accumulation)
+            return _SampleSolution(start, state.iteration, accumulation)
         assert state.solution is not None
         if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
-        return _OnSample(state.solution, state.iteration, accumulation)
+        return _SampleSolution(state.solution, state.iteration, accumulation)
 
     def _prepare(self, sample: Sample, start: Vector) -> None:
         reduction = self._gram.reduction
@@ -129,23 +128,25 @@ class DenseFit(FullFit[State, NormalEquations]):
         chance: float,
     ) -> tuple[Vector, Reduced[NormalEquations]]:
         """Start once more on the new sample; a pass decides where that leads to a better point."""
-        found = self.context.start_finder.find(sample, {})
-        again = self._solve_on_sample(sample, found, {})
-        state = begin(start, first.sums, self._settings)
-        ahead = None if state.stop is not None else forecast(state, sample.objective)
-        reached = sample.objective(start if ahead is None else ahead.params)
-        there = sample.objective(again)
-        if not there.is_finite:
-            again = self.problem.parameters.start
-            there = sample.objective(again)
-        if not there.is_finite or (reached.is_finite and there.cost * chance >= reached.cost):
-            return start, first
-        kernel = self.kernel(self._first_request(again))
-        other, first = self.context.passes.run_beside(kernel, again, start, first)
-        if other.sums.is_finite and not (
-            first.sums.is_finite and first.sums.cost <= other.sums.cost
+        new_starts = self.context.start_finder.find(sample, {})
+        new_start = self._solve_on_sample(sample, new_starts, {})
+        state = init_state(start, first.sums, self._settings)
+        proposal = None if state.stop is not None else forecast(state, sample.objective)
+        old_sums = sample.objective(start if proposal is None else proposal.params)
+        new_sums = sample.objective(new_start)
+        if not new_sums.is_finite:
+            new_start = self.problem.parameters.start
+            new_sums = sample.objective(new_start)
+        if not new_sums.is_finite or (
+            old_sums.is_finite and new_sums.cost * chance >= old_sums.cost
         ):
-            return again, other
+            return start, first
+        kernel = self.kernel(self._first_request(new_start))
+        new_pass, first = self.context.passes.run_beside(kernel, new_start, start, first)
+        if new_pass.sums.is_finite and not (
+            first.sums.is_finite and first.sums.cost <= new_pass.sums.cost
+        ):
+            return new_start, new_pass
         return start, first
 
     def _describe(self, state: State) -> dict[str, Any]:
@@ -165,11 +166,11 @@ class DenseFit(FullFit[State, NormalEquations]):
         sums, epsilon = state.sums_at_solution, self._settings.epsilon
         details["cov_type"] = cov_type
         absolute_sigma = self.problem.absolute_sigma or not is_classical
-        found = covariance(sums, absolute_sigma, epsilon)
-        if not is_classical and np.isfinite(found.root).all():
-            found = sandwich(found, self._scores(state), sums.n_used, cov_type)
-        details["condition_number"] = found.condition_number
-        return found
+        result = covariance(sums, absolute_sigma, epsilon)
+        if not is_classical and np.isfinite(result.root).all():
+            result = sandwich(result, self._scores(state), sums.n_used, cov_type)
+        details["condition_number"] = result.condition_number
+        return result
 
     def _scores(self, state: State) -> NDArray[np.float64]:
         """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""

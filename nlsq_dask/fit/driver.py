@@ -32,12 +32,12 @@ from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
-from nlsq_dask.kernels.kernel import piece_rows_for
+from nlsq_dask.kernels.kernel import batch_rows_for
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.status import Status
 
-_POINTS, _SHIFT = 3, 0.3  # near p0, in normalized parameters, at which models are compared
+_N_POINTS, _SHIFT = 3, 0.3  # near p0, in normalized parameters, at which models are compared
 _SAME_COST = 1e-6  # relative difference that another version or processor may make
 
 
@@ -86,7 +86,7 @@ class Driver:
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
         self._journal.run_once("beginning", partial(self._emit, started))
         with self._phase(0) as details:
-            fit = self._prepared(details)
+            fit = self._build_fit(details)
         try:
             with self._phase(1) as details:
                 sample: Any = self._read_sample(fit, details)
@@ -94,17 +94,17 @@ class Driver:
             with self._phase(2) as details:
                 outcome = fit.solve(sample, starts, details)
             with self._phase(3) as details:
-                outcome = self._with_errors(fit, sample, outcome, details)
+                outcome = self._add_errors(fit, sample, outcome, details)
         except StoppedByCallbackError as stopped:
-            return self._finished(Outcome(stopped.params, Status.USER_STOP))
+            return self._finish(Outcome(stopped.params, Status.USER_STOP))
         except FitInterruptedError as interrupted:
             self._journal.save()
-            return self._finished(self._so_far(fit, interrupted.reason))
+            return self._finish(self._current_outcome(fit, interrupted.reason))
         if outcome.stop.is_success:
             self._journal.save()
-        return self._finished(outcome)
+        return self._finish(outcome)
 
-    def _with_errors(
+    def _add_errors(
         self,
         fit: FullFit[Any, Any],
         sample: SampleProblem[Any],
@@ -116,17 +116,17 @@ class Driver:
             covariance, errors = fit.covariance(details), fit.errors(details)
             if self._passes.n_skipped == before:
                 return replace(outcome, covariance=covariance, errors=errors)
-            outcome = fit.solve_again(sample, details)
+            outcome = fit.solve_restarted(sample, details)
 
-    def _so_far(self, fit: FullFit[Any, Any], reason: Status) -> Outcome:
+    def _current_outcome(self, fit: FullFit[Any, Any], reason: Status) -> Outcome:
         """Return what is known where a fit is interrupted."""
-        outcome = fit.so_far(reason)
+        outcome = fit.current_outcome(reason)
         if outcome is None:
             latest = self._iterations.latest
             return Outcome(self._problem.parameters.start if latest is None else latest, reason)
         return replace(outcome, covariance=fit.covariance({}, may_pass=False))
 
-    def _prepared(self, details: dict[str, Any]) -> FullFit[Any, Any]:
+    def _build_fit(self, details: dict[str, Any]) -> FullFit[Any, Any]:
         """Trace the kernels, which depend on the number of parameters."""
         problem = self._problem
         details["strategy"] = problem.normalizer.strategy
@@ -139,8 +139,8 @@ class Driver:
             start_finder=self._start_finder,
             emit=self._emit,
             journal=self._journal,
-            piece_rows=piece_rows_for(
-                self._data.longest_block, problem.config.piece_rows, problem.model.layout.row_bytes
+            batch_rows=batch_rows_for(
+                self._data.longest_block, problem.config.batch_rows, problem.model.layout.row_bytes
             ),
             platforms=details["platforms"],
         )
@@ -158,10 +158,10 @@ class Driver:
             request = Request(problem.parameters.start, is_fresh=True)
             self._passes.run(fit.kernel(request), request)
         if self._journal.is_enabled:
-            self._compare(sample)
+            self._check_model(sample)
         return sample
 
-    def _compare(self, sample: SampleProblem[Any]) -> None:
+    def _check_model(self, sample: SampleProblem[Any]) -> None:
         """Raise a CheckpointError if the model is not the one that a checkpoint was made with.
 
         Its fingerprint does not tell if JAX has another version now; so its values are compared.
@@ -169,14 +169,14 @@ class Driver:
         parameters, scales = self._problem.parameters, self._problem.normalizer.scales
         start = parameters.start
         random = np.random.default_rng(0)
-        shifts = _SHIFT * scales * random.uniform(-1.0, 1.0, (_POINTS, len(start)))
+        shifts = _SHIFT * scales * random.uniform(-1.0, 1.0, (_N_POINTS, len(start)))
         points = [start, *np.clip(start + shifts, parameters.low, parameters.high)]
-        now = [float(sample.objective(point).cost) for point in points]
-        before = self._journal.step("costs of the sample near p0", list[float], lambda: now)
-        if not np.allclose(now, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
+        costs = [float(sample.objective(point).cost) for point in points]
+        before = self._journal.step("costs of the sample near p0", list[float], lambda: costs)
+        if not np.allclose(costs, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
             raise CheckpointError(
                 f"the checkpoint is of another model: near p0 costs of a sample of rows were "
-                f"{before}, and now they are {now}. Fit again without resume_from_checkpoint."
+                f"{before}, and now they are {costs}. Fit again without resume_from_checkpoint."
             )
 
     @contextmanager
@@ -199,7 +199,7 @@ class Driver:
         ended = PhaseEnded(number, name, seconds(), False, details)
         self._journal.run_once(f"end of phase {number}", partial(self._emit, ended))
 
-    def _finished(self, outcome: Outcome) -> Outcome:
+    def _finish(self, outcome: Outcome) -> Outcome:
         """Add what was counted on the way, and rows to be drawn."""
         sample, seed = self._sample, self._problem.config.random_seed
         counts = self._passes.counts
@@ -213,5 +213,5 @@ class Driver:
                 "left_out": [bad.record() for _, bad in sorted(self._passes.skipped.items())],
                 "retries": counts.retries,
             },
-            sample=None if sample is None else sample.shown(outcome.params, seed),
+            sample=None if sample is None else sample.draw_rows(outcome.params, seed),
         )

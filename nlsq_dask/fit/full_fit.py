@@ -103,7 +103,7 @@ class FullFit(ABC, Generic[T, S]):
     def _describe(self, state: T) -> dict[str, Any]:
         """Return what the history of phases says of the solver."""
 
-    def _confirmed(self, state: T) -> tuple[T, NDArray[np.bool_] | None]:
+    def _confirm(self, state: T) -> tuple[T, NDArray[np.bool_] | None]:
         """Look at a solution once more; say which parameters are not determined, if any."""
         return state, None
 
@@ -129,23 +129,23 @@ class FullFit(ABC, Generic[T, S]):
         self._blocks = first.blocks
         return self._solve_on_all_rows(partial(self._solver.init, start, first.sums), details)
 
-    def solve_again(self, sample: SampleProblem[Any], details: dict[str, Any]) -> Outcome:
+    def solve_restarted(self, sample: SampleProblem[Any], details: dict[str, Any]) -> Outcome:
         """Go on from the solution, because there are fewer rows now than it was found with."""
         state, solver = self._state, self._solver
         assert state is not None
         assert solver is not None
         assert state.solution is not None
-        stop, begun = state.stop, solver.restart(state, state.solution)
-        sums = self._evaluate(solver.ask(begun))
+        stop, restarted = state.stop, solver.restart(state, state.solution)
+        sums = self._evaluate(solver.ask(restarted))
         assert sums is not None
         self._blocks = self._new_blocks
         self._solver = self._make_solver(sample, sums)
-        begun = self._solver.tell(begun, sums)
+        restarted = self._solver.tell(restarted, sums)
         if stop is Status.USER_STOP:
-            begun = self._solver.end(begun, stop)
-        return self._solve_on_all_rows(lambda: begun, details)
+            restarted = self._solver.end(restarted, stop)
+        return self._solve_on_all_rows(lambda: restarted, details)
 
-    def so_far(self, stop: Status) -> Outcome | None:
+    def current_outcome(self, stop: Status) -> Outcome | None:
         """Return the accepted point of the solve over all rows, as its end; None before it."""
         if self._state is None or self._solver is None or not self._state.sums.is_finite:
             return None
@@ -161,7 +161,7 @@ class FullFit(ABC, Generic[T, S]):
         are not like the first one, because all rows fit its solution worse than it did by more
         than chance explains, the fit starts once more on the new one.
         """
-        most, chance = sample.most_expected(start), sample.chance
+        max_variance, chance = sample.max_expected(start), sample.chance
         config, request = self.problem.config, self._first_request(start)
         first = self.context.passes.run(
             self.kernel(request),
@@ -170,8 +170,8 @@ class FullFit(ABC, Generic[T, S]):
             seed=config.random_seed,
         )
         if first.rows is not None:
-            sample.exchange(first.rows)
-        if first.sums.is_finite and not first.sums.variance(0) > most:
+            sample.replace_rows(first.rows)
+        if first.sums.is_finite and not first.sums.variance(0) > max_variance:
             return start, first
         return self._better_start(sample, start, first, starts, chance)
 
@@ -189,9 +189,9 @@ class FullFit(ABC, Generic[T, S]):
                 passes.rows_in_use, self._blocks = saved.rows, saved.blocks
                 self._state = state = solver.resume(saved.state)
             while True:
-                state = self._iterated(state)
+                state = self._iterate(state)
                 before = passes.n_skipped
-                state, undetermined = self._confirmed(state)
+                state, non_identifiable = self._confirm(state)
                 if passes.n_skipped == before:
                     break
                 assert state.solution is not None
@@ -204,10 +204,10 @@ class FullFit(ABC, Generic[T, S]):
             "reason": state.stop.name.lower(),
             **self._describe(state),
         }
-        return self._outcome(state, undetermined)
+        return self._outcome(state, non_identifiable)
 
-    def _iterated(self, state: T) -> T:
-        report = self._reporting(ALL_ROWS)
+    def _iterate(self, state: T) -> T:
+        report = self._build_report(ALL_ROWS)
 
         def report_and_keep_blocks(
             request: Request, sums: Sums, before: SolverState[Sums], after: SolverState[Sums]
@@ -223,11 +223,11 @@ class FullFit(ABC, Generic[T, S]):
         """Return the sums over all rows; None if they cannot be compared with those before."""
         passes = self.context.passes
         before = passes.n_skipped
-        found = passes.run(self.kernel(request), request)
+        reduced = passes.run(self.kernel(request), request)
         if passes.n_skipped > before and not request.is_fresh:
             return None
-        self._new_blocks = found.blocks
-        return found.sums
+        self._new_blocks = reduced.blocks
+        return reduced.sums
 
     def _remember(self, state: T) -> None:
         self._state = state
@@ -235,7 +235,7 @@ class FullFit(ABC, Generic[T, S]):
             _Progress(state, self.context.passes.rows_in_use, self._blocks)
         )
 
-    def _outcome(self, state: T, undetermined: NDArray[np.bool_] | None) -> Outcome:
+    def _outcome(self, state: T, non_identifiable: NDArray[np.bool_] | None) -> Outcome:
         assert state.stop is not None
         assert state.solution is not None
         return Outcome(
@@ -245,10 +245,10 @@ class FullFit(ABC, Generic[T, S]):
             state.params,
             self._blocks,
             state.iteration,
-            undetermined=undetermined,
+            non_identifiable=non_identifiable,
         )
 
-    def _reporting(self, stage: str, are_iterations: bool = True) -> Report:
+    def _build_report(self, stage: str, are_iterations: bool = True) -> Report:
         """Return what reports trials: those that are not finite, and others as iterations."""
         iterations, scales = self.context.iterations, self.problem.normalizer.scales
 

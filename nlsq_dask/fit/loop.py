@@ -26,14 +26,14 @@ T = TypeVar("T", bound=SolverState[Any])
 # Told of the sums at a request, and of the states before and after; returns whether to stop.
 Report = Callable[[Request, Sums, SolverState[Sums], SolverState[Sums]], bool]
 
-MORE_ITERATIONS = 10  # times those over all rows, because they cost no reading
+SAMPLE_ITERATIONS_FACTOR = 10  # times those over all rows, because they cost no reading
 # How far, in normalized parameters, the sample may take what it does not determine.
 _ANCHOR_LENGTH = 10.0
-_FREE_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
-_PULLED = 1e-2  # of the residual: a step that is left where the pull is taken away
+_WEAK_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
+_MAX_DECREMENT = 1e-2  # of the residual: a step that is left where the pull is taken away
 _CHANCE = 10.0  # times p / n: relative fall of the cost that tells nothing
 _LESS_VARIANCE = 0.5  # than that by which the pull was chosen: then it was much too strong
-_NO_FURTHER = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
+_FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
 _RACE_TOL = 1e-3  # close enough to know which of several starts is the best
 _SAME_COST = 1e-4  # relative difference, within which two ends are equally good
 
@@ -99,8 +99,8 @@ class SampleSolver:
         settings = replace(
             settings,
             epsilon=float(np.finfo(np.float64).eps),
-            max_iterations=MORE_ITERATIONS * settings.max_iterations,
-            patience=MORE_ITERATIONS * settings.patience,
+            max_iterations=SAMPLE_ITERATIONS_FACTOR * settings.max_iterations,
+            patience=SAMPLE_ITERATIONS_FACTOR * settings.patience,
         )
         return cls(settings, config)
 
@@ -118,26 +118,26 @@ class SampleSolver:
         """
         accumulation = first_accumulation(self.config)
         solver = GaussNewton(self.settings, accumulation, self.config.gauss_newton_solver == "auto")
-        sums.make(accumulation)
+        sums.use(accumulation)
         if not sums(start).is_finite:
             return solver.init(start, sums(start))
-        pull = _Pull(start, _variance(sums(start)), anchor_length * self.settings.sizes)
+        anchor = _AnchorPenalty(start, _variance(sums(start)), anchor_length * self.settings.sizes)
 
         def evaluate(request: Request) -> NormalEquations:
-            sums.make(request.accumulation)
-            return pull.added_to(sums(request.params), request.params)
+            sums.use(request.accumulation)
+            return anchor.add_to(sums(request.params), request.params)
 
         params = start
         while True:
-            begun = solver.init(params, evaluate(Request(params, accumulation=accumulation)))
-            state = iterate(solver, begun, evaluate, report)
+            initial = solver.init(params, evaluate(Request(params, accumulation=accumulation)))
+            state = iterate(solver, initial, evaluate, report)
             assert state.solution is not None
             params, accumulation = state.solution, state.accumulation
             solver = replace(solver, accumulation=accumulation)
-            if state.stop in _NO_FURTHER or not pull.relaxed(_variance(sums(params))):
+            if state.stop in _FINAL or not anchor.relax(_variance(sums(params))):
                 break
         if not state.iterate.is_ill_conditioned:
-            sums.make(first_accumulation(self.config))
+            sums.use(first_accumulation(self.config))
         return state
 
     def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
@@ -153,9 +153,9 @@ class SampleSolver:
         n_used, n_params = max(sums(best).n_used, 1), len(best)
         if (
             np.isfinite(least)
-            and Iterate.of(best, sums(best), self.settings).relative_decrement > _PULLED
+            and Iterate.of(best, sums(best), self.settings).relative_decrement > _MAX_DECREMENT
         ):
-            races = (rough._race(sums, starts, length, report) for length in _FREE_LENGTHS)
+            races = (rough._race(sums, starts, length, report) for length in _WEAK_LENGTHS)
             other, cost = min(races, key=lambda race: race[1])
             if cost * (1.0 + _CHANCE * n_params / n_used) < least:
                 return other
@@ -168,15 +168,15 @@ class SampleSolver:
         for start in starts:
             solution = self.solve(sums, start, report, anchor_length).solution
             end = start if solution is None else solution
-            found = sums(end)
+            end_sums = sums(end)
             ends.append(end)
-            costs.append(found.cost if found.is_finite else np.inf)
+            costs.append(end_sums.cost if end_sums.is_finite else np.inf)
         best = min(costs) * (1.0 + _SAME_COST)
         return next(pair for pair in zip(ends, costs, strict=True) if pair[1] <= best)
 
 
 @dataclass
-class _Pull:
+class _AnchorPenalty:
     """A penalty that keeps parameters near a start, as a prior of some width would.
 
     With the variance at a bad start it is so strong that it makes minima, so it is relaxed where a
@@ -187,11 +187,11 @@ class _Pull:
     variance: float
     widths: Vector
 
-    def added_to(self, sums: NormalEquations, params: Vector) -> NormalEquations:
+    def add_to(self, sums: NormalEquations, params: Vector) -> NormalEquations:
         roots = np.sqrt(self.variance) / self.widths
         return sums.with_rows(np.diag(roots), roots * (params - self.start))
 
-    def relaxed(self, variance: float) -> bool:
+    def relax(self, variance: float) -> bool:
         """Return whether it has become weaker, because the variance is much less than before."""
         if not variance < _LESS_VARIANCE * self.variance:
             return False

@@ -16,7 +16,7 @@ from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit.context import FitContext
 from nlsq_dask.fit.full_fit import FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import MORE_ITERATIONS, iterate
+from nlsq_dask.fit.loop import SAMPLE_ITERATIONS_FACTOR, iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.settings import newton_cg_settings
@@ -28,11 +28,11 @@ from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers import newton_cg as cg
-from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, solved_together
+from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, solve_many
 from nlsq_dask.solvers.preconditioners import (
     DiagonalPreconditioner,
     SamplePreconditioner,
-    filled,
+    fill_zeros,
 )
 from nlsq_dask.solvers.probing import batch_size, inverse_diagonal, null_direction, probe_batches
 from nlsq_dask.status import Status
@@ -42,11 +42,11 @@ Sample = SampleProblem[GradientObjective]
 
 _SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
 _SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
-_TAKES_PART = 1e-2  # of the largest share in a direction that is lost
+_MIN_SHARE = 1e-2  # of the largest share in a direction that is lost
 
 
 @dataclass(frozen=True)
-class _OnSample:
+class _SampleSolution:
     """What the sample's solve has found."""
 
     params: Vector
@@ -62,16 +62,16 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
         problem = self.problem
-        self._kernel = self._traced(problem.model, platforms=context.platforms)
+        self._kernel = self._trace(problem.model, platforms=context.platforms)
         exact = problem.exact_model
-        self._sample_kernels = self._traced(exact), self._traced(exact, is_diagonal=True)
+        self._sample_kernels = self._trace(exact), self._trace(exact, is_diagonal=True)
         self._settings = newton_cg_settings(problem)
         self._sample: Sample | None = None
-        self._undetermined: NDArray[np.bool_] | None = None
+        self._non_identifiable: NDArray[np.bool_] | None = None
 
-    def _traced(self, model: Model, **options: Any) -> Kernel[GradientSums]:
-        piece_rows, loss = self.context.piece_rows, self.problem.loss
-        kernel = gradient_kernel(model, piece_rows, loss=loss, **options)
+    def _trace(self, model: Model, **options: Any) -> Kernel[GradientSums]:
+        batch_rows, loss = self.context.batch_rows, self.problem.loss
+        kernel = gradient_kernel(model, batch_rows, loss=loss, **options)
         return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
 
     def kernel(self, request: Request) -> Kernel[GradientSums]:
@@ -88,7 +88,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         self._kernel = replace(self._kernel, y_reference=sample.y_reference)
 
     def _make_solver(self, sample: Sample, sums: GradientSums) -> cg.NewtonCg:
-        precondition = self._remembering(partial(self._by_sample, sample, sums.n_used))
+        precondition = self._memoize(partial(self._by_sample, sample, sums.n_used))
         return cg.NewtonCg(self._settings, precondition)
 
     def _better_start(
@@ -105,12 +105,12 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
         costs = [sample.objective(end).cost for end in ends]
         best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
-        for other in (best, *starts):
-            there, first = self.context.passes.run_beside(self._kernel, other, start, first)
-            if there.sums.is_finite and not (
-                first.sums.is_finite and first.sums.cost <= there.sums.cost
+        for candidate in (best, *starts):
+            new_pass, first = self.context.passes.run_beside(self._kernel, candidate, start, first)
+            if new_pass.sums.is_finite and not (
+                first.sums.is_finite and first.sums.cost <= new_pass.sums.cost
             ):
-                start, first = other, there
+                start, first = candidate, new_pass
             if first.sums.is_finite:
                 break
         return start, first
@@ -118,14 +118,14 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def _describe(self, state: cg.CgState) -> dict[str, Any]:
         return {"products": state.n_products, "solver": "conjugate gradients"}
 
-    def _confirmed(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
+    def _confirm(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
         """Look at a solution once more, because the steps to it say little of single parameters."""
         assert state.stop is not None
         if not state.stop.is_success:
-            return state, self._undetermined
+            return state, self._non_identifiable
         state = self._with_sensitivity(state)
-        self._undetermined = self._without_effect(state)
-        return state, self._undetermined
+        self._non_identifiable = self._without_effect(state)
+        return state, self._non_identifiable
 
     def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
         """Say whether the model reacts to all parameters, by one more pass.
@@ -133,15 +133,15 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         Where residuals are zero gradients are, too, and say nothing of it.
         """
         assert state.solution is not None
-        if state.touched.all():
+        if state.sensitive.all():
             return state
         signs = np.random.default_rng(self.problem.config.random_seed).choice(
             [-1.0, 1.0], len(state.params)
         )
         (product,) = self._products(state.solution, signs * self.problem.normalizer.scales)
-        touched = state.touched | (product != 0.0)
-        stop = state.stop if touched.all() else Status.NO_SENSITIVITY
-        return replace(state, touched=touched, stop=stop)
+        sensitive = state.sensitive | (product != 0.0)
+        stop = state.stop if sensitive.all() else Status.NO_SENSITIVITY
+        return replace(state, sensitive=sensitive, stop=stop)
 
     def _products(self, params: Vector, *directions: Vector) -> NDArray[np.float64]:
         """Return ``J^T J v`` over all rows, by a pass."""
@@ -159,11 +159,11 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
             return None
         config = self.problem.config
-        diagonal = filled(sample.objective.diagonal(params), self.problem.normalizer.scales)
+        diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         direction = null_direction(
             partial(sample.objective.product, params),
             diagonal,
-            MORE_ITERATIONS * config.cg_max_iterations,
+            SAMPLE_ITERATIONS_FACTOR * config.cg_max_iterations,
             config.random_seed,
         )
         if direction is None:
@@ -176,19 +176,19 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             shares @ shares
         ):
             return None
-        return np.asarray(shares > _TAKES_PART * shares.max())
+        return np.asarray(shares > _MIN_SHARE * shares.max())
 
     @staticmethod
-    def _remembering(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
+    def _memoize(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
         """Return what makes a preconditioner anew only where the parameters are others."""
         last: list[tuple[Vector, cg.Preconditioner]] = []
 
-        def remembered(params: Vector) -> cg.Preconditioner:
+        def memoized(params: Vector) -> cg.Preconditioner:
             if not last or last[0][0] is not params:
                 last[:] = [(params, make(params))]
             return last[0][1]
 
-        return remembered
+        return memoized
 
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
@@ -196,44 +196,45 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         finite = [start for start in starts if sample.objective(start).is_finite]
         if not finite or not sample.is_informative:
             return starts[0]
-        find = partial(self._find_on_sample, sample, finite)
-        found = self.context.journal.step("solution of the sample", _OnSample, find)
-        details |= {"sample_iterations": found.iterations, "sample_products": found.n_products}
-        return found.params
+        solve = partial(self._compute_sample_solution, sample, finite)
+        solution = self.context.journal.step("solution of the sample", _SampleSolution, solve)
+        details["sample_iterations"] = solution.iterations
+        details["sample_products"] = solution.n_products
+        return solution.params
 
-    def _find_on_sample(self, sample: Sample, finite: list[Vector]) -> _OnSample:
+    def _compute_sample_solution(self, sample: Sample, finite: list[Vector]) -> _SampleSolution:
         sums = sample.objective
         start = min(finite, key=lambda start: sums(start).cost)
         settings = replace(
             self._settings,
             tol=max(self._settings.tol, _SAMPLE_TOL),
-            max_iterations=MORE_ITERATIONS * self._settings.max_iterations,
+            max_iterations=SAMPLE_ITERATIONS_FACTOR * self._settings.max_iterations,
             epsilon=float(np.finfo(np.float64).eps),
         )
         damping = _SAMPLE_DAMPING / self.problem.config.trust_region_initial**2
-        precondition = self._remembering(partial(self._by_diagonal, sample))
+        precondition = self._memoize(partial(self._by_diagonal, sample))
         solver = cg.NewtonCg(settings, precondition, damping)
-        begun = solver.init(start, sums(start))
-        state = iterate(solver, begun, sums.at, self._reporting("sample"))
+        initial = solver.init(start, sums(start))
+        state = iterate(solver, initial, sums.reduce, self._build_report("sample"))
         assert state.solution is not None
         if state.stop is Status.USER_STOP:
             raise StoppedByCallbackError(state.solution)
         self.context.emit(SampleSolved(state.iteration, state.sums.mean_square))
-        return _OnSample(state.solution, state.iteration, state.n_products)
+        return _SampleSolution(state.solution, state.iteration, state.n_products)
 
     def _by_diagonal(self, sample: Sample, params: Vector) -> cg.Preconditioner:
         scales = self.problem.normalizer.scales
-        return DiagonalPreconditioner(filled(sample.objective.diagonal(params), scales))
+        return DiagonalPreconditioner(fill_zeros(sample.objective.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
         """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
-        diagonal = filled(sample.objective.diagonal(params), self.problem.normalizer.scales)
+        diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
             partial(sample.objective.product, params),
             diagonal,
             weight=n_rows / n_used,
-            share=min(1.0, len(params) / n_used),
+            diagonal_share=min(1.0, len(params) / n_used),
         )
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> None:
@@ -246,8 +247,8 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         They are infinite where it is known to have none.
         """
         state, sample = self._state, self._sample
-        if self._undetermined is not None:
-            return np.full(len(self._undetermined), np.inf)
+        if self._non_identifiable is not None:
+            return np.full(len(self._non_identifiable), np.inf)
         n_probes = self.problem.config.cg_error_probes
         if not n_probes or state is None or sample is None or not state.sums.is_finite:
             return None
@@ -258,7 +259,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
         if self.context.passes.n_skipped > n_skipped:  # the fit is solved again
             return None
-        if not (state.touched.all() and np.isfinite(variances).all()):
+        if not (state.sensitive.all() and np.isfinite(variances).all()):
             warn_caller(
                 "Standard errors of the parameters could not be estimated: the data do not "
                 "determine all of them, or cg_max_iterations is too small.",
@@ -274,24 +275,25 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         """Return what solves ``J^T J u = v`` over all rows for a batch of probes."""
         context, params = self.context, state.solution
         assert params is not None
-        at_once = batch_size(n_probes, len(params))
+        batch_probes = batch_size(n_probes, len(params))
         kernel = replace(
-            self._traced(self.problem.model, platforms=context.platforms, n_directions=at_once),
+            self._trace(self.problem.model, platforms=context.platforms, n_directions=batch_probes),
             y_reference=self._kernel.y_reference,
         )
         precondition = self._by_sample(sample, state.sums.n_used, params)
-        most, n_skipped = self.problem.config.cg_max_iterations, context.passes.n_skipped
+        max_iterations = self.problem.config.cg_max_iterations
+        n_skipped = context.passes.n_skipped
 
         def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
             if context.passes.n_skipped > n_skipped:
                 return np.full_like(vectors, np.nan)
-            filled_up = np.pad(vectors, ((0, at_once - len(vectors)), (0, 0)))
-            request = Request(params, directions=filled_up, is_trial=False)
+            padded = np.pad(vectors, ((0, batch_probes - len(vectors)), (0, 0)))
+            request = Request(params, directions=padded, is_trial=False)
             return context.passes.run(kernel, request).sums.products[: len(vectors)]
 
         def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
             # A step, so that the passes of a batch need not be remembered longer than it.
-            make = partial(solved_together, products, vectors, precondition, most)
+            make = partial(solve_many, products, vectors, precondition, max_iterations)
             return context.journal.step("probes", NDArray[np.float64], make)
 
         return solve

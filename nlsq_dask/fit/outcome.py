@@ -46,7 +46,7 @@ class Outcome:
     # Standard errors, and the parameters that the data do not determine, where they do not come
     # from the covariance.
     errors: Vector | None = None
-    undetermined: NDArray[np.bool_] | None = None
+    non_identifiable: NDArray[np.bool_] | None = None
     counts: ReadCounts = ReadCounts()
     checkpoint: str | None = None  # from which the fit can be resumed
     diagnostics: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from nlsq_dask._text import join_first
 
 Vector = NDArray[np.float64]
 
-_FAR_TOO_MANY = 10  # times as many values in p0 as there are parameters; no miscount is so large
+_MISPLACED_RATIO = 10  # values in p0 per parameter; no miscount is so large
 _OF_PAIRS = "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
 _ORDER = "The order of arguments is model, x, y, p0."
 
@@ -59,7 +59,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class _Signature:
-    first: str  # what the model calls x
+    x_name: str  # what the model calls x
     names: tuple[str, ...]
     defaults: Mapping[str, float]
     is_open: bool  # takes *params, so the number is not known
@@ -162,8 +162,8 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
             f"the model has keyword-only arguments without default ({', '.join(required)}); bind "
             f"them first, for instance with functools.partial."
         )
-    first = positional[0].name if positional else "x"
-    return _Signature(first, tuple(p.name for p in fitted), defaults, is_open)
+    x_name = positional[0].name if positional else "x"
+    return _Signature(x_name, tuple(p.name for p in fitted), defaults, is_open)
 
 
 def _is_start(default: Any) -> bool:
@@ -207,7 +207,7 @@ def _names(
 
 def _of_number(n: int, n_known: int) -> str:
     """Return what is likely where p0 has so many more values than the model has parameters."""
-    if n > _FAR_TOO_MANY * max(n_known, 1):
+    if n > _MISPLACED_RATIO * max(n_known, 1):
         return _ORDER
     if n_known == 1 < n:
         names = ", ".join("abcd"[:n]) if n <= 4 else "a, b, ..."
@@ -227,7 +227,7 @@ def _separate_x(signature: _Signature, p0: Any, n_x: int, x_parts: str) -> str:
     return (
         f"Give it one value for each. Or, if {separate} should be of x: the model gets x as one "
         f"argument, so write `def model({', '.join(('x', *known[n_more:]))})`, and begin with "
-        f"`{signature.first}, {separate} = {x_parts}`."
+        f"`{signature.x_name}, {separate} = {x_parts}`."
     )
 
 

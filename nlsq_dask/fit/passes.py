@@ -40,7 +40,7 @@ from nlsq_dask.storage.codec import encode
 
 Vector = NDArray[np.float64]
 S = TypeVar("S", bound=Sums)
-Found = TypeVar("Found", bound=Sums | None)
+OptionalSums = TypeVar("OptionalSums", bound=Sums | None)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class RowsInUse:
 
 
 @dataclass(frozen=True)
-class Reduced(Generic[Found]):
+class Reduced(Generic[OptionalSums]):
     """What a pass found, or sampling, which has no sums."""
 
-    sums: Found
+    sums: OptionalSums
     rows: Rows | None = None
     blocks: BlockSums | None = None  # of the residuals of each block
     n_blocks: int = 0  # read
@@ -63,7 +63,7 @@ class Reduced(Generic[Found]):
 
 
 @dataclass(frozen=True)
-class _Cut(Generic[S]):
+class _PartialPass(Generic[S]):
     """What was finished of a pass that was cut."""
 
     seconds: float = 0.0  # that it took
@@ -146,7 +146,7 @@ class Passes:
         """Number of rows, without those left out."""
         return self._data.blocks.n_rows - sum(bad.rows for bad in self.skipped.values())
 
-    def sample(self, wanted: int, seed: int) -> tuple[Rows, int]:
+    def sample(self, sample_rows: int, seed: int) -> tuple[Rows, int]:
         """Read a few blocks and take rows from each; return them, and of how many blocks.
 
         Where a block cannot be read, others are read as if it were not there.
@@ -159,23 +159,25 @@ class Passes:
         was_taken = any(isinstance(event, SampleRead) for event in self._journal.events)
         while True:
             skipped = frozenset(self.skipped)
-            read = partial(self._read_sample, wanted, seed, skipped)
+            read = partial(self._read_sample, sample_rows, seed, skipped)
             sample = self._journal.step("sample", Reduced[None], read)
             if not self._skip(sample.skipped) and sample.rows is not None:
                 break
         if was_taken:
-            again = self._data.sample(wanted, seed, skipped, self._watch)
-            if again.rows is not None and not again.reading.errors:
-                check_same(sample.rows, again.rows)
+            reread = self._data.sample(sample_rows, seed, skipped, self._watch)
+            if reread.rows is not None and not reread.reading.errors:
+                check_same(sample.rows, reread.rows)
         return sample.rows, sample.n_blocks
 
-    def _read_sample(self, wanted: int, seed: int, skipped: frozenset[int]) -> Reduced[None]:
-        found = self._data.sample(wanted, seed, skipped, self._watch)
-        n_rows, read = 0 if found.rows is None else len(found.rows), found.reading
+    def _read_sample(self, sample_rows: int, seed: int, skipped: frozenset[int]) -> Reduced[None]:
+        sampled = self._data.sample(sample_rows, seed, skipped, self._watch)
+        n_rows, read = 0 if sampled.rows is None else len(sampled.rows), sampled.reading
         self._report(
             SampleRead(n_rows, read.n_blocks, read.rows_read, read.bytes_read, read.n_retries)
         )
-        return Reduced(None, found.rows, n_blocks=read.n_blocks, skipped=self._named(read))
+        return Reduced(
+            None, sampled.rows, n_blocks=read.n_blocks, skipped=self._describe_skipped(read)
+        )
 
     def run(
         self,
@@ -202,28 +204,28 @@ class Passes:
         """
         wants_moments = request.is_fresh or self._moments is None
         share = min(1.0, sample_rows / self.n_rows)
-        wanted = PassRequest(request, wants_moments, share, seed, frozenset(self.skipped))
+        pass_request = PassRequest(request, wants_moments, share, seed, frozenset(self.skipped))
         name = "pass"
         if self._journal.is_enabled:
-            what = hashlib.sha256(kernel.reduction.name.encode() + encode(wanted))
-            name = f"pass {what.hexdigest()[:16]}"
+            digest = hashlib.sha256(kernel.reduction.name.encode() + encode(pass_request))
+            name = f"pass {digest.hexdigest()[:16]}"
         penalty = self._penalty if is_penalized else GroupVariance()
         kind: Any = Reduced
-        found: Reduced[S] = self._journal.step(
+        reduced: Reduced[S] = self._journal.step(
             name,
             kind[kernel.reduction.sums_type],
-            partial(self._make, kernel, wanted, penalty),
+            partial(self._run_pass, kernel, pass_request, penalty),
             saves=True,
         )
-        self._skip(found.skipped)
+        self._skip(reduced.skipped)
         if wants_moments:
-            self._moments = found.sums.moments
+            self._moments = reduced.sums.moments
         elif self._moments is not None:
-            return replace(found, sums=found.sums.with_moments(self._moments))
-        return found
+            return replace(reduced, sums=reduced.sums.with_moments(self._moments))
+        return reduced
 
     def run_beside(
-        self, kernel: Kernel[S], params: Vector, point: Vector, there: Reduced[S]
+        self, kernel: Kernel[S], params: Vector, reference_params: Vector, reference: Reduced[S]
     ) -> tuple[Reduced[S], Reduced[S]]:
         """Return the pass at ``params``, and that at a known point over the same rows.
 
@@ -231,41 +233,45 @@ class Passes:
         """
         while True:
             before = self.n_skipped
-            found = self.run(kernel, Request(params))
+            reduced = self.run(kernel, Request(params))
             if self.n_skipped == before:
-                return found, there
-            there = self.run(kernel, Request(point, is_fresh=True))
+                return reduced, reference
+            reference = self.run(kernel, Request(reference_params, is_fresh=True))
 
-    def _make(self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance) -> Reduced[S]:
+    def _run_pass(
+        self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance
+    ) -> Reduced[S]:
         """Run the pass, from where it was cut."""
         self._interruption.check()
-        kind: Any = _Cut
-        cut: _Cut[S] = self._journal.load_state(kind[kernel.reduction.sums_type]) or _Cut()
-        began = time.perf_counter() - cut.seconds
-        result = self._reduce(kernel, request, began, cut)
+        kind: Any = _PartialPass
+        partial_pass: _PartialPass[S] = (
+            self._journal.load_state(kind[kernel.reduction.sums_type]) or _PartialPass()
+        )
+        started = time.perf_counter() - partial_pass.seconds
+        result = self._reduce(kernel, request, started, partial_pass)
         read = result.reading
-        skipped = self._named(read)
+        skipped = self._describe_skipped(read)
         # Before it is remembered: it may be repaired, and then read again.
         self._check_share(skipped)
         assert result.sums is not None  # it is an error to leave out all rows
         assert result.blocks is not None
         n_rows = self.n_rows - sum(bad.rows for bad in skipped.values())  # not left out so far
         check_rows(result.sums, self._omits_nan, self._data, n_rows, result.first_bad_block)
-        asked = request.sums
-        sums = result.sums.penalized(penalty, asked.params, asked.candidates, asked.directions)
+        at = request.sums
+        sums = result.sums.penalized(penalty, at.params, at.candidates, at.directions)
         number = self.counts.n_passes + 1
-        of = result.blocks
-        self._emit(BlocksMeasured(number, of.index, of.chi2, of.n_used, of.largest))
+        blocks = result.blocks
+        self._emit(BlocksMeasured(number, blocks.index, blocks.chi2, blocks.n_used, blocks.largest))
         self._report(
             PassFinished(
                 number,
-                asked.params.copy(),
+                at.params.copy(),
                 sums.cost if sums.is_finite else np.inf,
-                time.perf_counter() - began,
+                time.perf_counter() - started,
                 read.rows_read,
                 read.bytes_read,
                 read.rows_cached,
-                cut.retries + read.n_retries,
+                partial_pass.retries + read.n_retries,
             )
         )
         return Reduced(sums, result.rows, result.blocks, skipped=skipped)
@@ -274,28 +280,28 @@ class Passes:
         self,
         kernel: Kernel[S],
         request: PassRequest,
-        began: float,
-        cut: _Cut[S],
+        started: float,
+        partial_pass: _PartialPass[S],
     ) -> PassResult[S]:
         """Reduce, and keep what is finished from time to time."""
         latest: list[PartialResults] = []
 
-        def keep(parts: PartialResults) -> None:
-            began_to_keep = time.monotonic()
+        def save(parts: PartialResults) -> None:
+            saving_since = time.monotonic()
             good = {  # the others are read again
-                node: part for node, part in parts.collect().items() if self._is_good(part)
+                node: result for node, result in parts.collect().items() if self._is_good(result)
             }
-            retries = cut.retries + sum(part.reading.n_retries for part in good.values())
-            found = [
-                (*node, replace(part, reading=replace(part.reading, retries={})))
-                for node, part in good.items()
+            retries = partial_pass.retries + sum(r.reading.n_retries for r in good.values())
+            partials = [
+                (*node, replace(result, reading=replace(result.reading, retries={})))
+                for node, result in good.items()
             ]
-            self._journal.save_state(_Cut(time.perf_counter() - began, retries, found))
-            self._journal.save(began_to_keep)
+            self._journal.save_state(_PartialPass(time.perf_counter() - started, retries, partials))
+            self._journal.save(saving_since)
 
-        def tell(parts: PartialResults) -> None:
-            done, all_of_it, seconds = parts.finished, parts.total, time.perf_counter() - began
-            number, n_blocks, n_rows = self.counts.n_passes + 1, all_of_it.blocks, all_of_it.rows
+        def report(parts: PartialResults) -> None:
+            done, total, seconds = parts.finished, parts.total, time.perf_counter() - started
+            number, n_blocks, n_rows = self.counts.n_passes + 1, total.blocks, total.rows
             self._emit(
                 BlocksFinished(
                     number, done.blocks, n_blocks, done.rows, n_rows, done.bytes, seconds
@@ -304,26 +310,30 @@ class Passes:
 
         def watch(parts: PartialResults) -> None:
             latest[:] = [parts]
-            tell(parts)
+            report(parts)
             self._interruption.check()
             if self._journal.is_due:
-                keep(parts)
+                save(parts)
 
-        known = {(level, i): part for level, i, part in cut.parts}
+        known = {(level, i): result for level, i, result in partial_pass.parts}
         try:
             return self._data.reduce(kernel, request, known, watch)
         except ClusterLostError:
             raise  # what the workers held is lost
         except (Exception, KeyboardInterrupt):
             if latest and self._journal.is_saving:
-                keep(*latest)
+                save(*latest)
             raise
         finally:
-            for parts_left in latest:
-                parts_left.release()
+            for partial_results in latest:
+                partial_results.release()
 
-    def _is_good(self, part: PassResult[S]) -> bool:
-        return not part.reading.errors and part.sums is not None and not self.must_report(part.sums)
+    def _is_good(self, result: PassResult[S]) -> bool:
+        return (
+            not result.reading.errors
+            and result.sums is not None
+            and not self.must_report(result.sums)
+        )
 
     def must_report(self, sums: Sums) -> bool:
         """Whether sums over a part of the rows show that the data cannot be used as they are."""
@@ -332,7 +342,7 @@ class Passes:
     def _watch(self, parts: PartialResults) -> None:
         self._interruption.check()
 
-    def _named(self, reading: ReadReport) -> dict[int, SkippedBlock]:
+    def _describe_skipped(self, reading: ReadReport) -> dict[int, SkippedBlock]:
         """Return what could not be read, in the caller's terms."""
         return {i: self._data.skipped_block(i, reading.errors[i]) for i in sorted(reading.errors)}
 

@@ -141,8 +141,8 @@ def validate_arguments(
     traced = Model(model, n_params, blocks.layout, config.dtype)
     for notice in blocks.notices:
         warn_caller(notice, DataWarning)
-    for doubt in _doubts(traced):
-        warn_caller(doubt)
+    for notice in _model_notices(traced):
+        warn_caller(notice)
     return FitProblem(
         config=config,
         model=traced,
@@ -170,16 +170,16 @@ def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig
     n_params = len(parameters.names)
     if not config.is_without_matrices(n_params):
         return
-    unable = {
+    unsupported = {
         "bounds": parameters.has_bounds,
         f"cov_type={config.cov_type!r}": config.cov_type != "nonrobust",
         f"gauss_newton_solver={config.gauss_newton_solver!r}": config.gauss_newton_solver != "auto",
         "enable_multistart": config.enable_multistart,
     }
-    asked = [name for name, is_asked in unable.items() if is_asked]
-    if asked:
+    conflicts = [name for name, is_used in unsupported.items() if is_used]
+    if conflicts:
         raise ValueError(
-            f"{', '.join(asked)} cannot be combined with conjugate gradients, which "
+            f"{', '.join(conflicts)} cannot be combined with conjugate gradients, which "
             f"{n_params} parameters ask for with cg_param_threshold={config.cg_param_threshold}. "
             f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
             f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
@@ -214,7 +214,7 @@ def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
     return GroupVariance(config.group_variance_lambda, tuple((int(a), int(b)) for a, b in indices))
 
 
-def _doubts(model: Model) -> list[str]:
+def _model_notices(model: Model) -> list[str]:
     """Return what the caller may not have meant with the model."""
     names = float32_constants(model) if model.dtype == "float64" else []
     if not names:

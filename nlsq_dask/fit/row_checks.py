@@ -11,7 +11,7 @@ from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFini
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.rows.rows import Rows
 
-_MOST_LISTED = 10  # blocks in a message
+_MAX_LISTED = 10  # blocks in a message
 
 
 def are_unusable(sums: Sums, omits_nan: bool) -> bool:
@@ -63,7 +63,7 @@ def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> No
     n_rows = n_all - sum(block.rows for block in bad)
     if n_rows and n_rows >= min_share * n_all:
         return
-    listed = join_first([block.sentence for block in bad], _MOST_LISTED, "; ", "blocks")
+    listed = join_first([block.sentence for block in bad], _MAX_LISTED, "; ", "blocks")
     raise BlockReadError(
         f"{n_rows:,} of {n_all:,} rows can be read, less than min_success_rate={min_share:g} of "
         f"them. {listed}. Repair or replace what is stored there, or lower "
@@ -74,9 +74,9 @@ def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> No
     )
 
 
-def check_same(before: Rows, again: Rows) -> None:
+def check_same(before: Rows, reread: Rows) -> None:
     """Raise a CheckpointError if rows that were read again are not what they were."""
-    for one, other in zip(before.arrays, again.arrays, strict=True):
+    for one, other in zip(before.arrays, reread.arrays, strict=True):
         if one is not None and other is not None and one.tobytes() != other.tobytes():
             raise CheckpointError(
                 "the checkpoint is of other data: some rows were read again, and their values are "

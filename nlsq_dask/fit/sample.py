@@ -18,15 +18,15 @@ from nlsq_dask.kernels.losses import LARGEST, SMALLEST
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.prediction import PredictionKernel
-from nlsq_dask.rows.rows import BLOCK_ROWS, Array, Rows
+from nlsq_dask.rows.rows import STRIP_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
 from nlsq_dask.warmup.multistart import SuccessiveHalving
 
 Vector = NDArray[np.float64]
 
-_FEW_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
+_MAX_WARMUP_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
 _CHANCE = 5.0  # standard deviations of a mean square that chance explains
-_SHOWN_ROWS, _SHOWN_BYTES = 2000, 2**22  # most of what a result keeps to be drawn
+_MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # most of what a result keeps to be drawn
 
 
 def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
@@ -79,20 +79,20 @@ class SampleProblem(Generic[R]):
         usable = rows.usable()
         y = usable.y.astype(np.float64)
         _check_units(y, usable.sigma)
-        self._sum_rows = make_objective
+        self._make_objective = make_objective
         self.y_reference = float(y.mean()) if len(y) else 0.0
-        self._hold(rows, usable)
-        self._prediction = PredictionKernel.trace(self._model, BLOCK_ROWS)
+        self._set_rows(rows, usable)
+        self._prediction = PredictionKernel.trace(self._model, STRIP_ROWS)
         # Not the other kernel's, which depends on the chunks, too.
         self._fingerprint = self._prediction.program.fingerprint
         if len(usable):
             check_row_wise(self._model, self._prediction, usable, self._start)
 
-    def _hold(self, rows: Rows, usable: Rows) -> None:
+    def _set_rows(self, rows: Rows, usable: Rows) -> None:
         self._rows = usable
-        few = usable.take(self._spread(min(self.n_used, _FEW_ROWS)))
-        self.objective = self._sum_rows(rows, self.y_reference)
-        self.objective_few = self._sum_rows(few, self.y_reference)
+        few = usable.take(self._spread(min(self.n_used, _MAX_WARMUP_ROWS)))
+        self.objective = self._make_objective(rows, self.y_reference)
+        self.objective_few = self._make_objective(few, self.y_reference)
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return indices of so many usable rows, spread evenly."""
@@ -119,7 +119,7 @@ class SampleProblem(Generic[R]):
         fitted = self._model.n_params / n_rows if self.is_informative else 0.0
         return (1.0 + _CHANCE * math.sqrt(2.0 / n_rows)) * (1.0 + fitted) / (1.0 - fitted)
 
-    def most_expected(self, params: Vector) -> float:
+    def max_expected(self, params: Vector) -> float:
         """Return up to which mean square, at the sample's solution, other rows are like these."""
         return self.objective(params).variance(0) * self.chance if self.n_used else 0.0
 
@@ -134,31 +134,31 @@ class SampleProblem(Generic[R]):
         """The sums at ``start``; they also count the unusable rows."""
         return self.objective(self._start)
 
-    def exchange(self, rows: Rows) -> None:
+    def replace_rows(self, rows: Rows) -> None:
         """Go on with other rows, which are spread better over the data set."""
-        self._hold(rows, rows.usable())
+        self._set_rows(rows, rows.usable())
 
-    def shown(self, params: Vector, seed: int) -> tuple[Rows, Vector] | None:
+    def draw_rows(self, params: Vector, seed: int) -> tuple[Rows, Vector] | None:
         """Return some usable rows, drawn at random, and the model there; None if there are none.
 
         Evenly spaced ones could not show a frequency that is a multiple of theirs.
         """
-        most = max(min(_SHOWN_ROWS, _SHOWN_BYTES // self._model.layout.row_bytes), 1)
-        chosen = np.random.default_rng(seed).permutation(self.n_used)[:most]
-        if not chosen.size:
+        max_rows = max(min(_MAX_PLOT_ROWS, _MAX_PLOT_BYTES // self._model.layout.row_bytes), 1)
+        indices = np.random.default_rng(seed).permutation(self.n_used)[:max_rows]
+        if not indices.size:
             return None
-        rows = replace(self._rows.take(np.sort(chosen)), mask=None)
+        rows = replace(self._rows.take(np.sort(indices)), mask=None)
         kernel = self._prediction
-        return rows, kernel(rows.pieces(kernel.piece_rows), params)[0]
+        return rows, kernel(rows.batches(kernel.batch_rows), params)[0]
 
     def prepare_warmup(self, first_step: float) -> Warmup:
         """Make the L-BFGS problem of the usable rows, padded by repetition to a power of two."""
         problem, normalizer = self._problem, self._problem.normalizer
-        n_rows = min(self.n_used, _FEW_ROWS)
-        capacity = 1 << (n_rows - 1).bit_length()
-        return Warmup.prepare(
+        n_rows = min(self.n_used, _MAX_WARMUP_ROWS)
+        padded_rows = 1 << (n_rows - 1).bit_length()
+        return Warmup.build(
             self._model,
-            self._rows.take(self._spread(n_rows)[np.arange(capacity) % n_rows]),
+            self._rows.take(self._spread(n_rows)[np.arange(padded_rows) % n_rows]),
             n_rows,
             (normalizer.scales, normalizer.offsets),
             normalizer.transform_bounds(),
@@ -176,12 +176,12 @@ class SampleProblem(Generic[R]):
         They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
         """
         problem, normalizer = self._problem, self._problem.normalizer
-        n_rows = min(self.n_used, multistart_settings(problem.config).most_rows)
-        capacity = 1 << (n_rows - 1).bit_length()
+        n_rows = min(self.n_used, multistart_settings(problem.config).max_rows)
+        padded_rows = 1 << (n_rows - 1).bit_length()
         order = np.random.default_rng(problem.config.random_seed).permutation(self.n_used)[:n_rows]
-        return SuccessiveHalving.prepare(
+        return SuccessiveHalving.build(
             self._model,
-            self._rows.take(np.resize(order, capacity)),
+            self._rows.take(np.resize(order, padded_rows)),
             n_rows,
             (normalizer.scales, normalizer.offsets),
             normalizer.transform_bounds(),

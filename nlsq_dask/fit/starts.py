@@ -25,22 +25,22 @@ from nlsq_dask.warmup.lbfgs import (
     WarmupEnd,
     WarmupState,
     clip_count,
-    packed,
-    unpacked,
+    pack,
+    unpack,
 )
 from nlsq_dask.warmup.multistart import draw_starts
 
 Vector = NDArray[np.float64]
 
-_LONGEST_BURST = 10  # iterations after which max_walltime, SIGTERM and Ctrl-C are heeded
-_MOST_RESTARTS = 3  # of a warm-up that met something not finite
-_SMALLER = 0.1  # steps of each restart
-_MOST_SURVIVORS = 8  # that go on from a tournament, however few have left
+_MAX_BURST = 10  # iterations after which max_walltime, SIGTERM and Ctrl-C are heeded
+_MAX_RESTARTS = 3  # of a warm-up that met something not finite
+_STEP_FACTOR = 0.1  # steps of each restart
+_MAX_SURVIVORS = 8  # that go on from a tournament, however few have left
 _SKIPPED = "the sample has too few usable rows"
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Starts:
     """Starts, the most promising one first, and what was done to find them."""
 
     starts: list[Vector]
@@ -49,7 +49,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _WarmedUp:
+class _WarmupResult:
     """Where a warm-up led to, and what was done."""
 
     params: Vector
@@ -79,56 +79,56 @@ class StartFinder:
 
     def find(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
         """Return starts, the most promising one first and the caller's own last."""
-        found = self.journal.step("starts", _Found, partial(self._find, sample))
-        details |= found.details
-        self.diagnostics |= found.diagnostics
-        return found.starts
+        selection = self.journal.step("starts", _Starts, partial(self._find, sample))
+        details |= selection.details
+        self.diagnostics |= selection.diagnostics
+        return selection.starts
 
-    def _find(self, sample: SampleProblem[Any]) -> _Found:
-        own, is_asked = self.problem.parameters.start, self.problem.config.enable_multistart
+    def _find(self, sample: SampleProblem[Any]) -> _Starts:
+        own, is_enabled = self.problem.parameters.start, self.problem.config.enable_multistart
         if not sample.is_informative:
             skipped = {"skipped": _SKIPPED}
-            return _Found([own], skipped, {"multistart": skipped} if is_asked else {})
-        if not is_asked:
-            warmed_up = self._warm_up(sample, "p0", own)
-            summary = warmed_up.summary
-            return _Found(_distinct([warmed_up.params, own]), summary, {"warm_up": summary})
-        held = self.journal.step("tournament", _Found, partial(self._run_halving, sample))
-        survivors, multistart = held.starts, dict(held.diagnostics)
+            return _Starts([own], skipped, {"multistart": skipped} if is_enabled else {})
+        if not is_enabled:
+            warmup = self._warm_up(sample, "p0", own)
+            summary = warmup.summary
+            return _Starts(_distinct([warmup.params, own]), summary, {"warm_up": summary})
+        halving = self.journal.step("tournament", _Starts, partial(self._run_halving, sample))
+        survivors, multistart = halving.starts, dict(halving.diagnostics)
         is_own = multistart["winner"] == 0
         name, first = ("p0", own) if is_own else ("winner", survivors[0])
-        warmed_up = self._warm_up(sample, name, first)
-        starts = [warmed_up.params, *survivors]
+        warmup = self._warm_up(sample, name, first)
+        starts = [warmup.params, *survivors]
         if not is_own:
-            other = self._warm_up(sample, "p0", own)
-            multistart["warm_up_of_p0"] = other.summary
-            starts.append(other.params)
-        return _Found(
+            from_p0 = self._warm_up(sample, "p0", own)
+            multistart["warm_up_of_p0"] = from_p0.summary
+            starts.append(from_p0.params)
+        return _Starts(
             _distinct([*starts, own]),
-            held.details | warmed_up.summary,
-            {"warm_up": warmed_up.summary, "multistart": multistart},
+            halving.details | warmup.summary,
+            {"warm_up": warmup.summary, "multistart": multistart},
         )
 
-    def _run_halving(self, sample: SampleProblem[Any]) -> _Found:
+    def _run_halving(self, sample: SampleProblem[Any]) -> _Starts:
         """Return the survivors, the best one first; where the caller's start wins, as it was."""
         parameters, settings = self.problem.parameters, multistart_settings(self.problem.config)
         own = parameters.start
         candidates = draw_starts(own, parameters.low, parameters.high, settings)
         normalized = self.problem.normalizer.normalize(candidates)
         rounds = []
-        for number, found in enumerate(
+        for number, result in enumerate(
             sample.prepare_halving().rounds(normalized, settings), start=1
         ):
-            rounds.append(found)
-            best = float(found.losses[found.survivors[0]])
-            self.emit(HalvingRound(number, found.n_rows, len(found.survivors), best))
+            rounds.append(result)
+            best = float(result.losses[result.survivors[0]])
+            self.emit(HalvingRound(number, result.n_rows, len(result.survivors), best))
         last = rounds[-1]
-        survivors = [self._original(last.params[i]) for i in last.survivors[:_MOST_SURVIVORS]]
+        survivors = [self._original(last.params[i]) for i in last.survivors[:_MAX_SURVIVORS]]
         winner = int(last.survivors[0])
         details = {
             "candidates": len(candidates),
-            "rows": [found.n_rows for found in rounds],
-            "survivors": [len(found.survivors) for found in rounds],
+            "rows": [r.n_rows for r in rounds],
+            "survivors": [len(r.survivors) for r in rounds],
             "winner": winner,
         }
         diagnostics = {
@@ -140,32 +140,32 @@ class StartFinder:
             "start": survivors[0],
         }
         starts = [own, *survivors] if winner == 0 else survivors
-        return _Found(starts, {"multistart": details}, diagnostics)
+        return _Starts(starts, {"multistart": details}, diagnostics)
 
-    def _warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
+    def _warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmupResult:
         """Return where the warm-up leads to, or the start if it is skipped, and what was done."""
-        make = partial(self._make_warm_up, sample, name, start)
-        return self.journal.step("warm-up", _WarmedUp, make)
+        make = partial(self._run_warm_up, sample, name, start)
+        return self.journal.step("warm-up", _WarmupResult, make)
 
-    def _make_warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmedUp:
+    def _run_warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmupResult:
         config, sums = self.problem.config, sample.objective(start)
         loss, settings = relative_loss(sums), start_settings(config)
         is_warm = is_warm_start(loss, settings)
         skip = is_warm or config.max_warmup_iterations == 0 or not sums.is_finite
         mode, step = first_step_size(loss, settings)
-        began = WarmupStarted(name, loss, None if skip else mode, is_warm)
-        self.journal.run_once("beginning", partial(self.emit, began))
-        summary = asdict(began)
+        started = WarmupStarted(name, loss, None if skip else mode, is_warm)
+        self.journal.run_once("beginning", partial(self.emit, started))
+        summary = asdict(started)
         if not skip:
             warmup = sample.prepare_warmup(step)
-            runs = [self._run_warmup(warmup, start, sample.variance)]
+            runs = [self._run_bursts(warmup, start, sample.variance)]
             while self._may_restart(runs, warmup):
                 state = runs[-1]
-                warmup = warmup.with_smaller_steps(_SMALLER, int(state.iteration))
+                warmup = warmup.with_smaller_steps(_STEP_FACTOR, int(state.iteration))
                 start = self._original(np.asarray(state.best_params))
                 report = partial(self.iterations.report_non_finite, "warm-up", start, 0)
                 self.journal.run_once("restart", report)
-                runs.append(self._run_warmup(warmup, start, sample.variance))
+                runs.append(self._run_bursts(warmup, start, sample.variance))
             state = runs[-1]
             start = self._original(np.asarray(state.best_params))
             end = WarmupEnd(int(state.end))
@@ -182,7 +182,7 @@ class StartFinder:
             )
             self.emit(ended)
             summary |= asdict(ended)
-        return _WarmedUp(start, summary)
+        return _WarmupResult(start, summary)
 
     def _may_restart(self, runs: list[WarmupState], warmup: Warmup) -> bool:
         """Whether to go on from the best point with smaller steps, after something not finite."""
@@ -190,20 +190,20 @@ class StartFinder:
         return (
             self.problem.config.validate_numerics
             and int(last.end) == WarmupEnd.NON_FINITE
-            and len(runs) <= _MOST_RESTARTS
+            and len(runs) <= _MAX_RESTARTS
             and int(last.iteration) < int(warmup.problem.max_iterations)
         )
 
-    def _run_warmup(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
-        state = warmup.start(self.problem.normalizer.normalize(start))
+    def _run_bursts(self, warmup: Warmup, start: Vector, variance: float) -> WarmupState:
+        state = warmup.init(self.problem.normalizer.normalize(start))
         with self.journal.loop("iterations"):
-            saved = self.journal.load_state(list[NDArray[Any]])
-            state = state if saved is None else unpacked(state, saved)
+            noted = self.journal.load_state(list[NDArray[Any]])
+            state = state if noted is None else unpack(state, noted)
             while int(state.end) == WarmupEnd.RUNNING:
                 before = state
                 state = warmup.run(state, self._burst_end(int(before.iteration)))
                 self._report(state, before, variance)
-                self.journal.save_state(packed(state))
+                self.journal.save_state(pack(state))
                 frequency = self.problem.config.checkpoint_frequency
                 if int(state.iteration) // frequency > int(before.iteration) // frequency:
                     self.journal.save()
@@ -212,7 +212,7 @@ class StartFinder:
     def _burst_end(self, done: int) -> int:
         """Return the iteration after which there is something to do beside iterating."""
         config = self.problem.config
-        every = (config.callback_frequency, config.checkpoint_frequency, _LONGEST_BURST)
+        every = (config.callback_frequency, config.checkpoint_frequency, _MAX_BURST)
         return min(done - done % frequency + frequency for frequency in every)
 
     def _report(self, state: WarmupState, before: WarmupState, variance: float) -> None:

@@ -1,1 +1,1 @@
-"""The kernels: sums over blocks of rows, as programs that a worker runs, and what they return."""
+"""Kernels: compiled programs that sum over rows on a worker, and the sums they return."""

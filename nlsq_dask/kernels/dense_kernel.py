@@ -1,4 +1,4 @@
-"""``DenseReduction``: the sums from which a step is solved with dense matrices."""
+"""``DenseReduction``: sums for steps that are solved with dense matrices."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.block_loops import MakeLoops, block_rows_for, lanes_for
 from nlsq_dask.kernels.dense_loops import Accumulation, DenseLoops, add_gram, n_gram_lanes
 from nlsq_dask.kernels.kernel import Kernel, Totals
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.kernels.tsqr import merged, part_rows
+from nlsq_dask.kernels.tsqr import merge, panel_rows
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import CPU, x64
 from nlsq_dask.model.model import Model
@@ -26,15 +26,15 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DenseReduction:
-    """Products of Jacobian and residual, or a QR factorization in their place.
+    """Products of Jacobian and residual, or their QR factorization.
 
-    With ``SCORES``, R is that of ``r J``, whose ``R^T R = sum r^2 J^T J`` is the middle of a
-    sandwich covariance; with a robust loss ``rho' r`` takes the place of r.
+    With ``SCORES``, R is the factor of ``r J``: ``R^T R = sum r^2 J^T J`` is the middle of a
+    sandwich covariance. With a robust loss, r is replaced by ``rho' r``.
     """
 
-    mode: Mode  # of the Jacobian
-    # Powers of two by which the columns of the Jacobian and the residual are multiplied before
-    # their products are summed; they keep float32 away from its limits.
+    mode: Mode  # forward or reverse, for the Jacobian
+    # Powers of two that scale the columns of the Jacobian and the residual before the products are
+    # summed, which avoids overflow and underflow in float32.
     factors: tuple[float, ...]
     accumulation: Accumulation = Accumulation.GRAM
 
@@ -42,56 +42,56 @@ class DenseReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that makes its program another one."""
+        """Everything that changes the program."""
         return self.accumulation, self.mode
 
     @property
     def name(self) -> str:
-        """Which sums it makes."""
+        """Name of the sums."""
         return self.accumulation.value
 
     @property
     def combine(self) -> tuple[Any, ...]:
-        """How matrix and residuals over two parts of the rows combine."""
-        return self._combined_matrix, add
+        """Functions that combine matrix and residuals over two sets of rows."""
+        return self._combine_matrix, add
 
-    def _combined_matrix(self, one: Matrix, other: Matrix) -> Matrix:
+    def _combine_matrix(self, one: Matrix, other: Matrix) -> Matrix:
         total = np.asarray(add_gram(np, one, other))
         if self.accumulation.is_factorized:
             end = -1 if self.accumulation is Accumulation.ROOT else None
             largest = total[-1, 0, 0]
-            total[:end, :end, 0] = merged(one[:end, :end, 0], other[:end, :end, 0])
+            total[:end, :end, 0] = merge(one[:end, :end, 0], other[:end, :end, 0])
             total[-1, 0, 0] = largest
         return total
 
-    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
-        """Return matrix and residuals over no rows."""
-        n_lanes = lanes_for(piece_rows, platform)
-        n_own = n_gram_lanes(n_params, n_lanes, self.accumulation)
-        return np.zeros((n_params + 1, n_params + 1, n_own)), np.zeros((2, n_lanes))
+    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
+        """Return zero totals: matrix and residuals."""
+        n_lanes = lanes_for(batch_rows, platform)
+        n_matrix_lanes = n_gram_lanes(n_params, n_lanes, self.accumulation)
+        return np.zeros((n_params + 1, n_params + 1, n_matrix_lanes)), np.zeros((2, n_lanes))
 
-    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
-        """Return how many rows one turn of the loops takes."""
-        return block_rows_for(piece_rows, platform)
+    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
+        """Return the number of rows per strip."""
+        return strip_rows_for(batch_rows, platform)
 
-    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
-        """Return what adds rows to matrix and residuals."""
-        n_rows = block_rows_for(piece_rows, platform)
-        at_once = part_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
-        how = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
-        return partial(how, model, loss, n_rows, part_rows=at_once)
+    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
+        """Return the constructor of the loops."""
+        n_rows = strip_rows_for(batch_rows, platform)
+        n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
+        make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
+        return partial(make_loops, model, loss, n_rows, panel_rows=n_panel_rows)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return parameters and factors."""
+        """Return parameters and scaling factors."""
         return request.params, np.array(self.factors)
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> NormalEquations:
-        """Return the sums without the factors."""
+        """Return the sums with the scaling removed."""
         (lanes, residuals), factors = totals, np.array(self.factors)
         p = len(factors) - 1
-        jtj, jtr, square, triangle = self._unscaled(lanes.sum(axis=-1), factors)
+        jtj, jtr, square, triangle = self._unscale(lanes.sum(axis=-1), factors)
         rho, squares = residuals.sum(axis=-1)
-        # With the linear loss the product holds the sum of squares.
+        # With the linear loss, the product contains the sum of squares.
         twice_cost, chi2 = loss.f_scale**2 * rho, squares / factors[p] ** 2
         if loss.is_linear:
             twice_cost = chi2 = square
@@ -105,10 +105,10 @@ class DenseReduction:
             **common,
         )
 
-    def _unscaled(
+    def _unscale(
         self, product: Matrix, factors: NDArray[np.float64]
     ) -> tuple[Matrix, NDArray[np.float64], float, Matrix | None]:
-        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R, if there is one, without the factors."""
+        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R (or None) with the scaling removed."""
         p, upper = len(factors) - 1, np.triu(product)
         if self.accumulation is Accumulation.GRAM:
             upper = upper / factors[:, None] / factors
@@ -127,25 +127,25 @@ class DenseReduction:
 
 def dense_kernel(
     model: Model,
-    piece_rows: int,
+    batch_rows: int,
     mode: Mode | None = None,
     platforms: tuple[str, ...] = (CPU,),
     loss: Loss | None = None,
     accumulation: Accumulation = Accumulation.GRAM,
 ) -> Kernel[NormalEquations]:
-    """Trace the kernel of ``DenseReduction``; its mode is chosen by ``choose_mode`` by default."""
+    """Trace a kernel with a ``DenseReduction``; ``mode`` defaults to that of ``choose_mode``."""
     with x64():
         mode = mode or choose_mode(model, model.jaxpr())
     reduction = DenseReduction(mode, (1.0,) * (model.n_params + 1), accumulation)
-    return Kernel.trace(reduction, model, piece_rows, platforms, loss)
+    return Kernel.trace(reduction, model, batch_rows, platforms, loss)
 
 
 def with_accumulation(
     kernel: Kernel[NormalEquations], accumulation: Accumulation, model: Model
 ) -> Kernel[NormalEquations]:
-    """Return the kernel of the same model with another accumulation.
+    """Return a kernel of the same model with another accumulation.
 
-    With a robust loss, ``ROOT`` takes the place of ``TRIANGLE``.
+    With a robust loss, ``TRIANGLE`` is replaced by ``ROOT``.
     """
     if accumulation is Accumulation.TRIANGLE and not kernel.loss.is_linear:
         accumulation = Accumulation.ROOT
@@ -155,5 +155,5 @@ def with_accumulation(
         return kernel
     reduction = replace(reduction, accumulation=accumulation)
     platforms = tuple(kernel.programs)
-    other = Kernel.trace(reduction, model, kernel.piece_rows, platforms, kernel.loss)
+    other = Kernel.trace(reduction, model, kernel.batch_rows, platforms, kernel.loss)
     return replace(kernel, reduction=reduction, programs=other.programs)

@@ -1,7 +1,7 @@
-"""Products of Jacobian and residual, block by block: what a step is solved from.
+"""Products of Jacobian and residual, strip by strip.
 
-Jacobian and residual of a block are stacked, so that one product gives ``J^T J``, ``J^T r`` and
-``r^T r`` together.
+Jacobian and residual of a strip are stacked, so that one matrix product gives ``J^T J``, ``J^T r``
+and ``r^T r``.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.kernels.block_loops import (
-    BlockLoops,
+from nlsq_dask.kernels.losses import LINEAR
+from nlsq_dask.kernels.strip_loops import (
+    StripLoops,
     dot,
     lane_sums,
 )
-from nlsq_dask.kernels.losses import LINEAR
-from nlsq_dask.kernels.tsqr import extended
+from nlsq_dask.kernels.tsqr import append_rows
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
-_MOST_IN_LANES = 6  # rows of the Gram matrix, p + 1
+_MAX_IN_LANES = 6  # rows of the Gram matrix, p + 1
 
 
 class Accumulation(Enum):
-    """What is made of Jacobian and residual, a square matrix of p + 1 columns.
+    """Square matrix of p + 1 columns that is accumulated from Jacobian and residual.
 
-    Only its upper triangle is of meaning; the largest r^2 is kept in the corner below. The last
-    column of a ``ROOT`` is J^T r and r^T r.
+    Only the upper triangle is used; element (p, 0) is the largest r^2. The last column of a
+    ``ROOT`` is J^T r and r^T r.
     """
 
     GRAM = "gram"  # [J r]^T [J r]
     TRIANGLE = "triangle"  # R of the QR factorization of [J r]
-    ROOT = "root"  # R of that of J; scaled by a robust loss, r spans too many orders for a column
-    SCORES = "scores"  # R of J's rows times the derivative of the cost by the residual
+    ROOT = "root"  # R of J; with a robust loss, the scaled r spans too many orders of magnitude
+    SCORES = "scores"  # R of r J, or of rho' r J with a robust loss
 
     @property
     def is_factorized(self) -> bool:
-        """Whether it comes from QR factorizations."""
+        """Whether it is a QR factorization."""
         return self is not Accumulation.GRAM
 
 
-# The running sums, most of them in lanes:
+# Running sums:
 # - matrix (p+1, p+1, lanes): see ``Accumulation``;
-# - residuals (2, lanes): sums of rho(z) and of r^2, nothing with the linear loss, where the Gram
-#   product holds both.
+# - residuals (2, lanes): sums of rho(z) and of r^2; zero with the linear loss, where the Gram
+#   matrix contains both.
 
 
 def n_gram_lanes(n_params: int, n_lanes: int, accumulation: Accumulation) -> int:
-    """Return in how many lanes the matrix is summed."""
-    is_in_lanes = n_params < _MOST_IN_LANES and not accumulation.is_factorized
+    """Return the number of lanes of the matrix."""
+    is_in_lanes = n_params < _MAX_IN_LANES and not accumulation.is_factorized
     return n_lanes if is_in_lanes else 1
 
 
 def add_gram(library: Any, gram: Any, other: Any) -> Any:
-    """Add two Gram matrices, and take the larger of the two r^2 that they keep."""
+    """Add two Gram matrices, with the maximum for the largest r^2."""
     n_rows = len(gram)
     keeps_largest = np.zeros((n_rows, n_rows, 1), bool)
     keeps_largest[-1, 0] = True
@@ -69,77 +69,77 @@ def add_gram(library: Any, gram: Any, other: Any) -> Any:
 
 
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
-    """Return the products of all pairs of rows, as ``Accumulation`` has them.
+    """Return the products of all pairs of rows, in the layout of ``Accumulation``.
 
-    What is below the diagonal is of no meaning, except for the largest square of ``residual``; that
-    is the last row if it is None.
+    Below the diagonal, only the largest square of ``residual`` is used; ``residual`` defaults to
+    the last row.
     """
     n_rows = len(stacked)
     if n_lanes == 1:
         product = jnp.matmul(stacked, stacked.T, precision=lax.Precision.HIGHEST)[..., None]
         last_row = stacked[-1] if residual is None else residual
         return product.at[-1, 0, 0].set((last_row**2).max())
-    parts = stacked.reshape(n_rows, -1, n_lanes)
+    slices = stacked.reshape(n_rows, -1, n_lanes)
 
     def row(i: int) -> Any:
-        return lane_sums(parts.shape[1], lambda k: parts[i:, k] * parts[i, k])
+        return lane_sums(slices.shape[1], lambda k: slices[i:, k] * slices[i, k])
 
     def last(k: int) -> Any:
-        return parts[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
+        return slices[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
 
-    squares = (last(k) * last(k) for k in range(parts.shape[1]))
+    squares = (last(k) * last(k) for k in range(slices.shape[1]))
     largest = reduce(lambda a, b: jnp.where(a > b, a, b), squares)
     rows = [jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows - 1)]
     between = jnp.zeros((n_rows - 2, n_lanes), stacked.dtype)
     return jnp.stack([*rows, jnp.concatenate([largest[None], between, row(n_rows - 1)])])
 
 
-class DenseLoops(BlockLoops):
-    """Loops whose sums are a matrix and sums of residuals; parameters and factors are their point.
+class DenseLoops(StripLoops):
+    """Loops for a matrix and sums of residuals; the point is parameters and scaling factors.
 
     Parameters
     ----------
     model : Model
     loss : str
-    block_rows : int
+    strip_rows : int
     *args
-        As for ``BlockLoops``.
+        As for ``StripLoops``.
     accumulation : Accumulation
-    part_rows : int
-        Rows that are factorized at once.
+    panel_rows : int
+        Rows per QR factorization.
     mode : Mode
-        Of the Jacobian.
+        Forward or reverse, for the Jacobian.
     """
 
     def __init__(
         self,
         model: Model,
         loss: str,
-        block_rows: int,
+        strip_rows: int,
         *args: Any,
         accumulation: Accumulation,
-        part_rows: int,
+        panel_rows: int,
         mode: Mode,
     ) -> None:
-        super().__init__(model, loss, block_rows, *args)
+        super().__init__(model, loss, strip_rows, *args)
         self._accumulation = accumulation
-        self._part_rows = part_rows
+        self._panel_rows = panel_rows
         self._linearized = residual_and_jacobian(model, mode)
 
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values and Jacobian and residual, stacked."""
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+        """Return the model's values, and Jacobian and residual stacked."""
         values, stacked = self._linearized(rows.x, target, *self._point)
         if rows.sigma is not None:
             stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
         if usable is not None:
-            # Masked after it was computed, not before: a NaN in a row left out must not spread.
+            # Masked after the computation, so that a NaN in a masked row does not spread.
             stacked = jnp.where(usable, stacked, 0)
         return values, stacked
 
-    def added(self, sums: Any, part: Any) -> Any:
-        """Return the sums with the product of a block added."""
+    def add(self, sums: Any, contribution: Any) -> Any:
+        """Return the sums with the products of a strip added."""
         matrix, residuals = sums
-        stacked, residual = part, part[-1]
+        stacked, residual = contribution, contribution[-1]
         jacobian_scale: Any = 1
         residual_scale: Any = 1
         if self._loss != LINEAR:
@@ -147,8 +147,8 @@ class DenseLoops(BlockLoops):
             terms, jacobian_scale, residual_scale = self._robust(residual, factors[-1])
             n_lanes = residuals.shape[-1]
             ones = jnp.ones_like(terms)
-            parts = dot(terms, ones, n_lanes), dot(residual, residual, n_lanes)
-            residuals = residuals + jnp.stack(parts).astype(residuals.dtype)
+            totals = dot(terms, ones, n_lanes), dot(residual, residual, n_lanes)
+            residuals = residuals + jnp.stack(totals).astype(residuals.dtype)
         is_scores = self._accumulation is Accumulation.SCORES
         if is_scores:
             jacobian_scale = residual * (jacobian_scale * residual_scale)
@@ -162,30 +162,30 @@ class DenseLoops(BlockLoops):
         return add_gram(jnp, matrix, new.astype(matrix.dtype)), residuals
 
     def is_finite(self, sums: Any) -> Any:
-        """Look at sums of squares, of which one at least is infinite or NaN if any product is."""
+        """Return whether the diagonal is finite; it is not if any product is infinite or NaN."""
         return jnp.isfinite(jnp.trace(sums[0])).all()
 
-    def plain_stretch(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add several blocks without masks.
+    def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
+        """Add a range of strips without masks.
 
-        In float32 lanes are short enough for sums of their own, which saves conversions. In float64
-        blocks are added one by one, so that it does not matter where stretches begin.
+        In float32, a range is short enough to be summed in float32, which saves conversions. In
+        float64, strips are added one by one, so that the result does not depend on the ranges.
         """
         dtype, matrix = self._model.dtype, sums[0]
         if matrix.shape[-1] == 1 or dtype == matrix.dtype:
-            return super().plain_stretch(start, end, sums)
-        nothing = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
-        part = super().plain_stretch(start, end, nothing)
-        gram, residuals = (array.astype(matrix.dtype) for array in part)
+            return super().add_unmasked_range(start, end, sums)
+        zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, dtype), sums)
+        partial = super().add_unmasked_range(start, end, zeros)
+        gram, residuals = (array.astype(matrix.dtype) for array in partial)
         return add_gram(jnp, matrix, gram), sums[1] + residuals
 
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
-        """Return R of the rows so far, which are in ``matrix``, and of a block."""
+        """Return R of the rows accumulated in ``matrix`` and those of a strip."""
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
         if self._accumulation is not Accumulation.ROOT:
-            new = extended(triangle, stacked, self._part_rows)
+            new = append_rows(triangle, stacked, self._panel_rows)
         else:
-            root = extended(triangle[:-1, :-1], stacked[:-1], self._part_rows)
+            root = append_rows(triangle[:-1, :-1], stacked[:-1], self._panel_rows)
             column = jnp.matmul(stacked, stacked[-1], precision=lax.Precision.HIGHEST)
             new = jnp.pad(root, ((0, 1), (0, 1))).at[:, -1].set(triangle[:, -1] + column)
         largest = jnp.maximum(matrix[-1, 0, 0], (residual**2).max())

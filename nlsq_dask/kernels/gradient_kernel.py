@@ -1,4 +1,4 @@
-"""``GradientReduction``: the sums for many parameters, without matrices."""
+"""``GradientReduction``: sums for many parameters, without p-by-p matrices."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
-from nlsq_dask.kernels.block_loops import MakeLoops, block_rows_for, lanes_for
 from nlsq_dask.kernels.gradient_loops import DiagonalLoops, GradientLoops
 from nlsq_dask.kernels.kernel import Kernel, Totals
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
@@ -23,10 +23,10 @@ from nlsq_dask.model.model import Model
 
 @dataclass(frozen=True)
 class GradientReduction:
-    """The gradient of the cost and products ``J^T J v``."""
+    """Gradient of the cost and products ``J^T J v``."""
 
     n_directions: int = 1
-    is_diagonal: bool = False  # the diagonal of J^T J takes the place of the one product
+    is_diagonal: bool = False  # compute the diagonal of J^T J instead of a product
 
     sums_type = GradientSums
     name = GradientSums.__name__
@@ -34,27 +34,27 @@ class GradientReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that makes its program another one."""
+        """Everything that changes the program."""
         return GradientSums, self.n_directions, self.is_diagonal
 
-    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
-        """Return vectors, residuals and the largest over no rows."""
-        n_lanes = lanes_for(piece_rows, platform)
+    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
+        """Return zero totals: vectors, residuals and the largest r^2."""
+        n_lanes = lanes_for(batch_rows, platform)
         vectors = np.zeros((1 + self.n_directions, n_params))
         return vectors, np.zeros((2, n_lanes)), np.zeros(())
 
-    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
-        """Return how many rows one turn takes: as many as parameters, or their sums dominate."""
+    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
+        """Return the number of rows per strip, at least p: with fewer, adding vectors dominates."""
         enough = 1 << max(n_params - 1, 1).bit_length()
-        return min(max(block_rows_for(piece_rows, platform), enough), piece_rows)
+        return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
 
-    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
-        """Return what adds rows to vectors, residuals and the largest."""
+    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
+        """Return the constructor of the loops."""
         kind = DiagonalLoops if self.is_diagonal else GradientLoops
-        return partial(kind, model, loss, self.block_rows(model.n_params, piece_rows, platform))
+        return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return parameters and directions; these are zero where no product is needed."""
+        """Return parameters and directions; directions are zero if no product is needed."""
         if request.directions is not None:
             return request.params, request.directions
         return request.params, np.zeros((self.n_directions, len(request.params)))
@@ -76,24 +76,24 @@ class GradientReduction:
 
 def gradient_kernel(
     model: Model,
-    piece_rows: int,
+    batch_rows: int,
     platforms: tuple[str, ...] = (CPU,),
     loss: Loss | None = None,
     **options: Any,
 ) -> Kernel[GradientSums]:
-    """Trace the kernel of a ``GradientReduction`` with these options.
+    """Trace a kernel with a ``GradientReduction(**options)``.
 
     Raises
     ------
     ModelError
-        If the model cannot be differentiated in both directions.
+        If the model is not differentiable in both forward and reverse mode.
     """
     try:
-        return Kernel.trace(GradientReduction(**options), model, piece_rows, platforms, loss)
+        return Kernel.trace(GradientReduction(**options), model, batch_rows, platforms, loss)
     except (ValueError, TypeError) as error:
         raise ModelError(
-            f"The model {model.name!r} has {model.n_params} parameters, which asks for "
-            f"conjugate gradients, and these for derivatives in forward and in reverse mode "
+            f"Conjugate gradients, used for the {model.n_params} parameters of the model "
+            f"{model.name!r}, need derivatives in forward and reverse mode "
             f"({error}). Use lax.scan instead of lax.while_loop, jax.custom_jvp instead of "
             f"custom_vjp, or a larger cg_param_threshold."
         ) from error

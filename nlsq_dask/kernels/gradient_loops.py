@@ -1,7 +1,7 @@
-"""Gradient of the cost and products ``J^T J v``, block by block, without any Jacobian.
+"""Gradient of the cost and products ``J^T J v``, strip by strip, without a Jacobian matrix.
 
-Derivatives along directions come from pushing these through the model, and the sums over rows from
-pulling residuals back, so that nothing is larger than the rows of a block or the parameters.
+Jacobian-vector products give the derivatives along directions, and vector-Jacobian products the
+sums over rows, so that no array exceeds the rows of a strip or the parameters.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask.kernels.block_loops import BlockLoops, dot
 from nlsq_dask.kernels.losses import LINEAR
+from nlsq_dask.kernels.strip_loops import StripLoops, dot
 from nlsq_dask.rows.rows import Rows
 
-_MOST_ENTRIES = 2**18  # of the gradients of single rows that are in memory at once
+_MAX_ENTRIES = 2**18  # of the per-row gradients in memory
 
-# The running sums:
+# Running sums:
 # - vectors (1 + directions, p): J^T r, and J^T J v for each direction;
 # - residuals (2, lanes): sums of rho(z) and of r^2;
 # - largest (): the largest r^2.
 
 
-class GradientLoops(BlockLoops):
-    """Loops whose sums are vectors, residuals and the largest; the point has directions."""
+class GradientLoops(StripLoops):
+    """Loops for vectors, residuals and the largest r^2; the point is parameters and directions."""
 
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, the block's vectors and its residuals."""
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+        """Return the model's values, and vectors, rho and residuals of the strip."""
         params, directions = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         values, push = jax.linearize(lambda q: self._model(x, q), params)
@@ -47,36 +47,36 @@ class GradientLoops(BlockLoops):
             curvature = jacobian_scale**2
         changes = jax.vmap(push)(directions) * (weight**2 * curvature)
         (vectors,) = jax.vmap(pull)(jnp.concatenate([(slope * weight)[None], changes]))
-        if usable is not None:  # a block without any is of no meaning
+        if usable is not None:  # NaN if no row of the strip is usable
             vectors = jnp.where(usable.any(), vectors, 0)
         return values, (vectors, rho, residual)
 
-    def added(self, sums: Any, part: Any) -> Any:
-        """Return the sums with a block added."""
-        (totals, residuals, largest), (vectors, rho, residual) = sums, part
+    def add(self, sums: Any, contribution: Any) -> Any:
+        """Return the sums with a contribution added."""
+        (totals, residuals, largest), (vectors, rho, residual) = sums, contribution
         n_lanes = residuals.shape[-1]
-        parts = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
+        partial = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
         return (
             totals + vectors.astype(totals.dtype),
-            residuals + jnp.stack(parts).astype(residuals.dtype),
+            residuals + jnp.stack(partial).astype(residuals.dtype),
             jnp.maximum(largest, (residual**2).max().astype(largest.dtype)),
         )
 
     def is_finite(self, sums: Any) -> Any:
-        """Look at all of them."""
+        """Return whether vectors and residuals are finite."""
         vectors, residuals, _ = sums
         return jnp.isfinite(vectors).all() & jnp.isfinite(residuals).all()
 
 
 class DiagonalLoops(GradientLoops):
-    """Loops that have the diagonal of ``J^T J`` in the place of a product.
+    """Loops that compute the diagonal of ``J^T J`` instead of a product.
 
-    It takes the gradient of every row by itself, a few rows at a time.
+    The gradient of each row is computed separately, a group of rows at a time.
     """
 
-    def part(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, the block's vectors and its residuals."""
-        values, (vectors, rho, residual) = super().part(rows, target, usable)
+    def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
+        """Return the model's values, and vectors, rho and residuals of the strip."""
+        values, (vectors, rho, residual) = super().contribution(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         weight: Any = jnp.ones_like(residual)
@@ -86,19 +86,19 @@ class DiagonalLoops(GradientLoops):
             weight = weight * self._robust(residual, jnp.ones(()))[1]
         if usable is not None:
             weight = jnp.where(usable, weight, 0)
-        most = max(_MOST_ENTRIES // self._model.n_params, 1)
-        n_at_once = min(1 << (most.bit_length() - 1), self._block_rows)
+        max_rows = max(_MAX_ENTRIES // self._model.n_params, 1)
+        group_rows = min(1 << (max_rows.bit_length() - 1), self._strip_rows)
 
         def of_row(row: Any, q: Any) -> Any:
             return self._model(tuple(leaf[None] for leaf in row), q)[0]
 
-        def add(total: Any, some: Any) -> tuple[Any, None]:
-            x, weight = some
+        def add(total: Any, group: Any) -> tuple[Any, None]:
+            x, weight = group
             gradients = jax.vmap(jax.grad(of_row, argnums=1), (0, None))(x, params)
             return total + ((gradients * weight[:, None]) ** 2).sum(axis=0), None
 
         def split(array: Any) -> Any:
-            return array.reshape(-1, n_at_once, *array.shape[1:])
+            return array.reshape(-1, group_rows, *array.shape[1:])
 
         start = jnp.zeros_like(params)
         diagonal, _ = lax.scan(add, start, jax.tree.map(split, (x, weight)))
@@ -108,9 +108,9 @@ class DiagonalLoops(GradientLoops):
 
 
 def _with_usable(x: tuple[Any, ...], usable: Any) -> tuple[Any, ...]:
-    """Return x with a usable row in the place of each that is not.
+    """Return x with each unusable row replaced by a usable one.
 
-    What is pulled back from a row with a NaN is NaN even where its residual is set to zero.
+    The vector-Jacobian product of a row with NaN is NaN even if its residual is set to zero.
     """
     first = jnp.argmax(usable)
 

@@ -1,4 +1,4 @@
-"""Sums over rows in memory, which cost no reading."""
+"""Sums over rows in memory, computed without reading data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nlsq_dask.rows.rows import Rows
 Vector = NDArray[np.float64]
 S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
-_REMEMBERED = 8  # points; forecasts come back to those that they have tried
+_CACHE_SIZE = 8  # points; forecasts return to points evaluated before
 
 
 class SampleObjective(ABC, Generic[S_co]):
-    """Sums over rows, as a function of the parameters; the last few are remembered.
+    """Sums over rows as a function of the parameters, with a cache of the last few.
 
     Parameters
     ----------
@@ -36,33 +36,33 @@ class SampleObjective(ABC, Generic[S_co]):
     def __init__(self, rows: Rows, penalty: GroupVariance) -> None:
         self._rows = rows
         self._penalty = penalty
-        self._known: dict[bytes, S_co] = {}
+        self._cache: dict[bytes, S_co] = {}
 
     @property
     @abstractmethod
     def kernel(self) -> Kernel[S_co]:
-        """The kernel that makes them."""
+        """The kernel that computes the sums."""
 
     def __call__(self, params: Vector) -> S_co:
-        """Sum at ``params``."""
+        """Return the sums at ``params``."""
         key = params.tobytes()
-        if key not in self._known:
-            if len(self._known) == _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = self.kernel(self._rows, Request(params)).penalized(
+        if key not in self._cache:
+            if len(self._cache) == _CACHE_SIZE:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = self.kernel(self._rows, Request(params)).penalized(
                 self._penalty, params
             )
-        return self._known[key]
+        return self._cache[key]
 
 
 class DenseObjective(SampleObjective[NormalEquations]):
-    """Normal equations over rows in memory, or what takes their place.
+    """Normal equations, or a QR factorization, over rows in memory.
 
     Parameters
     ----------
     model : Model
     kernel : Kernel[NormalEquations]
-        Of this model.
+        Kernel of ``model``.
     rows : Rows
     penalty : GroupVariance
     """
@@ -76,25 +76,25 @@ class DenseObjective(SampleObjective[NormalEquations]):
 
     @property
     def kernel(self) -> Kernel[NormalEquations]:
-        """The kernel that makes them."""
+        """The kernel that computes the sums."""
         return self._kernel
 
     @property
     def accumulation(self) -> Accumulation:
-        """The accumulation in use."""
+        """Current accumulation."""
         reduction = self._kernel.reduction
         assert isinstance(reduction, DenseReduction)
         return reduction.accumulation
 
-    def make(self, accumulation: Accumulation) -> None:
-        """Use another accumulation from now on."""
+    def use(self, accumulation: Accumulation) -> None:
+        """Switch to another accumulation."""
         kernel = with_accumulation(self._kernel, accumulation, self._model)
         if kernel is not self._kernel:
             self._kernel = kernel
-            self._known.clear()
+            self._cache.clear()
 
     def factors(self, params: Vector) -> tuple[float, ...]:
-        """Return powers of two that bring Jacobian and residual at ``params`` near one."""
+        """Return powers of two that scale Jacobian and residual at ``params`` to about one."""
         sums = self(params)
         squares = np.append(np.diag(sums.jtj), sums.chi2) / max(sums.n_used, 1)
         usable = np.isfinite(squares) & (squares > 0.0)
@@ -103,13 +103,13 @@ class DenseObjective(SampleObjective[NormalEquations]):
 
 
 class GradientObjective(SampleObjective[GradientSums]):
-    """Gradients over rows in memory, products with ``J^T J`` and its diagonal.
+    """Gradients, products with ``J^T J`` and its diagonal, over rows in memory.
 
     Parameters
     ----------
     kernel : Kernel[GradientSums]
     diagonal : Kernel[GradientSums]
-        The same with the diagonal in the place of a product.
+        Kernel that computes the diagonal instead of a product.
     rows : Rows
     penalty : GroupVariance
     """
@@ -127,11 +127,11 @@ class GradientObjective(SampleObjective[GradientSums]):
 
     @property
     def kernel(self) -> Kernel[GradientSums]:
-        """The kernel that makes them."""
+        """The kernel that computes the sums."""
         return self._kernel
 
-    def at(self, request: Request) -> GradientSums:
-        """Sum what is asked for; what depends on the data alone is left out with a direction."""
+    def reduce(self, request: Request) -> GradientSums:
+        """Return the requested sums; with directions, the moments of the data are omitted."""
         params, candidates, directions = request.params, request.candidates, request.directions
         if directions is None and (candidates is None or not len(candidates)):
             return self(params)
@@ -140,8 +140,8 @@ class GradientObjective(SampleObjective[GradientSums]):
 
     def product(self, params: Vector, vector: Vector) -> Vector:
         """Return ``J^T J v`` at ``params``."""
-        (found,) = self.at(Request(params, directions=vector[None])).products
-        return np.asarray(found)
+        (product,) = self.reduce(Request(params, directions=vector[None])).products
+        return np.asarray(product)
 
     def diagonal(self, params: Vector) -> Vector:
         """Return the diagonal of ``J^T J`` at ``params``."""

@@ -1,4 +1,4 @@
-"""``Kernel``: what a worker computes from rows, traced once and run on every piece."""
+"""``Kernel``: a compiled reduction over rows, traced once and run on every batch."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.block_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
+from nlsq_dask.kernels.strip_loops import Carry, MakeLoops, accumulator, lanes_for
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.jax_scope import CPU, platform_of, usable_devices, x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, traced_once
-from nlsq_dask.rows.device_rows import Piece, PlacedRows
-from nlsq_dask.rows.rows import BLOCK_ROWS, Array
+from nlsq_dask.rows.device_rows import Batch, PlacedRows
+from nlsq_dask.rows.rows import STRIP_ROWS, Array
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
-MOST_CANDIDATES = 3  # points at which a pass gives the cost alone, beside the one with everything
-# Larger pieces take more memory for copies, smaller ones more calls.
-_MAX_PIECE_BYTES = 4 * 2**20
-_HOST_PLATFORMS = {CPU}  # whose devices have no memory of their own
-_IN_FLIGHT = 2  # pieces that a device has at once: one is computed, one is on its way
+MAX_CANDIDATES = 3  # points per pass at which only the cost is evaluated
+# Larger batches need more memory for copies, smaller ones more calls.
+_MAX_BATCH_BYTES = 4 * 2**20
+_HOST_PLATFORMS = {CPU}  # platforms whose devices share host memory
+_IN_FLIGHT = 2  # batches per device: one is computed, one is transferred
 
 
-def piece_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
-    """Return how many rows one kernel call is given: a power of two, at most ``chunk_size``.
+def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
+    """Return the number of rows per kernel call, a power of two, at most ``chunk_size``.
 
-    No larger than the longest block needs, and few enough to be copied into JAX's memory cheaply.
+    It is limited by the longest block and by the bytes that are cheap to copy into JAX's memory.
     """
-    most = max(min(chunk_size, _MAX_PIECE_BYTES // row_bytes), 1)
-    wanted = max(longest_block, BLOCK_ROWS)
-    return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
+    max_rows = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
+    needed = max(longest_block, STRIP_ROWS)
+    return min(1 << (needed - 1).bit_length(), 1 << (max_rows.bit_length() - 1))
 
 
 def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
-    """Return shapes and dtypes of ``Rows`` as a plain tuple, which is what a program takes."""
+    """Return shapes and dtypes of ``Rows`` as a plain tuple, the argument of a program."""
     layout = model.layout
 
     def spec(dtype: str | None) -> Any:
@@ -54,11 +54,11 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
 
 
 class RowSource(Protocol):
-    """What a kernel can take its rows from, such as ``Rows`` or a block of an N-d array."""
+    """Source of rows, such as ``Rows`` or a block of an N-d array."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape against which the arrays broadcast; its entries in C order are the rows."""
+        """Shape to which the arrays broadcast; its elements in C order are the rows."""
 
     @property
     def arrays(self) -> tuple[Array | None, ...]:
@@ -74,64 +74,64 @@ Totals = tuple[Any, ...]
 
 
 class Reduction(Protocol[S_co]):
-    """Sums of one kind, as data: their zero, what a row adds, how parts combine, what they mean.
+    """Definition of a kind of sums: zero, contribution of a row, combination, final values.
 
-    ``totals`` are the running sums that are of this kind alone; see ``Carry`` for the others.
+    ``totals`` are the running sums of this kind; ``Carry`` lists the common ones.
     """
 
     @property
     def sums_type(self) -> type[S_co]:
-        """The type of the finished sums."""
+        """Type of the final sums."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that makes its program another one."""
+        """Everything that changes the program."""
 
     @property
     def name(self) -> str:
-        """The name under which a journal keeps the finished sums."""
+        """Name of the final sums in a journal."""
 
     @property
     def combine(self) -> tuple[Callable[[Any, Any], Any], ...]:
-        """For each of the totals, how those over two parts of the rows combine, in NumPy."""
+        """NumPy functions that combine each total over two sets of rows."""
 
-    def zero(self, n_params: int, piece_rows: int, platform: str) -> Totals:
-        """Return the totals over no rows."""
+    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
+        """Return the totals over zero rows."""
 
-    def block_rows(self, n_params: int, piece_rows: int, platform: str) -> int:
-        """Return how many rows one turn of the loops takes."""
+    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
+        """Return the number of rows per strip."""
 
-    def loops(self, model: Model, loss: str, piece_rows: int, platform: str) -> MakeLoops:
-        """Return what adds rows to the totals."""
+    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
+        """Return the constructor of the loops."""
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return the arguments of the program beside the rows."""
+        """Return the arguments of the program other than the rows."""
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> S_co:
-        """Return the sums, given the fields that do not depend on the kind."""
+        """Return the final sums, given the common fields."""
 
 
-def _no_rows(totals: Totals, piece_rows: int, platform: str) -> Carry:
-    n_lanes = lanes_for(piece_rows, platform)
-    counts, costs = np.zeros(4, np.int64), np.zeros((MOST_CANDIDATES, n_lanes))
+def _zero_carry(totals: Totals, batch_rows: int, platform: str) -> Carry:
+    n_lanes = lanes_for(batch_rows, platform)
+    counts, costs = np.zeros(4, np.int64), np.zeros((MAX_CANDIDATES, n_lanes))
     return totals, counts, np.zeros((3, n_lanes)), costs
 
 
 def _trace(
-    reduction: Reduction[Sums], model: Model, loss: str, piece_rows: int, platform: str
+    reduction: Reduction[Sums], model: Model, loss: str, batch_rows: int, platform: str
 ) -> Program:
-    """Trace the program that adds a piece of rows to running sums."""
-    arrays, p = _rows_spec(model, piece_rows + SLACK), model.n_params
-    nothing = _no_rows(reduction.zero(p, piece_rows, platform), piece_rows, platform)
+    """Trace the program that adds a batch of rows to running sums."""
+    arrays, p = _rows_spec(model, batch_rows + SLACK), model.n_params
+    zero = _zero_carry(reduction.zero(p, batch_rows, platform), batch_rows, platform)
     point = reduction.point(Request(np.zeros(p)))
 
     def spec(dtype: str, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     return Program.trace(
-        accumulator(reduction.loops(model, loss, piece_rows, platform), model.dtype),
-        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), nothing),
-        (*(spec("f8", *a.shape) for a in point), spec("f8", MOST_CANDIDATES, p)),
+        accumulator(reduction.loops(model, loss, batch_rows, platform), model.dtype),
+        jax.tree.map(lambda array: spec(array.dtype.str, *array.shape), zero),
+        (*(spec("f8", *a.shape) for a in point), spec("f8", MAX_CANDIDATES, p)),
         (spec("f8"), spec("f8"), spec("bool"), spec("i8")),
         spec("i8"),
         arrays,
@@ -142,77 +142,60 @@ def _trace(
 
 @dataclass(frozen=True)
 class Kernel(Generic[S]):
-    """Rows and a request in, sums out; traced for pieces of a fixed length.
-
-    Attributes
-    ----------
-    reduction : Reduction
-        Which sums.
-    programs : dict of str to Program
-        By platform; a process takes the one for its best devices.
-    n_params, piece_rows : int
-        Parameters; rows that one call of the program is given.
-    loss : Loss
-    y_reference : float
-        The y0 of ``Sums``.
-    uses_all_devices : bool
-        Whether a process shares its pieces among its devices; else it takes the first.
-    memory : MemoryPool
-        For copies of rows, as long as the kernel lives.
-    """
+    """Compiled reduction from rows and a request to sums, traced for one batch length."""
 
     reduction: Reduction[S]
-    programs: dict[str, Program]
+    programs: dict[str, Program]  # by platform; a process uses that of its best devices
     n_params: int
-    piece_rows: int
+    batch_rows: int  # per call of the program
     loss: Loss
-    y_reference: float = 0.0
-    uses_all_devices: bool = False
-    memory: MemoryPool = field(default_factory=MemoryPool, compare=False)
+    y_reference: float = 0.0  # the y0 of ``Sums``
+    uses_all_devices: bool = False  # distribute batches over all devices of a process
+    memory: MemoryPool = field(default_factory=MemoryPool, compare=False)  # for copies of rows
 
     @classmethod
     def trace(
         cls,
         reduction: Reduction[S],
         model: Model,
-        piece_rows: int,
+        batch_rows: int,
         platforms: tuple[str, ...] = (CPU,),
         loss: Loss | None = None,
     ) -> Self:
-        """Trace the kernel of a model for pieces of this length."""
+        """Trace the kernel of a model for batches of ``batch_rows`` rows."""
         with x64():
             jaxpr = model.jaxpr()
         loss = loss or Loss()
-        key = (*reduction.key, model.layout, model.dtype, model.n_params, loss.name, piece_rows)
+        key = (*reduction.key, model.layout, model.dtype, model.n_params, loss.name, batch_rows)
         programs = {
             platform: traced_once(
                 (*key, platform),
                 jaxpr,
-                partial(_trace, reduction, model, loss.name, piece_rows, platform),
+                partial(_trace, reduction, model, loss.name, batch_rows, platform),
             )
             for platform in platforms
         }
-        return cls(reduction, programs, model.n_params, piece_rows, loss)
+        return cls(reduction, programs, model.n_params, batch_rows, loss)
 
     def __call__(
         self, source: RowSource | PlacedRows, request: Request, wants_moments: bool = True
     ) -> S:
-        """Sum over some rows, in pieces of ``piece_rows``.
+        """Return the sums over rows, computed in batches of ``batch_rows``.
 
-        The running sums are carried from piece to piece. In float64, and without rows left out,
-        where the rows are cut has no influence on the bits of the result.
+        The running sums are carried from batch to batch. In float64 and without masked rows, the
+        bits of the result do not depend on the batches.
 
         Parameters
         ----------
         source : RowSource or PlacedRows
         request : Request
-            With at most ``MOST_CANDIDATES`` candidates.
+            At most ``MAX_CANDIDATES`` candidates.
         wants_moments : bool
-            Whether to sum what depends on the data alone.
+            Whether to compute the sums of the data alone.
         """
         y0, candidates = self.y_reference, request.candidates
         points = np.empty((0, self.n_params)) if candidates is None else candidates
-        padded = np.zeros((MOST_CANDIDATES, self.n_params))
+        padded = np.zeros((MAX_CANDIDATES, self.n_params))
         padded[: len(points)] = points
         numbers = np.float64(y0), np.float64(self.loss.f_scale)
         options = (*numbers, np.bool_(wants_moments), np.int64(len(points)))
@@ -236,60 +219,60 @@ class Kernel(Generic[S]):
         )
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
-        """Run the program over all pieces; the carries of several devices are combined."""
+        """Run the program over all batches and combine the carries of the devices."""
         devices, platform = self._devices()
-        nothing = self.reduction.zero(self.n_params, self.piece_rows, platform)
-        carries = [_no_rows(nothing, self.piece_rows, platform)] * len(devices)
-        most_in_flight = _IN_FLIGHT * len(devices)
+        zero = self.reduction.zero(self.n_params, self.batch_rows, platform)
+        carries = [_zero_carry(zero, self.batch_rows, platform)] * len(devices)
+        max_in_flight = _IN_FLIGHT * len(devices)
         in_flight: deque[Any] = deque()
-        with self.memory.borrow(most_in_flight + 1) as memory:
-            for turn, piece in enumerate(self._pieces(source, memory, platform)):
+        with self.memory.borrow(max_in_flight + 1) as memory:
+            for turn, batch in enumerate(self._batches(source, memory, platform)):
                 i = turn % len(devices)
-                n_rows = np.int64(piece.n_rows)
+                n_rows = np.int64(batch.n_rows)
                 carries[i] = self.programs[platform](
-                    carries[i], point, options, n_rows, *piece[:2], device=devices[i]
+                    carries[i], point, options, n_rows, *batch[:2], device=devices[i]
                 )
                 in_flight.append(carries[i])
-                if len(in_flight) > most_in_flight:
+                if len(in_flight) > max_in_flight:
                     jax.block_until_ready(in_flight.popleft())
-            return reduce(self._join, (jax.tree.map(np.asarray, carry) for carry in carries))
+            return reduce(self._combine, (jax.tree.map(np.asarray, carry) for carry in carries))
 
-    def _join(self, one: Carry, other: Carry) -> Carry:
+    def _combine(self, one: Carry, other: Carry) -> Carry:
         totals = zip(self.reduction.combine, one[0], other[0], strict=True)
         counts, moments, costs = (a + b for a, b in zip(one[1:], other[1:], strict=True))
         return tuple(combine(a, b) for combine, a, b in totals), counts, moments, costs
 
     def placed(self, source: Source) -> Source | PlacedRows:
-        """Return rows as they are best kept for later calls: in a GPU's memory if there is room."""
+        """Return the rows in GPU memory if they fit there, for later calls."""
         devices, platform = self._devices()
         if platform in _HOST_PLATFORMS:
             return source
-        pieces = []
+        batches = []
         try:
             with x64(), self.memory.borrow(_IN_FLIGHT * len(devices) + 1) as memory:
-                for turn, piece in enumerate(self._pieces(source, memory, platform)):
+                for turn, batch in enumerate(self._batches(source, memory, platform)):
                     copy = partial(jnp.array, copy=True, device=devices[turn % len(devices)])
-                    arrays = jax.block_until_ready(jax.tree.map(copy, piece.arrays))
-                    pieces.append(piece._replace(arrays=arrays))
+                    arrays = jax.block_until_ready(jax.tree.map(copy, batch.arrays))
+                    batches.append(batch._replace(arrays=arrays))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return source
-        return PlacedRows(source.shape, tuple(pieces))
+        return PlacedRows(source.shape, tuple(batches))
 
     def _devices(self) -> tuple[list[jax.Device], str]:
-        """Return the devices that pieces are dealt to, and their platform."""
+        """Return the devices to use and their platform."""
         devices = usable_devices(tuple(self.programs), self.uses_all_devices)
         return devices, platform_of(devices[0])
 
-    def _pieces(
+    def _batches(
         self, source: RowSource | PlacedRows, memory: Memory, platform: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Batch]:
         if isinstance(source, PlacedRows):
-            yield from source.pieces
+            yield from source.batches
             return
-        block_rows = self.reduction.block_rows(self.n_params, self.piece_rows, platform)
-        rows = self.piece_rows, block_rows
+        strip_rows = self.reduction.strip_rows(self.n_params, self.batch_rows, platform)
+        rows = self.batch_rows, strip_rows
         for *pair, n_rows in windows(source.arrays, source.shape, *rows, memory):
             arrays, offsets = ((rows.y, rows.x, rows.sigma, rows.mask) for rows in pair)
-            yield Piece(arrays, offsets, n_rows)
+            yield Batch(arrays, offsets, n_rows)

@@ -2,7 +2,7 @@
 
 The cost is ``1/2 sum C^2 rho(z)`` with ``z = (r / C)^2`` and the scale C (``f_scale``). With the
 Jacobian multiplied by ``s = sqrt(rho' + 2 rho'' z)`` and the residual by ``rho' / s``, ``J^T r`` is
-the gradient of the cost and ``J^T J`` its Hessian but for the second derivatives of the model.
+the gradient of the cost, and ``J^T J`` its Hessian without the second derivatives of the model.
 
 References
 ----------
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LINEAR = "linear"
-SMALLEST, LARGEST = 1e-140, 1e140  # beyond which squares leave float64
+SMALLEST, LARGEST = 1e-140, 1e140  # beyond these, squares overflow or underflow float64
 
 _Rho = Callable[[Any], tuple[Any, Any, Any]]
 
@@ -63,18 +63,10 @@ LOSSES = (LINEAR, *_RHO)
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and its scale.
+    """A loss and its scale."""
 
-    Attributes
-    ----------
-    name : str
-        One of ``LOSSES``.
-    f_scale : float
-        Residuals much smaller than this count as in "linear".
-    """
-
-    name: str = LINEAR
-    f_scale: float = 1.0
+    name: str = LINEAR  # one of LOSSES
+    f_scale: float = 1.0  # residuals much smaller than this are treated as in "linear"
 
     @property
     def is_linear(self) -> bool:
@@ -83,7 +75,7 @@ class Loss:
 
 
 def check_loss(loss: Any, f_scale: Any) -> None:
-    """Raise a ValueError for a loss that does not exist, or a scale that is none."""
+    """Raise a ValueError for an unknown loss or an invalid scale."""
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}; got {loss!r}.")
     if not isinstance(f_scale, Real) or not SMALLEST < float(f_scale) < LARGEST:
@@ -93,17 +85,17 @@ def check_loss(loss: Any, f_scale: Any) -> None:
 
 
 def rho(name: str, z: Any) -> Any:
-    """Return ``rho(z)`` of each row, for any loss (traced)."""
+    """Return ``rho(z)`` of each row (traced)."""
     return z if name == LINEAR else _RHO[name](z)[0]
 
 
 def robust(name: str, z: Any) -> tuple[Any, Any, Any]:
-    """Return ``rho(z)`` of each row and by what Jacobian and residual are multiplied (traced).
+    """Return ``rho(z)`` and the scales of Jacobian and residual of each row (traced).
 
     Parameters
     ----------
     name : str
-        Any of ``LOSSES`` but "linear".
+        One of ``LOSSES``, except "linear".
     z : array, shape (b,)
         Squared residuals in units of ``f_scale``.
 
@@ -112,6 +104,6 @@ def robust(name: str, z: Any) -> tuple[Any, Any, Any]:
     rho, jacobian_scale, residual_scale : array, each of shape (b,)
     """
     value, first, second = _RHO[name](z)
-    # Where a loss is concave enough the Hessian would be negative; SciPy stops at epsilon, too.
+    # Where the loss is concave, the Hessian could be negative; bounded by epsilon as in SciPy.
     scale = jnp.sqrt(jnp.maximum(first + 2 * second * z, np.finfo(z.dtype).eps))
     return value, scale, first / scale

@@ -1,12 +1,12 @@
-"""``GroupVariance``: a penalty on parameters that differ from the others of their group.
+"""``GroupVariance``: a penalty on the variance of parameters within groups.
 
-What a fit minimizes is
+The objective is
 
     1/2 (sum_i C^2 rho((r_i / C)^2) + lambda n sum_g Var(p_g))
 
 with n the number of rows used and ``Var(p_g) = 1/m sum_j (p_gj - mean(p_g))^2`` over the m
 parameters of a group, in the caller's units. It is a sum of squares, so it enters cost, gradient
-and ``J^T J`` as so many more rows would: ``sqrt(lambda n / m) (p_gj - mean(p_g))``.
+and ``J^T J`` as additional rows with residuals ``sqrt(lambda n / m) (p_gj - mean(p_g))``.
 """
 
 from __future__ import annotations
@@ -23,49 +23,41 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GroupVariance:
-    """The penalty; without groups it is none.
+    """Penalty on the variance within groups; zero without groups."""
 
-    Attributes
-    ----------
-    strength : float
-        The ``lambda`` of the formula.
-    groups : tuple of (int, int)
-        Ranges of parameters, the end excluded.
-    """
-
-    strength: float = 0.0
-    groups: tuple[tuple[int, int], ...] = ()
+    strength: float = 0.0  # the lambda of the formula
+    groups: tuple[tuple[int, int], ...] = ()  # ranges of parameters, the end excluded
 
     def residuals(self, params: Vector, n_rows: int) -> Vector:
-        """Return the residuals of the further rows; half their sum of squares is the penalty."""
-        parts = [self._factor(a, b, n_rows) * _centered(params[a:b]) for a, b in self.groups]
-        return np.concatenate([np.zeros(0), *parts])
+        """Return the penalty residuals; half their sum of squares is the penalty."""
+        values = [self._factor(a, b, n_rows) * _centered(params[a:b]) for a, b in self.groups]
+        return np.concatenate([np.zeros(0), *values])
 
     def jacobian(self, n_params: int, n_rows: int) -> NDArray[np.float64]:
-        """Return their Jacobian, which does not depend on the parameters."""
+        """Return the Jacobian of the penalty residuals, which is constant."""
         unit = np.eye(n_params)
-        parts = [self._factor(a, b, n_rows) * _centered(unit[a:b]) for a, b in self.groups]
-        return np.vstack([np.zeros((0, n_params)), *parts])
+        values = [self._factor(a, b, n_rows) * _centered(unit[a:b]) for a, b in self.groups]
+        return np.vstack([np.zeros((0, n_params)), *values])
 
     def _factor(self, start: int, end: int, n_rows: int) -> float:
         return float(np.sqrt(self.strength * n_rows / (end - start)))
 
     def product(self, vector: Vector, n_rows: int) -> Vector:
-        """Return ``J^T J v`` of the further rows, which at ``v = p`` is the penalty's gradient."""
-        found = np.zeros_like(vector)
+        """Return ``J^T J v`` of the penalty residuals; its gradient for ``v = p``."""
+        product = np.zeros_like(vector)
         for a, b in self.groups:
-            found[a:b] += self._factor(a, b, n_rows) ** 2 * _centered(vector[a:b])
-        return found
+            product[a:b] += self._factor(a, b, n_rows) ** 2 * _centered(vector[a:b])
+        return product
 
     def diagonal(self, n_params: int, n_rows: int) -> Vector:
-        """Return the diagonal of their ``J^T J``."""
-        found = np.zeros(n_params)
+        """Return the diagonal of ``J^T J`` of the penalty residuals."""
+        diagonal = np.zeros(n_params)
         for a, b in self.groups:
-            found[a:b] += self._factor(a, b, n_rows) ** 2 * (1.0 - 1.0 / (b - a))
-        return found
+            diagonal[a:b] += self._factor(a, b, n_rows) ** 2 * (1.0 - 1.0 / (b - a))
+        return diagonal
 
     def costs(self, points: NDArray[np.float64], n_rows: int) -> Vector:
-        """Return the penalty at some points, shape (k, p)."""
+        """Return the penalty at points of shape (k, p)."""
         return np.array([0.5 * np.sum(self.residuals(point, n_rows) ** 2) for point in points])
 
 
@@ -74,5 +66,5 @@ def _centered(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def total_variance(params: Any, groups: tuple[tuple[int, int], ...]) -> Any:
-    """Return the sum of the groups' variances (traced)."""
+    """Return the sum of the variances of all groups (traced)."""
     return sum((jnp.var(params[a:b]) for a, b in groups), jnp.zeros((), params.dtype))

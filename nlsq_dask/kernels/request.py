@@ -1,4 +1,4 @@
-"""``Request``: which sums over the rows are needed, and where."""
+"""``Request``: the sums that a solver needs next, and where."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Request:
-    """The sums over the rows that a solver needs next."""
+    """Sums over the rows requested by a solver."""
 
     params: Vector
-    candidates: Matrix | None = None  # (k, p), where the cost alone is needed
-    directions: Matrix | None = None  # (k, p), along which products J^T J v are needed
-    accumulation: Accumulation = Accumulation.GRAM  # where there is a choice
-    is_trial: bool = True  # whether ``params`` may become the next iterate
-    is_fresh: bool = False  # whether the sums are compared with none from before
+    candidates: Matrix | None = None  # (k, p), points at which only the cost is needed
+    directions: Matrix | None = None  # (k, p), vectors v of the products J^T J v
+    accumulation: Accumulation = Accumulation.GRAM  # used by dense solvers
+    is_trial: bool = True  # ``params`` may become the next iterate
+    is_fresh: bool = False  # the sums are not compared with earlier ones

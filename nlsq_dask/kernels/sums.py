@@ -1,4 +1,4 @@
-"""What one pass over rows brings back, and how the sums of two parts of the rows combine."""
+"""Sums over rows: the result of a pass, and how the sums of two sets of rows combine."""
 
 from __future__ import annotations
 
@@ -18,68 +18,44 @@ Moments = tuple[float, float, float, float]  # weight, y_sum, y_square and signa
 
 
 def combined(combine: Callable[[Any, Any], Any], **options: Any) -> Any:
-    """Declare a field of sums, with how its values over two parts of the rows combine."""
+    """Declare a field with the function that combines its values over two sets of rows."""
     return field(metadata={"combine": combine}, **options)
 
 
-def _merged(
+def _merge(
     one: NDArray[np.float64] | None, other: NDArray[np.float64] | None
 ) -> NDArray[np.float64] | None:
-    return None if one is None or other is None else tsqr.merged(one, other)
+    return None if one is None or other is None else tsqr.merge(one, other)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sums(ABC):
-    """Sums over rows, all in float64, without what a step is solved from.
+    """Sums over rows, all in float64, that every solver needs.
 
-    With residuals ``r = (model - y) / sigma`` and their Jacobian ``J``.
-
-    Attributes
-    ----------
-    jtr : ndarray, shape (p,)
-        ``J^T r``, the gradient of the cost.
-    cost : float
-        ``1/2 sum C^2 rho((r / C)^2)``, which is ``1/2 sum r^2`` with the linear loss, and the
-        penalty.
-    chi2 : float
-        ``sum r^2``.
-    penalty : float
-        What of the cost does not come from rows, see ``GroupVariance``.
-    largest : float
-        Largest ``|r|``.
-    weight, y_sum, y_square : float
-        Sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2`` with ``w = 1 / sigma^2`` and a reference
-        value y0 that keeps the variance free of cancellation.
-    signal : float
-        Sum of ``w y^2``: together with the machine's epsilon it says what rounding can hide.
-    n_used, n_masked, n_bad : int
-        Rows in the sums; rows masked by the caller; rows with a NaN or infinity in y, x or sigma.
-    n_nonfinite : int
-        Rows of finite data at which model or Jacobian are not finite.
-    n_bad_sigma : int
-        Rows whose sigma is not positive.
-    candidate_costs : ndarray, shape (k,)
-        The cost at further points.
+    The residuals are ``r = (model - y) / sigma`` and their Jacobian is ``J``.
     """
 
-    jtr: NDArray[np.float64] = combined(add)
-    cost: float = combined(add)
-    chi2: float = combined(add, default=0.0)
-    penalty: float = combined(add, default=0.0)
-    largest: float = combined(max, default=0.0)
+    jtr: NDArray[np.float64] = combined(add)  # J^T r, the gradient of the cost, shape (p,)
+    cost: float = combined(add)  # 1/2 sum C^2 rho((r / C)^2), or 1/2 sum r^2, plus the penalty
+    chi2: float = combined(add, default=0.0)  # sum r^2
+    penalty: float = combined(add, default=0.0)  # part of the cost, see ``GroupVariance``
+    largest: float = combined(max, default=0.0)  # max |r|
+    # Sums of w, w (y - y0) and w (y - y0)^2 with w = 1 / sigma^2; the reference y0 avoids
+    # cancellation in the variance.
     weight: float = combined(add, default=0.0)
     y_sum: float = combined(add, default=0.0)
     y_square: float = combined(add, default=0.0)
-    signal: float = combined(add, default=0.0)
-    n_used: int = combined(add, default=0)
-    n_masked: int = combined(add, default=0)
-    n_bad: int = combined(add, default=0)
-    n_nonfinite: int = combined(add, default=0)
-    n_bad_sigma: int = combined(add, default=0)
+    signal: float = combined(add, default=0.0)  # sum of w y^2, which bounds rounding errors
+    n_used: int = combined(add, default=0)  # rows in the sums
+    n_masked: int = combined(add, default=0)  # rows masked by the caller
+    n_bad: int = combined(add, default=0)  # rows with NaN or infinity in y, x or sigma
+    n_nonfinite: int = combined(add, default=0)  # rows with a non-finite model or Jacobian
+    n_bad_sigma: int = combined(add, default=0)  # rows with sigma <= 0
+    # The cost at the candidates, shape (k,).
     candidate_costs: NDArray[np.float64] = combined(add, default_factory=lambda: np.zeros(0))
 
     def combine(self, other: Self) -> Self:
-        """Return the sums over the rows of both."""
+        """Return the sums over the rows of both operands."""
         return type(self)(
             **{
                 f.name: f.metadata["combine"](getattr(self, f.name), getattr(other, f.name))
@@ -95,57 +71,55 @@ class Sums(ABC):
         candidates: NDArray[np.float64] | None = None,
         directions: NDArray[np.float64] | None = None,
     ) -> Self:
-        """Return the sums with a penalty for as many rows added.
+        """Return the sums with the penalty for ``n_used`` rows added.
 
         Parameters
         ----------
         penalty : GroupVariance
         params : ndarray, shape (p,)
-            Where the sums were taken.
-        candidates : ndarray, shape (k, p), optional
-            Where the further costs were.
-        directions : ndarray, shape (k, p), optional
-            Of which the products are.
+            Parameters of the sums.
+        candidates, directions : ndarray, each of shape (k, p), optional
+            Points of the candidate costs; vectors of the products.
         """
 
     @property
     def moments(self) -> Moments:
-        """The sums of the data alone."""
+        """Sums of the data alone."""
         return self.weight, self.y_sum, self.y_square, self.signal
 
     def with_moments(self, moments: Moments) -> Self:
-        """Return these sums with those of the data alone taken from others over the same rows."""
+        """Return the sums with the given moments, computed earlier over the same rows."""
         weight, y_sum, y_square, signal = moments
         return replace(self, weight=weight, y_sum=y_sum, y_square=y_square, signal=signal)
 
     def variance(self, n_params: int) -> float:
-        """Return the variance of a residual; infinite without degrees of freedom."""
+        """Return the residual variance; infinite without degrees of freedom."""
         dof = self.n_used - n_params
         return 2.0 * max(self.cost - self.penalty, 0.0) / dof if dof > 0 else np.inf
 
     @property
     def mean_square(self) -> float:
-        """The mean squared weighted residual, with the penalty."""
+        """Mean squared weighted residual, including the penalty."""
         return 2.0 * self.cost / max(self.n_used, 1)
 
     def relative_slope(self, scales: NDArray[np.float64]) -> float:
         """Return the norm of the gradient of the relative loss in normalized parameters."""
         size = self.total_variation or float(max(self.n_used, 1))
-        with np.errstate(over="ignore"):  # infinite says enough
+        with np.errstate(over="ignore"):  # infinity is a valid result
             return 2.0 / size * float(np.linalg.norm(self.jtr * scales))
 
     def cost_noise(self, epsilon: float) -> float:
-        """Return the difference of costs below which it is rounding, in such an arithmetic."""
+        """Return the rounding error of a difference of costs for machine epsilon ``epsilon``."""
         return 32 * epsilon * self.cost + epsilon * float(np.sqrt(2 * self.cost * self.signal))
 
     @property
     def n_omitted(self) -> int:
-        """Rows that are not in the sums, masked or bad."""
+        """Number of rows excluded from the sums: masked or not finite."""
         return self.n_masked + self.n_bad
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model and its Jacobian were finite at every row that counts."""
+        """Whether model and Jacobian are finite at all rows used."""
         return (
             self.n_nonfinite == 0
             and bool(np.isfinite(self.cost))
@@ -162,19 +136,12 @@ class Sums(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NormalEquations(Sums):
-    """Sums that determine a Gauss-Newton step.
+    """Sums that determine a Gauss-Newton step."""
 
-    Attributes
-    ----------
-    jtj : ndarray, shape (p, p)
-        ``J^T J``.
-    triangle : ndarray, shape (p + 1, p + 1), or None
-        R of the QR factorization of ``[J r]``, where that was asked for; with a robust loss that of
-        J alone, shape (p, p).
-    """
-
-    jtj: NDArray[np.float64] = combined(add)
-    triangle: NDArray[np.float64] | None = combined(_merged, default=None)
+    jtj: NDArray[np.float64] = combined(add)  # J^T J, shape (p, p)
+    # R of the QR factorization of [J r], shape (p + 1, p + 1), if requested; with a robust loss,
+    # that of J, shape (p, p).
+    triangle: NDArray[np.float64] | None = combined(_merge, default=None)
 
     def penalized(
         self,
@@ -183,31 +150,31 @@ class NormalEquations(Sums):
         candidates: NDArray[np.float64] | None = None,
         directions: NDArray[np.float64] | None = None,
     ) -> Self:
-        """Return the sums with a penalty for as many rows added."""
+        """Return the sums with the penalty for ``n_used`` rows added."""
         if not penalty.groups:
             return self
         n = self.n_used
-        found = self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
+        sums = self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
         if candidates is None:
-            return found
-        return replace(found, candidate_costs=self.candidate_costs + penalty.costs(candidates, n))
+            return sums
+        return replace(sums, candidate_costs=self.candidate_costs + penalty.costs(candidates, n))
 
     def with_rows(self, jacobian: NDArray[np.float64], residuals: NDArray[np.float64]) -> Self:
-        """Return the sums with further rows, which count as a penalty and not as data.
+        """Return the sums with additional rows, which count as penalty and not as data.
 
         Parameters
         ----------
         jacobian : ndarray, shape (k, p)
         residuals : ndarray, shape (k,)
         """
-        joined = None
+        triangle = None
         if self.triangle is not None:
             rows = np.column_stack([jacobian, residuals])[:, : self.triangle.shape[1]]
-            joined = tsqr.with_rows(self.triangle, rows)
+            triangle = tsqr.with_rows(self.triangle, rows)
         penalty = 0.5 * float(residuals @ residuals)
         return replace(
             self,
-            triangle=joined,
+            triangle=triangle,
             jtj=self.jtj + jacobian.T @ jacobian,
             jtr=self.jtr + jacobian.T @ residuals,
             cost=self.cost + penalty,
@@ -216,21 +183,15 @@ class NormalEquations(Sums):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model and its Jacobian were finite at every row that counts."""
+        """Whether model and Jacobian are finite at all rows used."""
         return super().is_finite and bool(np.isfinite(self.jtj).all())
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSums(Sums):
-    """Sums for many parameters: nothing is larger than a vector of them.
+    """Sums for many parameters, without p-by-p matrices."""
 
-    Attributes
-    ----------
-    products : ndarray, shape (k, p)
-        ``J^T J v`` for each of k directions.
-    """
-
-    products: NDArray[np.float64] = combined(add)
+    products: NDArray[np.float64] = combined(add)  # J^T J v for each of k directions, (k, p)
 
     def penalized(
         self,
@@ -239,18 +200,18 @@ class GradientSums(Sums):
         candidates: NDArray[np.float64] | None = None,
         directions: NDArray[np.float64] | None = None,
     ) -> Self:
-        """Return the sums with a penalty for as many rows added."""
+        """Return the sums with the penalty for ``n_used`` rows added."""
         if not penalty.groups:
             return self
         n, p = self.n_used, len(params)
         vectors = np.empty((0, p)) if directions is None else directions
         points = np.empty((0, p)) if candidates is None else candidates
         cost = float(penalty.costs(params[None], n)[0])
-        further = [penalty.product(vector, n) for vector in vectors]
+        added = [penalty.product(vector, n) for vector in vectors]
         return replace(
             self,
             jtr=self.jtr + penalty.product(params, n),
-            products=self.products + np.array(further) if further else self.products,
+            products=self.products + np.array(added) if added else self.products,
             cost=self.cost + cost,
             penalty=self.penalty + cost,
             candidate_costs=self.candidate_costs + penalty.costs(points, n),
@@ -258,5 +219,5 @@ class GradientSums(Sums):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model and its derivatives were finite at every row that counts."""
+        """Whether model and derivatives are finite at all rows used."""
         return super().is_finite and bool(np.isfinite(self.products).all())

@@ -1,8 +1,8 @@
-"""R of the QR factorization of ``[J r]``: what ``J^T J`` and ``J^T r`` say, without squaring.
+"""Tall-skinny QR: R of the factorization of ``[J r]``, without forming ``J^T J``.
 
-``J^T J`` squares the condition number of J, so it knows nothing of directions in which J is smaller
-by ``sqrt(eps)``. R is made of orthogonal transformations of J alone and keeps them down to ``eps``.
-Factorizations of parts of the rows are joined by that of their R, one below the other, in a tree.
+``J^T J`` squares the condition number of J and loses directions in which J is smaller by
+``sqrt(eps)``. R results from orthogonal transformations of J and resolves them down to ``eps``.
+Factors of two sets of rows are merged by factorizing one R stacked on the other, in a tree.
 
 References
 ----------
@@ -21,42 +21,42 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
-# OpenBLAS shares larger matrices among its threads, whose number would then show in the bits.
-_MOST_ENTRIES = 2**13
-_LEAST_ROWS = 64
+# OpenBLAS uses threads for larger matrices; the bits would then depend on their number.
+_MAX_ENTRIES = 2**13
+_MIN_ROWS = 64
 
 
-def part_rows(n_columns: int, n_rows: int) -> int:
-    """Return how many rows, a power of two, are best factorized at once on a CPU."""
-    most = max(_MOST_ENTRIES // n_columns, _LEAST_ROWS)
-    return min(1 << (most.bit_length() - 1), n_rows)
+def panel_rows(n_columns: int, n_rows: int) -> int:
+    """Return the number of rows per QR factorization on a CPU, a power of two."""
+    max_rows = max(_MAX_ENTRIES // n_columns, _MIN_ROWS)
+    return min(1 << (max_rows.bit_length() - 1), n_rows)
 
 
-def extended(triangle: Any, columns: Any, n_at_once: int) -> Any:
-    """Return R of the rows behind ``triangle`` and further ones, in JAX.
+def append_rows(triangle: Any, columns: Any, n_panel_rows: int) -> Any:
+    """Return R of the rows of ``triangle`` and additional rows, in JAX.
 
     Parameters
     ----------
     triangle : array, shape (k, k)
         Upper triangular.
     columns : array, shape (k, b)
-        The further rows, transposed.
-    n_at_once : int
-        Rows that are factorized at once; a divisor of b.
+        The additional rows, transposed.
+    n_panel_rows : int
+        Rows per factorization; a divisor of b.
     """
 
     def add(i: Any, triangle: Any) -> Any:
-        part = lax.dynamic_slice_in_dim(columns, i * n_at_once, n_at_once, axis=1)
-        return jnp.linalg.qr(jnp.concatenate([triangle, part.T]), mode="r")
+        panel = lax.dynamic_slice_in_dim(columns, i * n_panel_rows, n_panel_rows, axis=1)
+        return jnp.linalg.qr(jnp.concatenate([triangle, panel.T]), mode="r")
 
-    return lax.fori_loop(0, columns.shape[1] // n_at_once, add, triangle)
+    return lax.fori_loop(0, columns.shape[1] // n_panel_rows, add, triangle)
 
 
-def merged(one: Matrix, other: Matrix) -> Matrix:
-    """Return R of the rows behind both; below the diagonal an R may hold other things."""
+def merge(one: Matrix, other: Matrix) -> Matrix:
+    """Return R of the rows of both; elements below the diagonals are ignored."""
     return with_rows(one, np.triu(other))
 
 
 def with_rows(triangle: Matrix, rows: Matrix) -> Matrix:
-    """Return R of the rows behind ``triangle`` and further ones."""
+    """Return R of the rows of ``triangle`` and additional rows."""
     return np.asarray(np.linalg.qr(np.vstack([np.triu(triangle), rows]), mode="r"))

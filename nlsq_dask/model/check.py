@@ -114,7 +114,7 @@ def check_row_wise(
         Finite rows of the data.
     params : ndarray, shape (p,)
     """
-    n = kernel.piece_rows
+    n = kernel.batch_rows
     mixed = np.arange(n) % len(rows)
     first_x = rows.x[0].reshape(len(rows), -1)[mixed, 0]
     places = sorted({0, n // 3, n - 1, int(first_x.argmin()), int(first_x.argmax())})

@@ -15,7 +15,7 @@ from nlsq_dask.model.jacobian import choose_mode, residual_and_jacobian
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, traced_once
-from nlsq_dask.rows.rows import BLOCK_ROWS, Layout, Rows
+from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class PredictionKernel:
 
     program: Program
     layout: Layout
-    piece_rows: int  # rows per call of the program
+    batch_rows: int  # rows per call of the program
     with_std: bool = False  # whether standard errors are computed as well
 
     @classmethod
     def trace(
-        cls, model: Model, piece_rows: int = BLOCK_ROWS * 16, with_std: bool = False
+        cls, model: Model, batch_rows: int = STRIP_ROWS * 16, with_std: bool = False
     ) -> PredictionKernel:
-        """Trace the evaluation of this model for batches of ``piece_rows`` rows."""
+        """Trace the evaluation of this model for batches of ``batch_rows`` rows."""
         p = model.n_params
         with x64():
             jaxpr = model.jaxpr()
@@ -44,23 +44,23 @@ class PredictionKernel:
             assert mode is not None
             ones = jnp.ones(p + 1, model.dtype)
             linearized = residual_and_jacobian(model, mode)
-            out, stacked = linearized(x, jnp.zeros(piece_rows), params.astype(model.dtype), ones)
+            out, stacked = linearized(x, jnp.zeros(batch_rows), params.astype(model.dtype), ones)
             return jnp.stack([out, jnp.linalg.norm(root.T @ stacked[:p], axis=0)])
 
         def trace() -> Program:
             return Program.trace(
                 values_and_std if with_std else values,
-                model.x_specs(piece_rows),
+                model.x_specs(batch_rows),
                 jax.ShapeDtypeStruct((p,), np.dtype("f8")),
                 jax.ShapeDtypeStruct((p, p) if with_std else (0, 0), np.dtype("f8")),
             )
 
-        signature = (cls, model.layout, model.dtype, p, piece_rows, with_std)
-        return cls(traced_once(signature, jaxpr, trace), model.layout, piece_rows, with_std)
+        signature = (cls, model.layout, model.dtype, p, batch_rows, with_std)
+        return cls(traced_once(signature, jaxpr, trace), model.layout, batch_rows, with_std)
 
     def __call__(
         self,
-        pieces: Iterable[tuple[Rows, int]],
+        batches: Iterable[tuple[Rows, int]],
         params: NDArray[np.float64],
         root: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
@@ -68,7 +68,7 @@ class PredictionKernel:
 
         Parameters
         ----------
-        pieces : iterable of (Rows, int)
+        batches : iterable of (Rows, int)
         params : ndarray, shape (p,)
         root : ndarray, shape (p, p), optional
             ``root @ root.T`` is the covariance of the parameters.
@@ -81,7 +81,7 @@ class PredictionKernel:
         if not self.with_std:
             root = np.empty((0, 0))
         results = [np.empty((1 + self.with_std, 0))]
-        for rows, n_rows in pieces:
+        for rows, n_rows in batches:
             x = tuple(
                 np.asarray(leaf, dtype)
                 for leaf, dtype in zip(rows.x, self.layout.x_dtypes, strict=True)

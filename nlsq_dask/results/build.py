@@ -42,7 +42,7 @@ def build_result(
     active = _active_mask(outcome.params, parameters)
     gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
     n_used = 0 if sums is None else sums.n_used
-    flags = outcome.undetermined if covariance is None else covariance.undetermined
+    flags = outcome.non_identifiable if covariance is None else covariance.non_identifiable
     non_identifiable = [] if flags is None else _names(parameters, flags)
     at_bounds = _names(parameters, active != 0)
     is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))

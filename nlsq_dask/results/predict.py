@@ -265,5 +265,5 @@ def _predict_block(
     root: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
     block = Block(y.shape, np.empty(y.shape, bool), x, None, None)
-    values = kernel(block.pieces(kernel.piece_rows), params, root)
+    values = kernel(block.batches(kernel.batch_rows), params, root)
     return values.reshape(-1, *y.shape)

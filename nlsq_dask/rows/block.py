@@ -102,7 +102,7 @@ class Block:
             None if self.mask is None else pick(self.mask),
         )
 
-    def pieces(self, n_rows: int) -> Iterator[tuple[Rows, int]]:
+    def batches(self, n_rows: int) -> Iterator[tuple[Rows, int]]:
         """Yield batches padded to ``n_rows`` rows with their true counts."""
         for start in range(0, len(self), n_rows):
             stop = min(start + n_rows, len(self))

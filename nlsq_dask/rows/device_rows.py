@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 
-class Piece(NamedTuple):
+class Batch(NamedTuple):
     """Arguments of one call of a kernel's program."""
 
     arrays: Any  # y, x, sigma and mask as in a ``Window``
@@ -22,7 +22,7 @@ class PlacedRows:
     """Rows split into batches, which are distributed over the devices in turn."""
 
     shape: tuple[int, ...]  # of y; its elements are the rows
-    pieces: tuple[Piece, ...]  # with JAX arrays
+    batches: tuple[Batch, ...]  # with JAX arrays
 
     def __len__(self) -> int:
         return math.prod(self.shape)
@@ -30,4 +30,6 @@ class PlacedRows:
     @property
     def nbytes(self) -> int:
         """Bytes in device memory."""
-        return sum(array.nbytes for piece in self.pieces for array in jax.tree.leaves(piece.arrays))
+        return sum(
+            array.nbytes for batch in self.batches for array in jax.tree.leaves(batch.arrays)
+        )

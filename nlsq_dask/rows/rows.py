@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-BLOCK_ROWS = 1024  # their columns fit a core's cache; 1,000 to 2,000 were equally fast
+STRIP_ROWS = 1024  # their columns fit a core's cache; 1,000 to 2,000 were equally fast
 
 
 def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
@@ -125,11 +125,11 @@ class Rows:
             None if self.mask is None else pad(self.mask),
         )
 
-    def pieces(self, n_rows: int) -> Iterator[tuple[Self, int]]:
+    def batches(self, n_rows: int) -> Iterator[tuple[Self, int]]:
         """Yield batches padded to ``n_rows`` rows with their true counts."""
         for start in range(0, len(self), n_rows):
-            piece = self.take(slice(start, start + n_rows))
-            yield piece.padded(n_rows), len(piece)
+            batch = self.take(slice(start, start + n_rows))
+            yield batch.padded(n_rows), len(batch)
 
     def usable(self) -> Self:
         """Return the rows that are finite in y, x and sigma and not masked."""

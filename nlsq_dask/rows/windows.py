@@ -77,7 +77,7 @@ def windows(
     arrays: Sequence[Array | None],
     shape: tuple[int, ...],
     n_rows: int,
-    block_rows: int,
+    strip_rows: int,
     memory: Memory,
 ) -> Iterator[Window]:
     """Yield padded views of ``n_rows`` rows of arrays that broadcast against ``shape``.
@@ -90,7 +90,7 @@ def windows(
         Shape of y, whose elements in C order are the rows.
     n_rows : int
         Maximum number of rows of a batch.
-    block_rows : int
+    strip_rows : int
         Rows of the kernel's strips, whose boundaries the batches respect. The kernel reads the last
         strip of a batch completely, masked beyond its rows.
     memory : Memory
@@ -98,9 +98,9 @@ def windows(
     """
     flat = [None if array is None else _flat(array, shape) for array in arrays]
     length = n_rows + SLACK
-    for start, count in _view_ranges(math.prod(shape), n_rows, block_rows):
+    for start, count in _view_ranges(math.prod(shape), n_rows, strip_rows):
         buffers = memory.next_buffers()
-        stop = start - (count // -block_rows) * block_rows  # end of the last strip
+        stop = start - (count // -strip_rows) * strip_rows  # end of the last strip
         views: list[tuple[Any, Any]] = []
         for i, (array, rows) in enumerate(zip(arrays, flat, strict=True)):
             if array is None:
@@ -122,18 +122,18 @@ def windows(
         yield padded, offsets, count
 
 
-def _view_ranges(n_rows: int, max_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
+def _view_ranges(n_rows: int, max_rows: int, strip_rows: int) -> Iterator[tuple[int, int]]:
     """Yield start and number of rows of each batch.
 
     The first and the last are short, because they usually have to be copied.
     """
     has_views = n_rows >= max_rows + SLACK
-    start, count = 0, block_rows if has_views else min(max_rows, n_rows)
+    start, count = 0, strip_rows if has_views else min(max_rows, n_rows)
     while start < n_rows:
         yield start, count
         start += count
         remaining = n_rows - start
-        whole = (remaining - SLACK) // block_rows * block_rows if has_views else remaining
+        whole = (remaining - SLACK) // strip_rows * strip_rows if has_views else remaining
         count = min(max_rows, whole if whole > 0 else remaining)
 
 

@@ -16,13 +16,13 @@ from jax import lax
 from nlsq_dask.kernels.losses import LINEAR, robust
 from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.model import Model
-from nlsq_dask.rows.rows import BLOCK_ROWS
+from nlsq_dask.rows.rows import STRIP_ROWS
 
-_STEPS = 10  # trial points of a candidate
+_N_STEPS = 10  # trial points of a candidate
 # Multiples of the curvature that are added to it: at first, and by what they change. The first
 # steps are short, because long ones leave narrow basins.
-FIRST_DAMPING, _LESS, _MORE = 1.0, 0.3, 3.0
-_LEAST_DAMPING, _MOST_DAMPING = 1e-9, 1e9
+FIRST_DAMPING, _DECREASE, _INCREASE = 1.0, 0.3, 3.0
+_MIN_DAMPING, _MAX_DAMPING = 1e-9, 1e9
 
 
 class Problem(NamedTuple):
@@ -66,9 +66,9 @@ def make_objective(
 ) -> Callable[[Any], Objective]:
     """Return the objective over the first so many rows.
 
-    It is summed block by block, so that the Jacobian of all rows is never in memory.
+    It is summed strip by strip, so that the Jacobian of all rows is never in memory.
     """
-    size = min(BLOCK_ROWS, problem.y.shape[0])
+    size = min(STRIP_ROWS, problem.y.shape[0])
     linearized = residual_and_jacobian(model, mode)
     factors = jnp.append(problem.scales, 1.0)
     p = model.n_params
@@ -93,58 +93,62 @@ def make_objective(
                 )
             return sums[0] + terms.sum(), sums[1] + stacked @ stacked.T
 
-        nothing = jnp.zeros(()), jnp.zeros((p + 1, p + 1))
-        n_blocks = (n_rows + size - 1) // size
+        zeros = jnp.zeros(()), jnp.zeros((p + 1, p + 1))
+        n_strips = (n_rows + size - 1) // size
         total, gram = jax.tree.map(
-            lambda array: array / n_rows, lax.fori_loop(0, n_blocks, add, nothing)
+            lambda array: array / n_rows, lax.fori_loop(0, n_strips, add, zeros)
         )
-        further = jnp.column_stack([problem.penalty * problem.scales, problem.penalty @ params])
-        total, gram = total + (further[:, p] ** 2).sum(), gram + further.T @ further
+        penalty_rows = jnp.column_stack(
+            [problem.penalty * problem.scales, problem.penalty @ params]
+        )
+        total, gram = total + (penalty_rows[:, p] ** 2).sum(), gram + penalty_rows.T @ penalty_rows
         is_finite = jnp.isfinite(total) & jnp.isfinite(gram).all()
         return Objective(jnp.where(is_finite, total, jnp.inf), gram[:p, p], gram[:p, :p])
 
     return objective
 
 
-def _step(problem: Problem, params: Any, damping: Any, here: Objective) -> Any:
+def _step(problem: Problem, params: Any, damping: Any, current: Objective) -> Any:
     """Return the point to which a damped Gauss-Newton step leads, inside the bounds.
 
     Parameters on a bound do not move outwards, so that the others are not led astray by them.
     """
     low, high = problem.low, problem.high
-    held = ((params <= low) & (here.gradient > 0)) | ((params >= high) & (here.gradient < 0))
-    norms = jnp.sqrt(jnp.diag(here.curvature))
-    free = ~held & (norms > 0)
+    is_blocked = ((params <= low) & (current.gradient > 0)) | (
+        (params >= high) & (current.gradient < 0)
+    )
+    norms = jnp.sqrt(jnp.diag(current.curvature))
+    free = ~is_blocked & (norms > 0)
     scale = jnp.where(free, norms, 1.0)
     eye = jnp.eye(len(params))
-    curvature = jnp.where(free[:, None] & free, here.curvature / scale[:, None] / scale, eye)
-    slope = jnp.where(free, here.gradient / scale, 0.0)
+    curvature = jnp.where(free[:, None] & free, current.curvature / scale[:, None] / scale, eye)
+    slope = jnp.where(free, current.gradient / scale, 0.0)
     factor = jax.scipy.linalg.cho_factor(curvature + damping * eye)
     trial = jnp.clip(params - jax.scipy.linalg.cho_solve(factor, slope) / scale, low, high)
     return jnp.where(jnp.isfinite(trial).all(), trial, params)
 
 
-def _improved(
+def _improve(
     problem: Problem, objective: Callable[[Any], Objective], candidate: Candidate
 ) -> Candidate:
     """Lead a candidate downhill by a fixed number of trial points."""
 
     def attempt(_: Any, state: Any) -> Any:
-        params, damping, here = state
-        trial = _step(problem, params, damping, here)
-        there = objective(trial)
-        is_better = there.loss < here.loss
+        params, damping, current = state
+        trial = _step(problem, params, damping, current)
+        proposed = objective(trial)
+        is_better = proposed.loss < current.loss
         damping = jnp.clip(
-            damping * jnp.where(is_better, _LESS, _MORE), _LEAST_DAMPING, _MOST_DAMPING
+            damping * jnp.where(is_better, _DECREASE, _INCREASE), _MIN_DAMPING, _MAX_DAMPING
         )
         kept = jax.tree.map(
-            lambda new, old: jnp.where(is_better, new, old), (trial, there), (params, here)
+            lambda new, old: jnp.where(is_better, new, old), (trial, proposed), (params, current)
         )
         return kept[0], damping, kept[1]
 
     start = candidate.params, candidate.damping, objective(candidate.params)
-    params, damping, here = lax.fori_loop(0, _STEPS, attempt, start)
-    return Candidate(params, damping, here.loss)
+    params, damping, current = lax.fori_loop(0, _N_STEPS, attempt, start)
+    return Candidate(params, damping, current.loss)
 
 
 def improve_groups(
@@ -159,12 +163,12 @@ def improve_groups(
     """Lead the candidates of the first so many groups downhill, one group after the other."""
     objective = make_objective(model, mode, loss, problem, n_rows)
     improve: Callable[[Candidate], Candidate] = jax.vmap(
-        lambda candidate: _improved(problem, objective, candidate)
+        lambda candidate: _improve(problem, objective, candidate)
     )
 
     def improve_group(i: Any, groups: Candidate) -> Candidate:
-        found = improve(Candidate(*(array[i] for array in groups)))
-        pairs = zip(groups, found, strict=True)
+        improved = improve(Candidate(*(array[i] for array in groups)))
+        pairs = zip(groups, improved, strict=True)
         return Candidate(*(array.at[i].set(new) for array, new in pairs))
 
     result: Candidate = lax.fori_loop(0, n_groups, improve_group, groups)

@@ -21,7 +21,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 Vector = NDArray[np.float64]
 
 NULL_EIGENVALUE = 1e-10  # eigenvalue of J^T J times its preconditioner that is rounding
-_PROBE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
+_SOLVE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class LinearSolve:
         The next; its product is wanted.
     square : float
         Of the residual, in the norm of the preconditioner.
-    first_square : float
+    initial_square : float
         The same at the start.
     reduction : float
         By how much the step reduces the quadratic.
-    lengths, turns : tuple of float
+    alphas, betas : tuple of float
         The coefficients so far: of directions in the step, and of a direction in the next.
     """
 
@@ -48,51 +48,53 @@ class LinearSolve:
     residual: Vector
     direction: Vector
     square: float
-    first_square: float
+    initial_square: float
     reduction: float = 0.0
-    lengths: tuple[float, ...] = ()
-    turns: tuple[float, ...] = ()
+    alphas: tuple[float, ...] = ()
+    betas: tuple[float, ...] = ()
 
     @classmethod
-    def begin(cls, gradient: Vector, precondition: Callable[[Vector], Vector]) -> Self:
+    def init(cls, gradient: Vector, precondition: Callable[[Vector], Vector]) -> Self:
         """Start from a step of zero."""
         residual = -gradient
         direction = precondition(residual)
         square = max(float(residual @ direction), 0.0)
         return cls(np.zeros_like(residual), residual, direction, square, square)
 
-    def continued(self, product: Vector, precondition: Callable[[Vector], Vector]) -> Self | None:
+    def update(self, product: Vector, precondition: Callable[[Vector], Vector]) -> Self | None:
         """Return the solve with the direction's product known, or None if it leads nowhere."""
         curvature = float(self.direction @ product)
         if not (curvature > 0.0 and self.square > 0.0 and np.isfinite(self.square / curvature)):
             return None
-        length = self.square / curvature
-        residual = self.residual - length * product
+        alpha = self.square / curvature
+        residual = self.residual - alpha * product
         preconditioned = precondition(residual)
         square = max(float(residual @ preconditioned), 0.0)
-        turn = max(square - float(self.residual @ preconditioned), 0.0) / self.square
+        beta = max(square - float(self.residual @ preconditioned), 0.0) / self.square
         return replace(
             self,
-            step=self.step + length * self.direction,
+            step=self.step + alpha * self.direction,
             residual=residual,
-            direction=preconditioned + turn * self.direction,
+            direction=preconditioned + beta * self.direction,
             square=square,
-            reduction=self.reduction + 0.5 * length * self.square,
-            lengths=(*self.lengths, length),
-            turns=(*self.turns, turn),
+            reduction=self.reduction + 0.5 * alpha * self.square,
+            alphas=(*self.alphas, alpha),
+            betas=(*self.betas, beta),
         )
 
     @property
     def least_ritz_value(self) -> float:
         """The least eigenvalue, known so far, of J^T J times the preconditioner."""
-        lengths, turns = np.array(self.lengths), np.array(self.turns)
-        diagonal = 1.0 / lengths
-        diagonal[1:] += turns[:-1] / lengths[:-1]
-        beside = np.sqrt(turns[:-1]) / lengths[:-1]
-        return float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(0, 0))[0])
+        alphas, betas = np.array(self.alphas), np.array(self.betas)
+        diagonal = 1.0 / alphas
+        diagonal[1:] += betas[:-1] / alphas[:-1]
+        off_diagonal = np.sqrt(betas[:-1]) / alphas[:-1]
+        return float(
+            eigvalsh_tridiagonal(diagonal, off_diagonal, select="i", select_range=(0, 0))[0]
+        )
 
 
-def solved_together(
+def solve_many(
     products: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     right: NDArray[np.float64],
     precondition: Callable[[Vector], Vector],
@@ -110,24 +112,24 @@ def solved_together(
     precondition : callable
     max_iterations : int
     """
-    solves: list[LinearSolve | None] = [LinearSolve.begin(-b, precondition) for b in right]
-    running = dict.fromkeys(range(len(right)))
-    nothing = np.zeros(right.shape[1])
+    solves: list[LinearSolve | None] = [LinearSolve.init(-b, precondition) for b in right]
+    active = dict.fromkeys(range(len(right)))
+    zeros = np.zeros(right.shape[1])
     for _ in range(max_iterations):
-        if not running:
+        if not active:
             break
-        wanted = [s.direction if s and i in running else nothing for i, s in enumerate(solves)]
-        found = products(np.array(wanted))
-        for i in list(running):
+        directions = [s.direction if s and i in active else zeros for i, s in enumerate(solves)]
+        new_products = products(np.array(directions))
+        for i in list(active):
             solve = solves[i]
-            solve = None if solve is None else solve.continued(found[i], precondition)
+            solve = None if solve is None else solve.update(new_products[i], precondition)
             if solve is None or solve.least_ritz_value < NULL_EIGENVALUE:
                 solves[i] = None
-                del running[i]
+                del active[i]
                 continue
             solves[i] = solve
-            if solve.square <= _PROBE_RTOL**2 * solve.first_square:
-                del running[i]
-    for i in running:
+            if solve.square <= _SOLVE_RTOL**2 * solve.initial_square:
+                del active[i]
+    for i in active:
         solves[i] = None
-    return np.array([np.full_like(nothing, np.inf) if s is None else s.step for s in solves])
+    return np.array([np.full_like(zeros, np.inf) if s is None else s.step for s in solves])

@@ -24,13 +24,13 @@ class Covariance:
         The covariance is ``root @ root.T``. It has what that loses by squaring.
     condition_number : float
         Of the column-scaled Jacobian.
-    undetermined : ndarray of bool, shape (p,)
+    non_identifiable : ndarray of bool, shape (p,)
         Parameters that take part in a direction that the data do not determine.
     """
 
     root: Matrix
     condition_number: float
-    undetermined: NDArray[np.bool_]
+    non_identifiable: NDArray[np.bool_]
 
     @property
     def pcov(self) -> Matrix:
@@ -58,25 +58,25 @@ def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> C
     norms = np.sqrt(np.diag(sums.jtj))
     columns = np.where(norms > 0.0, norms, 1.0)
     svd = ScaledSVD.of(sums, columns, epsilon)
-    lost = svd.is_null
-    undetermined = np.asarray((np.abs(svd.vectors[:, lost]) > 1e-3).any(axis=1))
-    if lost.any() or (sums.n_used <= p and not absolute_sigma):
+    is_null = svd.is_null
+    non_identifiable = np.asarray((np.abs(svd.vectors[:, is_null]) > 1e-3).any(axis=1))
+    if is_null.any() or (sums.n_used <= p and not absolute_sigma):
         root = np.full((p, p), np.inf)
     else:
         root = svd.inverse_root / columns[:, None]
         if not absolute_sigma:
             root = root * np.sqrt(sums.variance(p))
-    return Covariance(root, svd.condition, undetermined)
+    return Covariance(root, svd.condition, non_identifiable)
 
 
-def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:
+def sandwich(covariance: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:
     """Return the covariance that does not rely on sigma being right in each row.
 
     ``(J^T J)^-1 (sum r^2 J^T J) (J^T J)^-1``, times n / (n - p) for "HC1".
 
     Parameters
     ----------
-    found : Covariance
+    covariance : Covariance
         With pcov = ``(J^T J)^-1``.
     scores : ndarray, shape (k, p)
         A matrix whose ``scores.T @ scores`` is ``sum r^2 J^T J`` over the rows.
@@ -90,9 +90,9 @@ def sandwich(found: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> C
     J. G. MacKinnon and H. White, "Some heteroskedasticity-consistent covariance matrix estimators
     with improved finite sample properties", Journal of Econometrics 29, 305-325 (1985).
     """
-    dof = n_rows - len(found.root)
-    if dof <= 0 or not np.isfinite(found.root).all():
-        return replace(found, root=np.full_like(found.root, np.inf))
+    dof = n_rows - len(covariance.root)
+    if dof <= 0 or not np.isfinite(covariance.root).all():
+        return replace(covariance, root=np.full_like(covariance.root, np.inf))
     factor = np.sqrt(n_rows / dof) if cov_type == "HC1" else 1.0
-    root = found.root @ (scores @ found.root).T * factor
-    return replace(found, root=np.asarray(np.linalg.qr(root.T, mode="r")).T)  # of shape (p, p)
+    root = covariance.root @ (scores @ covariance.root).T * factor
+    return replace(covariance, root=np.asarray(np.linalg.qr(root.T, mode="r")).T)  # of shape (p, p)

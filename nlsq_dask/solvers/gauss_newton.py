@@ -28,21 +28,21 @@ _ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings 
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
 _SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
 _FAST = 0.1  # a contraction below this is one to extrapolate from
-_CRAWLING = 0.9  # from here on, full steps that lead along a flat valley lead nowhere
-_LESS_COST = 0.9  # a fall of the cost that is progress
+_STAGNATING = 0.9  # from here on, full steps that lead along a flat valley lead nowhere
+_COST_PROGRESS = 0.9  # a fall of the cost that is progress
 _SHRINKING = 0.5  # below this, one more step leads closer
 # What a last step without a pass may leave out: a change of the covariance, relative to the
 # variances.
 _COVARIANCE_RTOL = 1e-7
 _CARRIED_RTOL = 5e-6  # of which a sample foresees all but a few percent
-_MEMORY = 3  # earlier iterates
-_LAST_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol |p|
+_MAX_EARLIER = 3  # earlier iterates
+_MAX_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol |p|
 # The change of the covariance as extrapolated from the step before, which has another direction,
 # has been seen 5 times too small.
-_EXTRAPOLATION_MARGIN = 5.0
+_EXTRAPOLATION_FACTOR = 5.0
 # Ends that better sums would not change.
 _ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.USER_STOP}
-_FURTHER = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a proposal's step: shorter, longer
+_FACTORS = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a proposal's step: shorter, longer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Proposal:
     covariance_change: float = np.inf
     # J^T J there as a sample of the rows predicts it; None for a step from the sums alone.
     jtj: NDArray[np.float64] | None = None
-    further: tuple[float, ...] = ()  # multiples of the step at which the cost is evaluated, too
+    factors: tuple[float, ...] = ()  # multiples of the step at which the cost is evaluated, too
 
     @property
     def is_forecast(self) -> bool:
@@ -120,8 +120,8 @@ class GaussNewton:
 
     def init(self, params: Vector, sums: NormalEquations) -> State:
         """Begin at parameters whose sums are known."""
-        return self._following(
-            replace(start(params, sums, self.settings), accumulation=self.accumulation)
+        return self._propose_next(
+            replace(init_state(params, sums, self.settings), accumulation=self.accumulation)
         )
 
     def ask(self, state: State) -> Request:
@@ -136,12 +136,14 @@ class GaussNewton:
         """Accept or reject the proposal, or restart with fresh sums."""
         if state.restart_at is None:
             assert state.proposal is not None
-            return self._following(update(state, state.proposal, sums))
+            return self._propose_next(update(state, state.proposal, sums))
         iteration = state.iteration
-        begun = start(state.restart_at, sums, self.settings)
-        progress = (iteration, *begun.progress[1:])
-        return self._following(
-            replace(begun, iteration=iteration, progress=progress, accumulation=state.accumulation)
+        initial = init_state(state.restart_at, sums, self.settings)
+        progress = (iteration, *initial.progress[1:])
+        return self._propose_next(
+            replace(
+                initial, iteration=iteration, progress=progress, accumulation=state.accumulation
+            )
         )
 
     def restart(self, state: State, params: Vector) -> State:
@@ -152,7 +154,7 @@ class GaussNewton:
         """Go on with a state of another process, which may have had other limits."""
         state = replace(state, iterate=replace(state.iterate, settings=self.settings))
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
-            return self._following(replace(state, stop=None, solution=None))
+            return self._propose_next(replace(state, stop=None, solution=None))
         return state
 
     def end(self, state: State, stop: Status) -> State:
@@ -166,7 +168,7 @@ class GaussNewton:
             restart_at=None,
         )
 
-    def _following(self, state: State) -> State:
+    def _propose_next(self, state: State) -> State:
         """Return the state with its next proposal, or with a request for better sums."""
         if self.may_factorize and loses_digits(state):
             return self.restart(replace(state, accumulation=Accumulation.TRIANGLE), state.params)
@@ -176,14 +178,14 @@ class GaussNewton:
         return replace(take_last_step(state, proposal), proposal=proposal)
 
 
-def start(params: Vector, sums: NormalEquations, settings: Settings) -> State:
+def init_state(params: Vector, sums: NormalEquations, settings: Settings) -> State:
     """Begin at parameters whose sums are known."""
     if not sums.is_finite:
         iterate = Iterate(params, sums, np.ones_like(params), settings)
         return State(iterate, 0.0, stop=Status.NON_FINITE_START, solution=params)
     iterate = Iterate.of(params, sums, settings)
     length = float(np.linalg.norm(iterate.scale * params)) or float(np.linalg.norm(iterate.scale))
-    return _check(State(iterate, settings.initial_radius * length))
+    return _check_convergence(State(iterate, settings.initial_radius * length))
 
 
 def loses_digits(state: State) -> bool:
@@ -198,23 +200,23 @@ def propose(state: State) -> Proposal:
     """Return the minimizer of the quadratic model inside bounds and trust region."""
     iterate = state.iterate
     step, full = restricted_step(iterate.quadratic, *iterate.room, state.radius)
-    further: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
     if state.rejected or not full:
-        shorter, longer = _FURTHER
-        further = shorter if state.rejected else longer
+        shorter, longer = _FACTORS
+        factors = shorter if state.rejected else longer
     return Proposal(
         iterate.moved(step),
         step,
         iterate.quadratic.reduction(step),
         full,
-        _EXTRAPOLATION_MARGIN * state.contraction * state.covariance_change,
-        further=further,
+        _EXTRAPOLATION_FACTOR * state.contraction * state.covariance_change,
+        factors=factors,
     )
 
 
 def candidates(state: State, proposal: Proposal) -> Vector:
     """Return the points at which the cost alone is evaluated, shape (k, p)."""
-    points = [state.iterate.moved(factor * proposal.step) for factor in proposal.further]
+    points = [state.iterate.moved(factor * proposal.step) for factor in proposal.factors]
     return np.array(points).reshape(len(points), len(proposal.params))
 
 
@@ -229,19 +231,19 @@ def take_last_step(state: State, proposal: Proposal) -> State:
     is_comparable = proposal.is_forecast or not state.was_forecast
     if not (proposal.full and is_comparable and state.contraction <= _FAST):
         return state
-    left = state.contraction * np.abs(proposal.params - iterate.params)
+    error = state.contraction * np.abs(proposal.params - iterate.params)
     dof = max(iterate.sums.n_used - len(iterate.params), 1)
     # A triangle holds more than could be carried along.
     jtj = proposal.jtj if iterate.sums.triangle is None else None
     # Of each parameter with the others held, which is less than its standard error.
     deviation = float(np.sqrt(2.0 * iterate.sums.cost / dof)) / iterate.scale
-    is_sure = (
+    is_safe = (
         not iterate.quadratic.is_flat
         and state.contraction * iterate.relative_decrement <= tol
-        and bool((left <= tol * np.abs(proposal.params) + _LAST_ERROR * deviation).all())
+        and bool((error <= tol * np.abs(proposal.params) + _MAX_ERROR * deviation).all())
         and proposal.covariance_change <= (_COVARIANCE_RTOL if jtj is None else _CARRIED_RTOL)
     )
-    if not is_sure:
+    if not is_safe:
         return state
     reason = iterate.verdict(Status.LAST_STEP)
     return replace(state, stop=reason, solution=proposal.params, carried_jtj=jtj)
@@ -255,7 +257,7 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
         if not state.iterate.settings.recovers:
             params = state.iterate.params
             return replace(state, stop=Status.NON_FINITE_STEP, solution=params)
-        return _rejected(state, proposal, sums, Status.NON_FINITE_STEP)
+        return _reject(state, proposal, sums, Status.NON_FINITE_STEP)
     old = state.iterate
     new = Iterate(
         proposal.params, sums, column_scale(sums.jtj, _SCALE_MEMORY * old.scale), old.settings
@@ -264,46 +266,46 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
     if proposal.reduction <= old.cost_noise:
         # The costs cannot be told apart any more, but the gradients still can.
         if new.relative_decrement <= 0.5 * old.relative_decrement:
-            return _accepted(state, proposal, new, state.radius)
+            return _accept(state, proposal, new, state.radius)
         better = new if new.relative_decrement < old.relative_decrement else old
-        sure = better.is_negligible or better.reduction <= better.rounding_cost
+        is_sure = better.is_negligible or better.reduction <= better.rounding_cost
         if proposal.is_forecast and better.reduction > better.rounding_cost:
-            return _rejected(state, proposal, sums, Status.STALLED)
-        reason = better.verdict(Status.FLOOR if sure else Status.STALLED)
+            return _reject(state, proposal, sums, Status.STALLED)
+        reason = better.verdict(Status.FLOOR if is_sure else Status.STALLED)
         is_by_jtj = better.sums.triangle is None
         if is_by_jtj and better.quadratic.is_flat and reason is Status.FLOOR:
             reason = Status.ILL_CONDITIONED  # what is left of the way cannot be known from J^T J
         return replace(state, iterate=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * proposal.reduction:
-        return _rejected(state, proposal, sums, Status.STALLED)
+        return _reject(state, proposal, sums, Status.STALLED)
     radius = state.radius
     if gain < _SHRINK_BELOW * proposal.reduction:
         radius = 0.5 * length
     elif gain > _GROW_ABOVE * proposal.reduction:
-        radius = max(radius, 2.0 * length, _longest_good(state, proposal, sums) * length)
-    return _accepted(state, proposal, new, radius)
+        radius = max(radius, 2.0 * length, _largest_factor(state, proposal, sums) * length)
+    return _accept(state, proposal, new, radius)
 
 
-def _longest_good(state: State, proposal: Proposal, sums: NormalEquations) -> float:
+def _largest_factor(state: State, proposal: Proposal, sums: NormalEquations) -> float:
     """Return the largest multiple of the step at which the cost fell as the quadratic promises."""
-    good = [0.0]
-    for factor, cost in zip(proposal.further, sums.candidate_costs, strict=False):
-        promised = state.iterate.quadratic.reduction(factor * proposal.step)
-        if np.isfinite(cost) and state.iterate.sums.cost - cost > _SHRINK_BELOW * promised > 0.0:
-            good.append(factor)
-    return max(good)
+    factors = [0.0]
+    for factor, cost in zip(proposal.factors, sums.candidate_costs, strict=False):
+        predicted = state.iterate.quadratic.reduction(factor * proposal.step)
+        if np.isfinite(cost) and state.iterate.sums.cost - cost > _SHRINK_BELOW * predicted > 0.0:
+            factors.append(factor)
+    return max(factors)
 
 
-def _rejected(
-    state: State, proposal: Proposal, sums: NormalEquations, if_exhausted: Status
-) -> State:
+def _reject(state: State, proposal: Proposal, sums: NormalEquations, if_exhausted: Status) -> State:
     iterate = state.iterate
     if proposal.is_forecast:  # which says nothing of the radius
         forecasts_rejected = state.forecasts_rejected + 1
         rejected = state.rejected + 1
-        return _limit(replace(state, rejected=rejected, forecasts_rejected=forecasts_rejected))
-    tried = proposal.further[: len(sums.candidate_costs)]
-    shorter = _longest_good(state, proposal, sums) or min((0.25, *tried))
+        return _check_limits(
+            replace(state, rejected=rejected, forecasts_rejected=forecasts_rejected)
+        )
+    evaluated = proposal.factors[: len(sums.candidate_costs)]
+    shorter = _largest_factor(state, proposal, sums) or min((0.25, *evaluated))
     radius = shorter * float(np.linalg.norm(proposal.step))
     state = replace(state, radius=radius, rejected=state.rejected + 1)
     size = float(np.linalg.norm(iterate.scale * iterate.params)) or float(
@@ -311,16 +313,16 @@ def _rejected(
     )
     if radius <= iterate.settings.epsilon * size:
         return replace(state, stop=if_exhausted, solution=iterate.params)
-    return _limit(state)
+    return _check_limits(state)
 
 
-def _accepted(state: State, proposal: Proposal, new: Iterate, radius: float) -> State:
+def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> State:
     old = state.iterate
     contraction = change = np.inf
     if proposal.full and old.relative_decrement > 0.0:
         contraction = new.relative_decrement / old.relative_decrement
         change = covariance_change(old.sums, new.sums, new)
-    return _check(
+    return _check_convergence(
         replace(
             state,
             iterate=new,
@@ -334,7 +336,7 @@ def _accepted(state: State, proposal: Proposal, new: Iterate, radius: float) -> 
                 proposal.is_forecast
                 and new.relative_decrement > _SHRINKING * old.relative_decrement
             ),
-            earlier=(old, *state.earlier)[:_MEMORY],
+            earlier=(old, *state.earlier)[:_MAX_EARLIER],
             rejected=0,
         )
     )
@@ -354,7 +356,7 @@ def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Itera
     return float(np.abs((after - before) / np.outer(deviation, deviation)).max())
 
 
-def _check(state: State) -> State:
+def _check_convergence(state: State) -> State:
     """Stop if the iterate is a solution."""
     iterate = state.iterate
     reason = iterate.converged()
@@ -363,15 +365,18 @@ def _check(state: State) -> State:
         shrinks = state.contraction <= _SHRINKING
         solution = iterate.moved(iterate.full_step) if shrinks else iterate.params
         return replace(state, stop=iterate.verdict(reason), solution=solution)
-    if _CRAWLING <= state.contraction < np.inf and iterate.is_in_a_valley:
+    if _STAGNATING <= state.contraction < np.inf and iterate.is_in_a_valley:
         return replace(state, stop=Status.ILL_CONDITIONED, solution=iterate.params)
-    return _limit(state)
+    return _check_limits(state)
 
 
-def _limit(state: State) -> State:
+def _check_limits(state: State) -> State:
     iterate, settings = state.iterate, state.iterate.settings
     since, cost, decrement = state.progress
-    if iterate.sums.cost < _LESS_COST * cost or iterate.relative_decrement < _SHRINKING * decrement:
+    if (
+        iterate.sums.cost < _COST_PROGRESS * cost
+        or iterate.relative_decrement < _SHRINKING * decrement
+    ):
         state = replace(
             state, progress=(state.iteration, iterate.sums.cost, iterate.relative_decrement)
         )

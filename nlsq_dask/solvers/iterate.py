@@ -14,7 +14,7 @@ from nlsq_dask.solvers.scaled_svd import ScaledSVD
 from nlsq_dask.solvers.trust_region import Quadratic, Vector
 from nlsq_dask.status import Status
 
-_LEAST_FACTOR = 1e-8  # of regularization; J^T J loses what is below, which QR would keep
+_MIN_REGULARIZATION = 1e-8  # of regularization; J^T J loses what is below, which QR would keep
 _NEGLIGIBLE = 1e-3  # of a standard error: a step this short changes nothing that matters
 
 
@@ -93,7 +93,7 @@ class Iterate:
     def quadratic(self) -> Quadratic:
         """The quadratic model of the cost in scaled variables."""
         factor = self.settings.regularization
-        return Quadratic.of(self.svd, factor if factor >= _LEAST_FACTOR else 0.0)
+        return Quadratic.of(self.svd, factor if factor >= _MIN_REGULARIZATION else 0.0)
 
     @property
     def is_ill_conditioned(self) -> bool:
@@ -154,8 +154,8 @@ class Iterate:
         is_free = (s.low < self.params) & (self.params < s.high)
         norms = np.sqrt(np.diag(self.sums.jtj))
         rounding = s.epsilon * float(np.sqrt(self.sums.signal))
-        hidden = norms * np.maximum(np.abs(self.params), s.sizes) <= rounding
-        return bool((is_free & ((norms == 0.0) | hidden)).any())
+        is_hidden = norms * np.maximum(np.abs(self.params), s.sizes) <= rounding
+        return bool((is_free & ((norms == 0.0) | is_hidden)).any())
 
     @property
     def is_in_a_valley(self) -> bool:

@@ -44,15 +44,15 @@ class Preconditioner(Protocol):
 
 MakePreconditioner = Callable[[Vector], Preconditioner]
 
-_ACCEPT = 1e-4  # share of the promised reduction that an accepted step brings at least
-_SHORTER = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
-_DOUBTFUL = 0.1  # of the residual: from here on a step may be too long for the quadratic
-_LOOSEST = 0.1  # residual of a step's solve, relative to the first one
+_ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least
+_FRACTIONS = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
+_LONG_STEP = 0.1  # of the residual: from here on a step may be too long for the quadratic
+_MAX_RTOL = 0.1  # residual of a step's solve, relative to the first one
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # shares of the promise that change the damping
 # Multiples of the diagonal that are added to J^T J (Levenberg-Marquardt): the first after a step
 # that was too long, the least that is not zero, and one at which no step is left.
-_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-2, 1e-6, 1e12
-_SQUARES_MEMORY = 0.01  # the diagonal by which is damped falls by at most this factor a step
+_FIRST_DAMPING, _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e-6, 1e12
+_DIAGONAL_MEMORY = 0.01  # the diagonal by which is damped falls by at most this factor a step
 _MARGIN = 2.0  # times what the Ritz values say that conjugate gradients leave out
 
 
@@ -96,13 +96,13 @@ class CgState:
     sums : GradientSums
     settings : CgSettings
     linear : LinearSolve
-    squares : ndarray, shape (p,)
+    diagonal : ndarray, shape (p,)
         Diagonal of J^T J, with a short memory, by which steps are damped.
-    touched : ndarray of bool, shape (p,)
+    sensitive : ndarray of bool, shape (p,)
         Parameters on which some row has been seen to depend.
     damping : float
-        Multiple of ``squares`` that is added to J^T J.
-    share : float or None
+        Multiple of ``diagonal`` that is added to J^T J.
+    fraction : float or None
         Of the step that is tried; None while it is being solved.
     least_eigenvalue : float
         Of J^T J times the preconditioner, as Ritz values have shown.
@@ -123,10 +123,10 @@ class CgState:
     sums: GradientSums
     settings: CgSettings
     linear: LinearSolve
-    squares: Vector
-    touched: NDArray[np.bool_]
+    diagonal: Vector
+    sensitive: NDArray[np.bool_]
     damping: float = 0.0
-    share: float | None = None
+    fraction: float | None = None
     least_eigenvalue: float = 1.0
     last_length: float = 0.0
     iteration: int = 0
@@ -145,13 +145,13 @@ class CgState:
         """The sums that are needed next."""
         if self.restart_at is not None:
             return Request(self.restart_at, is_trial=False, is_fresh=True)
-        if self.share is None:
-            nowhere = np.empty((0, len(self.params)))
-            return Request(self.params, nowhere, self.linear.direction[None], is_trial=False)
-        is_long = self.linear.reduction > _DOUBTFUL**2 * self.sums.cost
-        shares = np.array(_SHORTER if is_long or self.share < 1.0 else ()) * self.share
-        candidates = self.params + shares[:, None] * self.linear.step
-        return Request(self.params + self.share * self.linear.step, candidates)
+        if self.fraction is None:
+            no_candidates = np.empty((0, len(self.params)))
+            return Request(self.params, no_candidates, self.linear.direction[None], is_trial=False)
+        is_long = self.linear.reduction > _LONG_STEP**2 * self.sums.cost
+        fractions = np.array(_FRACTIONS if is_long or self.fraction < 1.0 else ()) * self.fraction
+        candidates = self.params + fractions[:, None] * self.linear.step
+        return Request(self.params + self.fraction * self.linear.step, candidates)
 
     @property
     def length(self) -> float:
@@ -160,20 +160,20 @@ class CgState:
         return float(np.sqrt(self.linear.reduction / cost)) if cost else 0.0
 
     @property
-    def left(self) -> float:
+    def remaining_reduction(self) -> float:
         """What the step still leaves of the quadratic's reduction, by the least eigenvalue seen."""
         least = max(self.least_eigenvalue, self.settings.epsilon)
         return _MARGIN * 0.5 * self.linear.square / least
 
-    def promised(self, share: float) -> float:
+    def predicted_reduction(self, fraction: float) -> float:
         """Return by how much the quadratic, without damping, falls along a share of the step."""
         step = self.linear.step
         # Conjugate gradients end at the least of the damped quadratic along their step.
-        damped = self.linear.reduction * share * (2.0 - share)
-        return damped + 0.5 * share**2 * self.damping * float(self.squares @ step**2)
+        damped = self.linear.reduction * fraction * (2.0 - fraction)
+        return damped + 0.5 * fraction**2 * self.damping * float(self.diagonal @ step**2)
 
     @property
-    def noise(self) -> float:
+    def cost_noise(self) -> float:
         """Differences of the cost below this are rounding."""
         return self.sums.cost_noise(self.settings.epsilon)
 
@@ -188,7 +188,7 @@ class NewtonCg:
 
     def init(self, params: Vector, sums: GradientSums) -> CgState:
         """Begin at parameters whose sums are known."""
-        return begin(params, sums, self.settings, self.precondition, self.damping)
+        return init_state(params, sums, self.settings, self.precondition, self.damping)
 
     def ask(self, state: CgState) -> Request:
         """Return the sums that are needed next."""
@@ -197,9 +197,9 @@ class NewtonCg:
     def tell(self, state: CgState, sums: GradientSums) -> CgState:
         """Go on with a product, judge a trial, or begin again at a point with fresh sums."""
         if state.restart_at is None:
-            return told(state, sums, self.precondition)
-        begun = begin(state.restart_at, sums, self.settings, self.precondition)
-        return replace(begun, iteration=state.iteration, n_products=state.n_products)
+            return update(state, sums, self.precondition)
+        initial = init_state(state.restart_at, sums, self.settings, self.precondition)
+        return replace(initial, iteration=state.iteration, n_products=state.n_products)
 
     def restart(self, state: CgState, params: Vector) -> CgState:
         """Ask for fresh sums at parameters, to begin there again."""
@@ -217,7 +217,7 @@ class NewtonCg:
         return replace(state, stop=stop, solution=state.params, restart_at=None)
 
 
-def begin(
+def init_state(
     params: Vector,
     sums: GradientSums,
     settings: CgSettings,
@@ -225,122 +225,126 @@ def begin(
     damping: float = 0.0,
 ) -> CgState:
     """Begin at parameters whose sums are known; ``damping`` is that of the first step."""
-    nowhere = LinearSolve.begin(np.zeros_like(params), lambda vector: vector)
-    state = CgState(params, sums, settings, nowhere, np.ones_like(params), sums.jtr != 0.0)
+    zero_step = LinearSolve.init(np.zeros_like(params), lambda vector: vector)
+    state = CgState(params, sums, settings, zero_step, np.ones_like(params), sums.jtr != 0.0)
     if not sums.is_finite:
         return replace(state, stop=Status.NON_FINITE_START, solution=params)
-    squares = precondition(params).diagonal
-    return _solved(_begun(replace(state, squares=squares), damping, precondition), precondition)
+    diagonal = precondition(params).diagonal
+    return _check_step(
+        _init_step(replace(state, diagonal=diagonal), damping, precondition), precondition
+    )
 
 
-def _begun(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
+def _init_step(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
     """Begin to solve for a step from the accepted point."""
     apply = partial(precondition(state.params), damping=damping)
-    linear = LinearSolve.begin(state.sums.jtr, apply)
-    return replace(state, linear=linear, damping=damping, share=None)
+    linear = LinearSolve.init(state.sums.jtr, apply)
+    return replace(state, linear=linear, damping=damping, fraction=None)
 
 
-def told(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
+def update(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
     """Go on with the sums that the state has asked for."""
-    touched = state.touched | (sums.jtr != 0.0) | (sums.products != 0.0).any(axis=0)
-    state = replace(state, touched=touched)
-    if state.share is not None:
-        return _judged(state, sums, precondition)
+    sensitive = state.sensitive | (sums.jtr != 0.0) | (sums.products != 0.0).any(axis=0)
+    state = replace(state, sensitive=sensitive)
+    if state.fraction is not None:
+        return _update_trial(state, sums, precondition)
     state = replace(state, n_products=state.n_products + 1)
-    product = sums.products[0] + state.damping * state.squares * state.linear.direction
+    product = sums.products[0] + state.damping * state.diagonal * state.linear.direction
     apply = partial(precondition(state.params), damping=state.damping)
-    linear = state.linear.continued(product, apply)
+    linear = state.linear.update(product, apply)
     if linear is None:
-        return _tried(state)
+        return _try_step(state)
     state = replace(state, linear=linear)
     if not state.damping:
         least = min(state.least_eigenvalue, linear.least_ritz_value)
         state = replace(state, least_eigenvalue=least)
-    return _solved(state, precondition)
+    return _check_step(state, precondition)
 
 
-def _solved(state: CgState, precondition: MakePreconditioner) -> CgState:
+def _check_step(state: CgState, precondition: MakePreconditioner) -> CgState:
     """Stop if the step is known well enough to be taken as the last, or else go on with it."""
     linear, settings = state.linear, state.settings
-    promised = linear.reduction + state.left
+    predicted = linear.reduction + state.remaining_reduction
     if state.damping:
-        if promised <= settings.tol**2 * state.sums.cost:  # a step without damping says more
-            return _solved(_begun(state, 0.0, precondition), precondition)
-    elif promised <= settings.tol**2 * state.sums.cost:
+        if predicted <= settings.tol**2 * state.sums.cost:  # a step without damping says more
+            return _check_step(_init_step(state, 0.0, precondition), precondition)
+    elif predicted <= settings.tol**2 * state.sums.cost:
         return replace(state, stop=Status.REDUCTION, solution=state.params + linear.step)
-    elif promised <= state.noise * settings.epsilon:
+    elif predicted <= state.cost_noise * settings.epsilon:
         return replace(state, stop=Status.FLOOR, solution=state.params + linear.step)
     length = state.length
     # Better solved than this a step is no better, and where steps have been shrinking fast enough
     # another trial would tell nothing.
-    if linear.lengths and state.left <= (0.5 * settings.tol) ** 2 * state.sums.cost:
+    if linear.alphas and state.remaining_reduction <= (0.5 * settings.tol) ** 2 * state.sums.cost:
         if not state.damping and length**2 <= 0.5 * settings.tol * state.last_length:
             solution = state.params + linear.step
             return replace(state, stop=Status.LAST_STEP, solution=solution)
-        return _tried(state)
+        return _try_step(state)
     # Far from the solution the quadratic itself is off by about the length of the step.
-    relative = max(settings.cg_relative, min(length, _LOOSEST))
-    enough = max(relative * float(np.sqrt(linear.first_square)), settings.cg_absolute)
-    is_enough = bool(linear.lengths) and float(np.sqrt(linear.square)) <= enough
-    if is_enough or len(linear.lengths) >= settings.cg_max_iterations:
-        return _tried(state)
+    relative = max(settings.cg_relative, min(length, _MAX_RTOL))
+    threshold = max(relative * float(np.sqrt(linear.initial_square)), settings.cg_absolute)
+    is_solved = bool(linear.alphas) and float(np.sqrt(linear.square)) <= threshold
+    if is_solved or len(linear.alphas) >= settings.cg_max_iterations:
+        return _try_step(state)
     return state
 
 
-def _tried(state: CgState) -> CgState:
+def _try_step(state: CgState) -> CgState:
     """Try the step, or stop where there is none."""
     if not state.linear.step.any():  # no direction has any curvature
-        stop = Status.FLOOR if state.linear.square <= state.noise else Status.STALLED
+        stop = Status.FLOOR if state.linear.square <= state.cost_noise else Status.STALLED
         return replace(state, stop=stop, solution=state.params)
-    return replace(state, share=1.0)
+    return replace(state, fraction=1.0)
 
 
-def _judged(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
+def _update_trial(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
     """Accept or reject the trial."""
-    asked, share = state.request, state.share
-    assert share is not None
+    request, fraction = state.request, state.fraction
+    assert fraction is not None
     state = replace(state, iteration=state.iteration + 1)
     if not sums.is_finite and not state.settings.recovers:
         return replace(state, stop=Status.NON_FINITE_STEP, solution=state.params)
-    promised, gain = state.promised(share), state.sums.cost - sums.cost
-    is_below_noise = promised + state.left <= state.noise
-    if sums.is_finite and (gain >= _ACCEPT * promised or promised <= state.noise):
-        squares = precondition(asked.params).diagonal
-        following = replace(
+    predicted, gain = state.predicted_reduction(fraction), state.sums.cost - sums.cost
+    is_below_noise = predicted + state.remaining_reduction <= state.cost_noise
+    if sums.is_finite and (gain >= _ACCEPT * predicted or predicted <= state.cost_noise):
+        diagonal = precondition(request.params).diagonal
+        accepted = replace(
             state,
-            params=asked.params,
+            params=request.params,
             sums=sums,
-            squares=np.maximum(squares, _SQUARES_MEMORY * state.squares),
-            last_length=share * state.length,
+            diagonal=np.maximum(diagonal, _DIAGONAL_MEMORY * state.diagonal),
+            last_length=fraction * state.length,
         )
         damping = state.damping
-        if share < 1.0 or gain < _SHRINK_BELOW * promised:
-            damping = max(4.0 * damping, _DAMPING)
-        elif gain > _GROW_ABOVE * promised:
-            damping = 0.1 * damping if damping > _LEAST_DAMPING else 0.0
+        if fraction < 1.0 or gain < _SHRINK_BELOW * predicted:
+            damping = max(4.0 * damping, _FIRST_DAMPING)
+        elif gain > _GROW_ABOVE * predicted:
+            damping = 0.1 * damping if damping > _MIN_DAMPING else 0.0
         if is_below_noise:
             damping = 0.0
-        following = _begun(following, damping, precondition)
+        accepted = _init_step(accepted, damping, precondition)
         # The costs cannot be told apart any more, but the gradients still can.
-        is_nearer = following.linear.square <= 0.25 * state.linear.first_square
-        if is_below_noise and not is_nearer:
+        is_closer = accepted.linear.square <= 0.25 * state.linear.initial_square
+        if is_below_noise and not is_closer:
             return replace(state, stop=Status.FLOOR, solution=state.params)
-        return _limited(_solved(following, precondition))
-    good = [
+        return _check_limit(_check_step(accepted, precondition))
+    acceptable = [
         factor
-        for factor, cost in zip(_SHORTER, sums.candidate_costs, strict=False)
-        if state.sums.cost - cost >= _SHRINK_BELOW * state.promised(factor * share) > 0.0
+        for factor, cost in zip(_FRACTIONS, sums.candidate_costs, strict=False)
+        if state.sums.cost - cost
+        >= _SHRINK_BELOW * state.predicted_reduction(factor * fraction)
+        > 0.0
     ]
-    if good:
-        return _limited(replace(state, share=max(good) * share))
-    damping = max(10.0 * state.damping, _DAMPING)
-    if damping > _MOST_DAMPING:
+    if acceptable:
+        return _check_limit(replace(state, fraction=max(acceptable) * fraction))
+    damping = max(10.0 * state.damping, _FIRST_DAMPING)
+    if damping > _MAX_DAMPING:
         stop = Status.STALLED if sums.is_finite else Status.NON_FINITE_STEP
         return replace(state, stop=stop, solution=state.params)
-    return _limited(_solved(_begun(state, damping, precondition), precondition))
+    return _check_limit(_check_step(_init_step(state, damping, precondition), precondition))
 
 
-def _limited(state: CgState) -> CgState:
+def _check_limit(state: CgState) -> CgState:
     if state.stop is None and state.iteration >= state.settings.max_iterations:
         return replace(state, stop=Status.ITERATION_LIMIT, solution=state.params)
     return state

@@ -17,10 +17,10 @@ from scipy.sparse.linalg import LinearOperator, cg
 Vector = NDArray[np.float64]
 
 _RTOL = 1e-4  # of the solves on the sample
-_MOST_ITERATIONS = 200
+_MAX_ITERATIONS = 200
 
 
-def filled(diagonal: Vector, scales: Vector) -> Vector:
+def fill_zeros(diagonal: Vector, scales: Vector) -> Vector:
     """Return a diagonal of J^T J with something of the usual size where it is zero.
 
     Parameters
@@ -31,8 +31,8 @@ def filled(diagonal: Vector, scales: Vector) -> Vector:
     """
     comparable = diagonal * scales**2
     positive = comparable[comparable > 0.0]
-    usual = float(np.median(positive)) if len(positive) else 1.0
-    return np.asarray(np.where(comparable > 0.0, diagonal, usual / scales**2))
+    typical = float(np.median(positive)) if len(positive) else 1.0
+    return np.asarray(np.where(comparable > 0.0, diagonal, typical / scales**2))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SamplePreconditioner:
     product: Callable[[Vector], Vector]
     sample_diagonal: Vector
     weight: float
-    share: float
+    diagonal_share: float
 
     @property
     def diagonal(self) -> Vector:
@@ -82,7 +82,7 @@ class SamplePreconditioner:
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
         """Apply it."""
-        added = self.share + damping
+        added = self.diagonal_share + damping
 
         def matvec(v: Vector) -> Vector:
             return self.product(v) + added * self.sample_diagonal * v
@@ -92,7 +92,7 @@ class SamplePreconditioner:
             LinearOperator(shape, matvec=matvec, dtype=np.float64),
             vector / self.weight,
             rtol=_RTOL,
-            maxiter=_MOST_ITERATIONS,
+            maxiter=_MAX_ITERATIONS,
             M=LinearOperator(shape, matvec=lambda v: v / self.sample_diagonal, dtype=np.float64),
         )
         return np.asarray(solution)

@@ -23,13 +23,13 @@ Vectors = NDArray[np.float64]
 # sensible size. One probe at least is solved for, so that with a million parameters and more it is
 # that many vectors of them.
 _BATCH_BYTES = 2**23
-_GONE = 1e-2  # of a direction's random length, standard normal: what is left is not lost
+_ZERO_LENGTH = 1e-2  # of a direction's random length, standard normal: what is left is not lost
 
 
 def batch_size(n_probes: int, n_params: int) -> int:
     """Return how many probes are solved for at once; all batches but the last are of this size."""
-    most = max(_BATCH_BYTES // (8 * n_params), 1)
-    n_batches = -(n_probes // -most)
+    max_probes = max(_BATCH_BYTES // (8 * n_params), 1)
+    n_batches = -(n_probes // -max_probes)
     return -(n_probes // -n_batches)
 
 
@@ -86,15 +86,15 @@ def null_direction(
     seed : int
     """
     start = np.random.default_rng(seed).standard_normal(len(diagonal)) / np.sqrt(diagonal)
-    solve: LinearSolve | None = LinearSolve.begin(-product(start), lambda v: v / diagonal)
+    solve: LinearSolve | None = LinearSolve.init(-product(start), lambda v: v / diagonal)
     for _ in range(max_iterations):
         if solve is None:
             return None
-        left = start - solve.step
-        square = float(left @ (diagonal * left))
-        if square <= _GONE**2:
+        remainder = start - solve.step
+        square = float(remainder @ (diagonal * remainder))
+        if square <= _ZERO_LENGTH**2:
             return None
-        if abs(float(left @ solve.residual)) <= NULL_EIGENVALUE * square:
-            return left
-        solve = solve.continued(product(solve.direction), lambda v: v / diagonal)
+        if abs(float(remainder @ solve.residual)) <= NULL_EIGENVALUE * square:
+            return remainder
+        solve = solve.update(product(solve.direction), lambda v: v / diagonal)
     return None

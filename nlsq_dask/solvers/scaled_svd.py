@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.rows.rows import BLOCK_ROWS
+from nlsq_dask.rows.rows import STRIP_ROWS
 
 Vector = NDArray[np.float64]
 
@@ -42,8 +42,8 @@ class ScaledSVD:
         """Decompose; ``epsilon`` is that of the arithmetic which made the sums."""
         p, gradient = len(scale), sums.jtr / scale
         if sums.triangle is not None:
-            # Rounding adds up from block to block, as in a random walk.
-            rounding = (4.0 * p + float(np.sqrt(sums.n_used / BLOCK_ROWS))) * epsilon
+            # Rounding adds up from strip to strip, as in a random walk.
+            rounding = (4.0 * p + float(np.sqrt(sums.n_used / STRIP_ROWS))) * epsilon
             left, values, rows = np.linalg.svd(sums.triangle[:p, :p] / scale)
             slopes = rows @ gradient
             if sums.triangle.shape[1] > p:  # the residual's column gives them without squaring

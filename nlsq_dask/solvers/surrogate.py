@@ -38,13 +38,13 @@ from nlsq_dask.solvers.trust_region import Vector
 
 Reduce = Callable[[Vector], NormalEquations]
 
-_MOST_ITERATIONS = 60  # evaluations of the sample; large residuals converge linearly
+_MAX_ITERATIONS = 60  # evaluations of the sample; large residuals converge linearly
 _TOL_SHARE = 0.01  # of the fit's tolerance
-_LEAST_CURVATURE = 0.1  # of J^T J's diagonal over all rows, below which the correction is doubted
-_MOST_SECANT = 0.5  # of the gradient's change that J^T J promises
+_MIN_CURVATURE = 0.1  # of J^T J's diagonal over all rows, below which the correction is doubted
+_MAX_SECANT = 0.5  # of the gradient's change that J^T J promises
 # Times sqrt(1 / epsilon): the condition number up to which a difference of two J^T J says enough.
-_MOST_CONDITION = 0.1
-_MOST_REJECTED = 2  # forecasts; a sample that misled so often is not asked again
+_MAX_CONDITION = 0.1
+_MAX_REJECTED = 2  # forecasts; a sample that misled so often is not asked again
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Surrogate:
         curvature = exact.jtj - weight * old.jtj + self.secant
         slope = exact.jtr - weight * old.jtr
         jtj = weight * new.jtj + curvature
-        if (np.diag(jtj) < _LEAST_CURVATURE * np.diag(exact.jtj)).any():
+        if (np.diag(jtj) < _MIN_CURVATURE * np.diag(exact.jtj)).any():
             jtj = exact.jtj
         cost = weight * (new.cost - old.cost) + exact.cost
         cost += float((slope + 0.5 * curvature @ step) @ step)
@@ -92,20 +92,22 @@ class Surrogate:
             candidate_costs=np.zeros(0),
         )
 
-    def reproducing(self, earlier: Iterate) -> Surrogate:
+    def with_secant_update(self, earlier: Iterate) -> Surrogate:
         """Return S with its curvature updated so that it has the gradient known of a point."""
         scale = self.iterate.scale
         hessian = self.iterate.sums.jtj / np.outer(scale, scale)
         step = (earlier.params - self.iterate.params) * scale
-        missed = (earlier.sums.jtr - self(earlier.params).jtr) / scale
-        flow = hessian @ step
-        curved = float(flow @ step)
-        size = float(missed @ np.linalg.lstsq(hessian, missed)[0])
+        gradient_error = (earlier.sums.jtr - self(earlier.params).jtr) / scale
+        image = hessian @ step
+        curvature = float(image @ step)
+        size = float(gradient_error @ np.linalg.lstsq(hessian, gradient_error)[0])
         # An update is a small correction, or the point is too far away to learn from.
-        if not 0.0 < size <= _MOST_SECANT**2 * curved:
+        if not 0.0 < size <= _MAX_SECANT**2 * curvature:
             return self
-        crossed = np.outer(missed, flow) / curved
-        update = crossed + crossed.T - float(missed @ step) * np.outer(flow, flow) / curved**2
+        cross = np.outer(gradient_error, image) / curvature
+        update = (
+            cross + cross.T - float(gradient_error @ step) * np.outer(image, image) / curvature**2
+        )
         return replace(self, secant=self.secant + update * np.outer(scale, scale))
 
 
@@ -119,10 +121,10 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     reduce : callable
         Sums over the sample.
     """
-    if state.rejected or state.forecasts_rejected >= _MOST_REJECTED:
+    if state.rejected or state.forecasts_rejected >= _MAX_REJECTED:
         return None
     iterate = state.iterate
-    if iterate.svd.condition > _MOST_CONDITION / np.sqrt(iterate.settings.epsilon):
+    if iterate.svd.condition > _MAX_CONDITION / np.sqrt(iterate.settings.epsilon):
         return None
     at_iterate = reduce(iterate.params)
     n_params = len(iterate.params)
@@ -132,25 +134,25 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
         return None
     surrogate = Surrogate(iterate, at_iterate, reduce, np.zeros_like(iterate.sums.jtj))
     for earlier in reversed(state.earlier):
-        surrogate = surrogate.reproducing(earlier)
+        surrogate = surrogate.with_secant_update(earlier)
     settings = replace(
-        iterate.settings, tol=_TOL_SHARE * iterate.settings.tol, max_iterations=_MOST_ITERATIONS
+        iterate.settings, tol=_TOL_SHARE * iterate.settings.tol, max_iterations=_MAX_ITERATIONS
     )
     sums = replace(iterate.sums, triangle=None)
-    inner = gn.start(iterate.params, sums, settings)
+    inner = gn.init_state(iterate.params, sums, settings)
     while inner.stop is None:
         proposal = gn.propose(inner)
         inner = gn.update(inner, proposal, surrogate(proposal.params))
     assert inner.solution is not None
-    there = surrogate(inner.solution)
-    reduction = iterate.sums.cost - there.cost
+    optimum = surrogate(inner.solution)
+    reduction = iterate.sums.cost - optimum.cost
     step = (inner.solution - iterate.params) * iterate.scale
     if reduction <= iterate.cost_noise:  # too small to be seen in the costs
         reduction = iterate.quadratic.reduction(step)
-    if not (there.is_finite and reduction > 0.0):
+    if not (optimum.is_finite and reduction > 0.0):
         return None
     # The secant updates are second derivatives of the residuals, which are no part of J^T J.
-    jtj = there.jtj
+    jtj = optimum.jtj
     if surrogate.secant.any():
         jtj = replace(surrogate, secant=np.zeros_like(jtj))(inner.solution).jtj
     change = gn.covariance_change(sums, replace(sums, jtj=jtj), iterate)

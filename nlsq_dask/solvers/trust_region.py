@@ -49,17 +49,17 @@ class Quadratic:
 
         The floor is a multiple of the largest singular value.
         """
-        least = max(floor, svd.rounding) * float(svd.values.max())
-        flat, lost = svd.values <= least, svd.is_null
-        damped = flat & ~lost
+        smallest = max(floor, svd.rounding) * float(svd.values.max())
+        is_flat, is_null = svd.values <= smallest, svd.is_null
+        is_damped = is_flat & ~is_null
         return cls(
             svd.gradient,
-            np.maximum(svd.values, least) ** 2,
+            np.maximum(svd.values, smallest) ** 2,
             svd.vectors,
             svd.slopes,
-            bool(flat.any()),
-            float(np.linalg.norm(svd.slopes[lost])),
-            float(np.linalg.norm(svd.slopes[damped] / svd.values[damped])),
+            bool(is_flat.any()),
+            float(np.linalg.norm(svd.slopes[is_null])),
+            float(np.linalg.norm(svd.slopes[is_damped] / svd.values[is_damped])),
         )
 
     def reduction(self, step: Vector) -> float:
@@ -70,13 +70,13 @@ class Quadratic:
     def minimizer(self, damping: float, low: Vector, high: Vector) -> Vector:
         """Minimize the quadratic plus ``damping / 2 |s|^2`` over ``low <= s <= high``."""
         curvature = self.eigenvalues + damping
-        determined = curvature > 0.0
-        inverse = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=determined)
+        is_positive = curvature > 0.0
+        inverse = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=is_positive)
         step: Vector = -self.eigenvectors @ (self.slopes * inverse)
         if ((low <= step) & (step <= high)).all():
             return step
-        root = np.sqrt(np.where(determined, curvature, 0.0))
-        inverse_root = np.divide(1.0, root, out=np.zeros_like(root), where=determined)
+        root = np.sqrt(np.where(is_positive, curvature, 0.0))
+        inverse_root = np.divide(1.0, root, out=np.zeros_like(root), where=is_positive)
         return _bounded(root[:, None] * self.eigenvectors.T, -self.slopes * inverse_root, low, high)
 
 

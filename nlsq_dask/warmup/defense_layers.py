@@ -83,8 +83,10 @@ def clip_step(max_norm: Any) -> optax.GradientTransformationExtraArgs:
         updates: Any, state: ClipState, params: Any = None, **extra: Any
     ) -> tuple[Any, ClipState]:
         norm = jnp.linalg.norm(updates)
-        too_long = norm > max_norm
-        shortened = updates * jnp.where(too_long, max_norm / jnp.where(too_long, norm, 1.0), 1.0)
-        return shortened, ClipState(state.count + too_long)
+        is_too_long = norm > max_norm
+        shortened = updates * jnp.where(
+            is_too_long, max_norm / jnp.where(is_too_long, norm, 1.0), 1.0
+        )
+        return shortened, ClipState(state.count + is_too_long)
 
     return optax.GradientTransformationExtraArgs(init, update)

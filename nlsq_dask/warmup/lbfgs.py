@@ -142,25 +142,25 @@ def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArg
     """Take out of an update what would leave the bounds from a parameter that lies on one."""
 
     def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        outward = ((params <= low) & (updates < 0)) | ((params >= high) & (updates > 0))
-        return jnp.where(outward, 0.0, updates), state
+        is_outward = ((params <= low) & (updates < 0)) | ((params >= high) & (updates > 0))
+        return jnp.where(is_outward, 0.0, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _optimizer(problem: Problem, options: Options) -> optax.GradientTransformationExtraArgs:
     """Chain L-BFGS, the defence layers that act on a step, and the line search."""
-    parts = [
+    transforms = [
         optax.scale_by_lbfgs(options.history_size),
         optax.scale(-1.0),
         _scale_first_step(problem.first_step),
     ]
     if options.clips_gradient:
-        parts.insert(0, optax.clip_by_global_norm(problem.max_gradient))
+        transforms.insert(0, optax.clip_by_global_norm(problem.max_gradient))
     if options.has_bounds:
-        parts.append(_hold_at_bounds(problem.low, problem.high))
+        transforms.append(_hold_at_bounds(problem.low, problem.high))
     if options.clips_step:
-        parts.append(clip_step(problem.max_step))
+        transforms.append(clip_step(problem.max_step))
     if options.line_search == "backtracking":
         search = optax.scale_by_backtracking_linesearch(_LINE_SEARCH_STEPS)
     else:
@@ -170,7 +170,7 @@ def _optimizer(problem: Problem, options: Options) -> optax.GradientTransformati
             approx_dec_rtol=None if options.line_search == "strong_wolfe" else 1e-6,
             initial_guess_strategy="one",
         )
-    return optax.chain(*parts, search)
+    return optax.chain(*transforms, search)
 
 
 def _loss(model: Model, options: Options, problem: Problem) -> Callable[[Any], Any]:
@@ -178,10 +178,10 @@ def _loss(model: Model, options: Options, problem: Problem) -> Callable[[Any], A
     counts = jnp.arange(problem.y.shape[0]) < problem.n_rows
 
     def loss(q: Any) -> Any:
-        inside = jnp.where(
+        projected = jnp.where(
             q < problem.low, problem.low, jnp.where(q > problem.high, problem.high, q)
         )
-        params = (inside * problem.scales + problem.offsets).astype(model.dtype)
+        params = (projected * problem.scales + problem.offsets).astype(model.dtype)
         residual = model(problem.x, params).astype(jnp.float64) - problem.y
         weighted = jnp.where(counts, residual * problem.inverse_sigma, 0.0)
         if options.loss == LINEAR:
@@ -212,37 +212,39 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
     )
     params = jnp.clip(state.params + updates, problem.low, problem.high)
     value, gradient = jax.value_and_grad(loss)(params)
-    failed = optimizer_state[-1].info.decrease_error > 0.0
+    has_failed = optimizer_state[-1].info.decrease_error > 0.0
     is_finite = jnp.isfinite(value) & jnp.isfinite(gradient).all()
-    better = is_finite & (value < state.best_loss)
+    is_better = is_finite & (value < state.best_loss)
     iteration = state.iteration + 1
-    held = ((params <= problem.low) & (gradient > 0)) | ((params >= problem.high) & (gradient < 0))
-    gradient_norm = jnp.linalg.norm(jnp.where(held, 0.0, gradient))
+    is_blocked = ((params <= problem.low) & (gradient > 0)) | (
+        (params >= problem.high) & (gradient < 0)
+    )
+    gradient_norm = jnp.linalg.norm(jnp.where(is_blocked, 0.0, gradient))
     change = jnp.abs(value - state.loss) / (jnp.abs(state.loss) + np.finfo(np.float64).tiny)
-    ready = iteration >= problem.min_iterations
-    ends = [  # the first that holds is the reason
+    may_switch = iteration >= problem.min_iterations
+    criteria = [  # the first that holds is the reason
         (~is_finite, WarmupEnd.NON_FINITE),
         (
             cost_increased(value, state.initial_loss, problem.cost_tolerance) & options.guards_cost,
             WarmupEnd.COST_GUARD,
         ),
         ((change <= _ROUNDING) | (gradient_norm == 0.0), WarmupEnd.CONVERGED),
-        (failed, WarmupEnd.LINE_SEARCH),
-        (ready & (change < problem.plateau), WarmupEnd.PLATEAU),
-        (ready & (gradient_norm < problem.gradient), WarmupEnd.GRADIENT),
+        (has_failed, WarmupEnd.LINE_SEARCH),
+        (may_switch & (change < problem.plateau), WarmupEnd.PLATEAU),
+        (may_switch & (gradient_norm < problem.gradient), WarmupEnd.GRADIENT),
         (iteration >= problem.max_iterations, WarmupEnd.MAX_ITER),
     ]
-    end = jnp.select([condition for condition, _ in ends], [int(e) for _, e in ends], 0)
+    end = jnp.select([condition for condition, _ in criteria], [int(e) for _, e in criteria], 0)
     return WarmupState(
         params=params,
         loss=value,
         gradient=gradient,
         optimizer=optimizer_state,
         initial_loss=state.initial_loss,
-        best_params=jnp.where(better, params, state.best_params),
-        best_loss=jnp.where(better, value, state.best_loss),
+        best_params=jnp.where(is_better, params, state.best_params),
+        best_loss=jnp.where(is_better, value, state.best_loss),
         iteration=iteration,
-        line_search_failures=state.line_search_failures + failed,
+        line_search_failures=state.line_search_failures + has_failed,
         end=end.astype(jnp.int64),
     )
 
@@ -266,7 +268,7 @@ class Warmup:
     key: str
 
     @classmethod
-    def prepare(
+    def build(
         cls,
         model: Model,
         rows: Rows,
@@ -338,7 +340,7 @@ class Warmup:
         shapes = f"{len(rows)} rows, sigma {rows.sigma is not None}"
         return cls(model, problem, options, f"warm-up {fingerprint} {shapes} {options}")
 
-    def start(self, q0: NDArray[np.float64]) -> WarmupState:
+    def init(self, q0: NDArray[np.float64]) -> WarmupState:
         """Return the state before the first iteration."""
         with x64():
             params = jnp.asarray(q0)
@@ -408,12 +410,12 @@ def clip_count(state: WarmupState, options: Options) -> int:
     return int(state.optimizer[-2].count) if options.clips_step else 0
 
 
-def packed(state: WarmupState) -> list[NDArray[Any]]:
+def pack(state: WarmupState) -> list[NDArray[Any]]:
     """Return all arrays of a state, those of the optimizer included."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def unpacked(like: WarmupState, leaves: list[NDArray[Any]]) -> WarmupState:
+def unpack(like: WarmupState, leaves: list[NDArray[Any]]) -> WarmupState:
     """Return the state that was packed, given another one of the same warm-up."""
     with x64():
         arrays = [jnp.asarray(leaf) for leaf in leaves]

@@ -31,7 +31,7 @@ from nlsq_dask.solvers.batched_lm import FIRST_DAMPING, Candidate, Problem, impr
 
 Vector = NDArray[np.float64]
 
-_GROUP = 4  # candidates side by side; more would only be computed in vain in the late rounds
+_GROUP_SIZE = 4  # candidates side by side; more would only be computed in vain in the late rounds
 _BATCH_ROWS = 32  # of a minibatch in the first round
 
 
@@ -53,7 +53,7 @@ class MultistartSettings:
         return self.batches_per_round * _BATCH_ROWS << number
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """Rows of the last round."""
         return self.rows_of_round(self.n_rounds - 1)
 
@@ -106,7 +106,7 @@ class SuccessiveHalving:
     key: str
 
     @classmethod
-    def prepare(
+    def build(
         cls,
         model: Model,
         rows: Rows,
@@ -168,37 +168,37 @@ class SuccessiveHalving:
         survivors = np.arange(len(params))
         for number in range(settings.n_rounds):
             n_rows = min(settings.rows_of_round(number), self.n_rows)
-            found = self._improve(params, damping, survivors, n_rows)
-            params[survivors], damping[survivors] = found.params, found.damping
+            improved = self._improve(params, damping, survivors, n_rows)
+            params[survivors], damping[survivors] = improved.params, improved.damping
             losses = np.full(len(params), np.nan)
-            losses[survivors] = found.loss
-            n_staying = len(survivors) - int(settings.elimination_fraction * len(survivors))
-            n_staying = max(min(n_staying, int(np.isfinite(found.loss).sum())), 1)
-            survivors = survivors[np.argsort(found.loss, kind="stable")][:n_staying]
+            losses[survivors] = improved.loss
+            n_survivors = len(survivors) - int(settings.elimination_fraction * len(survivors))
+            n_survivors = max(min(n_survivors, int(np.isfinite(improved.loss).sum())), 1)
+            survivors = survivors[np.argsort(improved.loss, kind="stable")][:n_survivors]
             yield Round(n_rows, losses, survivors, params.copy())
 
     def _improve(
         self,
         params: NDArray[np.float64],
         damping: NDArray[np.float64],
-        which: NDArray[np.int64],
+        survivors: NDArray[np.int64],
         n_rows: int,
     ) -> Candidate:
         """Improve some of the candidates on so many rows."""
         # As many groups in all rounds, and a power of two: few programs are enough for all numbers.
-        most_groups = 1 << (-(-len(params) // _GROUP) - 1).bit_length()
-        places = np.resize(which, (most_groups, _GROUP))
-        groups = Candidate(params[places], damping[places], np.zeros(places.shape))
-        n_groups = -(-len(which) // _GROUP)
+        max_groups = 1 << (-(-len(params) // _GROUP_SIZE) - 1).bit_length()
+        indices = np.resize(survivors, (max_groups, _GROUP_SIZE))
+        groups = Candidate(params[indices], damping[indices], np.zeros(indices.shape))
+        n_groups = -(-len(survivors) // _GROUP_SIZE)
         improve = partial(improve_groups, self.model, self.mode, self.loss)
         with x64():
             args = jax.tree.map(jnp.asarray, (groups, n_groups, n_rows))
             program = compiled_once(
-                f"{self.key} {places.shape} candidates",
+                f"{self.key} {indices.shape} candidates",
                 lambda: jax.jit(improve).lower(self.problem, *args).compile(),
             )
-            found = jax.tree.map(np.asarray, program(self.problem, *args))
-        flat = (array.reshape(-1, *array.shape[2:])[: len(which)] for array in found)
+            improved = jax.tree.map(np.asarray, program(self.problem, *args))
+        flat = (array.reshape(-1, *array.shape[2:])[: len(survivors)] for array in improved)
         return Candidate(*flat)
 
 
@@ -216,11 +216,11 @@ def draw_box(
     """
     is_bounded = np.isfinite(low) & np.isfinite(high)
     below, above = np.where(is_bounded, 0.5 * low, 0.0), np.where(is_bounded, 0.5 * high, 0.0)
-    around_middle = is_bounded & (not settings.center_on_p0)
-    centre = np.where(around_middle, below + above, start)
+    is_centered = is_bounded & (not settings.center_on_p0)
+    center = np.where(is_centered, below + above, start)
     size = np.where(is_bounded, above - below, np.where(start == 0.0, 1.0, np.abs(start)))
     half_width = settings.scale_factor * size
-    return np.maximum(centre - half_width, low), np.minimum(centre + half_width, high)
+    return np.maximum(center - half_width, low), np.minimum(center + half_width, high)
 
 
 def draw_starts(
@@ -243,5 +243,5 @@ def draw_starts(
             unit = qmc.Halton(n_params, rng=rng).random(n_drawn)
         case _:
             unit = qmc.LatinHypercube(n_params, rng=rng).random(n_drawn)
-    lowest, highest = draw_box(start, low, high, settings)
-    return np.concatenate([start[None], lowest + unit * (highest - lowest)])
+    box_low, box_high = draw_box(start, low, high, settings)
+    return np.concatenate([start[None], box_low + unit * (box_high - box_low)])
