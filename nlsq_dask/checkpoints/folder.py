@@ -69,14 +69,23 @@ class CheckpointFolder:
         CheckpointError
             If there is no valid checkpoint.
         """
-        notes: list[str] = []
+        reasons: dict[str, str] = {}  # by file
         for name in self._newest_first():
             try:
-                return Checkpoint.from_bytes(self._files.read(name)), notes
+                checkpoint = Checkpoint.from_bytes(self._files.read(name))
             except (CheckpointError, OSError) as error:
-                notes.append(f"checkpoint {name} is invalid: {error}")
-        reasons = "; ".join(notes) or f"it contains no {_SUFFIX} file"
-        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {reasons}")
+                reasons[name] = str(error)
+            else:
+                return checkpoint, [f"checkpoint {n} is invalid: {r}" for n, r in reasons.items()]
+        found = f"it contains no {_SUFFIX} file"
+        if reasons:  # often the same, such as an older format
+            found = "; ".join(f"checkpoint {n}: {r}" for r, n in _first_of_each(reasons).items())
+        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {found}")
+
+
+def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:
+    """Return each reason with the first file that it holds for."""
+    return {reason: name for name, reason in reversed(reasons.items())}
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
