@@ -1,7 +1,7 @@
-"""Damped Gauss-Newton (Levenberg-Marquardt) for many starts at a time, in one program.
+"""Levenberg-Marquardt for many starts at a time, in one program.
 
-Candidates are improved side by side, a group of them vmapped, on rows in memory. Bounds are kept,
-and a parameter on a bound does not move outwards.
+Groups of candidates are vectorized with ``vmap``, on rows in memory. Bounds are enforced, and a
+parameter on a bound does not move outward.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import STRIP_ROWS
 
-_N_STEPS = 10  # trial points of a candidate
-# Multiples of the curvature that are added to it: at first, and by what they change. The first
-# steps are short, because long ones leave narrow basins.
+_N_STEPS = 10  # trial steps per candidate
+# Initial damping, relative to the curvature, and the factors after a success and a failure. The
+# first steps are short, because long ones leave narrow basins.
 FIRST_DAMPING, _DECREASE, _INCREASE = 1.0, 0.3, 3.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-9, 1e9
 
 
 class Problem(NamedTuple):
-    """Everything that differs from fit to fit, as arguments of the program."""
+    """Arguments of the program that differ between fits."""
 
     y: Any
     x: Any
@@ -40,12 +40,10 @@ class Problem(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The mean squared weighted residual with half its derivatives by normalized parameters.
+    """Mean squared weighted residual and half its derivatives by normalized parameters.
 
-    A penalty is part of it, as in ``GroupVariance``.
-
-    Infinite where anything is not finite. With a robust loss ``f_scale^2 rho`` takes the place of
-    the squares.
+    It includes the penalty of ``GroupVariance`` and is infinite if any value is not finite. With a
+    robust loss, squares are replaced by ``f_scale^2 rho``.
     """
 
     loss: Any
@@ -54,7 +52,7 @@ class Objective(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A point, normalized, shape (p,), with its damping and the loss where it was last judged."""
+    """Normalized parameters, shape (p,), with their damping and last evaluated loss."""
 
     params: Any
     damping: Any
@@ -64,7 +62,7 @@ class Candidate(NamedTuple):
 def make_objective(
     model: Model, mode: Mode, loss: str, problem: Problem, n_rows: Any
 ) -> Callable[[Any], Objective]:
-    """Return the objective over the first so many rows.
+    """Return the objective over the first ``n_rows`` rows.
 
     It is summed strip by strip, so that the Jacobian of all rows is never in memory.
     """
@@ -109,9 +107,9 @@ def make_objective(
 
 
 def _step(problem: Problem, params: Any, damping: Any, current: Objective) -> Any:
-    """Return the point to which a damped Gauss-Newton step leads, inside the bounds.
+    """Return the point after a damped Gauss-Newton step, inside the bounds.
 
-    Parameters on a bound do not move outwards, so that the others are not led astray by them.
+    Parameters at a bound that would move outward are held fixed and removed from the system.
     """
     low, high = problem.low, problem.high
     is_blocked = ((params <= low) & (current.gradient > 0)) | (
@@ -131,7 +129,7 @@ def _step(problem: Problem, params: Any, damping: Any, current: Objective) -> An
 def _improve(
     problem: Problem, objective: Callable[[Any], Objective], candidate: Candidate
 ) -> Candidate:
-    """Lead a candidate downhill by a fixed number of trial points."""
+    """Improve a candidate by a fixed number of trial steps."""
 
     def attempt(_: Any, state: Any) -> Any:
         params, damping, current = state
@@ -160,7 +158,7 @@ def improve_groups(
     n_groups: Any,
     n_rows: Any,
 ) -> Candidate:
-    """Lead the candidates of the first so many groups downhill, one group after the other."""
+    """Improve the candidates of the first ``n_groups`` groups, one group after the other."""
     objective = make_objective(model, mode, loss, problem, n_rows)
     improve: Callable[[Candidate], Candidate] = jax.vmap(
         lambda candidate: _improve(problem, objective, candidate)

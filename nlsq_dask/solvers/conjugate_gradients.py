@@ -1,6 +1,6 @@
-"""Conjugate gradients as a state that wants one product at a time.
+"""Conjugate gradients as a state that is updated with one product at a time.
 
-They are flexible: their preconditioner may itself be solved by iteration.
+They are flexible: the preconditioner may itself be an iterative solver.
 
 References
 ----------
@@ -20,49 +20,33 @@ from scipy.linalg import eigvalsh_tridiagonal
 
 Vector = NDArray[np.float64]
 
-NULL_EIGENVALUE = 1e-10  # eigenvalue of J^T J times its preconditioner that is rounding
-_SOLVE_RTOL = 1e-3  # of solves for errors, which probing finds to some percent
+NULL_EIGENVALUE = 1e-10  # of J^T J times its preconditioner; smaller is rounding
+_SOLVE_RTOL = 1e-3  # of solves for standard errors, whose estimate is accurate to percents
 
 
 @dataclass(frozen=True)
 class LinearSolve:
-    """Conjugate gradients on ``J^T J step = -J^T r``, so far.
-
-    Attributes
-    ----------
-    step : ndarray, shape (p,)
-    residual : ndarray, shape (p,)
-    direction : ndarray, shape (p,)
-        The next; its product is wanted.
-    square : float
-        Of the residual, in the norm of the preconditioner.
-    initial_square : float
-        The same at the start.
-    reduction : float
-        By how much the step reduces the quadratic.
-    alphas, betas : tuple of float
-        The coefficients so far: of directions in the step, and of a direction in the next.
-    """
+    """State of conjugate gradients on ``J^T J step = -J^T r``."""
 
     step: Vector
     residual: Vector
-    direction: Vector
-    square: float
-    initial_square: float
-    reduction: float = 0.0
-    alphas: tuple[float, ...] = ()
-    betas: tuple[float, ...] = ()
+    direction: Vector  # next search direction, whose product is needed
+    square: float  # squared norm of the residual, in the norm of the preconditioner
+    initial_square: float  # the same for a step of zero
+    reduction: float = 0.0  # of the quadratic model by the step
+    alphas: tuple[float, ...] = ()  # lengths along the directions
+    betas: tuple[float, ...] = ()  # coefficients of the last direction in the next
 
     @classmethod
     def init(cls, gradient: Vector, precondition: Callable[[Vector], Vector]) -> Self:
-        """Start from a step of zero."""
+        """Return the state for a step of zero."""
         residual = -gradient
         direction = precondition(residual)
         square = max(float(residual @ direction), 0.0)
         return cls(np.zeros_like(residual), residual, direction, square, square)
 
     def update(self, product: Vector, precondition: Callable[[Vector], Vector]) -> Self | None:
-        """Return the solve with the direction's product known, or None if it leads nowhere."""
+        """Return the next state given ``J^T J direction``, or None without positive curvature."""
         curvature = float(self.direction @ product)
         if not (curvature > 0.0 and self.square > 0.0 and np.isfinite(self.square / curvature)):
             return None
@@ -84,7 +68,7 @@ class LinearSolve:
 
     @property
     def least_ritz_value(self) -> float:
-        """The least eigenvalue, known so far, of J^T J times the preconditioner."""
+        """Smallest eigenvalue estimate of J^T J times the preconditioner."""
         alphas, betas = np.array(self.alphas), np.array(self.betas)
         diagonal = 1.0 / alphas
         diagonal[1:] += betas[:-1] / alphas[:-1]
@@ -100,9 +84,9 @@ def solve_many(
     precondition: Callable[[Vector], Vector],
     max_iterations: int,
 ) -> NDArray[np.float64]:
-    """Solve ``J^T J u = b`` for several b, shape (k, p), one product for all of them at a time.
+    """Solve ``J^T J u = b`` for several b, shape (k, p), with joint products.
 
-    A solution is infinite where ``J^T J`` has no inverse, or ``max_iterations`` are too few.
+    A solution is infinite if ``J^T J`` is singular or ``max_iterations`` is too small.
 
     Parameters
     ----------

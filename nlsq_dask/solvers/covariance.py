@@ -1,4 +1,4 @@
-"""The covariance of the parameters from ``J^T J`` at the solution."""
+"""Covariance of the parameters from ``J^T J`` at the solution."""
 
 from __future__ import annotations
 
@@ -16,25 +16,15 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Covariance:
-    """What phase 3 finds out.
+    """Covariance of the parameters, as a square root."""
 
-    Attributes
-    ----------
-    root : ndarray, shape (p, p)
-        The covariance is ``root @ root.T``. It has what that loses by squaring.
-    condition_number : float
-        Of the column-scaled Jacobian.
-    non_identifiable : ndarray of bool, shape (p,)
-        Parameters that take part in a direction that the data do not determine.
-    """
-
-    root: Matrix
-    condition_number: float
-    non_identifiable: NDArray[np.bool_]
+    root: Matrix  # (p, p); the covariance is root @ root.T, which loses digits by squaring
+    condition_number: float  # of the column-scaled Jacobian
+    non_identifiable: NDArray[np.bool_]  # (p,), parameters that take part in a null direction
 
     @property
     def pcov(self) -> Matrix:
-        """The covariance, shape (p, p); infinite where the data do not determine the parameters."""
+        """Covariance, shape (p, p); infinite if any parameter is non-identifiable."""
         if not np.isfinite(self.root).all():
             return np.full_like(self.root, np.inf)
         pcov = self.root @ self.root.T
@@ -42,17 +32,17 @@ class Covariance:
 
 
 def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> Covariance:
-    """Invert ``J^T J`` with its columns scaled to length 1, and transform back.
+    """Return the inverse of ``J^T J``, computed with columns scaled to norm 1.
 
     Parameters
     ----------
     sums : NormalEquations
-        At the solution.
+        Sums at the solution.
     absolute_sigma : bool
-        Whether sigma is meant in absolute terms; if not, the covariance is scaled by the variance
-        of the residuals, as in ``scipy.optimize.curve_fit``.
+        If False, the covariance is scaled by the residual variance, as in
+        ``scipy.optimize.curve_fit``.
     epsilon : float
-        Machine epsilon of the arithmetic that made the sums.
+        Machine epsilon of the dtype in which the model is evaluated.
     """
     p = len(sums.jtj)
     norms = np.sqrt(np.diag(sums.jtj))
@@ -70,16 +60,16 @@ def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> C
 
 
 def sandwich(covariance: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:
-    """Return the covariance that does not rely on sigma being right in each row.
+    """Return the heteroskedasticity-consistent (sandwich) covariance.
 
     ``(J^T J)^-1 (sum r^2 J^T J) (J^T J)^-1``, times n / (n - p) for "HC1".
 
     Parameters
     ----------
     covariance : Covariance
-        With pcov = ``(J^T J)^-1``.
+        Covariance with pcov = ``(J^T J)^-1``.
     scores : ndarray, shape (k, p)
-        A matrix whose ``scores.T @ scores`` is ``sum r^2 J^T J`` over the rows.
+        Matrix with ``scores.T @ scores = sum r^2 J^T J`` over the rows.
     n_rows : int
     cov_type : {"HC0", "HC1"}
 

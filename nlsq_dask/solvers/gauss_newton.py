@@ -1,10 +1,10 @@
-"""``GaussNewton``: steps inside a trust region, solved with matrices of the parameters.
+"""``GaussNewton``: trust-region steps, solved with dense matrices.
 
-``propose`` a trial point, sum over the rows, ``update`` the state: the sums of an accepted proposal
-are never computed again.
+``propose`` a trial point, sum over the rows, ``update`` the state. The sums of an accepted proposal
+are reused, not recomputed.
 
-It works on the parameters themselves, not on normalized ones: the columns' norms scale every step,
-which makes it independent of the units of the parameters.
+Parameters are not normalized: each step is scaled by the column norms of the Jacobian, which makes
+it independent of the units of the parameters.
 """
 
 from __future__ import annotations
@@ -24,108 +24,107 @@ from nlsq_dask.solvers.solver import may_resume
 from nlsq_dask.solvers.trust_region import Vector, restricted_step
 from nlsq_dask.status import Status
 
-_ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least
-_SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75
-_SCALE_MEMORY = 0.1  # a column's scale falls by at most this factor an iteration
-_FAST = 0.1  # a contraction below this is one to extrapolate from
-_STAGNATING = 0.9  # from here on, full steps that lead along a flat valley lead nowhere
-_COST_PROGRESS = 0.9  # a fall of the cost that is progress
-_SHRINKING = 0.5  # below this, one more step leads closer
-# What a last step without a pass may leave out: a change of the covariance, relative to the
-# variances.
+_ACCEPT = 1e-4  # minimum ratio of actual to predicted reduction of an accepted step
+_SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # ratios that change the trust radius
+_SCALE_MEMORY = 0.1  # a column's scale falls at most by this factor per iteration
+_FAST = 0.1  # contraction below which the error is extrapolated
+_STAGNATING = 0.9  # contraction above which full steps in a flat valley make no progress
+_COST_PROGRESS = 0.9  # ratio of costs that is progress
+_SHRINKING = 0.5  # contraction below which another step improves the iterate
+# Tolerated change of the covariance, relative to the variances, for a last step without a pass:
 _COVARIANCE_RTOL = 1e-7
-_CARRIED_RTOL = 5e-6  # of which a sample foresees all but a few percent
-_MAX_EARLIER = 3  # earlier iterates
-_MAX_ERROR = 1e-6  # of a standard error, that a last step may leave beside tol |p|
-# The change of the covariance as extrapolated from the step before, which has another direction,
-# has been seen 5 times too small.
+_CARRIED_RTOL = 5e-6  # if a sample predicts it to a few percent
+_MAX_EARLIER = 3  # earlier iterates to keep
+_MAX_ERROR = 1e-6  # of a standard error, tolerated in addition to tol |p|
+# The change of the covariance, extrapolated from the previous step with another direction, was
+# measured to be up to 5 times too small.
 _EXTRAPOLATION_FACTOR = 5.0
-# Ends that better sums would not change.
+# Status values that more accurate sums would not change.
 _ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.USER_STOP}
-_FACTORS = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of a proposal's step: shorter, longer
+_FACTORS = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of the step: shorter, longer
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial point, with what the quadratic model promises of it."""
+    """A trial point with the predictions of the quadratic model."""
 
     params: Vector
     step: Vector  # from the iterate, in scaled variables
-    reduction: float  # of the cost, as the quadratic model predicts it
-    full: bool  # whether the step is shorter than the trust radius
-    # Predicted change of the covariance along the step relative to the variances; else infinite.
+    reduction: float  # of the cost, predicted by the quadratic model
+    full: bool  # the trust region does not restrict the step
+    # Predicted change of the covariance along the step, relative to the variances, if known.
     covariance_change: float = np.inf
-    # J^T J there as a sample of the rows predicts it; None for a step from the sums alone.
+    # J^T J at the trial point, predicted by a sample; None for a step from the sums alone.
     jtj: NDArray[np.float64] | None = None
-    factors: tuple[float, ...] = ()  # multiples of the step at which the cost is evaluated, too
+    factors: tuple[float, ...] = ()  # multiples of the step at which the cost is evaluated
 
     @property
     def is_forecast(self) -> bool:
-        """Whether it comes from a sample of the rows, and not from the sums alone."""
+        """Whether the step was computed with a sample of the rows."""
         return self.jtj is not None
 
 
 @dataclass(frozen=True)
 class State:
-    """The iterate, the trust radius and the history that the stopping rules need."""
+    """Iterate, trust radius and history of a solve."""
 
     iterate: Iterate
     radius: float
     iteration: int = 0  # proposals evaluated
-    # Ratio of the last two relative decrements if a full step lies between them, else infinite; the
-    # change of the covariance along that step; and whether it was a forecast.
+    # Ratio of the last two relative decrements after a full step, else infinite; the change of the
+    # covariance along that step; and whether the step was a forecast.
     contraction: float = np.inf
     covariance_change: float = np.inf
     was_forecast: bool = False
-    earlier: tuple[Iterate, ...] = ()  # the last ones before this iterate, newest first
-    # Iteration, cost and relative decrement of the last iterate that was progress.
+    earlier: tuple[Iterate, ...] = ()  # previous iterates, newest first
+    # Iteration, cost and relative decrement of the last iterate with progress.
     progress: tuple[int, float, float] = (0, np.inf, np.inf)
-    rejected: int = 0  # proposals since the last accepted one
-    forecasts_rejected: int = 0  # in all, with those that led hardly nearer
+    rejected: int = 0  # number of proposals since the last accepted one
+    forecasts_rejected: int = 0  # in total, including those with hardly any progress
     stop: Status | None = None
-    # Where the solve ended, beyond the iterate if a last step was taken without a pass; and J^T J
-    # there as a forecast predicts it.
+    # Parameters at the end, beyond the iterate after a last step without a pass; and J^T J there,
+    # predicted by a forecast.
     solution: Vector | None = None
     carried_jtj: NDArray[np.float64] | None = None
-    proposal: Proposal | None = None  # whose sums are needed next
-    restart_at: Vector | None = None  # where fresh sums are needed next
+    proposal: Proposal | None = None  # evaluated next
+    restart_at: Vector | None = None  # parameters of the fresh sums needed next
     accumulation: Accumulation = Accumulation.GRAM
 
     @property
     def params(self) -> Vector:
-        """The parameters of the iterate."""
+        """Parameters of the iterate."""
         return self.iterate.params
 
     @property
     def sums(self) -> NormalEquations:
-        """The sums at the iterate."""
+        """Sums at the iterate."""
         return self.iterate.sums
 
     @property
     def sums_at_solution(self) -> NormalEquations:
-        """The sums at the iterate, with the predicted J^T J after a last step without a pass."""
+        """Sums at the iterate, with the predicted J^T J after a last step without a pass."""
         jtj = self.iterate.sums.jtj if self.carried_jtj is None else self.carried_jtj
         return replace(self.iterate.sums, jtj=jtj)
 
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """The method as a ``Solver``."""
+    """Gauss-Newton in a trust region, a ``Solver``."""
 
     settings: Settings
-    accumulation: Accumulation = Accumulation.GRAM  # from which steps are solved at first
-    # Whether QR factorizations take its place where J^T J loses half of the digits.
+    accumulation: Accumulation = Accumulation.GRAM  # initially
+    # Switch to QR factorizations if J^T J loses half of the digits.
     may_factorize: bool = False
     forecast: Callable[[State], Proposal | None] = lambda state: None
 
     def init(self, params: Vector, sums: NormalEquations) -> State:
-        """Begin at parameters whose sums are known."""
+        """Return the initial state at ``params``."""
         return self._propose_next(
             replace(init_state(params, sums, self.settings), accumulation=self.accumulation)
         )
 
     def ask(self, state: State) -> Request:
-        """Return the sums that are needed next."""
+        """Return the request for the next sums."""
         if state.restart_at is not None:
             return Request(state.restart_at, None, None, state.accumulation, False, True)
         proposal = state.proposal
@@ -147,18 +146,18 @@ class GaussNewton:
         )
 
     def restart(self, state: State, params: Vector) -> State:
-        """Ask for fresh sums at parameters, to begin there again."""
+        """Return a state that requests fresh sums at ``params`` and continues from there."""
         return replace(state, restart_at=params, proposal=None, stop=None, solution=None)
 
     def resume(self, state: State) -> State:
-        """Go on with a state of another process, which may have had other limits."""
+        """Return a state of an earlier process with the settings of this solver."""
         state = replace(state, iterate=replace(state.iterate, settings=self.settings))
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return self._propose_next(replace(state, stop=None, solution=None))
         return state
 
     def end(self, state: State, stop: Status) -> State:
-        """End at the iterate, for a reason that comes from outside."""
+        """Return the state, ended at the iterate with status ``stop``."""
         return replace(
             state,
             stop=stop,
@@ -169,7 +168,7 @@ class GaussNewton:
         )
 
     def _propose_next(self, state: State) -> State:
-        """Return the state with its next proposal, or with a request for better sums."""
+        """Return the state with the next proposal, or with a request for a QR factorization."""
         if self.may_factorize and loses_digits(state):
             return self.restart(replace(state, accumulation=Accumulation.TRIANGLE), state.params)
         if state.stop is not None:
@@ -179,7 +178,7 @@ class GaussNewton:
 
 
 def init_state(params: Vector, sums: NormalEquations, settings: Settings) -> State:
-    """Begin at parameters whose sums are known."""
+    """Return the initial state at ``params``, without a proposal."""
     if not sums.is_finite:
         iterate = Iterate(params, sums, np.ones_like(params), settings)
         return State(iterate, 0.0, stop=Status.NON_FINITE_START, solution=params)
@@ -189,7 +188,7 @@ def init_state(params: Vector, sums: NormalEquations, settings: Settings) -> Sta
 
 
 def loses_digits(state: State) -> bool:
-    """Whether J^T J at the iterate has lost half of the digits of J."""
+    """Whether J^T J at the iterate loses half of the digits of J."""
     iterate = state.iterate
     if state.stop in _ENDED or not iterate.sums.is_finite or iterate.sums.triangle is not None:
         return False
@@ -197,7 +196,7 @@ def loses_digits(state: State) -> bool:
 
 
 def propose(state: State) -> Proposal:
-    """Return the minimizer of the quadratic model inside bounds and trust region."""
+    """Return the minimizer of the quadratic model within bounds and trust region."""
     iterate = state.iterate
     step, full = restricted_step(iterate.quadratic, *iterate.room, state.radius)
     factors: tuple[float, ...] = ()
@@ -215,27 +214,27 @@ def propose(state: State) -> Proposal:
 
 
 def candidates(state: State, proposal: Proposal) -> Vector:
-    """Return the points at which the cost alone is evaluated, shape (k, p)."""
+    """Return the points at which only the cost is evaluated, shape (k, p)."""
     points = [state.iterate.moved(factor * proposal.step) for factor in proposal.factors]
     return np.array(points).reshape(len(points), len(proposal.params))
 
 
 def take_last_step(state: State, proposal: Proposal) -> State:
-    """Stop at the proposal if the error that it leaves is surely below the tolerance.
+    """Stop at the proposal, without a pass, if its error is safely below the tolerance.
 
-    The error is extrapolated from the contraction that the last step has shown, and must be below
-    the tolerance for the residuals as a whole and for each parameter.
+    The error is extrapolated from the contraction of the last step. It must be below the tolerance
+    for the residual norm and for each parameter.
     """
     iterate, tol = state.iterate, state.iterate.settings.tol
-    # What forecasts have achieved says nothing of a step without one.
+    # The contraction of forecasts does not apply to a step without one.
     is_comparable = proposal.is_forecast or not state.was_forecast
     if not (proposal.full and is_comparable and state.contraction <= _FAST):
         return state
     error = state.contraction * np.abs(proposal.params - iterate.params)
     dof = max(iterate.sums.n_used - len(iterate.params), 1)
-    # A triangle holds more than could be carried along.
+    # A predicted J^T J would be less accurate than a triangle.
     jtj = proposal.jtj if iterate.sums.triangle is None else None
-    # Of each parameter with the others held, which is less than its standard error.
+    # Conditional standard deviation, a lower bound of the standard error.
     deviation = float(np.sqrt(2.0 * iterate.sums.cost / dof)) / iterate.scale
     is_safe = (
         not iterate.quadratic.is_flat
@@ -250,7 +249,7 @@ def take_last_step(state: State, proposal: Proposal) -> State:
 
 
 def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
-    """Accept or reject a proposal whose sums are known, and test the stopping rules."""
+    """Accept or reject a proposal given its sums, and check convergence."""
     state = replace(state, iteration=state.iteration + 1)
     length = float(np.linalg.norm(proposal.step))
     if not sums.is_finite:
@@ -264,7 +263,7 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
     )
     gain = old.sums.cost - sums.cost
     if proposal.reduction <= old.cost_noise:
-        # The costs cannot be told apart any more, but the gradients still can.
+        # The costs differ by rounding only, the gradients may still differ.
         if new.relative_decrement <= 0.5 * old.relative_decrement:
             return _accept(state, proposal, new, state.radius)
         better = new if new.relative_decrement < old.relative_decrement else old
@@ -274,7 +273,7 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
         reason = better.verdict(Status.FLOOR if is_sure else Status.STALLED)
         is_by_jtj = better.sums.triangle is None
         if is_by_jtj and better.quadratic.is_flat and reason is Status.FLOOR:
-            reason = Status.ILL_CONDITIONED  # what is left of the way cannot be known from J^T J
+            reason = Status.ILL_CONDITIONED  # J^T J does not resolve the remaining error
         return replace(state, iterate=better, stop=reason, solution=better.params)
     if gain < _ACCEPT * proposal.reduction:
         return _reject(state, proposal, sums, Status.STALLED)
@@ -287,7 +286,7 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
 
 
 def _largest_factor(state: State, proposal: Proposal, sums: NormalEquations) -> float:
-    """Return the largest multiple of the step at which the cost fell as the quadratic promises."""
+    """Return the largest evaluated factor whose reduction of the cost is close to predicted."""
     factors = [0.0]
     for factor, cost in zip(proposal.factors, sums.candidate_costs, strict=False):
         predicted = state.iterate.quadratic.reduction(factor * proposal.step)
@@ -298,7 +297,7 @@ def _largest_factor(state: State, proposal: Proposal, sums: NormalEquations) -> 
 
 def _reject(state: State, proposal: Proposal, sums: NormalEquations, if_exhausted: Status) -> State:
     iterate = state.iterate
-    if proposal.is_forecast:  # which says nothing of the radius
+    if proposal.is_forecast:  # a rejected forecast does not change the radius
         forecasts_rejected = state.forecasts_rejected + 1
         rejected = state.rejected + 1
         return _check_limits(
@@ -330,7 +329,7 @@ def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> St
             contraction=contraction,
             covariance_change=change,
             was_forecast=proposal.is_forecast,
-            # One that leads hardly nearer costs a pass as one that is rejected does.
+            # A forecast with hardly any progress wastes a pass like a rejected one.
             forecasts_rejected=state.forecasts_rejected
             + (
                 proposal.is_forecast
@@ -345,7 +344,7 @@ def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> St
 def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Iterate) -> float:
     """Return the largest change of the covariance between two sums, relative to the variances.
 
-    In the scale and with the rounding of ``iterate``.
+    Scale and machine epsilon are those of ``iterate``.
     """
     scale, epsilon = iterate.scale, iterate.settings.epsilon
     roots = [ScaledSVD.of(sums, scale, epsilon).inverse_root for sums in (old, new)]
@@ -357,11 +356,11 @@ def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Itera
 
 
 def _check_convergence(state: State) -> State:
-    """Stop if the iterate is a solution."""
+    """Stop if the iterate meets a convergence criterion."""
     iterate = state.iterate
     reason = iterate.converged()
     if reason is not None:
-        # The step is known, so taking it costs nothing where the steps have been shrinking.
+        # The step is known; taking it is free and improves the solution if steps shrink.
         shrinks = state.contraction <= _SHRINKING
         solution = iterate.moved(iterate.full_step) if shrinks else iterate.params
         return replace(state, stop=iterate.verdict(reason), solution=solution)

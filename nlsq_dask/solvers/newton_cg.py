@@ -1,11 +1,10 @@
-"""Gauss-Newton for many parameters: each step by preconditioned conjugate gradients.
+"""Gauss-Newton for many parameters, with steps by preconditioned conjugate gradients.
 
-As in ``gauss_newton``, a state asks for sums and is told them; here they are ``GradientSums``, with
-the product ``J^T J v`` for one direction, and every product is a reduction over the rows as a trial
-is. Nothing is larger than a vector of parameters.
+The sums are ``GradientSums`` with the product ``J^T J v`` for one direction. Each product is a
+reduction over the rows, as each trial is. No array is larger than a vector of parameters.
 
-Where the cost does not fall as the quadratic promises, a step is shortened, and the next one
-damped.
+If the cost does not decrease as the quadratic model predicts, the step is shortened and the next
+step is damped.
 
 References
 ----------
@@ -32,108 +31,65 @@ Vector = NDArray[np.float64]
 
 
 class Preconditioner(Protocol):
-    """Something like the inverse of J^T J."""
+    """Approximate inverse of J^T J."""
 
     @property
     def diagonal(self) -> Vector:
-        """About the diagonal of J^T J, shape (p,), none of its entries zero."""
+        """Approximate diagonal of J^T J, shape (p,), without zeros."""
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
-        """Apply what the inverse of J^T J and a multiple of its diagonal would do."""
+        """Apply the approximate inverse of J^T J + damping times its diagonal."""
 
 
 MakePreconditioner = Callable[[Vector], Preconditioner]
 
-_ACCEPT = 1e-4  # share of the predicted reduction that an accepted step brings at least
-_FRACTIONS = (0.25, 0.0625, 0.015625)  # of a step, where its length is in doubt
-_LONG_STEP = 0.1  # of the residual: from here on a step may be too long for the quadratic
-_MAX_RTOL = 0.1  # residual of a step's solve, relative to the first one
-_SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # shares of the promise that change the damping
-# Multiples of the diagonal that are added to J^T J (Levenberg-Marquardt): the first after a step
-# that was too long, the least that is not zero, and one at which no step is left.
+_ACCEPT = 1e-4  # minimum ratio of actual to predicted reduction of an accepted step
+_FRACTIONS = (0.25, 0.0625, 0.015625)  # of a step, evaluated if it may be too long
+_LONG_STEP = 0.1  # relative to the residual; longer steps may leave the quadratic region
+_MAX_RTOL = 0.1  # maximum relative tolerance of the solve for a step
+_SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # ratios of the reduction that change the damping
+# Multiples of the diagonal that are added to J^T J (Levenberg-Marquardt): after the first step that
+# was too long, the minimum other than zero, and the maximum.
 _FIRST_DAMPING, _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e-6, 1e12
-_DIAGONAL_MEMORY = 0.01  # the diagonal by which is damped falls by at most this factor a step
-_MARGIN = 2.0  # times what the Ritz values say that conjugate gradients leave out
+_DIAGONAL_MEMORY = 0.01  # the damping diagonal falls at most by this factor per step
+_MARGIN = 2.0  # safety factor of the remaining reduction
 
 
 @dataclass(frozen=True)
 class CgSettings:
-    """What stays the same during a solve.
+    """Settings of ``NewtonCg``."""
 
-    Attributes
-    ----------
-    tol : float
-        Of the step as a whole.
-    max_iterations : int
-        Trials.
-    cg_max_iterations : int
-        Products a step.
-    cg_relative, cg_absolute : float
-        Norms of the residual of a step that end its solve, relative to the first one or not. The
-        relative one is looser where the step is long (Nocedal and Wright, section 7.1).
-    epsilon : float
-        Machine epsilon of the arithmetic in which the model is evaluated.
-    recovers : bool
-        Whether a trial that is not finite is followed by a shorter one.
-    """
-
-    tol: float
-    max_iterations: int
-    cg_max_iterations: int
+    tol: float  # of the step norm
+    max_iterations: int  # trials
+    cg_max_iterations: int  # products per step
+    # Norms of the residual at which the solve for a step ends, relative to the initial one and
+    # absolute. The relative one is looser for long steps (Nocedal and Wright, section 7.1).
     cg_relative: float
     cg_absolute: float
-    epsilon: float
-    recovers: bool
+    epsilon: float  # machine epsilon of the dtype in which the model is evaluated
+    recovers: bool  # retry with a shorter step after a non-finite trial
 
 
 @dataclass(frozen=True)
 class CgState:
-    """An accepted point, with a step from it that is being solved or tried.
-
-    Attributes
-    ----------
-    params : ndarray, shape (p,)
-    sums : GradientSums
-    settings : CgSettings
-    linear : LinearSolve
-    diagonal : ndarray, shape (p,)
-        Diagonal of J^T J, with a short memory, by which steps are damped.
-    sensitive : ndarray of bool, shape (p,)
-        Parameters on which some row has been seen to depend.
-    damping : float
-        Multiple of ``diagonal`` that is added to J^T J.
-    fraction : float or None
-        Of the step that is tried; None while it is being solved.
-    least_eigenvalue : float
-        Of J^T J times the preconditioner, as Ritz values have shown.
-    last_length : float
-        Of the last accepted step, in units of the residual; 0 if there was none.
-    iteration : int
-        Trials judged so far.
-    n_products : int
-        Products so far.
-    stop : Status or None
-    solution : ndarray, shape (p,), or None
-        Where the solve ended; a last step beyond ``params`` if one was taken without a trial.
-    restart_at : ndarray, shape (p,), or None
-        Where fresh sums are needed next, to begin there again.
-    """
+    """Iterate with a step that is being solved for or tried."""
 
     params: Vector
     sums: GradientSums
     settings: CgSettings
     linear: LinearSolve
-    diagonal: Vector
-    sensitive: NDArray[np.bool_]
-    damping: float = 0.0
-    fraction: float | None = None
-    least_eigenvalue: float = 1.0
-    last_length: float = 0.0
-    iteration: int = 0
+    diagonal: Vector  # of J^T J, with a short memory, used for damping
+    sensitive: NDArray[np.bool_]  # (p,), parameters on which any row depends
+    damping: float = 0.0  # multiple of ``diagonal`` added to J^T J
+    fraction: float | None = None  # of the step that is tried; None during the linear solve
+    least_eigenvalue: float = 1.0  # smallest Ritz value of the preconditioned J^T J
+    last_length: float = 0.0  # of the last accepted step, in units of the residual
+    iteration: int = 0  # trials evaluated
     n_products: int = 0
     stop: Status | None = None
+    # Parameters at the end, beyond ``params`` after a last step without a trial.
     solution: Vector | None = None
-    restart_at: Vector | None = None
+    restart_at: Vector | None = None  # parameters of the fresh sums needed next
 
     @property
     def radius(self) -> float:
@@ -142,7 +98,7 @@ class CgState:
 
     @property
     def request(self) -> Request:
-        """The sums that are needed next."""
+        """Request for the next sums."""
         if self.restart_at is not None:
             return Request(self.restart_at, is_trial=False, is_fresh=True)
         if self.fraction is None:
@@ -155,65 +111,65 @@ class CgState:
 
     @property
     def length(self) -> float:
-        """Length of the step so far, in units of the residual."""
+        """Length of the current step, in units of the residual."""
         cost = self.sums.cost
         return float(np.sqrt(self.linear.reduction / cost)) if cost else 0.0
 
     @property
     def remaining_reduction(self) -> float:
-        """What the step still leaves of the quadratic's reduction, by the least eigenvalue seen."""
+        """Bound on the reduction that the current step misses, from the smallest Ritz value."""
         least = max(self.least_eigenvalue, self.settings.epsilon)
         return _MARGIN * 0.5 * self.linear.square / least
 
     def predicted_reduction(self, fraction: float) -> float:
-        """Return by how much the quadratic, without damping, falls along a share of the step."""
+        """Return the reduction of the undamped quadratic by a fraction of the step."""
         step = self.linear.step
-        # Conjugate gradients end at the least of the damped quadratic along their step.
+        # The step minimizes the damped quadratic along itself.
         damped = self.linear.reduction * fraction * (2.0 - fraction)
         return damped + 0.5 * fraction**2 * self.damping * float(self.diagonal @ step**2)
 
     @property
     def cost_noise(self) -> float:
-        """Differences of the cost below this are rounding."""
+        """Rounding error of a difference of costs."""
         return self.sums.cost_noise(self.settings.epsilon)
 
 
 @dataclass(frozen=True)
 class NewtonCg:
-    """The method as a ``Solver``."""
+    """Gauss-Newton with conjugate gradients, a ``Solver``."""
 
     settings: CgSettings
     precondition: MakePreconditioner
     damping: float = 0.0  # of the first step
 
     def init(self, params: Vector, sums: GradientSums) -> CgState:
-        """Begin at parameters whose sums are known."""
+        """Return the initial state at ``params``."""
         return init_state(params, sums, self.settings, self.precondition, self.damping)
 
     def ask(self, state: CgState) -> Request:
-        """Return the sums that are needed next."""
+        """Return the request for the next sums."""
         return state.request
 
     def tell(self, state: CgState, sums: GradientSums) -> CgState:
-        """Go on with a product, judge a trial, or begin again at a point with fresh sums."""
+        """Process a product, accept or reject a trial, or restart with fresh sums."""
         if state.restart_at is None:
             return update(state, sums, self.precondition)
         initial = init_state(state.restart_at, sums, self.settings, self.precondition)
         return replace(initial, iteration=state.iteration, n_products=state.n_products)
 
     def restart(self, state: CgState, params: Vector) -> CgState:
-        """Ask for fresh sums at parameters, to begin there again."""
+        """Return a state that requests fresh sums at ``params`` and continues from there."""
         return replace(state, restart_at=params, stop=None, solution=None)
 
     def resume(self, state: CgState) -> CgState:
-        """Go on with a state of another process, which may have had other limits."""
+        """Return a state of an earlier process with the settings of this solver."""
         state = replace(state, settings=self.settings)
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return replace(state, stop=None, solution=None)
         return state
 
     def end(self, state: CgState, stop: Status) -> CgState:
-        """End at the accepted point, for a reason that comes from outside."""
+        """Return the state, ended at the iterate with status ``stop``."""
         return replace(state, stop=stop, solution=state.params, restart_at=None)
 
 
@@ -224,7 +180,7 @@ def init_state(
     precondition: MakePreconditioner,
     damping: float = 0.0,
 ) -> CgState:
-    """Begin at parameters whose sums are known; ``damping`` is that of the first step."""
+    """Return the initial state at ``params``; ``damping`` is that of the first step."""
     zero_step = LinearSolve.init(np.zeros_like(params), lambda vector: vector)
     state = CgState(params, sums, settings, zero_step, np.ones_like(params), sums.jtr != 0.0)
     if not sums.is_finite:
@@ -236,14 +192,14 @@ def init_state(
 
 
 def _init_step(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
-    """Begin to solve for a step from the accepted point."""
+    """Start the linear solve for a step from the iterate."""
     apply = partial(precondition(state.params), damping=damping)
     linear = LinearSolve.init(state.sums.jtr, apply)
     return replace(state, linear=linear, damping=damping, fraction=None)
 
 
 def update(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
-    """Go on with the sums that the state has asked for."""
+    """Return the next state given the requested sums."""
     sensitive = state.sensitive | (sums.jtr != 0.0) | (sums.products != 0.0).any(axis=0)
     state = replace(state, sensitive=sensitive)
     if state.fraction is not None:
@@ -262,25 +218,24 @@ def update(state: CgState, sums: GradientSums, precondition: MakePreconditioner)
 
 
 def _check_step(state: CgState, precondition: MakePreconditioner) -> CgState:
-    """Stop if the step is known well enough to be taken as the last, or else go on with it."""
+    """Take the step as the last one, try it, or continue its linear solve."""
     linear, settings = state.linear, state.settings
     predicted = linear.reduction + state.remaining_reduction
     if state.damping:
-        if predicted <= settings.tol**2 * state.sums.cost:  # a step without damping says more
+        if predicted <= settings.tol**2 * state.sums.cost:  # an undamped step decides
             return _check_step(_init_step(state, 0.0, precondition), precondition)
     elif predicted <= settings.tol**2 * state.sums.cost:
         return replace(state, stop=Status.REDUCTION, solution=state.params + linear.step)
     elif predicted <= state.cost_noise * settings.epsilon:
         return replace(state, stop=Status.FLOOR, solution=state.params + linear.step)
     length = state.length
-    # Better solved than this a step is no better, and where steps have been shrinking fast enough
-    # another trial would tell nothing.
+    # A more accurate solve does not improve the step; if steps shrink fast, no trial is needed.
     if linear.alphas and state.remaining_reduction <= (0.5 * settings.tol) ** 2 * state.sums.cost:
         if not state.damping and length**2 <= 0.5 * settings.tol * state.last_length:
             solution = state.params + linear.step
             return replace(state, stop=Status.LAST_STEP, solution=solution)
         return _try_step(state)
-    # Far from the solution the quadratic itself is off by about the length of the step.
+    # Far from the solution, the error of the quadratic is about the length of the step.
     relative = max(settings.cg_relative, min(length, _MAX_RTOL))
     threshold = max(relative * float(np.sqrt(linear.initial_square)), settings.cg_absolute)
     is_solved = bool(linear.alphas) and float(np.sqrt(linear.square)) <= threshold
@@ -290,7 +245,7 @@ def _check_step(state: CgState, precondition: MakePreconditioner) -> CgState:
 
 
 def _try_step(state: CgState) -> CgState:
-    """Try the step, or stop where there is none."""
+    """Try the step, or stop if it is zero."""
     if not state.linear.step.any():  # no direction has any curvature
         stop = Status.FLOOR if state.linear.square <= state.cost_noise else Status.STALLED
         return replace(state, stop=stop, solution=state.params)
@@ -323,7 +278,7 @@ def _update_trial(state: CgState, sums: GradientSums, precondition: MakePrecondi
         if is_below_noise:
             damping = 0.0
         accepted = _init_step(accepted, damping, precondition)
-        # The costs cannot be told apart any more, but the gradients still can.
+        # The costs differ by rounding only, the gradients may still differ.
         is_closer = accepted.linear.square <= 0.25 * state.linear.initial_square
         if is_below_noise and not is_closer:
             return replace(state, stop=Status.FLOOR, solution=state.params)

@@ -1,8 +1,8 @@
-"""Preconditioners for conjugate gradients: from the diagonal of J^T J, and from a sample of rows.
+"""Preconditioners for conjugate gradients: the diagonal of J^T J, and a sample of the rows.
 
-A sample that is like the rest has nearly their ``J^T J`` but for its weight, so conjugate gradients
-over all rows need a handful of products with it, where they would need many with the diagonal
-alone. To apply its inverse means conjugate gradients on the sample, which cost no reading.
+``J^T J`` of a representative sample is nearly proportional to that of all rows. With it, conjugate
+gradients need a few products over all rows, with the diagonal many. Its inverse is applied by
+conjugate gradients on the sample, without reading data.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _MAX_ITERATIONS = 200
 
 
 def fill_zeros(diagonal: Vector, scales: Vector) -> Vector:
-    """Return a diagonal of J^T J with something of the usual size where it is zero.
+    """Return a diagonal of J^T J with zeros replaced by values of typical size.
 
     Parameters
     ----------
     diagonal : ndarray, shape (p,)
     scales : ndarray, shape (p,)
-        Of the parameters; times the square of these the diagonal's entries are comparable.
+        Scales of the parameters; ``diagonal * scales**2`` has comparable elements.
     """
     comparable = diagonal * scales**2
     positive = comparable[comparable > 0.0]
@@ -37,51 +37,35 @@ def fill_zeros(diagonal: Vector, scales: Vector) -> Vector:
 
 @dataclass(frozen=True)
 class DiagonalPreconditioner:
-    """The inverse of the diagonal of ``J^T J``.
+    """Inverse of the diagonal of ``J^T J``."""
 
-    Attributes
-    ----------
-    diagonal : ndarray, shape (p,)
-        None of its entries zero.
-    """
-
-    diagonal: Vector
+    diagonal: Vector  # without zeros
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
-        """Apply it."""
+        """Apply the preconditioner."""
         return vector / (self.diagonal * (1.0 + damping))
 
 
 @dataclass(frozen=True)
 class SamplePreconditioner:
-    """The inverse of the sample's ``J^T J`` as all rows would have it, and a share of its diagonal.
+    """Inverse of the scaled ``J^T J`` of a sample plus a share of its diagonal.
 
-    The share is that of chance: with p parameters and n rows the sample's eigenvalues are off by
-    about ``sqrt(p / n)``, and those that are too small would be the worst.
-
-    Attributes
-    ----------
-    product : callable
-        ``J^T J v`` of the sample.
-    sample_diagonal : ndarray, shape (p,)
-        Of that, none of its entries zero.
-    weight : float
-        Rows of the data set for each of the sample.
-    share : float
+    The diagonal accounts for sampling: with p parameters and n rows, the relative error of the
+    eigenvalues is about ``sqrt(p / n)``, and eigenvalues that are too small do the most harm.
     """
 
-    product: Callable[[Vector], Vector]
-    sample_diagonal: Vector
-    weight: float
+    product: Callable[[Vector], Vector]  # J^T J v of the sample
+    sample_diagonal: Vector  # of J^T J of the sample, without zeros
+    weight: float  # rows of the data set per row of the sample
     diagonal_share: float
 
     @property
     def diagonal(self) -> Vector:
-        """The sample's diagonal as all rows would have it."""
+        """Diagonal of the sample, scaled to all rows."""
         return self.weight * self.sample_diagonal
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
-        """Apply it."""
+        """Apply the preconditioner."""
         added = self.diagonal_share + damping
 
         def matvec(v: Vector) -> Vector:

@@ -1,4 +1,4 @@
-"""What can be found out about the inverse of J^T J by random vectors, without a matrix.
+"""Stochastic estimation of the diagonal of (J^T J)^-1, and of a null direction, without matrices.
 
 References
 ----------
@@ -18,25 +18,24 @@ from nlsq_dask.solvers.conjugate_gradients import NULL_EIGENVALUE, LinearSolve
 Vector = NDArray[np.float64]
 Vectors = NDArray[np.float64]
 
-# Bytes of the probes that are solved for at once, which share each pass: fewer batches are fewer
-# passes. A task and the client each need about 8 times as much, which is no more than a block of a
-# sensible size. One probe at least is solved for, so that with a million parameters and more it is
-# that many vectors of them.
+# Bytes of the probes per batch, which share each pass: fewer batches need fewer passes. A task and
+# the client each need about 8 times as much, comparable to a block of usual size. A batch has at
+# least one probe, whatever its size.
 _BATCH_BYTES = 2**23
-_ZERO_LENGTH = 1e-2  # of a direction's random length, standard normal: what is left is not lost
+_ZERO_LENGTH = 1e-2  # of a standard normal length; a smaller remainder is no null direction
 
 
 def batch_size(n_probes: int, n_params: int) -> int:
-    """Return how many probes are solved for at once; all batches but the last are of this size."""
+    """Return the number of probes per batch; only the last batch may be smaller."""
     max_probes = max(_BATCH_BYTES // (8 * n_params), 1)
     n_batches = -(n_probes // -max_probes)
     return -(n_probes // -n_batches)
 
 
 def probe_batches(n_probes: int, n_params: int, seed: int) -> Iterator[Vectors]:
-    """Yield probes, shape (k, p), k as ``batch_size`` says: signs, or unit vectors if enough.
+    """Yield batches of probes, shape (k, p): random signs, or unit vectors if ``n_probes == p``.
 
-    The signs do not depend on the batches.
+    The signs do not depend on the batch size.
     """
     size, rng = batch_size(n_probes, n_params), np.random.default_rng(seed)
     for start in range(0, n_probes, size):
@@ -48,12 +47,12 @@ def probe_batches(n_probes: int, n_params: int, seed: int) -> Iterator[Vectors]:
 
 
 def inverse_diagonal(solve: Callable[[Vectors], Vectors], probes: Iterator[Vectors]) -> Vector:
-    """Estimate the diagonal of the inverse of ``J^T J``; infinite where a solve did not end.
+    """Estimate the diagonal of ``(J^T J)^-1``; infinite if a solve did not converge.
 
     Parameters
     ----------
     solve : callable
-        Returns ``(J^T J)^-1 v`` for each of k directions, infinite where it does not know.
+        Returns ``(J^T J)^-1 v`` for each of k probes, infinite if not converged.
     probes : iterator of ndarray, each of shape (k, p)
     """
     total, weight = np.zeros(()), np.zeros(())
@@ -69,19 +68,19 @@ def inverse_diagonal(solve: Callable[[Vectors], Vectors], probes: Iterator[Vecto
 def null_direction(
     product: Callable[[Vector], Vector], diagonal: Vector, max_iterations: int, seed: int
 ) -> Vector | None:
-    """Return a direction along which ``J^T J`` is rounding alone, or None if none was found.
+    """Return a null direction of ``J^T J``, or None if none was found.
 
-    Of a random vector z, conjugate gradients on ``J^T J u = J^T J z`` find all but what ``J^T J``
-    does not see. That is at hand at each iteration, ``z - u``, and so is its Rayleigh quotient,
-    which the least eigenvalue cannot exceed: what is returned is no matter of chance. None is found
-    where ``J^T J`` has an inverse, or would take more iterations.
+    Conjugate gradients on ``J^T J u = J^T J z`` with a random vector z converge to z except for its
+    component in the null space. The remainder ``z - u`` and its Rayleigh quotient, an upper bound
+    of the smallest eigenvalue, are known at each iteration, so a result does not depend on chance.
+    None is found if ``J^T J`` is regular or more iterations are needed.
 
     Parameters
     ----------
     product : callable
         Returns ``J^T J v``.
     diagonal : ndarray, shape (p,)
-        Of ``J^T J``, none of its entries zero.
+        Diagonal of ``J^T J``, without zeros.
     max_iterations : int
     seed : int
     """

@@ -1,4 +1,4 @@
-"""Singular values of the column-scaled Jacobian, from whichever sums there are."""
+"""Singular values of the column-scaled Jacobian, from ``J^T J`` or a QR factorization."""
 
 from __future__ import annotations
 
@@ -15,40 +15,26 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScaledSVD:
-    """Singular values and right singular vectors of ``J / scale``.
-
-    Attributes
-    ----------
-    values : ndarray, shape (p,)
-        Singular values.
-    vectors : ndarray, shape (p, p)
-        The right singular vectors, one a column.
-    gradient : ndarray, shape (p,)
-        Of the cost by the scaled parameters.
-    slopes : ndarray, shape (p,)
-        The same along the vectors.
-    rounding : float
-        Multiple of the largest singular value below which another is rounding.
-    """
+    """Singular values and right singular vectors of ``J / scale``."""
 
     values: Vector
-    vectors: NDArray[np.float64]
-    gradient: Vector
-    slopes: Vector
-    rounding: float
+    vectors: NDArray[np.float64]  # right singular vectors as columns
+    gradient: Vector  # of the cost by the scaled parameters
+    slopes: Vector  # the gradient along the singular vectors
+    rounding: float  # relative to the largest singular value; smaller values are rounding
 
     @classmethod
     def of(cls, sums: NormalEquations, scale: Vector, epsilon: float) -> ScaledSVD:
-        """Decompose; ``epsilon`` is that of the arithmetic which made the sums."""
+        """Decompose sums computed with machine epsilon ``epsilon``."""
         p, gradient = len(scale), sums.jtr / scale
         if sums.triangle is not None:
-            # Rounding adds up from strip to strip, as in a random walk.
+            # Rounding errors of the strips add up as in a random walk.
             rounding = (4.0 * p + float(np.sqrt(sums.n_used / STRIP_ROWS))) * epsilon
             left, values, rows = np.linalg.svd(sums.triangle[:p, :p] / scale)
             slopes = rows @ gradient
-            if sums.triangle.shape[1] > p:  # the residual's column gives them without squaring
+            if sums.triangle.shape[1] > p:  # avoids squaring
                 slopes = values * (left.T @ sums.triangle[:p, p])
-            # Where a singular value is rounding alone, so is the slope.
+            # The slope along a null direction is rounding.
             slopes = np.where(values <= rounding * values.max(), 0.0, slopes)
             return cls(values, rows.T, gradient, slopes, rounding)
         squares, vectors = np.linalg.eigh(sums.jtj / np.outer(scale, scale))
@@ -59,21 +45,18 @@ class ScaledSVD:
 
     @property
     def condition(self) -> float:
-        """The condition number of the scaled Jacobian."""
+        """Condition number of the scaled Jacobian."""
         least = float(self.values.min())
         return float(self.values.max()) / least if least > 0.0 else np.inf
 
     @property
     def is_null(self) -> NDArray[np.bool_]:
-        """Which singular values are rounding alone, or zero."""
+        """Null directions: singular values that are rounding or zero."""
         return np.asarray(self.values <= self.rounding * self.values.max())
 
     @property
     def inverse_root(self) -> NDArray[np.float64]:
-        """A matrix whose product with its transpose is the inverse of the scaled ``J^T J``.
-
-        Infinite where that has none.
-        """
+        """Matrix R with ``R R^T`` the inverse of the scaled ``J^T J``; infinite if singular."""
         if not self.values.all():
             return np.full_like(self.vectors, np.inf)
         return np.asarray(self.vectors / self.values)

@@ -1,8 +1,8 @@
-"""``Solver``: a method of phase 2, which asks for sums over the rows and is told them.
+"""``Solver``: interface of the methods of phase 2, with ask and tell.
 
-A state holds all that a solver knows, so it is what a checkpoint holds, and a reduction is all that
-an iteration costs. A solver does not know where the sums come from: the sample in memory and the
-whole data set are fitted by the same lines.
+A state contains everything that a solver knows, so it can be saved in a checkpoint. An iteration
+costs one reduction over the rows. A solver does not know where the sums come from: the same code
+fits the sample in memory and all rows.
 """
 
 from __future__ import annotations
@@ -22,63 +22,63 @@ S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
 
 class SolverState(Protocol[S_co]):
-    """An accepted iterate with its sums, and what a solver remembers of the way there."""
+    """Iterate with its sums and the history of a solve."""
 
     @property
     def params(self) -> Vector:
-        """The iterate."""
+        """Parameters of the iterate."""
 
     @property
     def sums(self) -> S_co:
-        """The sums there."""
+        """Sums at the iterate."""
 
     @property
     def radius(self) -> float:
-        """The trust radius, NaN for a solver without."""
+        """Trust radius; NaN for a solver without one."""
 
     @property
     def iteration(self) -> int:
-        """Number of trials that were judged."""
+        """Number of trials evaluated."""
 
     @property
     def stop(self) -> Status | None:
-        """Why the solve has ended; None before that."""
+        """Status of the end; None while running."""
 
     @property
     def solution(self) -> Vector | None:
-        """Where it has ended, beyond the iterate if a last step was taken without sums."""
+        """Parameters at the end, beyond the iterate after a last step without sums."""
 
 
 T = TypeVar("T", bound=SolverState[Sums])
 
 
 class Solver(Protocol[T, S_contra]):
-    """A method, as functions of its state."""
+    """A method as functions of its state."""
 
     def init(self, params: Vector, sums: S_contra) -> T:
-        """Begin at parameters whose sums are known."""
+        """Return the initial state at ``params``."""
 
     def ask(self, state: T) -> Request:
-        """Return the sums that are needed next; only where ``stop`` is None."""
+        """Return the request for the next sums, while ``stop`` is None."""
 
     def tell(self, state: T, sums: S_contra) -> T:
-        """Return the state that follows from the sums that were asked for."""
+        """Return the next state given the requested sums."""
 
     def restart(self, state: T, params: Vector) -> T:
-        """Return a state that asks for fresh sums at parameters and begins there again.
+        """Return a state that requests fresh sums at ``params`` and continues from there.
 
-        For sums over other rows than those before, with which they must not be compared.
+        Used when the set of rows has changed, so that sums are not comparable with earlier ones.
         """
 
     def resume(self, state: T) -> T:
-        """Return the state of an earlier process as one of this solver, which may go on longer."""
+        """Return a state of an earlier process with the settings of this solver."""
 
     def end(self, state: T, stop: Status) -> T:
-        """End the solve at the iterate, for a reason that comes from outside."""
+        """Return the state, ended at the iterate with status ``stop``."""
 
 
 def may_resume(stop: Status | None, iteration: int, max_iterations: int) -> bool:
-    """Whether a solve that had ended for this reason goes on when the fit is resumed."""
+    """Whether a solve that ended with this status continues when the fit is resumed."""
     if stop is Status.ITERATION_LIMIT:
         return iteration < max_iterations
     return stop is Status.USER_STOP

@@ -1,19 +1,17 @@
-"""A forecast of where the cost over all rows is least, from one pass and a sample of the rows.
+"""Forecast of the minimizer over all rows, from one pass and a sample of the rows.
 
-Near an iterate the sums over all rows give the cost to second order (in Gauss-Newton's
-approximation). What is beyond that, the curvature of the model, is much the same for a sample:
+Near an iterate, the sums over all rows give the cost to second order (in the approximation of
+Gauss-Newton). Higher orders are approximated by those of a sample:
 
     S(p) = w F(p) + (c - w c_s) + (g - w g_s)^T d + 1/2 d^T (H - w H_s) d,    d = p - p_0
 
 with the sample's cost F, its sums c_s, g_s, H_s at p_0, those over all rows c, g, H, and the weight
-w of a row of the sample. At p_0 it has the gradient and J^T J of all rows, so a forecast is a
-Gauss-Newton step where the sample says nothing, and its error is smaller by the relative error of
-the sample's means where the sample is like the rest. Where it is not, a forecast can be the worse
-step: it remains a trial, the sums over all rows decide, and after two that help little the sample
-is not asked again. It needs no reading.
+w of a row of the sample. At p_0, S has the gradient and J^T J of all rows. If the sample is
+representative, the error of a Gauss-Newton step is reduced by the relative error of the sample's
+means. If it is not, a forecast can be the worse step: it is a trial, which the sums over all rows
+accept or reject, and after two forecasts with little progress no more are made. No data are read.
 
-What the sample gets wrong of the curvature shows in the gradients over all rows at points accepted
-earlier; secant updates put it right.
+Secant updates correct the curvature of S with the gradients over all rows at earlier iterates.
 
 References
 ----------
@@ -40,36 +38,24 @@ Reduce = Callable[[Vector], NormalEquations]
 
 _MAX_ITERATIONS = 60  # evaluations of the sample; large residuals converge linearly
 _TOL_SHARE = 0.01  # of the fit's tolerance
-_MIN_CURVATURE = 0.1  # of J^T J's diagonal over all rows, below which the correction is doubted
-_MAX_SECANT = 0.5  # of the gradient's change that J^T J promises
-# Times sqrt(1 / epsilon): the condition number up to which a difference of two J^T J says enough.
+_MIN_CURVATURE = 0.1  # relative to diag(J^T J) of all rows; below it, the correction is ignored
+_MAX_SECANT = 0.5  # maximum secant correction, relative to J^T J
+# Maximum condition number, times sqrt(1 / epsilon), for differences of two J^T J to be accurate.
 _MAX_CONDITION = 0.1
-_MAX_REJECTED = 2  # forecasts; a sample that misled so often is not asked again
+_MAX_REJECTED = 2  # rejected forecasts after which no more are made
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """S(p) with its gradient and curvature, as sums over all rows.
+    """S(p) with its gradient and curvature, as sums over all rows."""
 
-    Attributes
-    ----------
-    iterate : Iterate
-        The iterate p_0.
-    at_iterate : NormalEquations
-        The sample's sums there.
-    reduce : callable
-        Sums over the sample.
-    secant : ndarray, shape (p, p)
-        What is added to the curvature.
-    """
-
-    iterate: Iterate
-    at_iterate: NormalEquations
-    reduce: Reduce
-    secant: NDArray[np.float64]
+    iterate: Iterate  # at p_0
+    at_iterate: NormalEquations  # sums of the sample at p_0
+    reduce: Reduce  # returns the sums of the sample
+    secant: NDArray[np.float64]  # correction of the curvature
 
     def __call__(self, params: Vector) -> NormalEquations:
-        """Return what the sums over all rows should be at ``params``."""
+        """Return the predicted sums over all rows at ``params``."""
         exact, old, new = self.iterate.sums, self.at_iterate, self.reduce(params)
         weight = exact.n_used / old.n_used
         step = params - self.iterate.params
@@ -80,7 +66,7 @@ class Surrogate:
             jtj = exact.jtj
         cost = weight * (new.cost - old.cost) + exact.cost
         cost += float((slope + 0.5 * curvature @ step) @ step)
-        if cost < 0.0:  # by rounding where the fit is perfect, else because S ends here
+        if cost < 0.0:  # rounding for a perfect fit, otherwise outside the domain of S
             cost = 0.0 if cost >= -self.iterate.cost_noise else np.inf
         return replace(
             exact,
@@ -93,7 +79,7 @@ class Surrogate:
         )
 
     def with_secant_update(self, earlier: Iterate) -> Surrogate:
-        """Return S with its curvature updated so that it has the gradient known of a point."""
+        """Return S with its curvature updated to match the gradient at an earlier iterate."""
         scale = self.iterate.scale
         hessian = self.iterate.sums.jtj / np.outer(scale, scale)
         step = (earlier.params - self.iterate.params) * scale
@@ -101,7 +87,7 @@ class Surrogate:
         image = hessian @ step
         curvature = float(image @ step)
         size = float(gradient_error @ np.linalg.lstsq(hessian, gradient_error)[0])
-        # An update is a small correction, or the point is too far away to learn from.
+        # A large update means that the point is too far away.
         if not 0.0 < size <= _MAX_SECANT**2 * curvature:
             return self
         cross = np.outer(gradient_error, image) / curvature
@@ -112,14 +98,14 @@ class Surrogate:
 
 
 def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
-    """Return the minimizer of S inside the bounds, or None if the sample is no help.
+    """Return the minimizer of S within the bounds, or None if the sample is not useful.
 
     Parameters
     ----------
     state : State
-        Of the solve over all rows.
+        State of the solve over all rows.
     reduce : callable
-        Sums over the sample.
+        Returns the sums of the sample.
     """
     if state.rejected or state.forecasts_rejected >= _MAX_REJECTED:
         return None
@@ -147,11 +133,11 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     optimum = surrogate(inner.solution)
     reduction = iterate.sums.cost - optimum.cost
     step = (inner.solution - iterate.params) * iterate.scale
-    if reduction <= iterate.cost_noise:  # too small to be seen in the costs
+    if reduction <= iterate.cost_noise:  # below the rounding error of the costs
         reduction = iterate.quadratic.reduction(step)
     if not (optimum.is_finite and reduction > 0.0):
         return None
-    # The secant updates are second derivatives of the residuals, which are no part of J^T J.
+    # Secant updates approximate second derivatives of the residuals, which J^T J excludes.
     jtj = optimum.jtj
     if surrogate.secant.any():
         jtj = replace(surrogate, secant=np.zeros_like(jtj))(inner.solution).jtj

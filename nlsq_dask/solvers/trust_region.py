@@ -1,9 +1,9 @@
-"""The step: a small bounded least-squares problem inside a trust region, solved in float64.
+"""Trust-region step with bounds: a small least-squares problem, solved in float64.
 
-The quadratic model of the cost is ``g^T s + 1/2 s^T H s`` in variables scaled by the columns'
-norms (Moré 1978), where H has a unit diagonal. It is minimized over ``low <= s <= high`` and
-``|s|_2 <= radius``: the Levenberg-Marquardt parameter that gives the radius is a root of a
-monotone function, with the bounds kept exactly at each trial of it (Stark and Parker's BVLS).
+The quadratic model of the cost is ``g^T s + 1/2 s^T H s`` in variables scaled by the column norms
+(Moré 1978), where H has a unit diagonal. It is minimized over ``low <= s <= high`` and
+``|s|_2 <= radius``. The Levenberg-Marquardt parameter for the radius is the root of a monotone
+function, each evaluation of which solves the bounded problem exactly (BVLS, Stark and Parker).
 
 References
 ----------
@@ -25,29 +25,29 @@ from nlsq_dask.solvers.scaled_svd import ScaledSVD
 
 Vector = NDArray[np.float64]
 
-_LOG_DAMPING_TOL = 0.05  # a radius is a rough idea; Moré asks for 10 % of it too
+_LOG_DAMPING_TOL = 0.05  # the radius is approximate; Moré uses 10 %
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """A positive semidefinite quadratic, as eigenvalues, eigenvectors and gradient.
+    """Positive semidefinite quadratic: gradient, eigenvalues and eigenvectors.
 
-    Directions flatter than a floor are taken to be as curved as that.
+    Eigenvalues are bounded from below by a floor.
     """
 
     gradient: Vector
     eigenvalues: Vector
     eigenvectors: NDArray[np.float64]
     slopes: Vector  # the gradient along the eigenvectors
-    is_flat: bool  # whether there are such directions
-    null_slope: float  # norm of the gradient along those whose curvature is rounding alone
-    damped_residual: float  # how much shorter the residual would be at the end of the others
+    is_flat: bool  # any eigenvalue is below the floor
+    null_slope: float  # norm of the gradient along null directions
+    damped_residual: float  # reduction of the residual norm along other flat directions
 
     @classmethod
     def of(cls, svd: ScaledSVD, floor: float) -> Quadratic:
-        """Make the quadratic model of the cost in scaled variables.
+        """Return the quadratic model of the cost in scaled variables.
 
-        The floor is a multiple of the largest singular value.
+        The floor is relative to the largest singular value.
         """
         smallest = max(floor, svd.rounding) * float(svd.values.max())
         is_flat, is_null = svd.values <= smallest, svd.is_null
@@ -63,12 +63,12 @@ class Quadratic:
         )
 
     def reduction(self, step: Vector) -> float:
-        """Return by how much the quadratic falls along ``step``."""
+        """Return the reduction of the quadratic by ``step``."""
         along = self.eigenvectors.T @ step
         return float(-(self.gradient @ step) - 0.5 * (along**2 @ self.eigenvalues))
 
     def minimizer(self, damping: float, low: Vector, high: Vector) -> Vector:
-        """Minimize the quadratic plus ``damping / 2 |s|^2`` over ``low <= s <= high``."""
+        """Minimize the quadratic + ``damping / 2 |s|^2`` over ``low <= s <= high``."""
         curvature = self.eigenvalues + damping
         is_positive = curvature > 0.0
         inverse = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=is_positive)
@@ -81,7 +81,7 @@ class Quadratic:
 
 
 def _bounded(matrix: NDArray[np.float64], target: Vector, low: Vector, high: Vector) -> Vector:
-    """Solve a bounded least-squares problem; variables without room are taken out first."""
+    """Solve a bounded least-squares problem; variables with equal bounds are eliminated."""
     step = np.clip(np.zeros_like(low), low, high)
     free = low < high
     if free.any():
@@ -99,13 +99,13 @@ def _bounded(matrix: NDArray[np.float64], target: Vector, low: Vector, high: Vec
 def restricted_step(
     quadratic: Quadratic, low: Vector, high: Vector, radius: float
 ) -> tuple[Vector, bool]:
-    """Minimize the quadratic inside bounds and trust region.
+    """Return the minimizer of the quadratic within bounds and trust region.
 
     Returns
     -------
     step : ndarray, shape (p,)
     full : bool
-        Whether the trust region left the step as long as it wanted to be.
+        True if the trust region does not restrict the step.
     """
     step = quadratic.minimizer(0.0, low, high)
     if np.linalg.norm(step) <= radius:
@@ -114,12 +114,12 @@ def restricted_step(
     def excess(log_damping: float) -> float:
         return float(np.linalg.norm(quadratic.minimizer(np.exp(log_damping), low, high)) - radius)
 
-    # |s(damping)| falls monotonically, and |s| <= 2 |g| / damping because s = 0 is allowed.
+    # |s(damping)| decreases monotonically, and |s| <= 2 |g| / damping because s = 0 is feasible.
     highest = float(np.log(2.0 * np.linalg.norm(quadratic.gradient) / radius)) + 0.1
     lowest = highest - 5.0
     while excess(lowest) < 0.0 and lowest > highest - 80.0:
         lowest -= 10.0
-    if excess(lowest) < 0.0:  # the radius differs from the full step by rounding alone
+    if excess(lowest) < 0.0:  # the radius equals the norm of the full step up to rounding
         return step, True
     log_damping = optimize.brentq(excess, lowest, highest, xtol=_LOG_DAMPING_TOL)
     return quadratic.minimizer(float(np.exp(log_damping)), low, high), False

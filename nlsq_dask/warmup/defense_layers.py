@@ -1,9 +1,9 @@
-"""The four defence layers of the warm-up, each a function that a warm-up includes or not.
+"""The four optional defense layers of the warm-up, one function each.
 
-1. warm start: a p0 that fits already skips the warm-up;
-2. adaptive step: the relative loss chooses the first step size;
-3. cost guard: a loss that grows aborts, back to the best point;
-4. step clipping: no update is longer than a limit.
+1. warm start: skip the warm-up if p0 already fits;
+2. adaptive step: choose the first step size by the relative loss;
+3. cost guard: abort if the loss increases, and return to the best point;
+4. step clipping: limit the length of updates.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _REFINEMENT_BELOW, _CAREFUL_BELOW = 0.1, 1.0
 def relative_loss(sums: Sums) -> float:
     """Return ``mean((r / sigma)^2)`` and the penalty over the weighted variance of ``y / sigma``.
 
-    The penalty counts as in the loss of the warm-up: a start that fits the rows may be far from
-    what the fit minimizes. Infinite where the data do not vary or the model is not finite.
+    The penalty is included because a start that fits the rows may be far from the minimum of the
+    objective. The loss is infinite for constant data or a non-finite model.
     """
     if sums.total_variation <= 0.0 or not np.isfinite(sums.cost):
         return float("inf")
@@ -33,22 +33,22 @@ def relative_loss(sums: Sums) -> float:
 
 @dataclass(frozen=True)
 class StartSettings:
-    """How layers 1 and 2 judge a start."""
+    """Settings of layers 1 and 2."""
 
     warm_start_threshold: float  # relative loss below which the warm-up is skipped; 0 for never
-    is_adaptive: bool  # whether the relative loss chooses the first step size
+    is_adaptive: bool  # choose the first step size by the relative loss
     refinement_step: float
     careful_step: float
     exploration_step: float
 
 
 def is_warm_start(loss: float, settings: StartSettings) -> bool:
-    """Layer 1: whether the start is so good that the warm-up can be skipped."""
+    """Layer 1: return whether the start is good enough to skip the warm-up."""
     return loss < settings.warm_start_threshold
 
 
 def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
-    """Layer 2: the name of the mode and the size of the first step."""
+    """Layer 2: return the name of the mode and the size of the first step."""
     if not settings.is_adaptive:
         return "fixed", settings.careful_step
     if loss < _REFINEMENT_BELOW:
@@ -59,21 +59,21 @@ def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
 
 
 def cost_increased(loss: Any, initial_loss: Any, tolerance: Any) -> Any:
-    """Layer 3: whether the loss has grown by more than is tolerated (traced)."""
+    """Layer 3: return whether the loss increased by more than the tolerance (traced)."""
     return loss > initial_loss * (1.0 + tolerance)
 
 
 class ClipState(NamedTuple):
-    """How many updates layer 4 has shortened."""
+    """Number of updates shortened by layer 4."""
 
     count: Any
 
 
 def clip_step(max_norm: Any) -> optax.GradientTransformationExtraArgs:
-    """Layer 4: shorten an update to ``max_norm``, and count how often that was necessary.
+    """Layer 4: clip updates to ``max_norm`` and count the clipped ones.
 
-    It stands before the line search, which then may not lengthen the step again, so the search's
-    conditions hold for the step that is taken.
+    It precedes the line search, which must not lengthen the step again; so the conditions of the
+    search hold for the step that is taken.
     """
 
     def init(params: Any) -> ClipState:

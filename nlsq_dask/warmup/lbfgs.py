@@ -1,11 +1,11 @@
 """Phase 1: L-BFGS on the sample, in normalized parameters, the whole loop in one program.
 
-The loss is the relative loss (twice the mean cost of a row over the weighted variance of y), so
-its thresholds do not depend on the units of y. The program runs a burst of iterations and hands
-back its state, which the driver may look at, report and store before it asks for the next burst.
+The loss is the relative loss (twice the mean cost per row over the weighted variance of y), so that
+its thresholds do not depend on the units of y. The program runs a burst of iterations and returns
+its state, which the driver reports and stores between bursts.
 
-The minimizer is optax's L-BFGS with its line searches. Bounds are kept by projection: the loss is
-evaluated at the nearest point inside, and parameters on a bound do not move outwards.
+The minimizer is optax's L-BFGS with its line searches. Bounds are enforced by projection: the loss
+is evaluated at the nearest point inside, and parameters on a bound do not move outward.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from nlsq_dask.rows.rows import Rows
 from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
 
 _LINE_SEARCH_STEPS = 20
-_ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that is no change
+_ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that counts as none
 
 
 class WarmupEnd(IntEnum):
-    """Why the loop ended; the names are those of ``active_switching_criteria`` where one fits."""
+    """Reason for the end of the loop, named as in ``active_switching_criteria`` if listed there."""
 
     RUNNING = 0
     PLATEAU = 1
@@ -49,7 +49,7 @@ class WarmupEnd(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Everything that differs from fit to fit, as arguments of the program."""
+    """Arguments of the program that differ between fits."""
 
     y: Any
     x: Any
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
 
 class WarmupState(NamedTuple):
-    """The whole state of the loop.
+    """State of the loop.
 
     ``params`` and ``best_params`` are normalized, shape (p,); losses are relative losses.
     """
@@ -92,22 +92,22 @@ class WarmupState(NamedTuple):
 
 @dataclass(frozen=True)
 class WarmupSettings:
-    """The options of the loop; a threshold of zero is never met."""
+    """Settings of the loop; a threshold of zero is never met."""
 
     history_size: int
     line_search: str  # "wolfe", "strong_wolfe" or "backtracking"
-    min_iterations: int  # before the thresholds are tested
+    min_iterations: int  # before the thresholds are checked
     max_iterations: int
-    plateau: float  # relative change of the loss
-    gradient: float  # norm of the gradient
-    max_gradient: float | None  # to which it is clipped
+    plateau: float  # threshold of the relative change of the loss
+    gradient: float  # threshold of the norm of the gradient
+    max_gradient: float | None  # norm to which the gradient is clipped
     cost_tolerance: float | None  # layer 3; None without that layer
     max_step: float | None  # layer 4; None without that layer
 
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the program itself, and so makes another one."""
+    """Options that change the program."""
 
     history_size: int
     line_search: str
@@ -124,7 +124,7 @@ class _FirstStepState(NamedTuple):
 
 
 def _scale_first_step(size: Any) -> optax.GradientTransformationExtraArgs:
-    """Scale the very first update, which L-BFGS makes without knowledge of the curvature."""
+    """Scale the first update, which L-BFGS computes without curvature information."""
 
     def init(params: Any) -> _FirstStepState:
         return _FirstStepState(jnp.zeros((), jnp.int64))
@@ -139,7 +139,7 @@ def _scale_first_step(size: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
-    """Take out of an update what would leave the bounds from a parameter that lies on one."""
+    """Set the update of parameters at a bound that would move outward to zero."""
 
     def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         is_outward = ((params <= low) & (updates < 0)) | ((params >= high) & (updates > 0))
@@ -149,7 +149,7 @@ def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArg
 
 
 def _optimizer(problem: Problem, options: Options) -> optax.GradientTransformationExtraArgs:
-    """Chain L-BFGS, the defence layers that act on a step, and the line search."""
+    """Chain L-BFGS, the defense layers that act on a step, and the line search."""
     transforms = [
         optax.scale_by_lbfgs(options.history_size),
         optax.scale(-1.0),
@@ -199,7 +199,7 @@ def _loss(model: Model, options: Options, problem: Problem) -> Callable[[Any], A
 
 
 def _step(model: Model, options: Options, problem: Problem, state: WarmupState) -> WarmupState:
-    """One iteration of L-BFGS."""
+    """Run one iteration of L-BFGS."""
     loss = _loss(model, options, problem)
     optimizer = _optimizer(problem, options)
     updates, optimizer_state = optimizer.update(
@@ -222,7 +222,7 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
     gradient_norm = jnp.linalg.norm(jnp.where(is_blocked, 0.0, gradient))
     change = jnp.abs(value - state.loss) / (jnp.abs(state.loss) + np.finfo(np.float64).tiny)
     may_switch = iteration >= problem.min_iterations
-    criteria = [  # the first that holds is the reason
+    criteria = [  # in order of precedence
         (~is_finite, WarmupEnd.NON_FINITE),
         (
             cost_increased(value, state.initial_loss, problem.cost_tolerance) & options.guards_cost,
@@ -251,21 +251,12 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
 
 @dataclass(frozen=True)
 class Warmup:
-    """A warm-up that is ready to run.
-
-    Attributes
-    ----------
-    model : Model
-    problem : Problem
-    options : Options
-    key : str
-        Identifies the program in the process's cache.
-    """
+    """Compiled warm-up of one problem."""
 
     model: Model
     problem: Problem
     options: Options
-    key: str
+    key: str  # of the program in the cache of the process
 
     @classmethod
     def build(
@@ -282,27 +273,25 @@ class Warmup:
         penalty: GroupVariance,
         fingerprint: str,
     ) -> Warmup:
-        """Gather arguments and options.
+        """Build the warm-up from the sample and the settings.
 
         Parameters
         ----------
         model : Model
         rows : Rows
-            The sample; all rows finite, the first ``n_rows`` count.
+            The sample, all rows finite; rows after the first ``n_rows`` are padding.
         n_rows : int
-        affine : tuple of ndarray, each of shape (p,)
-            Scales and offsets of the normalization.
-        bounds : tuple of ndarray, each of shape (p,)
-            Lower and upper bounds, normalized.
+        affine, bounds : tuple of ndarray, each of shape (p,)
+            Scales and offsets of the normalization; normalized lower and upper bounds.
         variance : float
-            Weighted variance of y, by which the loss is divided.
+            Weighted variance of y, the denominator of the loss.
         first_step : float
-            Size of the first step, as layer 2 chose it.
+            Size of the first step, from layer 2.
         settings : WarmupSettings
         loss : Loss
         penalty : GroupVariance
         fingerprint : str
-            Of the model and its x.
+            Fingerprint of the model and its x.
         """
         options = Options(
             history_size=settings.history_size,
@@ -341,7 +330,7 @@ class Warmup:
         return cls(model, problem, options, f"warm-up {fingerprint} {shapes} {options}")
 
     def init(self, q0: NDArray[np.float64]) -> WarmupState:
-        """Return the state before the first iteration."""
+        """Return the initial state."""
         with x64():
             params = jnp.asarray(q0)
             try:
@@ -368,7 +357,7 @@ class Warmup:
             )
 
     def run(self, state: WarmupState, until: int) -> WarmupState:
-        """Iterate until a criterion ends the warm-up or iteration ``until`` is reached."""
+        """Iterate until a criterion is met or iteration ``until`` is reached."""
         with x64():
             limit = jnp.asarray(until, jnp.int64)
             result: WarmupState = self._program("run", self._burst, state, limit)(
@@ -377,7 +366,7 @@ class Warmup:
             return result
 
     def with_smaller_steps(self, factor: float, n_done: int) -> Warmup:
-        """Return the warm-up with steps that much smaller and what is left of its iterations."""
+        """Return the warm-up with smaller steps and the remaining iterations."""
         problem = self.problem
         with x64():
             problem = problem._replace(
@@ -406,17 +395,17 @@ class Warmup:
 
 
 def clip_count(state: WarmupState, options: Options) -> int:
-    """Return how many updates layer 4 has shortened."""
+    """Return the number of updates shortened by layer 4."""
     return int(state.optimizer[-2].count) if options.clips_step else 0
 
 
 def pack(state: WarmupState) -> list[NDArray[Any]]:
-    """Return all arrays of a state, those of the optimizer included."""
+    """Return all arrays of a state, including those of the optimizer."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def unpack(like: WarmupState, leaves: list[NDArray[Any]]) -> WarmupState:
-    """Return the state that was packed, given another one of the same warm-up."""
+    """Return the state from its arrays, given another state of the same warm-up."""
     with x64():
         arrays = [jnp.asarray(leaf) for leaf in leaves]
         state: WarmupState = jax.tree.unflatten(jax.tree.structure(like), arrays)

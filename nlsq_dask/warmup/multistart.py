@@ -1,11 +1,11 @@
-"""A tournament of starts: improve all of them a little, let the worse ones go, and again.
+"""Successive halving over starts: improve all candidates, eliminate the worst, repeat.
 
-Candidates are drawn too thinly to lie at the bottom of a narrow basin, so each is led downhill by a
-few Levenberg-Marquardt steps before it is judged by its cost. A round works on a minibatch of the
-sample; there are fewer candidates from round to round, and more rows to tell them apart.
+Random candidates rarely lie at the bottom of a narrow basin, so each is improved by a few
+Levenberg-Marquardt steps before its cost is compared. A round uses a minibatch of the sample; from
+round to round, there are fewer candidates and more rows.
 
-All candidates of a round are improved by one call of one program, which is the same for all rounds
-and any number of candidates: it takes them in groups, side by side.
+One call of one program improves all candidates of a round. It processes them in vectorized groups,
+and is the same program for all rounds.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from nlsq_dask.solvers.batched_lm import FIRST_DAMPING, Candidate, Problem, impr
 
 Vector = NDArray[np.float64]
 
-_GROUP_SIZE = 4  # candidates side by side; more would only be computed in vain in the late rounds
-_BATCH_ROWS = 32  # of a minibatch in the first round
+_GROUP_SIZE = 4  # vectorized candidates; larger groups waste work in the late rounds
+_BATCH_ROWS = 32  # per minibatch in the first round
 
 
 @dataclass(frozen=True)
 class MultistartSettings:
-    """The options of the tournament; see those of ``HybridStreamingConfig``."""
+    """Settings of successive halving; see ``HybridStreamingConfig``."""
 
     n_starts: int
     sampler: str  # "lhs", "sobol" or "halton"
@@ -49,61 +49,37 @@ class MultistartSettings:
     seed: int
 
     def rows_of_round(self, number: int) -> int:
-        """Return how many rows a round is judged on if there are as many."""
+        """Return the number of rows of a round, if available."""
         return self.batches_per_round * _BATCH_ROWS << number
 
     @property
     def max_rows(self) -> int:
-        """Rows of the last round."""
+        """Number of rows of the last round."""
         return self.rows_of_round(self.n_rounds - 1)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round has found.
-
-    Attributes
-    ----------
-    n_rows : int
-    losses : ndarray, shape (n,)
-        The mean squared weighted residual (with a robust loss ``f_scale^2 rho``) of each candidate
-        at the end of the round: infinite where the model is not finite, NaN for those that had left
-        before.
-    survivors : ndarray of int
-        Candidates that stay, the best one first.
-    params : ndarray, shape (n, p)
-        Where the candidates are, normalized.
-    """
+    """Result of a round."""
 
     n_rows: int
+    # Mean squared weighted residual (f_scale^2 rho with a robust loss) per candidate, shape (n,);
+    # infinite for a non-finite model, NaN for candidates eliminated in earlier rounds.
     losses: NDArray[np.float64]
-    survivors: NDArray[np.int64]
-    params: NDArray[np.float64]
+    survivors: NDArray[np.int64]  # remaining candidates, the best first
+    params: NDArray[np.float64]  # of all candidates, normalized, shape (n, p)
 
 
 @dataclass(frozen=True)
 class SuccessiveHalving:
-    """A tournament that is ready to be held.
-
-    Attributes
-    ----------
-    model : Model
-    problem : Problem
-    mode : Mode
-        In which the Jacobian is made.
-    loss : str
-    n_rows : int
-        Rows that there are at most for a round.
-    key : str
-        Identifies the program in the process's cache.
-    """
+    """Successive halving over starts of one problem."""
 
     model: Model
     problem: Problem
-    mode: Mode
+    mode: Mode  # forward or reverse, for the Jacobian
     loss: str
-    n_rows: int
-    key: str
+    n_rows: int  # available rows
+    key: str  # of the program in the cache of the process
 
     @classmethod
     def build(
@@ -117,22 +93,20 @@ class SuccessiveHalving:
         penalty: GroupVariance,
         fingerprint: str,
     ) -> SuccessiveHalving:
-        """Gather what the program needs.
+        """Build the problem from the sample.
 
         Parameters
         ----------
         model : Model
         rows : Rows
-            In random order, all finite; the first ``n_rows`` count.
+            In random order, all finite; rows after the first ``n_rows`` are padding.
         n_rows : int
-        affine : tuple of ndarray, each of shape (p,)
-            Scales and offsets of the normalization.
-        bounds : tuple of ndarray, each of shape (p,)
-            Lower and upper bounds, normalized.
+        affine, bounds : tuple of ndarray, each of shape (p,)
+            Scales and offsets of the normalization; normalized lower and upper bounds.
         loss : Loss
         penalty : GroupVariance
         fingerprint : str
-            Of the model and its x.
+            Fingerprint of the model and its x.
         """
         sigma = np.ones(len(rows)) if rows.sigma is None else rows.sigma.astype(np.float64)
         problem = Problem(
@@ -155,7 +129,7 @@ class SuccessiveHalving:
     def rounds(
         self, candidates: NDArray[np.float64], settings: MultistartSettings
     ) -> Iterator[Round]:
-        """Hold the tournament.
+        """Yield the result of each round.
 
         Parameters
         ----------
@@ -184,8 +158,8 @@ class SuccessiveHalving:
         survivors: NDArray[np.int64],
         n_rows: int,
     ) -> Candidate:
-        """Improve some of the candidates on so many rows."""
-        # As many groups in all rounds, and a power of two: few programs are enough for all numbers.
+        """Improve the surviving candidates on the first ``n_rows`` rows."""
+        # The same power of two in all rounds, so that few programs are compiled.
         max_groups = 1 << (-(-len(params) // _GROUP_SIZE) - 1).bit_length()
         indices = np.resize(survivors, (max_groups, _GROUP_SIZE))
         groups = Candidate(params[indices], damping[indices], np.zeros(indices.shape))
@@ -205,14 +179,14 @@ class SuccessiveHalving:
 def draw_box(
     start: Vector, low: Vector, high: Vector, settings: MultistartSettings
 ) -> tuple[Vector, Vector]:
-    """Return the box from which candidates are drawn, which lies inside the bounds.
+    """Return the box, within the bounds, from which candidates are drawn.
 
     Parameters
     ----------
     start, low, high : ndarray, each of shape (p,)
-        The caller's start and bounds, which may be infinite.
+        Start and bounds; bounds may be infinite.
     settings : MultistartSettings
-        Its ``scale_factor`` and ``center_on_p0`` say how; the rule stands there.
+        ``scale_factor`` and ``center_on_p0`` define the box, see ``HybridStreamingConfig``.
     """
     is_bounded = np.isfinite(low) & np.isfinite(high)
     below, above = np.where(is_bounded, 0.5 * low, 0.0), np.where(is_bounded, 0.5 * high, 0.0)
@@ -226,7 +200,7 @@ def draw_box(
 def draw_starts(
     start: Vector, low: Vector, high: Vector, settings: MultistartSettings
 ) -> NDArray[np.float64]:
-    """Return all candidates, shape (n_starts, p), the first of which is ``start`` itself.
+    """Return the candidates, shape (n_starts, p), the first of which is ``start``.
 
     Parameters
     ----------
@@ -237,7 +211,7 @@ def draw_starts(
     rng = np.random.default_rng(settings.seed)
     match settings.sampler:
         case "sobol":
-            # Balanced for powers of two only; the first of so many are still well spread.
+            # Balanced for powers of two; the first ``n_drawn`` of them are still well spread.
             unit = qmc.Sobol(n_params, rng=rng).random_base2(n_drawn.bit_length())[:n_drawn]
         case "halton":
             unit = qmc.Halton(n_params, rng=rng).random(n_drawn)

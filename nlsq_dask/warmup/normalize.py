@@ -1,4 +1,4 @@
-"""Phase 0: parameters of comparable size, for the warm-up and for the caller's own models."""
+"""Phase 0: normalization of the parameters, for the warm-up and for models of the caller."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ _STRATEGIES = ("auto", "bounds", "p0", "none")
 
 
 class ParameterNormalizer:
-    """An affine map between parameters ``p`` and normalized parameters ``q``.
+    """Affine map between parameters ``p`` and normalized parameters ``q``.
 
     ``p = q * scales + offsets``.
 
     Parameters
     ----------
     p0 : array_like, shape (p,)
-        Start; sets the scales for strategy "p0".
+        Initial values; their magnitudes are the scales of strategy "p0".
     bounds : tuple of array_like, optional
         ``(lower, upper)``, each a scalar or of shape (p,).
     strategy : {"auto", "bounds", "p0", "none"}
         "bounds" maps the bounds to [0, 1], "p0" divides by ``|p0|`` (by 1 where it is 0), "none"
-        leaves everything as it is, and "auto" is "bounds" if bounds are given and all finite,
-        else "p0".
+        is the identity, and "auto" is "bounds" if all bounds are finite, otherwise "p0".
 
     Attributes
     ----------
     strategy : str
-        The strategy in force; never "auto".
+        The strategy used; never "auto".
     scales, offsets : ndarray, shape (p,)
 
     Raises
     ------
     ValueError
-        For an unknown strategy, or "bounds" without finite bounds.
+        If the strategy is unknown, or "bounds" is requested without finite bounds.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class ParameterNormalizer:
         return np.asarray(q, dtype=np.float64) * self.scales + self.offsets
 
     def transform_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the bounds in normalized space, infinite where there are none."""
+        """Return the normalized bounds, infinite where there are none."""
         return self.normalize(self._low), self.normalize(self._high)
 
     @property
@@ -89,7 +88,7 @@ class ParameterNormalizer:
 
 
 class NormalizedModelWrapper:
-    """A model as a function of normalized parameters: ``wrapper(x, *q)``.
+    """Model as a function of normalized parameters: ``wrapper(x, *q)``.
 
     Parameters
     ----------
