@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
+from tests.problems import exponential
+
 Vector = np.ndarray
 
 
@@ -34,10 +36,6 @@ class Hard:
         with jax.enable_x64(True):
             clean = np.asarray(self.model(jnp.asarray(x), *self.truth))
         return x, clean + self.noise * np.abs(clean).max() * rng.standard_normal(self.n_rows)
-
-
-def exponential(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
 
 
 def two_exponentials(x: Any, a: Any, b: Any, c: Any, d: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nlsq_dask as nd
+from tests.problems import fit
 
 N_ROWS = 20_000
 
@@ -39,11 +40,8 @@ class ManyMinima:
         return clean + self.noise * rng.standard_normal(N_ROWS)
 
     def fit(self, start: Any = None, **options: Any) -> nd.FitResult:
-        options.setdefault("verbose", 0)
-        config = nd.HybridStreamingConfig(**options)
-        return nd.AdaptiveHybridStreamingOptimizer(config).fit(
-            self.model, self.x, self.y, self.start if start is None else start, self.bounds
-        )
+        start = self.start if start is None else start
+        return fit(self.model, self.x, self.y, start, self.bounds, **options)
 
     @functools.cached_property
     def best(self) -> nd.FitResult:

@@ -22,10 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import nlsq_dask as nd
+from tests import problems
 
 BLOCK_ROWS = 2**18  # so that each is a group by itself
 N_BLOCKS = 20
 START = [1.0, 0.5, 1.0, 2.8]
+OPTIONS: dict[str, Any] = {
+    "sample_rows": 200,
+    "warmup_iterations": 5,
+    "max_warmup_iterations": 20,
+    "gauss_newton_tol": 1e-12,
+    "cache": 0,
+}
 
 
 def model(x: Any, a: Any, b: Any, c: Any, w: Any) -> Any:
@@ -59,20 +67,9 @@ def fit(
     **options: Any,
 ) -> nd.FitResult:
     """Fit, in several passes because the sample is too small to spare any."""
-    config = nd.HybridStreamingConfig(
-        **{
-            "sample_rows": 200,
-            "warmup_iterations": 5,
-            "max_warmup_iterations": 20,
-            "gauss_newton_tol": 1e-12,
-            "cache": 0,
-            "verbose": 0,
-            **options,
-        }
-    )
     x, y = data(log, seconds)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
-    return optimizer.fit(model, x, y, START, callback=callback)
+    options = {**OPTIONS, **options}
+    return problems.fit(model, x, y, START, callback=callback, observers=observers, **options)
 
 
 def die() -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,6 +15,7 @@ import nlsq_dask as nd
 from tests.problems import (
     PROBLEMS,
     SEPARABLE_START,
+    fit,
     scipy_fit,
     separable,
     separable_data,
@@ -34,7 +36,7 @@ def assert_same(result: nd.FitResult, popt: np.ndarray, pcov: np.ndarray) -> Non
 # Pieces are as long whatever the kind of array, so that all kinds share the programs of a problem.
 PIECES = {"chunk_size": 8_192}
 # A sample that is a tenth of the rows, so that all rows have something left to say.
-STREAMED = nd.HybridStreamingConfig(sample_rows=5_000, **PIECES)
+STREAMED = {"sample_rows": 5_000, **PIECES}
 
 
 @functools.cache
@@ -76,15 +78,15 @@ def test_agrees_with_scipy(
     problem = PROBLEMS[i_problem]
     sigma = as_kind(kind, problem.sigma) if with_sigma else None
     # On processes, where passes of so few rows are slow, the sample is all of them.
-    config = STREAMED if scheduler == "threads" else nd.HybridStreamingConfig(**PIECES)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
+    options = STREAMED if scheduler == "threads" else PIECES
+    result = fit(
         problem.model,
         as_kind(kind, problem.x),
         as_kind(kind, problem.y),
         problem.start,
         sigma=sigma,
         absolute_sigma=with_sigma,
-        verbose=0,
+        **options,
     )
     assert_same(result, *reference(i_problem, with_sigma))
     assert result.n_points == len(problem.y)
@@ -115,9 +117,7 @@ def test_separable_model_with_broadcast_coordinates(
     else:
         x_data = (time[:, None, None], latitude[:, None], longitude)
         y_data = as_kind(kind, y)
-    result = nd.AdaptiveHybridStreamingOptimizer(STREAMED).fit(
-        separable, x_data, y_data, SEPARABLE_START, verbose=0
-    )
+    result = fit(separable, x_data, y_data, SEPARABLE_START, **STREAMED)
     assert_same(result, *separable_reference())
 
 
@@ -143,13 +143,13 @@ def test_a_bound_that_is_active(kind: str, with_sigma: bool, scheduler: str, as_
     options: dict[str, Any] = {}
     if with_sigma:
         options = {"sigma": as_kind(kind, problem.sigma), "absolute_sigma": True}
-    result = nd.AdaptiveHybridStreamingOptimizer(STREAMED).fit(
+    result = fit(
         problem.model,
         as_kind(kind, problem.x),
         as_kind(kind, problem.y),
         BOUNDED_START,
         (LOW, HIGH),
-        verbose=0,
+        **STREAMED,
         **options,
     )
     assert result.success
@@ -159,24 +159,34 @@ def test_a_bound_that_is_active(kind: str, with_sigma: bool, scheduler: str, as_
     np.testing.assert_allclose(result.popt[:4], popt[:4], rtol=1e-6)
 
 
+def wide(x: Any, height: Any, slope: Any, rate: Any, floor: Any) -> Any:
+    return height * jnp.exp(-rate * x) + slope * 1e9 * x + floor
+
+
+WIDE_TRUTH = np.array([1e6, 1e-6, 3.0, 20.0])
+
+
+@functools.cache
+def wide_data() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 10, 40_000)
+    height, slope, rate, floor = WIDE_TRUTH
+    y = height * np.exp(-rate * x) + slope * 1e9 * x + floor
+    return x, y + 10.0 * rng.standard_normal(len(x))
+
+
+@functools.cache
+def wide_reference(factor: float) -> tuple[np.ndarray, np.ndarray]:
+    return scipy_fit(wide, *wide_data(), WIDE_TRUTH * factor)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "bounds", "p0", "none"])
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_parameters_over_twelve_orders_of_magnitude(strategy: str, factor: float) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.uniform(0, 10, 40_000)
-    truth = np.array([1e6, 1e-6, 3.0, 20.0])
-
-    def model(x: Any, height: Any, slope: Any, rate: Any, floor: Any) -> Any:
-        import jax.numpy as jnp
-
-        return height * jnp.exp(-rate * x) + slope * 1e9 * x + floor
-
-    y = truth[0] * np.exp(-truth[2] * x) + truth[1] * 1e9 * x + truth[3]
-    y = y + 10.0 * rng.standard_normal(len(x))
     bounds = ([0, 0, 0, -1e3], [1e7, 1e-4, 50, 1e3]) if strategy in ("auto", "bounds") else None
     config = nd.HybridStreamingConfig(normalization_strategy=strategy, sample_rows=5_000, verbose=0)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    result = optimizer.fit(model, x, y, truth * factor, bounds)
-    assert_same(result, *scipy_fit(model, x, y, truth * factor))
+    result = optimizer.fit(wide, *wide_data(), WIDE_TRUTH * factor, bounds)
+    assert_same(result, *wide_reference(factor))
     assert optimizer.normalizer is not None
     assert optimizer.normalizer.strategy == (strategy if strategy != "auto" else "bounds")

@@ -12,13 +12,7 @@ import pytest
 import xarray as xr
 
 import nlsq_dask as nd
-from tests.problems import NO_WARMUP
-
-
-def model(x: Any, a: Any, b: Any, c: Any) -> Any:
-    t, position = x
-    return a * jnp.exp(-b * t) + c * position
-
+from tests.problems import NO_WARMUP, fading, fit
 
 TRUTH, START = (2.5, 1.3, 0.5), [2.0, 1.0, 0.3]
 
@@ -36,13 +30,13 @@ def records(bad: bool) -> xr.DataArray:
     return xr.DataArray(y, coords, name="record").chunk(time=20, position=30)
 
 
-def fit(y: Any, x: Any = ("time", "position"), **options: Any) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(verbose=0, sample_rows=5_000, **NO_WARMUP)
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, START, **options)
+def fit_records(y: xr.DataArray) -> nd.FitResult:
+    dims = ("time", "position")
+    return fit(fading, dims, y, START, sigma=0.1, sample_rows=5_000, **NO_WARMUP)
 
 
 def test_a_bad_block_among_200_is_the_extreme() -> None:
-    result = fit(records(bad=True), sigma=0.1)
+    result = fit_records(records(bad=True))
     found = result.block_statistics
     assert dict(found.sizes) == {"time": 20, "position": 10}
     np.testing.assert_allclose(found.reduced_chi2, found.chi2 / found.n_points)
@@ -54,7 +48,7 @@ def test_a_bad_block_among_200_is_the_extreme() -> None:
     assert at.reduced_chi2 > 2 * found.reduced_chi2.quantile(0.9)
     largest = {dim: int(i) for dim, i in found.largest_residual.argmax(...).items()}
     assert largest == {"time": 0, "position": 6}
-    good = fit(records(bad=False), sigma=0.1).block_statistics
+    good = fit_records(records(bad=False)).block_statistics
     assert float(good.reduced_chi2.max()) < 1.3
 
 
@@ -79,8 +73,7 @@ def test_agrees_with_numpy(n_params: int, loss: str) -> None:
     y = np.cos(x) + sigma * rng.standard_normal(len(x))
     y[::77] = np.nan
     chunks = (1, 999, 1_000, 3_000)
-    config = nd.HybridStreamingConfig(verbose=0, sample_rows=1_000, **NO_WARMUP)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
+    result = fit(
         polynomial,
         da.from_array(x, chunks=chunks),
         da.from_array(y, chunks=(2_000, 3_000)),
@@ -88,6 +81,8 @@ def test_agrees_with_numpy(n_params: int, loss: str) -> None:
         sigma=sigma,
         loss=loss,
         nan_policy="omit",
+        sample_rows=1_000,
+        **NO_WARMUP,
     )
     assert result.success, result.message
     at = result.diagnostics["sums_at"]
@@ -113,8 +108,8 @@ def test_agrees_with_numpy(n_params: int, loss: str) -> None:
 def test_costs_no_reading_and_no_pass(process_client: Any) -> None:
     y = records(bad=True)
     with process_client.as_current():
-        result = fit(y, sigma=0.1)
-    local = fit(y, sigma=0.1)
+        result = fit_records(y)
+    local = fit_records(y)
     assert result.n_passes == local.n_passes
     assert result.rows_read <= (result.n_passes + 1) * y.size
     xr.testing.assert_identical(result.block_statistics, local.block_statistics)

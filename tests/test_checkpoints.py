@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import pickle
 import shutil
-import time
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,14 @@ from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.journal import CheckpointJournal
 from nlsq_dask.events import BlocksFinished, Event
 from nlsq_dask.storage.codec import encode
-from tests import surviving_fit
+from tests import problems, surviving_fit
+from tests.problems import exponential
 
 N = 60_000
 X = np.random.default_rng(0).uniform(0, 4, N)
 Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(N)
 START = [1.0, 1.0, 0.1]
 OPTIONS: dict[str, Any] = {
-    "verbose": 0,
     "sample_rows": 300,
     "warmup_iterations": 5,
     "max_warmup_iterations": 20,
@@ -42,12 +43,22 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
+fit = functools.partial(
+    problems.fit,
+    model=exponential,
+    x=da.from_array(X, chunks=9_999),
+    y=da.from_array(Y, chunks=9_999),
+    p0=START,
+    **OPTIONS,
+)
 
 
 def of_dict(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return decay(x["t"], a, b, c)
+    return exponential(x["t"], a, b, c)
+
+
+def twice_as_fast(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a * jnp.exp(-2 * b * x) + c
 
 
 def local(x: Any, *params: Any) -> Any:
@@ -59,26 +70,29 @@ class CutError(Exception):
     pass
 
 
+class Clock:
+    """Replacement for the module ``time``, whose clock advances in ``sleep`` alone."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._lock = threading.Lock()
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self._seconds += seconds
+
+    def monotonic(self) -> float:
+        return self._seconds
+
+    time = perf_counter = monotonic
+
+
 def cut_at(iteration: int) -> Any:
     def callback(params: Any, loss: float, i: int) -> None:
         if i == iteration:
             raise CutError
 
     return callback
-
-
-def fit(
-    model: Any = decay,
-    x: Any = None,
-    y: Any = None,
-    p0: Any = START,
-    call: dict[str, Any] | None = None,
-    **options: Any,
-) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(**{**OPTIONS, **options})
-    x = da.from_array(X, chunks=9_999) if x is None else x
-    y = da.from_array(Y, chunks=9_999) if y is None else y
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, p0, **(call or {}))
 
 
 def assert_same(result: nd.FitResult, expected: nd.FitResult) -> None:
@@ -114,7 +128,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "penalty": {
         "enable_group_variance_regularization": True,
         "group_variance_indices": [(0, 2)],
-        "call": {"loss": "soft_l1", "f_scale": 0.1, "bounds": ([0, 0, 0], [9, 9, 9])},
+        "loss": "soft_l1",
+        "f_scale": 0.1,
+        "bounds": ([0, 0, 0], [9, 9, 9]),
     },
     "conjugate gradients": MANY,
 }
@@ -129,19 +145,12 @@ SLOW = {"qr and a sandwich", "float32", "penalty", "conjugate gradients"}
 def test_a_fit_that_was_cut_ends_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
     options = KINDS[kind]
     iterations: list[int] = []
-    call = options.get("call", {})
-    expected = fit(
-        **{
-            **options,
-            "call": {**call, "callback": lambda params, loss, i: iterations.append(i)},
-        }
-    )
+    expected = fit(**options, callback=lambda params, loss, i: iterations.append(i))
     moments = sorted({*iterations[:: max(len(iterations) // 6, 1)], *iterations[-2:]})
     for i in moments:
         folder = tmp_path / str(i)
-        cut = {**options, "call": {**call, "callback": cut_at(i)}, "checkpoint_dir": folder}
         with pytest.raises(CutError):
-            fit(**cut)
+            fit(**options, callback=cut_at(i), checkpoint_dir=folder)
         resumed = fit(**options, resume_from_checkpoint=folder if any_in(folder) else None)
         assert_same(resumed, expected)
 
@@ -155,9 +164,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of a fit that was cut between two passes."""
     folder = tmp_path_factory.mktemp("saved")
     iterations: list[int] = []
-    fit(call={"callback": lambda params, loss, i: iterations.append(i)})
+    fit(callback=lambda params, loss, i: iterations.append(i))
     with pytest.raises(CutError):
-        fit(call={"callback": cut_at(iterations[-1])}, checkpoint_dir=folder)
+        fit(callback=cut_at(iterations[-1]), checkpoint_dir=folder)
     return folder
 
 
@@ -216,16 +225,17 @@ def test_where_saving_takes_long_it_is_done_less_often(
     interval: float, least: float, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved_at: list[tuple[float, float]] = []
-    save = CheckpointFolder.save
+    save, clock = CheckpointFolder.save, Clock()
 
     def slowly(folder: CheckpointFolder, checkpoint: Checkpoint) -> str:
-        began = time.monotonic()
-        time.sleep(0.02)
+        began = clock.monotonic()
+        clock.sleep(0.02)
         path = save(folder, checkpoint)
-        saved_at.append((began, time.monotonic()))
+        saved_at.append((began, clock.monotonic()))
         return path
 
     monkeypatch.setattr(CheckpointFolder, "save", slowly)
+    monkeypatch.setattr("nlsq_dask.checkpoints.journal.time", clock)
     folder = CheckpointFolder(str(tmp_path))
     fingerprint = load(saved)[0].fingerprint
     journal = CheckpointJournal(fingerprint, folder, interval, lambda event: None)
@@ -233,6 +243,7 @@ def test_where_saving_takes_long_it_is_done_less_often(
     while len(saved_at) < 3:
         if journal.is_due:
             journal.save()
+        clock.sleep(1e-3)
     (_, first), (second, _), *_ = saved_at
     assert second - first >= least
 
@@ -240,19 +251,16 @@ def test_where_saving_takes_long_it_is_done_less_often(
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        (
-            {"model": lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c},
-            "model computes a different function",
-        ),
+        ({"model": twice_as_fast}, "model computes a different function"),
         ({"p0": [1.0, 1.0, 0.2]}, r"argument p0 was \[1.0, 1.0, 0.1\] and is \[1.0, 1.0, 0.2\]"),
-        ({"call": {"bounds": ([0, 0, 0], [9, 9, 9])}}, "argument lower bounds"),
-        ({"call": {"loss": "huber"}}, "argument loss was 'linear' and is 'huber'"),
-        ({"call": {"nan_policy": "omit"}}, "argument nan_policy"),
+        ({"bounds": ([0, 0, 0], [9, 9, 9])}, "argument lower bounds"),
+        ({"loss": "huber"}, "argument loss was 'linear' and is 'huber'"),
+        ({"nan_policy": "omit"}, "argument nan_policy"),
         ({"gauss_newton_tol": 1e-6}, "option gauss_newton_tol was 1e-12 and is 1e-06"),
         ({"random_seed": 1}, "option random_seed"),
         ({"y": da.from_array(Y, chunks=10_000)}, "data y_data was float64 .* in chunks"),
         ({"y": da.from_array(Y.astype("f4"), chunks=9_999)}, "data y_data was float64"),
-        ({"call": {"sigma": 0.1 + X}}, "data sigma was not given"),
+        ({"sigma": 0.1 + X}, "data sigma was not given"),
         ({"y": da.from_array(Y + 1e-9, chunks=9_999)}, "data y_data was .* values"),
         ({"y": np.where(X < 3.9, Y, Y + 1.0)}, "data y_data was .* values"),
     ],
@@ -281,13 +289,12 @@ def test_forms_of_one_value_are_one_value(tmp_path: Path) -> None:
 def test_several_arrays_in_memory_are_known_again(tmp_path: Path) -> None:
     options: dict[str, Any] = {"enable_residual_weighting": True, "residual_weights": [1.0, 2.0]}
     x = np.column_stack([np.arange(N) % 2, X])
-    call = {"sigma": 1.0 + X}
     for resume in (None, tmp_path, tmp_path, tmp_path):  # the names of arrays are new in each fit
         result = fit(
-            lambda x, a, b, c: decay(x[:, 1], a, b, c),
-            x,
-            Y,
-            call=call,
+            model=lambda x, a, b, c: exponential(x[:, 1], a, b, c),
+            x=x,
+            y=Y,
+            sigma=1.0 + X,
             **options,
             checkpoint_dir=tmp_path,
             resume_from_checkpoint=resume,
@@ -299,7 +306,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -
     (tmp_path / "file").touch()
     seen: list[int] = []
     with pytest.raises(nd.CheckpointError, match="cannot write to checkpoint_dir="):
-        fit(checkpoint_dir=tmp_path / "file", call={"callback": lambda *args: seen.append(1)})
+        fit(checkpoint_dir=tmp_path / "file", callback=lambda *args: seen.append(1))
     assert not seen
 
 
@@ -318,13 +325,13 @@ def test_a_full_disk_does_not_end_a_fit(
 
 def test_stopped_by_the_callback_and_gone_on_with(tmp_path: Path) -> None:
     whole: list[int] = []
-    robust = fit(cov_type="HC1", call={"callback": lambda params, loss, i: whole.append(i)})
+    robust = fit(cov_type="HC1", callback=lambda params, loss, i: whole.append(i))
 
     def stop(params: Any, loss: float, i: int) -> None:
         if i == whole[-1]:
             raise StopIteration
 
-    stopped = fit(cov_type="HC1", checkpoint_dir=tmp_path, call={"callback": stop})
+    stopped = fit(cov_type="HC1", checkpoint_dir=tmp_path, callback=stop)
     assert stopped.status == -4
     resumed = fit(cov_type="HC1", resume_from_checkpoint=tmp_path)
     assert resumed.success
@@ -385,7 +392,7 @@ def test_another_version_or_processor_is_a_note(
         pytest.raises(nd.CheckpointError, match="of another model: near p0 costs"),
         pytest.warns(UserWarning, match="version jax"),
     ):
-        fit(lambda x, a, b, c: a * jnp.exp(-2 * b * x) + c, resume_from_checkpoint=tmp_path)
+        fit(model=twice_as_fast, resume_from_checkpoint=tmp_path)
 
 
 def test_more_iterations_than_before(tmp_path: Path) -> None:
@@ -533,7 +540,13 @@ def test_forged_checkpoints_with_a_right_checksum(tmp_path: Path, saved: Path) -
     assert sorted(tmp_path.rglob("*")) == [path]
 
 
-def test_max_walltime_in_the_middle_of_a_pass(tmp_path: Path) -> None:
+def test_max_walltime_in_the_middle_of_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uses a clock on which only reading takes time."""
+    clock = Clock()
+    monkeypatch.setattr(surviving_fit, "time", clock)
+    monkeypatch.setattr("nlsq_dask.fit.interruption.time", clock)
     with dask.config.set(scheduler="threads", num_workers=2):
         expected = surviving_fit.fit()
         log = tmp_path / "reads.txt"
@@ -590,7 +603,7 @@ def test_true_goes_on_if_there_is_something(tmp_path: Path) -> None:
     expected = fit()
     options = {"checkpoint_dir": tmp_path / "new", "resume_from_checkpoint": True}
     with pytest.raises(CutError):
-        fit(call={"callback": cut_at(8)}, **options)
+        fit(callback=cut_at(8), **options)
     resumed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nlsq_dask.checkpoints.journal.load", lambda p: resumed.append(p) or load(p))
@@ -620,7 +633,7 @@ def test_tries_before_a_cut_are_counted(tmp_path: Path) -> None:
     x = da.linspace(0.0, 4.0, 4 * rows, chunks=rows)
     y = da.map_blocks(read, x, dtype=float)
     with dask.config.set(scheduler="sync"):
-        options = {"x": x, "y": y, "call": {"callback": started}, "checkpoint_dir": tmp_path}
+        options = {"x": x, "y": y, "callback": started, "checkpoint_dir": tmp_path}
         with pytest.raises(nd.BlockReadError, match="broken"):
             fit(**options, max_retries_per_batch=1)
         state["is broken"] = False
@@ -651,11 +664,11 @@ def test_a_block_that_was_left_out_stays_left_out(tmp_path: Path) -> None:
                 raise CutError
 
         return fit(
-            surviving_fit.model,
-            x,
-            da.map_blocks(read, x, dtype=float, meta=np.empty(0)),
-            surviving_fit.START,
-            {"callback": callback},
+            model=surviving_fit.model,
+            x=x,
+            y=da.map_blocks(read, x, dtype=float, meta=np.empty(0)),
+            p0=surviving_fit.START,
+            callback=callback,
             min_success_rate=0.5,
             max_retries_per_batch=0,
             cache=0,

@@ -19,16 +19,12 @@ from distributed import Client, LocalCluster, worker_client
 
 import nlsq_dask as nd
 from nlsq_dask.model.program import compile_count
-from tests.problems import NO_WARMUP
+from tests import problems
+from tests.problems import NO_WARMUP, decay_data, exponential, line
 
 N = 60_000
-X = np.random.default_rng(0).uniform(0, 4, N)
-Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(N)
+X, Y = decay_data(N)
 START = [1.0, 1.0, 0.1]
-
-
-def named(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
 
 
 class Callable:
@@ -43,17 +39,13 @@ class Callable:
 
 def fit(client: Client, model: Any, **options: Any) -> nd.FitResult:
     x, y = da.from_array(X, chunks=9_999), da.from_array(Y, chunks=9_999)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(
-        nd.HybridStreamingConfig(verbose=0, sample_rows=5_000, **NO_WARMUP)
-    )
     with client.as_current():
-        return optimizer.fit(model, x, y, START, **options)
+        return problems.fit(model, x, y, START, sample_rows=5_000, **NO_WARMUP, **options)
 
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
-    return optimizer.fit(named, X, Y, START).popt
+    return problems.fit(exponential, X, Y, START, **NO_WARMUP).popt
 
 
 def closure(table: np.ndarray) -> Any:
@@ -64,11 +56,11 @@ def closure(table: np.ndarray) -> Any:
 
 
 MODELS = {
-    "named": named,
+    "named": exponential,
     "lambda": lambda x, a, b, c: a * jnp.exp(-b * x) + c,
     "closure": closure(np.linspace(0, 4, 1000)),
     "partial": functools.partial(lambda k, x, a, b, c: a * jnp.exp(-b * x) + c * k, 1.0),
-    "jitted": jax.jit(named),
+    "jitted": jax.jit(exponential),
     "object": Callable(1.0),
 }
 
@@ -126,9 +118,8 @@ def test_one_compile_a_worker_and_none_in_a_second_fit(process_client: Client) -
 
     def run() -> nd.FitResult:
         # Every time a new function object, as when a notebook cell runs again.
-        optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
         with process_client.as_current():
-            return optimizer.fit(lambda x, a, b, c: a * jnp.exp2(-b * x) + c, x, y, START)
+            return problems.fit(lambda x, a, b, c: a * jnp.exp2(-b * x) + c, x, y, START)
 
     before, here = counts(), compile_count()
     first = run()
@@ -145,11 +136,10 @@ def test_one_compile_a_worker_and_none_in_a_second_fit(process_client: Client) -
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_nothing_is_left_behind(process_client: Client, in_memory: bool) -> None:
     if in_memory:
-        optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
         with process_client.as_current():
-            optimizer.fit(named, X, Y, START)
+            problems.fit(exponential, X, Y, START, **NO_WARMUP)
     else:
-        fit(process_client, named)
+        fit(process_client, exponential)
 
     def held() -> int:
         on_scheduler = process_client.run_on_scheduler(
@@ -168,8 +158,7 @@ def test_persisted_and_derived_arrays(process_client: Client, expected: np.ndarr
         x = da.from_array(X, chunks=9_999).persist()
         y = da.from_array(Y, chunks=7_777)
         y = (y - y.mean()).persist() + y.mean()
-        optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
-        result = optimizer.fit(named, x, y, START)
+        result = problems.fit(exponential, x, y, START, **NO_WARMUP)
         np.testing.assert_allclose(result.popt, expected, rtol=1e-8)
         assert len(x.__dask_graph__()) == 7
         assert float(x.sum().compute()) == pytest.approx(X.sum())
@@ -179,15 +168,15 @@ def test_large_arrays_in_memory_are_sent_once(process_client: Client) -> None:
     # distributed warns of a large graph, and warnings are errors here.
     n = 1_000_000
     x = np.random.default_rng(0).uniform(0, 4, n)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
+    y = 2.0 * np.exp(-0.7 * x) + 0.3
     with process_client.as_current(), dask.config.set(scheduler="dask.distributed"):
-        result = optimizer.fit(named, x, 2.0 * np.exp(-0.7 * x) + 0.3, START)
+        result = problems.fit(exponential, x, y, START, **NO_WARMUP)
     np.testing.assert_allclose(result.popt, [2, 0.7, 0.3], rtol=1e-9)
 
 
 def test_task_names(process_client: Client) -> None:
     process_client.run_on_scheduler(_clear_transitions)
-    fit(process_client, named)
+    fit(process_client, exponential)
     names = process_client.run_on_scheduler(_seen_prefixes)
     assert {"nlsq-sample", "nlsq-normal-equations"} <= names
 
@@ -220,10 +209,9 @@ def test_an_asynchronous_client_is_named(way: str) -> None:
             Client(cluster, asynchronous=True) as client,
         ):
             x = np.linspace(0.0, 4.0, 2_000)
-            optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
 
             def fit() -> nd.FitResult:
-                return optimizer.fit(lambda x, a, b: a + b * x, x, 2.0 + x, [1.0, 1.0])
+                return problems.fit(line, x, 2.0 + x, [1.0, 1.0], **NO_WARMUP)
 
             scheduler = client.get if way == "its get" else None
             with (
@@ -243,8 +231,7 @@ def test_a_fit_in_a_task_that_has_seceded(process_client: Client) -> None:
     def inside() -> bool:
         with worker_client() as client, client.as_current():
             x = np.linspace(0.0, 4.0, 2_000)
-            config = nd.HybridStreamingConfig(verbose=0, dashboard=False)
-            optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-            return optimizer.fit(lambda x, a, b: a + b * x, x, 2.0 + x, [1.0, 1.0]).success
+            options = {"dashboard": False, **NO_WARMUP}
+            return problems.fit(line, x, 2.0 + x, [1.0, 1.0], **options).success
 
     assert process_client.submit(inside, pure=False).result(timeout=120)

@@ -20,7 +20,8 @@ from distributed import Client
 from zarr.codecs import Crc32cCodec, GzipCodec, ZstdCodec
 
 import nlsq_dask as nd
-from tests.problems import PROBLEMS, scipy_fit
+from tests import problems
+from tests.problems import NO_WARMUP, PROBLEMS, scipy_fit
 
 Config = nd.HybridStreamingConfig
 PROBLEM = PROBLEMS[0]  # a exp(-b x) + c
@@ -30,8 +31,8 @@ BAD = 3  # the block in which something is wrong
 
 
 def fit(x: Any, y: Any, start: Any = PROBLEM.start, **options: Any) -> nd.FitResult:
-    config = Config(**{"verbose": 0, "cache": 0, "max_retries_per_batch": 0, **options})
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(PROBLEM.model, x, y, start)
+    options = {"cache": 0, "max_retries_per_batch": 0, **NO_WARMUP, **options}
+    return problems.fit(PROBLEM.model, x, y, start, **options)
 
 
 def store(path: Path, values: np.ndarray, **options: Any) -> zarr.Array[Any]:
@@ -223,12 +224,8 @@ def test_one_chunk_of_several_in_a_block(tmp_path: Path) -> None:
 def test_a_sigma_that_cannot_be_read(tmp_path: Path) -> None:
     sigma = store(tmp_path / "sigma", np.full(N, 0.05))
     truncate(tmp_path / "sigma/c/3")
-    config = Config(verbose=0, max_retries_per_batch=0)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    with pytest.raises(
-        nd.BlockReadError, match=r"^sigma could not be read after 1 attempt in block"
-    ):
-        optimizer.fit(PROBLEM.model, X, Y, PROBLEM.start, sigma=sigma)
+    with pytest.raises(nd.BlockReadError, match=r"^sigma could not be read after 1 attempt in"):
+        fit(X, Y, sigma=sigma)
 
 
 def test_other_files(tmp_path: Path) -> None:

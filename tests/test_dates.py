@@ -15,6 +15,7 @@ from scipy.optimize import OptimizeWarning
 
 import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
+from tests.problems import NO_WARMUP
 from tests.test_input_kinds import (
     CHUNKS,
     DATES,
@@ -31,8 +32,8 @@ from tests.test_input_kinds import (
 
 
 def test_units_of_dates_are_kept() -> None:
-    assert fit(X).x_units == {}
-    assert fit(DATES).x_units == {"x_data": "days since 1970-01-01"}
+    assert fit(x=X).x_units == {}
+    assert fit(x=DATES).x_units == {"x_data": "days since 1970-01-01"}
     assert align({"time": DATES, "u": X}, Y).x_units == {"x_data['time']": "days since 1970-01-01"}
     assert align((X, DATES - DATES[0]), Y).x_units == {"x_data[1]": "days"}
     found = align("time", on_xarray(calendar("noleap"))).x_units
@@ -40,8 +41,8 @@ def test_units_of_dates_are_kept() -> None:
 
 
 def test_predictions_at_dates() -> None:
-    result = fit(DATES)
-    by_hand = fit(X)
+    result = fit(x=DATES)
+    by_hand = fit(x=X)
     grid = np.datetime64("2000-01-01", "D") + np.arange(5)
     numbers = START + np.arange(5.0)
     np.testing.assert_allclose(result.predict(grid), by_hand.predict(numbers), rtol=1e-10)
@@ -66,8 +67,8 @@ def test_predictions_at_dates() -> None:
 
 def test_a_fit_in_a_calendar_of_its_own() -> None:
     days = 30 * 365 + TICKS / 86_400e6  # without leap days, 2000-01-01 is 30 years of 365
-    by_hand = fit(days, p0=[0.015, 0.7, 0.3])
-    result = fit(calendar("noleap"), p0=[0.015, 0.7, 0.3])
+    by_hand = fit(x=days, p0=[0.015, 0.7, 0.3])
+    result = fit(x=calendar("noleap"), p0=[0.015, 0.7, 0.3])
     np.testing.assert_allclose(result.popt, by_hand.popt, rtol=1e-10)
     grid = calendar("noleap")[:50]
     np.testing.assert_allclose(result.predict(grid), by_hand.predict(days[:50]), rtol=1e-10)
@@ -128,7 +129,7 @@ def test_dates_as_labels() -> None:
 
 
 def test_no_doubt_of_a_short_grid_in_predict() -> None:
-    result = fit(DATES)
+    result = fit(x=DATES)
     assert result.predict(DATES[:1] + np.arange(3)).shape == (3,)
 
 
@@ -140,8 +141,9 @@ def test_a_fit_says_which_numbers_dates_become(capsys: pytest.CaptureFixture[str
     def decay(t, height, lifetime):  # type: ignore[no-untyped-def]
         return height * jnp.exp(-t / lifetime)
 
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(**NO_WARMUP))
     with pytest.warns(OptimizeWarning, match="could not be estimated"):
-        result = nd.AdaptiveHybridStreamingOptimizer().fit(decay, "time", y, [1, 0.1])
+        result = optimizer.fit(decay, "time", y, [1, 0.1])
     number = int((np.datetime64("2025-01-01") - np.datetime64("1970-01-01")).astype(int))
     note = (
         f"x_data (time) holds dates, which the model receives as days since 1970-01-01 "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -21,7 +22,8 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
-from tests.problems import NO_WARMUP
+from tests import problems
+from tests.problems import NO_WARMUP, decay_data, exponential
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -100,10 +102,8 @@ def test_tests_elsewhere_are_there(name: str) -> None:
 
 # --- one small problem
 
-RNG = np.random.default_rng(21)
-X = RNG.uniform(0, 5, 6_000)
+X, Y = decay_data(6_000, seed=21)
 CLEAN = 2.5 * np.exp(-1.3 * X) + 0.5
-Y = CLEAN + 0.05 * RNG.standard_normal(len(X))
 START = [5.0, 0.6, 1.0]  # relative loss 10.2: "exploration"
 CAREFUL = [2.0, 1.0, 0.9]  # 0.55
 NEAR = [2.5, 1.2, 0.5]  # 0.012: "refinement"
@@ -111,37 +111,11 @@ FAR = [20.0, 0.1, 9.0]  # 1700; 295 iterations with a short memory and short ste
 LAZY_X, LAZY_Y = (da.from_array(a, chunks=600) for a in (X, Y))
 
 
-def model(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
+fit = functools.partial(problems.fit, model=exponential, x=X, y=Y, p0=START)
 
 
-def run(
-    config: Config,
-    start: Any = START,
-    y: Any = Y,
-    x: Any = X,
-    function: Any = model,
-    callback: Any = None,
-    bounds: Any = None,
-) -> nd.FitResult:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    return optimizer.fit(function, x, y, start, bounds, callback=callback)
-
-
-def fit(
-    start: Any = START,
-    y: Any = Y,
-    x: Any = X,
-    function: Any = model,
-    callback: Any = None,
-    bounds: Any = None,
-    **options: Any,
-) -> nd.FitResult:
-    return run(Config(**{"verbose": 0, **options}), start, y, x, function, callback, bounds)
-
-
-def warm_up(*args: Any, **options: Any) -> dict[str, Any]:
-    found: dict[str, Any] = fit(*args, **options).diagnostics["warm_up"]
+def warm_up(start: Any = START, **options: Any) -> dict[str, Any]:
+    found: dict[str, Any] = fit(p0=start, **options).diagnostics["warm_up"]
     return found
 
 
@@ -340,7 +314,7 @@ def longest_step(config: Config, start: Any = START) -> float:
     """Return the length of the longest step of the warm-up, in normalized space."""
     path = [np.array(start)]
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    result = optimizer.fit(model, X, Y, start, callback=lambda p, loss, i: path.append(p))
+    result = optimizer.fit(exponential, X, Y, start, callback=lambda p, loss, i: path.append(p))
     assert optimizer.normalizer is not None
     n = result.diagnostics["warm_up"]["iterations"]
     steps = np.diff([optimizer.normalizer.normalize(p) for p in path[: n + 1]], axis=0)
@@ -395,7 +369,7 @@ def test_first_trust_radius() -> None:
 def test_damped_directions() -> None:
     """Directions below the fraction are damped, so that a step along them is too short."""
     plain, strong = (
-        all_rows(start=NEAR, regularization_factor=factor, gauss_newton_max_iterations=1)[0]
+        all_rows(p0=NEAR, regularization_factor=factor, gauss_newton_max_iterations=1)[0]
         for factor in (1e-10, 0.3)
     )
     assert way_left(strong) > 1.2 * way_left(plain)
@@ -425,16 +399,15 @@ BY_GRADIENTS = {
 
 def by_gradients(**options: Any) -> tuple[nd.FitResult, dict[str, Any]]:
     """Fit ten parameters by conjugate gradients."""
-    result = run(Config(**{**BY_GRADIENTS, **options}), *bump_data())
+    result = fit(**bump_data(), **{**BY_GRADIENTS, **options})
     return result, result.phase_history[2]
 
 
-def bump_data() -> tuple[Any, ...]:
-    """Return start, y, x and model."""
+def bump_data() -> dict[str, Any]:
     x = X[:1_500]
     clean = np.exp(-0.5 * ((x[:, None] - CENTRES) / 0.4) ** 2) @ (1 + 0.3 * np.cos(CENTRES))
     y = clean + 0.1 * clean**2 + 0.05 * np.random.default_rng(1).standard_normal(len(x))
-    return np.ones(10), y, x, bumps
+    return {"model": bumps, "x": x, "y": y, "p0": np.ones(10)}
 
 
 @shows("cg_param_threshold")
@@ -481,7 +454,7 @@ def test_errors_by_probing() -> None:
 
 @shows("cov_type")
 def test_covariance() -> None:
-    plain, hc0, hc1 = (fit(cov_type=name) for name in ("nonrobust", "HC0", "HC1"))
+    plain, hc0, hc1 = (fit(cov_type=name, **NO_WARMUP) for name in ("nonrobust", "HC0", "HC1"))
     assert hc0.n_passes == plain.n_passes + 1
     assert not np.allclose(hc0.pcov, plain.pcov, rtol=1e-4)
     np.testing.assert_allclose(hc1.pcov, hc0.pcov * 6_000 / 5_997, rtol=1e-9)
@@ -496,7 +469,7 @@ def test_penalty() -> None:
             "group_variance_lambda": strength,
             "group_variance_indices": indices if switch else None,
         }
-        params = fit(**options).x
+        params = fit(**options, **NO_WARMUP).x
         return float(np.ptp(params[first : first + 2]))
 
     off = spread(0, 1.0, switch=False)
@@ -518,7 +491,7 @@ def test_weights() -> None:
             "enable_residual_weighting": switch,
             "residual_weights": weights if switch else None,
         }
-        return float(fit(y=y, x=(group, X), function=grouped, **options, **NO_WARMUP).x[2])
+        return float(fit(y=y, x=(group, X), model=grouped, **options, **NO_WARMUP).x[2])
 
     assert floor(False, [1.0, 1e6]) == pytest.approx(0.75, abs=0.02)
     assert floor(True, [1.0, 1e6]) == pytest.approx(1.0, abs=0.02)
@@ -537,7 +510,7 @@ def seen_by_the_model(config: Config) -> tuple[set[int], set[str]]:
         dtypes.add(str(x.dtype))
         return a * jnp.exp(-b * x) + c
 
-    run(config, function=watched)
+    fit(config=config, model=watched)
     return lengths, dtypes
 
 
@@ -557,7 +530,7 @@ def test_what_the_model_is_given() -> None:
 def from_source(config: Config) -> nd.FitResult:
     """Fit data that have to be computed in each pass."""
     x, y = (a.map_blocks(np.copy) for a in (LAZY_X, LAZY_Y))
-    return run(config, x=x, y=y)
+    return fit(config=config, x=x, y=y)
 
 
 @shows("cache")
@@ -585,7 +558,7 @@ def test_how_often_the_callback_is_called() -> None:
 @shows("verbose", "log_frequency")
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     def printed(**options: Any) -> list[str]:
-        fit(CAREFUL, max_warmup_iterations=3, callback_frequency=1, **options)
+        fit(p0=CAREFUL, max_warmup_iterations=3, callback_frequency=1, **options)
         return capsys.readouterr().out.splitlines()
 
     assert printed(verbose=0) == []
@@ -640,7 +613,7 @@ def test_warm_ups_of_presets_are_short(name: str) -> None:
 
     def ended(**options: Any) -> tuple[int, str]:
         config = getattr(Config, name)(**hard, **options)
-        found = run(config, FAR).diagnostics["warm_up"]
+        found = fit(config=config, p0=FAR).diagnostics["warm_up"]
         return found["iterations"], found["reason"]
 
     least, most = LIMITS[name]
@@ -654,7 +627,7 @@ def test_warm_ups_of_presets_are_short(name: str) -> None:
 )
 def test_presets_converge_to_their_tolerance(name: str, tol: float) -> None:
     config = getattr(Config, name)(verbose=0, sample_rows=3)
-    result = run(config)
+    result = fit(config=config)
     assert result.success
     assert way_left(result) <= tol
 
@@ -664,7 +637,7 @@ def test_conservative_takes_a_smaller_first_step() -> None:
     lengths = []
     for config in (Config(**TINY_SAMPLE), Config.conservative(**TINY_SAMPLE)):
         path: list[np.ndarray] = []
-        run(config, callback=lambda p, loss, i, path=path: path.append(p))
+        fit(config=config, callback=lambda p, loss, i, path=path: path.append(p))
         lengths.append(np.linalg.norm((path[0] - START) * scale))
     assert lengths[1] < lengths[0]
 
@@ -694,7 +667,7 @@ def test_memory_optimized_uses_gradients_for_a_thousand_parameters() -> None:
 def test_with_multistart_holds_a_tournament() -> None:
     for config, n in ((Config.with_multistart(), 10), (Config.with_multistart(4), 4)):
         config.verbose = 0
-        assert len(run(config).diagnostics["multistart"]["candidates"]) == n
+        assert len(fit(config=config).diagnostics["multistart"]["candidates"]) == n
 
 
 @pytest.mark.parametrize(
@@ -716,18 +689,18 @@ def test_which_starts_presets_take_for_warm() -> None:
             ("scientific_default", 0.05),
             ("defense_relaxed", 0.5),
         ):
-            found = run(getattr(Config, name)(verbose=0), start).diagnostics["warm_up"]
+            found = fit(config=getattr(Config, name)(verbose=0), p0=start).diagnostics["warm_up"]
             assert found["is_warm_start"] == (loss < threshold)
 
 
 def test_defense_disabled_disables_all_four() -> None:
     nd.reset_defense_telemetry()
     for start in (NEAR, START):
-        run(Config.defense_disabled(verbose=0, warm_start_threshold=0.5), start)
+        fit(config=Config.defense_disabled(verbose=0, warm_start_threshold=0.5), p0=start)
     search = absurd("backtracking")
     del search["enable_step_clipping"], search["enable_cost_guard"]
     search["lbfgs_initial_step_size"] = search.pop("lbfgs_exploration_step_size")
-    run(Config.defense_disabled(verbose=0, **search))
+    fit(config=Config.defense_disabled(verbose=0, **search))
     metrics = nd.get_defense_telemetry().export_metrics()
     assert metrics["nlsq_defense_warmup_calls_total"] == 3
     assert metrics["nlsq_defense_layer2_fixed_total"] == 3

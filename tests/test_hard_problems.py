@@ -6,8 +6,8 @@ import dask.array as da
 import numpy as np
 import pytest
 
-import nlsq_dask as nd
 from tests.hard_problems import Hard, cases, exact_functions, scipy_solution
+from tests.problems import fit
 
 CASES = list(cases())
 # The fast run has every seventh of them.
@@ -31,7 +31,7 @@ def test_there_are_enough() -> None:
 def test_as_good_as_scipy(problem: Hard) -> None:
     x, y = problem.data()
     chunks = max(len(x) // 4, 3)
-    result = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0)).fit(
+    result = fit(
         problem.model,
         da.from_array(x, chunks=chunks),
         da.from_array(y, chunks=chunks),

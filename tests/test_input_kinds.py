@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import pickle
 import tracemalloc
 from collections.abc import Callable
@@ -25,7 +26,8 @@ import nlsq_dask as nd
 from nlsq_dask.data.alignment import align
 from nlsq_dask.data.sources.from_array import is_in_memory
 from nlsq_dask.engine.source_graph import SourceGraph
-from tests.problems import NO_WARMUP
+from tests import problems
+from tests.problems import NO_WARMUP, plane
 
 N = 3_000
 START = 10_957.0  # 2000-01-01, in days since 1970-01-01
@@ -45,10 +47,7 @@ def model(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(-b * (t - START)) + c
 
 
-def fit(x: Any, y: Any = Y, sigma: Any = SIGMA, **options: Any) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(verbose=0, **NO_WARMUP)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    return optimizer.fit(model, x, y, sigma=sigma, **options)
+fit = functools.partial(problems.fit, model=model, y=Y, sigma=SIGMA, **NO_WARMUP)
 
 
 def with_nan(array: np.ndarray) -> np.ndarray:
@@ -58,7 +57,7 @@ def with_nan(array: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def expected() -> dict[bool, nd.FitResult]:
     """By whether the bad rows are left out: what NumPy arrays give."""
-    return {False: fit(X), True: fit(X, with_nan(Y), nan_policy="omit")}
+    return {False: fit(x=X), True: fit(x=X, y=with_nan(Y), nan_policy="omit")}
 
 
 def mapped(folder: Path, name: str, array: np.ndarray) -> np.ndarray:
@@ -295,9 +294,7 @@ def test_arrays_in_memory_are_not_copied() -> None:
 
 
 def test_a_lazy_prediction_does_not_change_with_arrays_in_memory() -> None:
-    result = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0)).fit(
-        lambda x, a, b, c: a * jnp.exp(-b * (x[0] - START)) + c * x[1], (X, np.ones(N)), Y
-    )
+    result = problems.fit(plane, (X, np.ones(N)), Y, **NO_WARMUP)
     other = np.ones(N)
     lazy = result.predict((da.from_array(X, CHUNKS), other))
     other[:] = 2.0
@@ -313,20 +310,17 @@ def test_a_file_that_a_worker_does_not_find(tmp_path: Path, process_client: Clie
     dataset = in_hdf5(tmp_path, X)
     Path(dataset.file.filename).unlink()
     with process_client.as_current(), pytest.raises(nd.DataError, match=r"\.h5.*every worker"):
-        fit(dataset)
+        fit(x=dataset)
 
 
 # --- SciPy's call
 
 
 def test_rows_of_a_stored_table_are_variables(tmp_path: Path) -> None:
-    def plane(x: Any, a: Any, b: Any) -> Any:
-        return a * x[0] + b * x[1]
-
     table = np.stack([X - START, Y])
     z = 2 * table[0] - table[1]
     for xdata in (mapped(tmp_path, "t", table), in_hdf5(tmp_path, table)):
-        popt, _ = nd.curve_fit(plane, xdata, z)
+        popt, _ = nd.curve_fit(plane, xdata, z, config=nd.HybridStreamingConfig(**NO_WARMUP))
         np.testing.assert_allclose(popt, [2, -1], rtol=1e-10)
     with pytest.raises(nd.DataError, match=r"\(frame\['t'\], \.\.\.\)"):
         nd.curve_fit(plane, pd.DataFrame({"t": X, "u": X}), z)
@@ -374,19 +368,16 @@ def test_one_clear_sentence(case: str) -> None:
 
 def test_a_dask_dataframe_is_told_how_to_become_an_array() -> None:
     with pytest.raises(nd.DataError, match=r"to_dask_array\(lengths=True\)"):
-        fit(DaskSeries())
+        fit(x=DaskSeries())
 
 
 def test_what_was_read_from_a_store_is_in_memory(tmp_path: Path) -> None:
     """Indexes are, as soon as the store is opened; so what is predicted at them is not lazy."""
     t, z = np.linspace(0, 1, 50), np.linspace(0, 2, 40)
-    y = xr.DataArray(1.0 + t[:, None] + 2 * z, {"t": t, "z": z}, name="y").chunk(t=10)
+    y = xr.DataArray(t[:, None] + 2 * z, {"t": t, "z": z}, name="y").chunk(t=10)
     y.to_zarr(tmp_path / "y.zarr", consolidated=False)
     data = xr.open_zarr(tmp_path / "y.zarr", consolidated=False).y
-    config = nd.HybridStreamingConfig(verbose=0)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        lambda x, a, b, c: a + b * x[0] + c * x[1], ("t", "z"), data, [0.0, 0.0, 0.0]
-    )
+    result = problems.fit(plane, ("t", "z"), data, **NO_WARMUP)
     values = result.predict((data.t, data.z))
     assert isinstance(values.data, np.ndarray)
     np.testing.assert_allclose(values, data, rtol=1e-10)

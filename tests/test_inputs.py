@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import dask.array as da
@@ -12,32 +13,27 @@ import xarray as xr
 import zarr
 
 import nlsq_dask as nd
-from tests.problems import NO_WARMUP
+from tests.problems import NO_WARMUP, decay_data, exponential, fit, line
 
 N = 4_000
-RNG = np.random.default_rng(3)
-X = RNG.uniform(0, 4, N)
-Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * RNG.standard_normal(N)
+RNG = np.random.default_rng(5)
+X, Y = decay_data(N, seed=3)
+usual = functools.partial(fit, exponential, X, Y, gauss_newton_tol=1e-12)
 
 
-def model(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
-def fit(function: Any = model, x: Any = X, y: Any = Y, *args: Any, **options: Any) -> nd.FitResult:
-    options = {"verbose": 0, **options}
-    config = nd.HybridStreamingConfig(**options.pop("config", {}))
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(function, x, y, *args, **options)
-
-
-EXPECTED = fit().popt
+@pytest.fixture(scope="module")
+def expected() -> nd.FitResult:
+    """The fit of NumPy arrays."""
+    return usual()
 
 
 # --- data that work
 
 
 @pytest.mark.parametrize(("zarr_format", "sharded"), [(2, False), (3, False), (3, True)])
-def test_zarr_formats_and_shards(tmp_path: Any, zarr_format: int, sharded: bool) -> None:
+def test_zarr_formats_and_shards(
+    tmp_path: Any, zarr_format: int, sharded: bool, expected: nd.FitResult
+) -> None:
     shards = (1500,) if sharded else None
     stores = []
     for name, values in (("x", X), ("y", Y.astype(">f8"))):
@@ -51,23 +47,28 @@ def test_zarr_formats_and_shards(tmp_path: Any, zarr_format: int, sharded: bool)
         )
         store[:] = values
         stores.append(store)
-    result = fit(model, *stores)
-    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-10)
+    result = fit(exponential, *stores)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-10)
 
 
 def test_lists_integers_and_float32() -> None:
     x = np.arange(1, 40)
     y = 3 * x + 1
-    result = fit(lambda x, a, b: a * x + b, list(map(int, x)), y.astype(np.float32), [1, 1])
+    result = fit(line, list(map(int, x)), y.astype(np.float32), [1, 1], **NO_WARMUP)
     np.testing.assert_allclose(result.popt, [3, 1], rtol=1e-10)
 
 
 def test_x_of_features_tuple_and_dict_agree() -> None:
     x2 = RNG.uniform(0, 1, N)
     y = Y + 0.5 * x2
-    features = fit(lambda x, a, b, c, d: model(x[:, 0], a, b, c) + d * x[:, 1], np.c_[X, x2], y)
-    pair = fit(lambda x, a, b, c, d: model(x[0], a, b, c) + d * x[1], (X, x2), y)
-    named = fit(lambda x, a, b, c, d: model(x["t"], a, b, c) + d * x["u"], {"t": X, "u": x2}, y)
+
+    def two(t: Any, u: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return exponential(t, a, b, c) + d * u
+
+    features = fit(lambda x, a, b, c, d: two(*x.T, a, b, c, d), np.c_[X, x2], y, **NO_WARMUP)
+    pair = fit(lambda x, a, b, c, d: two(*x, a, b, c, d), (X, x2), y, **NO_WARMUP)
+    x_named = {"t": X, "u": x2}
+    named = fit(lambda x, a, b, c, d: two(x["t"], x["u"], a, b, c, d), x_named, y, **NO_WARMUP)
     np.testing.assert_allclose(pair.popt, features.popt, rtol=1e-10)
     np.testing.assert_allclose(named.popt, features.popt, rtol=1e-10)
     predicted = features.predict(np.c_[X, x2])
@@ -75,29 +76,27 @@ def test_x_of_features_tuple_and_dict_agree() -> None:
     np.testing.assert_allclose(named.predict({"u": x2, "t": X}), predicted, rtol=1e-9)
 
 
-def test_features_in_several_chunks() -> None:
+def test_features_in_several_chunks(expected: nd.FitResult) -> None:
     x = da.from_array(np.c_[X, X**2], chunks=(900, 1))
-    result = fit(
-        lambda x, a, b, c: a * jnp.exp(-b * x[:, 0]) + c + 0 * x[:, 1], x, Y, config=NO_WARMUP
-    )
-    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
+    result = fit(lambda x, a, b, c: a * jnp.exp(-b * x[:, 0]) + c + 0 * x[:, 1], x, Y, **NO_WARMUP)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
 
 
 @pytest.mark.parametrize("sigma", [0.02, np.full(N, 0.02), da.full(N, 0.02, chunks=777)])
-def test_constant_sigma_changes_nothing_but_the_scale(sigma: Any) -> None:
-    result = fit(sigma=sigma)
-    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-10)
-    np.testing.assert_allclose(result.perr, fit().perr, rtol=1e-6)
-    np.testing.assert_allclose(result.chi2, fit().chi2 / 0.02**2, rtol=1e-10)
+def test_constant_sigma_changes_nothing_but_the_scale(sigma: Any, expected: nd.FitResult) -> None:
+    result = usual(sigma=sigma)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-10)
+    np.testing.assert_allclose(result.perr, expected.perr, rtol=1e-6)
+    np.testing.assert_allclose(result.chi2, expected.chi2 / 0.02**2, rtol=1e-10)
 
 
 def test_masked_entries_are_left_out() -> None:
     y = np.ma.masked_array(Y.copy(), mask=np.arange(N) % 7 == 0)
     y.data[y.mask] = np.nan
     kept = ~y.mask
-    expected = fit(model, X[kept], Y[kept])
-    for masked, config in ((y, {}), (da.from_array(y, chunks=999), NO_WARMUP)):
-        result = fit(model, X, masked, config=config)
+    expected = fit(exponential, X[kept], Y[kept])
+    for masked, options in ((y, {}), (da.from_array(y, chunks=999), NO_WARMUP)):
+        result = fit(exponential, X, masked, **options)
         np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
         assert result.n_omitted == y.mask.sum()
         assert result.n_points == kept.sum()
@@ -109,8 +108,8 @@ def test_nan_is_omitted_on_request(where: str) -> None:
     arrays = {"y": Y.copy(), "x": X.copy(), "sigma": np.full(N, 0.1)}
     arrays[where][bad] = [np.nan, np.inf, np.nan]
     kept = np.delete(np.arange(N), bad)
-    expected = fit(model, X[kept], Y[kept])
-    result = fit(model, arrays["x"], arrays["y"], sigma=arrays["sigma"], nan_policy="omit")
+    expected = fit(exponential, X[kept], Y[kept])
+    result = fit(exponential, arrays["x"], arrays["y"], sigma=arrays["sigma"], nan_policy="omit")
     assert result.success
     assert (result.n_omitted, result.n_points) == (3, N - 3)
     np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
@@ -120,7 +119,12 @@ def test_nan_where_the_model_has_no_value() -> None:
     x = X.copy()
     x[5] = np.nan
     result = fit(
-        lambda x, a, k: a * jnp.log(x + k), x, np.log(X + 1), [2.0, 0.5], nan_policy="omit"
+        lambda x, a, k: a * jnp.log(x + k),
+        x,
+        np.log(X + 1),
+        [2.0, 0.5],
+        nan_policy="omit",
+        **NO_WARMUP,
     )
     np.testing.assert_allclose(result.popt, [1, 1], rtol=1e-8)
 
@@ -138,7 +142,7 @@ def test_xarray_dimensions_in_any_order_and_lazy_store(tmp_path: Any) -> None:
         return a * jnp.exp(-b * x[0]) + c * x[1] * x[2]
 
     names = ("time", "height", "tilt")
-    options = {"config": NO_WARMUP}
+    options = NO_WARMUP
     expected = fit(tilted, names, dataset.y, sigma=dataset.s, **options)
     np.testing.assert_allclose(expected.popt, [2.0, 0.7, 0.3], rtol=0.02)
     for chunks in (None, {}, {"time": 14, "height": 25}):
@@ -160,23 +164,23 @@ def test_xarray_dimensions_in_any_order_and_lazy_store(tmp_path: Any) -> None:
 # --- starts and bounds that work
 
 
-def test_starts_by_name_by_signature_and_as_integers() -> None:
+def test_starts_by_name_by_signature_and_as_integers(expected: nd.FitResult) -> None:
     def with_default(x: Any, a: Any, b: float = 0.5, c: Any = 0) -> Any:
-        return model(x, a, b, c)
+        return exponential(x, a, b, c)
 
     for p0 in (None, [1, 1, 1], {"b": 2}, np.array([2.0, 1.0, 0.0]), (1, 2, 3)):
         result = fit(with_default, X, Y, p0)
-        np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
+        np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
     np.testing.assert_array_equal(fit(with_default, X, Y, {"c": 0.1}).p0, [1.0, 0.5, 0.1])
     held = fit(with_default, X, Y, [1.0, 1.0])  # c is not fitted, as in SciPy
     assert held.param_names == ("a", "b")
 
 
-def test_options_of_the_model_are_not_fitted() -> None:
+def test_options_of_the_model_are_not_fitted(expected: nd.FitResult) -> None:
     def with_options(
         x: Any, a: Any, b: Any, c: Any = 0.1, kind: str = "exp", *, k: Any = 1.0
     ) -> Any:
-        return model(x, a, b, c) if kind == "exp" and k == 1.0 else x
+        return exponential(x, a, b, c) if kind == "exp" and k == 1.0 else x
 
     for p0, bounds in (
         (None, None),
@@ -185,19 +189,23 @@ def test_options_of_the_model_are_not_fitted() -> None:
     ):
         result = fit(with_options, X, Y, p0, bounds)
         assert result.param_names == ("a", "b", "c")
-        np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
-    assert fit(with_options).p0[2] == 0.1
+        np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
+    assert fit(with_options, X, Y).p0[2] == 0.1
     for p0 in ([1, 1, 1, 1], {"kind": 1}, {"k": 1}):
         with pytest.raises(ValueError, match="a, b, c"):
             fit(with_options, X, Y, p0)
-    held = fit(lambda x, a, b, c, flag=True: model(x, a, b, c if flag is True else jnp.nan))
-    np.testing.assert_allclose(held.popt, EXPECTED, rtol=1e-8)
+
+    def flagged(x: Any, a: Any, b: Any, c: Any, flag: bool = True) -> Any:
+        return exponential(x, a, b, c if flag is True else jnp.nan)
+
+    held = fit(flagged, X, Y)
+    np.testing.assert_allclose(held.popt, expected.popt, rtol=1e-8)
 
 
 def test_open_signature_and_names() -> None:
-    result = fit(lambda x, *p: model(x, *p), X, Y, [1, 1, 1], param_names=["A", "B", "C"])
+    result = fit(lambda x, *p: exponential(x, *p), X, Y, [1, 1, 1], param_names=["A", "B", "C"])
     assert result.param_names == ("A", "B", "C")
-    assert fit(lambda x, *p: model(x, *p), X, Y, [1, 1, 1]).param_names == ("p0", "p1", "p2")
+    assert fit(lambda x, *p: exponential(x, *p), X, Y, [1, 1, 1]).param_names == ("p0", "p1", "p2")
 
 
 @pytest.mark.parametrize(
@@ -209,14 +217,14 @@ def test_open_signature_and_names() -> None:
         ({"a": 0.0}, {"c": 4.0}),
     ],
 )
-def test_bounds_in_every_form(bounds: Any) -> None:
-    np.testing.assert_allclose(fit(model, X, Y, None, bounds).popt, EXPECTED, rtol=1e-8)
+def test_bounds_in_every_form(bounds: Any, expected: nd.FitResult) -> None:
+    np.testing.assert_allclose(usual(bounds=bounds).popt, expected.popt, rtol=1e-8)
 
 
-def test_a_default_start_is_moved_inside_the_bounds() -> None:
-    result = fit(model, X, Y, None, ([1.5, 0, 0], [2.5, np.inf, 0.5]))
-    np.testing.assert_allclose(result.popt, EXPECTED, rtol=1e-8)
-    assert result.p0[0] == 2.0
+def test_a_default_start_is_moved_inside_the_bounds(expected: nd.FitResult) -> None:
+    result = usual(bounds=([2.0, 0, 0], [3.0, np.inf, 1.0]))
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-8)
+    assert result.p0[0] == 2.5
 
 
 # --- what is refused; the sentences are in ``test_bad_input``
@@ -226,7 +234,7 @@ def test_nan_is_counted_and_found() -> None:
     y = Y.copy()
     y[[1234, 1235, 3999]] = np.nan
     with pytest.raises(nd.NonFiniteDataError, match=r"3 of 4,000 rows .* y_data\[1234\]") as caught:
-        fit(model, X, da.from_array(y, chunks=500))
+        fit(exponential, X, da.from_array(y, chunks=500))
     assert (caught.value.n_rows, caught.value.first_block) == (3, (2,))
 
 
@@ -237,22 +245,22 @@ def test_nan_that_the_sample_misses_is_found() -> None:
     y[123_456] = np.inf
     lazy = da.from_array(y, chunks=50_000)
     with pytest.raises(nd.NonFiniteDataError, match="1 of 400,000 rows"):
-        fit(lambda x, a, b: a * x + b, da.from_array(x, chunks=50_000), lazy, config=NO_WARMUP)
+        fit(line, da.from_array(x, chunks=50_000), lazy, **NO_WARMUP)
 
 
 def test_all_nan() -> None:
     with pytest.raises(nd.DataError, match="none of the 4,000 rows"):
-        fit(model, X, np.full(N, np.nan), nan_policy="omit")
+        fit(exponential, X, np.full(N, np.nan), nan_policy="omit")
 
 
-def test_labels_must_match() -> None:
+def test_labels_must_match(expected: nd.FitResult) -> None:
     y = xr.DataArray(Y, coords={"t": X}, dims="t")
     shifted = xr.DataArray(X, coords={"t": X + 1}, dims="t")
     with pytest.raises(nd.DataError, match="labels of x_data along 't'"):
-        fit(model, shifted, y)
+        fit(exponential, shifted, y)
     with pytest.raises(nd.DataError, match=r"names the coordinate 'u', but .* are \['t'\]"):
-        fit(model, "u", y)
-    np.testing.assert_allclose(fit(model, "t", y).popt, EXPECTED, rtol=1e-10)
+        fit(exponential, "u", y)
+    np.testing.assert_allclose(fit(exponential, "t", y).popt, expected.popt, rtol=1e-10)
 
 
 @pytest.mark.parametrize("value", ["group", "dataset"])
@@ -261,4 +269,4 @@ def test_containers_are_refused_by_name(value: str, tmp_path: Any) -> None:
     group.create_array("t", shape=(3,), dtype="f8")
     container = group if value == "group" else xr.Dataset({"t": ("row", X)})
     with pytest.raises(nd.DataError, match="'t'"):
-        fit(model, container, Y)
+        fit(exponential, container, Y)

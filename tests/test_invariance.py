@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from typing import Any
 
 import dask
 import dask.array as da
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from distributed import Client
@@ -22,22 +22,18 @@ from nlsq_dask.kernels.sums import GradientSums, NormalEquations, Sums
 from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows
 from nlsq_dask.rows.windows import flat_range
+from tests import problems
+from tests.problems import decay_data, exponential
 
 N = 3_000
-X = np.random.default_rng(0).uniform(0, 4, N)
-Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * np.random.default_rng(1).standard_normal(N)
+X, Y = decay_data(N)
+fit = functools.partial(problems.fit, exponential, p0=[1.0, 1.0, 0.1])
 
 
-def model(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
-def fit(x: Any, y: Any, **options: Any) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(verbose=0, **options)
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, [1.0, 1.0, 0.1])
-
-
-EXPECTED = fit(X, Y)
+@pytest.fixture(scope="module")
+def expected() -> nd.FitResult:
+    """The fit of arrays in memory, in one block."""
+    return fit(X, Y)
 
 
 def cuts(n: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -48,24 +44,26 @@ def cuts(n: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(x_chunks=cuts(N), y_chunks=cuts(N))
-def test_any_chunking(x_chunks: tuple[int, ...], y_chunks: tuple[int, ...]) -> None:
+def test_any_chunking(
+    x_chunks: tuple[int, ...], y_chunks: tuple[int, ...], expected: nd.FitResult
+) -> None:
     result = fit(
         da.from_array(X, chunks=(x_chunks,), name=False),
         da.from_array(Y, chunks=(y_chunks,), name=False),
     )
     assert result.success
-    np.testing.assert_allclose(result.popt, EXPECTED.popt, rtol=1e-9)
-    np.testing.assert_allclose(result.pcov, EXPECTED.pcov, rtol=1e-6)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
+    np.testing.assert_allclose(result.pcov, expected.pcov, rtol=1e-6)
     assert result.n_points == N
 
 
 @pytest.mark.parametrize("chunk_size", [1, 100, 1024, 5000, "auto"])
-def test_any_chunk_size(chunk_size: Any) -> None:
+def test_any_chunk_size(chunk_size: Any, expected: nd.FitResult) -> None:
     if chunk_size == 1:
         x, y = X[:200], Y[:200]
         result, expected = fit(x, y, chunk_size=1), fit(x, y)
     else:
-        result, expected = fit(X, Y, chunk_size=chunk_size), EXPECTED
+        result = fit(X, Y, chunk_size=chunk_size)
     np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
 
 
@@ -98,18 +96,18 @@ def test_same_bits_whoever_computes(
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(order=st.permutations(range(12)), solver=st.sampled_from(["normal", "qr"]))
-def test_any_order_of_blocks(order: list[int], solver: str) -> None:
+def test_any_order_of_blocks(order: list[int], solver: str, expected: nd.FitResult) -> None:
     x, y = (da.concatenate([da.from_array(v, chunks=250).blocks[i] for i in order]) for v in (X, Y))
     result = fit(x, y, gauss_newton_solver=solver)
-    np.testing.assert_allclose(result.popt, EXPECTED.popt, rtol=1e-9)
-    np.testing.assert_allclose(result.pcov, EXPECTED.pcov, rtol=1e-6)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
+    np.testing.assert_allclose(result.pcov, expected.pcov, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_multiprocessing_scheduler() -> None:
+def test_multiprocessing_scheduler(expected: nd.FitResult) -> None:
     with dask.config.set(scheduler="processes", num_workers=2):
         result = fit(da.from_array(X, chunks=1500), da.from_array(Y, chunks=1500))
-    np.testing.assert_allclose(result.popt, EXPECTED.popt, rtol=1e-9)
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))

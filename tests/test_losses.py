@@ -12,6 +12,7 @@ import pytest
 from scipy import optimize
 
 import nlsq_dask as nd
+from tests import problems
 from tests.problems import NO_WARMUP, PROBLEMS, Problem
 
 N_ROWS = 12_000
@@ -65,12 +66,10 @@ class Reference:
 
 
 def fit(problem: Problem, x: Any, y: Any, sigma: Any, **options: Any) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(sample_rows=3_000, verbose=0, **options.pop("config", {}))
     chunks = (1, 4_000, 2_999, 5_000)
     arrays = [da.from_array(array, chunks=chunks) for array in (x, y)]
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        problem.model, *arrays, problem.start, sigma=sigma, **options
-    )
+    options = {"sample_rows": 3_000, "sigma": sigma, **options}
+    return problems.fit(problem.model, *arrays, problem.start, **options)
 
 
 # Each loss once, with another problem; the other pairs take minutes.
@@ -127,7 +126,7 @@ def test_on_a_cluster_with_sigma_bounds_and_rows_left_out(loss: str, process_cli
         gtol=1e-15,
     )
     with process_client.as_current():
-        result = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0)).fit(
+        result = problems.fit(
             problem.model,
             da.from_array(x, chunks=4_000),
             da.from_array(y, chunks=4_000),
@@ -137,6 +136,7 @@ def test_on_a_cluster_with_sigma_bounds_and_rows_left_out(loss: str, process_cli
             loss=loss,
             f_scale=2.0,
             nan_policy="omit",
+            **NO_WARMUP,
         )
     assert result.success, result.message
     np.testing.assert_allclose(result.x, [*expected.x, 0.6], rtol=1e-6)
@@ -151,7 +151,8 @@ def test_curve_fit_as_scipy_does() -> None:
         return a * np.exp(-b * x) + c
 
     options = {"sigma": sigma, "loss": "soft_l1", "f_scale": 1.5}
-    popt, pcov = nd.curve_fit(problem.model, x, y, problem.start, **options)
+    config = nd.HybridStreamingConfig(**NO_WARMUP)
+    popt, pcov = nd.curve_fit(problem.model, x, y, problem.start, config=config, **options)
     expected, covariance = optimize.curve_fit(
         numpy_model,
         x,
@@ -173,16 +174,11 @@ def test_in_float32() -> None:
     x, y, _ = with_outliers(problem)
     size = 1e25
     start = [2 * size, 0.5, 0.3 * size]
-    results = []
-    for precision in ("float32", "float64"):
-        config = nd.HybridStreamingConfig(
-            precision=precision, sample_rows=3_000, verbose=0, **NO_WARMUP
-        )
-        arguments = problem.model, x, y * size, start
-        optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-        options = {"loss": "huber", "f_scale": 0.05 * size}
-        results.append(optimizer.fit(*arguments, **options))
-    single, double = results
+    options = {"loss": "huber", "f_scale": 0.05 * size, "sample_rows": 3_000, **NO_WARMUP}
+    single, double = (
+        problems.fit(problem.model, x, y * size, start, precision=precision, **options)
+        for precision in ("float32", "float64")
+    )
     assert single.success, single.message
     assert np.abs((single.x - double.x) / double.perr).max() < 1e-2
 

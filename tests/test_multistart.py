@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,8 @@ import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
 from nlsq_dask.fit.settings import multistart_settings
 from nlsq_dask.warmup.multistart import draw_box, draw_starts
-from tests.many_minima import PROBLEMS, ManyMinima, peak, wave
+from tests import problems
+from tests.many_minima import PROBLEMS, ManyMinima, wave
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 EACH = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
@@ -63,20 +65,18 @@ def test_multistart_hardly_depends_on_the_seed(problem: ManyMinima) -> None:
 
 
 def test_multistart_reads_no_more_than_a_fit_from_a_good_start() -> None:
-    problem = BY_NAME["peak on a slope"]
+    problem = BY_NAME["frequency of a wave"]
     x = np.random.default_rng(3).uniform(0, 10, 200_000)
-    noise = 0.2 * np.random.default_rng(4).standard_normal(len(x))
+    noise = problem.noise * np.random.default_rng(4).standard_normal(len(x))
     with jax.enable_x64(True):
-        y = np.asarray(peak(jnp.asarray(x), *problem.truth)) + noise
+        y = np.asarray(problem.model(jnp.asarray(x), *problem.truth)) + noise
     arrays = da.from_array(x, chunks=10_000), da.from_array(y, chunks=10_000)
 
-    def fit(start: Any, **options: Any) -> nd.FitResult:
-        config = Config(sample_rows=20_000, cache=0, verbose=0, **options)
-        optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-        return optimizer.fit(peak, *arrays, start, problem.bounds)
-
-    good = fit(problem.truth)
-    found = fit(problem.start, enable_multistart=True, n_starts=problem.n_starts)
+    fit_to = functools.partial(
+        problems.fit, problem.model, *arrays, bounds=problem.bounds, sample_rows=20_000, cache=0
+    )
+    good = fit_to(p0=problem.truth)
+    found = fit_to(p0=problem.start, enable_multistart=True, n_starts=problem.n_starts)
     np.testing.assert_allclose(found.popt, good.popt, rtol=1e-6)
     assert found.n_passes <= good.n_passes + 1
     assert found.rows_read <= good.rows_read
@@ -92,12 +92,16 @@ START = [1.0, 0.0, 2.0, 0.0]
 BOUNDS = ([-3, -3, 0.5, -3], [3, 3, 8, 3])
 
 
-def fit(
-    start: Any = START, bounds: Any = BOUNDS, y: Any = Y, data: Any = None, **options: Any
-) -> nd.FitResult:
-    options = {"enable_multistart": True, "n_starts": 12, "verbose": 0, **options}
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(**options))
-    return optimizer.fit(wave, X, y, start, bounds, **(data or {}))
+fit = functools.partial(
+    problems.fit,
+    model=wave,
+    x=X,
+    y=Y,
+    p0=START,
+    bounds=BOUNDS,
+    enable_multistart=True,
+    n_starts=12,
+)
 
 
 def held(result: nd.FitResult) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def test_diagnostics_tell_the_tournament() -> None:
     }
     assert history["start"] == "winner"
     assert found["warm_up_of_p0"]["start"] == "p0"
-    np.testing.assert_allclose(result.popt, fit(found["candidates"][0]).popt, rtol=1e-8)
+    np.testing.assert_allclose(result.popt, fit(p0=found["candidates"][0]).popt, rtol=1e-8)
 
 
 def test_it_is_off_by_default_and_one_start_is_no_more_than_p0() -> None:
@@ -226,7 +230,7 @@ def test_losses_are_those_of_the_fit(loss: str) -> None:
     y[::7] += 20 * (loss != "linear")
     y[::11] = np.nan
     data = {"sigma": sigma, "nan_policy": "omit", "loss": loss, "f_scale": 1.5}
-    result = fit(y=y, data=data, batches_per_round=100)
+    result = fit(y=y, batches_per_round=100, **data)
     found = held(result)
     a, b, omega, c = found["start"]
     residual = (a * np.sin(omega * X) + b * np.cos(omega * X) + c - y) / sigma
@@ -241,7 +245,7 @@ def test_losses_are_those_of_the_fit(loss: str) -> None:
 
 @SLOW
 def test_p0_on_a_bound_and_no_bounds() -> None:
-    at_bound = fit([1.0, 0.0, 0.5, 0.0], scale_factor=2.0, n_starts=20)
+    at_bound = fit(p0=[1.0, 0.0, 0.5, 0.0], scale_factor=2.0, n_starts=20)
     free = fit(bounds=None, scale_factor=3.0, n_starts=30)
     assert held(at_bound)["candidates"][:, 2].min() == 0.5
     for result in (at_bound, free):
@@ -250,7 +254,7 @@ def test_p0_on_a_bound_and_no_bounds() -> None:
 
 def test_a_solution_on_a_bound() -> None:
     bounds = ([-3, -3, 0.5, 0.5], [3, 3, 8, 3])
-    result = fit([1.0, 0.0, 2.0, 1.0], bounds)
+    result = fit(p0=[1.0, 0.0, 2.0, 1.0], bounds=bounds)
     assert result.success
     assert result.popt[3] == 0.5
     assert result.popt[2] == pytest.approx(4.2, abs=0.05)
@@ -262,8 +266,7 @@ def test_starts_where_the_model_is_not_finite_leave() -> None:
         return a * jnp.sqrt(x + b)
 
     y = 2 * np.sqrt(X + 1) + 0.01 * np.random.default_rng(0).standard_normal(len(X))
-    config = Config(enable_multistart=True, verbose=0, scale_factor=4.0)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(root, X, y, [1.0, -1.0])
+    result = problems.fit(root, X, y, [1.0, -1.0], enable_multistart=True, scale_factor=4.0)
     found = held(result)
     first = found["rounds"][0]
     assert np.isinf(first["losses"][0])  # p0 among them
@@ -286,20 +289,18 @@ def loops(x: Any, a: Any, b: Any) -> Any:
 
 @SLOW
 def test_models_with_one_kind_of_derivative() -> None:
-    config = Config(enable_multistart=True, verbose=0, max_warmup_iterations=0)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    options = {"enable_multistart": True, "max_warmup_iterations": 0}
     x = X[:500] / 2
     for model, truth in ((lambda x, a, b: a * reverse_only(b * x), 3.0), (loops, 3.0**0.5)):
         y = 2 * np.sin(3 * x)
-        result = optimizer.fit(model, x, y, [1.0, 1.5], ([0, 0.1], [5, 4]))
+        result = problems.fit(model, x, y, [1.0, 1.5], ([0, 0.1], [5, 4]), **options)
         np.testing.assert_allclose(result.popt, [2, truth], rtol=1e-6)
 
 
 def test_a_sample_that_is_too_small() -> None:
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(Config(enable_multistart=True, verbose=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=OptimizeWarning)
-        result = optimizer.fit(wave, X[:3], Y[:3], START)
+        result = fit(x=X[:3], y=Y[:3], bounds=None)
     assert result.phase_history[1]["skipped"] == held(result)["skipped"]
     assert "too few" in held(result)["skipped"]
 
@@ -315,7 +316,6 @@ def test_rounds_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_callback_can_stop_both_warm_ups() -> None:
-    config = Config(enable_multistart=True, callback_frequency=1, verbose=0)
     counts: list[int] = []
 
     def callback(params: Any, loss: float, iteration: int) -> None:
@@ -325,9 +325,7 @@ def test_the_callback_can_stop_both_warm_ups() -> None:
 
     for last in (1, 10**9):
         counts.clear()
-        result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-            wave, X, Y, START, BOUNDS, callback=callback
-        )
+        result = fit(callback=callback, callback_frequency=1)
         assert counts == list(range(1, len(counts) + 1))
         assert result.success == (last > 1)
         assert ("callback" in result.message) == (last == 1)

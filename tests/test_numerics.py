@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import nlsq_dask as nd
 from nlsq_dask.status import Status
+from tests import problems
 
 X = np.linspace(0, 1, 3_000)
 Y = 2.0 * X + np.sqrt(0.02) + 0.01 * np.random.default_rng(0).standard_normal(len(X))
@@ -26,9 +27,7 @@ def trap(x: Any, a: Any, b: Any) -> Any:
     return a * x + jnp.where(b > 1, jnp.sqrt(b - 1), 0.0)
 
 
-def fit(model: Any = root, **options: Any) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(**{"verbose": 0, **options})
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, Y, START)
+fit = functools.partial(problems.fit, x=X, y=Y, p0=START)
 
 
 def expected() -> np.ndarray:
@@ -38,7 +37,7 @@ def expected() -> np.ndarray:
 
 @pytest.mark.parametrize("threshold", [2000, 2], ids=["matrices", "conjugate gradients"])
 def test_validate_numerics_goes_back(threshold: int) -> None:
-    result = fit(max_warmup_iterations=0, cg_param_threshold=threshold)
+    result = fit(root, max_warmup_iterations=0, cg_param_threshold=threshold)
     assert result.success
     assert result.diagnostics["non_finite"]["sample"] > 0
     np.testing.assert_allclose(result.x, expected(), rtol=1e-7)
@@ -46,7 +45,9 @@ def test_validate_numerics_goes_back(threshold: int) -> None:
 
 @pytest.mark.parametrize("threshold", [2000, 2], ids=["matrices", "conjugate gradients"])
 def test_without_it_the_fit_ends_there(threshold: int) -> None:
-    result = fit(max_warmup_iterations=0, cg_param_threshold=threshold, validate_numerics=False)
+    result = fit(
+        root, max_warmup_iterations=0, cg_param_threshold=threshold, validate_numerics=False
+    )
     assert not result.success
     assert result.status == Status.NON_FINITE_STEP.code
     np.testing.assert_array_equal(result.x, START)
@@ -99,5 +100,5 @@ def test_what_a_warm_up_did_is_counted_over_all_its_runs() -> None:
 
 @pytest.mark.parametrize("verbose", [1, 2])
 def test_it_is_said(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(max_warmup_iterations=0, verbose=verbose)
+    fit(root, max_warmup_iterations=0, verbose=verbose)
     assert ("a trial point was not finite" in capsys.readouterr().out) == (verbose == 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from typing import Any
@@ -15,28 +16,19 @@ import nlsq_dask as nd
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.observers.progress import Progress
+from tests import problems
+from tests.problems import decay_data, exponential
 
-RNG = np.random.default_rng(21)
-X = RNG.uniform(0, 5, 6_000)
-Y = 2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * RNG.standard_normal(len(X))
+X, Y = decay_data(6_000, seed=21)
 START = [5.0, 0.6, 1.0]
-
-
-def model(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
-def fit(start: Any = START, y: Any = Y, **options: Any) -> nd.FitResult:
-    options.setdefault("verbose", 0)
-    config = nd.HybridStreamingConfig(**options)
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, y, start)
+fit = functools.partial(problems.fit, model=exponential, x=X, y=Y, p0=START)
 
 
 def test_attributes_before_and_after() -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer()
     assert (optimizer.current_phase, optimizer.phase_history) == (0, [])
     before = time.time()
-    result = optimizer.fit(model, X, Y, START, ([0, 0, 0], [9, 9, 9]), verbose=0)
+    result = optimizer.fit(exponential, X, Y, START, ([0, 0, 0], [9, 9, 9]), verbose=0)
     assert optimizer.current_phase == 3
     assert [record["phase"] for record in optimizer.phase_history] == [0, 1, 2, 3]
     for record in optimizer.phase_history:
@@ -59,17 +51,14 @@ def test_attributes_before_and_after() -> None:
 def test_a_failed_phase_is_named_and_the_optimizer_can_be_used_again() -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer()
     with pytest.raises(nd.NonFiniteDataError):
-        optimizer.fit(model, X, np.full_like(Y, np.nan), START, verbose=0)
+        optimizer.fit(exponential, X, np.full_like(Y, np.nan), START, verbose=0)
     assert "failed" in optimizer.phase_status.values()
-    assert optimizer.fit(model, X, Y, START, verbose=0).success
+    assert optimizer.fit(exponential, X, Y, START, verbose=0).success
 
 
 def test_callback_sees_numpy_in_the_original_space() -> None:
     seen: list[tuple[Any, float, int]] = []
-    config = nd.HybridStreamingConfig(callback_frequency=1, verbose=0)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        model, X, Y, START, callback=lambda p, loss, i: seen.append((p, loss, i))
-    )
+    result = fit(callback=lambda p, loss, i: seen.append((p, loss, i)), callback_frequency=1)
     assert [i for _, _, i in seen] == list(range(1, len(seen) + 1))
     assert all(type(p) is np.ndarray and p.dtype == np.float64 for p, _, _ in seen)
     np.testing.assert_allclose(seen[-1][0], result.x, rtol=1e-6)
@@ -79,10 +68,7 @@ def test_callback_sees_numpy_in_the_original_space() -> None:
 
 def test_callback_frequency() -> None:
     seen: list[int] = []
-    config = nd.HybridStreamingConfig(callback_frequency=7, verbose=0)
-    nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        model, X, Y, START, callback=lambda p, loss, i: seen.append(i)
-    )
+    fit(callback=lambda p, loss, i: seen.append(i), callback_frequency=7)
     assert seen
     assert all(i % 7 == 0 for i in seen)
 
@@ -129,8 +115,7 @@ def test_stop_iteration_ends_the_fit_cleanly(last: int) -> None:
         if iteration >= last or (last == 1000 and loss < 0.0026):
             raise StopIteration
 
-    config = nd.HybridStreamingConfig(callback_frequency=1, verbose=0)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, X, Y, START, callback=callback)
+    result = fit(callback=callback, callback_frequency=1)
     assert not result.success
     assert "callback" in result.message
     assert np.isfinite(result.x).all()
@@ -146,16 +131,16 @@ def test_two_fits_at_once_on_one_optimizer() -> None:
 
     thread = threading.Thread(
         target=optimizer.fit,
-        args=(model, X, Y, START),
+        args=(exponential, X, Y, START),
         kwargs={"callback": hold, "verbose": 0},
     )
     thread.start()
     assert started.wait(60)
     with pytest.raises(nd.FitInProgressError):
-        optimizer.fit(model, X, Y, START, verbose=0)
+        optimizer.fit(exponential, X, Y, START, verbose=0)
     release.set()
     thread.join()
-    assert optimizer.fit(model, X, Y, START, verbose=0).success
+    assert optimizer.fit(exponential, X, Y, START, verbose=0).success
 
 
 def test_the_callers_jax_settings_stay() -> None:
@@ -174,10 +159,10 @@ def warm_up(result: nd.FitResult) -> dict[str, Any]:
 
 def test_layer_1_skips_the_warm_up() -> None:
     clean = 2.5 * np.exp(-1.3 * X) + 0.5
-    near = fit([2.5, 1.31, 0.5], clean)
+    near = fit(p0=[2.5, 1.31, 0.5], y=clean)
     assert warm_up(near)["is_warm_start"]
     assert near.diagnostics["defense"]["layer1"]["triggers"] == 1
-    off = fit([2.5, 1.31, 0.5], clean, enable_warm_start_detection=False)
+    off = fit(p0=[2.5, 1.31, 0.5], y=clean, enable_warm_start_detection=False)
     assert not warm_up(off)["is_warm_start"]
     assert warm_up(off)["iterations"] > 0
     np.testing.assert_allclose(near.x, off.x, rtol=1e-8)
@@ -188,8 +173,8 @@ def test_layer_1_skips_the_warm_up() -> None:
     [([2.5, 1.2, 0.5], "refinement"), ([2.0, 1.0, 0.9], "careful"), ([9, 0.3, 4], "exploration")],
 )
 def test_layer_2_chooses_the_first_step(start: list[float], mode: str) -> None:
-    assert warm_up(fit(start))["mode"] == mode
-    assert warm_up(fit(start, enable_adaptive_warmup_lr=False))["mode"] == "fixed"
+    assert warm_up(fit(p0=start))["mode"] == mode
+    assert warm_up(fit(p0=start, enable_adaptive_warmup_lr=False))["mode"] == "fixed"
 
 
 def test_layer_3_goes_back_to_the_best_point() -> None:
@@ -204,7 +189,7 @@ def test_layer_4_limits_the_steps() -> None:
     path: list[Any] = []
     config = nd.HybridStreamingConfig(callback_frequency=1, verbose=0, max_warmup_step_size=0.03)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    result = optimizer.fit(model, X, Y, START, callback=lambda p, loss, i: path.append(p))
+    result = optimizer.fit(exponential, X, Y, START, callback=lambda p, loss, i: path.append(p))
     n = warm_up(result)["iterations"]
     q = [optimizer.normalizer.normalize(p) for p in (np.array(START), *path[:n])]
     lengths = np.linalg.norm(np.diff(q, axis=0), axis=1)
@@ -249,10 +234,8 @@ def test_warm_up_keeps_to_the_bounds() -> None:
         if not ((params >= [0, 0, 0.7]) & (params <= [6, 2, 3])).all():
             outside.append(params)
 
-    config = nd.HybridStreamingConfig(callback_frequency=1, verbose=0)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        model, X, Y, START, ([0, 0, 0.7], [6, 2, 3]), callback=callback
-    )
+    bounds = ([0, 0, 0.7], [6, 2, 3])
+    result = fit(bounds=bounds, callback=callback, callback_frequency=1)
     assert not outside
     assert result.x[2] == 0.7
     assert result.success
@@ -264,7 +247,7 @@ def test_warm_up_keeps_to_the_bounds() -> None:
 def test_telemetry_over_several_fits() -> None:
     nd.reset_defense_telemetry()
     for start in (START, [2.5, 1.2, 0.5], [9, 0.3, 4]):
-        fit(start)
+        fit(p0=start)
     telemetry = nd.get_defense_telemetry()
     assert telemetry.total_warmup_calls == 3
     assert telemetry.layer2_lr_mode_counts["refinement"] == 1
@@ -290,9 +273,9 @@ def test_telemetry_over_several_fits() -> None:
 
 def test_verbose(capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = nd.AdaptiveHybridStreamingOptimizer()
-    optimizer.fit(model, X, Y, START, verbose=0)
+    optimizer.fit(exponential, X, Y, START, verbose=0)
     assert capsys.readouterr().out == ""
-    optimizer.fit(model, X, Y, START)
+    optimizer.fit(exponential, X, Y, START)
     out = capsys.readouterr().out
     for part in ("6,000 rows", "Phase 0", "Phase 1", "pass 1", "Phase 3", "Converged"):
         assert part in out

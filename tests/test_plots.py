@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 import sys
@@ -28,22 +29,13 @@ from nlsq_dask.data.alignment import align
 from nlsq_dask.results.datasets import row_sample
 from nlsq_dask.results.saving import MissingModel
 from nlsq_dask.rows.rows import Rows
-from tests.problems import NO_WARMUP
+from tests import problems
+from tests.problems import NO_WARMUP, exponential, fading
 
 CONFIG = nd.HybridStreamingConfig(verbose=0, sample_rows=3_000, **NO_WARMUP)
 
 
-def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
-def fading(x: Any, a: Any, b: Any, c: Any) -> Any:
-    t, latitude = x
-    return a * jnp.exp(-b * t) + c * latitude
-
-
-def fit(model: Any, x: Any, y: Any, p0: Any, **options: Any) -> nd.FitResult:
-    return nd.AdaptiveHybridStreamingOptimizer(CONFIG).fit(model, x, y, p0, **options)
+fit = functools.partial(problems.fit, config=CONFIG)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +65,7 @@ def few() -> nd.FitResult:
     """90 points with their errors, two of them left out."""
     x, y, sigma = noisy(90)
     y[[3, 50]] = np.nan
-    return fit(decay, x, y, [1, 1, 0], sigma=sigma, nan_policy="omit")
+    return fit(exponential, x, y, [1, 1, 0], sigma=sigma, nan_policy="omit")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +74,7 @@ def many() -> nd.FitResult:
     x, _, _ = noisy(8_000)
     y = decay_of(x) + 0.1 * np.random.default_rng(2).standard_normal(len(x))
     y[::400] += 5.0
-    return fit(decay, x, y, [2, 1, 0], loss="soft_l1", f_scale=0.1)
+    return fit(exponential, x, y, [2, 1, 0], loss="soft_l1", f_scale=0.1)
 
 
 def decay_of(x: Any) -> Any:
@@ -150,7 +142,7 @@ def test_the_sample_is_small_and_the_same_each_time(many: nd.FitResult) -> None:
     x, _, _ = noisy(8_000)
     y = decay_of(x) + 0.1 * np.random.default_rng(2).standard_normal(len(x))
     y[::400] += 5.0
-    again = fit(decay, x, y, [2, 1, 0], loss="soft_l1", f_scale=0.1)
+    again = fit(exponential, x, y, [2, 1, 0], loss="soft_l1", f_scale=0.1)
     xr.testing.assert_identical(many.sample, again.sample)
 
 
@@ -225,7 +217,7 @@ def test_points_curve_and_band(few: nd.FitResult) -> None:
     assert lower.get_xlabel() == "x"
     assert lower.get_ylabel() == "(data − fit) / σ"  # noqa: RUF001
     assert sum(patch.get_width() for patch in across.patches) == pytest.approx(1)
-    assert figure.get_suptitle().startswith("decay: 88 points")
+    assert figure.get_suptitle().startswith("exponential: 88 points")
 
 
 def test_many_rows_with_outliers(many: nd.FitResult) -> None:
@@ -247,7 +239,7 @@ def test_a_sigma_that_is_far_too_small(absolute: bool) -> None:
     x = np.linspace(0, 10, 400)
     y = decay_of(x) + 0.5 * np.random.default_rng(5).standard_normal(400)
     sigma = np.full(400, 0.005)
-    result = fit(decay, x, y, [2, 1, 0], sigma=sigma, absolute_sigma=absolute)
+    result = fit(exponential, x, y, [2, 1, 0], sigma=sigma, absolute_sigma=absolute)
     upper, lower, across = axes_of(result.plot())
     spread = 0.005 if absolute else 0.005 * np.sqrt(result.sigma_sq)
     curve = line(upper, "fit").get_ydata()
@@ -272,7 +264,7 @@ def test_weights_without_sigma() -> None:
     def model(x: Any, a: Any, b: Any) -> Any:
         return a * jnp.exp(-b * x[1])
 
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, (group, t), y, [1, 1.5])
+    result = fit(model, (group, t), y, [1, 1.5], config=config)
     sample = result.sample
     assert sample is not None
     np.testing.assert_allclose(np.unique(sample.sigma), [0.1, 1])
@@ -619,7 +611,7 @@ def test_dimensions_that_are_not_text() -> None:
 def test_a_profile_of_blocks() -> None:
     x, y, _ = noisy(4_000)
     y[1_000:2_000] += 0.5
-    result = fit(decay, da.from_array(x, 1_000), da.from_array(y, 1_000), [2, 1, 0])
+    result = fit(exponential, da.from_array(x, 1_000), da.from_array(y, 1_000), [2, 1, 0])
     axes = result.plot_blocks().axes[0]
     found = result.block_statistics
     assert found is not None
@@ -732,13 +724,13 @@ def test_html_of_an_optimizer_and_a_plan() -> None:
     before = Page(optimizer._repr_html_())
     assert "sample_rows" in before.text
     assert "best cost over all rows" not in before.text
-    result = optimizer.fit(decay, x, y, [2, 1, 0])
+    result = optimizer.fit(exponential, x, y, [2, 1, 0])
     after = Page(optimizer._repr_html_())
     assert f"{result.cost:.8g}" in after.text
     assert any("covariance: done" in text for text in after.text)
     default = Page(nd.AdaptiveHybridStreamingOptimizer()._repr_html_())
     assert "all as by default" in default.text
-    plan = optimizer.plan(decay, x, y, [2, 1, 0])
+    plan = optimizer.plan(exponential, x, y, [2, 1, 0])
     page = Page(plan._repr_html_())
     assert "Tasks per pass" in page.text
     assert all(readable(one) for one in (before, after, default, page))

@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import OptimizeWarning
 
-import nlsq_dask as nd
+from tests import problems
+from tests.problems import NO_WARMUP, decay_data, exponential, gaussian
 
-X = np.linspace(0.0, 5.0, 500)
-Y = 2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * np.random.default_rng(2).standard_normal(500)
+X, Y = decay_data()
 
 MULTISTART = "HybridStreamingConfig.with_multistart(n_starts=30, center_on_p0=False)"
 
 
-def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
-def peak(x: Any, height: Any, centre: Any, width: Any) -> Any:
-    return height * jnp.exp(-0.5 * ((x - centre) / width) ** 2)
-
-
-def fit(model: Any, p0: Any, config: dict[str, Any] | None = None, **options: Any) -> nd.FitResult:
-    asked = nd.HybridStreamingConfig(verbose=0, **(config or {}))
-    return nd.AdaptiveHybridStreamingOptimizer(asked).fit(model, X, Y, p0, **options)
+fit = functools.partial(problems.fit, x=X, y=Y)
 
 
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 def test_a_start_far_off_is_told_of_multistart() -> None:
     start = [1.0, 500.0, 20.0]
-    assert MULTISTART in fit(peak, start).message
+    assert MULTISTART in fit(gaussian, p0=start).message
     box = ([0.5, 400.0, 10.0], [2.0, 600.0, 30.0])
-    after_it = fit(peak, start, {"enable_multistart": True, "n_starts": 2}, bounds=box)
+    after_it = fit(gaussian, p0=start, enable_multistart=True, n_starts=2, bounds=box)
     assert not after_it.success
     assert "with_multistart" not in after_it.message
-    assert "with_multistart" not in fit(decay, [2.0, 1.0, 0.0]).message
+    assert "with_multistart" not in fit(exponential, p0=[2.0, 1.0, 0.0]).message
 
 
 def test_a_flat_valley_says_how_to_fix_a_parameter() -> None:
-    result = fit(decay, [-3.0, -2.0, 40.0])
+    result = fit(exponential, p0=[-3.0, -2.0, 40.0])
     assert not result.success
     assert "fix one of the parameters (such as b at 2: lambda x, a, c: model(x, a, 2.0, c))" in (
         result.message
@@ -54,7 +44,7 @@ def test_a_flat_valley_says_how_to_fix_a_parameter() -> None:
 def test_nothing_is_known_of_parameters_that_the_model_does_not_react_to() -> None:
     """Also where rounding leaves a little more than nothing of the derivatives."""
     with pytest.warns(OptimizeWarning, match="insensitive to some of them"):
-        result = fit(peak, [1.0, 500.0, 20.0])
+        result = fit(gaussian, p0=[1.0, 500.0, 20.0])
     assert "insensitive" in result.message
     assert np.isinf(result.pcov).all()
     assert np.isinf(result.perr).all()
@@ -63,7 +53,7 @@ def test_nothing_is_known_of_parameters_that_the_model_does_not_react_to() -> No
 
 def test_relative_errors_are_short() -> None:
     """Of a parameter whose value is zero but for rounding they have very many digits."""
-    result = fit(decay, [2.0, 1.0, 0.0])
+    result = fit(exponential, p0=[2.0, 1.0, 0.0])
     report = replace(result, x=result.x * 1e-90).fit_report()
     assert "e+89%)" in report
     assert max(map(len, report.splitlines())) < 100
@@ -79,11 +69,11 @@ def test_relative_errors_are_short() -> None:
             "from sigma (absolute_sigma=True)",
         ),
         ({"absolute_sigma": True}, "from sigma = 1 (default) (absolute_sigma=True)"),
-        ({"sigma": 0.05, "config": {"cov_type": "HC1"}}, None),
+        ({"sigma": 0.05, "cov_type": "HC1"}, None),
     ],
 )
 def test_what_standard_errors_are_measured_by(options: dict[str, Any], line: str | None) -> None:
-    report = fit(decay, [2.0, 1.0, 0.0], **options).fit_report()
+    report = fit(exponential, p0=[2.0, 1.0, 0.0], **options, **NO_WARMUP).fit_report()
     if line is None:
         assert "standard errors" not in report
     else:
@@ -96,7 +86,8 @@ def test_what_standard_errors_are_measured_by(options: dict[str, Any], line: str
 )
 def test_a_sigma_that_does_not_fit_the_residuals(sigma: float, doubt: str) -> None:
     for absolute_sigma in (True, False):
-        report = fit(decay, [2, 1, 0], sigma=sigma, absolute_sigma=absolute_sigma).fit_report()
+        options = {"sigma": sigma, "absolute_sigma": absolute_sigma, **NO_WARMUP}
+        report = fit(exponential, p0=[2, 1, 0], **options).fit_report()
         (line,) = (line for line in report.splitlines() if "reduced chi-square" in line)
         assert doubt in line if absolute_sigma else "residuals" not in line
         assert doubt or "residuals" not in line

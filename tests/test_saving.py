@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import subprocess
@@ -20,6 +21,8 @@ import xarray as xr
 import nlsq_dask as nd
 from nlsq_dask.storage.codec import encode
 from nlsq_dask.storage.envelope import seal
+from tests import problems
+from tests.problems import NO_WARMUP, exponential, fading
 
 N = 4_000
 RNG = np.random.default_rng(0)
@@ -27,28 +30,22 @@ X = np.linspace(0.0, 4.0, N)
 Y = 2.0 * np.exp(-0.7 * X) + 0.3 + 0.02 * RNG.standard_normal(N)
 
 
-def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
 def other(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(-b * x) - c
-
-
-def on_grid(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x[0]) + c * x[1]
 
 
 def polynomial(x: Any, *p: Any) -> Any:
     return sum(value * x**i for i, value in enumerate(p))
 
 
-def fit(model: Any = decay, x: Any = X, y: Any = Y, p0: Any = None, **options: Any) -> nd.FitResult:
-    call = {name: options.pop(name) for name in ("loss", "callback", "bounds") if name in options}
-    config = nd.HybridStreamingConfig(**{"verbose": 0, "sample_rows": 500, **options})
-    x = da.from_array(x, chunks=999) if isinstance(x, np.ndarray) else x
-    p0 = [1.0, 1.0, 0.1] if p0 is None else p0
-    return nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, p0, **call)
+fit = functools.partial(
+    problems.fit,
+    model=exponential,
+    x=da.from_array(X, chunks=999),
+    y=Y,
+    p0=[1.0, 1.0, 0.1],
+    sample_rows=500,
+)
 
 
 def stop(params: Any, loss: float, iteration: int) -> None:
@@ -69,7 +66,7 @@ KINDS: dict[str, Any] = {
         "loss": "huber",
         "bounds": ([0, 0, 0], [9, 9, 0.2]),
     },
-    "grid": lambda: {"model": on_grid, "x": ("time", "depth"), "y": a_grid()},
+    "grid": lambda: {"model": fading, "x": ("time", "depth"), "y": a_grid(), **NO_WARMUP},
     "stopped": lambda: {"callback": stop, "callback_frequency": 1},
     "without matrices": lambda: {"model": polynomial, "p0": [0.0] * 4, "cg_param_threshold": 4},
 }
@@ -117,10 +114,10 @@ IN_ANOTHER_PROCESS = """
 import sys
 import numpy as np
 import nlsq_dask as nd
-from tests.test_saving import decay
+from tests.problems import exponential
 path, again, values = sys.argv[1:]
 nd.FitResult.load(path).save(again)
-result = nd.FitResult.load(again, model=decay)
+result = nd.FitResult.load(again, model=exponential)
 np.save(values, result.predict(np.linspace(0.0, 1.0, 7), return_std=True))
 """
 
@@ -141,7 +138,7 @@ def test_in_another_process(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     fit().save(tmp_path / "result")
-    with pytest.raises(ValueError, match="model=other differs from 'decay'"):
+    with pytest.raises(ValueError, match="model=other differs from 'exponential'"):
         nd.FitResult.load(tmp_path / "result", model=other)
     # The same model under another name, and defined anew.
     again = nd.FitResult.load(tmp_path / "result", lambda x, a, b, c: a * jnp.exp(-b * x) + c)
@@ -172,12 +169,12 @@ def test_with_other_versions_values_are_compared(
     path = tmp_path / "result"
     with monkeypatch.context() as patch:
         patch.setattr("nlsq_dask.results.saving.version_of", lambda package: "0.0")
-        fit(on_grid, ("time", "depth"), a_grid()).save(path)
-    assert nd.FitResult.load(path, on_grid).has_model
-    with pytest.raises(ValueError, match="differs from 'on_grid'"):
+        fit(**KINDS["grid"]()).save(path)
+    assert nd.FitResult.load(path, fading).has_model
+    with pytest.raises(ValueError, match="differs from 'fading'"):
         nd.FitResult.load(path, lambda x, a, b, c: a * jnp.exp(-b * x[0]) - c * x[1])
-    for wrong in (decay, lambda x, a: a, 5):
-        with pytest.raises(ValueError, match="cannot be that of this result, 'on_grid'"):
+    for wrong in (exponential, lambda x, a: a, 5):
+        with pytest.raises(ValueError, match="cannot be that of this result, 'fading'"):
             nd.FitResult.load(path, wrong)
 
 

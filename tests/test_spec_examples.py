@@ -20,15 +20,11 @@ from nlsq_dask import (
     get_defense_telemetry,
     reset_defense_telemetry,
 )
+from tests.problems import NO_WARMUP, decay_data, exponential, line
 
 rng = np.random.default_rng(0)
-x = np.linspace(0, 5, 5_000)
-y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * rng.standard_normal(len(x))
+x, y = decay_data()
 lower, upper = [0.0, 0.0, 0.0], [10.0, 5.0, 5.0]
-
-
-def exponential(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
 
 
 def test_bounds_normalization() -> None:
@@ -99,7 +95,7 @@ def test_normalizer() -> None:
         ParameterNormalizer([2.0], bounds=([0], [np.inf]), strategy="bounds")
     with pytest.raises(ValueError, match="'auto', 'bounds'"):
         ParameterNormalizer([2.0], strategy="log")
-    wrapped = NormalizedModelWrapper(lambda x, a, b: a * x + b, bounded)
+    wrapped = NormalizedModelWrapper(line, bounded)
     assert wrapped(2.0, 0.5, 0.5) == 2.0 * 2.0 + 1.0
     with pytest.raises(TypeError, match="expected 2"):
         wrapped(2.0, 0.5)
@@ -170,10 +166,12 @@ def test_curve_fit_with_scipys_layout_of_several_variables(form: str) -> None:
         return a * first + b * second + c * jnp.ones(x.shape[1])
 
     xdata = {"array": u, "tuple": (u[0], u[1]), "list": [u[0], u[1]]}[form]
-    popt, _ = curve_fit(plane, xdata, z)
+    config = HybridStreamingConfig(**NO_WARMUP)
+    popt, _ = curve_fit(plane, xdata, z, config=config)
     np.testing.assert_allclose(popt, [2, 3, 1], rtol=1e-9)
     if form == "array":
-        popt, _ = curve_fit(plane, da.from_array(u, chunks=(1, 700)), da.from_array(z, chunks=900))
+        lazy = da.from_array(u, chunks=(1, 700)), da.from_array(z, chunks=900)
+        popt, _ = curve_fit(plane, *lazy, config=config)
         np.testing.assert_allclose(popt, [2, 3, 1], rtol=1e-9)
 
 
@@ -221,7 +219,8 @@ def test_curve_fit_keeps_names_and_defaults_of_stacked_models() -> None:
     u = rng.uniform(0, 1, (2, 3_000))
     bound = functools.partial(lambda offset, x, a, b: a * x[0] + b * x[1] + offset, 1.0)
     for model, names in ((Plane(), ("slope", "other")), (bound, ("a", "b"))):
-        found = curve_fit(model, u, 2 * u[0] + 3 * u[1], full_output=True)
+        config = HybridStreamingConfig(**NO_WARMUP)
+        found = curve_fit(model, u, 2 * u[0] + 3 * u[1], full_output=True, config=config)
         assert found[2]["result"].param_names == names
     with pytest.raises(TypeError, match="model must be a callable"):
         curve_fit(3, u, u[0])  # type: ignore[arg-type]

@@ -11,19 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import nlsq_dask as nd
 from nlsq_dask.status import Status
+from tests.problems import exponential, fit
 
-N = 2_000
+N = 1_000
 LONG = 200_000
 X = np.random.default_rng(0).uniform(0, 5, N)
 NOISE = np.random.default_rng(1).standard_normal(N)
-
-
-def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
-
-
 Y = 2.5 * np.exp(-1.3 * X) + 0.5 + 0.05 * NOISE
 
 
@@ -48,7 +42,7 @@ def stopping_callback(params: Any, loss: float, iteration: int) -> None:
 LONG_X = np.random.default_rng(3).uniform(0, 5, LONG)
 LONG_Y = 2.5 * np.exp(-1.3 * LONG_X) + 0.5
 LONG_Y += 0.05 * np.random.default_rng(4).standard_normal(LONG)
-SECONDS = 1.7e9 + 3.0 * np.arange(N)
+SECONDS = 1.7e9 + 3.0 * np.arange(2_000)
 
 NO_WARMUP = {"warmup_iterations": 0, "max_warmup_iterations": 0}
 NO_SAMPLE = {**NO_WARMUP, "sample_rows": 1}
@@ -74,13 +68,13 @@ def arrhenius(x: Any, a: Any, b: Any, c: Any) -> Any:
 
 Case = tuple[Status, Callable[..., Any], Any, Any, list[float], dict[str, Any]]
 CASES: list[Case] = [
-    (Status.REDUCTION, decay, X, Y, [2, 1, 0], {}),
+    (Status.REDUCTION, exponential, X, Y, [2, 1, 0], {}),
     (Status.STEP, growth, BOX_BOD_X, BOX_BOD_Y, [1, 1], {}),
-    (Status.LAST_STEP, decay, LONG_X, LONG_Y, [2, 1, 0], {"sample_rows": LONG // 100}),
-    (Status.FLOOR, decay, X, 2.5 * np.exp(-1.3 * X) + 0.5, [2, 1, 0], {}),
+    (Status.LAST_STEP, exponential, LONG_X, LONG_Y, [2, 1, 0], {"sample_rows": 1_000}),
+    (Status.FLOOR, exponential, X, 2.5 * np.exp(-1.3 * X) + 0.5, [2, 1, 0], {}),
     (
         Status.ITERATION_LIMIT,
-        decay,
+        exponential,
         X,
         Y,
         [20, 0.1, 5],
@@ -88,32 +82,31 @@ CASES: list[Case] = [
     ),
     (Status.SLOW_PROGRESS, arrhenius, MGH10_X, MGH10_Y, [2, 400_000, 25_000], {}),
     (Status.STALLED, lambda x, a: wrong(a) * x, X, 3 * X + NOISE, [1], NO_WARMUP),
-    (Status.NO_SENSITIVITY, decay, X, Y, [1, 1e9, 1], {}),
+    (Status.NO_SENSITIVITY, exponential, X, Y, [1, 1e9, 1], {}),
     (
         Status.ILL_CONDITIONED,
         lambda x, a, b, c: a + b * x + c * x**2,
         SECONDS,
-        1e-5 * (SECONDS - SECONDS[0]) + NOISE,
+        1e-5 * (SECONDS - SECONDS[0]) + np.random.default_rng(1).standard_normal(len(SECONDS)),
         [1, 1, 1],
         {"gauss_newton_solver": "normal"},
     ),
     (Status.NON_FINITE_START, lambda x, a: a * jnp.log(x - a), X, Y, [1], {}),
     (Status.NON_FINITE_STEP, finite_at_one_only, X, 3 * X, [1], NO_WARMUP),
-    (Status.USER_STOP, decay, X, Y, [2, 1, 0], {"callback_frequency": 1}),
+    (Status.USER_STOP, exponential, X, Y, [2, 1, 0], {"callback_frequency": 1}),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].name.lower())
 def test_reason(case: Case) -> None:
-    status, model, x, y, start, options = case
+    reason, model, x, y, start, options = case
     lazy = [da.from_array(v, chunks=max(len(x) // 10, 4)) for v in (x, y)]
-    config = nd.HybridStreamingConfig(verbose=0, **options)
-    callback = stopping_callback if status is Status.USER_STOP else None
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, *lazy, start, callback=callback)
-    assert result.message.startswith(status.message), result.message
-    assert result.status == status.code
-    assert result.success == (status.code > 0)
+    callback = stopping_callback if reason is Status.USER_STOP else None
+    result = fit(model, *lazy, start, callback=callback, **options)
+    assert result.message.startswith(reason.message), result.message
+    assert result.status == reason.code
+    assert result.success == (reason.code > 0)
     assert result.n_passes <= 20  # none goes on for long without progress
 
 
@@ -129,7 +122,25 @@ def test_a_start_with_a_cost_but_without_a_derivative() -> None:
     def model(x: Any, a: Any, tau: Any) -> Any:
         return a * jnp.exp(-x / tau)
 
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0))
-    result = optimizer.fit(model, x, np.exp(-x), [1.0, 0.0])
+    result = fit(model, x, np.exp(-x), [1.0, 0.0])
     assert not result.success
     assert "not finite at the start" in result.message
+
+
+@pytest.mark.parametrize("start", [[1.0, 1.0], [100.0, 0.75]])
+def test_box_bod(start: list[float]) -> None:
+    """NIST's BoxBOD of six points, from both of its starts, with its certified values."""
+    lazy = [da.from_array(v, chunks=2) for v in (BOX_BOD_X, BOX_BOD_Y)]
+    result = fit(growth, *lazy, start)
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, [2.1380940889e2, 5.4723748542e-1], rtol=1e-8)
+    np.testing.assert_allclose(result.perr, [1.2354515176e1, 1.0455993237e-1], rtol=1e-7)
+
+
+def test_mgh10_from_its_second_start() -> None:
+    """NIST's MGH10, whose parameters span eight orders of magnitude."""
+    lazy = [da.from_array(v, chunks=5) for v in (MGH10_X, MGH10_Y)]
+    result = fit(arrhenius, *lazy, [0.02, 4000, 250])
+    assert result.success, result.message
+    expected = [5.6096364710e-3, 6.1813463463e3, 3.4522363462e2]
+    np.testing.assert_allclose(result.x, expected, rtol=1e-8)

@@ -258,14 +258,7 @@ def test_a_worker_killed_at_a_random_moment(seed: int, undisturbed: nd.FitResult
 @pytest.mark.slow
 def test_a_killed_worker_and_data_that_were_sent_to_it() -> None:
     x, y = dask.compute(*surviving_fit.data())
-    config = nd.HybridStreamingConfig(
-        sample_rows=200,
-        warmup_iterations=5,
-        max_warmup_iterations=20,
-        gauss_newton_tol=1e-12,
-        cache=0,
-        verbose=0,
-    )
+    config = nd.HybridStreamingConfig(verbose=0, **surviving_fit.OPTIONS)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
     arrays = [da.from_array(a, chunks=BLOCK_ROWS) for a in (x, y)]
     with dask.config.set(scheduler="threads"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,14 @@ import xarray as xr
 from scipy import stats
 
 import nlsq_dask as nd
-from tests.problems import NO_WARMUP
+from tests import problems
+from tests.problems import NO_WARMUP, exponential, plane
 
 TRUTH = np.array([2.5, 1.3, 0.5])
 
-
-def model(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
+fit = functools.partial(
+    problems.fit, exponential, p0=[2.0, 1.0, 0.3], sample_rows=1_000, **NO_WARMUP
+)
 
 
 def jacobian(x: np.ndarray, p: Any) -> np.ndarray:
@@ -40,14 +42,6 @@ def data(n: int = 6_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
     )
 
 
-def fit(x: Any, y: Any, config: dict[str, Any] | None = None, **options: Any) -> nd.FitResult:
-    settings = nd.HybridStreamingConfig(
-        **{"verbose": 0, "sample_rows": 1_000, **NO_WARMUP, **(config or {})}
-    )
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(settings)
-    return optimizer.fit(model, x, y, [2.0, 1.0, 0.3], **options)
-
-
 @pytest.mark.parametrize("cov_type", [pytest.param("HC0", marks=pytest.mark.slow), "HC1"])
 @pytest.mark.parametrize("with_sigma", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("loss", ["linear", "huber"])
@@ -57,11 +51,11 @@ def test_sandwich_against_numpy(cov_type: str, with_sigma: bool, loss: str) -> N
     lazy = [da.from_array(a, chunks=1_700) for a in (x, y)]
     f_scale = 0.1
     options = {"sigma": sigma, "loss": loss, "f_scale": f_scale}
-    result = fit(*lazy, {"cov_type": cov_type, "gauss_newton_tol": 1e-10}, **options)
-    plain = fit(*lazy, {"gauss_newton_tol": 1e-10}, **options)
+    result = fit(*lazy, cov_type=cov_type, gauss_newton_tol=1e-10, **options)
+    plain = fit(*lazy, gauss_newton_tol=1e-10, **options)
     assert result.n_passes == plain.n_passes + 1
     weight = 1.0 if sigma is None else sigma
-    r = (model(x, *result.x) - y) / weight
+    r = (exponential(x, *result.x) - y) / weight
     j = jacobian(x, result.x) / np.reshape(weight, (-1, 1))
     is_inlier = np.abs(r) <= f_scale if loss == "huber" else np.full(len(r), True)
     score = np.where(is_inlier, r, f_scale * np.sign(r))
@@ -82,11 +76,7 @@ def test_sandwich_does_not_depend_on_the_size_of_y(precision: str) -> None:
     x, y, _ = data()
     sizes = 1.0, 1e20
     small, large = (
-        nd.AdaptiveHybridStreamingOptimizer(
-            nd.HybridStreamingConfig(
-                verbose=0, cov_type="HC1", precision=precision, sample_rows=1_000, **NO_WARMUP
-            )
-        ).fit(model, x, y * size, [2 * size, 1.0, 0.3 * size])
+        fit(x, y * size, p0=[2 * size, 1.0, 0.3 * size], cov_type="HC1", precision=precision)
         for size in sizes
     )
     unit = np.array([sizes[1], 1.0, sizes[1]])
@@ -130,10 +120,8 @@ def test_band_of_the_curve() -> None:
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 def test_no_band_where_the_data_do_not_determine_the_parameters() -> None:
     x = np.linspace(0, 1, 200)
-    config = nd.HybridStreamingConfig(verbose=0, **NO_WARMUP)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        lambda x, a, b: (a + b) * x, x, 2 * x + 0.1 * np.cos(40 * x), [1.0, 0.5]
-    )
+    y = 2 * x + 0.1 * np.cos(40 * x)
+    result = problems.fit(lambda x, a, b: (a + b) * x, x, y, [1.0, 0.5], **NO_WARMUP)
     _, error = result.predict(x, return_std=True)
     assert np.isnan(error).all()
     assert np.isinf(result.conf_interval()).all()
@@ -145,7 +133,7 @@ def simulate(n: int, count: int, interval: Callable[[Any, Any, Any], Any], **noi
     for seed in range(count):
         x, y, deviation = data(n, seed)
         if noise.get("is_even"):
-            y = model(x, *TRUTH) + 0.1 * np.random.default_rng([seed, 1]).normal(size=n)
+            y = exponential(x, *TRUTH) + 0.1 * np.random.default_rng([seed, 1]).normal(size=n)
             deviation = np.full(n, 0.1)
         low, high = np.asarray(interval(x, np.asarray(y), deviation)).T
         hits += (low <= TRUTH) & (high >= TRUTH)
@@ -162,9 +150,7 @@ def test_band_of_parameters_that_can_hardly_be_told_apart() -> None:
     def polynomial(x: Any, *p: Any) -> Any:
         return sum((q * x**k for k, q in enumerate(p)), jnp.zeros_like(x))
 
-    result = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(verbose=0)).fit(
-        polynomial, x, y, np.zeros(11)
-    )
+    result = problems.fit(polynomial, x, y, np.zeros(11))
     assert result.condition_number > 1e6
     _, found = result.predict(x, return_std=True)
     q = np.linalg.qr(np.vander(x, 11))[0]
@@ -186,8 +172,7 @@ def test_sandwich_of_parameters_that_can_hardly_be_told_apart(degree: int, low: 
             total = total * x + coefficient
         return total
 
-    config = nd.HybridStreamingConfig(verbose=0, cov_type="HC0")
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(polynomial, x, y, [0.0] * (degree + 1))
+    result = problems.fit(polynomial, x, y, [0.0] * (degree + 1), cov_type="HC0")
     assert result.success
     domain = [low, low + 1]
     basis = np.polynomial.chebyshev.chebvander(2 * (x - low) - 1, degree)
@@ -213,11 +198,7 @@ def test_sandwich_of_parameters_that_can_hardly_be_told_apart(degree: int, low: 
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 @pytest.mark.parametrize("cov_type", ["HC0", "HC1"])
 def test_sandwich_without_degrees_of_freedom(cov_type: str) -> None:
-    config = nd.HybridStreamingConfig(verbose=0, cov_type=cov_type, **NO_WARMUP)
-    x = np.array([0.0, 1.0, 2.0])
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        lambda x, a, b, c: a + b * x + c * x**2, x, np.array([1.0, 3.0, 2.0]), [0.0, 0.0, 0.0]
-    )
+    result = fit(np.array([0.0, 1.0, 2.0]), np.array([3.0, 1.6, 1.1]), cov_type=cov_type)
     assert np.isposinf(result.pcov).all()
 
 
@@ -234,7 +215,7 @@ def test_coverage(case: str) -> None:
             return fit(*lazy, sigma=deviation, absolute_sigma=True).conf_interval()
         if case == "sigma unknown":
             return fit(*lazy).conf_interval()
-        return fit(*lazy, {"cov_type": "HC1"}).conf_interval()
+        return fit(*lazy, cov_type="HC1").conf_interval()
 
     covered = simulate(n, 2_000, interval, is_even=case == "sigma unknown")
     assert ((covered >= 0.93) & (covered <= 0.97)).all(), covered
@@ -245,15 +226,10 @@ def test_coverage(case: str) -> None:
 
 @pytest.mark.parametrize("solver", ["normal", "qr"])
 def test_errors_of_the_curve_with_a_sandwich(solver: str) -> None:
-    x = np.linspace(0, 4, 2_000)
-    y = 2.0 * np.exp(-0.7 * x) + 0.1 * x * np.random.default_rng(0).standard_normal(x.size)
-    config = nd.HybridStreamingConfig(cov_type="HC1", gauss_newton_solver=solver, verbose=0)
-    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(
-        lambda x, a, b: a * jnp.exp(-b * x), x, y, [1.0, 1.0]
-    )
-    a, b = result.popt
-    jacobian = np.stack([np.exp(-b * x), -a * x * np.exp(-b * x)], axis=1)
-    expected = np.sqrt(np.einsum("ni,ij,nj->n", jacobian, result.pcov, jacobian))
+    x, y, _ = data()
+    result = fit(x, y, cov_type="HC1", gauss_newton_solver=solver)
+    j = jacobian(x, result.x)
+    expected = np.sqrt(np.einsum("ni,ij,nj->n", j, result.pcov, j))
     _, std = result.predict(x, return_std=True)
     np.testing.assert_allclose(std, expected, rtol=1e-10)
     assert "covariance           = HC1" in result.fit_report()
@@ -263,11 +239,7 @@ def test_one_x_of_several_dimensions_is_no_table() -> None:
     """Fitted against a y of as many, it is predicted so, from any kind of array."""
     x = np.random.default_rng(0).uniform(0, 4, (30, 40))
     y = 2.0 * np.exp(-0.7 * x)
-
-    def decay(x: Any, a: Any, b: Any) -> Any:
-        return a * jnp.exp(-b * x)
-
-    result = nd.AdaptiveHybridStreamingOptimizer().fit(decay, x, y, [1, 1], verbose=0)
+    result = fit(x, y)
     named = xr.DataArray(x, dims=("time", "place"))
     for given in (x, da.from_array(x, chunks=(10, 20)), named):
         predicted = result.predict(given)
@@ -284,9 +256,7 @@ def test_x_in_memory_is_predicted_here() -> None:
         raise AssertionError("no scheduler is needed")
 
     x = np.linspace(0, 4, 100)
-    model = lambda x, a, b: a * x[0] + b * x[1]  # noqa: E731
-    optimizer = nd.AdaptiveHybridStreamingOptimizer()
-    result = optimizer.fit(model, (x, x**2), 2 * x + x**2, [1, 1], verbose=0)
+    result = problems.fit(plane, (x, x**2), 2 * x + x**2, [1, 1], **NO_WARMUP)
     with dask.config.set(scheduler=refuse):
         np.testing.assert_allclose(result.predict((x, x**2)), 2 * x + x**2, rtol=1e-7)
     with pytest.raises(

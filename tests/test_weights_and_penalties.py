@@ -5,6 +5,7 @@ Both are compared with SciPy on the problem that they stand for, written out row
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import dask.array as da
@@ -15,6 +16,7 @@ import xarray as xr
 from scipy.optimize import least_squares, lsq_linear
 
 import nlsq_dask as nd
+from tests import problems
 from tests.problems import NO_WARMUP
 
 RNG = np.random.default_rng(3)
@@ -34,13 +36,7 @@ def model(x: Any, *p: Any) -> Any:
     return q[group] * jnp.exp(-q[8] * x[:, 1]) + q[4 + group]
 
 
-def fit(x: Any = X, y: Any = Y, function: Any = model, **options: Any) -> nd.FitResult:
-    own = ("sigma", "loss", "callback", "nan_policy")
-    arguments = {k: options.pop(k) for k in own if k in options}
-    start = options.pop("start", START)
-    options = {"verbose": 0, "gauss_newton_tol": 1e-12} | options
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(**options))
-    return optimizer.fit(function, x, y, start, **arguments)
+fit = functools.partial(problems.fit, model=model, x=X, y=Y, p0=START, gauss_newton_tol=1e-12)
 
 
 def penalized(strength: float, **options: Any) -> dict[str, Any]:
@@ -133,7 +129,7 @@ def test_a_start_that_fits_is_not_warm_with_a_large_penalty() -> None:
     clean = np.asarray(model(X, *TRUTH))
     spread = np.var(TRUTH[:4]) + np.var(TRUTH[4:8])
     for strength, is_warm in ((1e-6, True), (10.0, False)):
-        found = fit(y=clean, start=TRUTH, **penalized(strength)).diagnostics["warm_up"]
+        found = fit(y=clean, p0=TRUTH, **penalized(strength)).diagnostics["warm_up"]
         assert found["relative_loss"] == pytest.approx(strength * spread / clean.var(), rel=1e-4)
         assert found["is_warm_start"] is is_warm
         assert ("iterations" in found) is not is_warm
@@ -147,10 +143,10 @@ def test_blocks_forecasts_and_candidates_have_it_too() -> None:
     noise = 0.05 * np.random.default_rng(1).standard_normal(n)
     y = TRUTH[x[:, 0].astype(int)] * np.exp(-0.7 * x[:, 1]) + noise
     options = penalized(1.0, gauss_newton_tol=1e-8)
-    chunked = fit(da.from_array(x, (50_000, 2)), da.from_array(y, 50_000), **options)
+    chunked = fit(x=da.from_array(x, (50_000, 2)), y=da.from_array(y, 50_000), **options)
     assert chunked.success
     assert chunked.n_passes <= 3
-    whole = fit(x, y, **options, sample_rows=n)
+    whole = fit(x=x, y=y, **options, sample_rows=n)
     np.testing.assert_allclose(chunked.x, whole.x, rtol=1e-7, atol=1e-9)
 
 
@@ -193,13 +189,14 @@ ROOTS = np.sqrt(WEIGHTS)[G]
     [pytest.param(None, marks=pytest.mark.slow, id="unweighted"), pytest.param(SIGMA, id="sigma")],
 )
 def test_weights_are_a_smaller_sigma(sigma: Any, loss: str) -> None:
-    result = fit(sigma=sigma, loss=loss, **weighted())
+    options = {"loss": loss, **NO_WARMUP}
+    result = fit(sigma=sigma, **weighted(), **options)
     written_out = (1.0 if sigma is None else sigma) / ROOTS
     expected = scipy_solution(sigma=written_out, loss=loss)
     assert result.success
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-8)
     np.testing.assert_allclose(result.cost, expected.cost, rtol=1e-12)
-    same = fit(sigma=written_out, loss=loss)
+    same = fit(sigma=written_out, **options)
     np.testing.assert_allclose(result.pcov, same.pcov, rtol=1e-10)
     np.testing.assert_allclose(result.chi2, same.chi2, rtol=1e-12)
     if loss == "linear":
@@ -230,7 +227,7 @@ def test_chunks_and_several_arrays() -> None:
 
     lazy = tuple(da.from_array(a, chunks) for a, chunks in ((G, 1_700), (T, 900)))
     y, sigma = da.from_array(Y, 3_000), da.ones(N, chunks=777)
-    result = fit(lazy, y, of_two, sigma=sigma, **weighted(), **NO_WARMUP)
+    result = fit(model=of_two, x=lazy, y=y, sigma=sigma, **weighted(), **NO_WARMUP)
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-9)
     np.testing.assert_allclose(result.pcov, expected.pcov, rtol=1e-8)
 
@@ -246,9 +243,9 @@ def test_a_group_along_one_dimension_stays_small() -> None:
     def of_two(x: Any, *p: Any) -> Any:
         return model(jnp.stack(x, axis=1), *p)
 
-    result = fit(("station", "hour"), y.chunk(hour=120), of_two, **weighted())
+    result = fit(model=of_two, x=("station", "hour"), y=y.chunk(hour=120), **weighted())
     flat = np.column_stack([np.repeat(station, 500), np.tile(hours, 4)])
-    expected = fit(flat, values.ravel(), **weighted())
+    expected = fit(x=flat, y=values.ravel(), **weighted())
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-9)
 
 
@@ -260,7 +257,8 @@ def test_blocks_are_read_once_for_x_and_weights() -> None:
         return block
 
     x = da.from_array(X, (1_000, 2)).map_blocks(counted, dtype=float, meta=np.empty((0, 0)))
-    result = fit(x, da.from_array(Y, 1_000), **weighted(), cache=0, sample_rows=1_000, **NO_WARMUP)
+    options = weighted(cache=0, sample_rows=1_000, **NO_WARMUP)
+    result = fit(x=x, y=da.from_array(Y, 1_000), **options)
     n_blocks = 8
     assert len(reads) <= n_blocks * (result.n_passes + 1)
 
@@ -272,24 +270,24 @@ def test_what_is_no_group(group: float, shown: str) -> None:
     x = X.copy()
     x[-1, 0] = group
     with pytest.raises(nd.DataError, match=f"from 0 to 3 for the 4 .*got {shown}\\."):
-        fit(x, **weighted())
+        fit(x=x, **weighted())
 
 
 def test_a_group_that_is_missing() -> None:
     x = X.copy()
     x[:5, 0] = np.nan
     with pytest.raises(nd.NonFiniteDataError, match="5 of 8,000 rows"):
-        fit(x, **weighted())
-    result = fit(x, nan_policy="omit", **weighted())
-    np.testing.assert_allclose(result.x, fit(X[5:], Y[5:], **weighted()).x, rtol=1e-8)
+        fit(x=x, **weighted())
+    result = fit(x=x, nan_policy="omit", **weighted())
+    np.testing.assert_allclose(result.x, fit(x=X[5:], y=Y[5:], **weighted()).x, rtol=1e-8)
     assert result.n_omitted == 5
 
 
 def test_masked_rows_need_no_group() -> None:
     x = X.copy()
     x[:5, 0] = -1
-    expected = fit(X[5:], Y[5:], **weighted())
-    result = fit(x, np.ma.masked_array(Y, np.arange(N) < 5), **weighted())
+    expected = fit(x=X[5:], y=Y[5:], **weighted())
+    result = fit(x=x, y=np.ma.masked_array(Y, np.arange(N) < 5), **weighted())
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-8)
-    result = fit(x, np.where(np.arange(N) < 5, np.nan, Y), nan_policy="omit", **weighted())
+    result = fit(x=x, y=np.where(np.arange(N) < 5, np.nan, Y), nan_policy="omit", **weighted())
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-8)
