@@ -571,7 +571,7 @@ def test_a_scheduler_that_lacks_something(
         with caplog.at_level(logging.INFO, "nlsq_dask"):
             assert fit().success
         (line,) = said(caplog)
-        assert ("watched at" in line) == has_page, line
+        assert ("Dashboard page of the fit" in line) == has_page, line
         if has_page:
             assert IS_OURS in fetch(address(client) + "/nlsq")
         else:
