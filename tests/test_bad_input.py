@@ -441,67 +441,67 @@ TABLE: dict[str, Case] = {
         nd.NonFiniteDataError,
         "3 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
         "are in block (0,) of the grid (1,), beginning with y_data[1234]. Use "
-        "nan_policy='omit' to leave such rows out.",
+        "nan_policy='omit' to omit these rows.",
     ),
     "what is in them: infinity in a chunk of x": (
         dict(x=da.from_array(changed(X, 777, np.inf), chunks=500), y=LAZY_Y),
         nd.NonFiniteDataError,
         "1 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
         "are in block (1,) of the grid (8,), beginning with x_data at y_data[777]. Use "
-        "nan_policy='omit' to leave such rows out.",
+        "nan_policy='omit' to omit these rows.",
     ),
     "what is in them: NaN in a column of x": (
         dict(model=lambda x, a: a * x[:, 1], x=np.c_[X, changed(X, 9, np.nan)]),
         nd.NonFiniteDataError,
         "1 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
         "are in block (0,) of the grid (1,), beginning with x_data at y_data[9], column 1. "
-        "Use nan_policy='omit' to leave such rows out.",
+        "Use nan_policy='omit' to omit these rows.",
     ),
     "what is in them: a chunk of NaN in a store": (
         dict(y=stored(changed(Y, slice(1500, 2000), np.nan))),
         nd.NonFiniteDataError,
         "500 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them"
         " are in block (3,) of the grid (8,), beginning with y_data[1500], in chunk c/3 of "
-        "memory://.../here. Use nan_policy='omit' to leave such rows out.",
+        "memory://.../here. Use nan_policy='omit' to omit these rows.",
     ),
     "what is in them: NaN in sigma": (
         dict(sigma=changed(np.ones(N), 0, np.nan)),
         nd.NonFiniteDataError,
         "1 of 4,000 rows hold NaN or infinity in y_data, x_data or sigma; the first of them "
         "are in block (0,) of the grid (1,), beginning with sigma at y_data[0]. Use "
-        "nan_policy='omit' to leave such rows out.",
+        "nan_policy='omit' to omit these rows.",
     ),
     "what is in them: sigma of zero": (
         dict(sigma=changed(np.ones(N), 0, 0.0)),
         nd.DataError,
-        "sigma is zero or negative at 1 of 4,000 rows; it must be positive. To leave rows "
-        "out, set their y_data to NaN and use nan_policy='omit'.",
+        "sigma is zero or negative at 1 of 4,000 rows; it must be positive. To omit rows, set "
+        "their y_data to NaN and use nan_policy='omit'.",
     ),
     "what is in them: sigma below zero": (
         dict(sigma=-1.0),
         nd.DataError,
-        "sigma is zero or negative at 4,000 of 4,000 rows; it must be positive. To leave rows"
-        " out, set their y_data to NaN and use nan_policy='omit'.",
+        "sigma is zero or negative at 4,000 of 4,000 rows; it must be positive. To omit rows,"
+        " set their y_data to NaN and use nan_policy='omit'.",
     ),
     "what is in them: nothing but NaN": (
         dict(y=np.full(N, np.nan), nan_policy="omit"),
         nd.DataError,
         "none of the 4,000 rows can be used: each is masked, or holds NaN or infinity in y_data, "
-        "x_data or sigma. Look at each of these alone: one of them without finite values, or a "
-        "mask that is the wrong way round, leaves no row.",
+        "x_data or sigma. Check each of them separately: an array without finite values or an "
+        "inverted mask excludes all rows.",
     ),
     "what is in them: all masked": (
         dict(y=np.ma.masked_all(N)),
         nd.DataError,
         "none of the 4,000 rows can be used: each is masked, or holds NaN or infinity in y_data, "
-        "x_data or sigma. Look at each of these alone: one of them without finite values, or a "
-        "mask that is the wrong way round, leaves no row.",
+        "x_data or sigma. Check each of them separately: an array without finite values or an "
+        "inverted mask excludes all rows.",
     ),
     "what is in them: huge numbers": (
         dict(y=Y * 1e200),
         nd.DataError,
-        "y_data, divided by sigma, is of the size 3e+200; its squares cannot be summed in "
-        "float64, which needs sizes between 1e-140 and 1e+140. Measure it in other units.",
+        "y_data divided by sigma has magnitude 3e+200; its squares cannot be summed in "
+        "float64, which requires magnitudes between 1e-140 and 1e+140. Use other units.",
     ),
     "what is in them: another dtype than Dask says": (
         dict(y=lying(lambda block: block, "i8")),
@@ -549,7 +549,7 @@ WITH_OPTIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         dict(cg_param_threshold=3, cov_type="HC0"),
         {},
-        "cov_type='HC0' cannot be combined with conjugate gradients, which 3 parameters ask for",
+        "cov_type='HC0' cannot be combined with conjugate gradients, which are used for 3 ",
     ),
 ]
 

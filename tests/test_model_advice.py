@@ -82,8 +82,8 @@ def test_a_dict_that_is_taken_for_something_else(model: Any) -> None:
 )
 def test_x_as_separate_arguments(x: Any, parts: str) -> None:
     assert message(separate, x, NAMED) == (
-        "p0 has 2 values, but the model takes 3 parameters (lat, a, b). Give it one value for "
-        f"each. Or, if lat should be of x: the model gets x as one argument, so write "
+        "p0 has 2 values, but the model takes 3 parameters (lat, a, b). Pass one value per "
+        f"parameter. If lat belongs to x: the model gets x as one argument, so write "
         f"`def model(x, a, b)`, and begin with `t, lat = {parts}`."
     )
 

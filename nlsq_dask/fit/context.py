@@ -1,4 +1,4 @@
-"""``FitContext``: what the phases of one fit share."""
+"""``FitContext``: objects shared by the phases of a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nlsq_dask.fit.starts import StartFinder
 
 @dataclass(frozen=True)
 class FitContext:
-    """What the phases of one fit share."""
+    """Objects shared by the phases of a fit."""
 
     problem: FitProblem
     passes: Passes
@@ -22,5 +22,5 @@ class FitContext:
     start_finder: StartFinder
     emit: Observer
     journal: Journal
-    batch_rows: int  # that a kernel is given at once
+    batch_rows: int  # rows per kernel call
     platforms: tuple[str, ...]  # of the workers

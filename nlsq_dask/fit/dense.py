@@ -1,4 +1,4 @@
-"""``DenseFit``: Gauss-Newton in a trust region and the covariance, with matrices of parameters."""
+"""``DenseFit``: Gauss-Newton in a trust region and the covariance, with dense matrices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Sample = SampleProblem[DenseObjective]
 
 @dataclass(frozen=True)
 class _SampleSolution:
-    """What the sample's solve has found, and which sums it needed in the end."""
+    """Solution on the sample, and the accumulation that its condition number requires."""
 
     params: Vector
     iterations: int
@@ -43,7 +43,7 @@ class _SampleSolution:
 
 
 class DenseFit(FullFit[State, NormalEquations]):
-    """Phases 2 and 3 of a fit whose step is solved with matrices of its parameters."""
+    """Phases 2 and 3 of a fit whose steps are solved with dense matrices."""
 
     state_type = State
 
@@ -61,7 +61,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         self._first_accumulation = first_accumulation(config)
 
     def kernel(self, request: Request) -> Kernel[NormalEquations]:
-        """Return the kernel that makes what is asked for of all rows."""
+        """Return the kernel for a request over all rows."""
         accumulation = request.accumulation
         if accumulation not in self._kernels:
             kernel = with_accumulation(self._gram, accumulation, self.problem.model)
@@ -69,7 +69,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return self._kernels[accumulation]
 
     def make_objective(self, rows: Rows, y_reference: float) -> DenseObjective:
-        """Return the sums over rows in memory."""
+        """Return the objective over rows in memory."""
         kernel = replace(self._sample_kernel, y_reference=y_reference)
         return DenseObjective(self.problem.exact_model, kernel, rows, self.problem.penalty)
 
@@ -127,7 +127,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[NormalEquations]]:
-        """Start once more on the new sample; a pass decides where that leads to a better point."""
+        """Solve on the new sample from new starts; a pass decides if the solution looks better."""
         new_starts = self.context.start_finder.find(sample, {})
         new_start = self._solve_on_sample(sample, new_starts, {})
         state = init_state(start, first.sums, self._settings)
@@ -153,9 +153,9 @@ class DenseFit(FullFit[State, NormalEquations]):
         return {"solver": "qr" if state.accumulation.is_factorized else "normal"}
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
-        """Return the covariance at the solution, or None where nothing is finite.
+        """Return the covariance at the solution, or None.
 
-        Also None where it takes a pass which may not be made.
+        None if sums are not finite, or if a pass is needed and ``may_pass`` is False.
         """
         state, cov_type = self._state, self.problem.config.cov_type
         if state is None or not state.sums.is_finite:
@@ -173,7 +173,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return result
 
     def _scores(self, state: State) -> NDArray[np.float64]:
-        """Return a root of ``sum r^2 J^T J`` over all rows, shape (p, p), with no penalty in it."""
+        """Return a square root of ``sum r^2 J^T J`` over all rows, (p, p), without the penalty."""
         assert state.solution is not None
         request = Request(state.solution, accumulation=Accumulation.SCORES)
         sums = self.context.passes.run(self.kernel(request), request, is_penalized=False).sums

@@ -1,8 +1,8 @@
-"""The four phases in order.
+"""``Driver``: the four phases of a fit in order.
 
 0. normalization of the parameters;
 1. L-BFGS on a sample of the rows;
-2. Gauss-Newton, on the sample first, then on all rows;
+2. Gauss-Newton on the sample, then on all rows;
 3. covariance.
 """
 
@@ -37,12 +37,12 @@ from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.status import Status
 
-_N_POINTS, _SHIFT = 3, 0.3  # near p0, in normalized parameters, at which models are compared
-_SAME_COST = 1e-6  # relative difference that another version or processor may make
+_N_POINTS, _SHIFT = 3, 0.3  # points near p0, in normalized parameters, for comparing models
+_SAME_COST = 1e-6  # relative difference allowed between versions or processors
 
 
 class Driver:
-    """One fit.
+    """Runs the phases of one fit.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ class Driver:
     emit : callable
         Receives every event.
     journal : Journal
-        Remembers what was done before the fit was resumed, and what is done.
+        Records completed steps, including those before the fit was resumed.
     interruption : Interruption
-        May end the fit before its end.
+        Can end the fit early.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Driver:
         self._sample: SampleProblem[Any] | None = None
 
     def run(self) -> Outcome:
-        """Run all phases; problems of the data or the model are raised, others are a verdict."""
+        """Run all phases. Invalid data or models raise; other failures are a status."""
         problem, blocks = self._problem, self._problem.blocks
         names, model = problem.parameters.names, problem.model.name
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
@@ -119,7 +119,7 @@ class Driver:
             outcome = fit.solve_restarted(sample, details)
 
     def _current_outcome(self, fit: FullFit[Any, Any], reason: Status) -> Outcome:
-        """Return what is known where a fit is interrupted."""
+        """Return the outcome at the current iterate of an interrupted fit."""
         outcome = fit.current_outcome(reason)
         if outcome is None:
             latest = self._iterations.latest
@@ -127,7 +127,7 @@ class Driver:
         return replace(outcome, covariance=fit.covariance({}, may_pass=False))
 
     def _build_fit(self, details: dict[str, Any]) -> FullFit[Any, Any]:
-        """Trace the kernels, which depend on the number of parameters."""
+        """Check the model and return the fit for its number of parameters."""
         problem = self._problem
         details["strategy"] = problem.normalizer.strategy
         details["platforms"] = self._data.platforms
@@ -154,7 +154,7 @@ class Driver:
         sample: SampleProblem[Any] = SampleProblem(problem, fit.make_objective, rows)
         self._sample = sample
         if self._passes.must_report(sample.at_start):
-            # Counts all bad rows, and raises.
+            # Counts all invalid rows and raises.
             request = Request(problem.parameters.start, is_fresh=True)
             self._passes.run(fit.kernel(request), request)
         if self._journal.is_enabled:
@@ -162,9 +162,9 @@ class Driver:
         return sample
 
     def _check_model(self, sample: SampleProblem[Any]) -> None:
-        """Raise a CheckpointError if the model is not the one that a checkpoint was made with.
+        """Raise a CheckpointError if the checkpoint was written with another model.
 
-        Its fingerprint does not tell if JAX has another version now; so its values are compared.
+        Values are compared because fingerprints of models differ between versions of JAX.
         """
         parameters, scales = self._problem.parameters, self._problem.normalizer.scales
         start = parameters.start
@@ -175,13 +175,13 @@ class Driver:
         before = self._journal.step("costs of the sample near p0", list[float], lambda: costs)
         if not np.allclose(costs, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
             raise CheckpointError(
-                f"the checkpoint is of another model: near p0 costs of a sample of rows were "
-                f"{before}, and now they are {costs}. Fit again without resume_from_checkpoint."
+                f"the checkpoint belongs to another model: near p0, the costs of a sample of rows "
+                f"were {before} and are now {costs}. Fit again without resume_from_checkpoint."
             )
 
     @contextmanager
     def _phase(self, number: int) -> Iterator[dict[str, Any]]:
-        """Run a phase; one that had begun before the fit was resumed goes on."""
+        """Run a phase, or continue one that started before the fit was resumed."""
         name, details = PHASES[number], dict[str, Any]()
         before = [event for event in self._journal.events if getattr(event, "phase", -1) == number]
         if any(isinstance(event, PhaseEnded) for event in before):
@@ -200,7 +200,7 @@ class Driver:
         self._journal.run_once(f"end of phase {number}", partial(self._emit, ended))
 
     def _finish(self, outcome: Outcome) -> Outcome:
-        """Add what was counted on the way, and rows to be drawn."""
+        """Add counts, diagnostics and rows for plots to an outcome."""
         sample, seed = self._sample, self._problem.config.random_seed
         counts = self._passes.counts
         return replace(

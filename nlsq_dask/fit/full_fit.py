@@ -1,4 +1,4 @@
-"""``FullFit``: phases 2 and 3 for any solver: the sample, all rows, the errors."""
+"""``FullFit``: phases 2 and 3 for any solver."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ T = TypeVar("T", bound=SolverState[Any])
 
 @dataclass(frozen=True)
 class _Progress(Generic[T]):
-    """Where the solve over all rows stands."""
+    """Progress of the solve over all rows."""
 
     state: T
     rows: RowsInUse
@@ -42,7 +42,7 @@ class _Progress(Generic[T]):
 
 
 class FullFit(ABC, Generic[T, S]):
-    """Phases 2 and 3 of a fit: converge on the sample, then over all rows; then errors.
+    """Phases 2 and 3: converge on the sample, then over all rows; estimate errors.
 
     Parameters
     ----------
@@ -61,24 +61,24 @@ class FullFit(ABC, Generic[T, S]):
 
     @abstractmethod
     def kernel(self, request: Request) -> Kernel[S]:
-        """Return the kernel that makes what is asked for of all rows."""
+        """Return the kernel for a request over all rows."""
 
     @abstractmethod
     def make_objective(self, rows: Rows, y_reference: float) -> SampleObjective[S]:
-        """Return the sums over rows in memory."""
+        """Return the objective over rows in memory."""
 
     @abstractmethod
     def _solve_on_sample(
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        """Converge on the sample; return its solution, or the best start if it has none."""
+        """Return the solution on the sample, or the best start if there is none."""
 
     @abstractmethod
     def _prepare(self, sample: SampleProblem[Any], start: Vector) -> None:
-        """Choose the kernels for all rows, after the sample was solved."""
+        """Choose the kernels for all rows, given the solution on the sample."""
 
     def _first_request(self, params: Vector) -> Request:
-        """Return what the first pass is asked for."""
+        """Return the request of the first pass."""
         return Request(params, is_fresh=True)
 
     @abstractmethod
@@ -90,32 +90,32 @@ class FullFit(ABC, Generic[T, S]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[S]]:
-        """Return another start with its pass, or the same, where all rows do not fit the first.
+        """Return a better start and its pass, or the same, if ``start`` does not fit all rows.
 
-        The sample has rows from all blocks now; ``chance`` is that of the first one.
+        The sample now has rows from all blocks; ``chance`` is that of the first sample.
         """
 
     @abstractmethod
     def _make_solver(self, sample: SampleProblem[Any], sums: S) -> Solver[T, S]:
-        """Return the solver over all rows, given the first sums over them."""
+        """Return the solver over all rows, given the first sums."""
 
     @abstractmethod
     def _describe(self, state: T) -> dict[str, Any]:
-        """Return what the history of phases says of the solver."""
+        """Return details of the solver for the history of phases."""
 
     def _confirm(self, state: T) -> tuple[T, NDArray[np.bool_] | None]:
-        """Look at a solution once more; say which parameters are not determined, if any."""
+        """Return the verified solution and the non-identifiable parameters, if any."""
         return state, None
 
     @abstractmethod
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
-        """Return the covariance at the solution, or None where there is none.
+        """Return the covariance at the solution, or None.
 
-        Also None where it takes a pass which may not be made.
+        None also if a pass is needed and ``may_pass`` is False.
         """
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return standard errors where they do not come from a covariance."""
+        """Return standard errors that do not come from a covariance, if any."""
         return None
 
     def solve(
@@ -130,7 +130,7 @@ class FullFit(ABC, Generic[T, S]):
         return self._solve_on_all_rows(partial(self._solver.init, start, first.sums), details)
 
     def solve_restarted(self, sample: SampleProblem[Any], details: dict[str, Any]) -> Outcome:
-        """Go on from the solution, because there are fewer rows now than it was found with."""
+        """Continue from the solution after blocks were skipped."""
         state, solver = self._state, self._solver
         assert state is not None
         assert solver is not None
@@ -146,7 +146,7 @@ class FullFit(ABC, Generic[T, S]):
         return self._solve_on_all_rows(lambda: restarted, details)
 
     def current_outcome(self, stop: Status) -> Outcome | None:
-        """Return the accepted point of the solve over all rows, as its end; None before it."""
+        """Return the outcome at the current iterate over all rows; None before the first."""
         if self._state is None or self._solver is None or not self._state.sums.is_finite:
             return None
         self._state = self._solver.end(self._state, stop)
@@ -155,11 +155,10 @@ class FullFit(ABC, Generic[T, S]):
     def _first_pass(
         self, sample: SampleProblem[Any], start: Vector, starts: list[Vector]
     ) -> tuple[Vector, Reduced[S]]:
-        """Return a start for all rows with its pass: the sample's solution, or a better one.
+        """Return the start for all rows and its pass: the solution on the sample, or a better one.
 
-        The rows that the pass brings back are from all blocks, and become the sample. Where they
-        are not like the first one, because all rows fit its solution worse than it did by more
-        than chance explains, the fit starts once more on the new one.
+        The pass returns rows from all blocks, which become the sample. If all rows fit the solution
+        worse than the first sample by more than chance explains, the new sample is fitted again.
         """
         max_variance, chance = sample.max_expected(start), sample.chance
         config, request = self.problem.config, self._first_request(start)
@@ -176,7 +175,7 @@ class FullFit(ABC, Generic[T, S]):
         return self._better_start(sample, start, first, starts, chance)
 
     def _solve_on_all_rows(self, init: Callable[[], T], details: dict[str, Any]) -> Outcome:
-        """Converge over all rows, a pass an iteration."""
+        """Converge over all rows, one pass per iteration."""
         journal, passes, solver = self.context.journal, self.context.passes, self._solver
         assert solver is not None
         kind: Any = _Progress
@@ -220,7 +219,7 @@ class FullFit(ABC, Generic[T, S]):
         return iterate(self._solver, state, self._evaluate, report_and_keep_blocks, self._remember)
 
     def _evaluate(self, request: Request) -> S | None:
-        """Return the sums over all rows; None if they cannot be compared with those before."""
+        """Return the sums over all rows; None if not comparable with earlier sums."""
         passes = self.context.passes
         before = passes.n_skipped
         reduced = passes.run(self.kernel(request), request)
@@ -249,7 +248,7 @@ class FullFit(ABC, Generic[T, S]):
         )
 
     def _build_report(self, stage: str, are_iterations: bool = True) -> Report:
-        """Return what reports trials: those that are not finite, and others as iterations."""
+        """Return a function that reports non-finite trials and iterations."""
         iterations, scales = self.context.iterations, self.problem.normalizer.scales
 
         def report(

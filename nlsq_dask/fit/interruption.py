@@ -1,4 +1,4 @@
-"""``Interruption``: when a fit has to end before it is done."""
+"""``Interruption``: time limit and termination signal of a fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlsq_dask.status import Status
 
 
 class FitInterruptedError(Exception):
-    """The fit has to end now; raised between pieces of work, never out of them."""
+    """The fit must end now. Raised between tasks, never within one."""
 
     def __init__(self, reason: Status) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class FitInterruptedError(Exception):
 
 
 class Interruption:
-    """Knows whether the time is up, or the process has been asked to end.
+    """Checks the time limit and the termination signal.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Interruption:
         self._terminated = False
 
     def check(self) -> None:
-        """Raise a FitInterruptedError if the fit has to end."""
+        """Raise a FitInterruptedError if the fit must end."""
         if self._terminated:
             raise FitInterruptedError(Status.TERMINATED)
         if self._end is not None and time.monotonic() >= self._end:
@@ -42,17 +42,17 @@ class Interruption:
 
     @contextmanager
     def heeding_sigterm(self) -> Iterator[None]:
-        """Take SIGTERM, which batch schedulers send some time before they kill, for the sign.
+        """Handle SIGTERM, which batch schedulers send before they kill a process.
 
         Raises
         ------
         ValueError
-            Outside of the main thread, where Python handles no signals.
+            If called outside the main thread, where Python handles no signals.
         """
         if threading.current_thread() is not threading.main_thread():
             raise ValueError(
-                "stop_on_sigterm=True needs a fit in the main thread, the only one in which "
-                "Python handles signals; leave it out, and use max_walltime."
+                "stop_on_sigterm=True requires a fit in the main thread, because Python handles "
+                "signals only there. Use max_walltime in other threads."
             )
 
         def handle(number: int, frame: Any) -> None:
@@ -62,5 +62,5 @@ class Interruption:
         try:
             yield
         finally:
-            # None where it was set outside of Python, which cannot set it again.
+            # None if the handler was not set from Python; it cannot be restored.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -1,4 +1,4 @@
-"""``Iterations``: what observers and the caller's callback are told of each iteration."""
+"""``Iterations``: reports each iteration to observers and the callback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Callback = Callable[[Vector, float, int], Any]
 
 
 class StoppedByCallbackError(Exception):
-    """The callback raised StopIteration before there was anything known of all rows."""
+    """The callback raised StopIteration before the first pass over all rows."""
 
     def __init__(self, params: Vector) -> None:
         super().__init__()
@@ -32,20 +32,20 @@ class Iterations:
     Parameters
     ----------
     emit : callable
-        Receives an ``IterationFinished`` a report.
+        Receives an ``IterationFinished`` per report.
     callback : callable or None
         The caller's ``callback(params, loss, iteration)``.
     frequency : int
         Iterations between calls of the callback.
     interruption : Interruption
-        May end the fit between two iterations.
+        Can end the fit between iterations.
 
     Attributes
     ----------
     non_finite : Counter
-        Proposal points by stage at which something was not finite.
+        Number of non-finite trials per stage.
     latest : ndarray, shape (p,), or None
-        The parameters that were reported last.
+        The last reported parameters.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Iterations:
         self.latest: Vector | None = None
 
     def count(self, event: Event) -> None:
-        """Count what happened before the fit was resumed."""
+        """Count an event from before the fit was resumed."""
         if isinstance(event, IterationFinished):
             self._count = event.iteration
             self.latest = event.params if event.params.size else self.latest
@@ -72,7 +72,7 @@ class Iterations:
             self.non_finite[event.stage] += 1
 
     def report_non_finite(self, stage: str, params: Vector, n_rows: int) -> None:
-        """Report that at a trial point the model, its derivative or the cost was not finite."""
+        """Report a trial point at which model, derivative or cost is not finite."""
         self.non_finite[stage] += 1
         self._emit(NonFiniteTrial(stage, params.copy(), n_rows))
 
@@ -87,9 +87,9 @@ class Iterations:
         accepted: bool = True,
         n_iterations: int = 1,
     ) -> bool:
-        """Report that so many iterations later this was found; return whether to stop.
+        """Report the state after ``n_iterations`` more iterations; return whether to stop.
 
-        See ``IterationFinished`` for what the numbers are.
+        ``IterationFinished`` describes the arguments.
         """
         self._count += n_iterations
         event = IterationFinished(
@@ -106,7 +106,7 @@ class Iterations:
         )
         self._emit(event)
         self.latest = params
-        if stage != ALL_ROWS:  # the pass that follows checks when the iteration is remembered
+        if stage != ALL_ROWS:  # over all rows, the next pass checks after the iteration is recorded
             self._interruption.check()
         if self._callback is None or not event.reaches_multiple(self._frequency):
             return False

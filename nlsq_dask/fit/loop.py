@@ -1,4 +1,4 @@
-"""``iterate``: the loop of phase 2, for any solver and any rows; and dense solves of the sample."""
+"""``iterate``: the loop of phase 2 for any solver; ``SampleSolver``: dense fits of the sample."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Vector = NDArray[np.float64]
 S = TypeVar("S", bound=Sums)
 T = TypeVar("T", bound=SolverState[Any])
 
-# Told of the sums at a request, and of the states before and after; returns whether to stop.
+# Called with request, sums, and the states before and after; returns whether to stop.
 Report = Callable[[Request, Sums, SolverState[Sums], SolverState[Sums]], bool]
 
-SAMPLE_ITERATIONS_FACTOR = 10  # times those over all rows, because they cost no reading
-# How far, in normalized parameters, the sample may take what it does not determine.
+SAMPLE_ITERATIONS_FACTOR = 10  # relative to all rows; iterations on the sample read no data
+# Width of the anchor penalty in normalized parameters; limits non-identifiable ones.
 _ANCHOR_LENGTH = 10.0
-_WEAK_LENGTHS = (1e6, np.inf)  # hardly held, and not at all
-_MAX_DECREMENT = 1e-2  # of the residual: a step that is left where the pull is taken away
-_CHANCE = 10.0  # times p / n: relative fall of the cost that tells nothing
-_LESS_VARIANCE = 0.5  # than that by which the pull was chosen: then it was much too strong
+_WEAK_LENGTHS = (1e6, np.inf)  # a weak penalty, and none
+_MAX_DECREMENT = 1e-2  # relative decrement without the penalty at which it matters
+_CHANCE = 10.0  # times p / n: insignificant relative reduction of the cost
+_LESS_VARIANCE = 0.5  # ratio of variances at which the penalty is relaxed
 _FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
-_RACE_TOL = 1e-3  # close enough to know which of several starts is the best
-_SAME_COST = 1e-4  # relative difference, within which two ends are equally good
+_RACE_TOL = 1e-3  # tolerance for comparing starts
+_SAME_COST = 1e-4  # relative difference within which costs are equal
 
 
 def _variance(sums: NormalEquations) -> float:
@@ -43,7 +43,7 @@ def _variance(sums: NormalEquations) -> float:
 
 
 def first_accumulation(config: HybridStreamingConfig) -> Accumulation:
-    """Return the sums to begin with."""
+    """Return the initial accumulation."""
     return Accumulation.TRIANGLE if config.gauss_newton_solver == "qr" else Accumulation.GRAM
 
 
@@ -54,17 +54,17 @@ def iterate(
     report: Report,
     remember: Callable[[T], None] = lambda state: None,
 ) -> T:
-    """Ask and tell until the state says to stop.
+    """Iterate ask and tell until the state has a stop status.
 
     Parameters
     ----------
     solver : Solver
     state : SolverState
     evaluate : callable
-        Returns the sums at a request, None if they are over other rows than those of the state.
+        Returns the sums for a request; None if the set of rows has changed.
     report : callable
     remember : callable
-        Receives every new state.
+        Receives each new state.
     """
     while state.stop is None:
         request = solver.ask(state)
@@ -81,21 +81,14 @@ def iterate(
 
 @dataclass(frozen=True)
 class SampleSolver:
-    """Solves the fit over rows in memory.
+    """Fits rows in memory with dense matrices."""
 
-    Attributes
-    ----------
-    settings : Settings
-        Of float64 arithmetic.
-    config : HybridStreamingConfig
-    """
-
-    settings: Settings
+    settings: Settings  # with the epsilon of float64
     config: HybridStreamingConfig
 
     @classmethod
     def of(cls, settings: Settings, config: HybridStreamingConfig) -> Self:
-        """Make one from the settings for all rows."""
+        """Return a solver from the settings for all rows."""
         settings = replace(
             settings,
             epsilon=float(np.finfo(np.float64).eps),
@@ -111,10 +104,10 @@ class SampleSolver:
         report: Report,
         anchor_length: float = _ANCHOR_LENGTH,
     ) -> State:
-        """Converge from a start; ``sums`` are left as the solution's condition number asks for.
+        """Return the final state; ``sums`` keep the accumulation that the solution requires.
 
-        The rows may say nothing of some parameters (a peak that they missed). A weak pull towards
-        the start keeps those in place, and moves the others by far less than their errors.
+        Some parameters may be non-identifiable on the sample (a peak that it misses). A weak
+        penalty keeps them near the start; it moves the others by far less than their errors.
         """
         accumulation = first_accumulation(self.config)
         solver = GaussNewton(self.settings, accumulation, self.config.gauss_newton_solver == "auto")
@@ -141,11 +134,11 @@ class SampleSolver:
         return state
 
     def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
-        """Return where the best of some starts leads to, the first of those that are equally good.
+        """Return the end point of the best start, the first of equally good ones.
 
-        A warm-up may end in a valley that Gauss-Newton would not have entered from the start, and
-        the other way round. A few rows are enough to tell. Where the pull towards the start has
-        mattered, the start may be off by orders of magnitude, and it is tried without.
+        A warm-up may end in a valley that Gauss-Newton avoids, and vice versa; a few rows suffice
+        to compare. If the anchor penalty matters at the solution, the start may be wrong by orders
+        of magnitude; weaker penalties are then tried.
         """
         tol = max(self.settings.tol, _RACE_TOL)
         rough = replace(self, settings=replace(self.settings, tol=tol))
@@ -177,10 +170,10 @@ class SampleSolver:
 
 @dataclass
 class _AnchorPenalty:
-    """A penalty that keeps parameters near a start, as a prior of some width would.
+    """Penalty that keeps parameters near a start, like a Gaussian prior.
 
-    With the variance at a bad start it is so strong that it makes minima, so it is relaxed where a
-    solve with it has ended.
+    With the variance at a bad start it is so strong that it creates minima, so it is relaxed after
+    each solve.
     """
 
     start: Vector
@@ -192,7 +185,7 @@ class _AnchorPenalty:
         return sums.with_rows(np.diag(roots), roots * (params - self.start))
 
     def relax(self, variance: float) -> bool:
-        """Return whether it has become weaker, because the variance is much less than before."""
+        """Relax the penalty if the variance is much smaller; return whether it changed."""
         if not variance < _LESS_VARIANCE * self.variance:
             return False
         self.variance = variance

@@ -1,4 +1,4 @@
-"""``MatrixFreeFit``: Gauss-Newton by conjugate gradients, and errors by probing."""
+"""``MatrixFreeFit``: Gauss-Newton by conjugate gradients, errors by stochastic estimation."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from nlsq_dask.status import Status
 Vector = NDArray[np.float64]
 Sample = SampleProblem[GradientObjective]
 
-_SAMPLE_TOL = 1e-4  # the sample's own error is larger by far
-_SAMPLE_DAMPING = 1e-2  # of the first step, which may start far away
-_MIN_SHARE = 1e-2  # of the largest share in a direction that is lost
+_SAMPLE_TOL = 1e-4  # the sampling error is much larger
+_SAMPLE_DAMPING = 1e-2  # of the first step, because the start may be far away
+_MIN_SHARE = 1e-2  # of the largest component of a null direction
 
 
 @dataclass(frozen=True)
 class _SampleSolution:
-    """What the sample's solve has found."""
+    """Solution on the sample."""
 
     params: Vector
     iterations: int
@@ -55,7 +55,7 @@ class _SampleSolution:
 
 
 class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
-    """Phases 2 and 3 of a fit of so many parameters that nothing may be a matrix of them."""
+    """Phases 2 and 3 of a fit with many parameters; no p-by-p matrix is allocated."""
 
     state_type = cg.CgState
 
@@ -75,11 +75,11 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
 
     def kernel(self, request: Request) -> Kernel[GradientSums]:
-        """Return the kernel that makes what is asked for of all rows."""
+        """Return the kernel for a request over all rows."""
         return self._kernel
 
     def make_objective(self, rows: Rows, y_reference: float) -> GradientObjective:
-        """Return the sums over rows in memory."""
+        """Return the objective over rows in memory."""
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
         return GradientObjective(kernel, diagonal, rows, self.problem.penalty)
 
@@ -99,7 +99,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[GradientSums]]:
-        """Solve the new sample; where nothing is finite at either solution, try the starts."""
+        """Solve on the new sample; if no solution is finite over all rows, try the starts."""
         if first.sums.is_finite and not sample.is_informative:
             return start, first
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
@@ -119,7 +119,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return {"products": state.n_products, "solver": "conjugate gradients"}
 
     def _confirm(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
-        """Look at a solution once more, because the steps to it say little of single parameters."""
+        """Return the verified solution and its non-identifiable parameters.
+
+        The steps towards a solution say little about single parameters.
+        """
         assert state.stop is not None
         if not state.stop.is_success:
             return state, self._non_identifiable
@@ -128,9 +131,9 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return state, self._non_identifiable
 
     def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
-        """Say whether the model reacts to all parameters, by one more pass.
+        """Return the state after checking by a pass that the model depends on all parameters.
 
-        Where residuals are zero gradients are, too, and say nothing of it.
+        If residuals are zero, gradients are too and do not show the dependence.
         """
         assert state.solution is not None
         if state.sensitive.all():
@@ -144,16 +147,16 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return replace(state, sensitive=sensitive, stop=stop)
 
     def _products(self, params: Vector, *directions: Vector) -> NDArray[np.float64]:
-        """Return ``J^T J v`` over all rows, by a pass."""
+        """Return ``J^T J v`` over all rows, from one pass."""
         request = Request(params, directions=np.array(directions), is_trial=False)
         return self.context.passes.run(self._kernel, request).sums.products
 
     def _without_effect(self, state: cg.CgState) -> NDArray[np.bool_] | None:
-        """Return which parameters take part in a direction that no row sees, if there is one.
+        """Return the parameters that take part in a null direction, or None if none is found.
 
-        It is looked for on the sample, where that costs no reading: what all rows do not see, some
-        of them do not, either. One more pass must confirm what is found. Where the sample leaves
-        out what other rows see, or would take more iterations, nothing is known.
+        A null direction of all rows is one of the sample, where the search reads no data. One pass
+        confirms the result. None is found if the sample has other null directions as well, or if
+        the search needs more iterations.
         """
         params, sample = state.solution, self._sample
         if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
@@ -180,7 +183,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
 
     @staticmethod
     def _memoize(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
-        """Return what makes a preconditioner anew only where the parameters are others."""
+        """Return ``make`` with a cache of the last preconditioner."""
         last: list[tuple[Vector, cg.Preconditioner]] = []
 
         def memoized(params: Vector) -> cg.Preconditioner:
@@ -227,7 +230,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return DiagonalPreconditioner(fill_zeros(sample.objective.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
-        """Return the preconditioner for all rows, with the sample's J^T J at ``params``."""
+        """Return a preconditioner for all rows from the J^T J of the sample at ``params``."""
         diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
@@ -238,13 +241,13 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         )
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> None:
-        """Say that there is none: it would be a matrix of the parameters."""
+        """Return None: a covariance would be a p-by-p matrix."""
         details["skipped"] = "a covariance would be a matrix of all parameters"
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return standard errors by probing the inverse of J^T J, if that is asked for.
+        """Return stochastic estimates of the standard errors, if requested.
 
-        They are infinite where it is known to have none.
+        They are infinite if J^T J is known to be singular.
         """
         state, sample = self._state, self._sample
         if self._non_identifiable is not None:
@@ -261,8 +264,8 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return None
         if not (state.sensitive.all() and np.isfinite(variances).all()):
             warn_caller(
-                "Standard errors of the parameters could not be estimated: the data do not "
-                "determine all of them, or cg_max_iterations is too small.",
+                "Standard errors of the parameters could not be estimated: some parameters are "
+                "non-identifiable, or cg_max_iterations is too small.",
                 OptimizeWarning,
             )
             return np.full(n_params, np.inf)
@@ -272,7 +275,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def _probe_solver(
         self, sample: Sample, state: cg.CgState, n_probes: int
     ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """Return what solves ``J^T J u = v`` over all rows for a batch of probes."""
+        """Return a function that solves ``J^T J u = v`` over all rows for a batch of probes."""
         context, params = self.context, state.solution
         assert params is not None
         batch_probes = batch_size(n_probes, len(params))
@@ -292,7 +295,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return context.passes.run(kernel, request).sums.products[: len(vectors)]
 
         def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-            # A step, so that the passes of a batch need not be remembered longer than it.
+            # A journal step, so that the passes of a batch can be discarded after it.
             make = partial(solve_many, products, vectors, precondition, max_iterations)
             return context.journal.step("probes", NDArray[np.float64], make)
 

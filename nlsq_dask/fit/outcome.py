@@ -1,4 +1,4 @@
-"""``Outcome``: where a fit has ended, and what its phases know of that point."""
+"""``Outcome``: end point and statistics of a fit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ReadCounts:
-    """How much of the source was read, and how often."""
+    """Amount of data read, and number of passes."""
 
     n_passes: int = 0
     rows_read: int = 0
     bytes_read: int = 0
-    rows_cached: int = 0  # in the workers' memory from an earlier pass
+    rows_cached: int = 0  # rows in the memory of the workers from an earlier pass
     retries: int = 0
 
     def __add__(self, other: ReadCounts) -> ReadCounts:
@@ -34,20 +34,19 @@ class ReadCounts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a fit has ended; phase 2 makes it, and what follows adds to it."""
+    """End of a fit, created by phase 2 and completed by later phases."""
 
     params: Vector
     stop: Status
-    sums: Sums | None = None  # over all rows; None if there was no pass over them
-    sums_at: Vector | None = None  # the last accepted point
-    blocks: BlockSums | None = None  # of the residuals of each block there
+    sums: Sums | None = None  # over all rows; None without a pass
+    sums_at: Vector | None = None  # parameters of ``sums``, the last iterate
+    blocks: BlockSums | None = None  # per block, at ``sums_at``
     iterations: int = 0  # of Gauss-Newton over all rows
     covariance: Covariance | None = None
-    # Standard errors, and the parameters that the data do not determine, where they do not come
-    # from the covariance.
+    # Standard errors and non-identifiable parameters, if not from the covariance.
     errors: Vector | None = None
     non_identifiable: NDArray[np.bool_] | None = None
     counts: ReadCounts = ReadCounts()
-    checkpoint: str | None = None  # from which the fit can be resumed
+    checkpoint: str | None = None  # path to resume from
     diagnostics: dict[str, Any] = field(default_factory=dict)
-    sample: tuple[Rows, Vector] | None = None  # some usable rows, and the model there
+    sample: tuple[Rows, Vector] | None = None  # usable rows and the model values, for plots

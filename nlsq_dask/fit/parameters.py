@@ -1,4 +1,4 @@
-"""Names, start and bounds of the parameters, from whatever form the caller gives them in."""
+"""Names, initial values and bounds of the parameters, from the arguments of ``fit``."""
 
 from __future__ import annotations
 
@@ -23,23 +23,13 @@ _ORDER = "The order of arguments is model, x, y, p0."
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of a fit.
-
-    Attributes
-    ----------
-    names : tuple of str
-    start : ndarray, shape (p,)
-    low, high : ndarray, shape (p,)
-        Bounds; infinite where there are none.
-    not_given : tuple of str
-        Names that a p0 by name leaves out, and for which the model has no default either.
-    """
+    """Parameters of a fit."""
 
     names: tuple[str, ...]
     start: Vector
-    low: Vector
+    low: Vector  # bounds, infinite if there are none
     high: Vector
-    not_given: tuple[str, ...] = ()
+    not_given: tuple[str, ...] = ()  # names missing in a p0 by name, without default in the model
 
     @property
     def has_bounds(self) -> bool:
@@ -48,7 +38,7 @@ class Parameters:
 
     @property
     def notice(self) -> str:
-        """What the caller may not have meant with p0; empty where there is nothing."""
+        """Notice about parameters missing in p0; empty if there are none."""
         starts = [
             f"{name} = {value:g}"
             for name, value in zip(self.names, self.start, strict=True)
@@ -59,10 +49,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class _Signature:
-    x_name: str  # what the model calls x
+    x_name: str  # name of the first argument
     names: tuple[str, ...]
     defaults: Mapping[str, float]
-    is_open: bool  # takes *params, so the number is not known
+    is_open: bool  # has *params, so their number is unknown
 
 
 def parse_parameters(
@@ -73,14 +63,14 @@ def parse_parameters(
     n_x: int = 1,
     x_parts: str = "x",
 ) -> Parameters:
-    """Bring names, start and bounds together.
+    """Return the parameters from the arguments of ``fit``.
 
     Parameters
     ----------
     model : callable
         ``model(x, *params)``.
     p0 : sequence, dict by name, or None
-        What is missing comes from the signature's defaults, then 1.0, moved inside the bounds.
+        Missing values are the defaults of the signature or 1.0, moved inside the bounds.
     bounds : (low, high), dict by name of (low, high), or None
         Each of low and high a scalar, a sequence or a dict by name.
     param_names : sequence of str, optional
@@ -88,12 +78,12 @@ def parse_parameters(
     n_x : int
         Number of the arrays of x.
     x_parts : str
-        What a model writes to get them all, for messages.
+        Expression for all arrays of x in a model, for messages.
 
     Raises
     ------
     ValueError
-        The message names the parameter or the number that does not fit.
+        If an argument is invalid; the message names the parameter.
     """
     signature = _read_signature(model)
     separate_x = _separate_x(signature, p0, n_x, x_parts)
@@ -101,7 +91,7 @@ def parse_parameters(
     low, high = _bounds(bounds, names)
     start = np.ones(len(names))
     given, has_default = np.zeros(len(names), bool), np.zeros(len(names), bool)
-    # The signature's own names count for its defaults, whatever the caller calls the parameters.
+    # Defaults are matched by position, whatever the names in param_names.
     for i, original in enumerate(signature.names[: len(names)]):
         if original in signature.defaults:
             start[i], has_default[i] = signature.defaults[original], True
@@ -128,7 +118,7 @@ def parse_parameters(
 
 
 def _inside(start: Vector, low: Vector, high: Vector) -> Vector:
-    """Move values that the caller did not choose inside the bounds, off the bound if possible."""
+    """Return default values moved inside the bounds, off the bound if possible."""
     finite_low, finite_high = np.isfinite(low), np.isfinite(high)
     below, above = np.where(finite_low, low, 0.0), np.where(finite_high, high, 0.0)
     middle = np.select(
@@ -150,8 +140,8 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
         return _Signature("x", (), {}, True)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
-    # A default that is no number (None, a text, a flag) is an option of the model, not a start.
-    # Parameters are passed by position, so what follows it cannot be fitted either.
+    # A default that is not a number (None, a string, a flag) is an option, not a parameter.
+    # Parameters are passed by position, so arguments after it cannot be fitted either.
     fitted = list(
         itertools.takewhile(lambda p: p.default is p.empty or _is_start(p.default), positional[1:])
     )
@@ -183,7 +173,7 @@ def _names(
         n = len(known) if not signature.is_open else len(param_names or ())
     else:
         n = len(_vector(p0, "p0"))
-        # Trailing arguments with a default may be left out and then are not fitted, as in SciPy.
+        # Trailing arguments with a default may be omitted and are then not fitted, as in SciPy.
         optional = [name in signature.defaults for name in known]
         least = max((i + 1 for i, is_optional in enumerate(optional) if not is_optional), default=0)
         if not signature.is_open and not least <= n <= len(known):
@@ -206,7 +196,7 @@ def _names(
 
 
 def _of_number(n: int, n_known: int) -> str:
-    """Return what is likely where p0 has so many more values than the model has parameters."""
+    """Return a hint for a p0 with many more values than the model has parameters."""
     if n > _MISPLACED_RATIO * max(n_known, 1):
         return _ORDER
     if n_known == 1 < n:
@@ -219,13 +209,13 @@ def _of_number(n: int, n_known: int) -> str:
 
 
 def _separate_x(signature: _Signature, p0: Any, n_x: int, x_parts: str) -> str:
-    """Return what to do if the model takes the arrays of x as separate arguments."""
+    """Return a hint for a model that takes the arrays of x as separate arguments."""
     known, n_more = signature.names, n_x - 1
     if n_x < 2 or p0 is None or isinstance(p0, Mapping) or len(known) != np.size(p0) + n_more:
         return ""
     separate = ", ".join(known[:n_more])
     return (
-        f"Give it one value for each. Or, if {separate} should be of x: the model gets x as one "
+        f"Pass one value per parameter. If {separate} belongs to x: the model gets x as one "
         f"argument, so write `def model({', '.join(('x', *known[n_more:]))})`, and begin with "
         f"`{signature.x_name}, {separate} = {x_parts}`."
     )
@@ -263,7 +253,7 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
 
 
 def _are_pairs(bounds: Sequence[Any] | NDArray[Any]) -> bool:
-    """Whether these are low and high of one parameter after the other, as of SciPy's minimize."""
+    """Whether bounds are (low, high) pairs per parameter, as in scipy.optimize.minimize."""
     return all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in bounds)
 
 
@@ -279,17 +269,17 @@ def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vect
 
 
 def _vector(values: Any, what: str, instead_of_none: str = "", names: Sequence[str] = ()) -> Vector:
-    """Return one or more real numbers as a vector.
+    """Return real numbers as a vector.
 
     Parameters
     ----------
     values : Any
     what : str
-        What a message calls them.
+        Name of the values in messages.
     instead_of_none : str
-        What it says of an entry that is None.
+        Hint for an entry that is None.
     names : sequence of str
-        Of the parameters, where they are known.
+        Names of the parameters, if known.
     """
     try:
         array = np.asarray(values)

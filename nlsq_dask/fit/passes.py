@@ -1,4 +1,4 @@
-"""``Passes``: reductions over all rows, counted, reported, checked and kept in the journal."""
+"""``Passes``: reductions over all rows, with counting, reporting, checks and the journal."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ OptionalSums = TypeVar("OptionalSums", bound=Sums | None)
 
 @dataclass(frozen=True)
 class RowsInUse:
-    """The rows that sums are over."""
+    """Set of rows that sums are computed over."""
 
     skipped: dict[int, SkippedBlock]  # blocks that could not be read, by flat index
-    moments: Moments | None  # sums of the data alone; None if there were none yet
+    moments: Moments | None  # sums of the data alone; None before the first pass
 
 
 @dataclass(frozen=True)
 class Reduced(Generic[OptionalSums]):
-    """What a pass found, or sampling, which has no sums."""
+    """Result of a pass, or of sampling, which has no sums."""
 
     sums: OptionalSums
     rows: Rows | None = None
-    blocks: BlockSums | None = None  # of the residuals of each block
+    blocks: BlockSums | None = None  # per block
     n_blocks: int = 0  # read
     skipped: dict[int, SkippedBlock] = field(default_factory=dict)  # not read by this pass
 
 
 @dataclass(frozen=True)
 class _PartialPass(Generic[S]):
-    """What was finished of a pass that was cut."""
+    """Completed part of an interrupted pass."""
 
-    seconds: float = 0.0  # that it took
+    seconds: float = 0.0  # elapsed time
     retries: int = 0  # of reading these parts
-    # Each with its level and position in the tree.
+    # Level and position in the tree, and result.
     parts: list[tuple[int, int, PassResult[S]]] = field(default_factory=list)
 
 
 class Passes:
-    """Reads the data set for a fit and keeps count of it.
+    """Runs passes over the data set and counts them.
 
     A block that could not be read is left out from then on, if so many rows may be missing. Then
     sums from before are over other rows than those that follow, and must not be compared with them:
@@ -82,13 +82,13 @@ class Passes:
     Parameters
     ----------
     problem : FitProblem
-        Says what rows with NaN are, how many must be readable, and which penalty counts.
+        Defines the NaN policy, the required share of readable rows and the penalty.
     data : DataSet
     emit : callable
-        Receives a ``PassFinished`` a pass.
+        Receives a ``PassFinished`` per pass.
     journal : Journal
     interruption : Interruption
-        May end a pass.
+        Can end a pass.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class Passes:
         self._moments: Moments | None = None
 
     def count(self, event: Event) -> None:
-        """Count what was read, now or before the fit was resumed."""
+        """Count an event of reading, current or from before the fit was resumed."""
         if isinstance(event, PassFinished):
             self.counts += ReadCounts(1, event.rows, event.bytes, event.rows_cached, event.retries)
         elif isinstance(event, SampleRead):
@@ -129,7 +129,7 @@ class Passes:
 
     @property
     def rows_in_use(self) -> RowsInUse:
-        """The rows that the next sums are over."""
+        """Set of rows of the next sums."""
         return RowsInUse(self.skipped, self._moments)
 
     @rows_in_use.setter
@@ -147,14 +147,14 @@ class Passes:
         return self._data.blocks.n_rows - sum(bad.rows for bad in self.skipped.values())
 
     def sample(self, sample_rows: int, seed: int) -> tuple[Rows, int]:
-        """Read a few blocks and take rows from each; return them, and of how many blocks.
+        """Return a sample of rows from a few blocks, and the number of blocks.
 
-        Where a block cannot be read, others are read as if it were not there.
+        Blocks that cannot be read are replaced by others.
 
         Raises
         ------
         CheckpointError
-            If the sample that was taken before the fit was resumed is not of these data.
+            If the sample from before the fit was resumed differs from these data.
         """
         was_taken = any(isinstance(event, SampleRead) for event in self._journal.events)
         while True:
@@ -197,10 +197,10 @@ class Passes:
         ----------
         kernel : Kernel
         request : Request
-            If it is fresh, what depends on the data alone is summed again.
+            If it is fresh, the sums of the data alone are computed again.
         is_penalized : bool
         sample_rows, seed : int
-            Rows to bring back, from all blocks.
+            Number of rows to sample from all blocks, and the seed.
         """
         wants_moments = request.is_fresh or self._moments is None
         share = min(1.0, sample_rows / self.n_rows)
@@ -227,7 +227,7 @@ class Passes:
     def run_beside(
         self, kernel: Kernel[S], params: Vector, reference_params: Vector, reference: Reduced[S]
     ) -> tuple[Reduced[S], Reduced[S]]:
-        """Return the pass at ``params``, and that at a known point over the same rows.
+        """Return the pass at ``params`` and a reference pass over the same rows.
 
         The latter is run again if blocks had to be left out of the former.
         """
@@ -241,7 +241,7 @@ class Passes:
     def _run_pass(
         self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance
     ) -> Reduced[S]:
-        """Run the pass, from where it was cut."""
+        """Run the pass, or the rest of an interrupted one."""
         self._interruption.check()
         kind: Any = _PartialPass
         partial_pass: _PartialPass[S] = (
@@ -251,7 +251,7 @@ class Passes:
         result = self._reduce(kernel, request, started, partial_pass)
         read = result.reading
         skipped = self._describe_skipped(read)
-        # Before it is remembered: it may be repaired, and then read again.
+        # Checked before it is recorded, because the block may be repaired and read later.
         self._check_share(skipped)
         assert result.sums is not None  # it is an error to leave out all rows
         assert result.blocks is not None
@@ -283,12 +283,12 @@ class Passes:
         started: float,
         partial_pass: _PartialPass[S],
     ) -> PassResult[S]:
-        """Reduce, and keep what is finished from time to time."""
+        """Reduce all rows and save partial results from time to time."""
         latest: list[PartialResults] = []
 
         def save(parts: PartialResults) -> None:
             saving_since = time.monotonic()
-            good = {  # the others are read again
+            good = {  # others are read again
                 node: result for node, result in parts.collect().items() if self._is_good(result)
             }
             retries = partial_pass.retries + sum(r.reading.n_retries for r in good.values())
@@ -319,7 +319,7 @@ class Passes:
         try:
             return self._data.reduce(kernel, request, known, watch)
         except ClusterLostError:
-            raise  # what the workers held is lost
+            raise  # the results on the workers are lost
         except (Exception, KeyboardInterrupt):
             if latest and self._journal.is_saving:
                 save(*latest)
@@ -336,14 +336,14 @@ class Passes:
         )
 
     def must_report(self, sums: Sums) -> bool:
-        """Whether sums over a part of the rows show that the data cannot be used as they are."""
+        """Whether sums over some of the rows show that the data are invalid."""
         return are_unusable(sums, self._omits_nan)
 
     def _watch(self, parts: PartialResults) -> None:
         self._interruption.check()
 
     def _describe_skipped(self, reading: ReadReport) -> dict[int, SkippedBlock]:
-        """Return what could not be read, in the caller's terms."""
+        """Return the unreadable blocks, described in terms of the caller's arrays."""
         return {i: self._data.skipped_block(i, reading.errors[i]) for i in sorted(reading.errors)}
 
     def _check_share(self, new: dict[int, SkippedBlock]) -> None:

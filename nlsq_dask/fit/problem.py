@@ -22,42 +22,27 @@ from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 @dataclass(frozen=True)
 class FitProblem:
-    """The model, the data and the options of one fit.
+    """Model, data and options of a fit."""
 
-    Attributes
-    ----------
-    config : HybridStreamingConfig
-        A copy of the caller's, with ``verbose`` as the call has it.
-    model : Model
-    parameters : Parameters
-    normalizer : ParameterNormalizer
-    penalty : GroupVariance
-    blocks : RowBlocks
-    loss : Loss
-    nan_policy : {"raise", "omit"}
-    absolute_sigma : bool
-    callback : callable or None
-    """
-
-    config: HybridStreamingConfig
+    config: HybridStreamingConfig  # copy, with ``verbose`` of the call
     model: Model
     parameters: Parameters
     normalizer: ParameterNormalizer
     penalty: GroupVariance
     blocks: RowBlocks
     loss: Loss
-    nan_policy: str
+    nan_policy: str  # "raise" or "omit"
     absolute_sigma: bool
     callback: Callback | None
 
     @property
     def exact_model(self) -> Model:
-        """The model in float64, as it is evaluated on the sample."""
+        """Model in float64, evaluated on the sample."""
         return replace(self.model, dtype="float64")
 
     @property
     def is_exact(self) -> bool:
-        """Whether all rows are evaluated in float64, too."""
+        """Whether the model is evaluated in float64 over all rows."""
         return self.model.dtype == "float64"
 
     @property
@@ -67,19 +52,19 @@ class FitProblem:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the arguments were understood, where that may surprise."""
+        """Notices about the interpretation of the arguments."""
         notice = [self.parameters.notice] if self.parameters.notice else []
         return (*notice, *(f"{note}." for note in self.blocks.date_notices()))
 
     @property
     def sample_rows(self) -> int:
-        """Rows wanted for the sample."""
+        """Number of rows of the sample."""
         layout, n_params = self.model.layout, self.model.n_params
         return self.config.sample_size(self.blocks.n_rows, layout.row_bytes, n_params)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All that must be the same when the fit is resumed, besides model, data and options."""
+        """Arguments that must be equal when the fit is resumed, besides model, data and options."""
         return {
             "p0": self.parameters.start,
             "lower bounds": self.parameters.low,
@@ -109,14 +94,14 @@ def validate_arguments(
     callback: Callback | None = None,
     verbose: int | None = None,
 ) -> FitProblem:
-    """Validate the arguments of ``fit``, which are described there.
+    """Validate the arguments of ``fit`` and return them as a ``FitProblem``.
 
-    Its signature and defaults, but for the configuration, are those of ``fit`` and ``plan``.
+    Except for ``config``, signature and defaults are those of ``fit`` and ``plan``.
 
     Raises
     ------
     DataError, ModelError, ValueError, TypeError
-        For those that cannot be used, as far as can be told without reading data.
+        If an argument is invalid, as far as known without reading data.
     """
     if nan_policy not in ("raise", "omit"):
         raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
@@ -158,7 +143,7 @@ def validate_arguments(
 
 
 def _parts_of_x(x_data: Any) -> tuple[int, str]:
-    """Return how many arrays there are in x, and what a model writes to get them all."""
+    """Return the number of arrays in x and the expression for all of them in a model."""
     if isinstance(x_data, dict):
         return len(x_data), ", ".join(f"x[{key!r}]" for key in x_data)
     are_names = isinstance(x_data, list) and all(isinstance(name, str) for name in x_data)
@@ -166,7 +151,7 @@ def _parts_of_x(x_data: Any) -> tuple[int, str]:
 
 
 def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
-    """Raise a ValueError for what needs matrices where there are too many parameters for them."""
+    """Raise a ValueError for options that conjugate gradients do not support."""
     n_params = len(parameters.names)
     if not config.is_without_matrices(n_params):
         return
@@ -179,28 +164,28 @@ def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig
     conflicts = [name for name, is_used in unsupported.items() if is_used]
     if conflicts:
         raise ValueError(
-            f"{', '.join(conflicts)} cannot be combined with conjugate gradients, which "
-            f"{n_params} parameters ask for with cg_param_threshold={config.cg_param_threshold}. "
-            f"Leave it out, or raise cg_param_threshold to solve the step with the full matrix "
-            f"({8 * n_params**2 / 2**20:.0f} MiB a task)."
+            f"{', '.join(conflicts)} cannot be combined with conjugate gradients, which are used "
+            f"for {n_params} parameters with cg_param_threshold={config.cg_param_threshold}. "
+            f"Remove it, or raise cg_param_threshold to solve the step with the full matrix "
+            f"({8 * n_params**2 / 2**20:.0f} MiB per task)."
         )
 
 
 def _check_box(parameters: Parameters, config: HybridStreamingConfig) -> None:
-    """Raise a ValueError if starts are wanted around the middle of bounds that are not there."""
+    """Raise a ValueError if ``center_on_p0=False`` without finite bounds."""
     if not config.enable_multistart or config.center_on_p0:
         return
     low, high = parameters.low, parameters.high
     if not (np.isfinite(low) & np.isfinite(high)).any():
         raise ValueError(
             f"center_on_p0=False draws starts around the middle of the bounds, but no parameter "
-            f"has two finite bounds; got lower={low.tolist()}, upper={high.tolist()}. Give bounds, "
-            f"or leave center_on_p0 at True."
+            f"has two finite bounds; got lower={low.tolist()}, upper={high.tolist()}. Set bounds, "
+            f"or use center_on_p0=True."
         )
 
 
 def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
-    """Return the penalty that is asked for; a ValueError for parameters that there are not."""
+    """Return the penalty, or raise a ValueError for invalid parameter ranges."""
     indices = config.group_variance_indices
     if not config.enable_group_variance_regularization or indices is None:
         return GroupVariance()
@@ -215,11 +200,11 @@ def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
 
 
 def _model_notices(model: Model) -> list[str]:
-    """Return what the caller may not have meant with the model."""
+    """Return notices about the model."""
     names = float32_constants(model) if model.dtype == "float64" else []
     if not names:
         return []
     return [
-        f"the model uses {', '.join(names)}, JAX arrays in float32 made outside of it: they "
-        f"have 7 digits only. Make them NumPy arrays, or create them inside the model."
+        f"the model uses {', '.join(names)}, float32 JAX arrays created outside of it, which "
+        f"have only 7 digits. Use NumPy arrays, or create them inside the model."
     ]

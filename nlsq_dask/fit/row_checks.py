@@ -1,4 +1,4 @@
-"""Whether the rows of the data can be used, with the sentences that say why not."""
+"""Checks that the rows of the data are valid, with their error messages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MAX_LISTED = 10  # blocks in a message
 
 
 def are_unusable(sums: Sums, omits_nan: bool) -> bool:
-    """Whether sums over a part of the rows show that the data cannot be used as they are."""
+    """Whether sums over some of the rows show that the data are invalid."""
     return bool(sums.n_bad_sigma or (sums.n_bad and not omits_nan))
 
 
 def check_rows(
     sums: Sums, omits_nan: bool, data: DataSet, n_rows: int, first_bad_block: int | None
 ) -> None:
-    """Raise a DataError if the rows that sums are over cannot be used.
+    """Raise a DataError if the rows of the sums are invalid.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def check_rows(
     omits_nan : bool
         Whether rows with NaN or infinity are left out.
     data : DataSet
-        Where the first of them are looked for.
+        Used to locate the first such row.
     n_rows : int
     first_bad_block : int or None
         Flat index of the first block with a row that is not finite.
@@ -39,35 +39,34 @@ def check_rows(
     if sums.n_bad_sigma:
         raise DataError(
             f"sigma is zero or negative at {sums.n_bad_sigma:,} of {n_rows:,} rows; it must be "
-            f"positive. To leave rows out, set their y_data to NaN and use nan_policy='omit'."
+            f"positive. To omit rows, set their y_data to NaN and use nan_policy='omit'."
         )
     if first_bad_block is not None and not omits_nan:
         block, where = data.first_not_finite(first_bad_block)
         raise NonFiniteDataError(
             f"{sums.n_bad:,} of {n_rows:,} rows hold NaN or infinity in y_data, x_data or sigma; "
             f"the first of them are in block {block} of the grid {data.blocks.grid}{where}. Use "
-            f"nan_policy='omit' to leave such rows out.",
+            f"nan_policy='omit' to omit these rows.",
             sums.n_bad,
             block,
         )
     if not sums.n_used:
         raise DataError(
             f"none of the {n_rows:,} rows can be used: each is masked, or holds NaN or infinity in "
-            f"y_data, x_data or sigma. Look at each of these alone: one of them without finite "
-            f"values, or a mask that is the wrong way round, leaves no row."
+            f"y_data, x_data or sigma. Check each of them separately: an array without finite "
+            f"values or an inverted mask excludes all rows."
         )
 
 
 def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> None:
-    """Raise a BlockReadError if too few of ``n_all`` rows are left without these blocks."""
+    """Raise a BlockReadError if too few of ``n_all`` rows remain without these blocks."""
     n_rows = n_all - sum(block.rows for block in bad)
     if n_rows and n_rows >= min_share * n_all:
         return
     listed = join_first([block.sentence for block in bad], _MAX_LISTED, "; ", "blocks")
     raise BlockReadError(
-        f"{n_rows:,} of {n_all:,} rows can be read, less than min_success_rate={min_share:g} of "
-        f"them. {listed}. Repair or replace what is stored there, or lower "
-        f"min_success_rate.",
+        f"{n_rows:,} of {n_all:,} rows can be read, less than min_success_rate={min_share:g}. "
+        f"{listed}. Repair or replace the stored data, or lower min_success_rate.",
         bad[0].array,
         bad[0].block,
         bad[0].chunk,
@@ -75,10 +74,10 @@ def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> No
 
 
 def check_same(before: Rows, reread: Rows) -> None:
-    """Raise a CheckpointError if rows that were read again are not what they were."""
+    """Raise a CheckpointError if rows that were read again have changed."""
     for one, other in zip(before.arrays, reread.arrays, strict=True):
         if one is not None and other is not None and one.tobytes() != other.tobytes():
             raise CheckpointError(
-                "the checkpoint is of other data: some rows were read again, and their values are "
-                "not what they were. Fit again without resume_from_checkpoint."
+                "the checkpoint belongs to other data: some rows were read again, and their values "
+                "have changed. Fit again without resume_from_checkpoint."
             )

@@ -1,4 +1,4 @@
-"""``SampleProblem``: the fit restricted to the rows in memory, which costs no reading."""
+"""``SampleProblem``: the fit restricted to a sample of rows in memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nlsq_dask.warmup.multistart import SuccessiveHalving
 
 Vector = NDArray[np.float64]
 
-_MAX_WARMUP_ROWS = 2**14  # enough for a start, and L-BFGS evaluates them some hundred times
-_CHANCE = 5.0  # standard deviations of a mean square that chance explains
-_MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # most of what a result keeps to be drawn
+_MAX_WARMUP_ROWS = 2**14  # enough for a start; L-BFGS evaluates them some hundred times
+_CHANCE = 5.0  # standard deviations of a mean square attributed to chance
+_MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # kept in a result for plots
 
 
 def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
@@ -36,9 +36,9 @@ def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
     largest = float(np.abs(weighted).max(initial=0.0))
     if largest and not SMALLEST < largest < LARGEST:
         raise DataError(
-            f"y_data, divided by sigma, is of the size {largest:.0e}; its squares cannot be summed "
-            f"in float64, which needs sizes between {SMALLEST:g} and {LARGEST:g}. Measure it in "
-            f"other units."
+            f"y_data divided by sigma has magnitude {largest:.0e}; its squares cannot be summed in "
+            f"float64, which requires magnitudes between {SMALLEST:g} and {LARGEST:g}. Use other "
+            f"units."
         )
 
 
@@ -46,25 +46,25 @@ R = TypeVar("R", bound=SampleObjective[Sums])
 
 
 class SampleProblem(Generic[R]):
-    """Rows in memory that can be reduced and handed to the warm-up.
+    """Sample of rows, for reductions and the warm-up.
 
     Parameters
     ----------
     problem : FitProblem
-        Whose model is evaluated in float64, whatever the arithmetic over all rows.
+        Its model is evaluated in float64, whatever the precision over all rows.
     make_objective : callable
-        Returns the sums over given rows, which measure y from a given reference.
+        Returns the objective over given rows, for a given reference value of y.
     rows : Rows
-        As they were read, unusable ones among them.
+        Rows as read, including unusable ones.
 
     Attributes
     ----------
     y_reference : float
-        Mean of its y.
+        Mean of y.
     objective : SampleObjective
-        Over all rows of the sample, measuring y from its mean.
+        Objective over all rows of the sample.
     objective_few : SampleObjective
-        Over no more of them than a choice between starts needs.
+        Objective over fewer rows, for choosing between starts.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SampleProblem(Generic[R]):
         self.y_reference = float(y.mean()) if len(y) else 0.0
         self._set_rows(rows, usable)
         self._prediction = PredictionKernel.trace(self._model, STRIP_ROWS)
-        # Not the other kernel's, which depends on the chunks, too.
+        # Not that of the objective's kernel, which also depends on the chunks.
         self._fingerprint = self._prediction.program.fingerprint
         if len(usable):
             check_row_wise(self._model, self._prediction, usable, self._start)
@@ -95,7 +95,7 @@ class SampleProblem(Generic[R]):
         self.objective_few = self._make_objective(few, self.y_reference)
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
-        """Return indices of so many usable rows, spread evenly."""
+        """Return evenly spaced indices of ``n_rows`` usable rows."""
         return np.arange(n_rows) * self.n_used // max(n_rows, 1)
 
     @property
@@ -110,38 +110,38 @@ class SampleProblem(Generic[R]):
 
     @property
     def chance(self) -> float:
-        """How many times the sample's mean square others may have at its solution, by chance.
+        """Ratio of mean squares, of other rows to the sample at its solution, allowed by chance.
 
-        Of n rows to which p parameters were fitted it is 1 - p / n times the variance on average,
-        and 1 + p / n times it of rows that they were not fitted to.
+        The mean square of n rows to which p parameters were fitted is on average 1 - p / n times
+        the variance, that of other rows 1 + p / n times.
         """
         n_rows = max(self.n_used, 1)
         fitted = self._model.n_params / n_rows if self.is_informative else 0.0
         return (1.0 + _CHANCE * math.sqrt(2.0 / n_rows)) * (1.0 + fitted) / (1.0 - fitted)
 
     def max_expected(self, params: Vector) -> float:
-        """Return up to which mean square, at the sample's solution, other rows are like these."""
+        """Return the maximum mean square of other rows, at the solution of the sample."""
         return self.objective(params).variance(0) * self.chance if self.n_used else 0.0
 
     @property
     def variance(self) -> float:
-        """What the loss of the warm-up is divided by, positive in any case."""
+        """Denominator of the loss of the warm-up, always positive."""
         sums = self.at_start
         return (sums.total_variation or sums.signal or sums.n_used) / max(sums.n_used, 1)
 
     @property
     def at_start(self) -> Sums:
-        """The sums at ``start``; they also count the unusable rows."""
+        """Sums at p0, which also count the unusable rows."""
         return self.objective(self._start)
 
     def replace_rows(self, rows: Rows) -> None:
-        """Go on with other rows, which are spread better over the data set."""
+        """Replace the sample by rows that represent the data set better."""
         self._set_rows(rows, rows.usable())
 
     def draw_rows(self, params: Vector, seed: int) -> tuple[Rows, Vector] | None:
-        """Return some usable rows, drawn at random, and the model there; None if there are none.
+        """Return random usable rows and their model values; None if there are none.
 
-        Evenly spaced ones could not show a frequency that is a multiple of theirs.
+        Evenly spaced rows would hide a frequency that is a multiple of theirs.
         """
         max_rows = max(min(_MAX_PLOT_ROWS, _MAX_PLOT_BYTES // self._model.layout.row_bytes), 1)
         indices = np.random.default_rng(seed).permutation(self.n_used)[:max_rows]
@@ -152,7 +152,7 @@ class SampleProblem(Generic[R]):
         return rows, kernel(rows.batches(kernel.batch_rows), params)[0]
 
     def prepare_warmup(self, first_step: float) -> Warmup:
-        """Make the L-BFGS problem of the usable rows, padded by repetition to a power of two."""
+        """Return the warm-up on the usable rows, padded by repetition to a power of two."""
         problem, normalizer = self._problem, self._problem.normalizer
         n_rows = min(self.n_used, _MAX_WARMUP_ROWS)
         padded_rows = 1 << (n_rows - 1).bit_length()
@@ -171,9 +171,10 @@ class SampleProblem(Generic[R]):
         )
 
     def prepare_halving(self) -> SuccessiveHalving:
-        """Make a tournament on the usable rows, as many as its last round takes.
+        """Return successive halving on usable rows, as many as its last round needs.
 
-        They are taken at random: evenly spaced ones could not tell a frequency from its aliases.
+        They are drawn at random: evenly spaced rows do not distinguish a frequency from its
+        aliases.
         """
         problem, normalizer = self._problem, self._problem.normalizer
         n_rows = min(self.n_used, multistart_settings(problem.config).max_rows)

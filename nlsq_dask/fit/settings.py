@@ -1,4 +1,4 @@
-"""From the flat configuration to the small settings that the mathematics takes."""
+"""Settings of warm-up and solvers, from the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlsq_dask.warmup.lbfgs import WarmupSettings
 from nlsq_dask.warmup.multistart import MultistartSettings
 
 _PATIENCE = 15  # passes over all rows without progress
-# Without "max_iter" among the criteria the warm-up still has to end some time.
+# Multiple of the iteration limit of the warm-up if "max_iter" is not among the criteria.
 _UNLIMITED_FACTOR = 10
 
 
@@ -47,7 +47,7 @@ def warmup_settings(config: HybridStreamingConfig) -> WarmupSettings:
 
 
 def multistart_settings(config: HybridStreamingConfig) -> MultistartSettings:
-    """Return the settings of the tournament."""
+    """Return the settings of successive halving."""
     return MultistartSettings(
         n_starts=config.n_starts,
         sampler=config.multistart_sampler,

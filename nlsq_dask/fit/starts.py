@@ -1,7 +1,7 @@
-"""Phase 1: from the caller's start to the starts from which Gauss-Newton is tried.
+"""Phase 1: the starting points of Gauss-Newton, from p0.
 
-With multistart a tournament of candidates comes first, and L-BFGS goes on from its winner. What the
-fit would have tried without it is tried as well, so that it finds nothing worse.
+With multistart, successive halving comes first and L-BFGS continues from the winner. The starts of
+a fit without multistart are included, so that the result is not worse.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from nlsq_dask.warmup.multistart import draw_starts
 
 Vector = NDArray[np.float64]
 
-_MAX_BURST = 10  # iterations after which max_walltime, SIGTERM and Ctrl-C are heeded
-_MAX_RESTARTS = 3  # of a warm-up that met something not finite
-_STEP_FACTOR = 0.1  # steps of each restart
-_MAX_SURVIVORS = 8  # that go on from a tournament, however few have left
+_MAX_BURST = 10  # iterations between checks of max_walltime, SIGTERM and Ctrl-C
+_MAX_RESTARTS = 3  # of a warm-up after non-finite values
+_STEP_FACTOR = 0.1  # factor of the step lengths per restart
+_MAX_SURVIVORS = 8  # maximum number of survivors that are used as starts
 _SKIPPED = "the sample has too few usable rows"
 
 
 @dataclass(frozen=True)
 class _Starts:
-    """Starts, the most promising one first, and what was done to find them."""
+    """Starts, the most promising first, and how they were found."""
 
     starts: list[Vector]
     details: dict[str, Any]
@@ -50,7 +50,7 @@ class _Starts:
 
 @dataclass(frozen=True)
 class _WarmupResult:
-    """Where a warm-up led to, and what was done."""
+    """End point and summary of a warm-up."""
 
     params: Vector
     summary: dict[str, Any]
@@ -58,27 +58,17 @@ class _WarmupResult:
 
 @dataclass
 class StartFinder:
-    """Finds starts by means of the sample.
-
-    Attributes
-    ----------
-    problem : FitProblem
-    emit : callable
-        Receives events.
-    iterations : Iterations
-    journal : Journal
-    diagnostics : dict
-        What was done last, by "warm_up" and "multistart".
-    """
+    """Finds starts on the sample."""
 
     problem: FitProblem
     emit: Observer
     iterations: Iterations
     journal: Journal
+    # Summaries by "warm_up" and "multistart".
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     def find(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
-        """Return starts, the most promising one first and the caller's own last."""
+        """Return starts, the most promising first and p0 last."""
         selection = self.journal.step("starts", _Starts, partial(self._find, sample))
         details |= selection.details
         self.diagnostics |= selection.diagnostics
@@ -110,7 +100,7 @@ class StartFinder:
         )
 
     def _run_halving(self, sample: SampleProblem[Any]) -> _Starts:
-        """Return the survivors, the best one first; where the caller's start wins, as it was."""
+        """Return the survivors, the best first; preceded by p0 itself if it wins."""
         parameters, settings = self.problem.parameters, multistart_settings(self.problem.config)
         own = parameters.start
         candidates = draw_starts(own, parameters.low, parameters.high, settings)
@@ -143,7 +133,7 @@ class StartFinder:
         return _Starts(starts, {"multistart": details}, diagnostics)
 
     def _warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmupResult:
-        """Return where the warm-up leads to, or the start if it is skipped, and what was done."""
+        """Return end point and summary of the warm-up; the start itself if skipped."""
         make = partial(self._run_warm_up, sample, name, start)
         return self.journal.step("warm-up", _WarmupResult, make)
 
@@ -185,7 +175,7 @@ class StartFinder:
         return _WarmupResult(start, summary)
 
     def _may_restart(self, runs: list[WarmupState], warmup: Warmup) -> bool:
-        """Whether to go on from the best point with smaller steps, after something not finite."""
+        """Whether to restart from the best point with smaller steps, after non-finite values."""
         last = runs[-1]
         return (
             self.problem.config.validate_numerics
@@ -210,13 +200,13 @@ class StartFinder:
         return state
 
     def _burst_end(self, done: int) -> int:
-        """Return the iteration after which there is something to do beside iterating."""
+        """Return the last iteration before the next report, checkpoint or check."""
         config = self.problem.config
         every = (config.callback_frequency, config.checkpoint_frequency, _MAX_BURST)
         return min(done - done % frequency + frequency for frequency in every)
 
     def _report(self, state: WarmupState, before: WarmupState, variance: float) -> None:
-        """Report a burst of iterations, as one step from best point to best point."""
+        """Report a burst of iterations as one step between best points."""
         params = self._original(np.asarray(state.best_params))
         step = np.asarray(state.best_params) - np.asarray(before.best_params)
         loss = float(state.best_loss) * variance
@@ -233,11 +223,11 @@ class StartFinder:
             raise StoppedByCallbackError(params)
 
     def _original(self, normalized: Vector) -> Vector:
-        """Return normalized parameters in the original space, inside the bounds."""
+        """Return the denormalized parameters, clipped to the bounds."""
         params = self.problem.normalizer.denormalize(normalized)
         return np.clip(params, self.problem.parameters.low, self.problem.parameters.high)
 
 
 def _distinct(starts: list[Vector]) -> list[Vector]:
-    """Return starts in their order without repetitions."""
+    """Return starts without duplicates, in order."""
     return list({start.tobytes(): start for start in starts}.values())
