@@ -52,7 +52,6 @@ class FitStarted(Event):
         Number of blocks along each dimension.
     dims : tuple of str
         Names of the dimensions.
-    param_names : tuple of str
     notes : tuple of str
         Sentences on unexpected interpretations of the arguments.
     """
@@ -72,16 +71,7 @@ class FitStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase began.
-
-    Attributes
-    ----------
-    phase : int
-        0 to 3.
-    name : str
-    start_time : float
-        Seconds since the epoch.
-    """
+    """A phase, 0 to 3, began at ``start_time``, in seconds since the epoch."""
 
     phase: int
     name: str
@@ -94,8 +84,6 @@ class PhaseEnded(Event):
 
     Attributes
     ----------
-    phase : int
-    name : str
     duration : float
         Seconds.
     failed : bool
@@ -173,7 +161,6 @@ class WarmupEnded(Event):
         True if layer 3 ended the warm-up.
     clipped : int
         Number of updates clipped by layer 4.
-    line_search_failures : int
     history_filled : bool
         True if the history of L-BFGS was filled.
     restarts : int
@@ -193,14 +180,7 @@ class WarmupEnded(Event):
 
 @dataclass(frozen=True)
 class SampleSolved(Event):
-    """Gauss-Newton on the sample ended.
-
-    Attributes
-    ----------
-    iterations : int
-    loss : float
-        Mean squared weighted residual over the sample.
-    """
+    """Gauss-Newton on the sample ended; ``loss`` is its mean squared weighted residual."""
 
     iterations: int
     loss: float
@@ -282,7 +262,6 @@ class PassFinished(Event):
         Parameters at which the sums were computed.
     cost : float
         Half the sum of squared weighted residuals, or of their losses; infinite if not finite.
-    seconds : float
     rows, bytes : int
         Rows and bytes read from the source.
     rows_cached : int
@@ -400,14 +379,7 @@ class SampleRead(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """A checkpoint was written.
-
-    Attributes
-    ----------
-    path : str
-    seconds : float
-        Time that saving took.
-    """
+    """A checkpoint was written to ``path``; saving took ``seconds``."""
 
     is_transient: ClassVar[bool] = True
 
@@ -442,14 +414,7 @@ class FitResumed(Event):
 
 @dataclass(frozen=True)
 class FitEnded(Event):
-    """The fit ended with a result.
-
-    Attributes
-    ----------
-    success : bool
-    message : str
-        As in ``FitResult``.
-    """
+    """The fit ended with a result, whose ``success`` and ``message`` these are."""
 
     is_transient: ClassVar[bool] = True
 
@@ -459,13 +424,7 @@ class FitEnded(Event):
 
 @dataclass(frozen=True)
 class FitAborted(Event):
-    """The fit ended in an error.
-
-    Attributes
-    ----------
-    error : str
-        Type and message of the exception.
-    """
+    """The fit ended in an exception, whose type and message are ``error``."""
 
     is_transient: ClassVar[bool] = True
 

@@ -28,7 +28,7 @@ from nlsq_dask.config.rules import (
     one_of,
     or_else,
 )
-from nlsq_dask.config.validation import ValidatedOptions, option, parameters_section, runtime_option
+from nlsq_dask.config.validation import ValidatedOptions, numpydoc_sections, option, runtime_option
 
 
 @dataclass(kw_only=True, repr=False)
@@ -437,20 +437,8 @@ class HybridStreamingConfig(ValidatedOptions):
         return cls(**({"enable_multistart": True, "n_starts": n_starts} | overrides))
 
 
-_RAISES = """
-    Raises
-    ------
-    ValueError
-        If a value is not allowed, or options contradict each other.
-    TypeError
-        If a keyword is not an option.
-    AttributeError
-        If an attribute that is set is not an option.
-"""
-
-
 if HybridStreamingConfig.__doc__ is not None:  # python -OO strips docstrings
-    HybridStreamingConfig.__doc__ += parameters_section(HybridStreamingConfig) + _RAISES
+    HybridStreamingConfig.__doc__ += numpydoc_sections(HybridStreamingConfig)
 
 # Presets call it too, so that their keywords are explained as well.
 _explaining = explain_keywords("HybridStreamingConfig")

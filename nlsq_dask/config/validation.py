@@ -67,7 +67,19 @@ class ValidatedOptions:
         return replace(self)
 
 
-def parameters_section(options: type[ValidatedOptions]) -> str:
+_RAISES = """
+    Raises
+    ------
+    ValueError
+        If a value is not allowed, or options contradict each other.
+    TypeError
+        If a keyword is not an option.
+    AttributeError
+        If an attribute that is set is not an option.
+"""
+
+
+def numpydoc_sections(options: type[ValidatedOptions]) -> str:
     """Return the numpydoc section of the options."""
     lines = ["", "    Parameters", "    ----------"]
     for option in fields(options):
@@ -75,4 +87,4 @@ def parameters_section(options: type[ValidatedOptions]) -> str:
         rule: Rule = option.metadata["rule"]
         lines.append(f"    {option.name} : {rule.allowed}, default {default!r}")
         lines.append(f"        {option.metadata['doc']}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _RAISES
