@@ -9,7 +9,7 @@ from fsspec.core import url_to_fs
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.storage.folders import normalize_path, open_folder
+from nlsq_dask.storage.backends import normalize_path, open_folder
 
 _MAX_FILES = 3
 _SUFFIX = ".nlsq"

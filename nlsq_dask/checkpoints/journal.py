@@ -36,8 +36,8 @@ from nlsq_dask.events import (
     PassFinished,
     without_many_params,
 )
+from nlsq_dask.storage.backends import normalize_path
 from nlsq_dask.storage.codec import encode
-from nlsq_dask.storage.folders import normalize_path
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.model.program import TRACED_BY
 from nlsq_dask.rows.rows import Layout
 from nlsq_dask.storage import codec
+from nlsq_dask.storage.backends import normalize_path, open_folder
 from nlsq_dask.storage.envelope import seal, unseal
-from nlsq_dask.storage.folders import normalize_path, open_folder
 
 if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
