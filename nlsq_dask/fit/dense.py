@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.events import SampleSolved
-from nlsq_dask.fit.context import FitContext
-from nlsq_dask.fit.full_fit import FullFit
+from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import SampleSolver, first_accumulation
 from nlsq_dask.fit.passes import Reduced

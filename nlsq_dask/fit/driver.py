@@ -21,9 +21,8 @@ from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
-from nlsq_dask.fit.context import FitContext
 from nlsq_dask.fit.dense import DenseFit
-from nlsq_dask.fit.full_fit import FullFit
+from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.matrix_free import MatrixFreeFit

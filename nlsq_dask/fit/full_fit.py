@@ -11,13 +11,16 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.block_sums import BlockSums
-from nlsq_dask.events import ALL_ROWS
-from nlsq_dask.fit.context import FitContext
+from nlsq_dask.events import ALL_ROWS, Observer
+from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.fit.loop import Report, iterate
 from nlsq_dask.fit.outcome import Outcome
-from nlsq_dask.fit.passes import Reduced, RowsInUse
+from nlsq_dask.fit.passes import Passes, Reduced, RowsInUse
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.in_memory import SampleObjective
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
@@ -30,6 +33,20 @@ from nlsq_dask.status import Status
 Vector = NDArray[np.float64]
 S = TypeVar("S", bound=Sums)
 T = TypeVar("T", bound=SolverState[Any])
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """Objects shared by the phases of a fit."""
+
+    problem: FitProblem
+    passes: Passes
+    iterations: Iterations
+    start_finder: StartFinder
+    emit: Observer
+    journal: Journal
+    batch_rows: int  # rows per kernel call
+    platforms: tuple[str, ...]  # of the workers
 
 
 @dataclass(frozen=True)

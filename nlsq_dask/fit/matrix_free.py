@@ -13,8 +13,7 @@ from scipy.optimize import OptimizeWarning
 
 from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import SampleSolved
-from nlsq_dask.fit.context import FitContext
-from nlsq_dask.fit.full_fit import FullFit
+from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import SAMPLE_ITERATIONS_FACTOR, iterate
 from nlsq_dask.fit.passes import Reduced
