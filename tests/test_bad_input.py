@@ -404,7 +404,8 @@ TABLE: dict[str, Case] = {
     "what arrays are: which dimension of squares": (
         dict(x=X[:5], y=np.ones((5, 5))),
         nd.DataError,
-        "x_data has shape (5,), which matches several dimensions of y_data with shape (5, 5). "
+        "x_data has shape (5,), which is ambiguous: it matches several dimensions of y_data "
+        "with shape (5, 5). "
         "Pass x_data[:, None] for dimension 0 or x_data[None, :] for dimension 1.",
     ),
     "what arrays are: which dimension for sigma": (
@@ -414,7 +415,8 @@ TABLE: dict[str, Case] = {
             sigma=X[:5],
         ),
         nd.DataError,
-        "sigma has shape (5,), which matches several dimensions of y_data with shape (5, 5). "
+        "sigma has shape (5,), which is ambiguous: it matches several dimensions of y_data "
+        "with shape (5, 5). "
         "Pass sigma[:, None] for dimension 0 or sigma[None, :] for dimension 1.",
     ),
     "what arrays are: the first of two dimensions": (

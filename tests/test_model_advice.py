@@ -137,7 +137,7 @@ def test_functions_of_other_libraries(model: Any) -> None:
 def test_a_name_that_jax_does_not_have() -> None:
     said = message(lambda x, a, b: a * jnp.expp(b * x), T)
     assert "module 'jax.numpy' has no attribute 'expp'" in said
-    assert said.endswith("and 2 single numbers.")
+    assert said.endswith("and 2 scalars.")
 
 
 @pytest.mark.parametrize(

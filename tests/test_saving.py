@@ -174,7 +174,7 @@ def test_with_other_versions_values_are_compared(
     with pytest.raises(ValueError, match="differs from 'fading'"):
         nd.FitResult.load(path, lambda x, a, b, c: a * jnp.exp(-b * x[0]) - c * x[1])
     for wrong in (exponential, lambda x, a: a, 5):
-        with pytest.raises(ValueError, match="cannot be that of this result, 'fading'"):
+        with pytest.raises(ValueError, match="cannot be the model of this result, 'fading'"):
             nd.FitResult.load(path, wrong)
 
 

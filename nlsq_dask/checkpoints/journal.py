@@ -240,7 +240,7 @@ class CheckpointJournal(Journal):
 
     @property
     def is_within_pass(self) -> bool:
-        """Whether a pass was interrupted, with partial results."""
+        """Whether the journal ends within a pass and holds partial results of it."""
         return any("/pass " in path and path.endswith(f"/{_STATE}") for path in self._entries)
 
     @property

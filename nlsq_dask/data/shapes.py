@@ -59,8 +59,8 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
                 for axes in matches
             )
             raise DataError(
-                f"{name} has shape {shape}, which matches several dimensions of y_data with shape "
-                f"{y_shape}. Pass {ways}."
+                f"{name} has shape {shape}, which is ambiguous: it matches several dimensions of "
+                f"y_data with shape {y_shape}. Pass {ways}."
             )
 
 

@@ -244,7 +244,10 @@ class DataSet:
         skipped: frozenset[int] = frozenset(),
         watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
-        """Sample rows from a few blocks that are not skipped; ``watch`` as in ``reduce``."""
+        """Return rows sampled from a few blocks, none of them in ``skipped``.
+
+        The argument ``watch`` is that of ``reduce``.
+        """
         block_rows = self._block_rows.copy()
         block_rows.flat[list(skipped)] = 0
         plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)

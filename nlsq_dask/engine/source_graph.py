@@ -1,8 +1,9 @@
-"""``SourceGraph``: the caller's graph, partitioned into one task per block group.
+"""``SourceGraph``: the caller's Dask graph, rearranged so that one task reads each block group.
 
-Dask fuses chains of tasks, but a group of blocks of several arrays is a tree. Steps that only one
-group needs become its ``GroupReader``, which runs them one block after another. Steps that several
-groups need, such as a mean or a split chunk, remain tasks and run once.
+A block group is a run of neighboring blocks, each with its y, x and sigma. Dask fuses linear chains
+of tasks only, and the tasks that read a group form a tree. Therefore the steps that only one group
+needs become its ``GroupReader``, which reads one block after another. Steps that several groups
+need, such as a mean or a chunk that is split between groups, remain tasks and run once.
 """
 
 from __future__ import annotations

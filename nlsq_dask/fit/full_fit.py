@@ -107,9 +107,11 @@ class FullFit(ABC, Generic[T, S]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[S]]:
-        """Return a better start and its pass, or the same, if ``start`` does not fit all rows.
+        """Return the start to use and its pass, after the residuals of all rows were too large.
 
-        The sample now has rows from all blocks; ``chance`` is that of the first sample.
+        They are larger at ``start`` than chance explains if all rows are like the first sample,
+        whose factor for that is ``chance``. The sample now has rows from all blocks. Without a
+        better start, the arguments are returned.
         """
 
     @abstractmethod

@@ -274,7 +274,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def _probe_solver(
         self, sample: Sample, state: cg.CgState, n_probes: int
     ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """Return a function that solves ``J^T J u = v`` over all rows for a batch of probes."""
+        """Return a function that solves ``J^T J u = v``, J over all rows, for random vectors v."""
         context, params = self.context, state.solution
         assert params is not None
         batch_probes = batch_size(n_probes, len(params))

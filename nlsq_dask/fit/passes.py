@@ -45,7 +45,7 @@ OptionalSums = TypeVar("OptionalSums", bound=Sums | None)
 
 @dataclass(frozen=True)
 class RowsInUse:
-    """Set of rows that sums are computed over."""
+    """Which rows the sums are computed over: all but those of skipped blocks."""
 
     skipped: dict[int, SkippedBlock]  # blocks that could not be read, by flat index
     moments: Moments | None  # sums of the data alone; None before the first pass

@@ -18,7 +18,7 @@ _UNLIMITED_FACTOR = 10
 
 
 def start_settings(config: HybridStreamingConfig) -> StartSettings:
-    """Return the settings of layers 1 and 2."""
+    """Return the settings of warm-start detection (layer 1) and the first step (layer 2)."""
     return StartSettings(
         warm_start_threshold=config.warm_start_threshold
         if config.enable_warm_start_detection
@@ -31,7 +31,7 @@ def start_settings(config: HybridStreamingConfig) -> StartSettings:
 
 
 def warmup_settings(config: HybridStreamingConfig) -> WarmupSettings:
-    """Return the settings of L-BFGS, with layers 3 and 4."""
+    """Return the settings of L-BFGS with the cost guard (layer 3) and step clipping (4)."""
     criteria, limit = config.active_switching_criteria, config.max_warmup_iterations
     return WarmupSettings(
         history_size=config.lbfgs_history_size,

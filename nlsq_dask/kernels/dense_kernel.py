@@ -75,7 +75,7 @@ class DenseReduction:
         return strip_rows_for(batch_rows, platform)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return the constructor of the loops."""
+        """Return a factory of the loops that add rows to the totals."""
         n_rows = strip_rows_for(batch_rows, platform)
         n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
         make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
@@ -143,9 +143,10 @@ def dense_kernel(
 def with_accumulation(
     kernel: Kernel[NormalEquations], accumulation: Accumulation, model: Model
 ) -> Kernel[NormalEquations]:
-    """Return a kernel of the same model with another accumulation.
+    """Return a kernel of the same model that makes other products; see ``Accumulation``.
 
-    With a robust loss, ``TRIANGLE`` is replaced by ``ROOT``.
+    With a robust loss, ``ROOT`` takes the place of ``TRIANGLE``: the scaled residual spans too many
+    orders of magnitude for a column of a QR factorization.
     """
     if accumulation is Accumulation.TRIANGLE and not kernel.loss.is_linear:
         accumulation = Accumulation.ROOT

@@ -168,8 +168,9 @@ class DenseLoops(StripLoops):
     def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
         """Add a range of strips without masks.
 
-        In float32, a range is short enough to be summed in float32, which saves conversions. In
-        float64, strips are added one by one, so that the result does not depend on the ranges.
+        In float32, the strips of a range are summed in float32, for which a range is short enough,
+        and only their total is converted to float64. In float64, strips are added to the sums one
+        by one, so that the result does not depend on how strips are divided into ranges.
         """
         dtype, matrix = self._model.dtype, sums[0]
         if matrix.shape[-1] == 1 or dtype == matrix.dtype:

@@ -49,7 +49,7 @@ class GradientReduction:
         return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return the constructor of the loops."""
+        """Return a factory of the loops that add rows to the totals."""
         kind = DiagonalLoops if self.is_diagonal else GradientLoops
         return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 

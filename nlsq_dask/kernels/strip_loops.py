@@ -1,6 +1,7 @@
-"""Loops over strips of rows that compute the sums of a kernel, traced by JAX.
+"""``StripLoops``: loops, traced by JAX, that add up a kernel's sums strip by strip.
 
-Subclasses define the contribution of a strip and how it is added. A strip fits a core's cache.
+A strip is a run of rows small enough for a core's cache. Subclasses define the contribution of a
+strip and how it is added.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
                 message = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
                 raise ModelError(
                     f"The model {model.name!r} raised {type(error).__name__}: {message}. It was "
-                    f"called as model(x, *params) with {_describe_x(model)} of b rows, here "
-                    f"{n_rows}, and {model.n_params} single numbers. "
+                    f"called as model(x, *params) with {_describe_x(model)} of b rows "
+                    f"(here {n_rows}) and {model.n_params} scalars. "
                     f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)

@@ -39,7 +39,7 @@ class Model:
         )
 
     def jaxpr(self) -> Any:
-        """Trace the function with scalar parameters; call it in a 64-bit scope."""
+        """Return the jaxpr of the function with scalar parameters; needs ``jax.enable_x64``."""
         params = [jax.ShapeDtypeStruct((), np.dtype(self.dtype)) for _ in range(self.n_params)]
         return jax.make_jaxpr(self.__call__)(self.x_specs(TRACED_ROWS), params)
 

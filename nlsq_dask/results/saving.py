@@ -113,8 +113,8 @@ def _with_model(result: FitResult, missing: MissingModel, model: Callable[..., A
         described = _describe_model(candidate)
     except (ModelError, TypeError) as error:  # raised by the function when it is called
         raise ValueError(
-            f"model={candidate.name} cannot be that of this result, {missing.__name__!r}: {error}. "
-            f"{advice}"
+            f"model={candidate.name} cannot be the model of this result, {missing.__name__!r}: "
+            f"{error}. {advice}"
         ) from error
     if described.versions == missing.versions:
         is_same = described.fingerprint == missing.fingerprint

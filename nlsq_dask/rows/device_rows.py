@@ -1,4 +1,4 @@
-"""``PlacedRows``: rows in the memory of the devices that compute them."""
+"""``PlacedRows``: rows in the memory of the devices that process them."""
 
 from __future__ import annotations
 

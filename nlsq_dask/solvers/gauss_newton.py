@@ -342,9 +342,9 @@ def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> St
 
 
 def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Iterate) -> float:
-    """Return the largest change of the covariance between two sums, relative to the variances.
+    """Return the largest change of an element of the covariance from ``old`` to ``new`` sums.
 
-    Scale and machine epsilon are those of ``iterate``.
+    It is relative to the variances. The scale and the machine epsilon are those of ``iterate``.
     """
     scale, epsilon = iterate.scale, iterate.settings.epsilon
     roots = [ScaledSVD.of(sums, scale, epsilon).inverse_root for sums in (old, new)]

@@ -36,7 +36,7 @@ _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss t
 
 
 class WarmupEnd(IntEnum):
-    """Reason for the end of the loop, named as in ``active_switching_criteria`` if listed there."""
+    """Why the warm-up ended; a criterion of ``active_switching_criteria`` keeps its name."""
 
     RUNNING = 0
     PLATEAU = 1

@@ -114,7 +114,7 @@ def _two_largest(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple
 
 
 def _worst(table: NDArray[np.float64], axis: int, width: int) -> NDArray[np.float64]:
-    """Return the maximum of each ``width`` neighbors along an axis."""
+    """Return the maximum of each non-overlapping group of ``width`` neighbors along an axis."""
     if width == 1:
         return table
     starts = np.arange(0, table.shape[axis], width)

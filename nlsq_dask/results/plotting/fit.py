@@ -183,7 +183,10 @@ def _draw_observed(axes: Axes, sampled: Sampled) -> None:
 def _draw_residuals(
     axes: Axes, sampled: Sampled, quantity: Quantity, has_label: bool = True
 ) -> None:
-    """Draw residuals and their means against a quantity, with lines at one standard deviation."""
+    """Draw residuals and their local means against a quantity.
+
+    Horizontal lines mark plus and minus one standard deviation of the residuals.
+    """
     x, residuals, limit = quantity.values, sampled.residuals, sampled.limit
     far = np.abs(residuals) > limit
     _points(axes, x[~far], residuals[~far])

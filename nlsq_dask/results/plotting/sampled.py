@@ -25,7 +25,7 @@ _ROWS_PER_MEAN = 60  # 33 means for 2,000 rows
 
 @dataclass(frozen=True)
 class Quantity:
-    """One x array of shape (n,), or a column of one of shape (n, k)."""
+    """Quantity to plot against: an x array of shape (n,), or a column of one of (n, k)."""
 
     name: str  # argument of ``plot(x=...)``
     text: str  # axis label

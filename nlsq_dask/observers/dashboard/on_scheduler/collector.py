@@ -12,10 +12,10 @@ class Collector:
     Parameters
     ----------
     read : callable
-        Returns numbers by name; names of counters end in ``_total``.
+        Returns a dict of metric names to values; names of counters end in ``_total``.
     is_of_scheduler : bool
-        A collector of a scheduler yields nothing if a driver in the same process has registered
-        its own, because both would show the same fits.
+        Whether it runs in the Dask scheduler. Then it yields nothing if the process that calls
+        ``fit`` is the same and has a collector of its own, because both would report the same fits.
     """
 
     is_of_nlsq_dask = True

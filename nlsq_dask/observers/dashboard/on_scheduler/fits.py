@@ -154,7 +154,7 @@ class Fits:
             self._of_others = _added(self._of_others, metrics)
 
     def metrics(self) -> dict[str, float]:
-        """Return the counters of all fits and the last loss by Prometheus name."""
+        """Return a dict of metric names to values: counters over all fits, and the last loss."""
         every = [fit.metrics for fit in list(self.recent.values())]
         every += [metrics for _, metrics in list(self._forgotten.values())]
         totals = self._of_others

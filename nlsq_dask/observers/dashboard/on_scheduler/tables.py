@@ -72,7 +72,7 @@ def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[A
 
 
 def bars_of_pass(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Return a bar for each fit."""
+    """Return a progress bar of the current pass for each fit."""
     return {
         "fit": [fit.title for fit in fits],
         "share": [100 * _share(fit) for fit in fits],
@@ -137,7 +137,7 @@ def image(fit: Fit) -> Image | None:
 
 
 def profile(fit: Fit) -> Line | None:
-    """Return the profile of a fit, or None if its grid is not one-dimensional."""
+    """Return the mean square residual along a 1-d grid of blocks, or None for other grids."""
     return Line(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 1 else None
 
 
