@@ -39,14 +39,12 @@ from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     rates,
 )
 from nlsq_dask.observers.dashboard.shipping import ShippedPlugin, why_not_to_ship
+from tests import problems
 from tests.browser import CHROMIUM, Browser
+from tests.problems import exponential
 
 # A worker in this process would be told that its collector of metrics is there already.
 LOCAL = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0"}
-
-
-def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
-    return a * jnp.exp(-b * x) + c
 
 
 def other(x: Any, a: Any, b: Any, c: Any) -> Any:
@@ -58,22 +56,14 @@ def slowly(block: np.ndarray, seconds: float) -> np.ndarray:
     return block
 
 
-def fit(
-    model: Any = decay,
-    n_blocks: int = 12,
-    seconds: float = 0.0,
-    observers: Any = (),
-    **options: Any,
-) -> Any:
+def fit(model: Any = exponential, n_blocks: int = 12, seconds: float = 0.0, **options: Any) -> Any:
     # A group of blocks, which is one task, ends with 2**18 rows.
     rows = 2_000 if not seconds else 2**18
     x = da.linspace(0, 4, n_blocks * rows, chunks=rows)
     y = 2.0 * da.exp(-0.7 * x) + 0.3 + 0.01 * da.sin(1e6 * x)
     if seconds:
         y = y.map_blocks(slowly, seconds, dtype=float, meta=np.zeros(0))
-    config = nd.HybridStreamingConfig(**{"verbose": 0, "cache": 0, **options})
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config, observers=observers)
-    return optimizer.fit(model, x, y, [1.0, 1.0, 0.1])
+    return problems.fit(model, x, y, [1.0, 1.0, 0.1], **{"cache": 0, **options})
 
 
 IS_OURS = '<div class="nlsq">'
@@ -367,7 +357,7 @@ def test_the_page_and_its_link(as_default: Client, caplog: pytest.LogCaptureFixt
     *_, known = pages(as_default)
     assert known["state"] == "finished"
     assert known["text"] == result.message
-    assert known["about"]["model"] == "decay"
+    assert known["about"]["model"] == "exponential"
     losses = [entry["loss"] for entry in known["iterations"]]
     np.testing.assert_array_equal(losses, result.history.loss)
     assert [phase["phase"] for phase in known["phases"]] == [0, 1, 2, 3]
@@ -408,7 +398,7 @@ def test_two_fits_at_once_from_two_clients(as_default: Client) -> None:
     fit()
     last = pages(as_default)[-1]["number"]
     with Client(as_default.scheduler.address, set_as_default=False) as second:
-        clients = {decay: as_default, other: second}
+        clients = {exponential: as_default, other: second}
 
         def run(model: Any) -> None:
             with clients[model].as_current():
@@ -420,7 +410,7 @@ def test_two_fits_at_once_from_two_clients(as_default: Client) -> None:
         for thread in threads:
             thread.join()
         ours = [known for known in pages(as_default) if known["number"] > last]
-        assert {known["about"]["model"] for known in ours} == {"decay", "other"}
+        assert {known["about"]["model"] for known in ours} == {"exponential", "other"}
         assert {known["client"] for known in ours} == {client.id for client in clients.values()}
         assert {known["state"] for known in ours} == {"finished"}
     assert fetch(address(as_default) + "/nlsq").count('href="nlsq"') == 1
@@ -443,9 +433,7 @@ def test_an_error_and_a_resumed_fit_are_shown(as_default: Client, tmp_path: Path
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        nd.AdaptiveHybridStreamingOptimizer(
-            nd.HybridStreamingConfig(verbose=0, callback_frequency=1)
-        ).fit(decay, *(da.linspace(0.1, 2, 100, chunks=30),) * 2, [1.0, 1.0, 0.1], callback=stop)
+        fit(callback=stop, callback_frequency=1)
     assert pages(as_default)[-1]["state"] == "aborted"
     assert "enough" in pages(as_default)[-1]["text"]
     whole = fit(checkpoint_dir=tmp_path)
@@ -453,7 +441,7 @@ def test_an_error_and_a_resumed_fit_are_shown(as_default: Client, tmp_path: Path
     fit(resume_from_checkpoint=tmp_path)
     *_, known = pages(as_default)
     assert len(known["iterations"]) == len(whole.history.iteration)
-    assert known["about"]["model"] == "decay"
+    assert known["about"]["model"] == "exponential"
     after = counted(address(as_default) + "/metrics")
     assert after["nlsq_passes_total"] == before["nlsq_passes_total"]
 
@@ -636,7 +624,9 @@ def test_a_browser_sees_two_fits(tmp_path: Path, prefix: str) -> None:
         browser.wait_for(f"location.pathname == '{prefix}/nlsq'")
         browser.wait_for("window.Bokeh && Bokeh.documents.length == 1")
         before = browser.wait_for(POINTS)
-        threads = [threading.Thread(target=fit, args=[model, 12, 0.3]) for model in (decay, other)]
+        threads = [
+            threading.Thread(target=fit, args=[model, 12, 0.3]) for model in (exponential, other)
+        ]
         for thread in threads:
             thread.start()
         grown = browser.wait_for(f"{POINTS} > {before} && {POINTS}")
@@ -713,8 +703,7 @@ def test_a_map_of_another_grid_is_seen_whole(tmp_path: Path) -> None:
     def fit_grid(down: int, across: int) -> None:
         x = da.linspace(0, 4, down * across * 100).reshape(down * 10, across * 10)
         y = (2.0 * da.exp(-0.7 * x) + 0.3 + 0.01 * da.sin(1e6 * x)).rechunk(10)
-        config = nd.HybridStreamingConfig(verbose=0)
-        nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, x.rechunk(10), y, [1.0, 1.0, 0.1])
+        problems.fit(exponential, x.rechunk(10), y, [1.0, 1.0, 0.1])
 
     plot = "Bokeh.documents[0].get_model_by_name('map')"
     ends = ", ".join(f"{plot}.{axis}_range.{end}" for axis in "xy" for end in ("start", "end"))
