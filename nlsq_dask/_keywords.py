@@ -54,7 +54,8 @@ def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        known = set(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
+        known = set(signature.parameters)
         if others:
             _CALL_OF.update(dict.fromkeys(known - {"self"}, call))
 
@@ -64,6 +65,10 @@ def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]
                 if keyword not in known:
                     message = f"{call}() has no argument {keyword!r}. {suggest_keyword(keyword)}"
                     raise TypeError(message.rstrip())
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{call}(): {error}.") from None
             return function(*args, **kwargs)
 
         return checked

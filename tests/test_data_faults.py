@@ -439,6 +439,21 @@ def test_a_block_that_is_lost_on_the_way(way: str, readings: int, tmp_path: Path
     )
 
 
+def test_a_block_that_is_lost_in_the_probes_stays_skipped(tmp_path: Path) -> None:
+    """The journal must not keep what a pass over fewer rows made of them."""
+    start, options = [4.0, 2.0, 1.0], {"min_success_rate": 0.9, **WAYS["gradients"]}
+    healthy = Flaky(tmp_path, 10**9)
+    fit(*healthy.data(), start, **options)
+    flaky, folder = Flaky(tmp_path, healthy.calls - 1), tmp_path / "checkpoints"
+    with pytest.warns(nd.DataWarning, match=r"1,000 of 12,000 rows, in 1 of 12 blocks"):
+        result = fit(*flaky.data(), start, checkpoint_dir=folder, **options)
+    assert np.isfinite(result.perr).all()
+    for checkpoint in folder.iterdir():
+        with pytest.warns(nd.DataWarning, match=r"1,000 of 12,000 rows, in 1 of 12 blocks"):
+            resumed = fit(*flaky.data(), start, resume_from_checkpoint=checkpoint, **options)
+        np.testing.assert_array_equal(resumed.perr, result.perr)
+
+
 def test_bad_rows_are_counted_of_those_that_could_be_read(tmp_path: Path) -> None:
     y = Y.copy()
     y[5] = np.nan

@@ -224,3 +224,12 @@ def test_curve_fit_keeps_names_and_defaults_of_stacked_models() -> None:
         assert found[2]["result"].param_names == names
     with pytest.raises(TypeError, match="model must be a callable"):
         curve_fit(3, u, u[0])  # type: ignore[arg-type]
+
+
+def test_a_call_with_wrong_arguments_names_itself() -> None:
+    optimizer = AdaptiveHybridStreamingOptimizer()
+    for call, name in ((optimizer.fit, "fit"), (optimizer.plan, "plan")):
+        with pytest.raises(TypeError, match=rf"^{name}\(\): missing a required argument: 'x_data'"):
+            call(lambda x, a: a * x)
+        with pytest.raises(TypeError, match=rf"^{name}\(\): too many positional arguments"):
+            call(lambda x, a: a * x, 1, 2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""The table of rooms and imports in CONTRIBUTING, kept true by reading the imports."""
+"""The layers of docs/design.md, checked by reading the imports."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def reduce_group(
 ) -> PassResult[S]:
     """Sum over the blocks of a group, read or cached."""
     blocks = group.blocks(inputs, request.skipped, kernel.placed)
-    return combine(*(_reduce_block(kernel, request, *block) for block in blocks))
+    # Two results at a time, because each may hold a large matrix.
+    return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
 
 
 def _reduce_block(

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import SampleSolver, first_accumulation
+from nlsq_dask.fit.loop import Report, iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.fit.settings import gauss_newton_settings
+from nlsq_dask.fit.settings import SAMPLE_ITERATIONS_FACTOR, gauss_newton_settings
 from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
 from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.in_memory import DenseObjective
@@ -25,11 +25,22 @@ from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
+from nlsq_dask.solvers.iterate import Iterate
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[DenseObjective]
+
+# Width of the anchor penalty in normalized parameters; limits non-identifiable ones.
+_ANCHOR_LENGTH = 10.0
+_WEAK_LENGTHS = (1e6, np.inf)  # a weak penalty, and none
+_MAX_DECREMENT = 1e-2  # relative decrement without the penalty at which it matters
+_CHANCE = 10.0  # times p / n: insignificant relative reduction of the cost
+_LESS_VARIANCE = 0.5  # ratio of variances at which the penalty is relaxed
+_FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
+_RACE_TOL = 1e-3  # tolerance for comparing starts
+_SAME_COST = 1e-4  # relative difference within which costs are equal
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,109 @@ class _SampleSolution:
     params: Vector
     iterations: int
     accumulation: Accumulation
+
+
+@dataclass(frozen=True)
+class SampleSolver:
+    """Fits rows in memory with dense matrices."""
+
+    solver: GaussNewton  # with the epsilon of float64
+
+    def solve(
+        self,
+        sums: DenseObjective,
+        start: Vector,
+        report: Report,
+        anchor_length: float = _ANCHOR_LENGTH,
+    ) -> State:
+        """Return the final state; ``sums`` keep the accumulation that the solution requires.
+
+        Some parameters may be non-identifiable on the sample (a peak that it misses). A weak
+        penalty keeps them near the start; it moves the others by far less than their errors.
+        """
+        solver, accumulation = self.solver, self.solver.accumulation
+        sums.use(accumulation)
+        if not sums(start).is_finite:
+            return solver.init(start, sums(start))
+        anchor = _AnchorPenalty(
+            start, sums(start).mean_square, anchor_length * solver.settings.sizes
+        )
+
+        def evaluate(request: Request) -> NormalEquations:
+            sums.use(request.accumulation)
+            return anchor.add_to(sums(request.params), request.params)
+
+        params = start
+        while True:
+            initial = solver.init(params, evaluate(Request(params, accumulation=accumulation)))
+            state = iterate(solver, initial, evaluate, report)
+            assert state.solution is not None
+            params, accumulation = state.solution, state.accumulation
+            solver = replace(solver, accumulation=accumulation)
+            if state.stop in _FINAL or not anchor.relax(sums(params).mean_square):
+                break
+        if not state.iterate.is_ill_conditioned:
+            sums.use(self.solver.accumulation)
+        return state
+
+    def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
+        """Return the end point of the best start, the first of equally good ones.
+
+        A warm-up may end in a valley that Gauss-Newton avoids, and vice versa; a few rows suffice
+        to compare. If the anchor penalty matters at the solution, the start may be wrong by orders
+        of magnitude; weaker penalties are then tried.
+        """
+        settings = self.solver.settings
+        coarse = replace(settings, tol=max(settings.tol, _RACE_TOL))
+        rough = SampleSolver(replace(self.solver, settings=coarse))
+        best, least = rough._race(sums, starts, _ANCHOR_LENGTH, report)
+        n_used, n_params = max(sums(best).n_used, 1), len(best)
+        if (
+            np.isfinite(least)
+            and Iterate.of(best, sums(best), settings).relative_decrement > _MAX_DECREMENT
+        ):
+            races = (rough._race(sums, starts, length, report) for length in _WEAK_LENGTHS)
+            other, cost = min(races, key=lambda race: race[1])
+            if cost * (1.0 + _CHANCE * n_params / n_used) < least:
+                return other
+        return best
+
+    def _race(
+        self, sums: DenseObjective, starts: list[Vector], anchor_length: float, report: Report
+    ) -> tuple[Vector, float]:
+        ends, costs = [], []
+        for start in starts:
+            solution = self.solve(sums, start, report, anchor_length).solution
+            end = start if solution is None else solution
+            end_sums = sums(end)
+            ends.append(end)
+            costs.append(end_sums.cost if end_sums.is_finite else np.inf)
+        best = min(costs) * (1.0 + _SAME_COST)
+        return next(pair for pair in zip(ends, costs, strict=True) if pair[1] <= best)
+
+
+@dataclass
+class _AnchorPenalty:
+    """Penalty that keeps parameters near a start, like a Gaussian prior.
+
+    With the variance at a bad start it is so strong that it creates minima, so it is relaxed after
+    each solve.
+    """
+
+    start: Vector
+    variance: float
+    widths: Vector
+
+    def add_to(self, sums: NormalEquations, params: Vector) -> NormalEquations:
+        roots = np.sqrt(self.variance) / self.widths
+        return sums.with_rows(np.diag(roots), roots * (params - self.start))
+
+    def relax(self, variance: float) -> bool:
+        """Relax the penalty if the variance is much smaller; return whether it changed."""
+        if not variance < _LESS_VARIANCE * self.variance:
+            return False
+        self.variance = variance
+        return True
 
 
 class DenseFit(FullFit[State, NormalEquations]):
@@ -56,8 +170,18 @@ class DenseFit(FullFit[State, NormalEquations]):
         self._kernels = {Accumulation.GRAM: self._gram}
         self._sample_kernel = trace(problem.exact_model, loss=problem.loss)
         self._settings = gauss_newton_settings(problem)
-        self._sample_solver = SampleSolver.of(self._settings, config)
-        self._first_accumulation = first_accumulation(config)
+        is_qr = config.gauss_newton_solver == "qr"
+        self._first_accumulation = Accumulation.TRIANGLE if is_qr else Accumulation.GRAM
+        self._is_auto = config.gauss_newton_solver == "auto"
+        settings = replace(
+            self._settings,
+            epsilon=float(np.finfo(np.float64).eps),
+            max_iterations=SAMPLE_ITERATIONS_FACTOR * self._settings.max_iterations,
+            patience=SAMPLE_ITERATIONS_FACTOR * self._settings.patience,
+        )
+        self._sample_solver = SampleSolver(
+            GaussNewton(settings, self._first_accumulation, self._is_auto)
+        )
 
     def kernel(self, request: Request) -> Kernel[NormalEquations]:
         """Return the kernel for a request over all rows."""
@@ -110,11 +234,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         return Request(params, accumulation=self._first_accumulation, is_fresh=True)
 
     def _make_solver(self, sample: Sample, sums: NormalEquations) -> GaussNewton:
-        is_auto = self.problem.config.gauss_newton_solver == "auto"
         return GaussNewton(
             self._settings,
             self._first_accumulation,
-            may_factorize=is_auto and self.problem.is_exact,
+            may_factorize=self._is_auto and self.problem.is_exact,
             forecast=lambda state: forecast(state, sample.objective),
         )
 
@@ -140,8 +263,10 @@ class DenseFit(FullFit[State, NormalEquations]):
             old_sums.is_finite and new_sums.cost * chance >= old_sums.cost
         ):
             return start, first
-        kernel = self.kernel(self._first_request(new_start))
-        new_pass, first = self.context.passes.run_beside(kernel, new_start, start, first)
+        known = self._first_request(start)
+        request = replace(known, params=new_start, is_fresh=False)
+        kernel = self.kernel(request)
+        new_pass, first = self.context.passes.run_beside(kernel, request, known, first)
         if new_pass.sums.is_finite and not (
             first.sums.is_finite and first.sums.cost <= new_pass.sums.cost
         ):
@@ -149,7 +274,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return start, first
 
     def _describe(self, state: State) -> dict[str, Any]:
-        return {"solver": "qr" if state.accumulation.is_factorized else "normal"}
+        return {"solver": "normal" if state.sums.triangle is None else "qr"}
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
         """Return the covariance at the solution, or None.

@@ -19,7 +19,7 @@ Callback = Callable[[Vector, float, int], Any]
 
 
 class StoppedByCallbackError(Exception):
-    """The callback raised StopIteration before the first pass over all rows."""
+    """The callback raised StopIteration during the warm-up or on the sample."""
 
     def __init__(self, params: Vector) -> None:
         super().__init__()

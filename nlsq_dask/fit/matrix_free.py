@@ -15,10 +15,10 @@ from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import SAMPLE_ITERATIONS_FACTOR, iterate
+from nlsq_dask.fit.loop import iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.fit.settings import newton_cg_settings
+from nlsq_dask.fit.settings import SAMPLE_ITERATIONS_FACTOR, newton_cg_settings
 from nlsq_dask.kernels.gradient_kernel import gradient_kernel
 from nlsq_dask.kernels.in_memory import GradientObjective
 from nlsq_dask.kernels.kernel import Kernel
@@ -51,6 +51,10 @@ class _SampleSolution:
     params: Vector
     iterations: int
     n_products: int
+
+
+class _RowsChangedError(Exception):
+    """Blocks were skipped in a pass whose sums would be compared with earlier ones."""
 
 
 class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
@@ -105,7 +109,9 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         costs = [sample.objective(end).cost for end in ends]
         best = ends[int(np.argmin(np.where(np.isfinite(costs), costs, np.inf)))]
         for candidate in (best, *starts):
-            new_pass, first = self.context.passes.run_beside(self._kernel, candidate, start, first)
+            new_pass, first = self.context.passes.run_beside(
+                self._kernel, Request(candidate), Request(start), first
+            )
             if new_pass.sums.is_finite and not (
                 first.sums.is_finite and first.sums.cost <= new_pass.sums.cost
             ):
@@ -123,10 +129,11 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         The steps towards a solution say little about single parameters.
         """
         assert state.stop is not None
-        if not state.stop.is_success:
-            return state, self._non_identifiable
-        state = self._with_sensitivity(state)
-        self._non_identifiable = self._without_effect(state)
+        self._non_identifiable, n_skipped = None, self.context.passes.n_skipped
+        if state.stop.is_success:
+            state = self._with_sensitivity(state)
+            if self.context.passes.n_skipped == n_skipped:
+                self._non_identifiable = self._without_effect(state)
         return state, self._non_identifiable
 
     def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
@@ -140,15 +147,15 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         signs = np.random.default_rng(self.problem.config.random_seed).choice(
             [-1.0, 1.0], len(state.params)
         )
-        (product,) = self._products(state.solution, signs * self.problem.normalizer.scales)
-        sensitive = state.sensitive | (product != 0.0)
+        sums = self._product(state.solution, signs * self.problem.normalizer.scales)
+        sensitive = state.sensitive | (sums.products[0] != 0.0)
         stop = state.stop if sensitive.all() else Status.NO_SENSITIVITY
         return replace(state, sensitive=sensitive, stop=stop)
 
-    def _products(self, params: Vector, *directions: Vector) -> NDArray[np.float64]:
-        """Return ``J^T J v`` over all rows, from one pass."""
-        request = Request(params, directions=np.array(directions), is_trial=False)
-        return self.context.passes.run(self._kernel, request).sums.products
+    def _product(self, params: Vector, direction: Vector) -> GradientSums:
+        """Return sums over all rows with ``J^T J v`` along a direction, from one pass."""
+        request = Request(params, directions=direction[None], is_trial=False)
+        return self.context.passes.run(self._kernel, request).sums
 
     def _without_effect(self, state: cg.CgState) -> NDArray[np.bool_] | None:
         """Return the parameters that take part in a null direction, or None if none is found.
@@ -170,8 +177,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         )
         if direction is None:
             return None
-        request = Request(params, directions=direction[None], is_trial=False)
-        sums = self.context.passes.run(self._kernel, request).sums
+        sums = self._product(params, direction)
         weight = sums.n_used / max(sample.n_used, 1)
         shares = np.abs(direction) * np.sqrt(diagonal)
         if not abs(float(direction @ sums.products[0])) <= NULL_EIGENVALUE * weight * float(
@@ -256,10 +262,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return None
         n_params, sums = len(state.params), state.sums
         n_probes = details["probes"] = min(n_probes, n_params)
-        n_skipped = self.context.passes.n_skipped
         probes = probe_batches(n_probes, n_params, self.problem.config.random_seed)
-        variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
-        if self.context.passes.n_skipped > n_skipped:  # the fit is solved again
+        try:
+            variances = inverse_diagonal(self._probe_solver(sample, state, n_probes), probes)
+        except _RowsChangedError:  # the fit is solved again
             return None
         if not (state.sensitive.all() and np.isfinite(variances).all()):
             warn_caller(
@@ -287,11 +293,12 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         n_skipped = context.passes.n_skipped
 
         def products(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-            if context.passes.n_skipped > n_skipped:
-                return np.full_like(vectors, np.nan)
             padded = np.pad(vectors, ((0, batch_probes - len(vectors)), (0, 0)))
             request = Request(params, directions=padded, is_trial=False)
-            return context.passes.run(kernel, request).sums.products[: len(vectors)]
+            products = context.passes.run(kernel, request).sums.products
+            if context.passes.n_skipped > n_skipped:
+                raise _RowsChangedError  # so that the journal does not record the step
+            return products[: len(vectors)]
 
         def solve(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
             # A journal step, so that the passes of a batch can be discarded after it.

@@ -225,18 +225,18 @@ class Passes:
         return reduced
 
     def run_beside(
-        self, kernel: Kernel[S], params: Vector, reference_params: Vector, reference: Reduced[S]
+        self, kernel: Kernel[S], request: Request, known: Request, known_pass: Reduced[S]
     ) -> tuple[Reduced[S], Reduced[S]]:
-        """Return the pass at ``params`` and a reference pass over the same rows.
+        """Return the pass of a request, and that of a known one over the same rows.
 
-        The latter is run again if blocks had to be left out of the former.
+        The latter is run again if blocks are skipped in the former.
         """
         while True:
             before = self.n_skipped
-            reduced = self.run(kernel, Request(params))
+            new_pass = self.run(kernel, request)
             if self.n_skipped == before:
-                return reduced, reference
-            reference = self.run(kernel, Request(reference_params, is_fresh=True))
+                return new_pass, known_pass
+            known_pass = self.run(kernel, replace(known, is_fresh=True))
 
     def _run_pass(
         self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance

@@ -15,6 +15,7 @@ from nlsq_dask.warmup.multistart import MultistartSettings
 _PATIENCE = 15  # passes over all rows without progress
 # Multiple of the iteration limit of the warm-up if "max_iter" is not among the criteria.
 _UNLIMITED_FACTOR = 10
+SAMPLE_ITERATIONS_FACTOR = 10  # relative to all rows; iterations on the sample read no data
 
 
 def start_settings(config: HybridStreamingConfig) -> StartSettings:

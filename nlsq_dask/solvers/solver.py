@@ -1,8 +1,8 @@
 """``Solver``: interface of the methods of phase 2, with ask and tell.
 
-A state contains everything that a solver knows, so it can be saved in a checkpoint. An iteration
-costs one reduction over the rows. A solver does not know where the sums come from: the same code
-fits the sample in memory and all rows.
+A state contains everything that a solver has learned, so it can be saved in a checkpoint. Each
+request costs one reduction over the rows. A solver does not know where the sums come from: the same
+code fits the sample in memory and all rows.
 """
 
 from __future__ import annotations
