@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +15,32 @@ import pytest
 import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
+
+
+def share_compiled_programs() -> None:
+    """Share compiled programs among all processes of a run, workers of clusters included.
+
+    JAX reads these variables when it is imported. The first process creates the folder and removes
+    it at exit; the processes it starts inherit the variables.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="nlsq-dask-programs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+share_compiled_programs()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # JAX writes entries in place. A process that reads a part of one, or finds what a killed
+    # process has left, compiles the program itself.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning"
+    )
 
 
 @pytest.fixture(scope="session")
