@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from nlsq_dask._version import version_of
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.config.validation import default_of
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.fingerprints import describe_array, digest
 from nlsq_dask.errors import CheckpointError
@@ -76,7 +77,7 @@ class FitFingerprint:
             If anything else differs.
         """
         # Arguments and options newer than the checkpoint have their defaults.
-        options = {o.name: _text(_default(o)) for o in fields(HybridStreamingConfig)}
+        options = {o.name: _text(default_of(o)) for o in fields(HybridStreamingConfig)}
         differences = [
             *_differences("data", self.data, now.data),
             *_differences("argument", self.arguments, now.arguments, unknown=repr(None)),
@@ -94,10 +95,6 @@ class FitFingerprint:
             f"{text}: the result may differ in its last digits"
             for text in _differences("version", self.versions, now.versions)
         ]
-
-
-def _default(option: Field[Any]) -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 def _differences(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Self
 
 from nlsq_dask._keywords import suggest_keyword
@@ -20,6 +20,11 @@ def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def default_of(option: Field[Any]) -> Any:
+    """Return the default of an option."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 @dataclass(kw_only=True, repr=False)
@@ -54,13 +59,8 @@ class ValidatedOptions:
         >>> HybridStreamingConfig(cache=0).changed()
         {'cache': 0}
         """
-        default = {option.name: option.default for option in fields(self)} | {
-            option.name: option.default_factory()
-            for option in fields(self)
-            if option.default_factory is not MISSING
-        }
-        values = {option.name: getattr(self, option.name) for option in fields(self)}
-        return {name: value for name, value in values.items() if value != default[name]}
+        values = {option: getattr(self, option.name) for option in fields(self)}
+        return {o.name: value for o, value in values.items() if value != default_of(o)}
 
     def validated_copy(self) -> Self:
         """Return a copy after validating all values."""
@@ -83,8 +83,7 @@ def numpydoc_sections(options: type[ValidatedOptions]) -> str:
     """Return the numpydoc section of the options."""
     lines = ["", "    Parameters", "    ----------"]
     for option in fields(options):
-        default = option.default_factory() if callable(option.default_factory) else option.default
         rule: Rule = option.metadata["rule"]
-        lines.append(f"    {option.name} : {rule.allowed}, default {default!r}")
+        lines.append(f"    {option.name} : {rule.allowed}, default {default_of(option)!r}")
         lines.append(f"        {option.metadata['doc']}")
     return "\n".join(lines) + "\n" + _RAISES
