@@ -729,7 +729,7 @@ def test_html_of_an_optimizer_and_a_plan() -> None:
     assert f"{result.cost:.8g}" in after.text
     assert any("covariance: done" in text for text in after.text)
     default = Page(nd.AdaptiveHybridStreamingOptimizer()._repr_html_())
-    assert "all as by default" in default.text
+    assert "defaults only" in default.text
     plan = optimizer.plan(exponential, x, y, [2, 1, 0])
     page = Page(plan._repr_html_())
     assert "Tasks per pass" in page.text

@@ -338,7 +338,7 @@ def test_predict_at_names_that_do_not_match() -> None:
         result.predict({0: along, "h": along[:9]})
     with pytest.raises(nd.DataError, match=r"labels of x\['h'\] along 't' differ from those of an"):
         result.predict({0: along, "h": along.assign_coords(t=H + 1)})
-    with pytest.raises(nd.DataError, match=r"one element per row.*x\['h'\] has shape \(\)"):
+    with pytest.raises(nd.DataError, match=r"same number of rows: .*x\['h'\] has shape \(\)"):
         result.predict({0: along, "h": along[0].drop_vars("t")})
 
 

@@ -146,7 +146,7 @@ def _template(
     is_flat = len(broadcast) == 1 and all(shape == broadcast for shape in shapes)
     if not is_flat and (len(broadcast) == 1 or any(x_features)):
         raise DataError(
-            f"all arrays of x must have the same number of rows; got {_list_shapes(names, leaves)}."
+            f"all arrays of x must have the same number of rows: {_list_shapes(names, leaves)}."
         )
     return template
 
