@@ -19,9 +19,7 @@ from nlsq_dask.data.alignment import align
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.reduction_tree import group_blocks
 from nlsq_dask.kernels.sums import GradientSums, NormalEquations, Sums
-from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows
-from nlsq_dask.rows.windows import flat_range
 from tests import problems
 from tests.problems import decay_data, exponential
 
@@ -126,7 +124,9 @@ def test_the_seed_of_the_sample_changes_the_way_not_the_answer(seed: int) -> Non
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
     data=st.data(),
 )
-def test_flat_range_is_a_slice_of_the_broadcast_array(shape: tuple[int, ...], data: Any) -> None:
+def test_a_range_of_rows_is_a_slice_of_broadcast_arrays(
+    shape: tuple[int, ...], data: Any
+) -> None:
     own = tuple(n if data.draw(st.booleans()) else 1 for n in shape)
     features = data.draw(st.sampled_from([(), (2,)]))
     array = np.arange(np.prod(own + features)).reshape(own + features)
@@ -136,11 +136,10 @@ def test_flat_range_is_a_slice_of_the_broadcast_array(shape: tuple[int, ...], da
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
     expected = np.broadcast_to(array, shape + features).reshape(-1, *features)[start:stop]
-    np.testing.assert_array_equal(flat_range(array, shape, start, stop), expected)
     layout = Layout(None, (features,), (str(array.dtype),), "float64", None, False)
-    block = Block.of([np.zeros(shape), array], layout, [shape, array.shape])
-    taken = block.take(np.arange(start, stop)).x[0]
-    np.testing.assert_array_equal(taken, expected)
+    rows = Rows.of_block([np.zeros(shape), array], layout, [shape, array.shape])
+    np.testing.assert_array_equal(rows.range(start, stop).x[0], expected)
+    np.testing.assert_array_equal(rows.take(np.arange(start, stop)).x[0], expected)
 
 
 @pytest.mark.parametrize("rows", [1_000, 250_000, 1_000_000])

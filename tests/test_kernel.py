@@ -22,7 +22,6 @@ from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
-from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP
 
@@ -289,7 +288,7 @@ def test_broadcast_rows_in_memory_that_is_used_again(
     shape = (40, 30, 25)
     rng = np.random.default_rng(4)
     x, sigma = rng.uniform(0, 5, x_shape), rng.uniform(0.5, 2, sigma_shape)
-    blocks = [Block(shape, rng.normal(size=shape), (x,), sigma, None) for _ in range(8)]
+    blocks = [Rows(rng.normal(size=shape), (x,), sigma) for _ in range(8)]
     layout = Layout(None, ((),), ("float64",), "float64", "float64", False)
     model = Model(exponentials(3), 3, layout, "float64")
     params = np.array([1.2, 0.7, 0.3])

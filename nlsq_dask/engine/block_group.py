@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
-from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.device_rows import PlacedRows
+from nlsq_dask.rows.rows import Rows
 
-CachedBlock = Block | PlacedRows
+CachedBlock = Rows | PlacedRows
 
 _cached_bytes: Counter[str] = Counter()
 _released: deque[tuple[str, int]] = deque()
@@ -157,7 +157,7 @@ class BlockGroup:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(
-        self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Block], CachedBlock]
+        self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Rows], CachedBlock]
     ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
         """Yield the flat index of each block, its rows, and its ``ReadBlock`` unless it was cached.
 

@@ -34,8 +34,7 @@ from nlsq_dask.engine.retries import (
     run_step,
     unwrap,
 )
-from nlsq_dask.rows.block import Block
-from nlsq_dask.rows.rows import Layout
+from nlsq_dask.rows.rows import Layout, Rows
 
 Key = Any
 Index = tuple[int, ...]
@@ -50,7 +49,7 @@ class ReadBlock:
     """A block from the source, or the error of reading it."""
 
     index: int  # flat index in the grid
-    block: Block | None
+    block: Rows | None
     read_error: ReadError | None = None
     retries: dict[Key, int] = field(default_factory=dict)  # by step
 
@@ -111,7 +110,7 @@ class GroupReader:
             arrays = [values[key] for key in keys]
             release(keys)
             read_error = next((array for array in arrays if isinstance(array, ReadError)), None)
-            block = None if read_error else Block.of(arrays, self.layout, shapes)
+            block = None if read_error else Rows.of_block(arrays, self.layout, shapes)
             del arrays
             yield ReadBlock(index, block, read_error, retries)
             retries = {}

@@ -16,7 +16,6 @@ from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
-from nlsq_dask.rows.block import Block
 from nlsq_dask.rows.rows import Rows
 
 
@@ -68,7 +67,7 @@ def _reduce_block(
     block = rows if read is None else read.block
     taken = subsample(len(rows), request.sample_share, request.seed, index)
     # The sample comes from the first pass, whose blocks are not yet in the memory of a GPU.
-    sample = block.take(taken) if isinstance(block, Block) and len(taken) else None
+    sample = block.take(taken) if isinstance(block, Rows) and len(taken) else None
     measured = BlockSums.of(index, sums.chi2, sums.n_used, sums.largest)
     return PassResult(sums, sample, report, measured, index if sums.n_bad else None)
 

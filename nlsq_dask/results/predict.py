@@ -22,8 +22,7 @@ from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
-from nlsq_dask.rows.block import Block
-from nlsq_dask.rows.rows import x_array_names
+from nlsq_dask.rows.rows import Rows, x_array_names
 
 _MAX_EAGER_VALUES = 2**24  # larger outer products of named coordinates are lazy
 _X = "x"  # name of the argument in messages
@@ -263,6 +262,6 @@ def _predict_block(
     params: NDArray[np.float64],
     root: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
-    block = Block(y.shape, np.empty(y.shape, bool), x, None, None)
+    block = Rows(np.empty(y.shape, bool), x)
     values = kernel(block.batches(kernel.batch_rows), params, root)
     return values.reshape(-1, *y.shape)

@@ -1,1 +1,1 @@
-"""Rows in memory: their layout, blocks of them, and padded views for XLA."""
+"""Rows of data in memory, and the padded views of them that compiled programs take."""

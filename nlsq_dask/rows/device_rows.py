@@ -1,4 +1,4 @@
-"""``PlacedRows``: rows in the memory of the devices that process them."""
+"""``PlacedRows``: rows that were copied to GPU memory, where later passes use them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 
 class Batch(NamedTuple):
-    """Arguments of one call of a kernel's program."""
+    """Rows for one call of a ``Kernel``'s program."""
 
     arrays: Any  # y, x, sigma and mask as in a ``Window``
     offsets: Any
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows split into batches, which are distributed over the devices in turn."""
+    """Rows in GPU memory, split into batches; with several GPUs, each holds some batches."""
 
     shape: tuple[int, ...]  # of y; its elements are the rows
     batches: tuple[Batch, ...]  # with JAX arrays
@@ -29,7 +29,7 @@ class PlacedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in device memory."""
+        """Bytes of GPU memory."""
         return sum(
             array.nbytes for batch in self.batches for array in jax.tree.leaves(batch.arrays)
         )

@@ -1,23 +1,30 @@
-"""``Layout`` and ``Rows``: dtypes and shapes of one row, and rows in memory.
+"""``Rows``: y, x, sigma and mask in memory; ``Layout``: dtypes and shapes of one row.
 
-x is a flat tuple of arrays; the layout defines the structure that the model receives.
+x is stored as a flat tuple of arrays; ``Layout.assemble`` turns it into the model's argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nlsq_dask.errors import DataError
 
 Array = NDArray[Any]
 STRIP_ROWS = 1024  # their columns fit a core's cache; 1,000 to 2,000 were equally fast
 
 
 def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
-    """Return the names of the x arrays in messages; see ``Layout.x_names``."""
+    """Return the names of the x arrays, such as "x_data[0]", for messages.
+
+    The argument is explained at ``Layout.x_names``.
+    """
     if x_names is None:
         return ["x_data"]
     keys = range(x_names) if isinstance(x_names, int) else x_names
@@ -26,7 +33,7 @@ def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Dtypes and feature shapes of one row, independent of the number of rows.
+    """Dtypes and shapes of one row of y, x and sigma, as stored.
 
     Attributes
     ----------
@@ -49,7 +56,7 @@ class Layout:
     has_mask: bool
 
     def assemble(self, x: Sequence[Any]) -> Any:
-        """Return the flat x arrays in the structure that the model receives."""
+        """Return x as the model receives it: one array, a tuple, or a dict."""
         if self.x_names is None:
             return x[0]
         if isinstance(self.x_names, int):
@@ -58,13 +65,16 @@ class Layout:
 
     @property
     def array_names(self) -> tuple[str, ...]:
-        """Names of the arrays in messages, in the order y, x..., sigma, mask."""
+        """Names of the present arrays for messages, in the order y, x, sigma, mask."""
         optional = {"sigma": self.sigma_dtype is not None, "the mask": self.has_mask}
-        return (
-            "y_data",
-            *x_array_names(self.x_names),
-            *(name for name, is_there in optional.items() if is_there),
-        )
+        present = (name for name, is_present in optional.items() if is_present)
+        return ("y_data", *x_array_names(self.x_names), *present)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Dtypes of the arrays, in the order of ``array_names``."""
+        optional = self.sigma_dtype, "bool" if self.has_mask else None
+        return (self.y_dtype, *self.x_dtypes, *filter(None, optional))
 
     @property
     def row_bytes(self) -> int:
@@ -79,37 +89,102 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in memory, along the first axis of each array."""
+    """Rows in memory: the elements of y in C order, each with its x, sigma and mask.
 
-    y: Array  # shape (n,)
-    x: tuple[Array, ...]  # shapes (n,) or (n, k)
-    sigma: Array | None = None  # shape (n,)
-    mask: Array | None = None  # bool, shape (n,); True for rows to be omitted
+    All arrays broadcast against y and may have feature dimensions after those of y.
+    """
+
+    y: Array
+    x: tuple[Array, ...]
+    sigma: Array | None = None
+    mask: Array | None = None  # bool; True for rows to be omitted
+
+    @classmethod
+    def of(cls, arrays: Iterable[Any]) -> Self:
+        """Build rows from arrays in the order of the property ``arrays``."""
+        y, *x, sigma, mask = arrays
+        return cls(y, tuple(x), sigma, mask)
+
+    @classmethod
+    def of_block(
+        cls, arrays: Sequence[Any], layout: Layout, shapes: Sequence[tuple[int, ...]]
+    ) -> Self:
+        """Build rows from the arrays of a Dask block, after checking shapes and dtypes.
+
+        Parameters
+        ----------
+        arrays : sequence of array
+            In the order of ``layout.array_names``.
+        layout : Layout
+        shapes : sequence of tuple of int
+            Shape that each Dask array declares for this block.
+
+        Raises
+        ------
+        DataError
+            If shape or dtype of an array differs from what its Dask array declares.
+        """
+        declared = zip(layout.array_names, arrays, shapes, layout.dtypes, strict=True)
+        queue = iter([_as_declared(*item) for item in declared])
+        y, *x = islice(queue, 1 + len(layout.x_dtypes))
+        sigma = next(queue) if layout.sigma_dtype else None
+        return cls(y, tuple(x), sigma, next(queue, None))
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self.y.size
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of y, ``(n,)``."""
+        """Shape of y."""
         return self.y.shape
 
     @property
     def arrays(self) -> tuple[Array | None, ...]:
-        """All arrays, in the order y, x..., sigma, mask."""
+        """Arrays in the order y, x, sigma, mask; None for sigma or mask if absent."""
         return self.y, *self.x, self.sigma, self.mask
 
-    def take(self, where: slice | NDArray[Any]) -> Self:
-        """Return the rows selected by a slice, index or boolean array."""
-        return type(self)(
-            self.y[where],
-            tuple(leaf[where] for leaf in self.x),
-            None if self.sigma is None else self.sigma[where],
-            None if self.mask is None else self.mask[where],
-        )
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays if array is not None)
+
+    def _map(self, function: Callable[[Array], Array]) -> Self:
+        """Return rows with a function applied to each array that is present."""
+        return self.of(None if array is None else function(array) for array in self.arrays)
+
+    def compact(self) -> Self:
+        """Copy the arrays that are views of larger ones, which they would keep in memory."""
+
+        def own(array: Array) -> Array:
+            return array.copy() if getattr(array.base, "nbytes", 0) > array.nbytes else array
+
+        return self._map(own)
+
+    def take(self, index: NDArray[np.integer[Any]]) -> Self:
+        """Return the rows at the given positions, with one-dimensional y."""
+        position = np.unravel_index(index, self.shape)
+
+        def pick(array: Array) -> Array:
+            features = array.shape[len(self.shape) :]
+            return np.broadcast_to(array, self.shape + features)[position]
+
+        return self._map(pick)
+
+    def range(self, start: int, stop: int) -> Self:
+        """Return a range of rows, with one-dimensional y."""
+
+        def cut(array: Array) -> Array:
+            rows = as_rows(array, self.shape)
+            if rows is not None:
+                return rows[start:stop]
+            out = np.empty((stop - start, *array.shape[len(self.shape) :]), array.dtype)
+            fill_range(out, array, self.shape, start)
+            return out
+
+        return self._map(cut)
 
     def padded(self, n_rows: int) -> Self:
-        """Return the rows padded with zeros to ``n_rows``; no copy if the length is equal."""
+        """Return rows with one-dimensional y, padded with zeros to ``n_rows``."""
         if len(self) == n_rows:
             return self
 
@@ -118,41 +193,66 @@ class Rows:
             out[: len(array)] = array
             return out
 
-        return type(self)(
-            pad(self.y),
-            tuple(map(pad, self.x)),
-            None if self.sigma is None else pad(self.sigma),
-            None if self.mask is None else pad(self.mask),
-        )
+        return self._map(pad)
 
     def batches(self, n_rows: int) -> Iterator[tuple[Self, int]]:
-        """Yield batches padded to ``n_rows`` rows with their true counts."""
+        """Yield batches padded to ``n_rows`` rows, each with its number of rows before padding."""
         for start in range(0, len(self), n_rows):
-            batch = self.take(slice(start, start + n_rows))
-            yield batch.padded(n_rows), len(batch)
+            stop = min(start + n_rows, len(self))
+            yield self.range(start, stop).padded(n_rows), stop - start
 
     def usable(self) -> Self:
-        """Return the rows that are finite in y, x and sigma and not masked."""
-        keep = np.isfinite(self.y)
-        for leaf in self.x:
-            keep &= np.isfinite(leaf) if leaf.ndim == 1 else np.isfinite(leaf).all(axis=1)
-        if self.sigma is not None:
-            keep &= np.isfinite(self.sigma)
-        if self.mask is not None:
-            keep &= ~self.mask
-        return self.take(keep)
+        """Return the rows that are finite in y, x and sigma and not masked; y is 1-d."""
+        *numbers, mask = self.arrays
+        keep = np.ones(len(self), bool) if mask is None else ~mask
+        for array in numbers:
+            if array is not None:
+                keep &= np.isfinite(array).reshape(len(self), -1).all(axis=1)
+        return self.take(np.flatnonzero(keep))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """Concatenate rows of one layout."""
-        first = parts[0]
-        return cls(
-            np.concatenate([part.y for part in parts]),
-            tuple(np.concatenate([part.x[i] for part in parts]) for i in range(len(first.x))),
-            None
-            if first.sigma is None
-            else np.concatenate([p.sigma for p in parts if p.sigma is not None]),
-            None
-            if first.mask is None
-            else np.concatenate([p.mask for p in parts if p.mask is not None]),
+        """Concatenate rows of one layout, each with one-dimensional y."""
+        columns = zip(*(part.arrays for part in parts), strict=True)
+        return cls.of(None if column[0] is None else np.concatenate(column) for column in columns)
+
+
+def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
+    array = np.asarray(value)
+    if array.shape != shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise DataError(
+            f"a block of {name} has shape {array.shape} and dtype {array.dtype}, but its Dask "
+            f"array declares {shape} and {np.dtype(dtype)}. Pass the actual shape and dtype to "
+            f"map_blocks or from_delayed."
         )
+    return np.asarray(array, dtype)
+
+
+def as_rows(array: Array, shape: tuple[int, ...]) -> Array | None:
+    """Return a view of the array with its rows along the first axis, or None without a copy."""
+    features = array.shape[len(shape) :]
+    is_whole = array.shape == shape + features and array.flags.c_contiguous
+    return array.reshape(-1, *features) if is_whole else None
+
+
+def fill_range(out: Array, array: Array, shape: tuple[int, ...], start: int) -> None:
+    """Write ``broadcast(array, shape).reshape(-1)[start : start + len(out)]`` into ``out``."""
+    features = array.shape[len(shape) :]
+    whole_shape = shape + features
+    view = array if array.shape == whole_shape else np.broadcast_to(array, whole_shape)
+    if len(shape) == 1:
+        out[...] = view[start : start + len(out)]
+        return
+    inner = math.prod(shape[1:])
+    done = 0
+    while done < len(out):
+        outer, offset = divmod(start + done, inner)
+        whole = 0 if offset else (len(out) - done) // inner
+        if whole:
+            count = whole * inner
+            rows = out[done : done + count].reshape(whole, *shape[1:], *features)
+            rows[...] = view[outer : outer + whole]
+        else:
+            count = min(inner - offset, len(out) - done)
+            fill_range(out[done : done + count], view[outer], shape[1:], offset)
+        done += count

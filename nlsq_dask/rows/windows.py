@@ -1,7 +1,7 @@
-"""Padded views of a block, the batches on which a kernel is called.
+"""Split rows into batches, as padded views of equal length on which one program is called.
 
-All have the same length, so that they share one program. A padded view is a NumPy view where the
-rows have XLA's alignment, otherwise a copy in a reused buffer.
+A padded view is longer than its batch; the program is told where the batch begins. It is a NumPy
+view if XLA accepts the alignment of the memory without a copy, otherwise a copy in a buffer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.rows.rows import Array, Rows
+from nlsq_dask.rows.rows import Array, Rows, as_rows, fill_range
 
 ALIGNMENT = 64  # bytes; XLA does not copy a NumPy array that starts at a multiple
 SLACK = 64  # rows by which a padded view is longer than its batch
@@ -27,12 +27,12 @@ _Buffers = dict[int, NDArray[np.uint8]]
 
 
 class Memory:
-    """Ring of buffers for copies, used by one caller.
+    """Buffers for copies of rows, which are reused in turn.
 
     Parameters
     ----------
     n_buffer_sets : int
-        Number of padded views after which a buffer is reused.
+        Number of padded views that are valid at the same time.
     """
 
     def __init__(self, n_buffer_sets: int) -> None:
@@ -40,16 +40,16 @@ class Memory:
         self._turn = 0
 
     def next_buffers(self) -> _Buffers:
-        """Return the buffers for the next padded view, by index of the array in ``arrays``."""
+        """Return the buffers for the next padded view, by position of the array in ``arrays``."""
         self._turn = (self._turn + 1) % len(self._buffer_sets)
         return self._buffer_sets[self._turn]
 
 
 class MemoryPool:
-    """Pool of buffers for several threads.
+    """Pool of ``Memory`` objects that threads borrow.
 
-    Allocating is slow, because the system clears new pages on one thread at a time. A pickled pool
-    is empty.
+    Buffers are reused because allocating is slow: the operating system clears new pages on one
+    thread at a time. Pickling drops the buffers.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class MemoryPool:
 
     @contextmanager
     def borrow(self, n_buffer_sets: int) -> Iterator[Memory]:
-        """Lend a ring of buffers until the context ends.
+        """Lend a ``Memory`` until the context ends.
 
-        After an error it is not reused, as computations may still read it.
+        After an error it is not reused, because computations may still read from it.
         """
         free = self._free[n_buffer_sets]
         try:
@@ -80,7 +80,7 @@ def windows(
     strip_rows: int,
     memory: Memory,
 ) -> Iterator[Window]:
-    """Yield padded views of ``n_rows`` rows of arrays that broadcast against ``shape``.
+    """Yield batches of up to ``n_rows`` rows as padded views, see ``Window``.
 
     Parameters
     ----------
@@ -91,12 +91,12 @@ def windows(
     n_rows : int
         Maximum number of rows of a batch.
     strip_rows : int
-        Rows of the kernel's strips, whose boundaries the batches respect. The kernel reads the last
-        strip of a batch completely, masked beyond its rows.
+        Rows that the program processes at a time. Batches begin at multiples of it, and the view
+        reaches to the next multiple after the end of a batch.
     memory : Memory
-        Buffers of copies; a padded view is invalid once its buffers are reused.
+        Buffers for copies; a padded view is invalid once its buffers are reused.
     """
-    flat = [None if array is None else _flat(array, shape) for array in arrays]
+    flat = [None if array is None else as_rows(array, shape) for array in arrays]
     length = n_rows + SLACK
     for start, count in _view_ranges(math.prod(shape), n_rows, strip_rows):
         buffers = memory.next_buffers()
@@ -111,21 +111,18 @@ def windows(
                 views.append((rows[first : first + length], np.int64(start - first)))
                 continue
             copy = _aligned_memory(buffers, i, (length, *array.shape[len(shape) :]), array.dtype)
-            _fill(copy[:count], array, shape, start)
+            fill_range(copy[:count], array, shape, start)
             # Arbitrary padding could slow down a model that iterates.
             copy[count : stop - start] = 0
             views.append((copy, np.int64(0)))
-        padded, offsets = (
-            Rows(part[0], tuple(part[1:-2]), part[-2], part[-1])
-            for part in zip(*views, strict=True)
-        )
+        padded, offsets = map(Rows.of, zip(*views, strict=True))
         yield padded, offsets, count
 
 
 def _view_ranges(n_rows: int, max_rows: int, strip_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield start and number of rows of each batch.
+    """Yield the first row and the number of rows of each batch.
 
-    The first and the last are short, because they usually have to be copied.
+    The first and the last batch are short, because they usually have to be copied.
     """
     has_views = n_rows >= max_rows + SLACK
     start, count = 0, strip_rows if has_views else min(max_rows, n_rows)
@@ -138,7 +135,10 @@ def _view_ranges(n_rows: int, max_rows: int, strip_rows: int) -> Iterator[tuple[
 
 
 def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | None:
-    """Return the last aligned row from which a padded view covers start to stop, or None."""
+    """Return where a padded view that needs no copy begins, or None if there is no such view.
+
+    It begins at an aligned address at or before ``start`` and covers the rows to ``stop``.
+    """
     latest = min(start, len(rows) - length)
     row_bytes = rows.nbytes // max(len(rows), 1)
     address = rows.__array_interface__["data"][0]
@@ -151,53 +151,10 @@ def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | Non
 def _aligned_memory(
     buffers: _Buffers, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array:
-    """Return an array at an aligned address of the buffer ``name``, enlarged if needed."""
+    """Return an array at an aligned address of a buffer, which is enlarged if it is too small."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if name not in buffers or len(buffers[name]) < n_bytes + ALIGNMENT:
         buffers[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)
     memory = buffers[name]
     first = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[first : first + n_bytes].view(dtype).reshape(shape)
-
-
-def flat_range(array: Array, shape: tuple[int, ...], start: int, stop: int) -> Array:
-    """Return ``broadcast(array, shape).reshape(-1)[start:stop]``, expanding only that range.
-
-    Trailing dimensions beyond ``shape`` are features and are kept.
-    """
-    rows = _flat(array, shape)
-    if rows is not None:
-        return rows[start:stop]
-    out = np.empty((stop - start, *array.shape[len(shape) :]), array.dtype)
-    _fill(out, array, shape, start)
-    return out
-
-
-def _flat(array: Array, shape: tuple[int, ...]) -> Array | None:
-    """Return the array with its rows along one axis, or None if that requires a copy."""
-    features = array.shape[len(shape) :]
-    is_whole = array.shape == shape + features and array.flags.c_contiguous
-    return array.reshape(-1, *features) if is_whole else None
-
-
-def _fill(out: Array, array: Array, shape: tuple[int, ...], start: int) -> None:
-    """Write ``broadcast(array, shape).reshape(-1)[start : start + len(out)]`` into ``out``."""
-    features = array.shape[len(shape) :]
-    whole_shape = shape + features
-    view = array if array.shape == whole_shape else np.broadcast_to(array, whole_shape)
-    if len(shape) == 1:
-        out[...] = view[start : start + len(out)]
-        return
-    inner = math.prod(shape[1:])
-    done = 0
-    while done < len(out):
-        outer, offset = divmod(start + done, inner)
-        whole = 0 if offset else (len(out) - done) // inner
-        if whole:
-            count = whole * inner
-            rows = out[done : done + count].reshape(whole, *shape[1:], *features)
-            rows[...] = view[outer : outer + whole]
-        else:
-            count = min(inner - offset, len(out) - done)
-            _fill(out[done : done + count], view[outer], shape[1:], offset)
-        done += count
