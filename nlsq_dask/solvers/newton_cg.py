@@ -1,10 +1,8 @@
-"""Gauss-Newton for many parameters, with steps by preconditioned conjugate gradients.
+"""``NewtonCg``: Gauss-Newton for many parameters, whose steps conjugate gradients solve.
 
-The sums are ``GradientSums`` with the product ``J^T J v`` for one direction. Each product is a
-reduction over the rows, as each trial is. No array is larger than a vector of parameters.
-
-If the cost does not decrease as the quadratic model predicts, the step is shortened and the next
-step is damped.
+No p-by-p matrix is needed: each iteration of conjugate gradients requests one product ``J^T J v``,
+which costs a pass over the rows, as each trial of a step does. If the cost does not decrease as the
+quadratic model predicts, the step is shortened and the next step is damped.
 
 References
 ----------
@@ -35,10 +33,10 @@ class Preconditioner(Protocol):
 
     @property
     def diagonal(self) -> Vector:
-        """Approximate diagonal of J^T J, shape (p,), without zeros."""
+        """Approximate diagonal of J^T J, shape (p,); zeros are replaced."""
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
-        """Apply the approximate inverse of J^T J + damping times its diagonal."""
+        """Multiply a vector by the approximate inverse of ``J^T J + damping * diagonal``."""
 
 
 MakePreconditioner = Callable[[Vector], Preconditioner]
@@ -72,11 +70,10 @@ class CgSettings:
 
 @dataclass(frozen=True)
 class CgState:
-    """Iterate with a step that is being solved for or tried."""
+    """The last accepted point, with the step that is being solved for or tried."""
 
     params: Vector
     sums: GradientSums
-    settings: CgSettings
     linear: LinearSolve
     diagonal: Vector  # of J^T J, with a short memory, used for damping
     sensitive: NDArray[np.bool_]  # (p,), parameters on which any row depends
@@ -93,12 +90,12 @@ class CgState:
 
     @property
     def radius(self) -> float:
-        """NaN: steps are damped."""
+        """NaN, because steps are damped instead of restricted to a radius."""
         return np.nan
 
     @property
     def request(self) -> Request:
-        """Request for the next sums."""
+        """The sums that are needed next: a product, a trial of the step, or fresh sums."""
         if self.restart_at is not None:
             return Request(self.restart_at, is_trial=False, is_fresh=True)
         if self.fraction is None:
@@ -111,195 +108,192 @@ class CgState:
 
     @property
     def length(self) -> float:
-        """Length of the current step, in units of the residual."""
+        """Length of the current step: the change of the residuals over the norm of them."""
         cost = self.sums.cost
         return float(np.sqrt(self.linear.reduction / cost)) if cost else 0.0
 
-    @property
-    def remaining_reduction(self) -> float:
-        """Bound on the reduction that the current step misses, from the smallest Ritz value."""
-        least = max(self.least_eigenvalue, self.settings.epsilon)
-        return _MARGIN * 0.5 * self.linear.square / least
-
     def predicted_reduction(self, fraction: float) -> float:
-        """Return the reduction of the undamped quadratic by a fraction of the step."""
+        """Return the reduction of the cost that the quadratic model predicts.
+
+        ``fraction`` multiplies the step.
+        """
         step = self.linear.step
         # The step minimizes the damped quadratic along itself.
         damped = self.linear.reduction * fraction * (2.0 - fraction)
         return damped + 0.5 * fraction**2 * self.damping * float(self.diagonal @ step**2)
 
-    @property
-    def cost_noise(self) -> float:
-        """Rounding error of a difference of costs."""
-        return self.sums.cost_noise(self.settings.epsilon)
+    def ended(self, stop: Status) -> CgState:
+        """Return the state, ended with status ``stop`` at the last accepted point."""
+        return replace(self, stop=stop, solution=self.params, restart_at=None)
+
+    def ended_after_step(self, stop: Status) -> CgState:
+        """Return the state, ended with status ``stop`` after the current step, without a trial."""
+        return replace(self, stop=stop, solution=self.params + self.linear.step)
 
 
 @dataclass(frozen=True)
 class NewtonCg:
-    """Gauss-Newton with conjugate gradients, a ``Solver``."""
+    """Gauss-Newton with conjugate gradients; implements ``Solver``."""
 
     settings: CgSettings
     precondition: MakePreconditioner
     damping: float = 0.0  # of the first step
 
     def init(self, params: Vector, sums: GradientSums) -> CgState:
-        """Return the initial state at ``params``."""
-        return init_state(params, sums, self.settings, self.precondition, self.damping)
+        """Return the state at the start, before the first product."""
+        zero_step = LinearSolve.init(np.zeros_like(params), lambda vector: vector)
+        state = CgState(params, sums, zero_step, np.ones_like(params), sums.jtr != 0.0)
+        if not sums.is_finite:
+            return state.ended(Status.NON_FINITE_START)
+        state = replace(state, diagonal=self.precondition(params).diagonal)
+        return self._check_step(self._init_step(state, self.damping))
 
     def ask(self, state: CgState) -> Request:
-        """Return the request for the next sums."""
+        """Return the sums that are needed next."""
         return state.request
 
     def tell(self, state: CgState, sums: GradientSums) -> CgState:
-        """Process a product, accept or reject a trial, or restart with fresh sums."""
-        if state.restart_at is None:
-            return update(state, sums, self.precondition)
-        initial = init_state(state.restart_at, sums, self.settings, self.precondition)
-        return replace(initial, iteration=state.iteration, n_products=state.n_products)
+        """Continue with the requested sums: a product, a trial, or fresh sums after a restart."""
+        if state.restart_at is not None:
+            initial = replace(self, damping=0.0).init(state.restart_at, sums)
+            return replace(initial, iteration=state.iteration, n_products=state.n_products)
+        sensitive = state.sensitive | (sums.jtr != 0.0) | (sums.products != 0.0).any(axis=0)
+        state = replace(state, sensitive=sensitive)
+        if state.fraction is None:
+            return self._continue_solve(state, sums.products[0])
+        return self._check_limit(self._update_trial(state, sums))
 
     def restart(self, state: CgState, params: Vector) -> CgState:
         """Return a state that requests fresh sums at ``params`` and continues from there."""
         return replace(state, restart_at=params, stop=None, solution=None)
 
     def resume(self, state: CgState) -> CgState:
-        """Return a state of an earlier process with the settings of this solver."""
-        state = replace(state, settings=self.settings)
+        """Return a state from a checkpoint, which continues if its status allows it."""
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return replace(state, stop=None, solution=None)
         return state
 
     def end(self, state: CgState, stop: Status) -> CgState:
-        """Return the state, ended at the iterate with status ``stop``."""
-        return replace(state, stop=stop, solution=state.params, restart_at=None)
+        """Return the state, ended with status ``stop`` at the last accepted point."""
+        return state.ended(stop)
 
+    def _remaining_reduction(self, state: CgState) -> float:
+        """Return an upper limit of the cost reduction that the unfinished step misses.
 
-def init_state(
-    params: Vector,
-    sums: GradientSums,
-    settings: CgSettings,
-    precondition: MakePreconditioner,
-    damping: float = 0.0,
-) -> CgState:
-    """Return the initial state at ``params``; ``damping`` is that of the first step."""
-    zero_step = LinearSolve.init(np.zeros_like(params), lambda vector: vector)
-    state = CgState(params, sums, settings, zero_step, np.ones_like(params), sums.jtr != 0.0)
-    if not sums.is_finite:
-        return replace(state, stop=Status.NON_FINITE_START, solution=params)
-    diagonal = precondition(params).diagonal
-    return _check_step(
-        _init_step(replace(state, diagonal=diagonal), damping, precondition), precondition
-    )
+        It follows from the smallest eigenvalue, which conjugate gradients estimate.
+        """
+        least = max(state.least_eigenvalue, self.settings.epsilon)
+        return _MARGIN * 0.5 * state.linear.square / least
 
+    def _cost_noise(self, state: CgState) -> float:
+        return state.sums.cost_noise(self.settings.epsilon)
 
-def _init_step(state: CgState, damping: float, precondition: MakePreconditioner) -> CgState:
-    """Start the linear solve for a step from the iterate."""
-    apply = partial(precondition(state.params), damping=damping)
-    linear = LinearSolve.init(state.sums.jtr, apply)
-    return replace(state, linear=linear, damping=damping, fraction=None)
+    def _init_step(self, state: CgState, damping: float) -> CgState:
+        """Begin to solve for a step from the last accepted point."""
+        apply = partial(self.precondition(state.params), damping=damping)
+        linear = LinearSolve.init(state.sums.jtr, apply)
+        return replace(state, linear=linear, damping=damping, fraction=None)
 
+    def _continue_solve(self, state: CgState, product: Vector) -> CgState:
+        """Run one iteration of conjugate gradients, given the product that it needs."""
+        state = replace(state, n_products=state.n_products + 1)
+        product = product + state.damping * state.diagonal * state.linear.direction
+        apply = partial(self.precondition(state.params), damping=state.damping)
+        linear = state.linear.update(product, apply)
+        if linear is None:
+            return self._try_step(state)
+        state = replace(state, linear=linear)
+        if not state.damping:
+            least = min(state.least_eigenvalue, linear.least_ritz_value)
+            state = replace(state, least_eigenvalue=least)
+        return self._check_step(state)
 
-def update(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
-    """Return the next state given the requested sums."""
-    sensitive = state.sensitive | (sums.jtr != 0.0) | (sums.products != 0.0).any(axis=0)
-    state = replace(state, sensitive=sensitive)
-    if state.fraction is not None:
-        return _update_trial(state, sums, precondition)
-    state = replace(state, n_products=state.n_products + 1)
-    product = sums.products[0] + state.damping * state.diagonal * state.linear.direction
-    apply = partial(precondition(state.params), damping=state.damping)
-    linear = state.linear.update(product, apply)
-    if linear is None:
-        return _try_step(state)
-    state = replace(state, linear=linear)
-    if not state.damping:
-        least = min(state.least_eigenvalue, linear.least_ritz_value)
-        state = replace(state, least_eigenvalue=least)
-    return _check_step(state, precondition)
+    def _check_step(self, state: CgState) -> CgState:
+        """Decide about the step: take it as the last one, try it, or continue to solve for it."""
+        linear, settings, remaining = state.linear, self.settings, self._remaining_reduction(state)
+        predicted = linear.reduction + remaining
+        is_small = predicted <= settings.tol**2 * state.sums.cost
+        if state.damping and is_small:  # an undamped step decides
+            return self._check_step(self._init_step(state, 0.0))
+        if not state.damping and is_small:
+            return state.ended_after_step(Status.REDUCTION)
+        if not state.damping and predicted <= self._cost_noise(state) * settings.epsilon:
+            return state.ended_after_step(Status.FLOOR)
+        length = state.length
+        # A more accurate solve does not improve the step; if steps shrink fast, no trial is needed.
+        if linear.alphas and remaining <= (0.5 * settings.tol) ** 2 * state.sums.cost:
+            if not state.damping and length**2 <= 0.5 * settings.tol * state.last_length:
+                return state.ended_after_step(Status.LAST_STEP)
+            return self._try_step(state)
+        # Far from the solution, the error of the quadratic is about the length of the step.
+        relative = max(settings.cg_relative, min(length, _MAX_RTOL))
+        threshold = max(relative * float(np.sqrt(linear.initial_square)), settings.cg_absolute)
+        is_solved = bool(linear.alphas) and float(np.sqrt(linear.square)) <= threshold
+        if is_solved or len(linear.alphas) >= settings.cg_max_iterations:
+            return self._try_step(state)
+        return state
 
+    def _try_step(self, state: CgState) -> CgState:
+        """Try the step, or stop if it is zero."""
+        if state.linear.step.any():
+            return replace(state, fraction=1.0)
+        # No direction has any curvature.
+        is_floor = state.linear.square <= self._cost_noise(state)
+        return state.ended(Status.FLOOR if is_floor else Status.STALLED)
 
-def _check_step(state: CgState, precondition: MakePreconditioner) -> CgState:
-    """Take the step as the last one, try it, or continue its linear solve."""
-    linear, settings = state.linear, state.settings
-    predicted = linear.reduction + state.remaining_reduction
-    if state.damping:
-        if predicted <= settings.tol**2 * state.sums.cost:  # an undamped step decides
-            return _check_step(_init_step(state, 0.0, precondition), precondition)
-    elif predicted <= settings.tol**2 * state.sums.cost:
-        return replace(state, stop=Status.REDUCTION, solution=state.params + linear.step)
-    elif predicted <= state.cost_noise * settings.epsilon:
-        return replace(state, stop=Status.FLOOR, solution=state.params + linear.step)
-    length = state.length
-    # A more accurate solve does not improve the step; if steps shrink fast, no trial is needed.
-    if linear.alphas and state.remaining_reduction <= (0.5 * settings.tol) ** 2 * state.sums.cost:
-        if not state.damping and length**2 <= 0.5 * settings.tol * state.last_length:
-            solution = state.params + linear.step
-            return replace(state, stop=Status.LAST_STEP, solution=solution)
-        return _try_step(state)
-    # Far from the solution, the error of the quadratic is about the length of the step.
-    relative = max(settings.cg_relative, min(length, _MAX_RTOL))
-    threshold = max(relative * float(np.sqrt(linear.initial_square)), settings.cg_absolute)
-    is_solved = bool(linear.alphas) and float(np.sqrt(linear.square)) <= threshold
-    if is_solved or len(linear.alphas) >= settings.cg_max_iterations:
-        return _try_step(state)
-    return state
+    def _update_trial(self, state: CgState, sums: GradientSums) -> CgState:
+        """Accept the trial, or continue with a shorter or a more damped step."""
+        fraction, noise = state.fraction, self._cost_noise(state)
+        assert fraction is not None
+        state = replace(state, iteration=state.iteration + 1)
+        if not sums.is_finite and not self.settings.recovers:
+            return state.ended(Status.NON_FINITE_STEP)
+        predicted, gain = state.predicted_reduction(fraction), state.sums.cost - sums.cost
+        if sums.is_finite and (gain >= _ACCEPT * predicted or predicted <= noise):
+            return self._accept(state, sums, predicted, gain)
+        costs = zip(_FRACTIONS, sums.candidate_costs, strict=False)
+        acceptable = [
+            factor
+            for factor, cost in costs
+            if state.sums.cost - cost
+            >= _SHRINK_BELOW * state.predicted_reduction(factor * fraction)
+            > 0.0
+        ]
+        if acceptable:
+            return replace(state, fraction=max(acceptable) * fraction)
+        damping = max(10.0 * state.damping, _FIRST_DAMPING)
+        if damping > _MAX_DAMPING:
+            return state.ended(Status.STALLED if sums.is_finite else Status.NON_FINITE_STEP)
+        return self._check_step(self._init_step(state, damping))
 
-
-def _try_step(state: CgState) -> CgState:
-    """Try the step, or stop if it is zero."""
-    if not state.linear.step.any():  # no direction has any curvature
-        stop = Status.FLOOR if state.linear.square <= state.cost_noise else Status.STALLED
-        return replace(state, stop=stop, solution=state.params)
-    return replace(state, fraction=1.0)
-
-
-def _update_trial(state: CgState, sums: GradientSums, precondition: MakePreconditioner) -> CgState:
-    """Accept or reject the trial."""
-    request, fraction = state.request, state.fraction
-    assert fraction is not None
-    state = replace(state, iteration=state.iteration + 1)
-    if not sums.is_finite and not state.settings.recovers:
-        return replace(state, stop=Status.NON_FINITE_STEP, solution=state.params)
-    predicted, gain = state.predicted_reduction(fraction), state.sums.cost - sums.cost
-    is_below_noise = predicted + state.remaining_reduction <= state.cost_noise
-    if sums.is_finite and (gain >= _ACCEPT * predicted or predicted <= state.cost_noise):
-        diagonal = precondition(request.params).diagonal
+    def _accept(self, state: CgState, sums: GradientSums, predicted: float, gain: float) -> CgState:
+        """Move to the trial and start the next step, or stop if the trial is no improvement."""
+        params, fraction, noise = state.request.params, state.fraction, self._cost_noise(state)
+        assert fraction is not None
+        is_below_noise = predicted + self._remaining_reduction(state) <= noise
+        damping = state.damping
+        if is_below_noise:
+            damping = 0.0
+        elif fraction < 1.0 or gain < _SHRINK_BELOW * predicted:
+            damping = max(4.0 * damping, _FIRST_DAMPING)
+        elif gain > _GROW_ABOVE * predicted:
+            damping = 0.1 * damping if damping > _MIN_DAMPING else 0.0
+        diagonal = self.precondition(params).diagonal
         accepted = replace(
             state,
-            params=request.params,
+            params=params,
             sums=sums,
             diagonal=np.maximum(diagonal, _DIAGONAL_MEMORY * state.diagonal),
             last_length=fraction * state.length,
         )
-        damping = state.damping
-        if fraction < 1.0 or gain < _SHRINK_BELOW * predicted:
-            damping = max(4.0 * damping, _FIRST_DAMPING)
-        elif gain > _GROW_ABOVE * predicted:
-            damping = 0.1 * damping if damping > _MIN_DAMPING else 0.0
-        if is_below_noise:
-            damping = 0.0
-        accepted = _init_step(accepted, damping, precondition)
+        accepted = self._init_step(accepted, damping)
         # The costs differ by rounding only, the gradients may still differ.
         is_closer = accepted.linear.square <= 0.25 * state.linear.initial_square
         if is_below_noise and not is_closer:
-            return replace(state, stop=Status.FLOOR, solution=state.params)
-        return _check_limit(_check_step(accepted, precondition))
-    acceptable = [
-        factor
-        for factor, cost in zip(_FRACTIONS, sums.candidate_costs, strict=False)
-        if state.sums.cost - cost
-        >= _SHRINK_BELOW * state.predicted_reduction(factor * fraction)
-        > 0.0
-    ]
-    if acceptable:
-        return _check_limit(replace(state, fraction=max(acceptable) * fraction))
-    damping = max(10.0 * state.damping, _FIRST_DAMPING)
-    if damping > _MAX_DAMPING:
-        stop = Status.STALLED if sums.is_finite else Status.NON_FINITE_STEP
-        return replace(state, stop=stop, solution=state.params)
-    return _check_limit(_check_step(_init_step(state, damping, precondition), precondition))
+            return state.ended(Status.FLOOR)
+        return self._check_step(accepted)
 
-
-def _check_limit(state: CgState) -> CgState:
-    if state.stop is None and state.iteration >= state.settings.max_iterations:
-        return replace(state, stop=Status.ITERATION_LIMIT, solution=state.params)
-    return state
+    def _check_limit(self, state: CgState) -> CgState:
+        if state.stop is None and state.iteration >= self.settings.max_iterations:
+            return state.ended(Status.ITERATION_LIMIT)
+        return state
