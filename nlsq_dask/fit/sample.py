@@ -1,4 +1,4 @@
-"""``SampleProblem``: the fit restricted to a sample of rows in memory."""
+"""``SampleProblem``: the problem of a fit for a sample of rows in memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import STRIP_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
 from nlsq_dask.warmup.multistart import SuccessiveHalving
+from nlsq_dask.warmup.normalized_sample import NormalizedSample
 
 Vector = NDArray[np.float64]
 
@@ -30,7 +31,7 @@ _MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # kept in a result for plots
 
 
 def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
-    """Raise a DataError if the squares of y / sigma leave float64."""
+    """Raise a DataError if squares of y / sigma overflow or underflow in float64."""
     positive = np.ones(len(y), bool) if sigma is None else sigma > 0.0
     weighted = y[positive] if sigma is None else y[positive] / sigma[positive]
     largest = float(np.abs(weighted).max(initial=0.0))
@@ -46,25 +47,24 @@ R = TypeVar("R", bound=SampleObjective[Sums])
 
 
 class SampleProblem(Generic[R]):
-    """Sample of rows, for reductions and the warm-up.
+    """The problem of a fit for a sample of rows, evaluated in float64.
 
     Parameters
     ----------
     problem : FitProblem
-        Its model is evaluated in float64, whatever the precision over all rows.
     make_objective : callable
-        Returns the objective over given rows, for a given reference value of y.
+        Returns the ``SampleObjective`` for rows and a value near the mean of y.
     rows : Rows
-        Rows as read, including unusable ones.
+        Rows as read, including masked and non-finite ones.
 
     Attributes
     ----------
     y_reference : float
         Mean of y.
     objective : SampleObjective
-        Objective over all rows of the sample.
+        Function from parameters to the sums over all rows of the sample.
     objective_few : SampleObjective
-        Objective over fewer rows, for choosing between starts.
+        The same over fewer rows, for choosing between starting points.
     """
 
     def __init__(
@@ -110,38 +110,42 @@ class SampleProblem(Generic[R]):
 
     @property
     def chance(self) -> float:
-        """Ratio of mean squares, of other rows to the sample at its solution, allowed by chance.
+        """Factor by which residuals of all rows may exceed those of the sample by chance.
 
-        The mean square of n rows to which p parameters were fitted is on average 1 - p / n times
-        the variance, that of other rows 1 + p / n times.
+        It applies to mean squares at the solution on the sample. With p parameters and n rows, the
+        mean square of the sample is on average 1 - p / n times the variance, and the mean square of
+        other rows 1 + p / n times the variance.
         """
         n_rows = max(self.n_used, 1)
         fitted = self._model.n_params / n_rows if self.is_informative else 0.0
         return (1.0 + _CHANCE * math.sqrt(2.0 / n_rows)) * (1.0 + fitted) / (1.0 - fitted)
 
     def max_expected(self, params: Vector) -> float:
-        """Return the maximum mean square of other rows, at the solution of the sample."""
+        """Return the largest mean square of the residuals of all rows that chance explains.
+
+        ``params`` is the solution on the sample.
+        """
         return self.objective(params).variance(0) * self.chance if self.n_used else 0.0
 
     @property
     def variance(self) -> float:
-        """Denominator of the loss of the warm-up, always positive."""
+        """Weighted variance of y, positive; the loss of the warm-up is relative to it."""
         sums = self.at_start
         return (sums.total_variation or sums.signal or sums.n_used) / max(sums.n_used, 1)
 
     @property
     def at_start(self) -> Sums:
-        """Sums at p0, which also count the unusable rows."""
+        """Sums at p0, in which masked and non-finite rows are counted."""
         return self.objective(self._start)
 
     def replace_rows(self, rows: Rows) -> None:
-        """Replace the sample by rows that represent the data set better."""
+        """Use other rows as the sample from now on."""
         self._set_rows(rows, rows.usable())
 
     def draw_rows(self, params: Vector, seed: int) -> tuple[Rows, Vector] | None:
-        """Return random usable rows and their model values; None if there are none.
+        """Return random usable rows for plots, with values of the model; None if there are none.
 
-        Evenly spaced rows would hide a frequency that is a multiple of theirs.
+        Evenly spaced rows would hide oscillations at a multiple of their frequency.
         """
         max_rows = max(min(_MAX_PLOT_ROWS, _MAX_PLOT_BYTES // self._model.layout.row_bytes), 1)
         indices = np.random.default_rng(seed).permutation(self.n_used)[:max_rows]
@@ -152,40 +156,31 @@ class SampleProblem(Generic[R]):
         return rows, kernel(rows.batches(kernel.batch_rows), params)[0]
 
     def prepare_warmup(self, first_step: float) -> Warmup:
-        """Return the warm-up on the usable rows, padded by repetition to a power of two."""
-        problem, normalizer = self._problem, self._problem.normalizer
-        n_rows = min(self.n_used, _MAX_WARMUP_ROWS)
-        padded_rows = 1 << (n_rows - 1).bit_length()
-        return Warmup.build(
-            self._model,
-            self._rows.take(self._spread(n_rows)[np.arange(padded_rows) % n_rows]),
-            n_rows,
-            (normalizer.scales, normalizer.offsets),
-            normalizer.transform_bounds(),
-            self.variance,
-            first_step,
-            warmup_settings(problem.config),
-            problem.loss,
-            problem.penalty,
-            self._fingerprint,
-        )
+        """Return L-BFGS for evenly spaced rows of the sample."""
+        sample = self._normalized(self._spread(min(self.n_used, _MAX_WARMUP_ROWS)))
+        settings = warmup_settings(self._problem.config)
+        return Warmup.build(sample, self.variance, first_step, settings)
 
     def prepare_halving(self) -> SuccessiveHalving:
-        """Return successive halving on usable rows, as many as its last round needs.
+        """Return successive halving for random rows of the sample.
 
-        They are drawn at random: evenly spaced rows do not distinguish a frequency from its
-        aliases.
+        Evenly spaced rows would not distinguish a frequency from its aliases.
         """
-        problem, normalizer = self._problem, self._problem.normalizer
-        n_rows = min(self.n_used, multistart_settings(problem.config).max_rows)
-        padded_rows = 1 << (n_rows - 1).bit_length()
-        order = np.random.default_rng(problem.config.random_seed).permutation(self.n_used)[:n_rows]
+        config = self._problem.config
+        order = np.random.default_rng(config.random_seed).permutation(self.n_used)
         return SuccessiveHalving.build(
+            self._normalized(order[: multistart_settings(config).max_rows])
+        )
+
+    def _normalized(self, index: NDArray[np.int64]) -> NormalizedSample:
+        """Return the rows at ``index``, padded by repetition to a power of two."""
+        padded = np.resize(index, 1 << (len(index) - 1).bit_length())
+        problem = self._problem
+        return NormalizedSample(
             self._model,
-            self._rows.take(np.resize(order, padded_rows)),
-            n_rows,
-            (normalizer.scales, normalizer.offsets),
-            normalizer.transform_bounds(),
+            self._rows.take(padded),
+            len(index),
+            problem.normalizer,
             problem.loss,
             problem.penalty,
             self._fingerprint,

@@ -1,8 +1,8 @@
-"""Phase 1: L-BFGS on the sample, in normalized parameters, the whole loop in one program.
+"""``Warmup``: L-BFGS on a sample of rows, in normalized parameters (phase 1).
 
-The loss is the relative loss (twice the mean cost per row over the weighted variance of y), so that
-its thresholds do not depend on the units of y. The program runs a burst of iterations and returns
-its state, which the driver reports and stores between bursts.
+The loss is relative: the mean squared weighted residual over the weighted variance of y, so that
+thresholds do not depend on the units of y. One compiled program runs some iterations and returns
+its state, so that the caller can report and save it before it continues.
 
 The minimizer is optax's L-BFGS with its line searches. Bounds are enforced by projection: the loss
 is evaluated at the nearest point inside, and parameters on a bound do not move outward.
@@ -23,20 +23,20 @@ from jax import lax
 from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
-from nlsq_dask.kernels.losses import LINEAR, Loss, rho
-from nlsq_dask.kernels.penalty import GroupVariance, total_variance
+from nlsq_dask.kernels.losses import LINEAR, rho
+from nlsq_dask.kernels.penalty import total_variance
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import compiled_once
-from nlsq_dask.rows.rows import Rows
 from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
+from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
 
 _LINE_SEARCH_STEPS = 20
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that counts as none
 
 
 class WarmupEnd(IntEnum):
-    """Why the warm-up ended; a criterion of ``active_switching_criteria`` keeps its name."""
+    """Why the warm-up ended; PLATEAU, GRADIENT, MAX_ITER as in ``active_switching_criteria``."""
 
     RUNNING = 0
     PLATEAU = 1
@@ -49,7 +49,7 @@ class WarmupEnd(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Arguments of the program that differ between fits."""
+    """Arrays and numbers that the compiled program takes as arguments."""
 
     y: Any
     x: Any
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
 
 class WarmupState(NamedTuple):
-    """State of the loop.
+    """State of L-BFGS after some iterations.
 
     ``params`` and ``best_params`` are normalized, shape (p,); losses are relative losses.
     """
@@ -92,7 +92,7 @@ class WarmupState(NamedTuple):
 
 @dataclass(frozen=True)
 class WarmupSettings:
-    """Settings of the loop; a threshold of zero is never met."""
+    """Settings of L-BFGS; a threshold of zero is never met, which disables it."""
 
     history_size: int
     line_search: str  # "wolfe", "strong_wolfe" or "backtracking"
@@ -107,7 +107,7 @@ class WarmupSettings:
 
 @dataclass(frozen=True)
 class Options:
-    """Options that change the program."""
+    """Options for each combination of which a program is compiled."""
 
     history_size: int
     line_search: str
@@ -139,7 +139,7 @@ def _scale_first_step(size: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
-    """Set the update of parameters at a bound that would move outward to zero."""
+    """Set updates to zero that would move a parameter across the bound at which it is."""
 
     def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         is_outward = ((params <= low) & (updates < 0)) | ((params >= high) & (updates > 0))
@@ -149,7 +149,7 @@ def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArg
 
 
 def _optimizer(problem: Problem, options: Options) -> optax.GradientTransformationExtraArgs:
-    """Chain L-BFGS, the defense layers that act on a step, and the line search."""
+    """Build the optax optimizer: L-BFGS, first step size, bounds, step clipping, line search."""
     transforms = [
         optax.scale_by_lbfgs(options.history_size),
         optax.scale(-1.0),
@@ -251,7 +251,7 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
 
 @dataclass(frozen=True)
 class Warmup:
-    """Compiled warm-up of one problem."""
+    """L-BFGS for one sample, with the programs that it compiles."""
 
     model: Model
     problem: Problem
@@ -261,59 +261,37 @@ class Warmup:
     @classmethod
     def build(
         cls,
-        model: Model,
-        rows: Rows,
-        n_rows: int,
-        affine: tuple[NDArray[np.float64], NDArray[np.float64]],
-        bounds: tuple[NDArray[np.float64], NDArray[np.float64]],
+        sample: NormalizedSample,
         variance: float,
         first_step: float,
         settings: WarmupSettings,
-        loss: Loss,
-        penalty: GroupVariance,
-        fingerprint: str,
     ) -> Warmup:
-        """Build the warm-up from the sample and the settings.
+        """Build the arguments and options of the programs.
 
         Parameters
         ----------
-        model : Model
-        rows : Rows
-            The sample, all rows finite; rows after the first ``n_rows`` are padding.
-        n_rows : int
-        affine, bounds : tuple of ndarray, each of shape (p,)
-            Scales and offsets of the normalization; normalized lower and upper bounds.
+        sample : NormalizedSample
         variance : float
             Weighted variance of y, the denominator of the loss.
         first_step : float
-            Size of the first step, from layer 2.
+            Size of the first step, chosen by layer 2.
         settings : WarmupSettings
-        loss : Loss
-        penalty : GroupVariance
-        fingerprint : str
-            Fingerprint of the model and its x.
         """
+        arrays = sample.arrays()
         options = Options(
             history_size=settings.history_size,
             line_search=settings.line_search,
-            has_bounds=bool(np.isfinite(bounds[0]).any() or np.isfinite(bounds[1]).any()),
+            has_bounds=bool(np.isfinite([arrays["low"], arrays["high"]]).any()),
             clips_gradient=settings.max_gradient is not None,
             guards_cost=settings.cost_tolerance is not None,
             clips_step=settings.max_step is not None,
-            loss=loss.name,
-            groups=penalty.groups,
+            loss=sample.loss.name,
+            groups=sample.penalty.groups,
         )
         problem = Problem(
-            y=rows.y.astype(np.float64),
-            x=rows.x,
-            inverse_sigma=np.ones(1) if rows.sigma is None else 1.0 / rows.sigma.astype(np.float64),
-            n_rows=np.int64(n_rows),
-            f_scale=np.float64(loss.f_scale),
-            penalty=np.float64(penalty.strength),
-            scales=affine[0],
-            offsets=affine[1],
-            low=bounds[0],
-            high=bounds[1],
+            **arrays,
+            n_rows=np.int64(sample.n_rows),
+            penalty=np.float64(sample.penalty.strength),
             variance=np.float64(variance),
             first_step=np.float64(first_step),
             max_step=np.float64(settings.max_step or np.inf),
@@ -324,13 +302,13 @@ class Warmup:
             min_iterations=np.int64(settings.min_iterations),
             max_iterations=np.int64(settings.max_iterations),
         )
-        with x64():
-            problem = jax.tree.map(jnp.asarray, problem)
+        rows = sample.rows
         shapes = f"{len(rows)} rows, sigma {rows.sigma is not None}"
-        return cls(model, problem, options, f"warm-up {fingerprint} {shapes} {options}")
+        key = f"warm-up {sample.fingerprint} {shapes} {options}"
+        return cls(sample.model, to_device(problem), options, key)
 
     def init(self, q0: NDArray[np.float64]) -> WarmupState:
-        """Return the initial state."""
+        """Return the state at normalized parameters ``q0``, before the first iteration."""
         with x64():
             params = jnp.asarray(q0)
             try:
@@ -357,7 +335,7 @@ class Warmup:
             )
 
     def run(self, state: WarmupState, until: int) -> WarmupState:
-        """Iterate until a criterion is met or iteration ``until`` is reached."""
+        """Run iterations until a criterion is met or iteration ``until`` is reached."""
         with x64():
             limit = jnp.asarray(until, jnp.int64)
             result: WarmupState = self._program("run", self._burst, state, limit)(
@@ -366,7 +344,7 @@ class Warmup:
             return result
 
     def with_smaller_steps(self, factor: float, n_done: int) -> Warmup:
-        """Return the warm-up with smaller steps and the remaining iterations."""
+        """Return a warm-up with step sizes multiplied by ``factor``, for the other iterations."""
         problem = self.problem
         with x64():
             problem = problem._replace(
@@ -395,17 +373,17 @@ class Warmup:
 
 
 def clip_count(state: WarmupState, options: Options) -> int:
-    """Return the number of updates shortened by layer 4."""
+    """Return how many updates the step clipping of layer 4 has shortened."""
     return int(state.optimizer[-2].count) if options.clips_step else 0
 
 
 def pack(state: WarmupState) -> list[NDArray[Any]]:
-    """Return all arrays of a state, including those of the optimizer."""
+    """Return the arrays of a state as a list, for a checkpoint."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def unpack(like: WarmupState, leaves: list[NDArray[Any]]) -> WarmupState:
-    """Return the state from its arrays, given another state of the same warm-up."""
+    """Return the state whose arrays ``pack`` has listed; ``like`` is any state of the warm-up."""
     with x64():
         arrays = [jnp.asarray(leaf) for leaf in leaves]
         state: WarmupState = jax.tree.unflatten(jax.tree.structure(like), arrays)

@@ -1,11 +1,9 @@
-"""Successive halving over starts: improve all candidates, eliminate the worst, repeat.
+"""Multistart by successive halving: improve all candidates, eliminate the worst, repeat.
 
-Random candidates rarely lie at the bottom of a narrow basin, so each is improved by a few
-Levenberg-Marquardt steps before its cost is compared. A round uses a minibatch of the sample; from
-round to round, there are fewer candidates and more rows.
-
-One call of one program improves all candidates of a round. It processes them in vectorized groups,
-and is the same program for all rounds.
+A candidate is a starting point. Random points rarely lie at the bottom of a narrow basin, so each
+is improved by a few Levenberg-Marquardt steps before its cost is compared. From round to round,
+there are fewer candidates and more rows, all of them from the sample. One call of one compiled
+program improves all candidates of a round.
 """
 
 from __future__ import annotations
@@ -20,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.jacobian import Mode, choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import compiled_once
-from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.batched_lm import FIRST_DAMPING, Candidate, Problem, improve_groups
+from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
 
 Vector = NDArray[np.float64]
 
@@ -37,7 +33,7 @@ _BATCH_ROWS = 32  # per minibatch in the first round
 
 @dataclass(frozen=True)
 class MultistartSettings:
-    """Settings of successive halving; see ``HybridStreamingConfig``."""
+    """Settings of successive halving; ``HybridStreamingConfig`` explains them."""
 
     n_starts: int
     sampler: str  # "lhs", "sobol" or "halton"
@@ -49,12 +45,12 @@ class MultistartSettings:
     seed: int
 
     def rows_of_round(self, number: int) -> int:
-        """Return the number of rows of a round, if available."""
+        """Return the number of rows that a round uses if the sample has as many."""
         return self.batches_per_round * _BATCH_ROWS << number
 
     @property
     def max_rows(self) -> int:
-        """Number of rows of the last round."""
+        """Number of rows that the last round uses if the sample has as many."""
         return self.rows_of_round(self.n_rounds - 1)
 
 
@@ -72,7 +68,7 @@ class Round:
 
 @dataclass(frozen=True)
 class SuccessiveHalving:
-    """Successive halving over starts of one problem."""
+    """Successive halving for one sample, with the program that it compiles."""
 
     model: Model
     problem: Problem
@@ -82,59 +78,27 @@ class SuccessiveHalving:
     key: str  # of the program in the cache of the process
 
     @classmethod
-    def build(
-        cls,
-        model: Model,
-        rows: Rows,
-        n_rows: int,
-        affine: tuple[NDArray[np.float64], NDArray[np.float64]],
-        bounds: tuple[NDArray[np.float64], NDArray[np.float64]],
-        loss: Loss,
-        penalty: GroupVariance,
-        fingerprint: str,
-    ) -> SuccessiveHalving:
-        """Build the problem from the sample.
-
-        Parameters
-        ----------
-        model : Model
-        rows : Rows
-            In random order, all finite; rows after the first ``n_rows`` are padding.
-        n_rows : int
-        affine, bounds : tuple of ndarray, each of shape (p,)
-            Scales and offsets of the normalization; normalized lower and upper bounds.
-        loss : Loss
-        penalty : GroupVariance
-        fingerprint : str
-            Fingerprint of the model and its x.
-        """
-        sigma = np.ones(len(rows)) if rows.sigma is None else rows.sigma.astype(np.float64)
-        problem = Problem(
-            y=rows.y.astype(np.float64),
-            x=rows.x,
-            inverse_sigma=1.0 / sigma,
-            f_scale=np.float64(loss.f_scale),
-            scales=affine[0],
-            offsets=affine[1],
-            low=bounds[0],
-            high=bounds[1],
-            penalty=penalty.jacobian(model.n_params, 1),
-        )
+    def build(cls, sample: NormalizedSample) -> SuccessiveHalving:
+        """Build the arguments of the program from a sample whose rows are in random order."""
+        model, n_padded = sample.model, len(sample.rows)
+        arrays = sample.arrays()
+        arrays["inverse_sigma"] = np.broadcast_to(arrays["inverse_sigma"], n_padded)
+        problem = to_device(Problem(**arrays, penalty=sample.penalty.jacobian(model.n_params, 1)))
         with x64():
             mode = choose_mode(model, model.jaxpr())
-            problem = jax.tree.map(jnp.asarray, problem)
-        key = f"tournament {fingerprint} {len(rows)} rows {loss.name} {penalty.groups}"
-        return cls(model, problem, mode, loss.name, n_rows, key)
+        loss, groups = sample.loss.name, sample.penalty.groups
+        key = f"successive halving {sample.fingerprint} {n_padded} rows {loss} {groups}"
+        return cls(model, problem, mode, loss, sample.n_rows, key)
 
     def rounds(
         self, candidates: NDArray[np.float64], settings: MultistartSettings
     ) -> Iterator[Round]:
-        """Yield the result of each round.
+        """Run the rounds and yield the result of each.
 
         Parameters
         ----------
         candidates : ndarray, shape (n, p)
-            Normalized, inside the bounds.
+            Starting points, as normalized parameters inside the bounds.
         settings : MultistartSettings
         """
         params = candidates.copy()
@@ -158,7 +122,7 @@ class SuccessiveHalving:
         survivors: NDArray[np.int64],
         n_rows: int,
     ) -> Candidate:
-        """Improve the surviving candidates on the first ``n_rows`` rows."""
+        """Return the candidates at ``survivors`` after steps on the first ``n_rows`` rows."""
         # The same power of two in all rounds, so that few programs are compiled.
         max_groups = 1 << (-(-len(params) // _GROUP_SIZE) - 1).bit_length()
         indices = np.resize(survivors, (max_groups, _GROUP_SIZE))
