@@ -1,4 +1,4 @@
-"""``Passes``: reductions over all rows, with counting, reporting, checks and the journal."""
+"""``Passes``: run passes over all rows; check, report and count them; save them in the journal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OptionalSums = TypeVar("OptionalSums", bound=Sums | None)
 
 @dataclass(frozen=True)
 class RowsInUse:
-    """Which rows the sums are computed over: all but those of skipped blocks."""
+    """Which rows are summed, all but those of skipped blocks, and what is known of them."""
 
     skipped: dict[int, SkippedBlock]  # blocks that could not be read, by flat index
     moments: Moments | None  # sums of the data alone; None before the first pass
@@ -53,7 +53,7 @@ class RowsInUse:
 
 @dataclass(frozen=True)
 class Reduced(Generic[OptionalSums]):
-    """Result of a pass, or of sampling, which has no sums."""
+    """Result of a pass over all rows; ``sums`` is None if rows were only sampled."""
 
     sums: OptionalSums
     rows: Rows | None = None
@@ -64,7 +64,7 @@ class Reduced(Generic[OptionalSums]):
 
 @dataclass(frozen=True)
 class _PartialPass(Generic[S]):
-    """Completed part of an interrupted pass."""
+    """Partial sums of an interrupted pass, as saved in a checkpoint."""
 
     seconds: float = 0.0  # elapsed time
     retries: int = 0  # of reading these parts
@@ -73,22 +73,22 @@ class _PartialPass(Generic[S]):
 
 
 class Passes:
-    """Runs passes over the data set and counts them.
+    """Runs passes over all rows and counts them.
 
-    A block that could not be read is left out from then on, if so many rows may be missing. Then
-    sums from before are over other rows than those that follow, and must not be compared with them:
-    ``n_skipped`` tells.
+    If ``min_success_rate`` allows it, a block that cannot be read is skipped by this pass and all
+    later ones. Their sums must not be compared with those of earlier passes, which contain the
+    block; callers notice by a change of ``n_skipped``.
 
     Parameters
     ----------
     problem : FitProblem
-        Defines the NaN policy, the required share of readable rows and the penalty.
+        Provides ``nan_policy``, ``min_success_rate`` and the penalty.
     data : DataSet
     emit : callable
-        Receives a ``PassFinished`` per pass.
+        Called with a ``PassFinished`` event after each pass.
     journal : Journal
     interruption : Interruption
-        Can end a pass.
+        Checked during a pass; it ends the pass by an exception.
 
     Attributes
     ----------
@@ -117,7 +117,10 @@ class Passes:
         self._moments: Moments | None = None
 
     def count(self, event: Event) -> None:
-        """Count an event of reading, current or from before the fit was resumed."""
+        """Add the rows and bytes of an event to ``counts``.
+
+        Events of an earlier process, before the fit was resumed, are counted as well.
+        """
         if isinstance(event, PassFinished):
             self.counts += ReadCounts(1, event.rows, event.bytes, event.rows_cached, event.retries)
         elif isinstance(event, SampleRead):
@@ -129,7 +132,7 @@ class Passes:
 
     @property
     def rows_in_use(self) -> RowsInUse:
-        """Set of rows of the next sums."""
+        """Which rows the next pass sums."""
         return RowsInUse(self.skipped, self._moments)
 
     @rows_in_use.setter
@@ -138,23 +141,24 @@ class Passes:
 
     @property
     def n_skipped(self) -> int:
-        """Number of blocks left out; sums from before it grew are over other rows."""
+        """Number of skipped blocks."""
         return len(self.skipped)
 
     @property
     def n_rows(self) -> int:
-        """Number of rows, without those left out."""
+        """Number of rows outside of skipped blocks."""
         return self._data.blocks.n_rows - sum(bad.rows for bad in self.skipped.values())
 
     def sample(self, sample_rows: int, seed: int) -> tuple[Rows, int]:
         """Return a sample of rows from a few blocks, and the number of blocks.
 
-        Blocks that cannot be read are replaced by others.
+        Blocks that cannot be read are replaced by other blocks. When a fit is resumed, the sample
+        of the checkpoint is returned.
 
         Raises
         ------
         CheckpointError
-            If the sample from before the fit was resumed differs from these data.
+            If the data have changed since the checkpoint was written.
         """
         was_taken = any(isinstance(event, SampleRead) for event in self._journal.events)
         while True:
@@ -188,19 +192,21 @@ class Passes:
         sample_rows: int = 0,
         seed: int = 0,
     ) -> Reduced[S]:
-        """Sum over all rows, or return what the journal has of that; DataError if they are useless.
-
-        Where ``n_skipped`` has grown, blocks had to be left out that are in the sums of earlier
-        passes.
+        """Sum over all rows; when a fit is resumed, return the pass that the journal has saved.
 
         Parameters
         ----------
         kernel : Kernel
         request : Request
-            If it is fresh, the sums of the data alone are computed again.
         is_penalized : bool
+            Whether to add the penalty to the sums.
         sample_rows, seed : int
-            Number of rows to sample from all blocks, and the seed.
+            Number of rows to return as a sample from all blocks, and the seed.
+
+        Raises
+        ------
+        DataError
+            If the data are invalid, or too few blocks can be read.
         """
         wants_moments = request.is_fresh or self._moments is None
         share = min(1.0, sample_rows / self.n_rows)
@@ -227,9 +233,16 @@ class Passes:
     def run_beside(
         self, kernel: Kernel[S], request: Request, known: Request, known_pass: Reduced[S]
     ) -> tuple[Reduced[S], Reduced[S]]:
-        """Return the pass of a request, and that of a known one over the same rows.
+        """Run a pass to compare with an earlier one, and return both.
 
-        The latter is run again if blocks are skipped in the former.
+        If blocks are skipped in the new pass, the earlier one is run again without these blocks.
+
+        Parameters
+        ----------
+        kernel : Kernel
+        request : Request
+        known, known_pass : Request, Reduced
+            Request and result of the earlier pass.
         """
         while True:
             before = self.n_skipped
@@ -241,7 +254,7 @@ class Passes:
     def _run_pass(
         self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance
     ) -> Reduced[S]:
-        """Run the pass, or the rest of an interrupted one."""
+        """Run a pass, or what remains of it if a checkpoint has partial sums."""
         self._interruption.check()
         kind: Any = _PartialPass
         partial_pass: _PartialPass[S] = (
@@ -258,7 +271,7 @@ class Passes:
         n_rows = self.n_rows - sum(bad.rows for bad in skipped.values())  # not left out so far
         check_rows(result.sums, self._omits_nan, self._data, n_rows, result.first_bad_block)
         at = request.sums
-        sums = result.sums.penalized(penalty, at.params, at.candidates, at.directions)
+        sums = result.sums.penalized(penalty, at)
         number = self.counts.n_passes + 1
         blocks = result.blocks
         self._emit(BlocksMeasured(number, blocks.index, blocks.chi2, blocks.n_used, blocks.largest))
@@ -283,7 +296,7 @@ class Passes:
         started: float,
         partial_pass: _PartialPass[S],
     ) -> PassResult[S]:
-        """Reduce all rows and save partial results from time to time."""
+        """Sum over all rows, and save partial sums in the checkpoint from time to time."""
         latest: list[PartialResults] = []
 
         def save(parts: PartialResults) -> None:
@@ -336,14 +349,14 @@ class Passes:
         )
 
     def must_report(self, sums: Sums) -> bool:
-        """Whether sums over some of the rows show that the data are invalid."""
+        """Whether partial sums show that the data are invalid, which is an error."""
         return are_unusable(sums, self._omits_nan)
 
     def _watch(self, parts: PartialResults) -> None:
         self._interruption.check()
 
     def _describe_skipped(self, reading: ReadReport) -> dict[int, SkippedBlock]:
-        """Return the unreadable blocks, described in terms of the caller's arrays."""
+        """Return a description of each unreadable block, by its flat index."""
         return {i: self._data.skipped_block(i, reading.errors[i]) for i in sorted(reading.errors)}
 
     def _check_share(self, new: dict[int, SkippedBlock]) -> None:
@@ -351,12 +364,12 @@ class Passes:
         check_share(bad, self._data.blocks.n_rows, self._min_share)
 
     def _skip(self, new: dict[int, SkippedBlock]) -> bool:
-        """Take note of what could not be read; return whether it is more than before.
+        """Skip blocks from now on; return whether there are any.
 
         Raises
         ------
         BlockReadError
-            If too few rows are left.
+            If fewer rows remain than ``min_success_rate`` requires.
         """
         if not new:
             return False

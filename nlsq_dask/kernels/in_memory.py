@@ -1,4 +1,4 @@
-"""Sums over rows in memory, computed without reading data."""
+"""Sums over a sample of rows that is in memory, as a function of the parameters."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CACHE_SIZE = 8  # points; forecasts return to points evaluated before
 
 
 class SampleObjective(ABC, Generic[S_co]):
-    """Sums over rows as a function of the parameters, with a cache of the last few.
+    """Function from parameters to the sums over given rows, with a cache of the last results.
 
     Parameters
     ----------
     rows : Rows
     penalty : GroupVariance
-        Added to the sums.
+        Penalty that is added to the sums.
     """
 
     def __init__(self, rows: Rows, penalty: GroupVariance) -> None:
@@ -41,7 +41,7 @@ class SampleObjective(ABC, Generic[S_co]):
     @property
     @abstractmethod
     def kernel(self) -> Kernel[S_co]:
-        """The kernel that computes the sums."""
+        """Kernel that computes the sums."""
 
     def __call__(self, params: Vector) -> S_co:
         """Return the sums at ``params``."""
@@ -49,14 +49,13 @@ class SampleObjective(ABC, Generic[S_co]):
         if key not in self._cache:
             if len(self._cache) == _CACHE_SIZE:
                 del self._cache[next(iter(self._cache))]
-            self._cache[key] = self.kernel(self._rows, Request(params)).penalized(
-                self._penalty, params
-            )
+            request = Request(params)
+            self._cache[key] = self.kernel(self._rows, request).penalized(self._penalty, request)
         return self._cache[key]
 
 
 class DenseObjective(SampleObjective[NormalEquations]):
-    """Normal equations, or a QR factorization, over rows in memory.
+    """Function from parameters to the ``NormalEquations`` over given rows.
 
     Parameters
     ----------
@@ -81,20 +80,23 @@ class DenseObjective(SampleObjective[NormalEquations]):
 
     @property
     def accumulation(self) -> Accumulation:
-        """Current accumulation."""
+        """Matrix that the kernel accumulates: ``J^T J``, or the factor R of a QR factorization."""
         reduction = self._kernel.reduction
         assert isinstance(reduction, DenseReduction)
         return reduction.accumulation
 
     def use(self, accumulation: Accumulation) -> None:
-        """Switch to another accumulation."""
+        """Compute the sums with another ``Accumulation`` from now on."""
         kernel = with_accumulation(self._kernel, accumulation, self._model)
         if kernel is not self._kernel:
             self._kernel = kernel
             self._cache.clear()
 
     def factors(self, params: Vector) -> tuple[float, ...]:
-        """Return powers of two that scale Jacobian and residual at ``params`` to about one."""
+        """Return factors for the columns of J, and for r, that scale both to about one.
+
+        They are powers of two, so that scaling does not round.
+        """
         sums = self(params)
         squares = np.append(np.diag(sums.jtj), sums.chi2) / max(sums.n_used, 1)
         usable = np.isfinite(squares) & (squares > 0.0)
@@ -103,13 +105,13 @@ class DenseObjective(SampleObjective[NormalEquations]):
 
 
 class GradientObjective(SampleObjective[GradientSums]):
-    """Gradients, products with ``J^T J`` and its diagonal, over rows in memory.
+    """Function from parameters to the ``GradientSums`` over given rows.
 
     Parameters
     ----------
     kernel : Kernel[GradientSums]
     diagonal : Kernel[GradientSums]
-        Kernel that computes the diagonal instead of a product.
+        Kernel that computes the diagonal of ``J^T J`` instead of a product.
     rows : Rows
     penalty : GroupVariance
     """
@@ -131,12 +133,12 @@ class GradientObjective(SampleObjective[GradientSums]):
         return self._kernel
 
     def reduce(self, request: Request) -> GradientSums:
-        """Return the requested sums; with directions, the moments of the data are omitted."""
-        params, candidates, directions = request.params, request.candidates, request.directions
+        """Return the requested sums; for products ``J^T J v``, without the moments of the data."""
+        candidates, directions = request.candidates, request.directions
         if directions is None and (candidates is None or not len(candidates)):
-            return self(params)
+            return self(request.params)
         sums = self._kernel(self._rows, request, wants_moments=directions is None)
-        return sums.penalized(self._penalty, params, candidates, directions)
+        return sums.penalized(self._penalty, request)
 
     def product(self, params: Vector, vector: Vector) -> Vector:
         """Return ``J^T J v`` at ``params``."""

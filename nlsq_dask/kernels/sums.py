@@ -1,4 +1,4 @@
-"""Sums over rows: the result of a pass, and how the sums of two sets of rows combine."""
+"""``Sums`` over rows, the result of a pass; sums of two sets of rows combine to those of both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from nlsq_dask.kernels import tsqr
 from nlsq_dask.kernels.penalty import GroupVariance
+from nlsq_dask.kernels.request import Request
 
 Moments = tuple[float, float, float, float]  # weight, y_sum, y_square and signal
 
 
 def combined(combine: Callable[[Any, Any], Any], **options: Any) -> Any:
-    """Declare a field with the function that combines its values over two sets of rows."""
+    """Declare a dataclass field and how its values for two sets of rows combine, e.g. ``add``."""
     return field(metadata={"combine": combine}, **options)
 
 
@@ -30,9 +31,9 @@ def _merge(
 
 @dataclass(frozen=True, kw_only=True)
 class Sums(ABC):
-    """Sums over rows, all in float64, that every solver needs.
+    """Sums over rows that every solver needs, in float64.
 
-    The residuals are ``r = (model - y) / sigma`` and their Jacobian is ``J``.
+    The residuals are ``r = (model - y) / sigma``, with Jacobian J by the parameters.
     """
 
     jtr: NDArray[np.float64] = combined(add)  # J^T r, the gradient of the cost, shape (p,)
@@ -55,7 +56,7 @@ class Sums(ABC):
     candidate_costs: NDArray[np.float64] = combined(add, default_factory=lambda: np.zeros(0))
 
     def combine(self, other: Self) -> Self:
-        """Return the sums over the rows of both operands."""
+        """Return the sums over the rows of both ``self`` and ``other``."""
         return type(self)(
             **{
                 f.name: f.metadata["combine"](getattr(self, f.name), getattr(other, f.name))
@@ -63,37 +64,39 @@ class Sums(ABC):
             }
         )
 
-    @abstractmethod
-    def penalized(
-        self,
-        penalty: GroupVariance,
-        params: NDArray[np.float64],
-        candidates: NDArray[np.float64] | None = None,
-        directions: NDArray[np.float64] | None = None,
-    ) -> Self:
-        """Return the sums with the penalty for ``n_used`` rows added.
+    def penalized(self, penalty: GroupVariance, request: Request) -> Self:
+        """Return the sums with a penalty added, which is proportional to ``n_used``.
 
         Parameters
         ----------
         penalty : GroupVariance
-        params : ndarray, shape (p,)
-            Parameters of the sums.
-        candidates, directions : ndarray, each of shape (k, p), optional
-            Points of the candidate costs; vectors of the products.
+        request : Request
+            The request that these sums answer.
         """
+        if not penalty.groups:
+            return self
+        sums = self._with_penalty(penalty, request)
+        if request.candidates is None:
+            return sums
+        costs = self.candidate_costs + penalty.costs(request.candidates, self.n_used)
+        return replace(sums, candidate_costs=costs)
+
+    @abstractmethod
+    def _with_penalty(self, penalty: GroupVariance, request: Request) -> Self:
+        """Add the penalty to all but ``candidate_costs``."""
 
     @property
     def moments(self) -> Moments:
-        """Sums of the data alone."""
+        """Sums that do not depend on the parameters: of the weights and of weighted y."""
         return self.weight, self.y_sum, self.y_square, self.signal
 
     def with_moments(self, moments: Moments) -> Self:
-        """Return the sums with the given moments, computed earlier over the same rows."""
+        """Return the sums with moments that an earlier pass computed over the same rows."""
         weight, y_sum, y_square, signal = moments
         return replace(self, weight=weight, y_sum=y_sum, y_square=y_square, signal=signal)
 
     def variance(self, n_params: int) -> float:
-        """Return the residual variance; infinite without degrees of freedom."""
+        """Return ``2 cost / (n_used - n_params)`` without the penalty; infinite if not positive."""
         dof = self.n_used - n_params
         return 2.0 * max(self.cost - self.penalty, 0.0) / dof if dof > 0 else np.inf
 
@@ -103,13 +106,19 @@ class Sums(ABC):
         return 2.0 * self.cost / max(self.n_used, 1)
 
     def relative_slope(self, scales: NDArray[np.float64]) -> float:
-        """Return the norm of the gradient of the relative loss in normalized parameters."""
+        """Return the norm of the gradient of ``2 cost / total_variation``.
+
+        The gradient is taken by the parameters divided by ``scales``.
+        """
         size = self.total_variation or float(max(self.n_used, 1))
         with np.errstate(over="ignore"):  # infinity is a valid result
             return 2.0 / size * float(np.linalg.norm(self.jtr * scales))
 
     def cost_noise(self, epsilon: float) -> float:
-        """Return the rounding error of a difference of costs for machine epsilon ``epsilon``."""
+        """Return the rounding error of a difference of two costs close to this one.
+
+        ``epsilon`` is the machine epsilon of the dtype in which the model is evaluated.
+        """
         return 32 * epsilon * self.cost + epsilon * float(np.sqrt(2 * self.cost * self.signal))
 
     @property
@@ -119,7 +128,7 @@ class Sums(ABC):
 
     @property
     def is_finite(self) -> bool:
-        """Whether model and Jacobian are finite at all rows used."""
+        """Whether model and Jacobian are finite at all rows that are summed."""
         return (
             self.n_nonfinite == 0
             and bool(np.isfinite(self.cost))
@@ -128,7 +137,7 @@ class Sums(ABC):
 
     @property
     def total_variation(self) -> float:
-        """Weighted sum of squares of y about its weighted mean."""
+        """Weighted sum of squared differences of y from its weighted mean."""
         if self.weight == 0.0:
             return 0.0
         return max(self.y_square - self.y_sum * (self.y_sum / self.weight), 0.0)
@@ -136,31 +145,19 @@ class Sums(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NormalEquations(Sums):
-    """Sums that determine a Gauss-Newton step."""
+    """Sums with ``J^T J``, from which a Gauss-Newton step is solved directly."""
 
     jtj: NDArray[np.float64] = combined(add)  # J^T J, shape (p, p)
     # R of the QR factorization of [J r], shape (p + 1, p + 1), if requested; with a robust loss,
     # that of J, shape (p, p).
     triangle: NDArray[np.float64] | None = combined(_merge, default=None)
 
-    def penalized(
-        self,
-        penalty: GroupVariance,
-        params: NDArray[np.float64],
-        candidates: NDArray[np.float64] | None = None,
-        directions: NDArray[np.float64] | None = None,
-    ) -> Self:
-        """Return the sums with the penalty for ``n_used`` rows added."""
-        if not penalty.groups:
-            return self
-        n = self.n_used
-        sums = self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
-        if candidates is None:
-            return sums
-        return replace(sums, candidate_costs=self.candidate_costs + penalty.costs(candidates, n))
+    def _with_penalty(self, penalty: GroupVariance, request: Request) -> Self:
+        n, params = self.n_used, request.params
+        return self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
 
     def with_rows(self, jacobian: NDArray[np.float64], residuals: NDArray[np.float64]) -> Self:
-        """Return the sums with additional rows, which count as penalty and not as data.
+        """Add rows of a penalty, given by Jacobian and residuals, to all sums but those of data.
 
         Parameters
         ----------
@@ -189,32 +186,22 @@ class NormalEquations(Sums):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSums(Sums):
-    """Sums for many parameters, without p-by-p matrices."""
+    """Sums for conjugate gradients: products with ``J^T J`` take the place of the matrix."""
 
     products: NDArray[np.float64] = combined(add)  # J^T J v for each of k directions, (k, p)
 
-    def penalized(
-        self,
-        penalty: GroupVariance,
-        params: NDArray[np.float64],
-        candidates: NDArray[np.float64] | None = None,
-        directions: NDArray[np.float64] | None = None,
-    ) -> Self:
-        """Return the sums with the penalty for ``n_used`` rows added."""
-        if not penalty.groups:
-            return self
-        n, p = self.n_used, len(params)
-        vectors = np.empty((0, p)) if directions is None else directions
-        points = np.empty((0, p)) if candidates is None else candidates
+    def _with_penalty(self, penalty: GroupVariance, request: Request) -> Self:
+        n, params = self.n_used, request.params
         cost = float(penalty.costs(params[None], n)[0])
-        added = [penalty.product(vector, n) for vector in vectors]
+        products = self.products
+        if request.directions is not None:
+            products = products + np.array([penalty.product(v, n) for v in request.directions])
         return replace(
             self,
             jtr=self.jtr + penalty.product(params, n),
-            products=self.products + np.array(added) if added else self.products,
+            products=products,
             cost=self.cost + cost,
             penalty=self.penalty + cost,
-            candidate_costs=self.candidate_costs + penalty.costs(points, n),
         )
 
     @property
