@@ -1,4 +1,4 @@
-"""``DenseFit``: Gauss-Newton in a trust region and the covariance, with dense matrices."""
+"""``DenseFit``: phases 2 and 3 of a fit whose p-by-p matrices fit in memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SAME_COST = 1e-4  # relative difference within which costs are equal
 
 @dataclass(frozen=True)
 class _SampleSolution:
-    """Solution on the sample, and the accumulation that its condition number requires."""
+    """Solution on the sample, and how sums must be accumulated for its condition number."""
 
     params: Vector
     iterations: int
@@ -54,7 +54,7 @@ class _SampleSolution:
 
 @dataclass(frozen=True)
 class SampleSolver:
-    """Fits rows in memory with dense matrices."""
+    """Gauss-Newton on a sample of rows in memory."""
 
     solver: GaussNewton  # with the epsilon of float64
 
@@ -65,10 +65,11 @@ class SampleSolver:
         report: Report,
         anchor_length: float = _ANCHOR_LENGTH,
     ) -> State:
-        """Return the final state; ``sums`` keep the accumulation that the solution requires.
+        """Minimize from ``start`` and return the final state.
 
-        Some parameters may be non-identifiable on the sample (a peak that it misses). A weak
-        penalty keeps them near the start; it moves the others by far less than their errors.
+        Some parameters may be non-identifiable on the sample, as those of a peak that it misses. A
+        weak penalty keeps them near the start, which moves other parameters by far less than their
+        errors. If the solution requires QR factorizations, ``sums`` computes them from then on.
         """
         solver, accumulation = self.solver, self.solver.accumulation
         sums.use(accumulation)
@@ -96,11 +97,11 @@ class SampleSolver:
         return state
 
     def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
-        """Return the end point of the best start, the first of equally good ones.
+        """Minimize from each start and return the best end point, the first of equally good ones.
 
-        A warm-up may end in a valley that Gauss-Newton avoids, and vice versa; a few rows suffice
-        to compare. If the anchor penalty matters at the solution, the start may be wrong by orders
-        of magnitude; weaker penalties are then tried.
+        L-BFGS may have ended in a valley that Gauss-Newton avoids from p0, and vice versa, so both
+        are starts. If the penalty of ``solve`` matters at the solution, the start may be wrong by
+        orders of magnitude; weaker penalties are then tried, too.
         """
         settings = self.solver.settings
         coarse = replace(settings, tol=max(settings.tol, _RACE_TOL))
@@ -135,8 +136,8 @@ class SampleSolver:
 class _AnchorPenalty:
     """Penalty that keeps parameters near a start, like a Gaussian prior.
 
-    With the variance at a bad start it is so strong that it creates minima, so it is relaxed after
-    each solve.
+    It is proportional to the residual variance. The variance at a bad start is so large that the
+    penalty would create minima, so it is relaxed after each solve.
     """
 
     start: Vector
@@ -148,7 +149,7 @@ class _AnchorPenalty:
         return sums.with_rows(np.diag(roots), roots * (params - self.start))
 
     def relax(self, variance: float) -> bool:
-        """Relax the penalty if the variance is much smaller; return whether it changed."""
+        """Adopt a residual variance if it is much smaller; return whether it was adopted."""
         if not variance < _LESS_VARIANCE * self.variance:
             return False
         self.variance = variance
@@ -156,7 +157,7 @@ class _AnchorPenalty:
 
 
 class DenseFit(FullFit[State, NormalEquations]):
-    """Phases 2 and 3 of a fit whose steps are solved with dense matrices."""
+    """Phases 2 and 3 with ``GaussNewton``: the solution, and the covariance matrix."""
 
     state_type = State
 
@@ -184,7 +185,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         )
 
     def kernel(self, request: Request) -> Kernel[NormalEquations]:
-        """Return the kernel for a request over all rows."""
+        """Return the kernel that computes the requested sums over all rows."""
         accumulation = request.accumulation
         if accumulation not in self._kernels:
             kernel = with_accumulation(self._gram, accumulation, self.problem.model)
@@ -192,7 +193,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return self._kernels[accumulation]
 
     def make_objective(self, rows: Rows, y_reference: float) -> DenseObjective:
-        """Return the objective over rows in memory."""
+        """Return the function from parameters to the sums over rows in memory."""
         kernel = replace(self._sample_kernel, y_reference=y_reference)
         return DenseObjective(self.problem.exact_model, kernel, rows, self.problem.penalty)
 
@@ -249,7 +250,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[NormalEquations]]:
-        """Solve on the new sample from new starts; a pass decides if the solution looks better."""
+        """Solve on the new sample; if its solution looks better, compare both by a pass."""
         new_starts = self.context.start_finder.find(sample, {})
         new_start = self._solve_on_sample(sample, new_starts, {})
         state = init_state(start, first.sums, self._settings)
@@ -277,9 +278,9 @@ class DenseFit(FullFit[State, NormalEquations]):
         return {"solver": "normal" if state.sums.triangle is None else "qr"}
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
-        """Return the covariance at the solution, or None.
+        """Return the covariance matrix at the solution.
 
-        None if sums are not finite, or if a pass is needed and ``may_pass`` is False.
+        None if the sums are not finite, or if a pass is needed and ``may_pass`` is False.
         """
         state, cov_type = self._state, self.problem.config.cov_type
         if state is None or not state.sums.is_finite:
@@ -297,7 +298,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return result
 
     def _scores(self, state: State) -> NDArray[np.float64]:
-        """Return a square root of ``sum r^2 J^T J`` over all rows, (p, p), without the penalty."""
+        """Return a p-by-p matrix S with ``S^T S = sum r^2 J^T J`` over all rows, from a pass."""
         assert state.solution is not None
         request = Request(state.solution, accumulation=Accumulation.SCORES)
         sums = self.context.passes.run(self.kernel(request), request, is_penalized=False).sums

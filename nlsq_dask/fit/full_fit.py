@@ -1,4 +1,4 @@
-"""``FullFit``: phases 2 and 3 for any solver."""
+"""``FullFit``: phases 2 and 3 of a fit, for any ``Solver``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ T = TypeVar("T", bound=SolverState[Any])
 
 @dataclass(frozen=True)
 class FitContext:
-    """Objects shared by the phases of a fit."""
+    """Objects that the phases of one fit share."""
 
     problem: FitProblem
     passes: Passes
@@ -51,7 +51,7 @@ class FitContext:
 
 @dataclass(frozen=True)
 class _Progress(Generic[T]):
-    """Progress of the solve over all rows."""
+    """Progress of the solve over all rows, as saved in a checkpoint."""
 
     state: T
     rows: RowsInUse
@@ -59,7 +59,7 @@ class _Progress(Generic[T]):
 
 
 class FullFit(ABC, Generic[T, S]):
-    """Phases 2 and 3: converge on the sample, then over all rows; estimate errors.
+    """Phases 2 and 3: solve on the sample, then over all rows; then standard errors.
 
     Parameters
     ----------
@@ -78,24 +78,24 @@ class FullFit(ABC, Generic[T, S]):
 
     @abstractmethod
     def kernel(self, request: Request) -> Kernel[S]:
-        """Return the kernel for a request over all rows."""
+        """Return the kernel that computes the requested sums over all rows."""
 
     @abstractmethod
     def make_objective(self, rows: Rows, y_reference: float) -> SampleObjective[S]:
-        """Return the objective over rows in memory."""
+        """Return the function from parameters to the sums over rows in memory."""
 
     @abstractmethod
     def _solve_on_sample(
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        """Return the solution on the sample, or the best start if there is none."""
+        """Return the solution on the sample; one of the starts if the sample is too small."""
 
     @abstractmethod
     def _prepare(self, sample: SampleProblem[Any], start: Vector) -> None:
-        """Choose the kernels for all rows, given the solution on the sample."""
+        """Adapt the kernels for all rows to the sample and its solution, the start."""
 
     def _first_request(self, params: Vector) -> Request:
-        """Return the request of the first pass."""
+        """Return which sums the first pass over all rows computes."""
         return Request(params, is_fresh=True)
 
     @abstractmethod
@@ -107,40 +107,43 @@ class FullFit(ABC, Generic[T, S]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[S]]:
-        """Return the start to use and its pass, after the residuals of all rows were too large.
+        """Return a better start and its pass, or ``start`` and ``first`` if none is found.
 
-        They are larger at ``start`` than chance explains if all rows are like the first sample,
-        whose factor for that is ``chance``. The sample now has rows from all blocks. Without a
-        better start, the arguments are returned.
+        Called when the residuals of all rows at ``start`` are larger than those of the first sample
+        by more than the factor ``chance``, so that the first sample was not representative. The
+        sample now has rows from all blocks.
         """
 
     @abstractmethod
     def _make_solver(self, sample: SampleProblem[Any], sums: S) -> Solver[T, S]:
-        """Return the solver over all rows, given the first sums."""
+        """Return the solver for all rows, given the sums of the first pass."""
 
     @abstractmethod
     def _describe(self, state: T) -> dict[str, Any]:
-        """Return details of the solver for the history of phases."""
+        """Return the entries of ``phase_history`` that only this solver has."""
 
     def _confirm(self, state: T) -> tuple[T, NDArray[np.bool_] | None]:
-        """Return the verified solution and the non-identifiable parameters, if any."""
+        """Verify the solution, by further passes if needed.
+
+        Also returns which parameters the data do not determine, or None if that is not known.
+        """
         return state, None
 
     @abstractmethod
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
-        """Return the covariance at the solution, or None.
+        """Return the covariance matrix at the solution.
 
-        None also if a pass is needed and ``may_pass`` is False.
+        None if there is none, or if a pass is needed and ``may_pass`` is False.
         """
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return standard errors that do not come from a covariance, if any."""
+        """Return standard errors if they are estimated without a covariance matrix."""
         return None
 
     def solve(
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
     ) -> Outcome:
-        """Converge on the sample, then over all rows."""
+        """Solve on the sample, then over all rows."""
         start = self._solve_on_sample(sample, starts, details)
         self._prepare(sample, start)
         start, first = self._first_pass(sample, start, starts)
@@ -149,7 +152,7 @@ class FullFit(ABC, Generic[T, S]):
         return self._solve_on_all_rows(partial(self._solver.init, start, first.sums), details)
 
     def solve_restarted(self, sample: SampleProblem[Any], details: dict[str, Any]) -> Outcome:
-        """Continue from the solution after blocks were skipped."""
+        """Solve again from the solution, after blocks became unreadable in phase 3."""
         state, solver = self._state, self._solver
         assert state is not None
         assert solver is not None
@@ -165,7 +168,10 @@ class FullFit(ABC, Generic[T, S]):
         return self._solve_on_all_rows(lambda: restarted, details)
 
     def current_outcome(self, stop: Status) -> Outcome | None:
-        """Return the outcome at the current iterate over all rows; None before the first."""
+        """Return the outcome at the last accepted point, with ``stop`` as status.
+
+        None if there are no sums over all rows yet.
+        """
         if self._state is None or self._solver is None or not self._state.sums.is_finite:
             return None
         self._state = self._solver.end(self._state, stop)
@@ -174,10 +180,11 @@ class FullFit(ABC, Generic[T, S]):
     def _first_pass(
         self, sample: SampleProblem[Any], start: Vector, starts: list[Vector]
     ) -> tuple[Vector, Reduced[S]]:
-        """Return the start for all rows and its pass: the solution on the sample, or a better one.
+        """Return the start over all rows, usually the solution on the sample, and its pass.
 
-        The pass returns rows from all blocks, which become the sample. If all rows fit the solution
-        worse than the first sample by more than chance explains, the new sample is fitted again.
+        The pass returns rows from all blocks, which become the new sample. If the residuals of all
+        rows are larger than those of the first sample by more than chance explains, a better start
+        is searched on the new sample.
         """
         max_variance, chance = sample.max_expected(start), sample.chance
         config, request = self.problem.config, self._first_request(start)
@@ -194,7 +201,7 @@ class FullFit(ABC, Generic[T, S]):
         return self._better_start(sample, start, first, starts, chance)
 
     def _solve_on_all_rows(self, init: Callable[[], T], details: dict[str, Any]) -> Outcome:
-        """Converge over all rows, one pass per iteration."""
+        """Iterate over all rows, from the start or from a checkpoint, and return the outcome."""
         journal, passes, solver = self.context.journal, self.context.passes, self._solver
         assert solver is not None
         kind: Any = _Progress
@@ -238,7 +245,7 @@ class FullFit(ABC, Generic[T, S]):
         return iterate(self._solver, state, self._evaluate, report_and_keep_blocks, self._remember)
 
     def _evaluate(self, request: Request) -> S | None:
-        """Return the sums over all rows; None if not comparable with earlier sums."""
+        """Return the sums over all rows; None if a block was skipped that earlier sums contain."""
         passes = self.context.passes
         before = passes.n_skipped
         reduced = passes.run(self.kernel(request), request)
@@ -267,7 +274,7 @@ class FullFit(ABC, Generic[T, S]):
         )
 
     def _build_report(self, stage: str, are_iterations: bool = True) -> Report:
-        """Return a function that reports non-finite trials and iterations."""
+        """Return a function that reports each iteration, and trials with non-finite values."""
         iterations, scales = self.context.iterations, self.problem.normalizer.scales
 
         def report(

@@ -1,4 +1,4 @@
-"""``iterate``: the loop of phase 2, for any solver and any rows."""
+"""``iterate``: the loop that runs a solver, on a sample or over all rows."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ def iterate(
     report: Report,
     remember: Callable[[T], None] = lambda state: None,
 ) -> T:
-    """Iterate ask and tell until the state has a stop status.
-
-    A trial is reported when the solver has computed the next one.
+    """Ask the solver for a request, evaluate it and tell the result, until the solve ends.
 
     Parameters
     ----------
     solver : Solver
     state : SolverState
     evaluate : callable
-        Returns the sums for a request; None if the set of rows has changed.
+        Returns the requested sums, or None if blocks were skipped, so that the sums cannot be
+        compared with earlier ones; the solver then restarts from its last accepted point.
     report : callable
     remember : callable
-        Receives each new state.
+        Called with each new state, to save it.
     """
     while state.stop is None:
         request = solver.ask(state)

@@ -1,4 +1,4 @@
-"""``MatrixFreeFit``: Gauss-Newton by conjugate gradients, errors by stochastic estimation."""
+"""``MatrixFreeFit``: phases 2 and 3 of a fit with so many parameters that no matrix is stored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _MIN_SHARE = 1e-2  # of the largest component of a null direction
 
 @dataclass(frozen=True)
 class _SampleSolution:
-    """Solution on the sample."""
+    """Solution on the sample, as saved in a checkpoint."""
 
     params: Vector
     iterations: int
@@ -54,11 +54,11 @@ class _SampleSolution:
 
 
 class _RowsChangedError(Exception):
-    """Blocks were skipped in a pass whose sums would be compared with earlier ones."""
+    """Blocks were skipped in a pass, so that its sums cannot be combined with earlier ones."""
 
 
 class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
-    """Phases 2 and 3 of a fit with many parameters; no p-by-p matrix is allocated."""
+    """Phases 2 and 3 with ``NewtonCg``, and stochastic estimates of the standard errors."""
 
     state_type = cg.CgState
 
@@ -78,11 +78,11 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
 
     def kernel(self, request: Request) -> Kernel[GradientSums]:
-        """Return the kernel for a request over all rows."""
+        """Return the kernel that computes the requested sums over all rows."""
         return self._kernel
 
     def make_objective(self, rows: Rows, y_reference: float) -> GradientObjective:
-        """Return the objective over rows in memory."""
+        """Return the function from parameters to the sums over rows in memory."""
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
         return GradientObjective(kernel, diagonal, rows, self.problem.penalty)
 
@@ -102,7 +102,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[GradientSums]]:
-        """Solve on the new sample; if no solution is finite over all rows, try the starts."""
+        """Solve on the new sample; if the model is not finite at its solution, try the starts."""
         if first.sums.is_finite and not sample.is_informative:
             return start, first
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
@@ -124,10 +124,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return {"products": state.n_products, "solver": "conjugate gradients"}
 
     def _confirm(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
-        """Return the verified solution and its non-identifiable parameters.
-
-        The steps towards a solution say little about single parameters.
-        """
+        """Check whether the data determine all parameters, which the steps do not show."""
         assert state.stop is not None
         self._non_identifiable, n_skipped = None, self.context.passes.n_skipped
         if state.stop.is_success:
@@ -137,9 +134,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return state, self._non_identifiable
 
     def _with_sensitivity(self, state: cg.CgState) -> cg.CgState:
-        """Return the state after checking by a pass that the model depends on all parameters.
+        """Check by a pass whether the model depends on the parameters with zero gradient.
 
-        If residuals are zero, gradients are too and do not show the dependence.
+        A gradient may be zero because the residuals are. If the model does not depend on one of the
+        parameters, the status of the state becomes a failure.
         """
         assert state.solution is not None
         if state.sensitive.all():
@@ -153,16 +151,16 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return replace(state, sensitive=sensitive, stop=stop)
 
     def _product(self, params: Vector, direction: Vector) -> GradientSums:
-        """Return sums over all rows with ``J^T J v`` along a direction, from one pass."""
+        """Return the sums of a pass that computes ``J^T J v`` for one direction v."""
         request = Request(params, directions=direction[None], is_trial=False)
         return self.context.passes.run(self._kernel, request).sums
 
     def _without_effect(self, state: cg.CgState) -> NDArray[np.bool_] | None:
-        """Return the parameters that take part in a null direction, or None if none is found.
+        """Return which parameters can change together without effect; None if none were found.
 
-        A null direction of all rows is one of the sample, where the search reads no data. One pass
-        confirms the result. None is found if the sample has other null directions as well, or if
-        the search needs more iterations.
+        The search runs on the sample, which has at least the null directions of all rows, and one
+        pass confirms its result. It may fail if the sample has further null directions, or if it
+        needs too many iterations.
         """
         params, sample = state.solution, self._sample
         if state.stop is Status.NO_SENSITIVITY or params is None or sample is None:
@@ -188,7 +186,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
 
     @staticmethod
     def _memoize(make: cg.MakePreconditioner) -> cg.MakePreconditioner:
-        """Return ``make`` with a cache of the last preconditioner."""
+        """Return ``make`` with a cache of its last result."""
         last: list[tuple[Vector, cg.Preconditioner]] = []
 
         def memoized(params: Vector) -> cg.Preconditioner:
@@ -235,7 +233,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return DiagonalPreconditioner(fill_zeros(sample.objective.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
-        """Return a preconditioner for all rows from the J^T J of the sample at ``params``."""
+        """Return the preconditioner for all rows that is J^T J of the sample at ``params``."""
         diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
@@ -246,13 +244,13 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         )
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> None:
-        """Return None: a covariance would be a p-by-p matrix."""
+        """Return None, because a covariance would be a p-by-p matrix."""
         details["skipped"] = "a covariance would be a matrix of all parameters"
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return stochastic estimates of the standard errors, if requested.
+        """Return estimates of the standard errors if ``cg_error_probes`` requests them.
 
-        They are infinite if J^T J is known to be singular.
+        They are infinite if the data do not determine all parameters.
         """
         state, sample = self._state, self._sample
         if self._non_identifiable is not None:
@@ -280,7 +278,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def _probe_solver(
         self, sample: Sample, state: cg.CgState, n_probes: int
     ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """Return a function that solves ``J^T J u = v``, J over all rows, for random vectors v."""
+        """Return a function that solves ``J^T J u = v`` over all rows for a batch of vectors v."""
         context, params = self.context, state.solution
         assert params is not None
         batch_probes = batch_size(n_probes, len(params))

@@ -1,7 +1,7 @@
-"""Phase 1: the starting points of Gauss-Newton, from p0.
+"""``StartFinder``: phase 1, from p0 to starting points for Gauss-Newton.
 
-With multistart, successive halving comes first and L-BFGS continues from the winner. The starts of
-a fit without multistart are included, so that the result is not worse.
+With multistart, successive halving comes first and L-BFGS continues from its best candidate. The
+starting points of a fit without multistart are added, so that the result is not worse.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SKIPPED = "the sample has too few usable rows"
 
 @dataclass(frozen=True)
 class _Starts:
-    """Starts, the most promising first, and how they were found."""
+    """Starting points, the most promising first, with records for the phase history."""
 
     starts: list[Vector]
     details: dict[str, Any]
@@ -50,7 +50,7 @@ class _Starts:
 
 @dataclass(frozen=True)
 class _WarmupResult:
-    """End point and summary of a warm-up."""
+    """End point and summary of L-BFGS from one start, as saved in a checkpoint."""
 
     params: Vector
     summary: dict[str, Any]
@@ -58,7 +58,7 @@ class _WarmupResult:
 
 @dataclass
 class StartFinder:
-    """Finds starts on the sample."""
+    """Runs multistart and the L-BFGS warm-up on the sample."""
 
     problem: FitProblem
     emit: Observer
@@ -68,7 +68,7 @@ class StartFinder:
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     def find(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
-        """Return starts, the most promising first and p0 last."""
+        """Return starting points, the most promising first and p0 last."""
         selection = self.journal.step("starts", _Starts, partial(self._find, sample))
         details |= selection.details
         self.diagnostics |= selection.diagnostics
@@ -100,7 +100,10 @@ class StartFinder:
         )
 
     def _run_halving(self, sample: SampleProblem[Any]) -> _Starts:
-        """Return the survivors, the best first; preceded by p0 itself if it wins."""
+        """Run successive halving and return the surviving candidates, the best first.
+
+        If p0 wins, p0 itself precedes the point to which it was improved.
+        """
         parameters, settings = self.problem.parameters, multistart_settings(self.problem.config)
         own = parameters.start
         candidates = draw_starts(own, parameters.low, parameters.high, settings)
@@ -133,7 +136,7 @@ class StartFinder:
         return _Starts(starts, {"multistart": details}, diagnostics)
 
     def _warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmupResult:
-        """Return end point and summary of the warm-up; the start itself if skipped."""
+        """Run L-BFGS from ``start`` and return its end point, or ``start`` if it is skipped."""
         make = partial(self._run_warm_up, sample, name, start)
         return self.journal.step("warm-up", _WarmupResult, make)
 
@@ -175,7 +178,7 @@ class StartFinder:
         return _WarmupResult(start, summary)
 
     def _may_restart(self, runs: list[WarmupState], warmup: Warmup) -> bool:
-        """Whether to restart from the best point with smaller steps, after non-finite values."""
+        """Whether L-BFGS restarts with smaller steps, because it met non-finite values."""
         last = runs[-1]
         return (
             self.problem.config.validate_numerics
@@ -200,13 +203,13 @@ class StartFinder:
         return state
 
     def _burst_end(self, done: int) -> int:
-        """Return the last iteration before the next report, checkpoint or check."""
+        """Return at which iteration to pause, for a callback, a checkpoint or an interruption."""
         config = self.problem.config
         every = (config.callback_frequency, config.checkpoint_frequency, _MAX_BURST)
         return min(done - done % frequency + frequency for frequency in every)
 
     def _report(self, state: WarmupState, before: WarmupState, variance: float) -> None:
-        """Report a burst of iterations as one step between best points."""
+        """Report the iterations since ``before`` as one step between the best points."""
         params = self._original(np.asarray(state.best_params))
         step = np.asarray(state.best_params) - np.asarray(before.best_params)
         loss = float(state.best_loss) * variance
@@ -223,7 +226,7 @@ class StartFinder:
             raise StoppedByCallbackError(params)
 
     def _original(self, normalized: Vector) -> Vector:
-        """Return the denormalized parameters, clipped to the bounds."""
+        """Return parameters in the units of the model, clipped to the bounds."""
         params = self.problem.normalizer.denormalize(normalized)
         return np.clip(params, self.problem.parameters.low, self.problem.parameters.high)
 

@@ -1,1 +1,1 @@
-"""Kernels: compiled programs that sum over rows on a worker, and the sums they return."""
+"""Kernels: compiled programs that run on a worker, sum over rows, and return the sums."""

@@ -1,4 +1,4 @@
-"""``DenseReduction``: sums for steps that are solved with dense matrices."""
+"""``DenseReduction``: the sums from which a Gauss-Newton step is solved with p-by-p matrices."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DenseReduction:
-    """Products of Jacobian and residual, or their QR factorization.
+    """``J^T J`` and ``J^T r`` over all rows, or the factor R of a QR factorization of ``[J r]``.
 
-    With ``SCORES``, R is the factor of ``r J``: ``R^T R = sum r^2 J^T J`` is the middle of a
-    sandwich covariance. With a robust loss, r is replaced by ``rho' r``.
+    ``accumulation`` selects which. For the sandwich covariance (``SCORES``), R is the factor of
+    ``r J``, so that ``R^T R = sum r^2 J^T J``; with a robust loss, ``rho' r`` takes the place of r.
     """
 
     mode: Mode  # forward or reverse, for the Jacobian
@@ -42,17 +42,17 @@ class DenseReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Everything that changes the program."""
+        """Values that the traced program depends on, by which it is cached."""
         return self.accumulation, self.mode
 
     @property
     def name(self) -> str:
-        """Name of the sums."""
+        """Name that distinguishes these sums from others in a checkpoint."""
         return self.accumulation.value
 
     @property
     def combine(self) -> tuple[Any, ...]:
-        """Functions that combine matrix and residuals over two sets of rows."""
+        """Functions that combine the matrices, and the residual sums, of two sets of rows."""
         return self._combine_matrix, add
 
     def _combine_matrix(self, one: Matrix, other: Matrix) -> Matrix:
@@ -65,28 +65,28 @@ class DenseReduction:
         return total
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return zero totals: matrix and residuals."""
+        """Return the running sums before the first row: a matrix, and two sums of residuals."""
         n_lanes = lanes_for(batch_rows, platform)
         n_matrix_lanes = n_gram_lanes(n_params, n_lanes, self.accumulation)
         return np.zeros((n_params + 1, n_params + 1, n_matrix_lanes)), np.zeros((2, n_lanes))
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows per strip."""
+        """Return the number of rows that the program processes at a time."""
         return strip_rows_for(batch_rows, platform)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return a factory of the loops that add rows to the totals."""
+        """Return the constructor of ``DenseLoops`` for a model; the rows are its arguments."""
         n_rows = strip_rows_for(batch_rows, platform)
         n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
         make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
         return partial(make_loops, model, loss, n_rows, panel_rows=n_panel_rows)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return parameters and scaling factors."""
+        """Return the parameters and the scaling factors, the arguments of the program."""
         return request.params, np.array(self.factors)
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> NormalEquations:
-        """Return the sums with the scaling removed."""
+        """Return the final sums: lanes added up and scaling factors divided out."""
         (lanes, residuals), factors = totals, np.array(self.factors)
         p = len(factors) - 1
         jtj, jtr, square, triangle = self._unscale(lanes.sum(axis=-1), factors)
@@ -108,7 +108,7 @@ class DenseReduction:
     def _unscale(
         self, product: Matrix, factors: NDArray[np.float64]
     ) -> tuple[Matrix, NDArray[np.float64], float, Matrix | None]:
-        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R (or None) with the scaling removed."""
+        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R (or None), scaling factors divided out."""
         p, upper = len(factors) - 1, np.triu(product)
         if self.accumulation is Accumulation.GRAM:
             upper = upper / factors[:, None] / factors
@@ -133,7 +133,10 @@ def dense_kernel(
     loss: Loss | None = None,
     accumulation: Accumulation = Accumulation.GRAM,
 ) -> Kernel[NormalEquations]:
-    """Trace a kernel with a ``DenseReduction``; ``mode`` defaults to that of ``choose_mode``."""
+    """Trace the kernel that computes a ``DenseReduction`` of a model.
+
+    By default, ``choose_mode`` selects forward or reverse mode for the Jacobian.
+    """
     with x64():
         mode = mode or choose_mode(model, model.jaxpr())
     reduction = DenseReduction(mode, (1.0,) * (model.n_params + 1), accumulation)
@@ -143,10 +146,10 @@ def dense_kernel(
 def with_accumulation(
     kernel: Kernel[NormalEquations], accumulation: Accumulation, model: Model
 ) -> Kernel[NormalEquations]:
-    """Return a kernel of the same model that makes other products; see ``Accumulation``.
+    """Return the kernel of the same model with another ``Accumulation``.
 
-    With a robust loss, ``ROOT`` takes the place of ``TRIANGLE``: the scaled residual spans too many
-    orders of magnitude for a column of a QR factorization.
+    With a robust loss, ``TRIANGLE`` is replaced by ``ROOT``: the scaled residual spans too many
+    orders of magnitude to be a column of a QR factorization.
     """
     if accumulation is Accumulation.TRIANGLE and not kernel.loss.is_linear:
         accumulation = Accumulation.ROOT

@@ -1,7 +1,7 @@
-"""Products of Jacobian and residual, strip by strip.
+"""``DenseLoops``: JAX code that adds ``J^T J`` and ``J^T r`` over rows, a strip at a time.
 
-Jacobian and residual of a strip are stacked, so that one matrix product gives ``J^T J``, ``J^T r``
-and ``r^T r``.
+A strip is a run of rows that fits a core's cache. The residual of a strip is stacked below the rows
+of its transposed Jacobian, so that one matrix product gives ``J^T J``, ``J^T r`` and ``r^T r``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_IN_LANES = 6  # rows of the Gram matrix, p + 1
 
 
 class Accumulation(Enum):
-    """Square matrix of p + 1 columns that is accumulated from Jacobian and residual.
+    """Which square matrix of p + 1 columns a pass accumulates from Jacobian J and residual r.
 
-    Only the upper triangle is used; element (p, 0) is the largest r^2. The last column of a
-    ``ROOT`` is J^T r and r^T r.
+    All are stored as upper triangles; the otherwise unused element (p, 0) is the largest r^2. The
+    last column of ``ROOT`` contains J^T r and r^T r.
     """
 
     GRAM = "gram"  # [J r]^T [J r]
@@ -43,7 +43,7 @@ class Accumulation(Enum):
 
     @property
     def is_factorized(self) -> bool:
-        """Whether it is a QR factorization."""
+        """Whether the matrix is the factor R of a QR factorization."""
         return self is not Accumulation.GRAM
 
 
@@ -54,13 +54,13 @@ class Accumulation(Enum):
 
 
 def n_gram_lanes(n_params: int, n_lanes: int, accumulation: Accumulation) -> int:
-    """Return the number of lanes of the matrix."""
+    """Return how many partial sums of the matrix are kept: one per SIMD lane for small p."""
     is_in_lanes = n_params < _MAX_IN_LANES and not accumulation.is_factorized
     return n_lanes if is_in_lanes else 1
 
 
 def add_gram(library: Any, gram: Any, other: Any) -> Any:
-    """Add two Gram matrices, with the maximum for the largest r^2."""
+    """Add two Gram matrices; their element (p, 0), the largest r^2, is the maximum of both."""
     n_rows = len(gram)
     keeps_largest = np.zeros((n_rows, n_rows, 1), bool)
     keeps_largest[-1, 0] = True
@@ -69,10 +69,9 @@ def add_gram(library: Any, gram: Any, other: Any) -> Any:
 
 
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
-    """Return the products of all pairs of rows, in the layout of ``Accumulation``.
+    """Return ``stacked @ stacked.T`` as described at ``Accumulation``.
 
-    Below the diagonal, only the largest square of ``residual`` is used; ``residual`` defaults to
-    the last row.
+    Element (p, 0) is the largest square of ``residual``, by default of the last row of ``stacked``.
     """
     n_rows = len(stacked)
     if n_lanes == 1:
@@ -95,7 +94,9 @@ def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
 
 
 class DenseLoops(StripLoops):
-    """Loops for a matrix and sums of residuals; the point is parameters and scaling factors.
+    """Loops that accumulate the matrix of an ``Accumulation`` and sums of residuals.
+
+    The point is a tuple of parameters and scaling factors.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ class DenseLoops(StripLoops):
         self._linearized = residual_and_jacobian(model, mode)
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, and Jacobian and residual stacked."""
+        """Return the model's values, and the array of transposed Jacobian and residual."""
         values, stacked = self._linearized(rows.x, target, *self._point)
         if rows.sigma is not None:
             stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
@@ -137,7 +138,7 @@ class DenseLoops(StripLoops):
         return values, stacked
 
     def add(self, sums: Any, contribution: Any) -> Any:
-        """Return the sums with the products of a strip added."""
+        """Return the running sums after adding a strip."""
         matrix, residuals = sums
         stacked, residual = contribution, contribution[-1]
         jacobian_scale: Any = 1
@@ -162,15 +163,15 @@ class DenseLoops(StripLoops):
         return add_gram(jnp, matrix, new.astype(matrix.dtype)), residuals
 
     def is_finite(self, sums: Any) -> Any:
-        """Return whether the diagonal is finite; it is not if any product is infinite or NaN."""
+        """Return whether the diagonal is finite, which implies that all products are."""
         return jnp.isfinite(jnp.trace(sums[0])).all()
 
     def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add a range of strips without masks.
+        """Add a range of strips in which every row is usable.
 
-        In float32, the strips of a range are summed in float32, for which a range is short enough,
-        and only their total is converted to float64. In float64, strips are added to the sums one
-        by one, so that the result does not depend on how strips are divided into ranges.
+        For a float32 model, the range is summed in float32 and the total added in float64; a range
+        is short enough for that. In float64, strips are added to the sums one by one, so that the
+        bits of the result do not depend on the ranges.
         """
         dtype, matrix = self._model.dtype, sums[0]
         if matrix.shape[-1] == 1 or dtype == matrix.dtype:
@@ -181,7 +182,7 @@ class DenseLoops(StripLoops):
         return add_gram(jnp, matrix, gram), sums[1] + residuals
 
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
-        """Return R of the rows accumulated in ``matrix`` and those of a strip."""
+        """Return the factor R after appending the rows of a strip to those in ``matrix``."""
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
         if self._accumulation is not Accumulation.ROOT:
             new = append_rows(triangle, stacked, self._panel_rows)

@@ -1,4 +1,4 @@
-"""``GradientReduction``: sums for many parameters, without p-by-p matrices."""
+"""``GradientReduction``: sums for conjugate gradients, which need no p-by-p matrix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nlsq_dask.model.model import Model
 
 @dataclass(frozen=True)
 class GradientReduction:
-    """Gradient of the cost and products ``J^T J v``."""
+    """Gradient of the cost, and products ``J^T J v`` with given vectors v."""
 
     n_directions: int = 1
     is_diagonal: bool = False  # compute the diagonal of J^T J instead of a product
@@ -34,33 +34,36 @@ class GradientReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Everything that changes the program."""
+        """Values that the traced program depends on, by which it is cached."""
         return GradientSums, self.n_directions, self.is_diagonal
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return zero totals: vectors, residuals and the largest r^2."""
+        """Return the running sums before the first row: vectors, residual sums, largest r^2."""
         n_lanes = lanes_for(batch_rows, platform)
         vectors = np.zeros((1 + self.n_directions, n_params))
         return vectors, np.zeros((2, n_lanes)), np.zeros(())
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows per strip, at least p: with fewer, adding vectors dominates."""
+        """Return the number of rows that the program processes at a time.
+
+        It is at least p if possible, because adding vectors of length p dominates otherwise.
+        """
         enough = 1 << max(n_params - 1, 1).bit_length()
         return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return a factory of the loops that add rows to the totals."""
+        """Return the constructor of the loops for a model; the rows are its arguments."""
         kind = DiagonalLoops if self.is_diagonal else GradientLoops
         return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return parameters and directions; directions are zero if no product is needed."""
+        """Return the parameters and the vectors v, zero if no product is requested."""
         if request.directions is not None:
             return request.params, request.directions
         return request.params, np.zeros((self.n_directions, len(request.params)))
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> GradientSums:
-        """Return the sums."""
+        """Return the final sums, with the lanes added up."""
         vectors, residuals, largest = totals
         rho, chi2 = residuals.sum(axis=-1)
         twice_cost = chi2 if loss.is_linear else loss.f_scale**2 * rho
@@ -81,7 +84,7 @@ def gradient_kernel(
     loss: Loss | None = None,
     **options: Any,
 ) -> Kernel[GradientSums]:
-    """Trace a kernel with a ``GradientReduction(**options)``.
+    """Trace the kernel that computes ``GradientReduction(**options)`` of a model.
 
     Raises
     ------

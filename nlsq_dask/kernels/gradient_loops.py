@@ -1,7 +1,7 @@
-"""Gradient of the cost and products ``J^T J v``, strip by strip, without a Jacobian matrix.
+"""``GradientLoops``: JAX code that adds ``J^T r`` and ``J^T J v`` over rows, a strip at a time.
 
-Jacobian-vector products give the derivatives along directions, and vector-Jacobian products the
-sums over rows, so that no array exceeds the rows of a strip or the parameters.
+A strip is a run of rows that fits a core's cache. Jacobian-vector products give J v and
+vector-Jacobian products J^T of that, so that the Jacobian itself is never stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _MAX_ENTRIES = 2**18  # of the per-row gradients in memory
 
 
 class GradientLoops(StripLoops):
-    """Loops for vectors, residuals and the largest r^2; the point is parameters and directions."""
+    """Loops that accumulate ``J^T r`` and ``J^T J v``, sums of residuals and the largest r^2.
+
+    The point is a tuple of parameters and the vectors v.
+    """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values, and vectors, rho and residuals of the strip."""
@@ -52,7 +55,7 @@ class GradientLoops(StripLoops):
         return values, (vectors, rho, residual)
 
     def add(self, sums: Any, contribution: Any) -> Any:
-        """Return the sums with a contribution added."""
+        """Return the running sums after adding a strip."""
         (totals, residuals, largest), (vectors, rho, residual) = sums, contribution
         n_lanes = residuals.shape[-1]
         partial = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
@@ -63,15 +66,15 @@ class GradientLoops(StripLoops):
         )
 
     def is_finite(self, sums: Any) -> Any:
-        """Return whether vectors and residuals are finite."""
+        """Return whether the running sums are finite."""
         vectors, residuals, _ = sums
         return jnp.isfinite(vectors).all() & jnp.isfinite(residuals).all()
 
 
 class DiagonalLoops(GradientLoops):
-    """Loops that compute the diagonal of ``J^T J`` instead of a product.
+    """Loops that accumulate the diagonal of ``J^T J`` in the place of a product ``J^T J v``.
 
-    The gradient of each row is computed separately, a group of rows at a time.
+    It is the sum of squares of the model's gradients, which are computed for some rows at a time.
     """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
@@ -110,7 +113,7 @@ class DiagonalLoops(GradientLoops):
 def _with_usable(x: tuple[Any, ...], usable: Any) -> tuple[Any, ...]:
     """Return x with each unusable row replaced by a usable one.
 
-    The vector-Jacobian product of a row with NaN is NaN even if its residual is set to zero.
+    With a NaN in x, a vector-Jacobian product is NaN even where its vector is zero.
     """
     first = jnp.argmax(usable)
 

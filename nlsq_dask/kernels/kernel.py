@@ -1,4 +1,4 @@
-"""``Kernel``: a compiled reduction over rows, traced once and run on every batch."""
+"""``Kernel``: a compiled program that sums over rows, called with one batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _IN_FLIGHT = 2  # batches per device: one is computed, one is transferred
 def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
     """Return the number of rows per kernel call, a power of two, at most ``chunk_size``.
 
-    It is limited by the longest block and by the bytes that are cheap to copy into JAX's memory.
+    More rows than the longest block has are not useful, and larger copies into JAX's memory are
+    slower.
     """
     max_rows = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
     needed = max(longest_block, STRIP_ROWS)
@@ -43,7 +44,7 @@ def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
 
 
 def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
-    """Return shapes and dtypes of ``Rows`` as a plain tuple, the argument of a program."""
+    """Return shapes and dtypes of y, x, sigma and mask, for tracing."""
     layout = model.layout
 
     def spec(dtype: str | None) -> Any:
@@ -54,11 +55,11 @@ def _rows_spec(model: Model, n_rows: int) -> tuple[Any, ...]:
 
 
 class RowSource(Protocol):
-    """Source of rows, such as ``Rows`` or a block of an N-d array."""
+    """Arrays in memory whose elements are rows, such as ``Rows``."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape to which the arrays broadcast; its elements in C order are the rows."""
+        """Shape of y, to which the arrays broadcast; the rows are its elements in C order."""
 
     @property
     def arrays(self) -> tuple[Array | None, ...]:
@@ -74,41 +75,42 @@ Totals = tuple[Any, ...]
 
 
 class Reduction(Protocol[S_co]):
-    """Definition of a kind of sums: zero, contribution of a row, combination, final values.
+    """Definition of sums over rows: initial value, contribution of a row, combination, result.
 
-    ``totals`` are the running sums of this kind; ``Carry`` lists the common ones.
+    ``totals`` are the running sums that differ between reductions. Sums that all reductions have,
+    such as the number of rows, are added up by ``Kernel``; see ``Carry``.
     """
 
     @property
     def sums_type(self) -> type[S_co]:
-        """Type of the final sums."""
+        """Type of the result."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Everything that changes the program."""
+        """Values that the traced program depends on, by which it is cached."""
 
     @property
     def name(self) -> str:
-        """Name of the final sums in a journal."""
+        """Name that distinguishes these sums from others in a checkpoint."""
 
     @property
     def combine(self) -> tuple[Callable[[Any, Any], Any], ...]:
-        """NumPy functions that combine each total over two sets of rows."""
+        """Functions of NumPy arrays that combine each total of two sets of rows."""
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return the totals over zero rows."""
+        """Return the totals before the first row."""
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows per strip."""
+        """Return the number of rows that the program processes at a time, a strip."""
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return the constructor of the loops."""
+        """Return the constructor of the ``StripLoops`` that add rows to the totals."""
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return the arguments of the program other than the rows."""
+        """Return the parameters and other arrays at which the program is evaluated."""
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> S_co:
-        """Return the final sums, given the common fields."""
+        """Return the result; ``common`` are the fields that all ``Sums`` have."""
 
 
 def _zero_carry(totals: Totals, batch_rows: int, platform: str) -> Carry:
@@ -120,7 +122,7 @@ def _zero_carry(totals: Totals, batch_rows: int, platform: str) -> Carry:
 def _trace(
     reduction: Reduction[Sums], model: Model, loss: str, batch_rows: int, platform: str
 ) -> Program:
-    """Trace the program that adds a batch of rows to running sums."""
+    """Trace the program that adds one batch of rows to the running sums."""
     arrays, p = _rows_spec(model, batch_rows + SLACK), model.n_params
     zero = _zero_carry(reduction.zero(p, batch_rows, platform), batch_rows, platform)
     point = reduction.point(Request(np.zeros(p)))
@@ -142,7 +144,10 @@ def _trace(
 
 @dataclass(frozen=True)
 class Kernel(Generic[S]):
-    """Compiled reduction from rows and a request to sums, traced for one batch length."""
+    """Compiled program that returns the ``Sums`` of a ``Request`` over given rows.
+
+    It is called with batches of a fixed number of rows.
+    """
 
     reduction: Reduction[S]
     programs: dict[str, Program]  # by platform; a process uses that of its best devices
@@ -162,7 +167,7 @@ class Kernel(Generic[S]):
         platforms: tuple[str, ...] = (CPU,),
         loss: Loss | None = None,
     ) -> Self:
-        """Trace the kernel of a model for batches of ``batch_rows`` rows."""
+        """Trace the program of a model and a reduction, or take it from the cache."""
         with x64():
             jaxpr = model.jaxpr()
         loss = loss or Loss()
@@ -180,10 +185,10 @@ class Kernel(Generic[S]):
     def __call__(
         self, source: RowSource | PlacedRows, request: Request, wants_moments: bool = True
     ) -> S:
-        """Return the sums over rows, computed in batches of ``batch_rows``.
+        """Return the sums over all rows of ``source``, computed batch by batch.
 
-        The running sums are carried from batch to batch. In float64 and without masked rows, the
-        bits of the result do not depend on the batches.
+        In float64 and without masked rows, the bits of the result do not depend on the batches,
+        because each batch continues the running sums of the previous one.
 
         Parameters
         ----------
@@ -191,7 +196,7 @@ class Kernel(Generic[S]):
         request : Request
             At most ``MAX_CANDIDATES`` candidates.
         wants_moments : bool
-            Whether to compute the sums of the data alone.
+            Whether to compute the sums that do not depend on the parameters.
         """
         y0, candidates = self.y_reference, request.candidates
         points = np.empty((0, self.n_params)) if candidates is None else candidates
@@ -219,7 +224,7 @@ class Kernel(Generic[S]):
         )
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
-        """Run the program over all batches and combine the carries of the devices."""
+        """Run the program over all batches and combine the running sums of the devices."""
         devices, platform = self._devices()
         zero = self.reduction.zero(self.n_params, self.batch_rows, platform)
         carries = [_zero_carry(zero, self.batch_rows, platform)] * len(devices)
@@ -243,7 +248,7 @@ class Kernel(Generic[S]):
         return tuple(combine(a, b) for combine, a, b in totals), counts, moments, costs
 
     def placed(self, source: Source) -> Source | PlacedRows:
-        """Return the rows in GPU memory if they fit there, for later calls."""
+        """Copy rows to the GPU for later calls; return them unchanged if they do not fit."""
         devices, platform = self._devices()
         if platform in _HOST_PLATFORMS:
             return source
@@ -261,7 +266,7 @@ class Kernel(Generic[S]):
         return PlacedRows(source.shape, tuple(batches))
 
     def _devices(self) -> tuple[list[jax.Device], str]:
-        """Return the devices to use and their platform."""
+        """Return the JAX devices to use, and their platform such as "cpu"."""
         devices = usable_devices(tuple(self.programs), self.uses_all_devices)
         return devices, platform_of(devices[0])
 

@@ -63,7 +63,7 @@ LOSSES = (LINEAR, *_RHO)
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and its scale."""
+    """A loss, by its SciPy name, and its scale."""
 
     name: str = LINEAR  # one of LOSSES
     f_scale: float = 1.0  # residuals much smaller than this are treated as in "linear"
@@ -75,7 +75,7 @@ class Loss:
 
 
 def check_loss(loss: Any, f_scale: Any) -> None:
-    """Raise a ValueError for an unknown loss or an invalid scale."""
+    """Raise a ValueError if ``loss`` is unknown or ``f_scale`` is not a positive number."""
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}; got {loss!r}.")
     if not isinstance(f_scale, Real) or not SMALLEST < float(f_scale) < LARGEST:
@@ -90,7 +90,7 @@ def rho(name: str, z: Any) -> Any:
 
 
 def robust(name: str, z: Any) -> tuple[Any, Any, Any]:
-    """Return ``rho(z)`` and the scales of Jacobian and residual of each row (traced).
+    """Return ``rho(z)`` and the factors of Jacobian and residual for each row, in JAX.
 
     Parameters
     ----------

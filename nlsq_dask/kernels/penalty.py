@@ -23,7 +23,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GroupVariance:
-    """Penalty on the variance within groups; zero without groups."""
+    """Penalty on the variance of the parameters within each group; zero without groups."""
 
     strength: float = 0.0  # the lambda of the formula
     groups: tuple[tuple[int, int], ...] = ()  # ranges of parameters, the end excluded
@@ -43,7 +43,7 @@ class GroupVariance:
         return float(np.sqrt(self.strength * n_rows / (end - start)))
 
     def product(self, vector: Vector, n_rows: int) -> Vector:
-        """Return ``J^T J v`` of the penalty residuals; its gradient for ``v = p``."""
+        """Return ``J^T J v`` of the penalty residuals, which is the gradient if v is p itself."""
         product = np.zeros_like(vector)
         for a, b in self.groups:
             product[a:b] += self._factor(a, b, n_rows) ** 2 * _centered(vector[a:b])
@@ -57,7 +57,7 @@ class GroupVariance:
         return diagonal
 
     def costs(self, points: NDArray[np.float64], n_rows: int) -> Vector:
-        """Return the penalty at points of shape (k, p)."""
+        """Return the penalty for each of k parameter vectors, given as an array (k, p)."""
         return np.array([0.5 * np.sum(self.residuals(point, n_rows) ** 2) for point in points])
 
 
@@ -66,5 +66,5 @@ def _centered(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def total_variance(params: Any, groups: tuple[tuple[int, int], ...]) -> Any:
-    """Return the sum of the variances of all groups (traced)."""
+    """Return the sum over groups of the variance of their parameters, in JAX."""
     return sum((jnp.var(params[a:b]) for a, b in groups), jnp.zeros((), params.dtype))

@@ -1,4 +1,4 @@
-"""``Request``: the sums that a solver needs next, and where."""
+"""``Request``: which sums over all rows a solver needs next, and at which parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Request:
-    """Sums over the rows requested by a solver."""
+    """Which sums over all rows a solver needs next, and at which parameters."""
 
     params: Vector
     candidates: Matrix | None = None  # (k, p), points at which only the cost is needed

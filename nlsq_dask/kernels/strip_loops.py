@@ -1,7 +1,7 @@
-"""``StripLoops``: loops, traced by JAX, that add up a kernel's sums strip by strip.
+"""``StripLoops``: JAX code that adds a batch of rows to running sums, a strip at a time.
 
-A strip is a run of rows small enough for a core's cache. Subclasses define the contribution of a
-strip and how it is added.
+A strip is a run of rows that fits a core's cache. Subclasses define which sums: the contribution of
+a strip, and how it is added to them.
 """
 
 from __future__ import annotations
@@ -36,26 +36,25 @@ Carry = tuple[Any, Any, Any, Any]
 
 
 def strip_rows_for(batch_rows: int, platform: str) -> int:
-    """Return the number of rows per strip."""
+    """Return the number of rows per strip, more on a GPU, at most those of a batch."""
     return min(STRIP_ROWS if platform == CPU else _GPU_STRIP_ROWS, batch_rows)
 
 
 def lanes_for(batch_rows: int, platform: str) -> int:
-    """Return the number of SIMD lanes."""
+    """Return the number of partial sums that are kept in parallel, one per SIMD lane."""
     return min(_LANES, strip_rows_for(batch_rows, platform)) if platform == CPU else 1
 
 
 def lane_sums(n_slices: int, take: Callable[[int], Any]) -> Any:
-    """Sum slices of a strip.
+    """Return ``take(0) + take(1) + ...``, where ``take`` computes with one slice of a strip.
 
-    If ``take`` slices first and computes second, XLA fuses everything into one loop and stores no
-    intermediate products.
+    XLA fuses such a sum into one loop that stores no intermediate products.
     """
     return reduce(add, map(take, range(n_slices)))
 
 
 def dot(a: Any, b: Any, n_lanes: int) -> Any:
-    """Return the sum of ``a * b``, one partial sum per lane."""
+    """Return the sum of ``a * b`` as ``n_lanes`` partial sums."""
     if n_lanes == 1:
         return (a * b).sum()[None]
     a, b = (array.reshape(-1, n_lanes) for array in (a, b))
@@ -63,7 +62,7 @@ def dot(a: Any, b: Any, n_lanes: int) -> Any:
 
 
 class StripLoops(ABC):
-    """Loops over the strips of a batch, run in sequence by one program.
+    """Loops over the strips of one batch; a program runs them one after the other.
 
     Parameters
     ----------
@@ -72,13 +71,13 @@ class StripLoops(ABC):
         Name of the loss.
     strip_rows : int
     point : tuple of array
-        Parameters and further arguments of the subclass, in the model's dtype.
+        The parameters, and the other arrays that a subclass needs, in the model's dtype.
     f_scale : array
         Scale of the loss.
     n_rows : array
         Number of rows of the batch that are not padding.
     arrays, offsets : pytree
-        Arrays of the batch, and the index of its first row in each.
+        y, x, sigma and mask, and the index in each of the first row of the batch.
     """
 
     def __init__(
@@ -105,39 +104,39 @@ class StripLoops(ABC):
 
     @abstractmethod
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values and the contribution of a strip to the sums.
+        """Return the model's values at the rows of a strip, and what ``add`` needs of them.
 
         Parameters
         ----------
         rows : Rows
         target : array, shape (b,)
-            The y that is subtracted from the model.
+            y in the model's dtype; NaN at unusable rows if ``usable`` is None.
         usable : array of bool, shape (b,), or None
             Rows to use; None for all rows.
         """
 
     @abstractmethod
     def add(self, sums: Any, contribution: Any) -> Any:
-        """Return the sums with a contribution added."""
+        """Return the running sums after adding the contribution of a strip."""
 
     @abstractmethod
     def is_finite(self, sums: Any) -> Any:
-        """Return whether all contributions were finite."""
+        """Return whether the running sums are finite."""
 
     def add_unmasked(self, i: Any, sums: Any) -> Any:
-        """Add a strip without masks; an unusable row turns the sums into NaN."""
+        """Add a strip as if all its rows were usable; the sums become NaN if one is not."""
         rows = self._rows(i)
         return self.add(sums, self.contribution(rows, self._y_with_nan(rows), None)[1])
 
     def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add a range of strips without masks."""
+        """Add a range of strips as if all their rows were usable."""
         return lax.fori_loop(start, end, self.add_unmasked, sums)
 
     def add_strips(self, sums: Any, counts: Any) -> Any:
-        """Add all strips to sums and counts, without masks up to the first unusable row.
+        """Return sums and counts after adding all strips, and the number added without a mask.
 
-        Most batches need no mask, and checking the sums afterwards is cheaper than masking. Also
-        returns the number of strips added without a mask.
+        Unusable rows are masked only after the first of them makes the sums NaN: most batches have
+        none, and checking the sums is cheaper than masking.
         """
 
         def add_range(state: Any) -> Any:
@@ -168,9 +167,9 @@ class StripLoops(ABC):
         return *lax.fori_loop(n_unmasked, self._n_strips, add_masked, (sums, counts)), n_unmasked
 
     def _robust(self, residual: Any, factor: Any) -> Any:
-        """Return rho and the scales of Jacobian and residual of each row.
+        """Return rho and the factors of Jacobian and residual for each row.
 
-        ``residual`` is the residual of each row times ``factor``.
+        The argument is the residual times ``factor``, which scales it for float32.
         """
         unit = factor * self._f_scale
         return robust(self._loss, (residual * (1 / unit).astype(residual.dtype)) ** 2)
@@ -194,7 +193,7 @@ class StripLoops(ABC):
         return lax.fori_loop(n_unmasked, self._n_strips, lambda i, m: add(i, m, True), moments)
 
     def add_costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
-        """Add ``sum rho(z)`` at the first ``n_candidates`` candidates."""
+        """Add ``sum rho(z)`` at the first ``n_candidates`` points at which only it is needed."""
 
         def add(step: Any, costs: Any) -> Any:
             i, k = step // n_candidates, step % n_candidates
@@ -222,7 +221,7 @@ class StripLoops(ABC):
         return i * self._strip_rows + jnp.arange(self._strip_rows) < self._n_rows
 
     def _usable(self, i: Any, rows: Rows) -> Any:
-        """Return which rows are finite and not masked."""
+        """Return a boolean array that is True for rows that are finite and not masked."""
         usable = self._in_batch(i) & jnp.isfinite(rows.y)
         for leaf in rows.x:
             usable &= jnp.isfinite(leaf) if leaf.ndim == 1 else jnp.isfinite(leaf).all(axis=1)
@@ -251,12 +250,12 @@ MakeLoops = Callable[..., StripLoops]
 
 
 def accumulator(make_loops: MakeLoops, dtype: str) -> Callable[..., Carry]:
-    """Return a function that adds a batch of rows to running sums.
+    """Return the function that a kernel compiles: it adds a batch of rows to the running sums.
 
     Parameters
     ----------
     make_loops : callable
-        Called with the last five parameters of ``StripLoops``.
+        Returns the ``StripLoops`` of a batch, given its last five arguments.
     dtype : str
         dtype of the model.
     """

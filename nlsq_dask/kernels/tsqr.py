@@ -33,7 +33,7 @@ def panel_rows(n_columns: int, n_rows: int) -> int:
 
 
 def append_rows(triangle: Any, columns: Any, n_panel_rows: int) -> Any:
-    """Return R of the rows of ``triangle`` and additional rows, in JAX.
+    """Return R of the QR factorization of ``triangle`` with rows appended, in JAX.
 
     Parameters
     ----------
@@ -53,10 +53,10 @@ def append_rows(triangle: Any, columns: Any, n_panel_rows: int) -> Any:
 
 
 def merge(one: Matrix, other: Matrix) -> Matrix:
-    """Return R of the rows of both; elements below the diagonals are ignored."""
+    """Return R for the rows that two factors R stand for; elements below diagonals are ignored."""
     return with_rows(one, np.triu(other))
 
 
 def with_rows(triangle: Matrix, rows: Matrix) -> Matrix:
-    """Return R of the rows of ``triangle`` and additional rows."""
+    """Return R of the QR factorization of ``triangle`` with rows appended."""
     return np.asarray(np.linalg.qr(np.vstack([np.triu(triangle), rows]), mode="r"))

@@ -1,1 +1,1 @@
-"""The solvers: from sums to steps, as ask and tell; nothing here knows where the sums come from."""
+"""Solvers: request sums over the rows, and compute the next step from them."""

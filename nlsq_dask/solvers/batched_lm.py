@@ -1,7 +1,7 @@
-"""Levenberg-Marquardt for many starts at a time, in one program.
+"""Levenberg-Marquardt from many starting points at the same time, on rows in memory.
 
-Groups of candidates are vectorized with ``vmap``, on rows in memory. Bounds are enforced, and a
-parameter on a bound does not move outward.
+One JAX program improves the candidates (starting points) group by group; the candidates of a group
+are vectorized with ``vmap``. A parameter on a bound does not move outward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MIN_DAMPING, _MAX_DAMPING = 1e-9, 1e9
 
 
 class Problem(NamedTuple):
-    """Arguments of the program that differ between fits."""
+    """Arrays that the program takes: rows, normalization, bounds, penalty."""
 
     y: Any
     x: Any
@@ -40,10 +40,11 @@ class Problem(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Mean squared weighted residual and half its derivatives by normalized parameters.
+    """Loss at a point, with half its gradient and half its Gauss-Newton Hessian.
 
-    It includes the penalty of ``GroupVariance`` and is infinite if any value is not finite. With a
-    robust loss, squares are replaced by ``f_scale^2 rho``.
+    The loss is the mean squared weighted residual, or the mean of ``f_scale^2 rho``, plus the
+    penalty; infinite if the model or its Jacobian is not finite. Derivatives are taken by
+    normalized parameters.
     """
 
     loss: Any
@@ -52,7 +53,7 @@ class Objective(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """Normalized parameters, shape (p,), with their damping and last evaluated loss."""
+    """A starting point, as normalized parameters of shape (p,), with its damping and loss."""
 
     params: Any
     damping: Any
@@ -62,9 +63,9 @@ class Candidate(NamedTuple):
 def make_objective(
     model: Model, mode: Mode, loss: str, problem: Problem, n_rows: Any
 ) -> Callable[[Any], Objective]:
-    """Return the objective over the first ``n_rows`` rows.
+    """Return the function from normalized parameters to the ``Objective`` of ``n_rows`` rows.
 
-    It is summed strip by strip, so that the Jacobian of all rows is never in memory.
+    It sums over some rows at a time, so that the Jacobian of all rows is never in memory.
     """
     size = min(STRIP_ROWS, problem.y.shape[0])
     linearized = residual_and_jacobian(model, mode)
@@ -107,9 +108,9 @@ def make_objective(
 
 
 def _step(problem: Problem, params: Any, damping: Any, current: Objective) -> Any:
-    """Return the point after a damped Gauss-Newton step, inside the bounds.
+    """Return the point after a damped Gauss-Newton step, clipped to the bounds.
 
-    Parameters at a bound that would move outward are held fixed and removed from the system.
+    A parameter at a bound that would move outward is held fixed.
     """
     low, high = problem.low, problem.high
     is_blocked = ((params <= low) & (current.gradient > 0)) | (
@@ -129,7 +130,7 @@ def _step(problem: Problem, params: Any, damping: Any, current: Objective) -> An
 def _improve(
     problem: Problem, objective: Callable[[Any], Objective], candidate: Candidate
 ) -> Candidate:
-    """Improve a candidate by a fixed number of trial steps."""
+    """Return a candidate after a fixed number of trial steps, each accepted if it is better."""
 
     def attempt(_: Any, state: Any) -> Any:
         params, damping, current = state
@@ -158,7 +159,7 @@ def improve_groups(
     n_groups: Any,
     n_rows: Any,
 ) -> Candidate:
-    """Improve the candidates of the first ``n_groups`` groups, one group after the other."""
+    """Improve the candidates of the first ``n_groups`` groups on the first ``n_rows`` rows."""
     objective = make_objective(model, mode, loss, problem, n_rows)
     improve: Callable[[Candidate], Candidate] = jax.vmap(
         lambda candidate: _improve(problem, objective, candidate)

@@ -1,6 +1,6 @@
-"""Conjugate gradients as a state that is updated with one product at a time.
+"""Conjugate gradients that are given one product ``J^T J v`` at a time.
 
-They are flexible: the preconditioner may itself be an iterative solver.
+The flexible variant is used, whose preconditioner may itself be an iterative solver.
 
 References
 ----------
@@ -26,7 +26,7 @@ _SOLVE_RTOL = 1e-3  # of solves for standard errors, whose estimate is accurate 
 
 @dataclass(frozen=True)
 class LinearSolve:
-    """State of conjugate gradients on ``J^T J step = -J^T r``."""
+    """Conjugate gradients on ``J^T J step = -J^T r`` after some iterations."""
 
     step: Vector
     residual: Vector
@@ -39,14 +39,17 @@ class LinearSolve:
 
     @classmethod
     def init(cls, gradient: Vector, precondition: Callable[[Vector], Vector]) -> Self:
-        """Return the state for a step of zero."""
+        """Return the state before the first iteration, with a step of zero."""
         residual = -gradient
         direction = precondition(residual)
         square = max(float(residual @ direction), 0.0)
         return cls(np.zeros_like(residual), residual, direction, square, square)
 
     def update(self, product: Vector, precondition: Callable[[Vector], Vector]) -> Self | None:
-        """Return the next state given ``J^T J direction``, or None without positive curvature."""
+        """Return the state after another iteration, given ``J^T J direction``.
+
+        None if the curvature along the direction is not positive, which ends the iteration.
+        """
         curvature = float(self.direction @ product)
         if not (curvature > 0.0 and self.square > 0.0 and np.isfinite(self.square / curvature)):
             return None
@@ -68,7 +71,7 @@ class LinearSolve:
 
     @property
     def least_ritz_value(self) -> float:
-        """Smallest eigenvalue estimate of J^T J times the preconditioner."""
+        """Estimate of the smallest eigenvalue of the preconditioned J^T J."""
         alphas, betas = np.array(self.alphas), np.array(self.betas)
         diagonal = 1.0 / alphas
         diagonal[1:] += betas[:-1] / alphas[:-1]
@@ -84,17 +87,22 @@ def solve_many(
     precondition: Callable[[Vector], Vector],
     max_iterations: int,
 ) -> NDArray[np.float64]:
-    """Solve ``J^T J u = b`` for several b, shape (k, p), with joint products.
-
-    A solution is infinite if ``J^T J`` is singular or ``max_iterations`` is too small.
+    """Solve ``J^T J u = b`` for several b at the same time.
 
     Parameters
     ----------
     products : callable
-        Returns ``J^T J v`` for each of k directions.
+        Returns ``J^T J v`` for each of k vectors v, given as an array (k, p).
     right : ndarray, shape (k, p)
+        The vectors b.
     precondition : callable
+        Returns an approximate inverse of ``J^T J``, applied to a vector.
     max_iterations : int
+
+    Returns
+    -------
+    ndarray, shape (k, p)
+        The vectors u; infinite where ``J^T J`` is singular or ``max_iterations`` is too small.
     """
     solves: list[LinearSolve | None] = [LinearSolve.init(-b, precondition) for b in right]
     active = dict.fromkeys(range(len(right)))

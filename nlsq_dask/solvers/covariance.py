@@ -16,7 +16,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Covariance:
-    """Covariance of the parameters, as a square root."""
+    """Covariance matrix of the parameters, stored as a square root of the matrix."""
 
     root: Matrix  # (p, p); the covariance is root @ root.T, which loses digits by squaring
     condition_number: float  # of the column-scaled Jacobian
@@ -24,7 +24,7 @@ class Covariance:
 
     @property
     def pcov(self) -> Matrix:
-        """Covariance, shape (p, p); infinite if any parameter is non-identifiable."""
+        """Covariance matrix, shape (p, p); infinite if J^T J is singular."""
         if not np.isfinite(self.root).all():
             return np.full_like(self.root, np.inf)
         pcov = self.root @ self.root.T
@@ -32,15 +32,16 @@ class Covariance:
 
 
 def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> Covariance:
-    """Return the inverse of ``J^T J``, computed with columns scaled to norm 1.
+    """Return the inverse of ``J^T J``, times the residual variance unless ``absolute_sigma``.
+
+    For accuracy, the columns of J are scaled to norm 1 first.
 
     Parameters
     ----------
     sums : NormalEquations
         Sums at the solution.
     absolute_sigma : bool
-        If False, the covariance is scaled by the residual variance, as in
-        ``scipy.optimize.curve_fit``.
+        As in ``scipy.optimize.curve_fit``.
     epsilon : float
         Machine epsilon of the dtype in which the model is evaluated.
     """
@@ -67,9 +68,9 @@ def sandwich(covariance: Covariance, scores: Matrix, n_rows: int, cov_type: str)
     Parameters
     ----------
     covariance : Covariance
-        Covariance with pcov = ``(J^T J)^-1``.
+        The inverse of ``J^T J``, not scaled by the residual variance.
     scores : ndarray, shape (k, p)
-        Matrix with ``scores.T @ scores = sum r^2 J^T J`` over the rows.
+        Matrix S with ``S.T @ S = sum r^2 J^T J``, summed over the rows.
     n_rows : int
     cov_type : {"HC0", "HC1"}
 

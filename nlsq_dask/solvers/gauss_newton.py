@@ -1,7 +1,7 @@
-"""``GaussNewton``: trust-region steps, solved with dense matrices.
+"""``GaussNewton``: Gauss-Newton steps in a trust region, from p-by-p matrices.
 
-``propose`` a trial point, sum over the rows, ``update`` the state. The sums of an accepted proposal
-are reused, not recomputed.
+An iteration proposes a trial point, requests the sums over all rows there, and accepts or rejects
+it. The sums of an accepted trial point are those of the next step.
 
 Parameters are not normalized: each step is scaled by the column norms of the Jacobian, which makes
 it independent of the units of the parameters.
@@ -46,7 +46,7 @@ _FACTORS = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of the step: shorter, lo
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial point with the predictions of the quadratic model."""
+    """A trial point, with what the quadratic model of the cost predicts for it."""
 
     params: Vector
     step: Vector  # from the iterate, in scaled variables
@@ -60,13 +60,13 @@ class Proposal:
 
     @property
     def is_forecast(self) -> bool:
-        """Whether the step was computed with a sample of the rows."""
+        """Whether the step was computed with a sample of the rows, see ``surrogate.forecast``."""
         return self.jtj is not None
 
 
 @dataclass(frozen=True)
 class State:
-    """Iterate, trust radius and history of a solve."""
+    """The last accepted point, the trust radius, and the history of the solve."""
 
     iterate: Iterate
     radius: float
@@ -92,24 +92,24 @@ class State:
 
     @property
     def params(self) -> Vector:
-        """Parameters of the iterate."""
+        """Parameters that were accepted last."""
         return self.iterate.params
 
     @property
     def sums(self) -> NormalEquations:
-        """Sums at the iterate."""
+        """Sums over the rows at ``params``."""
         return self.iterate.sums
 
     @property
     def sums_at_solution(self) -> NormalEquations:
-        """Sums at the iterate, with the predicted J^T J after a last step without a pass."""
+        """Sums for the covariance: those of ``sums``, but J^T J at ``solution`` if predicted."""
         jtj = self.iterate.sums.jtj if self.carried_jtj is None else self.carried_jtj
         return replace(self.iterate.sums, jtj=jtj)
 
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """Gauss-Newton in a trust region, a ``Solver``."""
+    """Gauss-Newton in a trust region; implements ``Solver``."""
 
     settings: Settings
     accumulation: Accumulation = Accumulation.GRAM  # initially
@@ -118,13 +118,13 @@ class GaussNewton:
     forecast: Callable[[State], Proposal | None] = lambda state: None
 
     def init(self, params: Vector, sums: NormalEquations) -> State:
-        """Return the initial state at ``params``."""
+        """Return the state at the start, with a first proposal."""
         return self._propose_next(
             replace(init_state(params, sums, self.settings), accumulation=self.accumulation)
         )
 
     def ask(self, state: State) -> Request:
-        """Return the request for the next sums."""
+        """Return the sums that are needed next: at the proposed point, or after a restart."""
         if state.restart_at is not None:
             return Request(state.restart_at, None, None, state.accumulation, False, True)
         proposal = state.proposal
@@ -132,7 +132,7 @@ class GaussNewton:
         return Request(proposal.params, candidates(state, proposal), None, state.accumulation)
 
     def tell(self, state: State, sums: NormalEquations) -> State:
-        """Accept or reject the proposal, or restart with fresh sums."""
+        """Accept or reject the proposed point given its sums, and propose the next one."""
         if state.restart_at is None:
             assert state.proposal is not None
             return self._propose_next(update(state, state.proposal, sums))
@@ -150,7 +150,7 @@ class GaussNewton:
         return replace(state, restart_at=params, proposal=None, stop=None, solution=None)
 
     def resume(self, state: State) -> State:
-        """Return a state of an earlier process with the settings of this solver."""
+        """Return a state from a checkpoint with the settings of this solver."""
         state = replace(state, iterate=replace(state.iterate, settings=self.settings))
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return self._propose_next(replace(state, stop=None, solution=None))
@@ -168,7 +168,7 @@ class GaussNewton:
         )
 
     def _propose_next(self, state: State) -> State:
-        """Return the state with the next proposal, or with a request for a QR factorization."""
+        """Propose the next point, or request a QR factorization if J^T J is too inaccurate."""
         if self.may_factorize and loses_digits(state):
             return self.restart(replace(state, accumulation=Accumulation.TRIANGLE), state.params)
         if state.stop is not None:
@@ -178,7 +178,7 @@ class GaussNewton:
 
 
 def init_state(params: Vector, sums: NormalEquations, settings: Settings) -> State:
-    """Return the initial state at ``params``, without a proposal."""
+    """Return the state at the start, without a proposal; stopped if already converged."""
     if not sums.is_finite:
         iterate = Iterate(params, sums, np.ones_like(params), settings)
         return State(iterate, 0.0, stop=Status.NON_FINITE_START, solution=params)
@@ -188,7 +188,7 @@ def init_state(params: Vector, sums: NormalEquations, settings: Settings) -> Sta
 
 
 def loses_digits(state: State) -> bool:
-    """Whether J^T J at the iterate loses half of the digits of J."""
+    """Whether J^T J has lost half of the digits of J, so that a QR factorization is needed."""
     iterate = state.iterate
     if state.stop in _ENDED or not iterate.sums.is_finite or iterate.sums.triangle is not None:
         return False
@@ -196,7 +196,7 @@ def loses_digits(state: State) -> bool:
 
 
 def propose(state: State) -> Proposal:
-    """Return the minimizer of the quadratic model within bounds and trust region."""
+    """Propose the minimizer of the quadratic model within bounds and trust region."""
     iterate = state.iterate
     step, full = restricted_step(iterate.quadratic, *iterate.room, state.radius)
     factors: tuple[float, ...] = ()
@@ -214,16 +214,16 @@ def propose(state: State) -> Proposal:
 
 
 def candidates(state: State, proposal: Proposal) -> Vector:
-    """Return the points at which only the cost is evaluated, shape (k, p)."""
+    """Return shorter or longer steps than the proposed one, shape (k, p), to compare costs."""
     points = [state.iterate.moved(factor * proposal.step) for factor in proposal.factors]
     return np.array(points).reshape(len(points), len(proposal.params))
 
 
 def take_last_step(state: State, proposal: Proposal) -> State:
-    """Stop at the proposal, without a pass, if its error is safely below the tolerance.
+    """Stop at the proposed point, without a pass there, if its error is below the tolerance.
 
-    The error is extrapolated from the contraction of the last step. It must be below the tolerance
-    for the residual norm and for each parameter.
+    The error is the proposed step times the factor by which the last two steps shrank. It must be
+    below the tolerance for the residual norm and for each parameter.
     """
     iterate, tol = state.iterate, state.iterate.settings.tol
     # The contraction of forecasts does not apply to a step without one.
@@ -249,7 +249,7 @@ def take_last_step(state: State, proposal: Proposal) -> State:
 
 
 def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
-    """Accept or reject a proposal given its sums, and check convergence."""
+    """Accept or reject a proposed point given its sums, and check convergence."""
     state = replace(state, iteration=state.iteration + 1)
     length = float(np.linalg.norm(proposal.step))
     if not sums.is_finite:
@@ -286,7 +286,7 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
 
 
 def _largest_factor(state: State, proposal: Proposal, sums: NormalEquations) -> float:
-    """Return the largest evaluated factor whose reduction of the cost is close to predicted."""
+    """Return the largest multiple of the step whose cost decreased about as predicted; or 0."""
     factors = [0.0]
     for factor, cost in zip(proposal.factors, sums.candidate_costs, strict=False):
         predicted = state.iterate.quadratic.reduction(factor * proposal.step)
@@ -342,9 +342,9 @@ def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> St
 
 
 def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Iterate) -> float:
-    """Return the largest change of an element of the covariance from ``old`` to ``new`` sums.
+    """Return the largest difference of the covariances of two sums, relative to the variances.
 
-    It is relative to the variances. The scale and the machine epsilon are those of ``iterate``.
+    ``iterate`` provides the scaling of the columns and the machine epsilon.
     """
     scale, epsilon = iterate.scale, iterate.settings.epsilon
     roots = [ScaledSVD.of(sums, scale, epsilon).inverse_root for sums in (old, new)]
@@ -356,7 +356,7 @@ def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Itera
 
 
 def _check_convergence(state: State) -> State:
-    """Stop if the iterate meets a convergence criterion."""
+    """Set the status of the state if a convergence criterion is met."""
     iterate = state.iterate
     reason = iterate.converged()
     if reason is not None:

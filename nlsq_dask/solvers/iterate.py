@@ -1,4 +1,4 @@
-"""``Iterate``: parameters with their sums, and convergence criteria."""
+"""``Iterate``: accepted parameters with their sums, the Gauss-Newton step, and convergence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEGLIGIBLE = 1e-3  # of a standard error; shorter steps do not matter
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of Gauss-Newton."""
+    """Settings of ``GaussNewton``."""
 
     low: Vector  # bounds, infinite if there are none
     high: Vector
@@ -35,7 +35,7 @@ class Settings:
 
 
 def column_scale(jtj: NDArray[np.float64], least: Vector | None = None) -> Vector:
-    """Return the column norms of the Jacobian, at least ``least``; 1 for zero columns."""
+    """Return the column norms of J from J^T J, at least ``least``; 1 where a norm is 0."""
     norms = np.sqrt(np.diag(jtj))
     norms = norms if least is None else np.maximum(norms, least)
     return np.asarray(np.where(norms > 0.0, norms, 1.0))
@@ -43,7 +43,10 @@ def column_scale(jtj: NDArray[np.float64], least: Vector | None = None) -> Vecto
 
 @dataclass(frozen=True)
 class Iterate:
-    """Parameters with their sums and the quantities derived from them."""
+    """Parameters with the sums over the rows there, and what follows from the sums.
+
+    Scaled variables are parameters times ``scale``.
+    """
 
     params: Vector
     sums: NormalEquations
@@ -52,12 +55,12 @@ class Iterate:
 
     @classmethod
     def of(cls, params: Vector, sums: NormalEquations, settings: Settings) -> Self:
-        """Return an iterate scaled by its own column norms."""
+        """Build an iterate whose scale is the column norms of its own Jacobian."""
         return cls(params, sums, column_scale(sums.jtj), settings)
 
     @cached_property
     def svd(self) -> ScaledSVD:
-        """Singular value decomposition of the scaled Jacobian."""
+        """Singular value decomposition of the Jacobian with columns divided by ``scale``."""
         return ScaledSVD.of(self.sums, self.scale, self.settings.epsilon)
 
     @cached_property
@@ -68,17 +71,17 @@ class Iterate:
 
     @property
     def is_ill_conditioned(self) -> bool:
-        """Whether squaring the condition number loses half of the digits or more."""
+        """Whether J^T J, whose condition number is that of J squared, loses half of the digits."""
         return self.svd.condition > float(self.settings.epsilon**-0.25)
 
     @property
     def room(self) -> tuple[Vector, Vector]:
-        """Distances to the bounds in scaled variables."""
+        """Smallest and largest step, in scaled variables, that stays inside the bounds."""
         s = self.settings
         return (s.low - self.params) * self.scale, (s.high - self.params) * self.scale
 
     def moved(self, step: Vector) -> Vector:
-        """Return the parameters after a scaled step, clipped exactly to the bounds."""
+        """Return the parameters after a step in scaled variables, clipped to the bounds."""
         low, high = self.room
         s = self.settings
         params = np.clip(self.params + step / self.scale, s.low, s.high)
@@ -87,40 +90,40 @@ class Iterate:
 
     @cached_property
     def full_step(self) -> Vector:
-        """Minimizer of the quadratic model within the bounds."""
+        """Step to the minimum of ``quadratic`` within the bounds, in scaled variables."""
         return self.quadratic.minimizer(0.0, *self.room)
 
     @cached_property
     def reduction(self) -> float:
-        """Predicted reduction of the cost by the full step."""
+        """Reduction of the cost that ``quadratic`` predicts for ``full_step``."""
         return max(self.quadratic.reduction(self.full_step), 0.0)
 
     @cached_property
     def relative_decrement(self) -> float:
-        """``sqrt(reduction / cost)``, the step in units of the residual; 0 for a perfect fit."""
+        """``sqrt(reduction / cost)``: the change of the residuals by a full step, over the norm."""
         if self.reduction == 0.0 or self.sums.cost == 0.0:
             return 0.0
         return float(np.sqrt(self.reduction / self.sums.cost))
 
     @property
     def is_negligible(self) -> bool:
-        """Whether the full step is negligible compared with a standard error."""
+        """Whether ``full_step`` changes no parameter by more than 0.001 standard errors."""
         dof = max(self.sums.n_used - len(self.params), 1)
         return self.relative_decrement * float(np.sqrt(dof)) <= _NEGLIGIBLE
 
     @property
     def cost_noise(self) -> float:
-        """Rounding error of a difference of costs."""
+        """Rounding error of the difference of two costs."""
         return self.sums.cost_noise(self.settings.epsilon)
 
     @property
     def rounding_cost(self) -> float:
-        """Upper limit of the cost caused by rounding of the model alone."""
+        """Largest cost that rounding errors of the model explain in a perfect fit."""
         return 0.5 * (8 * self.settings.epsilon) ** 2 * self.sums.signal
 
     @property
     def has_insensitive_parameters(self) -> bool:
-        """Whether any parameter inside its bounds changes the model by rounding only."""
+        """Whether the model depends on some parameter, not at a bound, by rounding only."""
         s = self.settings
         is_free = (s.low < self.params) & (self.params < s.high)
         norms = np.sqrt(np.diag(self.sums.jtj))
@@ -130,7 +133,7 @@ class Iterate:
 
     @property
     def is_in_a_valley(self) -> bool:
-        """Whether the cost still decreases along nearly flat directions."""
+        """Whether the cost still decreases along directions in which it is nearly flat."""
         rounding = 64 * len(self.params) * self.settings.epsilon
         if self.quadratic.null_slope > rounding * float(np.sqrt(2 * self.sums.cost)):
             return True
@@ -142,13 +145,13 @@ class Iterate:
         return self.quadratic.damped_residual > shortest
 
     def verdict(self, reason: Status) -> Status:
-        """Return ``reason``, or the failure that prevails at this iterate."""
+        """Return ``reason``, or the status of a failure that makes it wrong at these parameters."""
         if self.has_insensitive_parameters:
             return Status.NO_SENSITIVITY
         return Status.ILL_CONDITIONED if self.is_in_a_valley else reason
 
     def converged(self) -> Status | None:
-        """Return the convergence criterion that is met, if any."""
+        """Return the status of the convergence criterion that is met, or None."""
         if self.relative_decrement <= self.settings.tol:
             return Status.REDUCTION
         n = max(self.sums.n_used, 1)

@@ -1,8 +1,8 @@
-"""Preconditioners for conjugate gradients: the diagonal of J^T J, and a sample of the rows.
+"""Preconditioners for conjugate gradients: the diagonal of J^T J, or J^T J of a sample of rows.
 
-``J^T J`` of a representative sample is nearly proportional to that of all rows. With it, conjugate
-gradients need a few products over all rows, with the diagonal many. Its inverse is applied by
-conjugate gradients on the sample, without reading data.
+J^T J of a representative sample is nearly proportional to J^T J of all rows. With the sample as
+preconditioner, conjugate gradients over all rows need few iterations; with the diagonal, many. The
+inverse is applied by conjugate gradients on the sample, which read no data.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _MAX_ITERATIONS = 200
 
 
 def fill_zeros(diagonal: Vector, scales: Vector) -> Vector:
-    """Return a diagonal of J^T J with zeros replaced by values of typical size.
+    """Return the diagonal of J^T J with zeros replaced by values like those of other parameters.
 
     Parameters
     ----------
     diagonal : ndarray, shape (p,)
     scales : ndarray, shape (p,)
-        Scales of the parameters; ``diagonal * scales**2`` has comparable elements.
+        Scales of the parameters, which make the elements of ``diagonal * scales**2`` comparable.
     """
     comparable = diagonal * scales**2
     positive = comparable[comparable > 0.0]
@@ -48,10 +48,10 @@ class DiagonalPreconditioner:
 
 @dataclass(frozen=True)
 class SamplePreconditioner:
-    """Inverse of the scaled ``J^T J`` of a sample plus a share of its diagonal.
+    """Inverse of ``weight * (J^T J + diagonal_share * diag(J^T J))``, with J of a sample of rows.
 
-    The diagonal accounts for sampling: with p parameters and n rows, the relative error of the
-    eigenvalues is about ``sqrt(p / n)``, and eigenvalues that are too small do the most harm.
+    Adding some of the diagonal makes small eigenvalues larger. Due to sampling, eigenvalues have
+    relative errors of about ``sqrt(p / n)``, and those that are too small do the most harm.
     """
 
     product: Callable[[Vector], Vector]  # J^T J v of the sample
@@ -61,7 +61,7 @@ class SamplePreconditioner:
 
     @property
     def diagonal(self) -> Vector:
-        """Diagonal of the sample, scaled to all rows."""
+        """Diagonal of J^T J over all rows, estimated from the sample."""
         return self.weight * self.sample_diagonal
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:

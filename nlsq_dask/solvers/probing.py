@@ -1,4 +1,6 @@
-"""Stochastic estimation of the diagonal of (J^T J)^-1, and of a null direction, without matrices.
+"""Stochastic estimates of the diagonal of (J^T J)^-1, and of a null direction of J^T J.
+
+No p-by-p matrix is formed: a probe is a random vector, for which a linear system is solved.
 
 References
 ----------
@@ -26,7 +28,7 @@ _ZERO_LENGTH = 1e-2  # of a standard normal length; a smaller remainder is no nu
 
 
 def batch_size(n_probes: int, n_params: int) -> int:
-    """Return the number of probes per batch; only the last batch may be smaller."""
+    """Return the number of probes per batch, whose systems are solved with the same passes."""
     max_probes = max(_BATCH_BYTES // (8 * n_params), 1)
     n_batches = -(n_probes // -max_probes)
     return -(n_probes // -n_batches)
@@ -35,7 +37,7 @@ def batch_size(n_probes: int, n_params: int) -> int:
 def probe_batches(n_probes: int, n_params: int, seed: int) -> Iterator[Vectors]:
     """Yield batches of probes, shape (k, p): random signs, or unit vectors if ``n_probes == p``.
 
-    The signs do not depend on the batch size.
+    With unit vectors, the estimate of the diagonal is exact.
     """
     size, rng = batch_size(n_probes, n_params), np.random.default_rng(seed)
     for start in range(0, n_probes, size):
@@ -52,7 +54,7 @@ def inverse_diagonal(solve: Callable[[Vectors], Vectors], probes: Iterator[Vecto
     Parameters
     ----------
     solve : callable
-        Returns ``(J^T J)^-1 v`` for each of k probes, infinite if not converged.
+        Returns ``(J^T J)^-1 v`` for each probe v of a batch; infinite if not converged.
     probes : iterator of ndarray, each of shape (k, p)
     """
     total, weight = np.zeros(()), np.zeros(())
@@ -68,12 +70,12 @@ def inverse_diagonal(solve: Callable[[Vectors], Vectors], probes: Iterator[Vecto
 def null_direction(
     product: Callable[[Vector], Vector], diagonal: Vector, max_iterations: int, seed: int
 ) -> Vector | None:
-    """Return a null direction of ``J^T J``, or None if none was found.
+    """Return a vector v with ``J^T J v = 0`` up to rounding, or None if none was found.
 
-    Conjugate gradients on ``J^T J u = J^T J z`` with a random vector z converge to z except for its
-    component in the null space. The remainder ``z - u`` and its Rayleigh quotient, an upper bound
-    of the smallest eigenvalue, are known at each iteration, so a result does not depend on chance.
-    None is found if ``J^T J`` is regular or more iterations are needed.
+    For a random vector z, conjugate gradients solve ``J^T J u = J^T J z``. The solution u lacks the
+    component of z in the null space, so ``z - u`` is that component. Whether it is a null vector is
+    checked, so a returned vector is certain. None means that ``J^T J`` is regular, or that
+    ``max_iterations`` is too small.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Singular values of the column-scaled Jacobian, from ``J^T J`` or a QR factorization."""
+"""``ScaledSVD``: singular values of the Jacobian J, from ``J^T J`` or a QR factorization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScaledSVD:
-    """Singular values and right singular vectors of ``J / scale``."""
+    """Singular values and right singular vectors of J with columns divided by ``scale``."""
 
     values: Vector
     vectors: NDArray[np.float64]  # right singular vectors as columns
@@ -25,7 +25,7 @@ class ScaledSVD:
 
     @classmethod
     def of(cls, sums: NormalEquations, scale: Vector, epsilon: float) -> ScaledSVD:
-        """Decompose sums computed with machine epsilon ``epsilon``."""
+        """Decompose J, given its sums and the machine epsilon of the model's dtype."""
         p, gradient = len(scale), sums.jtr / scale
         if sums.triangle is not None:
             # Rounding errors of the strips add up as in a random walk.
@@ -45,18 +45,18 @@ class ScaledSVD:
 
     @property
     def condition(self) -> float:
-        """Condition number of the scaled Jacobian."""
+        """Condition number: the ratio of the largest to the smallest singular value."""
         least = float(self.values.min())
         return float(self.values.max()) / least if least > 0.0 else np.inf
 
     @property
     def is_null(self) -> NDArray[np.bool_]:
-        """Null directions: singular values that are rounding or zero."""
+        """Boolean array, True for singular values that are zero or rounding errors."""
         return np.asarray(self.values <= self.rounding * self.values.max())
 
     @property
     def inverse_root(self) -> NDArray[np.float64]:
-        """Matrix R with ``R R^T`` the inverse of the scaled ``J^T J``; infinite if singular."""
+        """Matrix R such that ``R R^T`` inverts the scaled ``J^T J``; infinite if singular."""
         if not self.values.all():
             return np.full_like(self.vectors, np.inf)
         return np.asarray(self.vectors / self.values)

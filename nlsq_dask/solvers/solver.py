@@ -1,8 +1,8 @@
-"""``Solver``: interface of the methods of phase 2, with ask and tell.
+"""``Solver``: interface of the methods that minimize the cost, such as ``GaussNewton``.
 
-A state contains everything that a solver has learned, so it can be saved in a checkpoint. Each
-request costs one reduction over the rows. A solver does not know where the sums come from: the same
-code fits the sample in memory and all rows.
+A solver does not compute sums over the rows. It is asked which sums it needs, and told the result:
+the same code fits a sample in memory and all rows. Everything that it has learned is in its state,
+which is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
 
 class SolverState(Protocol[S_co]):
-    """Iterate with its sums and the history of a solve."""
+    """What all states of solvers have in common."""
 
     @property
     def params(self) -> Vector:
-        """Parameters of the iterate."""
+        """Parameters that were accepted last."""
 
     @property
     def sums(self) -> S_co:
-        """Sums at the iterate."""
+        """Sums over the rows at ``params``."""
 
     @property
     def radius(self) -> float:
@@ -38,47 +38,47 @@ class SolverState(Protocol[S_co]):
 
     @property
     def iteration(self) -> int:
-        """Number of trials evaluated."""
+        """Number of trial points evaluated."""
 
     @property
     def stop(self) -> Status | None:
-        """Status of the end; None while running."""
+        """Why the solve ended; None while it runs."""
 
     @property
     def solution(self) -> Vector | None:
-        """Parameters at the end, beyond the iterate after a last step without sums."""
+        """Parameters at the end: ``params``, or one step further, at which there are no sums."""
 
 
 T = TypeVar("T", bound=SolverState[Sums])
 
 
 class Solver(Protocol[T, S_contra]):
-    """A method as functions of its state."""
+    """A minimization method, as functions from state to state."""
 
     def init(self, params: Vector, sums: S_contra) -> T:
-        """Return the initial state at ``params``."""
+        """Return the state at the start, given the sums at ``params``."""
 
     def ask(self, state: T) -> Request:
-        """Return the request for the next sums, while ``stop`` is None."""
+        """Return which sums are needed next; only called while ``stop`` is None."""
 
     def tell(self, state: T, sums: S_contra) -> T:
-        """Return the next state given the requested sums."""
+        """Return the next state, given the sums that were asked for."""
 
     def restart(self, state: T, params: Vector) -> T:
-        """Return a state that requests fresh sums at ``params`` and continues from there.
+        """Return a state that asks for the sums at ``params`` and continues from there.
 
-        Used when the set of rows has changed, so that sums are not comparable with earlier ones.
+        Called when a block was skipped: earlier sums are over other rows then.
         """
 
     def resume(self, state: T) -> T:
-        """Return a state of an earlier process with the settings of this solver."""
+        """Return a state from a checkpoint, adapted to the settings of this solver."""
 
     def end(self, state: T, stop: Status) -> T:
-        """Return the state, ended at the iterate with status ``stop``."""
+        """Return the state, ended with status ``stop`` at the last accepted parameters."""
 
 
 def may_resume(stop: Status | None, iteration: int, max_iterations: int) -> bool:
-    """Whether a solve that ended with this status continues when the fit is resumed."""
+    """Whether a solve with this status continues when its fit is resumed from a checkpoint."""
     if stop is Status.ITERATION_LIMIT:
         return iteration < max_iterations
     return stop is Status.USER_STOP

@@ -1,17 +1,18 @@
-"""Forecast of the minimizer over all rows, from one pass and a sample of the rows.
+"""Forecast of the minimum of the cost over all rows, from one pass and a sample of the rows.
 
-Near an iterate, the sums over all rows give the cost to second order (in the approximation of
-Gauss-Newton). Higher orders are approximated by those of a sample:
+A Gauss-Newton step uses cost c, gradient g and H = J^T J over all rows at the current parameters
+p_0, which describe the cost to second order. A forecast adds higher orders, taken from a sample. It
+minimizes
 
     S(p) = w F(p) + (c - w c_s) + (g - w g_s)^T d + 1/2 d^T (H - w H_s) d,    d = p - p_0
 
-with the sample's cost F, its sums c_s, g_s, H_s at p_0, those over all rows c, g, H, and the weight
-w of a row of the sample. At p_0, S has the gradient and J^T J of all rows. If the sample is
-representative, the error of a Gauss-Newton step is reduced by the relative error of the sample's
-means. If it is not, a forecast can be the worse step: it is a trial, which the sums over all rows
-accept or reject, and after two forecasts with little progress no more are made. No data are read.
+where F is the cost of the sample, c_s, g_s and H_s are its cost, gradient and J^T J at p_0, and w
+is the number of all rows per row of the sample. At p_0, S has the gradient and J^T J of all rows.
+No data are read. A forecast is a trial point like any other, accepted or rejected by the sums over
+all rows, so a sample that is not representative costs passes but no accuracy; after two forecasts
+with little progress, no more are made.
 
-Secant updates correct the curvature of S with the gradients over all rows at earlier iterates.
+Secant updates correct the curvature of S with the gradients over all rows at earlier points.
 
 References
 ----------
@@ -47,7 +48,7 @@ _MAX_REJECTED = 2  # rejected forecasts after which no more are made
 
 @dataclass(frozen=True)
 class Surrogate:
-    """S(p) with its gradient and curvature, as sums over all rows."""
+    """The function S(p), its gradient and its curvature, in the form of sums over all rows."""
 
     iterate: Iterate  # at p_0
     at_iterate: NormalEquations  # sums of the sample at p_0
@@ -79,7 +80,7 @@ class Surrogate:
         )
 
     def with_secant_update(self, earlier: Iterate) -> Surrogate:
-        """Return S with its curvature updated to match the gradient at an earlier iterate."""
+        """Return S with its curvature corrected by the gradient at an earlier point."""
         scale = self.iterate.scale
         hessian = self.iterate.sums.jtj / np.outer(scale, scale)
         step = (earlier.params - self.iterate.params) * scale
@@ -98,7 +99,7 @@ class Surrogate:
 
 
 def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
-    """Return the minimizer of S within the bounds, or None if the sample is not useful.
+    """Propose the minimizer of S within the bounds; None if the sample is not useful for it.
 
     Parameters
     ----------

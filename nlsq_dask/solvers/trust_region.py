@@ -1,9 +1,9 @@
-"""Trust-region step with bounds: a small least-squares problem, solved in float64.
+"""Trust-region step with bounds.
 
-The quadratic model of the cost is ``g^T s + 1/2 s^T H s`` in variables scaled by the column norms
-(Moré 1978), where H has a unit diagonal. It is minimized over ``low <= s <= high`` and
-``|s|_2 <= radius``. The Levenberg-Marquardt parameter for the radius is the root of a monotone
-function, each evaluation of which solves the bounded problem exactly (BVLS, Stark and Parker).
+The quadratic model of the cost, ``g^T s + 1/2 s^T H s`` in variables scaled by the column norms of
+the Jacobian (Moré 1978), is minimized over ``low <= s <= high`` and ``|s|_2 <= radius``. The length
+of the step decreases monotonically with the Levenberg-Marquardt parameter, so the parameter for a
+radius is found as a root. Each evaluation solves a bounded least-squares problem (BVLS).
 
 References
 ----------
@@ -30,10 +30,7 @@ _LOG_DAMPING_TOL = 0.05  # the radius is approximate; Moré uses 10 %
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Positive semidefinite quadratic: gradient, eigenvalues and eigenvectors.
-
-    Eigenvalues are bounded from below by a floor.
-    """
+    """Quadratic model of the cost: gradient at zero, eigenvalues and eigenvectors of H."""
 
     gradient: Vector
     eigenvalues: Vector
@@ -45,9 +42,9 @@ class Quadratic:
 
     @classmethod
     def of(cls, svd: ScaledSVD, floor: float) -> Quadratic:
-        """Return the quadratic model of the cost in scaled variables.
+        """Build the model from the singular values of the scaled Jacobian.
 
-        The floor is relative to the largest singular value.
+        Singular values below ``floor`` times the largest are replaced by that limit.
         """
         smallest = max(floor, svd.rounding) * float(svd.values.max())
         is_flat, is_null = svd.values <= smallest, svd.is_null
@@ -63,12 +60,12 @@ class Quadratic:
         )
 
     def reduction(self, step: Vector) -> float:
-        """Return the reduction of the quadratic by ``step``."""
+        """Return by how much the model decreases from zero to ``step``."""
         along = self.eigenvectors.T @ step
         return float(-(self.gradient @ step) - 0.5 * (along**2 @ self.eigenvalues))
 
     def minimizer(self, damping: float, low: Vector, high: Vector) -> Vector:
-        """Minimize the quadratic + ``damping / 2 |s|^2`` over ``low <= s <= high``."""
+        """Return the step s within the bounds that minimizes the model + ``damping / 2 |s|^2``."""
         curvature = self.eigenvalues + damping
         is_positive = curvature > 0.0
         inverse = np.divide(1.0, curvature, out=np.zeros_like(curvature), where=is_positive)
@@ -81,7 +78,7 @@ class Quadratic:
 
 
 def _bounded(matrix: NDArray[np.float64], target: Vector, low: Vector, high: Vector) -> Vector:
-    """Solve a bounded least-squares problem; variables with equal bounds are eliminated."""
+    """Minimize ``|matrix @ s - target|`` over ``low <= s <= high``."""
     step = np.clip(np.zeros_like(low), low, high)
     free = low < high
     if free.any():
@@ -99,13 +96,13 @@ def _bounded(matrix: NDArray[np.float64], target: Vector, low: Vector, high: Vec
 def restricted_step(
     quadratic: Quadratic, low: Vector, high: Vector, radius: float
 ) -> tuple[Vector, bool]:
-    """Return the minimizer of the quadratic within bounds and trust region.
+    """Return the step that minimizes the model within bounds and trust region.
 
     Returns
     -------
     step : ndarray, shape (p,)
     full : bool
-        True if the trust region does not restrict the step.
+        True if the step is shorter than the radius, so that only bounds restrict it.
     """
     step = quadratic.minimizer(0.0, low, high)
     if np.linalg.norm(step) <= radius:

@@ -1,1 +1,1 @@
-"""Phases 0 and 1: normalized parameters, multistart and L-BFGS on the sample."""
+"""Phases 0 and 1 of a fit: normalization of parameters; multistart and L-BFGS on a sample."""

@@ -1,4 +1,4 @@
-"""The four optional defense layers of the warm-up, one function each.
+"""The four defense layers of the L-BFGS warm-up, each of which can be switched off.
 
 1. warm start: skip the warm-up if p0 already fits;
 2. adaptive step: choose the first step size by the relative loss;
@@ -21,10 +21,10 @@ _REFINEMENT_BELOW, _CAREFUL_BELOW = 0.1, 1.0
 
 
 def relative_loss(sums: Sums) -> float:
-    """Return ``mean((r / sigma)^2)`` and the penalty over the weighted variance of ``y / sigma``.
+    """Return the mean squared weighted residual plus penalty, over the weighted variance of y.
 
-    The penalty is included because a start that fits the rows may be far from the minimum of the
-    objective. The loss is infinite for constant data or a non-finite model.
+    It is about 1 for a model that explains nothing. It is infinite for constant y or a model with
+    non-finite values.
     """
     if sums.total_variation <= 0.0 or not np.isfinite(sums.cost):
         return float("inf")
@@ -33,7 +33,7 @@ def relative_loss(sums: Sums) -> float:
 
 @dataclass(frozen=True)
 class StartSettings:
-    """Settings of layers 1 and 2."""
+    """Settings of layers 1 (warm start) and 2 (adaptive step)."""
 
     warm_start_threshold: float  # relative loss below which the warm-up is skipped; 0 for never
     is_adaptive: bool  # choose the first step size by the relative loss
@@ -43,12 +43,12 @@ class StartSettings:
 
 
 def is_warm_start(loss: float, settings: StartSettings) -> bool:
-    """Layer 1: return whether the start is good enough to skip the warm-up."""
+    """Layer 1: return whether the relative loss at p0 is so small that no warm-up is needed."""
     return loss < settings.warm_start_threshold
 
 
 def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
-    """Layer 2: return the name of the mode and the size of the first step."""
+    """Layer 2: return the name of a mode and the size of the first step, by the relative loss."""
     if not settings.is_adaptive:
         return "fixed", settings.careful_step
     if loss < _REFINEMENT_BELOW:
@@ -59,7 +59,7 @@ def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
 
 
 def cost_increased(loss: Any, initial_loss: Any, tolerance: Any) -> Any:
-    """Layer 3: return whether the loss increased by more than the tolerance (traced)."""
+    """Layer 3: return whether the loss increased by more than the tolerance, in JAX."""
     return loss > initial_loss * (1.0 + tolerance)
 
 
@@ -70,10 +70,9 @@ class ClipState(NamedTuple):
 
 
 def clip_step(max_norm: Any) -> optax.GradientTransformationExtraArgs:
-    """Layer 4: clip updates to ``max_norm`` and count the clipped ones.
+    """Layer 4: an optax transformation that limits the norm of updates and counts limited ones.
 
-    It precedes the line search, which must not lengthen the step again; so the conditions of the
-    search hold for the step that is taken.
+    It comes before the line search, which then checks its conditions for the step that is taken.
     """
 
     def init(params: Any) -> ClipState:
