@@ -6,10 +6,16 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from nlsq_dask.events import Event, IterationFinished, PassFinished, without_many_params
 
-_NUMBERS = ("loss", "gradient_norm", "step_norm", "trust_radius", "time")
+# Fields of ``IterationFinished`` that become variables of the Dataset, and their dtypes.
+_VARIABLES: dict[str, type] = {
+    **dict.fromkeys(("loss", "gradient_norm", "step_norm", "trust_radius", "time"), float),
+    "accepted": bool,
+    "n_iterations": np.int64,
+}
 
 
 class History:
@@ -33,20 +39,15 @@ class History:
     def dataset(self, param_names: tuple[str, ...]) -> xr.Dataset:
         """Return the iterations as a Dataset; see ``FitResult.history``."""
         events = self._iterations
-        stages = np.array([event.stage for event in events], dtype=str)
-        values: dict[str, Any] = {
-            name: ("iteration", np.array([getattr(event, name) for event in events], float))
-            for name in _NUMBERS
-        }
-        values["accepted"] = "iteration", np.array([event.accepted for event in events], bool)
-        values["n_iterations"] = (
-            "iteration",
-            np.array([event.n_iterations for event in events], np.int64),
-        )
+
+        def column(name: str, dtype: type) -> tuple[str, NDArray[Any]]:
+            return "iteration", np.array([getattr(event, name) for event in events], dtype)
+
+        values: dict[str, Any] = {name: column(name, dtype) for name, dtype in _VARIABLES.items()}
         values["n_passes"] = "iteration", np.array(self._passes, np.int64)
         coords: dict[str, Any] = {
-            "iteration": np.array([event.iteration for event in events], np.int64),
-            "stage": ("iteration", stages),
+            "iteration": column("iteration", np.int64),
+            "stage": column("stage", str),
         }
         n_params = len(param_names)
         # Omitted from events if very many.

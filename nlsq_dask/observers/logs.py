@@ -7,7 +7,6 @@ import os
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,9 @@ class JsonLines:
         """Write the event."""
         if self._is_broken or not self._rate_limit.allows(event):
             return
-        record = {"time": time.time(), "fit": self._fit, **_values(event)}
+        fields = msgspec.to_builtins(without_many_params(event), enc_hook=_plain)
+        name = type(event).__name__
+        record = {"time": time.time(), "fit": self._fit, "event": name, **fields}
         try:
             self._file.write(_as_json(record) + b"\n")
             self._file.flush()
@@ -138,17 +139,11 @@ class JsonLines:
             self._file.close()
 
 
-def _values(event: Event) -> dict[str, Any]:
-    event = without_many_params(event)
-    values = {field.name: getattr(event, field.name) for field in fields(event)}
-    return {"event": type(event).__name__} | values
-
-
 def _as_json(record: dict[str, Any]) -> bytes:
     try:
-        return msgspec.json.encode(record, enc_hook=_plain)
+        return msgspec.json.encode(record)
     except UnicodeEncodeError:  # a lone surrogate, as in an undecodable file name
-        return msgspec.json.encode(_escaped(msgspec.to_builtins(record, enc_hook=_plain)))
+        return msgspec.json.encode(_escaped(record))
 
 
 def _escaped(value: Any) -> Any:

@@ -92,7 +92,7 @@ class Progress:
         if isinstance(event, BlocksFinished):
             self._move(event)
             return
-        if isinstance(event, PassFinished):
+        if isinstance(event, PassFinished | FitEnded | FitAborted):
             self.close()
         line = format_event(event) if self._is_shown(event) else None
         if line is not None:
@@ -148,9 +148,6 @@ class Progress:
                 return self._shows_sample or event.stage != "sample"
             case SampleRead() | CheckpointWritten():
                 return self._shows_sample
-            case FitEnded():
-                self.close()
             case FitAborted():  # the error is raised
-                self.close()
                 return False
         return True

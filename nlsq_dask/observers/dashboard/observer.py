@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -134,11 +134,5 @@ class Page:
 def on_dashboard(is_enabled: bool) -> Iterator[Page | None]:
     """Yield the ``Page`` on the active cluster, or None without a cluster."""
     client = Workers.active().client if is_enabled else None
-    if client is None:
-        yield None
-    else:
-        page = Page(client)
-        try:
-            yield page
-        finally:
-            page.close()
+    with nullcontext() if client is None else closing(Page(client)) as page:
+        yield page
