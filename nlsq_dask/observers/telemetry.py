@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from copy import copy
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nlsq_dask.events import (
@@ -25,7 +26,7 @@ _FIXED = "fixed"  # the mode where layer 2 is off
 _MAX_EVENTS = 1000
 
 
-def _counter(doc: str, metric: str, rate: str = "", layer: str = "", first: Any = 0) -> Any:
+def _counter(doc: str, metric: str, rate: str = "", first: Any = 0) -> Any:
     """Declare a counter.
 
     Parameters
@@ -36,14 +37,11 @@ def _counter(doc: str, metric: str, rate: str = "", layer: str = "", first: Any 
         Its name in Prometheus.
     rate : str
         Its name in ``get_trigger_rates``; none if empty.
-    layer : str
-        The defense layer whose triggers it counts; none if empty.
     first : int, float or dict of str to int
         Its value before anything is counted. A dict counts by mode, which replaces the ``*`` in
         the names.
     """
-    metadata = {"doc": doc, "metric": metric, "rate": rate, "layer": layer, "first": first}
-    return field(metadata=metadata)
+    return field(metadata={"doc": doc, "metric": metric, "rate": rate, "first": first})
 
 
 @dataclass(init=False, eq=False, repr=False)
@@ -57,26 +55,22 @@ class DefenseLayerTelemetry:
         "Warm-ups skipped because the start already fits.",
         "nlsq_defense_layer1_triggers_total",
         "layer1_warm_start_rate",
-        "warm start detection",
     )
     layer2_lr_mode_counts: dict[str, int] = _counter(
         'Warm-ups by mode: "refinement", "careful", "exploration", "fixed".',
         "nlsq_defense_layer2_*_total",
         "layer2_*_rate",
-        "adaptive first step",
         dict.fromkeys(("refinement", "careful", "exploration", _FIXED), 0),
     )
     layer3_cost_guard_triggers: int = _counter(
         "Warm-ups aborted because the loss grew.",
         "nlsq_defense_layer3_triggers_total",
         "layer3_cost_guard_rate",
-        "cost-increase guard",
     )
     layer4_clip_triggers: int = _counter(
         "Warm-ups in which at least one update was clipped.",
         "nlsq_defense_layer4_triggers_total",
         "layer4_clip_rate",
-        "step clipping",
     )
     layer4_clipped_updates: int = _counter(
         "Updates clipped in all warm-ups.", "nlsq_defense_layer4_clipped_updates_total"
@@ -164,10 +158,15 @@ class DefenseLayerTelemetry:
     def _record(self, kind: str, data: dict[str, Any]) -> None:
         self._events.append({"type": kind, "timestamp": time.time(), "data": data})
 
-    def _by_mode(self, counter: Field[Any]) -> dict[str, Any]:
-        """Return the counts by mode; of a counter without modes, its value under ""."""
-        value = getattr(self, counter.name)
-        return dict(value) if isinstance(value, dict) else {"": value}
+    def _counts(self, kind: str) -> Iterator[tuple[str, str, float]]:
+        """Yield name ("metric" or "rate", as ``kind`` says), mode and count of each counter.
+
+        A counter by mode is several; the mode of the others is empty.
+        """
+        for counter in fields(self):
+            value = getattr(self, counter.name)
+            for mode, count in (value if isinstance(value, dict) else {"": value}).items():
+                yield counter.metadata[kind].replace("*", mode), mode, count
 
     def _percent(self, count: float) -> float:
         return 100.0 * count / max(self.total_warmup_calls, 1)
@@ -183,22 +182,24 @@ class DefenseLayerTelemetry:
         """
         with self._lock:
             return {
-                counter.metadata["rate"].replace("*", mode): self._percent(count)
-                for counter in fields(self)
-                for mode, count in self._by_mode(counter).items()
-                if counter.metadata["rate"] and mode != _FIXED
+                name: self._percent(count)
+                for name, mode, count in self._counts("rate")
+                if name and mode != _FIXED
             }
 
     def get_summary(self) -> dict[str, Any]:
         """Return the counters by layer: name, triggers and rate in percent."""
         with self._lock:
             summary: dict[str, Any] = {"total_warmup_calls": self.total_warmup_calls}
-            for counter in fields(self):
-                if name := counter.metadata["layer"]:
-                    n = sum(n for mode, n in self._by_mode(counter).items() if mode != _FIXED)
-                    layer = {"name": name, "triggers": n, "rate_pct": self._percent(n)}
-                    summary[counter.name.partition("_")[0]] = layer
-            summary["layer2"]["mode_counts"] = dict(self.layer2_lr_mode_counts)
+            modes = dict(self.layer2_lr_mode_counts)
+            for layer, name, n in (
+                ("layer1", "warm start detection", self.layer1_warm_start_triggers),
+                ("layer2", "adaptive first step", sum(modes.values()) - modes[_FIXED]),
+                ("layer3", "cost-increase guard", self.layer3_cost_guard_triggers),
+                ("layer4", "step clipping", self.layer4_clip_triggers),
+            ):
+                summary[layer] = {"name": name, "triggers": n, "rate_pct": self._percent(n)}
+            summary["layer2"]["mode_counts"] = modes
             summary["lbfgs"] = {
                 "history_buffer_fill_events": self.lbfgs_history_buffer_fill_events,
                 "line_search_failures": self.lbfgs_line_search_failures,
@@ -213,11 +214,7 @@ class DefenseLayerTelemetry:
     def export_metrics(self) -> dict[str, float]:
         """Return the counters, and the last loss, under Prometheus names."""
         with self._lock:
-            return {
-                counter.metadata["metric"].replace("*", mode): count
-                for counter in fields(self)
-                for mode, count in self._by_mode(counter).items()
-            }
+            return {name: count for name, _, count in self._counts("metric")}
 
 
 if DefenseLayerTelemetry.__doc__ is not None:  # python -OO strips docstrings
