@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 MAX_FITS = 20  # unless more are running
@@ -33,7 +34,7 @@ class Fit:
         self.last_pass: dict[str, Any] = {}
         self.map: dict[str, Any] = {}
         self.notes: deque[tuple[float, str]] = deque(maxlen=_MAX_NOTES)
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, int] = {}
         self._rated: dict[str, Any] = {}
 
     @property
@@ -48,9 +49,7 @@ class Fit:
 
     def take(self, message: dict[str, Any]) -> None:
         """Record a message; unknown kinds of other versions are ignored."""
-        times: dict[str, Any] = {
-            key: message[key] + self.ahead for key in ("time", "start") if key in message
-        }
+        times = {key: message[key] + self.ahead for key in ("time", "start") if key in message}
         message = {**message, **times}
         match message.get("kind"):
             case "started":
@@ -101,9 +100,9 @@ class Fits:
         self.version = 0  # incremented with every change
         self._n_fits = 0
         # Number and counters by ID, in case a fit sends messages again.
-        self._forgotten: dict[str, tuple[int, dict[str, float]]] = {}
-        self._of_others: dict[str, float] = {}  # sums
-        self._last_loss = float("nan")
+        self._forgotten: dict[str, tuple[int, dict[str, int]]] = {}
+        self._of_others: Counter[str] = Counter()  # sums
+        self._last_loss = math.nan
 
     def take(self, batch: dict[str, Any]) -> None:
         """Record a batch of a client: messages, and the current counters of a fit."""
@@ -118,10 +117,11 @@ class Fits:
         fit.heard = time.time()
         for message in batch["messages"]:
             fit.take(message)
-        fit.metrics = dict(batch["metrics"])
-        for metric, value in fit.metrics.items():
-            if not metric.endswith("_total") and value == value:
-                self._last_loss = value
+        metrics = batch["metrics"]
+        fit.metrics = {name: metrics[name] for name in metrics if name.endswith("_total")}
+        last_loss = metrics.get("nlsq_last_loss", math.nan)
+        if not math.isnan(last_loss):
+            self._last_loss = last_loss
         self.version += 1
 
     def client_left(self, client: str) -> None:
@@ -151,18 +151,13 @@ class Fits:
         self._forgotten[name] = gone.number, gone.metrics
         if len(self._forgotten) > _MAX_FORGOTTEN:
             _, metrics = self._forgotten.pop(next(iter(self._forgotten)))
-            self._of_others = _added(self._of_others, metrics)
+            self._of_others.update(metrics)
 
     def metrics(self) -> dict[str, float]:
         """Return a dict of metric names to values: counters over all fits, and the last loss."""
         every = [fit.metrics for fit in list(self.recent.values())]
         every += [metrics for _, metrics in list(self._forgotten.values())]
-        totals = self._of_others
+        totals = Counter(self._of_others)
         for metrics in every:
-            totals = _added(totals, metrics)
+            totals.update(metrics)
         return {**totals, "nlsq_last_loss": self._last_loss}
-
-
-def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    counters = [name for name in other if name.endswith("_total")]
-    return {**one, **{name: one.get(name, 0) + other[name] for name in counters}}

@@ -16,7 +16,7 @@ from nlsq_dask.observers.dashboard.on_scheduler.plots import (
     Profile,
     RunningPass,
 )
-from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, curve, describe_pass, rates
+from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, describe_pass
 
 _PERIOD = 500  # milliseconds
 _STATES = {
@@ -83,29 +83,13 @@ class View:
         )
         self._choice.on_change("value", lambda attribute, old, new: self.update())
         self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
-        self._curves = {name: Curves(name, *about) for name, about in CURVES.items()}
-        self._rates = Curves(
-            "rate", "Data processed per second", "seconds since the start of the fit", "MB/s"
-        )
-        self._phases = Phases()
-        self._pass = RunningPass()
-        self._map = Map()
-        self._profile = Profile()
         self._notes = Div(sizing_mode="stretch_width", name="notes", stylesheets=[_FULL_WIDTH])
-        self._plots = [
-            self._pass.figure,
-            self._phases.figure,
-            *(curves.figure for curves in self._curves.values()),
-            self._rates.figure,
-            self._map.figure,
-            self._profile.figure,
-            self._notes,
-        ]
-        # Only one of the two is visible.
-        blocks = column(
-            self._map.figure, self._profile.figure, sizing_mode="stretch_width", name="blocks"
-        )
-        self.roots = [self._choice, self._head, *self._plots[:-3], blocks, self._notes]
+        curves = [Curves(name, *about) for name, about in CURVES.items()]
+        self._plots = [RunningPass(), Phases(), *curves, Map(), Profile()]
+        self._figures = [plot.figure for plot in self._plots]
+        # Only one of the last two, the map and the profile, is visible.
+        blocks = column(*self._figures[-2:], sizing_mode="stretch_width", name="blocks")
+        self.roots = [self._choice, self._head, *self._figures[:-2], blocks, self._notes]
 
     def update(self) -> None:
         """Update the models."""
@@ -118,21 +102,14 @@ class View:
         self._offer(every)
         chosen = [fit for fit in every if str(fit.number) == self._choice.value]
         shown = chosen or every[-SLOTS:]
-        for plot in self._plots:
-            plot.visible = bool(shown)
+        for model in (*self._figures, self._notes):
+            model.visible = bool(shown)
         if not shown:
             self._head.text = _NOTHING
             return
         self._head.text = "".join(map(_fit_html, reversed(shown)))
-        self._phases.show(shown)
-        self._pass.show(shown)
-        for name, curves in self._curves.items():
-            curves.show(shown, lambda fit, name=name: curve(fit, name))
-        self._rates.show(shown, rates)
-        running = [fit for fit in shown if fit.is_running and fit.map]
-        mapped = [*running, *(fit for fit in reversed(shown) if fit.map)][:1]
-        self._map.show(mapped)
-        self._profile.show(mapped)
+        for plot in self._plots:
+            plot.show(shown)
         self._notes.text = _notes_html(shown)
 
     def _offer(self, every: list[Fit]) -> None:
@@ -163,13 +140,11 @@ def _fit_html(fit: Fit) -> str:
         names += f" and {more:,} more parameters" if more else ""
         grid = " x ".join(f"{n:,}" for n in about["grid"])
         words = [names, f"{about['n_rows']:,} rows", f"blocks: {grid}"]
-    now = describe_pass(fit)
-    loss = [entry["loss"] for entry in list(fit.iterations)[-1:]]
-    words += [f"loss {value:.6g}" for value in loss]
+    words += [f"loss {entry['loss']:.6g}" for entry in list(fit.iterations)[-1:]]
     started = time.strftime("%H:%M:%S", time.localtime(fit.began))
     text = " &middot; ".join(html.escape(word) for word in [f"since {started}", *words])
     color = COLORS[fit.number % SLOTS]
-    end = html.escape(now or fit.text)
+    end = html.escape(describe_pass(fit) or fit.text)
     return (
         f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {color}; '
         f'padding-left: 8px"><b>{html.escape(fit.title)}</b>: {state} '

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 from nlsq_dask.observers.dashboard.on_scheduler.tables import (
+    Image,
+    Line,
     bars_of_pass,
     bars_of_phases,
+    curve,
     image,
     profile,
 )
@@ -66,9 +70,10 @@ class Curves:
             y_axis_label=y,
             y_axis_type="log" if is_log else "auto",
         )
+        self._name = name
         self._tables, self._items = [], []
         for color in COLORS:
-            table = ColumnDataSource({"x": [], "y": [], "marker": [], "size": []})
+            table = ColumnDataSource(curve(None, name))
             line = self.figure.line("x", "y", source=table, color=color, width=2)
             points = self.figure.scatter(
                 "x", "y", source=table, color=color, marker="marker", size="size"
@@ -77,12 +82,12 @@ class Curves:
             self._items.append(LegendItem(label="", renderers=[line, points], visible=False))
         self._legend = _above(self.figure, Legend(items=self._items, click_policy="hide"))
 
-    def show(self, fits: list[Fit], data: Any) -> None:
+    def show(self, fits: list[Fit]) -> None:
         """Show these fits."""
         of_slot = {fit.number % SLOTS: fit for fit in fits}
         for slot, (table, item) in enumerate(zip(self._tables, self._items, strict=True)):
             fit = of_slot.get(slot)
-            new = {"x": [], "y": [], "marker": [], "size": []} if fit is None else data(fit)
+            new = curve(fit, self._name)
             if len(new["x"]) or len(table.data["x"]):
                 table.data = new
             label = "" if fit is None else fit.title
@@ -93,22 +98,37 @@ class Curves:
 
 
 class Bars:
-    """One row of labeled bars per fit."""
+    """One row of labeled bars per fit; ``data`` returns a table of the bars."""
 
-    def __init__(self, title: str, name: str, **options: Any) -> None:
+    def __init__(
+        self,
+        title: str,
+        name: str,
+        data: Callable[[list[Fit]], dict[str, list[Any]]],
+        **options: Any,
+    ) -> None:
         from bokeh.models import ColumnDataSource, FactorRange
 
+        self._data = data
         self._rows = FactorRange()
         self.figure = _figure(title, name=name, y_range=self._rows, **options)
         self.figure.ygrid.grid_line_color = None
-        self._table = ColumnDataSource()
+        self._table = ColumnDataSource(data([]))
 
-    def _fill(self, fits: list[Fit], data: dict[str, list[Any]]) -> None:
+    def _add_bars(self, **style: Any) -> Any:
+        return self.figure.hbar(y="fit", height=0.62, source=self._table, **style)
+
+    def _add_labels(self, **style: Any) -> None:
+        settings = {"text_font_size": "9pt", "text_baseline": "middle", **style}
+        self.figure.text(y="fit", text="label", source=self._table, **settings)
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show these fits."""
         titles = [fit.title for fit in fits]  # from the bottom to the top
         if titles != self._rows.factors:
             self._rows.factors = titles
             self.figure.height = 130 + 34 * max(len(titles), 2)
-        self._table.data = data
+        self._table.data = self._data(fits)
 
 
 class Phases(Bars):
@@ -120,23 +140,12 @@ class Phases(Bars):
         super().__init__(
             "Phases",
             "phases",
+            lambda fits: bars_of_phases(fits, _PHASES),
             x_axis_label="seconds since the start of the fit",
             tools="xpan,xwheel_zoom,reset,save",
         )
-        self._table.data = bars_of_phases([], _PHASES)
-        bars = self.figure.hbar(
-            y="fit",
-            left="left",
-            right="right",
-            height=0.62,
-            color="color",
-            source=self._table,
-            line_color="white",
-        )
-        self.figure.text(
-            x="left", y="fit", text="label", source=self._table, text_font_size="9pt",
-            text_baseline="middle", x_offset=5, text_color="white",
-        )  # fmt: skip
+        bars = self._add_bars(left="left", right="right", color="color", line_color="white")
+        self._add_labels(x="left", x_offset=5, text_color="white")
         tips = [("phase", "@name"), ("seconds", "@seconds{0.00}"), ("state", "@state")]
         self.figure.add_tools(HoverTool(renderers=[bars], tooltips=tips))
         # Invisible squares, so that the legend has all phases from the start.
@@ -150,8 +159,8 @@ class Phases(Bars):
         _above(self.figure, Legend(items=items))
 
     def show(self, fits: list[Fit]) -> None:
-        """Show these fits."""
-        self._fill(fits, bars_of_phases(fits, _PHASES))
+        """Show these fits, from second 0 on."""
+        super().show(fits)
         self.figure.x_range.start = 0
 
 
@@ -162,31 +171,14 @@ class RunningPass(Bars):
         super().__init__(
             "Completed blocks of the running pass",
             "pass",
+            lambda fits: bars_of_pass(fits, COLORS),
             x_range=(0, 100),
             x_axis_label="% of the blocks",
             tools="",
         )
-        self._table.data = bars_of_pass([], COLORS)
-        self.figure.hbar(
-            y="fit", left=0, right=100, height=0.62, color="#eeeeee", source=self._table
-        )
-        self.figure.hbar(
-            y="fit",
-            left=0,
-            right="share",
-            height=0.62,
-            color="color",
-            alpha=0.45,
-            source=self._table,
-        )
-        self.figure.text(
-            x=0, y="fit", text="label", source=self._table, text_font_size="9pt",
-            text_baseline="middle", x_offset=6, text_color="#222222",
-        )  # fmt: skip
-
-    def show(self, fits: list[Fit]) -> None:
-        """Show these fits."""
-        self._fill(fits, bars_of_pass(fits, COLORS))
+        self._add_bars(left=0, right=100, color="#eeeeee")
+        self._add_bars(left=0, right="share", color="color", alpha=0.45)
+        self._add_labels(x=0, x_offset=6, text_color="#222222")
 
 
 # The block, or range of blocks, at the pointer.
@@ -199,7 +191,29 @@ return last > first ? `${first} to ${last}` : `${first}`
 _BLOCKS = "Reduced chi-square of each block"
 
 
-class Map:
+class BlockPlot:
+    """Reduced chi-square of the blocks of one fit; ``data`` returns None if it has no such plot."""
+
+    def __init__(self, name: str, data: Callable[[Fit], Any], **options: Any) -> None:
+        self._data = data
+        self.figure = _figure(_BLOCKS, name=name, height=330, visible=False, **options)
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show the first running fit that has been measured, or else the last fit."""
+        measured = [fit for fit in fits if fit.map]
+        running = [fit for fit in measured if fit.is_running]
+        fit = next(iter(running or reversed(measured)), None)
+        data = None if fit is None else self._data(fit)
+        self.figure.visible = data is not None
+        if fit is not None and data is not None:
+            self._draw(data)
+            self.figure.title.text = f"{_BLOCKS}: {fit.title}, pass {fit.map['pass']}{data.note}"
+
+    def _draw(self, data: Any) -> None:
+        raise NotImplementedError
+
+
+class Map(BlockPlot):
     """Reduced chi-square of the blocks of a grid with two or more dimensions."""
 
     def __init__(self) -> None:
@@ -213,9 +227,7 @@ class Map:
             Range1d,
         )
 
-        self.figure = _figure(
-            _BLOCKS, name="map", height=330, visible=False, x_range=Range1d(), y_range=Range1d()
-        )
+        super().__init__("map", image, x_range=Range1d(), y_range=Range1d())
         self._table = ColumnDataSource({"image": [], "w": [], "h": []})
         self._about = ColumnDataSource({"blocks": [1, 1], "size": [0, 0]})
         self._mapper = LinearColorMapper(palette="Viridis256", nan_color="#dddddd", low=0, high=1)
@@ -237,12 +249,7 @@ class Map:
         }
         self.figure.add_tools(HoverTool(renderers=[picture], tooltips=tips, formatters=which))
 
-    def show(self, fits: list[Fit]) -> None:
-        """Show the first fit, if any."""
-        block_map = image(fits[0]) if fits else None
-        self.figure.visible = block_map is not None
-        if block_map is None:
-            return
+    def _draw(self, block_map: Image) -> None:
         width, height = block_map.drawn
         self._table.data = {"image": [block_map.table], "w": [width], "h": [height]}
         about = {"blocks": block_map.blocks, "size": list(block_map.size)}
@@ -252,9 +259,6 @@ class Map:
             _fix(self.figure.y_range, block_map.size[1], 0)
         self._mapper.low, self._mapper.high = block_map.low, block_map.high
         self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = block_map.axes
-        self.figure.title.text = (
-            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{block_map.note}"
-        )
 
 
 def _fix(axis: Any, start: int, end: int) -> None:
@@ -264,26 +268,16 @@ def _fix(axis: Any, start: int, end: int) -> None:
     axis.bounds = (min(start, end), max(start, end))
 
 
-class Profile:
+class Profile(BlockPlot):
     """Reduced chi-square of the blocks of a one-dimensional grid."""
 
     def __init__(self) -> None:
         from bokeh.models import ColumnDataSource
 
-        self.figure = _figure(
-            _BLOCKS, name="profile", height=330, visible=False, y_axis_label="reduced chi-square"
-        )
+        super().__init__("profile", profile, y_axis_label="reduced chi-square")
         self._table = ColumnDataSource({"x": [], "y": []})
         self.figure.step("x", "y", source=self._table, mode="after", color=COLORS[0], width=1.5)
 
-    def show(self, fits: list[Fit]) -> None:
-        """Show the first fit, if any."""
-        line = profile(fits[0]) if fits else None
-        self.figure.visible = line is not None
-        if line is None:
-            return
+    def _draw(self, line: Line) -> None:
         self._table.data = {"x": line.x, "y": line.y}
         self.figure.xaxis.axis_label = line.axis
-        self.figure.title.text = (
-            f"{_BLOCKS}: {fits[0].title}, pass {fits[0].map['pass']}{line.note}"
-        )

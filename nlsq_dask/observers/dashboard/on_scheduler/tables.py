@@ -4,48 +4,53 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 
-# Curves over iterations: title, axes, whether y is logarithmic.
+# Curves by name: title, labels of the axes, whether y is logarithmic.
 CURVES = {
     "loss": ("Loss: mean squared weighted residual", "iteration", "loss", True),
     "gradient_norm": ("Gradient norm", "iteration", "|gradient|", True),
     "trust_radius": ("Trust radius", "iteration", "radius", True),
+    "rate": ("Data processed per second", "seconds since the start of the fit", "MB/s", False),
 }
 _ALL_ROWS = "all rows"
+_POINT = ("x", "y", "marker", "size")
+_BAR = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
 
 
-def curve(fit: Fit, name: str) -> dict[str, list[Any]]:
-    """Return a curve over iterations; full-data iterations have larger markers."""
-    columns: dict[str, list[Any]] = {"x": [], "y": [], "marker": [], "size": []}
+def _columns(names: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """Return a table as a dict of its columns."""
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+
+def curve(fit: Fit | None, name: str) -> dict[str, list[Any]]:
+    """Return the points of a curve; full-data iterations have larger markers."""
+    if fit is None:
+        return _columns(_POINT, [])
+    if name == "rate":
+        return rates(fit)
+    points = []
     for entry in list(fit.iterations):
-        value = entry[name]
-        is_full = entry["stage"] == _ALL_ROWS
         # A logarithmic axis shows a gap for other values.
-        columns["y"].append(value if math.isfinite(value) and value > 0 else math.nan)
-        columns["x"].append(entry["iteration"])
-        columns["marker"].append("circle" if entry["accepted"] else "x")
-        columns["size"].append(9 if is_full else 4 if entry["accepted"] else 7)
-    return columns
+        y = entry[name] if math.isfinite(entry[name]) and entry[name] > 0 else math.nan
+        marker, size = ("circle", 4) if entry["accepted"] else ("x", 7)
+        size = 9 if entry["stage"] == _ALL_ROWS else size
+        points.append((entry["iteration"], y, marker, size))
+    return _columns(_POINT, points)
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
     """Return the megabytes per second that were processed, read or cached."""
     measured = list(fit.rates)
-    return {
-        "x": [at - fit.began for at, _ in measured],
-        "y": [rate / 1e6 for _, rate in measured],
-        "marker": ["circle"] * len(measured),
-        "size": [4] * len(measured),
-    }
+    return _columns(_POINT, [(at - fit.began, rate / 1e6, "circle", 4) for at, rate in measured])
 
 
 def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
     """Return a bar for each phase of each fit."""
-    keys = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
-    columns: dict[str, list[Any]] = {key: [] for key in keys}
+    bars = []
     ends = [fit.heard if not fit.is_running else time.time() for fit in fits]
     spans = [end - fit.began for fit, end in zip(fits, ends, strict=True)]
     for fit, end in zip(fits, ends, strict=True):
@@ -56,19 +61,11 @@ def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[A
             state = "failed" if phase["failed"] else "running" if is_open else "done"
             seconds = max(right - left, 0.0)
             has_room = seconds > 0.12 * max(spans)
-            values = (
-                fit.title,
-                f"{phase['phase']} {phase['name']}",
-                left,
-                left + seconds,
-                seconds,
-                f"{seconds:.1f} s" if has_room else "",
-                colors[phase["phase"] % len(colors)],
-                state,
-            )
-            for key, value in zip(keys, values, strict=True):
-                columns[key].append(value)
-    return columns
+            label = f"{seconds:.1f} s" if has_room else ""
+            color = colors[phase["phase"] % len(colors)]
+            name = f"{phase['phase']} {phase['name']}"
+            bars.append((fit.title, name, left, left + seconds, seconds, label, color, state))
+    return _columns(_BAR, bars)
 
 
 def bars_of_pass(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -112,7 +109,7 @@ class Image:
         self.blocks = [across, down]  # blocks per cell
         # Width and height of the image. Cells of several blocks may extend beyond the grid.
         self.drawn = (table.shape[1] * across, table.shape[0] * down)
-        height, width = about.get("size", reversed(self.drawn))
+        height, width = about["size"]
         self.size = (width, height)  # of the grid
         self.axes = [_axis(dim) for dim in reversed(about["dims"])]
         self.low, self.high = _limits(table)
@@ -124,7 +121,7 @@ class Line:
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         (step,) = about["step"]
-        (size,) = about.get("size", [len(table) * step])
+        (size,) = about["size"]
         self.x = [min(i * step, size) for i in range(len(table) + 1)]
         self.y = [*map(float, table), float(table[-1])]
         self.axis = _axis(about["dims"][0])
@@ -161,7 +158,7 @@ def _axis(dim: str) -> str:
 
 def _note(about: dict[str, Any]) -> str:
     """Return a note if values are maxima over several blocks."""
-    over, steps = about.get("largest_over", []), about["step"]
+    over, steps = about["largest_over"], about["step"]
     words = [f"largest over {', '.join(over)}"] if over else []
     words += [f"largest of each {' x '.join(map(str, steps))}"] if max(steps) > 1 else []
     return f" ({'; '.join(words)})" if words else ""
