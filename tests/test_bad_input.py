@@ -174,7 +174,7 @@ TABLE: dict[str, Case] = {
     "the model: NumPy": (
         dict(model=lambda x, a, b: a * np.exp(np.asarray(-b * x))),
         nd.ModelError,
-        "The model '<lambda>' cannot be traced by JAX: write it with jax.numpy instead of "
+        "The model '<lambda>' cannot be traced by JAX. Write it with jax.numpy instead of "
         "numpy or math (jnp.exp for np.exp and math.exp), with jax.scipy instead of scipy "
         "(jax.scipy.special for scipy.special), and without float(), int() and .item() on x or "
         "the parameters.",
@@ -182,7 +182,7 @@ TABLE: dict[str, Case] = {
     "the model: a branch": (
         dict(model=lambda x, a, b: a * x if b > 0 else x),
         nd.ModelError,
-        "The model '<lambda>' cannot be traced by JAX: it uses values of x or of the "
+        "The model '<lambda>' cannot be traced by JAX. It uses values of x or of the "
         "parameters as conditions, as 'if', 'and', 'or', 'not', min() and max() do. Write "
         "jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' and 'or', and "
         "jnp.minimum and jnp.maximum.",

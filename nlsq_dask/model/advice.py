@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from jax import errors
+
 from nlsq_dask.model.model import Model
 
 _USE_JAX = (
-    "rite it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "
+    "Write it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "
     "jax.scipy instead of scipy (jax.scipy.special for scipy.special)"
 )
-NOT_IN_JAX_HINT = f"w{_USE_JAX}, and without float(), int() and .item() on x or the parameters."
-BRANCH_HINT = (
-    "it uses values of x or of the parameters as conditions, as 'if', 'and', 'or', 'not', min() "
+_NOT_IN_JAX_HINT = f"{_USE_JAX}, and without float(), int() and .item() on x or the parameters."
+_BRANCH_HINT = (
+    "It uses values of x or of the parameters as conditions, as 'if', 'and', 'or', 'not', min() "
     "and max() do. Write jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' "
     "and 'or', and jnp.minimum and jnp.maximum."
 )
-_GENERAL_HINT = f"W{_USE_JAX}, and with jnp.where instead of 'if' on values."
+_GENERAL_HINT = f"{_USE_JAX}, and with jnp.where instead of 'if' on values."
 _MASK_HINT = (
     "Rows cannot be selected by a boolean mask: jnp.where(x > 3, this, that) gives a value for "
     "each row."
@@ -27,6 +29,7 @@ _SCALAR_PARAMS_HINT = (
     "for a tuple p of them."
 )
 _UNPACK_HINT = "x has as many arrays as x_data: a tuple of k arrays or of k names gives k."
+_TRUTH_VALUE = "truth value of an array"  # NumPy's message for an array as a condition
 # JAX's messages for a scalar parameter that is indexed or unpacked.
 _SCALAR_ERROR = re.compile(r"\b0-d(imensional)?\b")
 # Messages of Python and JAX for arithmetic with a tuple or a dict; unpacking a dict gives its keys,
@@ -35,9 +38,16 @@ _TUPLE_ERROR = re.compile(r"\btuple\b|can't multiply sequence")
 _DICT_ERROR = re.compile(r"\bdict\b|\bstr\b|can't multiply sequence|to a scalar index")
 
 
-def is_truth_value_error(error: Exception) -> bool:
-    """Return whether this is NumPy's error for an array as a condition."""
-    return "truth value of an array" in str(error)
+def tracing_hint(error: Exception) -> str:
+    """Return a hint on an error of a model that needs values while it is traced, else ""."""
+    if isinstance(error, errors.TracerBoolConversionError) or _TRUTH_VALUE in str(error):
+        return _BRANCH_HINT
+    needs_values = (
+        errors.TracerArrayConversionError,
+        errors.ConcretizationTypeError,
+        errors.TracerIntegerConversionError,
+    )
+    return _NOT_IN_JAX_HINT if isinstance(error, needs_values) else ""
 
 
 def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:

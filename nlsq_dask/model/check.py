@@ -12,13 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
-from nlsq_dask.model.advice import (
-    BRANCH_HINT,
-    NOT_IN_JAX_HINT,
-    columns_hint,
-    error_hint,
-    is_truth_value_error,
-)
+from nlsq_dask.model.advice import columns_hint, error_hint, tracing_hint
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
@@ -42,17 +36,11 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
         for n_rows in _PROBE_ROWS:
             try:
                 out = jax.eval_shape(model.raw, model.x_specs(n_rows), params)
-            except jax.errors.TracerBoolConversionError as error:
-                raise _tracing_error(model, BRANCH_HINT) from error
-            except (
-                jax.errors.TracerArrayConversionError,
-                jax.errors.ConcretizationTypeError,
-                jax.errors.TracerIntegerConversionError,
-            ) as error:
-                raise _tracing_error(model, NOT_IN_JAX_HINT) from error
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-                if is_truth_value_error(error):
-                    raise _tracing_error(model, BRANCH_HINT) from error
+                hint = tracing_hint(error)
+                if hint:
+                    text = f"The model {model.name!r} cannot be traced by JAX. {hint}"
+                    raise ModelError(text) from error
                 message = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
                 raise ModelError(
                     f"The model {model.name!r} raised {type(error).__name__}: {message}. It was "
@@ -61,10 +49,6 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
                     f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)
-
-
-def _tracing_error(model: Model, hint: str) -> ModelError:
-    return ModelError(f"The model {model.name!r} cannot be traced by JAX: {hint}")
 
 
 def _describe_x(model: Model) -> str:

@@ -35,15 +35,13 @@ class PredictionKernel:
         p = model.n_params
         with x64():
             jaxpr = model.jaxpr()
-            mode = choose_mode(model, jaxpr) if with_std else None
 
         def values(x: Any, params: Any, root: Any) -> Any:
             return model(x, params.astype(model.dtype))[None]
 
         def values_and_std(x: Any, params: Any, root: Any) -> Any:
-            assert mode is not None
             ones = jnp.ones(p + 1, model.dtype)
-            linearized = residual_and_jacobian(model, mode)
+            linearized = residual_and_jacobian(model, choose_mode(model, jaxpr))
             out, stacked = linearized(x, jnp.zeros(batch_rows), params.astype(model.dtype), ones)
             return jnp.stack([out, jnp.linalg.norm(root.T @ stacked[:p], axis=0)])
 

@@ -27,19 +27,38 @@ T = TypeVar("T")
 # Packages whose versions affect the traced text of a model.
 TRACED_BY = ("nlsq-dask", "jax", "jaxlib")
 
-_CACHE_SIZE = 64
-_compiled: OrderedDict[str, Callable[..., Any]] = OrderedDict()
-_n_compiled = 0
-_lock = threading.RLock()
-
 # Source locations are removed: the fingerprint must not depend on line numbers.
 _LOCATION_LINES = re.compile(r"^#loc.*\n?", re.MULTILINE)
 _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
 
 # Marks of an incomplete text of a jaxpr: addresses of functions, abbreviated arrays.
 _INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
-_TRACE_CACHE_SIZE = 32
-_traced: OrderedDict[Any, Any] = OrderedDict()
+
+
+class _Cache:
+    """Results by key; a full cache evicts the least recently used result."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._results: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.RLock()
+        self.n_computed = 0
+
+    def get(self, key: Any, compute: Callable[[], T]) -> T:
+        """Return the result for this key, which is computed at the first call."""
+        with self._lock:
+            if key not in self._results:
+                self._results[key] = compute()
+                self.n_computed += 1
+                if len(self._results) > self._size:
+                    self._results.popitem(last=False)
+            self._results.move_to_end(key)
+            result: T = self._results[key]
+            return result
+
+
+_compiled = _Cache(64)
+_traced = _Cache(32)
 
 
 class Program:
@@ -102,19 +121,8 @@ class Program:
 
 
 def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the cached result of ``compile_()`` for this key.
-
-    The least recently used program is evicted from a full cache.
-    """
-    global _n_compiled
-    with _lock:
-        if key not in _compiled:
-            _compiled[key] = compile_()
-            _n_compiled += 1
-            if len(_compiled) > _CACHE_SIZE:
-                _compiled.popitem(last=False)
-        _compiled.move_to_end(key)
-        return _compiled[key]
+    """Return the cached result of ``compile_()`` for this key."""
+    return _compiled.get(key, compile_)
 
 
 def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
@@ -131,15 +139,7 @@ def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
     for constant in constants:
         digest.update(f"{constant.dtype}{constant.shape}".encode())
         digest.update(np.ascontiguousarray(constant).tobytes())
-    key = (signature, digest.digest())
-    with _lock:
-        if key not in _traced:
-            _traced[key] = trace()
-            if len(_traced) > _TRACE_CACHE_SIZE:
-                _traced.popitem(last=False)
-        _traced.move_to_end(key)
-        traced: T = _traced[key]
-        return traced
+    return _traced.get((signature, digest.digest()), trace)
 
 
 def _constants(closed: Any) -> list[Any] | None:
@@ -167,5 +167,4 @@ def _constants(closed: Any) -> list[Any] | None:
 
 def compile_count() -> int:
     """Return the number of programs compiled in this process."""
-    with _lock:
-        return _n_compiled
+    return _compiled.n_computed

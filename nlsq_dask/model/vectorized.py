@@ -43,16 +43,10 @@ def call_with_vector(function: Callable[..., Any], params: Any) -> Any:
             kept.append(equation)
             needed.update(v for v in equation.invars if not hasattr(v, "val"))
     inputs |= {v: params[i] for i, v in enumerate(jaxpr.invars) if v in needed}
-    rest = jaxpr.replace(
-        invars=list(inputs), eqns=kept[::-1], debug_info=_debug_info(jaxpr, len(inputs))
-    )
+    unnamed = jaxpr.debug_info._replace(arg_names=("",) * len(inputs))
+    rest = jaxpr.replace(invars=list(inputs), eqns=kept[::-1], debug_info=unnamed)
     (result,) = jax.core.eval_jaxpr(rest, closed.consts, *inputs.values())
     return result
-
-
-def _debug_info(jaxpr: Any, n_inputs: int) -> Any:
-    """Return the jaxpr's debug info for another number of inputs."""
-    return jaxpr.debug_info._replace(arg_names=("",) * n_inputs)
 
 
 def _span(equation: Any, spans: dict[Any, range]) -> range | None:
