@@ -49,8 +49,9 @@ class Fit:
 
     def take(self, message: dict[str, Any]) -> None:
         """Record a message; unknown kinds of other versions are ignored."""
-        times = {key: message[key] + self.ahead for key in ("time", "start") if key in message}
-        message = {**message, **times}
+        for key in ("time", "start"):
+            if key in message:
+                message = {**message, key: message[key] + self.ahead}
         match message.get("kind"):
             case "started":
                 # A resumed fit began earlier.

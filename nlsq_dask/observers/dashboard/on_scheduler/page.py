@@ -85,7 +85,7 @@ class View:
         self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
         self._notes = Div(sizing_mode="stretch_width", name="notes", stylesheets=[_FULL_WIDTH])
         curves = [Curves(name, *about) for name, about in CURVES.items()]
-        self._plots = [RunningPass(), Phases(), *curves, Map(), Profile()]
+        self._plots: list[Any] = [RunningPass(), Phases(), *curves, Map(), Profile()]
         self._figures = [plot.figure for plot in self._plots]
         # Only one of the last two, the map and the profile, is visible.
         blocks = column(*self._figures[-2:], sizing_mode="stretch_width", name="blocks")
