@@ -184,8 +184,8 @@ TABLE: dict[str, Case] = {
         nd.ModelError,
         "The model '<lambda>' cannot be traced by JAX. It uses values of x or of the "
         "parameters as conditions, as 'if', 'and', 'or', 'not', min() and max() do. Write "
-        "jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' and 'or', and "
-        "jnp.minimum and jnp.maximum.",
+        "jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' and 'or', "
+        "jnp.minimum and jnp.maximum instead of min() and max().",
     ),
     "the model: nothing returned": (
         dict(model=lambda x, a: None),

@@ -1,4 +1,4 @@
-"""Hints for models that raise an error or return a wrong shape when they are traced."""
+"""Hints in messages about models that raise an error or return a wrong shape when traced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOT_IN_JAX_HINT = f"{_USE_JAX}, and without float(), int() and .item() on x or 
 _BRANCH_HINT = (
     "It uses values of x or of the parameters as conditions, as 'if', 'and', 'or', 'not', min() "
     "and max() do. Write jnp.where(x > 3, this, that) instead of 'if', & and | instead of 'and' "
-    "and 'or', and jnp.minimum and jnp.maximum."
+    "and 'or', jnp.minimum and jnp.maximum instead of min() and max()."
 )
 _GENERAL_HINT = f"{_USE_JAX}, and with jnp.where instead of 'if' on values."
 _MASK_HINT = (
@@ -28,7 +28,7 @@ _SCALAR_PARAMS_HINT = (
     "Each parameter is a separate argument: write `def model(x, a, b)`, or `def model(x, *p)` "
     "for a tuple p of them."
 )
-_UNPACK_HINT = "x has as many arrays as x_data: a tuple of k arrays or of k names gives k."
+_UNPACK_HINT = "To unpack x into k arrays, pass x_data as a tuple of k arrays or of k names."
 _TRUTH_VALUE = "truth value of an array"  # NumPy's message for an array as a condition
 # JAX's messages for a scalar parameter that is indexed or unpacked.
 _SCALAR_ERROR = re.compile(r"\b0-d(imensional)?\b")
@@ -39,7 +39,7 @@ _DICT_ERROR = re.compile(r"\bdict\b|\bstr\b|can't multiply sequence|to a scalar 
 
 
 def tracing_hint(error: Exception) -> str:
-    """Return a hint on an error of a model that needs values while it is traced, else ""."""
+    """Return a hint if the model failed because JAX traces it without values; otherwise ""."""
     if isinstance(error, errors.TracerBoolConversionError) or _TRUTH_VALUE in str(error):
         return _BRANCH_HINT
     needs_values = (
@@ -51,14 +51,15 @@ def tracing_hint(error: Exception) -> str:
 
 
 def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
-    """Return a hint on an error that the model raised; empty if the error is clear.
+    """Return a hint on how to mend a model that raised an error; empty if the error is clear.
 
     Parameters
     ----------
     model : Model
     error : Exception
+        Error that the model raised.
     x_labels : sequence of str
-        Names of the x arrays, empty strings for unnamed ones.
+        Names of the x arrays; an empty string for an array without a name.
     """
     text, names = str(error), model.layout.x_names
     if re.match(r"module '(jax|numpy)\b.*' has no attribute", text):
@@ -79,7 +80,7 @@ def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
 
 
 def tuple_hint(n: int, x_labels: Sequence[str]) -> str:
-    """Return a hint on unpacking an x of ``n`` arrays."""
+    """Return a hint on how a model unpacks an x that is a tuple of ``n`` arrays."""
     are_names = len(set(x_labels)) == n and all(map(str.isidentifier, x_labels))
     names = x_labels if are_names else [f"x{i}" for i in range(n)]
     return (
@@ -89,7 +90,7 @@ def tuple_hint(n: int, x_labels: Sequence[str]) -> str:
 
 
 def columns_hint(model: Model) -> str:
-    """Return a hint on the columns of x; empty unless x is one array with columns."""
+    """Return a hint on how a model accesses the columns of x; empty unless x is a 2-d array."""
     if model.layout.x_names is not None or model.layout.x_features == ((),):
         return ""
     ((n,),) = model.layout.x_features

@@ -1,4 +1,7 @@
-"""Checks of a model: traceable by JAX, real, and one value per row from that row alone."""
+"""Checks of a model: JAX can trace it, and it returns one real value per row.
+
+The value of a row must not depend on other rows.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ _PROBE_ROWS = (7, 12)
 
 
 def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
-    """Raise a ModelError unless the function can be traced and returns one real value per row.
+    """Raise a ModelError unless JAX can trace the model and it returns one real value per row.
 
     Parameters
     ----------
     model : Model
     x_labels : sequence of str
-        Names of the x arrays in messages, empty strings for unnamed ones.
+        Names of the x arrays for messages; an empty string for an array without a name.
     """
     params = jax.ShapeDtypeStruct((model.n_params,), np.dtype(model.dtype))
     with x64():
@@ -44,8 +47,8 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
                 message = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
                 raise ModelError(
                     f"The model {model.name!r} raised {type(error).__name__}: {message}. It was "
-                    f"called as model(x, *params) with {_describe_x(model)} of b rows "
-                    f"(here {n_rows}) and {model.n_params} scalars. "
+                    f"called as model(x, *params) with {_describe_x(model)}, for a block of "
+                    f"b = {n_rows} rows, and {model.n_params} scalars. "
                     f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)
@@ -58,7 +61,7 @@ def _describe_x(model: Model) -> str:
         shape = ", ".join(map(str, ("b", *features)))
         return f"x as one array of shape ({shape}{'' if features else ','})"
     if isinstance(names, int):
-        return f"x as a tuple of {names} arrays, in the order of x_data,"
+        return f"x as a tuple of {names} arrays, in the order of x_data"
     return f"x as a dict of {', '.join(map(repr, names))}"
 
 
@@ -86,17 +89,18 @@ def check_row_wise(
 ) -> None:
     """Raise a ModelError if the value at a row depends on the other rows of its block.
 
-    A few rows, including the extremes, are evaluated in a block of different rows and in a block of
-    copies of themselves, at ``params`` and at a point nearby.
+    A few rows are evaluated twice, in a block of different rows and in a block of copies of the
+    row. The two values must agree, both at ``params`` and at parameters nearby.
 
     Parameters
     ----------
     model : Model
     kernel : PredictionKernel
-        Kernel of this model.
+        Compiled evaluation of ``model``.
     rows : Rows
-        Finite rows of the data.
+        Rows of the data with finite values.
     params : ndarray, shape (p,)
+        Parameters of the model.
     """
     n = kernel.batch_rows
     mixed = np.arange(n) % len(rows)
@@ -123,7 +127,8 @@ def check_row_wise(
 def float32_constants(model: Model) -> list[str]:
     """Return the names of float32 JAX arrays among the function's globals and closure.
 
-    Such an array was created while 64-bit values were disabled, so its precision is reduced.
+    JAX creates arrays as float32 unless 64-bit values are enabled. Such a constant has only seven
+    digits, which may limit the precision of a fit in float64.
     """
     function = inspect.unwrap(model.function)
     while isinstance(function, partial):

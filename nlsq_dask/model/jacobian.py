@@ -1,9 +1,9 @@
-"""Jacobian of a block of rows, in forward or reverse mode depending on the model.
+"""Jacobian of the model over a block of rows, by forward- or reverse-mode differentiation.
 
-Forward mode pushes the tangent of each parameter through the model; reverse mode pulls one
-cotangent back per row. Arithmetic favors forward mode for few parameters and reverse mode for many.
-On a CPU the cost is dominated by recomputation of shared values: in forward mode, XLA recomputes
-sines and arrays wider than a column for each parameter.
+Forward mode evaluates a derivative of the model for each parameter, reverse mode a gradient for
+each row. Forward mode needs less arithmetic for few parameters, reverse mode for many. On a CPU,
+however, values that are computed repeatedly cost more than this arithmetic: in forward mode, XLA
+computes sines, and arrays with more than one column, again for each parameter.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Mode(Enum):
 
 
 def choose_mode(model: Model, jaxpr: Any) -> Mode:
-    """Return the mode of differentiation for this model, traced as ``jaxpr``.
+    """Return the mode of differentiation for this model, whose traced form is ``jaxpr``.
 
     Forward mode is used for at most five parameters, if everything that depends on them is one
     number per row and there is no sine, cosine or tangent; otherwise reverse mode. Models with a
-    ``while_loop``, and those that cannot be called with a single row, support only forward mode;
-    those with a ``custom_vjp`` only reverse mode.
+    ``while_loop``, and models that cannot be called with a single row, support only forward mode;
+    models with a ``custom_vjp`` only reverse mode.
 
     The choice depends on the traced model and not on timings, because results of the two modes
-    differ in their last bits.
+    differ in their last bits and a repeated fit must have equal results.
     """
     n_leaves = len(model.layout.x_features)
     depends = [False] * n_leaves + [True] * model.n_params
@@ -58,7 +58,7 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
 
 
 def _accepts_one_row(model: Model) -> bool:
-    """Return whether the model maps one row to one value, as reverse mode requires."""
+    """Return whether the model can be called with a single row, as reverse mode requires."""
     params = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
     try:
         out = jax.eval_shape(model.raw, model.x_specs(1), params)
@@ -68,7 +68,7 @@ def _accepts_one_row(model: Model) -> bool:
 
 
 def _dependent_operations(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:
-    """Yield name and size of the largest output of each operation that depends on marked inputs."""
+    """Yield the operations that depend on marked inputs: name, and size of the largest output."""
     reached = {v for v, is_reached in zip(jaxpr.invars, depends, strict=True) if is_reached}
     for equation in jaxpr.eqns:
         touched = [not hasattr(v, "val") and v in reached for v in equation.invars]
@@ -93,11 +93,12 @@ Linearized = Callable[[Any, Any, Any, Any], Any]
 
 
 def residual_and_jacobian(model: Model, mode: Mode) -> Linearized:
-    """Return a function that computes the stacked Jacobian and residuals of some rows.
+    """Return a function that computes the residuals of b rows and their Jacobian.
 
-    Its arguments are the x arrays, y in the model's dtype, the parameters and factors, shape
-    ``(p + 1,)``. It returns the model's values, shape ``(b,)``, and ``[J^T; r]``, shape
-    ``(p + 1, b)``, each row multiplied by its factor.
+    The arguments of the function are the x arrays, y in the model's dtype, the parameters, and
+    factors of shape ``(p + 1,)``. It returns the model's values, shape ``(b,)``, and an array of
+    shape ``(p + 1, b)``: the transposed Jacobian, then the residuals ``model - y`` as its last row,
+    with row ``i`` multiplied by ``factors[i]``.
     """
     p = model.n_params
 

@@ -1,4 +1,4 @@
-"""Thread-local scope of 64-bit JAX, and the devices of a process."""
+"""``x64``, the context in which JAX has 64-bit values, and the JAX devices of a process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CPU, CUDA = "cpu", "cuda"  # as jax.export names them
 
 @contextmanager
 def x64(device: jax.Device | None = None) -> Iterator[None]:
-    """Enable 64-bit JAX values on a device for the calling thread.
+    """Enable 64-bit values in JAX, and make ``device`` the default, within a ``with`` statement.
 
-    The settings of the caller's program are unchanged. Each task enters the scope itself, because
-    it is not inherited by other threads.
+    Only the calling thread is affected, so the settings of the caller's program do not change, and
+    each task of a worker enters the context itself. The default device is the CPU.
     """
     device = device or jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True), jax.default_device(device):
@@ -23,19 +23,19 @@ def x64(device: jax.Device | None = None) -> Iterator[None]:
 
 
 def platform_of(device: jax.Device) -> str:
-    """Return the platform of a device, as ``jax.export`` names it."""
+    """Return the platform of a device as ``jax.export`` names it, "cuda" for a GPU."""
     return CUDA if device.platform == "gpu" else device.platform
 
 
 def usable_devices(platforms: tuple[str, ...], several: bool) -> list[jax.Device]:
-    """Return the devices of this process on which rows are computed.
+    """Return the GPUs of this process, or the CPU if it has no GPU or no program for one.
 
     Parameters
     ----------
     platforms : tuple of str
-        Platforms with a program; GPUs are preferred.
+        Platforms for which there is a program, such as ``("cpu", "cuda")``.
     several : bool
-        Whether to return all devices of the platform, or only the first.
+        True to return all of these devices, False to return only the first.
     """
     devices = []
     if CUDA in platforms and jax.default_backend() == "gpu":
@@ -46,5 +46,5 @@ def usable_devices(platforms: tuple[str, ...], several: bool) -> list[jax.Device
 
 
 def local_platforms() -> tuple[str, ...]:
-    """Return the platforms of this process for which programs are traced."""
+    """Return the platforms for which this process needs programs: the CPU, and CUDA with a GPU."""
     return (CPU, CUDA) if jax.default_backend() == "gpu" else (CPU,)

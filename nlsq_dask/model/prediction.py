@@ -1,4 +1,4 @@
-"""``PredictionKernel``: values of the model and their standard errors."""
+"""``PredictionKernel``: computes values of the model and their standard errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
 @dataclass(frozen=True)
 class PredictionKernel:
-    """Compiled evaluation of the model at rows of data, used by ``predict``."""
+    """Compiled program that evaluates the model at rows of data, as ``predict`` does."""
 
     program: Program
     layout: Layout
@@ -31,7 +31,7 @@ class PredictionKernel:
     def trace(
         cls, model: Model, batch_rows: int = STRIP_ROWS * 16, with_std: bool = False
     ) -> PredictionKernel:
-        """Trace the evaluation of this model for batches of ``batch_rows`` rows."""
+        """Trace the model, with standard errors if requested, for ``batch_rows`` rows per call."""
         p = model.n_params
         with x64():
             jaxpr = model.jaxpr()
@@ -62,19 +62,22 @@ class PredictionKernel:
         params: NDArray[np.float64],
         root: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float64]:
-        """Evaluate the model at padded batches of rows, each with its true number of rows.
+        """Evaluate the model at the rows of all batches.
 
         Parameters
         ----------
         batches : iterable of (Rows, int)
+            Batches padded to ``batch_rows`` rows, each with its number of rows before padding.
         params : ndarray, shape (p,)
+            Parameters of the model.
         root : ndarray, shape (p, p), optional
-            ``root @ root.T`` is the covariance of the parameters.
+            Matrix for which ``root @ root.T`` is the covariance of the parameters; required if
+            ``with_std``.
 
         Returns
         -------
         ndarray, shape (1, n) or (2, n)
-            Values, and their standard deviations.
+            Values at the n rows of all batches and, if ``with_std``, their standard errors.
         """
         if not self.with_std:
             root = np.empty((0, 0))

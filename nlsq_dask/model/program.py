@@ -1,9 +1,9 @@
 """``Program``: a traced function that is sent as bytes and compiled once per process.
 
-The model is traced once by the client and sent to the workers as a portable StableHLO program
-(``jax.export``). Workers need neither the caller's module nor its closures, and two definitions of
-the same model are the same program: the fingerprint depends on the computation and the values of
-its constants, not on the identity of a Python function.
+The client traces the model once and sends it to the workers as a portable StableHLO program
+(``jax.export``), so workers do not need the Python function of the model. A program is identified
+by a fingerprint of its operations and constants: a model that is defined again, for instance in a
+notebook, gives an equal program.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ T = TypeVar("T")
 # Packages whose versions affect the traced text of a model.
 TRACED_BY = ("nlsq-dask", "jax", "jaxlib")
 
-# Source locations are removed: the fingerprint must not depend on line numbers.
+# Source locations, which are removed so that the fingerprint does not depend on line numbers.
 _LOCATION_LINES = re.compile(r"^#loc.*\n?", re.MULTILINE)
 _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
 
-# Marks of an incomplete text of a jaxpr: addresses of functions, abbreviated arrays.
+# What makes the text of a jaxpr incomplete: addresses of functions, abbreviated arrays.
 _INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
 
 
 class _Cache:
-    """Results by key; a full cache evicts the least recently used result."""
+    """Results by key; a full cache drops the result that was not used for the longest time."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -45,7 +45,7 @@ class _Cache:
         self.n_computed = 0
 
     def get(self, key: Any, compute: Callable[[], T]) -> T:
-        """Return the result for this key, which is computed at the first call."""
+        """Return the result for this key; compute it if it is not cached."""
         with self._lock:
             if key not in self._results:
                 self._results[key] = compute()
@@ -62,14 +62,14 @@ _traced = _Cache(32)
 
 
 class Program:
-    """Function of arrays of fixed shapes, independent of the Python code it was traced from.
+    """A traced function of arrays with fixed shapes; its Python code is no longer needed.
 
     Parameters
     ----------
     fingerprint : str
-        Digest of the computation.
+        Digest of the operations and constants; programs with equal fingerprints are equal.
     serialized : bytes
-        Program serialized by ``jax.export``.
+        The program, serialized by ``jax.export``.
     """
 
     __slots__ = ("fingerprint", "serialized")
@@ -80,7 +80,7 @@ class Program:
 
     @classmethod
     def trace(cls, function: Callable[..., Any], *specs: Any, platform: str = CPU) -> Self:
-        """Trace ``function`` for arguments of these shapes and dtypes."""
+        """Trace ``function`` for arguments with the shapes and dtypes of ``specs``."""
 
         def program(*args: Any) -> Any:  # a fixed name: it is part of the text
             return function(*args)
@@ -96,14 +96,14 @@ class Program:
                     f"jax.debug.print, are not supported."
                 ) from error
         text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
-        # The module drops unused arguments; the fingerprint also depends on which ones.
+        # The text lacks unused arguments, but the fingerprint must depend on them too.
         text += f"{exported.in_tree} {exported.in_avals} {exported.module_kept_var_idx}"
         return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
 
     def __call__(self, *args: Any, device: jax.Device | None = None) -> Any:
-        """Run the program with arguments of the traced shapes and dtypes.
+        """Run the program on ``device``, by default the CPU.
 
-        It runs on the given device, by default on the CPU.
+        The arguments must have the shapes and dtypes for which the program was traced.
         """
         key = self.fingerprint if device is None else f"{self.fingerprint}-{device.id}"
         with x64(device):
@@ -121,15 +121,15 @@ class Program:
 
 
 def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the cached result of ``compile_()`` for this key."""
+    """Return the compiled program for this key; ``compile_`` is called only if none is cached."""
     return _compiled.get(key, compile_)
 
 
 def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
-    """Return the cached result of ``trace()`` for this ``signature`` and an equal jaxpr.
+    """Return the result of ``trace()``, cached for an equal ``signature`` and an equal ``jaxpr``.
 
-    Lowering takes longer than tracing, and repeated fits mostly change only the data. Two jaxprs
-    are equal if their texts and the bytes of all constants are equal.
+    ``trace`` also lowers the model, which takes longer than making a jaxpr, and repeated fits
+    mostly change only the data. Two jaxprs are equal if their texts and constants are equal.
     """
     text = str(jaxpr)
     constants = _constants(jaxpr)
@@ -143,10 +143,10 @@ def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
 
 
 def _constants(closed: Any) -> list[Any] | None:
-    """Return the constants of a jaxpr and of nested ones, which its text does not contain.
+    """Return the constants of a jaxpr and of the jaxprs inside it; the text of a jaxpr omits them.
 
-    None if the text does not identify the computation: with custom differentiation rules, or with
-    an array among the parameters of an operation.
+    None is returned if text and constants do not identify the computation: if an operation has
+    custom differentiation rules, or an array among its settings.
     """
     constants = [np.asarray(constant) for constant in getattr(closed, "consts", ())]
     for equation in getattr(closed, "jaxpr", closed).eqns:
@@ -166,5 +166,5 @@ def _constants(closed: Any) -> list[Any] | None:
 
 
 def compile_count() -> int:
-    """Return the number of programs compiled in this process."""
+    """Return the number of programs that were compiled in this process."""
     return _compiled.n_computed

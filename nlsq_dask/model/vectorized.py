@@ -1,9 +1,9 @@
 """Evaluation of a function of many scalar parameters with one vector of parameters.
 
-A model takes scalar parameters, ``model(x, *params)``, and with thousands of them stacks them
-again, ``jnp.stack(params)``. Differentiating the stacking costs an operation per parameter to
-trace, compile and run. The model is therefore traced with scalars, and evaluated with slices of the
-vector wherever it stacks consecutive parameters.
+A model takes scalar parameters, ``model(x, *params)``. With thousands of them it usually stacks
+them again, ``jnp.stack(params)``, and the derivative of this stacking has one operation per
+parameter, which is slow to trace, compile and run. The model is therefore traced with scalars, and
+wherever it stacks consecutive parameters, a slice of the vector replaces the stacked scalars.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import jax
 
 
 def call_with_vector(function: Callable[..., Any], params: Any) -> Any:
-    """Return ``function(*params)`` for a vector, shape (p,); traced.
+    """Return ``function(*params)``, using slices of ``params`` where the function stacks them.
 
     Parameters
     ----------
     function : callable
-        Function of p scalars that returns an array.
+        Function of p scalars that returns an array and can be traced by JAX.
     params : array, shape (p,)
+        The scalars as one vector.
     """
     numbers = [jax.ShapeDtypeStruct((), params.dtype)] * len(params)
     closed = jax.make_jaxpr(function)(*numbers)
@@ -50,7 +51,7 @@ def call_with_vector(function: Callable[..., Any], params: Any) -> Any:
 
 
 def _span(equation: Any, spans: dict[Any, range]) -> range | None:
-    """Return the range of parameters that the output stacks, or None if it does not."""
+    """Return the range of parameters that the operation stacks; None if it does anything else."""
     aval = equation.outvars[0].aval
     parts = [None if hasattr(atom, "val") else spans.get(atom) for atom in equation.invars]
     first = parts[0] if parts else None
