@@ -101,4 +101,4 @@ def test_what_a_warm_up_did_is_counted_over_all_its_runs() -> None:
 @pytest.mark.parametrize("verbose", [1, 2])
 def test_it_is_said(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
     fit(root, max_warmup_iterations=0, verbose=verbose)
-    assert ("a trial point was not finite" in capsys.readouterr().out) == (verbose == 2)
+    assert ("not finite at a trial point" in capsys.readouterr().out) == (verbose == 2)

@@ -1,1 +1,1 @@
-"""Observers of a fit: progress, logs, counters and a dashboard page."""
+"""Observers: objects that receive the events of a fit, and print, log, count or display them."""

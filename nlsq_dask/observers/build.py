@@ -1,4 +1,4 @@
-"""``build_observers``: the observers of a fit, built-in ones and the caller's."""
+"""The observers of a fit: built-in ones, as configured, and those that the caller passed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from nlsq_dask.observers.progress import Progress
 def build_observers(
     config: HybridStreamingConfig, observers: Iterable[Observer] = ()
 ) -> Iterator[AbstractContextManager[Observer]]:
-    """Yield the observers of a fit, as context managers."""
+    """Yield the built-in observers that ``config`` asks for, then the caller's ``observers``.
+
+    Each is wrapped in a context manager, which returns the observer and closes it at the end.
+    """
     yield nullcontext(LogRecords())
     if config.verbose:
         yield closing(Progress(config.log_frequency, shows_sample=config.verbose > 1))
@@ -32,7 +35,7 @@ def validate_observers(observers: Any) -> tuple[Observer, ...]:
     Raises
     ------
     TypeError
-        If they are not an iterable of callables.
+        If ``observers`` is not an iterable of callables.
     """
     allowed = "observers must be a list of callables, each of which takes an event"
     if not isinstance(observers, Iterable):
@@ -40,14 +43,14 @@ def validate_observers(observers: Any) -> tuple[Observer, ...]:
     checked: tuple[Observer, ...] = tuple(observers)
     for observer in checked:
         if not callable(observer):
-            raise TypeError(f"{allowed}; one of them is {observer!r}.")
+            raise TypeError(f"{allowed}; one element is {observer!r}.")
     return checked
 
 
 class GuardedObserver:
-    """An observer that is disabled when it raises an exception, so that the fit continues.
+    """Wrapper of a caller's observer, which is never called again after it raises an exception.
 
-    KeyboardInterrupt and SystemExit pass through.
+    The fit continues without it. Only KeyboardInterrupt and SystemExit end the fit.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -55,7 +58,7 @@ class GuardedObserver:
         self._is_on = True
 
     def __call__(self, event: Event) -> None:
-        """Call the observer, or warn once and ignore it from then on."""
+        """Call the observer; if it raises an exception, warn and disable the observer."""
         if not self._is_on:
             return
         try:
@@ -65,6 +68,6 @@ class GuardedObserver:
             LOGGER.debug("Traceback of an observer that raised:", exc_info=error)
             name = getattr(self._observer, "__qualname__", repr(self._observer))
             warn_caller(
-                f"The observer {name} raised {type(error).__name__}: {error}. It receives no "
-                f"further events of this fit, which continues."
+                f"The observer {name} raised {type(error).__name__}: {error}. The fit continues "
+                f"without this observer."
             )

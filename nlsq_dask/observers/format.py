@@ -1,4 +1,4 @@
-"""Events as text, for printing, logging and the dashboard."""
+"""Conversion of events to text for the printed progress, the log and the dashboard page."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from nlsq_dask.events import (
 
 
 def format_event(event: Event) -> str | None:
-    """Return the text of an event, or None; text on a phase is indented by two spaces."""
+    """Return the text of an event, or None if its class has no text.
+
+    The text is indented by two spaces if the event belongs to a phase of the fit.
+    """
     text = TEXTS.get(type(event))
     return text(event) if callable(text) else text and text.format(event)
 
 
 def format_rate(rate: float) -> str:
-    """Return a rate with at least two digits, such as "3.2 million" or "510"."""
+    """Return a rate as text with at least two digits, such as "3.2 million" or "510"."""
     if rate >= 1e5:
         return f"{rate / 1e6:.{1 if rate >= 1e6 else 2}f} million"
     return f"{rate:,.0f}"
@@ -55,17 +58,17 @@ def _fit_resumed(event: FitResumed) -> str:
 def _warmup_started(event: WarmupStarted) -> str:
     loss = f"relative loss {event.relative_loss:.3g}"
     if event.is_warm_start:
-        return f"  warm-up skipped by layer 1, warm start: {event.start} fits ({loss})"
+        return f"  warm-up skipped (layer 1, warm start): {event.start} already fits ({loss})"
     if event.mode is None:
         why = f"no iterations are allowed, or the model is not finite at {event.start}"
         return f"  warm-up skipped: {why} ({loss})"
-    return f"  layer 2, first step: {event.mode} ({loss} at {event.start})"
+    return f"  layer 2, size of the first step: {event.mode} ({loss} at {event.start})"
 
 
 def _warmup_ended(event: WarmupEnded) -> str:
     parts = [f"  warm-up: {event.iterations} iterations, ended by {event.reason}"]
     if event.cost_guard:
-        parts.append("layer 3, cost guard: returned to the best point")
+        parts.append("layer 3, cost guard: the loss grew, returned to the best point")
     if event.clipped:
         parts.append(f"layer 4, clipping: {event.clipped} steps shortened")
     if event.line_search_failures:
@@ -82,8 +85,8 @@ def _iteration(event: IterationFinished) -> str:
 
 
 def _non_finite(event: NonFiniteTrial) -> str:
-    where = f" at {event.n_rows:,} rows" if event.n_rows else ""
-    return f"  {event.stage:>9}: a trial point was not finite{where}"
+    where = f" in {event.n_rows:,} rows" if event.n_rows else ""
+    return f"  {event.stage:>9}: model or derivative not finite at a trial point{where}"
 
 
 def _progress(event: BlocksFinished) -> str:
@@ -112,8 +115,8 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     FitResumed: _fit_resumed,
     PhaseStarted: "Phase {0.phase}: {0.name}",
     SampleRead: "  sample: {0.rows:,} rows from {0.blocks:,} blocks",
-    HalvingRound: "  round {0.round} on {0.rows:,} rows: best loss {0.best_loss:.8g}, "
-    "{0.n_remaining} starts remain",
+    HalvingRound: "  successive halving, round {0.round} on {0.rows:,} rows: "
+    "best loss {0.best_loss:.8g}, {0.n_remaining} starts remain",
     WarmupStarted: _warmup_started,
     WarmupEnded: _warmup_ended,
     SampleSolved: "  sample: loss {0.loss:.8g} after {0.iterations} iterations",

@@ -1,4 +1,4 @@
-"""``History``: the iterations of a fit, as a Dataset."""
+"""``History``: the observer that records the iterations of a fit for ``FitResult.history``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _VARIABLES: dict[str, type] = {
 
 
 class History:
-    """Records the iterations of a fit."""
+    """Observer that records the iterations of a fit."""
 
     def __init__(self) -> None:
         self._iterations: list[IterationFinished] = []
-        self._passes: list[int] = []
+        self._passes: list[int] = []  # number of complete passes at each iteration
         self._n_passes = 0
 
     def __call__(self, event: Event) -> None:
-        """Record an iteration, or count a pass."""
+        """Record an event that is an iteration, count a pass, and ignore other events."""
         if isinstance(event, IterationFinished):
             kept = without_many_params(event)
             assert isinstance(kept, IterationFinished)
@@ -37,7 +37,7 @@ class History:
             self._n_passes += 1
 
     def dataset(self, param_names: tuple[str, ...]) -> xr.Dataset:
-        """Return the iterations as a Dataset; see ``FitResult.history``."""
+        """Return the iterations as a Dataset, the one that becomes ``FitResult.history``."""
         events = self._iterations
 
         def column(name: str, dtype: type) -> tuple[str, NDArray[Any]]:
@@ -50,7 +50,7 @@ class History:
             "stage": column("stage", str),
         }
         n_params = len(param_names)
-        # Omitted from events if very many.
+        # Events with very many parameters were recorded without them.
         if all(event.params.size == n_params for event in events):
             params = np.array([event.params for event in events]).reshape(-1, n_params)
             values["params"] = ("iteration", "param"), params

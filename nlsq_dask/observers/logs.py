@@ -1,4 +1,4 @@
-"""Logging of events: to a Python logger, and to a file of JSON lines."""
+"""Observers that log events: to a Python logger, and to a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _INTERVAL = 10.0  # seconds between records of a running pass
 
 
 class _RateLimit:
-    """Drops events of a running pass that follow within a few seconds."""
+    """Limits how often the progress of a running pass is logged."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def allows(self, event: Event) -> bool:
-        """Whether to record this event."""
+        """Return False for block statistics, and for progress within ten seconds of the last."""
         if isinstance(event, BlocksMeasured):
             return False
         if not isinstance(event, BlocksFinished):
@@ -55,16 +55,18 @@ class _RateLimit:
 
 
 class LogRecords:
-    """Logs events to the logger "nlsq_dask".
+    """Observer that logs events to the logger "nlsq_dask".
 
-    Failures have level WARNING, events of the sample and checkpoints DEBUG, others INFO.
+    The level is ERROR if the fit ends in an exception; WARNING for skipped blocks and a fit that
+    ends without success; DEBUG for checkpoints, progress within a pass, and iterations of the
+    warm-up and on the sample; INFO for all other events.
     """
 
     def __init__(self) -> None:
         self._rate_limit = _RateLimit()
 
     def __call__(self, event: Event) -> None:
-        """Log the event, if it has a text."""
+        """Log the text of an event; an event without text is ignored."""
         level = _level(event)
         if LOGGER.isEnabledFor(level) and self._rate_limit.allows(event):
             text = format_event(event)
@@ -86,14 +88,16 @@ def _level(event: Event) -> int:
 
 
 class JsonLines:
-    """Appends one JSON line per event: time, ID of the fit, name and fields of the event.
+    """Observer that appends one JSON line per event to a file.
 
-    A running pass has one line every ten seconds. Non-finite numbers become null, and more than
-    1,000 parameters are omitted.
+    A line has the time, an ID of the fit, the name of the event's class, and the event's fields.
+    The progress of a running pass is written every ten seconds. Non-finite numbers become null,
+    and more than 1,000 parameters are omitted.
 
     Parameters
     ----------
     path : path-like
+        Path of the file, which is created if it does not exist.
 
     Raises
     ------
@@ -117,7 +121,7 @@ class JsonLines:
         self._is_broken = False
 
     def __call__(self, event: Event) -> None:
-        """Write the event."""
+        """Append the event to the file."""
         if self._is_broken or not self._rate_limit.allows(event):
             return
         fields = msgspec.to_builtins(without_many_params(event), enc_hook=_plain)

@@ -1,4 +1,4 @@
-"""``Progress``: printed lines, and a bar for the running pass."""
+"""``Progress``: the observer that prints events and shows a progress bar for each pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FORMAT = f"  {{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS}"
 
 @cache
 def _bar_class() -> Any:
-    """Return the tqdm class for this environment, without its thread and multiprocessing lock."""
+    """Return tqdm's class for a terminal or a notebook, without tqdm's thread and process lock."""
     if find_spec("ipywidgets") is None:  # tqdm.auto would warn in a notebook
         from tqdm.std import tqdm
     else:
@@ -47,24 +47,26 @@ def _bar_class() -> Any:
 
 
 def _shows_bars(stream: Any) -> bool:
-    """Whether the stream is a terminal or a notebook, in which output can be overwritten."""
+    """Return whether output to the stream can be overwritten: in a terminal or a notebook."""
     is_terminal = getattr(stream, "isatty", None)
     return bool(is_terminal and is_terminal()) or "ipykernel" in type(stream).__module__
 
 
 class Progress:
-    """Prints events.
+    """Observer that prints events as text.
 
-    A running pass has a bar in terminals and notebooks, and occasional lines elsewhere.
+    The progress of a pass over the data is shown as a bar in terminals and notebooks, and as a
+    line every 30 seconds elsewhere.
 
     Parameters
     ----------
     log_frequency : int
         Number of iterations between printed lines.
     shows_sample : bool
-        Whether to print events of the sample and of checkpoints.
+        Whether to print also the reading of the sample, iterations of the warm-up and on the
+        sample, and checkpoints.
     stream : file-like, optional
-        Standard output by default.
+        Stream to print to; standard output by default.
     """
 
     def __init__(
@@ -72,13 +74,13 @@ class Progress:
     ) -> None:
         self._log_frequency = log_frequency
         self._shows_sample = shows_sample
-        self._stream = stream or sys.stdout  # None in a process without
+        self._stream = stream or sys.stdout  # None in a process without standard output
         self._is_on = self._stream is not None
         self._bar: Any = None
         self._pass_line_at = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Print the event, unless it is hidden."""
+        """Print the text of an event, or move the progress bar; hidden events are ignored."""
         if not self._is_on:
             return
         try:
@@ -99,7 +101,7 @@ class Progress:
             self._print(line)
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the progress bar from the screen."""
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed

@@ -1,4 +1,4 @@
-"""``DefenseLayerTelemetry``: counters of the defense layers and of the work of fits."""
+"""``DefenseLayerTelemetry``: counters of fits and of the defense layers of their warm-ups."""
 
 from __future__ import annotations
 
@@ -27,26 +27,31 @@ _MAX_EVENTS = 1000
 
 
 def _counter(doc: str, metric: str, rate: str = "", first: Any = 0) -> Any:
-    """Declare a counter.
+    """Return a dataclass field for a counter.
 
     Parameters
     ----------
     doc : str
-        Its documentation.
+        Documentation of the counter.
     metric : str
-        Its name in Prometheus.
+        Name of the counter in Prometheus.
     rate : str
-        Its name in ``get_trigger_rates``; none if empty.
+        Name of the counter in ``get_trigger_rates``; empty if it is not part of them.
     first : int, float or dict of str to int
-        Its value before anything is counted. A dict counts by mode, which replaces the ``*`` in
-        the names.
+        Value before anything is counted. A dict has one count per mode of the warm-up, and the
+        mode replaces the ``*`` in ``metric`` and ``rate``.
     """
     return field(metadata={"doc": doc, "metric": metric, "rate": rate, "first": first})
 
 
 @dataclass(init=False, eq=False, repr=False)
 class DefenseLayerTelemetry:
-    """Counters of the defense layers and of the work of fits; safe to use from several threads."""
+    """Counters of fits: triggers of the defense layers, iterations, passes, and data read.
+
+    The defense layers keep the L-BFGS warm-up from moving away from a good start: (1) it is skipped
+    if the start already fits, (2) its first step is smaller the better the start fits, (3) it ends
+    if the loss grows, (4) long steps are shortened. The methods can be called from several threads.
+    """
 
     total_warmup_calls: int = _counter(
         "Warm-ups started, including those skipped by layer 1.", "nlsq_defense_warmup_calls_total"
@@ -57,43 +62,44 @@ class DefenseLayerTelemetry:
         "layer1_warm_start_rate",
     )
     layer2_lr_mode_counts: dict[str, int] = _counter(
-        'Warm-ups by mode: "refinement", "careful", "exploration", "fixed".',
+        'Warm-ups by size of the first step: "refinement" (smallest), "careful", "exploration", '
+        'or "fixed" if layer 2 is disabled.',
         "nlsq_defense_layer2_*_total",
         "layer2_*_rate",
         dict.fromkeys(("refinement", "careful", "exploration", _FIXED), 0),
     )
     layer3_cost_guard_triggers: int = _counter(
-        "Warm-ups aborted because the loss grew.",
+        "Warm-ups that ended because the loss grew.",
         "nlsq_defense_layer3_triggers_total",
         "layer3_cost_guard_rate",
     )
     layer4_clip_triggers: int = _counter(
-        "Warm-ups in which at least one update was clipped.",
+        "Warm-ups in which at least one step was shortened.",
         "nlsq_defense_layer4_triggers_total",
         "layer4_clip_rate",
     )
     layer4_clipped_updates: int = _counter(
-        "Updates clipped in all warm-ups.", "nlsq_defense_layer4_clipped_updates_total"
+        "Steps shortened in all warm-ups.", "nlsq_defense_layer4_clipped_updates_total"
     )
     lbfgs_history_buffer_fill_events: int = _counter(
-        "Warm-ups in which the history of L-BFGS was filled.",
+        "Warm-ups with at least as many iterations as L-BFGS keeps in its history.",
         "nlsq_defense_lbfgs_history_fill_total",
         "lbfgs_history_buffer_fill_rate",
     )
     lbfgs_line_search_failures: int = _counter(
-        "Line searches that failed.",
+        "Line searches that found no acceptable step, in all warm-ups.",
         "nlsq_defense_lbfgs_line_search_failures_total",
         "lbfgs_line_search_failure_rate",
     )
     total_fits: int = _counter("Fits that ended.", "nlsq_fits_total")
     total_iterations: int = _counter("Iterations of all phases.", "nlsq_iterations_total")
-    total_passes: int = _counter("Passes over all rows.", "nlsq_passes_total")
+    total_passes: int = _counter("Complete passes over all rows.", "nlsq_passes_total")
     total_rows_read: int = _counter(
-        "Rows read from the source, including those read for samples.", "nlsq_rows_read_total"
+        "Rows read from the source, for samples and for passes.", "nlsq_rows_read_total"
     )
     total_bytes_read: int = _counter("Bytes read from the source.", "nlsq_bytes_read_total")
     last_loss: float = _counter(
-        "Loss at the last iteration; NaN before the first.", "nlsq_last_loss", first=math.nan
+        "Loss at the latest iteration; NaN before the first one.", "nlsq_last_loss", first=math.nan
     )
 
     def __init__(self) -> None:
@@ -101,14 +107,14 @@ class DefenseLayerTelemetry:
         self.reset()
 
     def reset(self) -> None:
-        """Set every counter to zero and forget the events."""
+        """Reset all counters to their initial values and delete the recorded events."""
         with self._lock:
             for counter in fields(self):
                 setattr(self, counter.name, copy(counter.metadata["first"]))
             self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def __call__(self, event: Event) -> None:
-        """Count an event."""
+        """Update the counters for an event of a fit."""
         with self._lock:
             match event:
                 case WarmupStarted():
@@ -159,9 +165,10 @@ class DefenseLayerTelemetry:
         self._events.append({"type": kind, "timestamp": time.time(), "data": data})
 
     def _counts(self, kind: str) -> Iterator[tuple[str, str, float]]:
-        """Yield name ("metric" or "rate", as ``kind`` says), mode and count of each counter.
+        """Yield the name, mode and count of each counter.
 
-        A counter by mode is several; the mode of the others is empty.
+        The name is the counter's "metric" or "rate", as ``kind`` says. A counter of modes yields
+        one count per mode; for all other counters the mode is an empty string.
         """
         for counter in fields(self):
             value = getattr(self, counter.name)
@@ -172,13 +179,13 @@ class DefenseLayerTelemetry:
         return 100.0 * count / max(self.total_warmup_calls, 1)
 
     def get_trigger_rates(self) -> dict[str, float]:
-        """Return the triggers of each layer in percent of the warm-ups.
+        """Return how often each defense layer acted, in percent of all warm-ups.
 
         Returns
         -------
         dict of str to float
-            Shares of the warm-ups, except ``lbfgs_line_search_failure_rate``: all failures of a
-            warm-up count, so that it can exceed 100.
+            Percentages by name. ``lbfgs_line_search_failure_rate`` counts every failed line
+            search, and can exceed 100 because one warm-up can have several failures.
         """
         with self._lock:
             return {
@@ -188,7 +195,14 @@ class DefenseLayerTelemetry:
             }
 
     def get_summary(self) -> dict[str, Any]:
-        """Return the counters by layer: name, triggers and rate in percent."""
+        """Return the counters of warm-ups as a nested dict.
+
+        Returns
+        -------
+        dict
+            ``"total_warmup_calls"``; for each of ``"layer1"`` to ``"layer4"`` a dict of its name,
+            number of triggers, and rate in percent of the warm-ups; and counts of ``"lbfgs"``.
+        """
         with self._lock:
             summary: dict[str, Any] = {"total_warmup_calls": self.total_warmup_calls}
             modes = dict(self.layer2_lr_mode_counts)
@@ -207,12 +221,19 @@ class DefenseLayerTelemetry:
             return summary
 
     def get_recent_events(self, n: int = 10) -> list[dict[str, Any]]:
-        """Return the last ``n`` events, the oldest first: dicts of type, timestamp and data."""
+        """Return the last ``n`` actions of the defense layers, the oldest first.
+
+        Returns
+        -------
+        list of dict
+            Each has a ``"type"`` such as ``"layer4_clip"``, a ``"timestamp"`` in seconds since the
+            epoch, and ``"data"``, a dict of details. At most 1,000 are kept.
+        """
         with self._lock:
             return list(self._events)[-n:] if n > 0 else []
 
     def export_metrics(self) -> dict[str, float]:
-        """Return the counters, and the last loss, under Prometheus names."""
+        """Return all counters, and the last loss, by their names in Prometheus."""
         with self._lock:
             return {name: count for name, _, count in self._counts("metric")}
 
@@ -227,7 +248,7 @@ _process_telemetry = DefenseLayerTelemetry()
 
 
 def get_defense_telemetry() -> DefenseLayerTelemetry:
-    """Return the telemetry of all fits in this process.
+    """Return the counters of all fits in this process.
 
     Returns
     -------
@@ -235,7 +256,7 @@ def get_defense_telemetry() -> DefenseLayerTelemetry:
 
     See Also
     --------
-    reset_defense_telemetry : Reset its counters.
+    reset_defense_telemetry : Reset these counters.
 
     Examples
     --------
@@ -247,10 +268,10 @@ def get_defense_telemetry() -> DefenseLayerTelemetry:
 
 
 def reset_defense_telemetry() -> None:
-    """Reset the telemetry of this process.
+    """Reset the counters of all fits in this process.
 
     See Also
     --------
-    get_defense_telemetry : Return the telemetry.
+    get_defense_telemetry : Return these counters.
     """
     _process_telemetry.reset()

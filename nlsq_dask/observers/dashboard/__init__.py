@@ -1,1 +1,1 @@
-"""A live page on the dashboard of a cluster, and Prometheus metrics."""
+"""The page on the Dask dashboard that shows the fits of a cluster, and metrics for Prometheus."""

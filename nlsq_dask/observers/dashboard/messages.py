@@ -1,4 +1,7 @@
-"""``Messages``: events as small dicts that msgpack can encode, for the dashboard page."""
+"""``Messages``: converts events of a fit to small dicts, which are sent to the dashboard page.
+
+A message has a ``"kind"`` and only values of built-in types, because Dask sends it by msgpack.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ from nlsq_dask.observers.format import format_event
 
 Message = dict[str, Any]
 
-_MAX_NAMES = 8  # of parameters
-_MAX_TEXT = 500  # characters of a sentence
-_MAX_LINES = 5  # of an event
-_MAX_CELLS = 100  # along each side of a map
-_MAX_STEPS = 1000  # of a profile
+_MAX_NAMES = 8  # names of parameters
+_MAX_TEXT = 500  # characters of one text
+_MAX_LINES = 5  # lines of the text of an event
+_MAX_CELLS = 100  # cells along each side of a map of the blocks
+_MAX_STEPS = 1000  # values, if the blocks have one dimension
 
-# Events with numbers for the page: the kind of their message, and the fields that it has.
+# By event: the kind of its message, and the fields of the event that the message has.
 _FIELDS: dict[type[Event], tuple[str, str]] = {
     PhaseStarted: ("phase", "phase name start_time"),
     PhaseEnded: ("phase ended", "phase duration failed"),
@@ -44,9 +47,9 @@ _FIELDS: dict[type[Event], tuple[str, str]] = {
     BlocksFinished: ("progress", "number blocks n_blocks bytes seconds"),
     PassFinished: ("pass", "number"),
 }
-_KEYS = {"number": "pass", "start_time": "start"}  # where a message has another name for a field
+_KEYS = {"number": "pass", "start_time": "start"}  # keys that are not the names of their fields
 
-# Events that the page shows as text.
+# Events that the page shows as lines of text.
 _TEXT_EVENTS = (
     FitResumed,
     HalvingRound,
@@ -58,14 +61,14 @@ _TEXT_EVENTS = (
 
 
 class Messages:
-    """Converts events to messages; keeps the grid of the fit."""
+    """Converts the events of one fit to messages."""
 
     def __init__(self) -> None:
-        self._grid: tuple[int, ...] = ()
-        self._dims: tuple[str, ...] = ()
+        self._grid: tuple[int, ...] = ()  # number of blocks along each dimension of the data
+        self._dims: tuple[str, ...] = ()  # names of the dimensions
 
     def of(self, event: Event) -> list[Message]:
-        """Return the messages of an event."""
+        """Return the messages for an event; an empty list if the page does not show the event."""
         match event:
             case FitStarted():
                 self._grid, self._dims = event.grid, event.dims
@@ -106,13 +109,13 @@ class Messages:
 
 
 def _longest_axes(shape: tuple[int, ...]) -> list[int]:
-    """Return the two longest axes, or only the longest if all others have length 1."""
+    """Return the two longest axes, or only the longest one if all others have length 1."""
     by_length = sorted(range(len(shape)), key=lambda axis: -shape[axis])
     return sorted(axis for axis in by_length[:2] if shape[axis] > 1) or by_length[:1]
 
 
 def _numbers(event: Event, names: list[str]) -> Message:
-    """Return fields of an event; NumPy scalars become Python's, which msgpack can encode."""
+    """Return fields of an event under their keys in a message, as Python scalars."""
     values = {name: np.asarray(getattr(event, name)).item() for name in names}
     return {_KEYS.get(name, name): value for name, value in values.items()}
 

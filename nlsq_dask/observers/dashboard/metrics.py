@@ -1,4 +1,4 @@
-"""Metrics of this process, without a cluster."""
+"""``metrics_collector``: Prometheus metrics of the fits of this process, without a cluster."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from nlsq_dask.observers.telemetry import get_defense_telemetry
 
 
 def metrics_collector() -> Collector:
-    """Return a prometheus_client collector for the fits of this process.
+    """Return a collector that exports the counters of all fits in this process to Prometheus.
 
     Returns
     -------
     Collector
-        To pass to ``prometheus_client.REGISTRY.register``; has the names of
+        Pass it to ``prometheus_client.REGISTRY.register``. Its metrics are those of
         ``get_defense_telemetry().export_metrics()``.
 
     See Also
     --------
-    get_defense_telemetry : Return the counters themselves.
+    get_defense_telemetry : Return the counters as a Python object.
 
     Examples
     --------

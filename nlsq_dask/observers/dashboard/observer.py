@@ -1,4 +1,4 @@
-"""``Page``: sends the events of a fit to the dashboard page on the scheduler."""
+"""``Page``: the observer that sends the events of a fit to the dashboard page of a cluster."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from nlsq_dask.observers.dashboard.shipping import ShippedPlugin, why_not_to_shi
 from nlsq_dask.observers.logs import LOGGER
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry
 
-_INTERVAL = 0.5  # seconds between calls of the scheduler, of about a millisecond each
-_SHORTER = 0.1  # at the start of a phase
-_PATIENCE = 10.0  # timeout of a call in seconds
+_INTERVAL = 0.5  # seconds between calls of the scheduler; a call takes about a millisecond
+_SHORTER = 0.1  # the same, at the start of a phase
+_PATIENCE = 10.0  # timeout of a call, in seconds
 
-_registered: WeakSet[Any] = WeakSet()  # clients that have registered the plugin
+_registered: WeakSet[Any] = WeakSet()  # Dask clients that registered the plugin with a scheduler
 
 
 class Page:
-    """An observer that sends batches of events to the scheduler of a client.
+    """Observer that sends the events of a fit, in batches, to the scheduler of a cluster.
 
     Parameters
     ----------
     client : distributed.Client
+        Client of the cluster whose dashboard shows the fit.
     """
 
     def __init__(self, client: Any) -> None:
@@ -45,21 +46,21 @@ class Page:
         self._messages = Messages()
         self._telemetry = DefenseLayerTelemetry()
         self._waiting: list[Message] = []
-        self._sent = -_INTERVAL
-        self._is_known = False
+        self._sent = -_INTERVAL  # time of the last call
+        self._is_known = False  # whether the address of the page was logged
         self._is_on = True
 
     def __call__(self, event: Event) -> None:
-        """Queue an event, and send the queue if it is due."""
+        """Count and queue an event, and send the queue if the last call is long enough ago."""
         self._safely(self._telemetry, event)
         self._safely(self._take, event)
 
     def remember(self, event: Event) -> None:
-        """Queue an earlier event, which is shown but not counted."""
+        """Queue an event that a resumed fit read from its checkpoint; do not count it again."""
         self._safely(self._take, event)
 
     def close(self) -> None:
-        """Send the remaining messages."""
+        """Send the messages that are still queued."""
         if self._waiting:
             self._safely(self._send)
 
@@ -76,7 +77,7 @@ class Page:
 
     def _take(self, event: Event) -> None:
         new = self._messages.of(event)
-        if isinstance(event, BlocksFinished):  # the latest is enough
+        if isinstance(event, BlocksFinished):  # replaces earlier progress that was not sent yet
             self._waiting = [m for m in self._waiting if m["kind"] != "progress"]
         self._waiting += new
         if self._is_time(event):
@@ -97,7 +98,7 @@ class Page:
         }
         self._waiting = []
         answer = self._call(batch) if self._client in _registered else None
-        if answer is None:  # or the scheduler was restarted
+        if answer is None:  # also if the scheduler was restarted without the plugin
             no_page = why_not_to_ship(self._python_of_scheduler())
             if no_page:
                 self._is_on = False
@@ -132,7 +133,7 @@ class Page:
 
 @contextmanager
 def on_dashboard(is_enabled: bool) -> Iterator[Page | None]:
-    """Yield the ``Page`` on the active cluster, or None without a cluster."""
+    """Yield a ``Page`` for the active Dask cluster; None without a cluster or if not enabled."""
     client = Workers.active().client if is_enabled else None
     with nullcontext() if client is None else closing(Page(client)) as page:
         yield page

@@ -1,4 +1,4 @@
-"""Sends the plugin with its code to a scheduler that may lack this package."""
+"""Send the scheduler plugin together with its code, as the scheduler may lack this package."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _LOCK = threading.Lock()
 
 @cache
 def _pickled_plugin() -> bytes:
-    """Pickle a new plugin with its code.
+    """Pickle a new plugin together with its code.
 
-    The scheduler needs neither this package nor JAX, whose import takes a second or two.
+    The scheduler then needs no installation of this package, and does not import JAX, which would
+    take a second or two.
     """
-    with _LOCK:  # cloudpickle has one registry per process
+    with _LOCK:  # cloudpickle has one registry of modules per process
         cloudpickle.register_pickle_by_value(on_scheduler)
         try:
             data: bytes = cloudpickle.dumps(FitPages())
@@ -33,24 +34,24 @@ def _pickled_plugin() -> bytes:
 
 
 def why_not_to_ship(python: str) -> str:
-    """Return why the plugin cannot run on a version of Python, or an empty string.
+    """Return why the plugin cannot be sent to a scheduler; an empty string if it can.
 
-    Its code is sent as bytecode, which can crash a process of another minor version.
+    The plugin's code is sent as bytecode, which can crash Python of another minor version.
 
     Parameters
     ----------
     python : str
-        Version of the scheduler, such as "3.12.1".
+        Version of Python on the scheduler, such as "3.12.1".
     """
     theirs = ".".join(python.split(".")[:2])
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
     if theirs == ours:
         return ""
-    return f"the scheduler runs Python {theirs} and this process {ours}; use the same version"
+    return f"the scheduler runs Python {theirs}, this process {ours}; use one version for both"
 
 
 class ShippedPlugin(SchedulerPlugin):
-    """A plugin that unpickles as ``FitPages``."""
+    """Plugin that the client registers; on the scheduler it is unpickled as ``FitPages``."""
 
     name = PLUGIN
     idempotent = True

@@ -1,5 +1,6 @@
-"""Code that runs on the scheduler, which may lack this package.
+"""Code that runs in the process of the Dask scheduler, which may lack this package.
 
-It is sent by value (see ``shipping.py``). Its modules import only the standard library, each other
-and distributed, and Bokeh and prometheus_client within functions. Dataclasses cannot be sent.
+``shipping.py`` sends the code itself, so modules of this folder import only the standard library,
+distributed and each other. Bokeh and prometheus_client, which are optional, are imported within
+functions. The modules define no dataclasses, which are not reliably sent with their code.
 """

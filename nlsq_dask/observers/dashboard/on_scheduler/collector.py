@@ -1,4 +1,4 @@
-"""``Collector``: metrics for prometheus_client."""
+"""``Collector``: exports metrics of fits to Prometheus, by the library prometheus_client."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 
 class Collector:
-    """A custom collector of prometheus_client.
+    """Custom collector for a registry of prometheus_client.
 
     Parameters
     ----------
     read : callable
-        Returns a dict of metric names to values; names of counters end in ``_total``.
+        Returns the current metrics as a dict of names to values. A metric whose name ends in
+        ``_total`` is a counter, any other a gauge.
     is_of_scheduler : bool
-        Whether it runs in the Dask scheduler. Then it yields nothing if the process that calls
-        ``fit`` is the same and has a collector of its own, because both would report the same fits.
+        True for the metrics of a Dask scheduler, False for those of the fits in this process. If
+        both kinds of collector are registered in one process, the one of the scheduler reports
+        nothing, because both would count the same fits.
     """
 
     is_of_nlsq_dask = True
@@ -25,11 +27,11 @@ class Collector:
         self.is_of_scheduler = is_of_scheduler
 
     def describe(self) -> list[Any]:
-        """Return nothing, because prometheus_client rejects two collectors of the same names."""
+        """Return an empty list, so that prometheus_client accepts a second such collector."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics."""
+        """Yield the current metrics, as prometheus_client asks for them."""
         from prometheus_client import REGISTRY
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -41,8 +43,11 @@ class Collector:
 
 
 def registered(registry: Any) -> list[Any]:
-    """Return the collectors of this package in a registry, from any copy of its code."""
-    # A private attribute; without it, the result is empty.
+    """Return the collectors of this package in a registry.
+
+    They are recognized by an attribute: code that was sent to a scheduler has a class of its own.
+    """
+    # A private attribute of the registry; if it is missing, the result is empty.
     everyone = list(getattr(registry, "_collector_to_names", ()))
     return [c for c in everyone if getattr(c, "is_of_nlsq_dask", False)]
 

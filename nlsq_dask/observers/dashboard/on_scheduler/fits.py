@@ -1,4 +1,4 @@
-"""``Fits``: the last fits, from the messages of their clients."""
+"""``Fits``: the most recent fits on a cluster, as their clients report them in messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-MAX_FITS = 20  # unless more are running
+MAX_FITS = 20  # fits that are kept; more only while they are running
 MAX_RUNNING = 200
-_MAX_FORGOTTEN = 1_000  # fits with separate counters
+_MAX_FORGOTTEN = 1_000  # dropped fits whose counters are still kept separately
 _MAX_ITERATIONS = 5000
 _MAX_RATES = 2000
 _MAX_NOTES = 200
@@ -17,44 +17,44 @@ _RATE_INTERVAL = 0.4  # minimum seconds over which a rate is measured
 
 
 class Fit:
-    """One fit, with times of the clock of the scheduler."""
+    """What is known about one fit; all times are by the clock of the scheduler."""
 
     def __init__(self, number: int, client: str, ahead: float = 0.0) -> None:
-        self.number = number  # from 1 on this scheduler
-        self.client = client
-        self.ahead = ahead  # seconds by which this clock is ahead of that of the client
+        self.number = number  # 1 for the first fit on this scheduler
+        self.client = client  # ID of the Dask client
+        self.ahead = ahead  # seconds by which the scheduler's clock is ahead of the client's
         self.state = "running"  # or "finished", "no success", "aborted", "lost"
-        self.text = ""
-        self.began = self.heard = time.time()
+        self.text = ""  # message of the result or of the error, after the end
+        self.began = self.heard = time.time()  # start of the fit, and time of the last message
+        # Messages of the kinds "started", "phase", "iteration", "progress", "pass", "map", "note".
         self.about: dict[str, Any] = {}
         self.phases: list[dict[str, Any]] = []
         self.iterations: deque[dict[str, Any]] = deque(maxlen=_MAX_ITERATIONS)
-        self.progress: dict[str, Any] = {}
-        self.rates: deque[tuple[float, float]] = deque(maxlen=_MAX_RATES)
+        self.progress: dict[str, Any] = {}  # empty between passes
         self.last_pass: dict[str, Any] = {}
         self.map: dict[str, Any] = {}
-        self.notes: deque[tuple[float, str]] = deque(maxlen=_MAX_NOTES)
-        self.metrics: dict[str, int] = {}
-        self._rated: dict[str, Any] = {}
+        self.notes: deque[tuple[float, str]] = deque(maxlen=_MAX_NOTES)  # time and text
+        self.rates: deque[tuple[float, float]] = deque(maxlen=_MAX_RATES)  # time, bytes per second
+        self.metrics: dict[str, int] = {}  # counters by their names in Prometheus
+        self._rated: dict[str, Any] = {}  # the progress up to which rates were measured
 
     @property
     def is_running(self) -> bool:
-        """Whether the fit is running."""
+        """True until the fit ends or its client disconnects."""
         return self.state == "running"
 
     @property
     def title(self) -> str:
-        """Title of the fit on the page."""
+        """Title of the fit on the page: its number and the name of the model."""
         return f"{self.number}: {self.about.get('model', 'fit')}"
 
     def take(self, message: dict[str, Any]) -> None:
-        """Record a message; unknown kinds of other versions are ignored."""
+        """Record a message; ignore an unknown kind of message, from another version."""
         for key in ("time", "start"):
             if key in message:
                 message = {**message, key: message[key] + self.ahead}
         match message.get("kind"):
             case "started":
-                # A resumed fit began earlier.
                 self.about = message
             case "phase":
                 self.phases.append({**message, "duration": None, "failed": False})
@@ -77,7 +77,7 @@ class Fit:
                 self.end(message["state"], message["text"])
 
     def end(self, state: str, text: str) -> None:
-        """Record the end of the fit."""
+        """Record that the fit ended, in which state, and with which message."""
         self.state, self.text, self.progress = state, text, {}
 
     def _rate(self, new: dict[str, Any]) -> None:
@@ -94,19 +94,19 @@ class Fit:
 
 
 class Fits:
-    """The last fits, and the counters of all fits."""
+    """The most recent fits on a scheduler, and counters summed over all its fits."""
 
     def __init__(self) -> None:
-        self.recent: dict[str, Fit] = {}  # by ID, in order of their start
+        self.recent: dict[str, Fit] = {}  # by ID, in order of their first message
         self.version = 0  # incremented with every change
         self._n_fits = 0
-        # Number and counters by ID, in case a fit sends messages again.
+        # Numbers and counters of dropped fits by ID, in case such a fit sends messages again.
         self._forgotten: dict[str, tuple[int, dict[str, int]]] = {}
-        self._of_others: Counter[str] = Counter()  # sums
+        self._of_others: Counter[str] = Counter()  # summed over older fits
         self._last_loss = math.nan
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Record a batch of a client: messages, and the current counters of a fit."""
+        """Record a batch from a client: messages and the current counters of one fit."""
         name = batch["fit"]
         if name not in self.recent:
             # The first batch was sent just now.
@@ -126,7 +126,7 @@ class Fits:
         self.version += 1
 
     def client_left(self, client: str) -> None:
-        """Mark the running fits of a disconnected client as lost."""
+        """Mark the running fits of a client that disconnected as lost."""
         for fit in self.recent.values():
             if fit.client == client and fit.is_running:
                 fit.end("lost", "its client disconnected")
@@ -140,7 +140,7 @@ class Fits:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop the oldest fits that ended, but not their counters."""
+        """Drop the oldest fits, first those that ended; keep their counters."""
         ended = [name for name, fit in self.recent.items() if not fit.is_running]
         for name in ended[: max(len(self.recent) - MAX_FITS, 0)]:
             self._drop(name)
@@ -155,7 +155,7 @@ class Fits:
             self._of_others.update(metrics)
 
     def metrics(self) -> dict[str, float]:
-        """Return a dict of metric names to values: counters over all fits, and the last loss."""
+        """Return counters summed over all fits, and the last loss, by their Prometheus names."""
         every = [fit.metrics for fit in list(self.recent.values())]
         every += [metrics for _, metrics in list(self._forgotten.values())]
         totals = Counter(self._of_others)

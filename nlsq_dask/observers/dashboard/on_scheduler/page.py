@@ -55,7 +55,7 @@ _TEMPLATE = """
 
 
 def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -> None:
-    """Fill the document of a browser session."""
+    """Build the page in the Bokeh document of a new browser session."""
     from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 
     view = View(fits)
@@ -70,7 +70,7 @@ def show_fits(fits: Fits, scheduler: Any, variables: dict[str, Any], doc: Any) -
 
 
 class View:
-    """The Bokeh models of one browser session; ``roots`` are in the order of the page."""
+    """The page in one browser session; ``roots`` are its Bokeh models from top to bottom."""
 
     def __init__(self, fits: Fits) -> None:
         from bokeh.layouts import column
@@ -92,7 +92,7 @@ class View:
         self.roots = [self._choice, self._head, *self._figures[:-2], blocks, self._notes]
 
     def update(self) -> None:
-        """Update the models."""
+        """Update the page if a fit is running or a message has arrived."""
         every = list(self._fits.recent.values())
         is_running = any(fit.is_running for fit in every)
         seen = (self._fits.version, self._choice.value, time.time() if is_running else 0)

@@ -16,7 +16,7 @@ from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     profile,
 )
 
-SLOTS = 6  # fits that are shown together
+SLOTS = 6  # number of fits that are shown together; a fit's number modulo it gives its color
 # The palette of Okabe and Ito, for all kinds of color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PHASES = ("#999999", "#E69F00", "#0072B2", "#009E73")  # by number
@@ -47,7 +47,7 @@ def _figure(title: str, **options: Any) -> Any:
 
 
 def _above(figure: Any, legend: Any) -> Any:
-    """Place a legend above the figure."""
+    """Place the legend above the figure and return the legend."""
     legend.orientation = "horizontal"
     legend.label_text_font_size = "9pt"
     legend.border_line_color = legend.background_fill_color = None
@@ -58,7 +58,7 @@ def _above(figure: Any, legend: Any) -> Any:
 
 
 class Curves:
-    """One curve per fit, each with its own data source, so that they are not joined."""
+    """Figure with one curve per fit; ``name`` and the other arguments are as in ``CURVES``."""
 
     def __init__(self, name: str, title: str, x: str, y: str, is_log: bool = False) -> None:
         from bokeh.models import ColumnDataSource, Legend, LegendItem
@@ -72,7 +72,7 @@ class Curves:
         )
         self._name = name
         self._tables, self._items = [], []
-        for color in COLORS:
+        for color in COLORS:  # a data source per fit: points of one source are joined
             table = ColumnDataSource(curve(None, name))
             line = self.figure.line("x", "y", source=table, color=color, width=2)
             points = self.figure.scatter(
@@ -83,7 +83,7 @@ class Curves:
         self._legend = _above(self.figure, Legend(items=self._items, click_policy="hide"))
 
     def show(self, fits: list[Fit]) -> None:
-        """Show these fits."""
+        """Show only these fits."""
         of_slot = {fit.number % SLOTS: fit for fit in fits}
         for slot, (table, item) in enumerate(zip(self._tables, self._items, strict=True)):
             fit = of_slot.get(slot)
@@ -98,7 +98,7 @@ class Curves:
 
 
 class Bars:
-    """One row of labeled bars per fit; ``data`` returns a table of the bars."""
+    """Figure with a row of bars per fit; ``data`` returns the bars of some fits, as columns."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Bars:
         self.figure.text(y="fit", text="label", source=self._table, **settings)
 
     def show(self, fits: list[Fit]) -> None:
-        """Show these fits."""
+        """Show only these fits."""
         titles = [fit.title for fit in fits]  # from the bottom to the top
         if titles != self._rows.factors:
             self._rows.factors = titles
@@ -132,7 +132,7 @@ class Bars:
 
 
 class Phases(Bars):
-    """Timeline of the phases."""
+    """Timeline of each fit, with one bar per phase."""
 
     def __init__(self) -> None:
         from bokeh.models import HoverTool, Legend, LegendItem
@@ -159,13 +159,13 @@ class Phases(Bars):
         _above(self.figure, Legend(items=items))
 
     def show(self, fits: list[Fit]) -> None:
-        """Show these fits, from second 0 on."""
+        """Show these fits, on an axis that starts at 0 seconds."""
         super().show(fits)
         self.figure.x_range.start = 0
 
 
 class RunningPass(Bars):
-    """Progress of the running pass of each fit."""
+    """Progress bar of each fit: the share of the blocks that its current pass has completed."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -181,7 +181,7 @@ class RunningPass(Bars):
         self._add_labels(x=0, x_offset=6, text_color="#222222")
 
 
-# The block, or range of blocks, at the pointer.
+# Text of the tooltip: the block, or range of blocks, at the pointer.
 _WHICH = """
 const {blocks, size} = about.data
 const first = Math.floor(value / blocks[axis]) * blocks[axis]
@@ -192,14 +192,20 @@ _BLOCKS = "Reduced chi-square of each block"
 
 
 class BlockPlot:
-    """Reduced chi-square of the blocks of one fit; ``data`` returns None if it has no such plot."""
+    """Figure of the reduced chi-square of each block of data, for one fit.
+
+    ``data`` returns what is drawn for a fit, or None if its blocks need another kind of figure.
+    """
 
     def __init__(self, name: str, data: Callable[[Fit], Any], **options: Any) -> None:
         self._data = data
         self.figure = _figure(_BLOCKS, name=name, height=330, visible=False, **options)
 
     def show(self, fits: list[Fit]) -> None:
-        """Show the first running fit that has been measured, or else the last fit."""
+        """Show the first running fit with values of its blocks, otherwise the last fit with them.
+
+        The figure is hidden if no fit has values for this kind of figure.
+        """
         measured = [fit for fit in fits if fit.map]
         running = [fit for fit in measured if fit.is_running]
         fit = next(iter(running or reversed(measured)), None)
@@ -214,7 +220,7 @@ class BlockPlot:
 
 
 class Map(BlockPlot):
-    """Reduced chi-square of the blocks of a grid with two or more dimensions."""
+    """Heat map of the blocks, for data that are divided along two or more dimensions."""
 
     def __init__(self) -> None:
         from bokeh.models import (
@@ -241,7 +247,7 @@ class Map(BlockPlot):
         self.figure.add_layout(bar, "right")
         self.figure.grid.visible = False
         self.figure.axis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-        # In the order of the grid.
+        # The block's indices in the order of the data's dimensions: down, then across.
         tips = [("block", "$y{custom}, $x{custom}"), ("reduced chi-square", "@image{0.0000}")]
         which = {
             name: CustomJSHover(args={"about": self._about, "axis": axis}, code=_WHICH)
@@ -262,14 +268,14 @@ class Map(BlockPlot):
 
 
 def _fix(axis: Any, start: int, end: int) -> None:
-    """Set the range and the bounds of an axis."""
+    """Set the visible range of an axis, and the limits for panning, to the same interval."""
     axis.bounds = None  # a browser clips the new range to the old bounds
     axis.update(start=start, end=end, reset_start=start, reset_end=end)
     axis.bounds = (min(start, end), max(start, end))
 
 
 class Profile(BlockPlot):
-    """Reduced chi-square of the blocks of a one-dimensional grid."""
+    """Step plot of the blocks, for data that are divided along one dimension."""
 
     def __init__(self) -> None:
         from bokeh.models import ColumnDataSource

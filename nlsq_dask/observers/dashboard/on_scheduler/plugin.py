@@ -1,4 +1,4 @@
-"""``FitPages``: the scheduler plugin that serves the page and the metrics."""
+"""``FitPages``: the plugin of the Dask scheduler that serves the page of fits and metrics."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nlsq_dask.observers.dashboard.on_scheduler.page import show_fits
 
 PLUGIN = "nlsq-dask"
 HANDLER = "nlsq_fit"  # name of the RPC handler
-PAGE = "nlsq"
+PAGE = "nlsq"  # path of the page on the dashboard
 
 
 class FitPages(SchedulerPlugin):
-    """Receives and shows messages of fits.
+    """Scheduler plugin that receives messages of fits and shows the fits on a dashboard page.
 
-    Messages have their own handler, because ``log_event`` would keep 100,000 of them.
+    Messages arrive by an RPC handler, because Dask's ``log_event`` would store 100,000 of them.
     """
 
     name = PLUGIN
@@ -31,10 +31,10 @@ class FitPages(SchedulerPlugin):
         self.collector: Any = None
 
     async def start(self, scheduler: Any) -> None:
-        """Register the handler, the page and the metrics on the scheduler."""
+        """Add the RPC handler, the page and the metrics to the scheduler."""
         before = scheduler.handlers.get(HANDLER)
         if before is not None:
-            # Removed and registered again: the page and the handler still exist.
+            # The plugin was removed and is registered again; the page and the handler still exist.
             self.__dict__.update(before.__self__.__dict__)
             return
         self.no_page = _add_page(scheduler, self.fits)
@@ -42,13 +42,13 @@ class FitPages(SchedulerPlugin):
         scheduler.handlers[HANDLER] = self.take
 
     def take(self, batch: dict[str, Any]) -> dict[str, str]:
-        """Record messages of a fit; return why there is no page, or an empty string."""
+        """Record a batch of messages; ``no_page`` of the answer says why there is no page."""
         self.fits.take(batch)
         self.collector = _register_collector(self.collector, self.fits)
         return {"no_page": self.no_page}
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        """Mark the running fits of a client as lost."""
+        """Mark the running fits of a client that disconnected as lost."""
         self.fits.client_left(client)
 
     async def close(self) -> None:
@@ -61,14 +61,14 @@ class FitPages(SchedulerPlugin):
 
 
 def _add_page(scheduler: Any, fits: Fits) -> str:
-    """Add the page to the dashboard; return why that failed, or an empty string."""
+    """Add the page to the dashboard; return why it cannot be added, or an empty string."""
     served = [
         app for app in scheduler.http_application.applications
         if "/status" in getattr(app, "app_paths", ())
     ]  # fmt: skip
     if not served:
-        return "the scheduler serves no dashboard; install bokeh and start it with a dashboard"
-    # A scheduler that serves a dashboard can import these.
+        return "the scheduler serves no dashboard; start it with a dashboard and bokeh installed"
+    # A scheduler that serves a dashboard has the packages of these imports.
     from distributed.dashboard.core import BokehApplication
     from distributed.dashboard.scheduler import template_variables
     from tornado.ioloop import IOLoop
@@ -88,9 +88,11 @@ def _add_page(scheduler: Any, fits: Fits) -> str:
 
 
 def _register_collector(collector: Any, fits: Fits) -> Any:
-    """Register the collector of these fits, and create it if it is None.
+    """Register the collector, or a new one if it is None, with prometheus_client and return it.
 
-    Schedulers in one process share a registry, which shows the one with the latest message.
+    All schedulers in a process share one registry, so the collector replaces the one of another
+    scheduler: metrics are of the scheduler that received the latest message. None is returned if
+    prometheus_client is not installed.
     """
     try:
         from prometheus_client import REGISTRY

@@ -1,4 +1,4 @@
-"""Data of fits as columns, for the plots of the page."""
+"""Conversion of recorded fits to the data of the plots, mostly dicts of columns."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 
-# Curves by name: title, labels of the axes, whether y is logarithmic.
+# Curves by name: title, label of x, label of y, whether the y axis is logarithmic.
 CURVES = {
     "loss": ("Loss: mean squared weighted residual", "iteration", "loss", True),
     "gradient_norm": ("Gradient norm", "iteration", "|gradient|", True),
     "trust_radius": ("Trust radius", "iteration", "radius", True),
     "rate": ("Data processed per second", "seconds since the start of the fit", "MB/s", False),
 }
-_ALL_ROWS = "all rows"
+_ALL_ROWS = "all rows"  # as events.ALL_ROWS, which cannot be imported here
 _POINT = ("x", "y", "marker", "size")
 _BAR = ("fit", "name", "left", "right", "seconds", "label", "color", "state")
 
 
 def _columns(names: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
-    """Return a table as a dict of its columns."""
+    """Convert a table from rows to a dict of its columns."""
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 def curve(fit: Fit | None, name: str) -> dict[str, list[Any]]:
-    """Return the points of a curve; full-data iterations have larger markers."""
+    """Return the points of a curve of ``CURVES`` as columns; no points if the fit is None.
+
+    Markers are larger for iterations over all rows than for those on a sample.
+    """
     if fit is None:
         return _columns(_POINT, [])
     if name == "rate":
@@ -43,13 +46,13 @@ def curve(fit: Fit | None, name: str) -> dict[str, list[Any]]:
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
-    """Return the megabytes per second that were processed, read or cached."""
+    """Return the megabytes processed per second, read or from memory, as points over time."""
     measured = list(fit.rates)
     return _columns(_POINT, [(at - fit.began, rate / 1e6, "circle", 4) for at, rate in measured])
 
 
 def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Return a bar for each phase of each fit."""
+    """Return one bar per phase of each fit, as columns."""
     bars = []
     ends = [fit.heard if not fit.is_running else time.time() for fit in fits]
     spans = [end - fit.began for fit, end in zip(fits, ends, strict=True)]
@@ -69,7 +72,7 @@ def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[A
 
 
 def bars_of_pass(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Return a progress bar of the current pass for each fit."""
+    """Return one bar per fit, the progress of its current pass, as columns."""
     return {
         "fit": [fit.title for fit in fits],
         "share": [100 * _share(fit) for fit in fits],
@@ -84,7 +87,7 @@ def _share(fit: Fit) -> float:
 
 
 def describe_pass(fit: Fit) -> str:
-    """Return the progress of a running fit as text."""
+    """Return the progress of a running fit as text; empty if the fit has ended."""
     now = fit.progress
     if not fit.is_running:
         return ""
@@ -101,23 +104,23 @@ def describe_pass(fit: Fit) -> str:
 
 
 class Image:
-    """A map of the blocks, with the first dimension downwards."""
+    """Data of a heat map of the blocks; the first dimension of the data runs downwards."""
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         self.table = table
         down, across = about["step"]
-        self.blocks = [across, down]  # blocks per cell
-        # Width and height of the image. Cells of several blocks may extend beyond the grid.
+        self.blocks = [across, down]  # number of blocks in a cell, along x and y
+        # Width and height of the image in blocks; the last cells may extend beyond the last block.
         self.drawn = (table.shape[1] * across, table.shape[0] * down)
         height, width = about["size"]
-        self.size = (width, height)  # of the grid
+        self.size = (width, height)  # number of blocks along x and y
         self.axes = [_axis(dim) for dim in reversed(about["dims"])]
         self.low, self.high = _limits(table)
         self.note = _note(about)
 
 
 class Line:
-    """A profile of the blocks along one dimension."""
+    """Data of a step plot of the blocks along one dimension."""
 
     def __init__(self, table: Any, about: dict[str, Any]) -> None:
         (step,) = about["step"]
@@ -129,12 +132,12 @@ class Line:
 
 
 def image(fit: Fit) -> Image | None:
-    """Return the map of a fit, or None if it is not two-dimensional."""
+    """Return the heat map of the blocks; None if they have no values or are not in 2-d."""
     return Image(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 2 else None
 
 
 def profile(fit: Fit) -> Line | None:
-    """Return the mean square residual along a 1-d grid of blocks, or None for other grids."""
+    """Return the step plot of the blocks; None if they have no values or are not in 1-d."""
     return Line(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 1 else None
 
 
@@ -157,7 +160,7 @@ def _axis(dim: str) -> str:
 
 
 def _note(about: dict[str, Any]) -> str:
-    """Return a note if values are maxima over several blocks."""
+    """Return a text that says over which blocks each value is the maximum, if over several."""
     over, steps = about["largest_over"], about["step"]
     words = [f"largest over {', '.join(over)}"] if over else []
     words += [f"largest of each {' x '.join(map(str, steps))}"] if max(steps) > 1 else []
