@@ -124,9 +124,7 @@ def test_the_seed_of_the_sample_changes_the_way_not_the_answer(seed: int) -> Non
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
     data=st.data(),
 )
-def test_a_range_of_rows_is_a_slice_of_broadcast_arrays(
-    shape: tuple[int, ...], data: Any
-) -> None:
+def test_a_range_of_rows_is_a_slice_of_broadcast_arrays(shape: tuple[int, ...], data: Any) -> None:
     own = tuple(n if data.draw(st.booleans()) else 1 for n in shape)
     features = data.draw(st.sampled_from([(), (2,)]))
     array = np.arange(np.prod(own + features)).reshape(own + features)
