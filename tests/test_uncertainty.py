@@ -117,6 +117,20 @@ def test_band_of_the_curve() -> None:
     xr.testing.assert_allclose(labelled, named.copy(data=error[:100]))
 
 
+def test_band_in_float32_with_a_jacobian_in_reverse_mode() -> None:
+    def wave(x: Any, a: Any, b: Any, c: Any) -> Any:
+        return a * jnp.sin(b * x + c)
+
+    x, _, _ = data(2_000)
+    y = wave(x, 2.0, 1.5, 0.3) + 0.01 * np.random.default_rng(1).normal(size=len(x))
+    bands = [
+        problems.fit(wave, x, y, [1.8, 1.4, 0.2], precision=precision).predict(x, return_std=True)
+        for precision in ("float32", "float64")
+    ]
+    for single, double in zip(*bands, strict=True):
+        np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Covariance of the parameters")
 def test_no_band_where_the_data_do_not_determine_the_parameters() -> None:
     x = np.linspace(0, 1, 200)

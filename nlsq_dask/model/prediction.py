@@ -42,7 +42,9 @@ class PredictionKernel:
         def values_and_std(x: Any, params: Any, root: Any) -> Any:
             ones = jnp.ones(p + 1, model.dtype)
             linearized = residual_and_jacobian(model, choose_mode(model, jaxpr))
-            out, stacked = linearized(x, jnp.zeros(batch_rows), params.astype(model.dtype), ones)
+            out, stacked = linearized(
+                x, jnp.zeros(batch_rows, model.dtype), params.astype(model.dtype), ones
+            )
             return jnp.stack([out, jnp.linalg.norm(root.T @ stacked[:p], axis=0)])
 
         def trace() -> Program:
