@@ -313,14 +313,14 @@ TABLE: dict[str, Case] = {
     "what arrays are: complex": (
         dict(y=Y * 1j),
         nd.DataError,
-        "y_data is complex (complex128); expected real numbers. Fit real and imaginary parts as "
+        "y_data has dtype complex128; expected real numbers. Fit real and imaginary parts as "
         "separate observations, or the absolute value.",
     ),
     "what arrays are: dates as y": (
         dict(y=np.datetime64("2000-01-01") + np.arange(N)),
         nd.DataError,
-        "y_data has dtype datetime64[D]; only x may hold dates. Convert it to numbers first, "
-        "such as `(y_data - y_data[0]) / np.timedelta64(1, 'D')`.",
+        "y_data has dtype datetime64[D]; expected real numbers. Only x may hold dates. Convert "
+        "them to numbers first, such as `(y_data - y_data[0]) / np.timedelta64(1, 'D')`.",
     ),
     "what arrays are: a path": (
         dict(y="store.zarr"),

@@ -338,7 +338,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"t: datetime64\[us\], u: float64.*dict",
     ),
     "categories": ({"x": pd.Series(["a", "b", "c"] * 1000, dtype="category")}, "dtype"),
-    "dates as sigma": ({"sigma": DATES}, "sigma has dtype datetime64.*only x may hold dates"),
+    "dates as sigma": ({"sigma": DATES}, "sigma has dtype datetime64.*Only x may hold dates"),
     "dates as y": ({"y": DATES.tolist()}, "y_data has dtype object"),
     "objects in Dask": (
         {"x": da.from_array(calendar("noleap"), chunks=CHUNKS)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,21 +102,14 @@ class RowBlocks:
 
     def block_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the number of rows of every block, in the shape of the grid."""
-        rows = np.ones((), np.int64)
-        for sizes in self.y.chunks:
-            rows = np.multiply.outer(rows, np.asarray(sizes, np.int64))
-        return rows
+        return _chunk_sizes(self.y.chunks)
 
     def block_bytes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the bytes of every block of all arrays, in the shape of the grid."""
         total = np.zeros(self.grid, np.int64)
         for array in self.arrays:
-            n_bytes = np.full((), array.dtype.itemsize, np.int64)
-            for axis, sizes in enumerate(array.chunks):
-                n_bytes = np.multiply.outer(n_bytes, np.asarray(sizes, np.int64))
-                if axis >= len(self.grid):
-                    n_bytes = n_bytes.sum(axis=-1)
-            total += n_bytes
+            n_features = math.prod(array.shape[self.y.ndim :])
+            total += _chunk_sizes(array.chunks[: self.y.ndim]) * (n_features * array.itemsize)
         return total
 
     def block_slices(self, block: tuple[int, ...]) -> tuple[slice, ...]:
@@ -134,6 +128,12 @@ class RowBlocks:
             tuple(sizes[i] for sizes, i in zip(array.chunks, key[1:], strict=True))
             for array, key in zip(self.arrays, self.keys(block), strict=True)
         ]
+
+
+def _chunk_sizes(chunks: Sequence[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the number of elements of every chunk, in the shape of the grid of chunks."""
+    lengths = (np.asarray(lengths, np.int64) for lengths in chunks)
+    return functools.reduce(np.multiply.outer, lengths, np.ones((), np.int64))
 
 
 def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
@@ -182,25 +182,20 @@ def align(
     _check_kind("sigma", sigma)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
     array_names = [name.replace("x_data", x_name, 1) for name in x_array_names(x_names)]
-    names = ["y_data", *array_names, *([] if sigma is None else ["sigma"])]
-    given = [y_data, *leaves, *([] if sigma is None else [sigma])]
-    labels = tuple(map(label_of, given[: 1 + len(leaves)]))
-    notices = [text for pair in zip(given, names, strict=True) for text in attribute_notices(*pair)]
-    given = pandas_to_numpy(list(zip(names, given, strict=True)))
+    named = [("y_data", y_data), *zip(array_names, leaves, strict=True)]
+    labels = tuple(label_of(value) for _, value in named)
+    if sigma is not None:
+        named.append(("sigma", sigma))
+    notices = [text for name, value in named for text in attribute_notices(value, name)]
+    given = pandas_to_numpy(named)
     # Arrays in memory adopt the chunks of lazy ones; on their own they are split for the threads.
     split_chunks = all(map(is_in_memory, given))
     first = _first_source(given[0], split_chunks)
-    sources = [
-        first,
-        *(
-            _match(value, name, first, split_chunks)
-            for name, value in zip(names[1:], given[1:], strict=True)
-        ),
-    ]
-    by_position = [s for s in sources[1:] if not _are_named(s.given, first.given)]
-    check_unambiguous(
-        [(s.name, s.given, np.shape(s.given)) for s in by_position], first.values.shape
-    )
+    sources = [first]
+    for (name, _), value in zip(named[1:], given[1:], strict=True):
+        sources.append(_match(value, name, first, split_chunks))
+    by_position = [(s.name, s.given) for s in sources[1:] if not _are_named(s.given, first.given)]
+    check_unambiguous(by_position, first.values.shape)
     after, mask = _unify(sources, first.values.ndim)
     y, x = after[0], tuple(after[1 : 1 + len(leaves)])
     deviation = None if sigma is None else after[-1]
@@ -224,7 +219,7 @@ def align(
         split_chunks,
         realigned,
         split_bytes,
-        _dims(given[0], y.ndim),
+        _dims(first.given, y.ndim),
         {source.name: source.units for source in sources if source.units},
         (*notices, *(source.notice for source in sources if source.notice)),
         labels,
@@ -281,7 +276,7 @@ def _dims(y_data: Any, ndim: int) -> tuple[str, ...]:
 
 
 def _chunk_bytes(array: da.Array) -> int:
-    return int(np.prod([max(sizes) for sizes in array.chunks], dtype=np.int64)) * array.itemsize
+    return int(math.prod(array.chunksize) * array.itemsize)
 
 
 def _blocks_text(array: da.Array) -> str:
@@ -289,15 +284,12 @@ def _blocks_text(array: da.Array) -> str:
 
 
 def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
-    if isinstance(x_data, tuple):
-        if not x_data:
-            raise DataError("x_data is an empty tuple; expected at least one array.")
-        return len(x_data), list(x_data)
+    if isinstance(x_data, tuple | dict) and not x_data:
+        kind = type(x_data).__name__
+        raise DataError(f"x_data is an empty {kind}; expected at least one array.")
     if isinstance(x_data, dict):
-        if not x_data:
-            raise DataError("x_data is an empty dict; expected at least one array.")
         return tuple(x_data), list(x_data.values())
-    return None, [x_data]
+    return (len(x_data), list(x_data)) if isinstance(x_data, tuple) else (None, [x_data])
 
 
 def _values(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
@@ -331,21 +323,14 @@ def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source
     rows = rows_shape(array.shape, y.shape, allows_features)
     if rows is None:
         is_lazy = not (is_in_memory(given) and is_in_memory(first.given))
-        raise mismatch_error(
-            name,
-            given,
-            array.shape,
-            y.shape,
-            (array.chunks, y.chunks) if is_lazy else None,
-            (given.dims, first.given.dims) if both_named else None,
-        )
+        dims = (given.dims, first.given.dims) if both_named else None
+        raise mismatch_error(name, given, array, y, is_lazy, dims)
     if 0 in array.shape[len(rows) :]:
         raise DataError(f"{name} has no columns (shape {array.shape}).")
     if mask is not None and mask.ndim > len(rows):  # one masked feature masks its row
         mask = mask.any(axis=-1)
     missing = (None,) * (y.ndim - len(rows))
-    if missing:
-        array, mask = array[missing], None if mask is None else mask[missing]
+    array, mask = array[missing], None if mask is None else mask[missing]
     return _Source(name, given, array, mask, units, notice)
 
 

@@ -33,14 +33,14 @@ def _digests_in_memory(array: da.Array) -> Iterable[str]:
 
 
 def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
-    """Yield the Zarr arrays in an array's graph."""
-    seen: set[int] = set()
+    """Return the Zarr arrays in an array's graph."""
+    arrays = {}  # by identity
     for node in dict(array.__dask_graph__()).values():
         for part in (node, *getattr(node, "args", ())):
             value = getattr(part, "value", part)  # a node may hold a literal
-            if isinstance(value, zarr.Array) and id(value) not in seen:
-                seen.add(id(value))
-                yield value
+            if isinstance(value, zarr.Array):
+                arrays[id(value)] = value
+    return arrays.values()
 
 
 def _metadata(array: zarr.Array[Any]) -> str:

@@ -64,10 +64,9 @@ def plan_sample(
         Whether all blocks may be used because reading them is free.
     """
     filled = [index for index in np.ndindex(block_rows.shape) if block_rows[index]]
-    if int(block_rows.sum()) <= sample_rows:
-        counts = [int(block_rows[index]) for index in filled]
-        return SamplePlan(tuple(filled), tuple(counts), seed)
     n_rows = int(block_rows.sum())
+    if n_rows <= sample_rows:
+        return SamplePlan(tuple(filled), tuple(int(block_rows[index]) for index in filled), seed)
     n_blocks = _MAX_BLOCKS
     if not in_memory:
         fraction = _FRACTION if len(filled) * _FRACTION >= 2 else _MAX_FRACTION

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import zarr
 
@@ -32,7 +33,7 @@ def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | N
     return shape if is_broadcast else None
 
 
-def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -> None:
+def check_unambiguous(by_position: Sequence[tuple[str, Any]], y_shape: Shape) -> None:
     """Raise a DataError for arrays that match several dimensions of y.
 
     Broadcasting would silently match the last ones, such as a 1-d time the columns of square
@@ -40,7 +41,7 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
 
     Parameters
     ----------
-    named : sequence of (name, value, shape)
+    by_position : sequence of (name, value)
         Arrays that are matched by position.
     y_shape : tuple of int
 
@@ -49,9 +50,10 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
     DataError
     """
     ndim = len(y_shape)
-    if any(len(shape) == ndim for name, _, shape in named if name != "sigma"):
+    shaped = [(name, value, np.shape(value)) for name, value in by_position]
+    if any(len(shape) == ndim for name, _, shape in shaped if name != "sigma"):
         return
-    for name, value, shape in named:
+    for name, value, shape in shaped:
         matches = _matching_axes(shape, y_shape)
         if len(matches) > 1:
             ways = " or ".join(
@@ -65,12 +67,7 @@ def check_unambiguous(named: Sequence[tuple[str, Any, Shape]], y_shape: Shape) -
 
 
 def mismatch_error(
-    name: str,
-    value: Any,
-    shape: Shape,
-    y_shape: Shape,
-    chunks: tuple[Any, Any] | None,
-    dims: tuple[Any, Any] | None,
+    name: str, value: Any, array: da.Array, y: da.Array, is_lazy: bool, dims: tuple[Any, Any] | None
 ) -> DataError:
     """Return the error for an array that does not match y.
 
@@ -79,16 +76,17 @@ def mismatch_error(
     name : str
     value : array
         Array as passed by the caller.
-    shape, y_shape : tuple of int
-    chunks : pair, optional
-        Chunks of the array and of y, if one of them is lazy.
+    array, y : dask.array.Array
+        The same array converted, and y.
+    is_lazy : bool
+        Whether one of them is not in memory; the message then shows their chunks.
     dims : pair, optional
         Dimension names of both, if they are matched by name.
     """
-    in_chunks = f" (chunks {chunks[0]} and {chunks[1]})" if chunks else ""
+    in_chunks = f" (chunks {array.chunks} and {y.chunks})" if is_lazy else ""
     return DataError(
-        f"{name} has shape {shape} and y_data has shape {y_shape}: they do not match{in_chunks}. "
-        f"{_mismatch_hint(name, value, shape, y_shape, dims)}"
+        f"{name} has shape {array.shape} and y_data has shape {y.shape}: they do not "
+        f"match{in_chunks}. {_mismatch_hint(name, value, array.shape, y.shape, dims)}"
     )
 
 

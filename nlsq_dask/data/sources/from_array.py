@@ -15,6 +15,17 @@ from nlsq_dask.data.sources.from_files import block_rows, from_file, is_file, re
 from nlsq_dask.data.sources.from_zarr import from_zarr
 from nlsq_dask.errors import DataError
 
+# What to do instead, by kinds of NumPy dtypes.
+_DTYPE_ADVICE = {
+    "c": "Fit real and imaginary parts as separate observations, or the absolute value.",
+    "mM": "Only x may hold dates. Convert them to numbers first, such as "
+    "`({name} - {name}[0]) / np.timedelta64(1, 'D')`.",
+    "US": "Convert text to dates with np.array(..., dtype='datetime64[ns]'). Open a path with "
+    "zarr.open_array(path) or xarray.open_zarr(path)['name'].",
+    "O": "Convert lazy dates of x with their calendar: `{name}.map_blocks(cftime.date2num, "
+    "'days since 1970-01-01', calendar='noleap', dtype=float)`.",
+}
+
 
 def is_in_memory(value: Any) -> bool:
     """Return whether the values are in the memory of this process."""
@@ -48,9 +59,8 @@ def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
             "dask.config.set({'array.query-planning': False}) before importing dask.array."
         )
     if isinstance(value, zarr.Group):
-        raise DataError(
-            f"{name} is a Zarr group. Pass one of its arrays, such as group[{_first_key(value)!r}]."
-        )
+        key = min(value.array_keys(), default="name")
+        raise DataError(f"{name} is a Zarr group. Pass one of its arrays, such as group[{key!r}].")
     if isinstance(value, zarr.Array):
         array = from_zarr(value)
     elif isinstance(value, da.Array):
@@ -61,12 +71,12 @@ def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
         array = da.from_array(value, chunks=value.chunks or "auto", inline_array=True)
     else:
         array = _from_memory(value, name, split_chunks)
-    _check_chunks(array, name)
+    if any(np.isnan(size) for size in array.shape):
+        raise DataError(
+            f"{name} has unknown chunk sizes (shape {array.shape}, chunks {array.chunks}). Call "
+            f"its compute_chunk_sizes() first."
+        )
     return array
-
-
-def _first_key(group: zarr.Group) -> str:
-    return next(iter(sorted(group.array_keys())), "name")
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
@@ -114,37 +124,9 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
     """
     if dtype.kind in "biuf":
         return
-    if dtype.kind == "c":
-        raise DataError(
-            f"{name} is complex ({dtype}); expected real numbers. Fit real and imaginary parts as "
-            f"separate observations, or the absolute value."
-        )
-    if dtype.kind in "mM":
-        raise DataError(
-            f"{name} has dtype {dtype}; only x may hold dates. Convert it to numbers first, such "
-            f"as `({name} - {name}[0]) / np.timedelta64(1, 'D')`."
-        )
-    advice = ""
-    if dtype.kind in "US":
-        advice = (
-            " Convert text to dates with np.array(..., dtype='datetime64[ns]'). Open a path with "
-            "zarr.open_array(path) or xarray.open_zarr(path)['name']."
-        )
-    if dtype.kind == "O":
-        advice = (
-            f" Convert lazy dates of x with their calendar: "
-            f"`{name}.map_blocks(cftime.date2num, 'days since 1970-01-01', calendar='noleap', "
-            f"dtype=float)`."
-        )
-    raise DataError(f"{name} has dtype {dtype}; expected real numbers.{advice}")
-
-
-def _check_chunks(array: da.Array, name: str) -> None:
-    if any(np.isnan(size) for size in array.shape):
-        raise DataError(
-            f"{name} has unknown chunk sizes (shape {array.shape}, chunks {array.chunks}). Call "
-            f"its compute_chunk_sizes() first."
-        )
+    advice = next((text for kinds, text in _DTYPE_ADVICE.items() if dtype.kind in kinds), "")
+    message = f"{name} has dtype {dtype}; expected real numbers. {advice.format(name=name)}"
+    raise DataError(message.rstrip())
 
 
 def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
@@ -154,9 +136,8 @@ def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.
     """
     if _is_masked(value):
         data, mask = as_dask(np.ma.getdata(value), name, split_chunks), np.ma.getmask(value)
-        return data, None if mask is np.ma.nomask else as_dask(
-            mask, f"the mask of {name}", split_chunks
-        )
+        is_all_valid = mask is np.ma.nomask
+        return data, None if is_all_valid else as_dask(mask, f"the mask of {name}", split_chunks)
     array = as_dask(value, name, split_chunks)
     if not _is_masked(array._meta):
         return array, None

@@ -22,15 +22,15 @@ def lazy_data(array: xr.DataArray, name: str, split_chunks: bool = False) -> da.
 
 def resolve_coordinates(x_data: Any, y: Any) -> Any:
     """Replace names of coordinates of ``y`` by the coordinates."""
-    if isinstance(x_data, list) and not all(isinstance(each, str) for each in x_data):
-        return x_data  # a list of numbers: one array
-    if isinstance(x_data, str):
-        return _coordinate(x_data, y)
-    if isinstance(x_data, tuple | list) and x_data:
-        return tuple(_coordinate(v, y) if isinstance(v, str) else v for v in x_data)
+
+    def resolve(value: Any) -> Any:
+        return _coordinate(value, y) if isinstance(value, str) else value
+
     if isinstance(x_data, dict):
-        return {k: _coordinate(v, y) if isinstance(v, str) else v for k, v in x_data.items()}
-    return x_data
+        return {name: resolve(value) for name, value in x_data.items()}
+    # A list of numbers is one array.
+    is_names = isinstance(x_data, list) and x_data and all(isinstance(v, str) for v in x_data)
+    return tuple(map(resolve, x_data)) if is_names or isinstance(x_data, tuple) else resolve(x_data)
 
 
 def _coordinate(name: str, y: Any) -> xr.DataArray:
@@ -95,8 +95,7 @@ def like_dims(
                 f"instance with xarray.align(..., join='inner')."
             )
     values = lazy_data(array.transpose(*shared, *extra), name, split_chunks)
-    missing = [slice(None) if dim in shared else None for dim in y.dims]
-    expanded: da.Array = values[tuple(missing)] if None in missing else values
+    expanded: da.Array = values[tuple(slice(None) if dim in shared else None for dim in y.dims)]
     return expanded
 
 

@@ -27,8 +27,13 @@ def from_zarr(array: zarr.Array[Any]) -> da.Array:
     (By default Dask uses the inner chunks of a shard, and so reads every shard many times.) The
     array is inlined into each task, so that reading does not depend on one shared task.
     """
-    lazy: da.Array = da.from_zarr(array, chunks=array.shards or array.chunks, inline_array=True)
+    lazy: da.Array = da.from_zarr(array, chunks=_object_shape(array), inline_array=True)
     return lazy
+
+
+def _object_shape(array: zarr.Array[Any]) -> tuple[int, ...]:
+    """Return the shape of the objects of the store: shards, or chunks."""
+    return array.shards or array.chunks
 
 
 @dataclass(frozen=True)
@@ -39,31 +44,27 @@ class StoredRegion:
     region: Region  # slices with starts and stops
     hides_fill: bool  # whether the fill value is decoded to NaN
 
-    @property
-    def _objects(self) -> tuple[int, ...]:
-        """Shape of one object of the store."""
-        return self.array.shards or self.array.chunks
+    def _ranges(self) -> list[range]:
+        """Return the positions of the overlapping objects along each dimension."""
+        return [
+            range(part.start // size, -(part.stop // -size))
+            for part, size in zip(self.region, _object_shape(self.array), strict=True)
+        ]
 
     def chunks(self) -> Iterator[tuple[str, Region]]:
         """Yield the key of each object that the region overlaps, and the overlap."""
-        ranges = [
-            range(part.start // size, -(part.stop // -size))
-            for part, size in zip(self.region, self._objects, strict=True)
-        ]
-        for index in itertools.product(*ranges):
+        sizes = _object_shape(self.array)
+        for index in itertools.product(*self._ranges()):
             part = tuple(
                 slice(max(i * size, whole.start), min((i + 1) * size, whole.stop))
-                for i, size, whole in zip(index, self._objects, self.region, strict=True)
+                for i, size, whole in zip(index, sizes, self.region, strict=True)
             )
             yield self.array.metadata.encode_chunk_key(index), part
 
     @property
     def n_chunks(self) -> int:
         """Number of objects that the region overlaps."""
-        return math.prod(
-            -(part.stop // -size) - part.start // size
-            for part, size in zip(self.region, self._objects, strict=True)
-        )
+        return math.prod(map(len, self._ranges()))
 
     def chunk_at(self, position: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
         """Return the name of the object at a position relative to the region.
@@ -72,9 +73,10 @@ class StoredRegion:
         """
         if shape != tuple(part.stop - part.start for part in self.region):
             return None
+        sizes = _object_shape(self.array)
         index = tuple(
             (part.start + i) // size
-            for part, i, size in zip(self.region, position, self._objects, strict=True)
+            for part, i, size in zip(self.region, position, sizes, strict=True)
         )
         return _chunk_name(self.array, self.array.metadata.encode_chunk_key(index))
 
@@ -115,20 +117,17 @@ def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[Store
     """
     if not isinstance(node, Task):
         return
-    arguments = [_resolve(argument, values) for argument in node.args]
-    if len(arguments) >= 2 and isinstance(arguments[1], tuple):
-        stored = _stored_region(arguments[0], arguments[1])
-        if stored is not None:
+    match [_resolve(argument, values) for argument in node.args]:
+        case [source, tuple(index), *_] if stored := _stored_region(source, index):
             yield stored
-            return
-    inner = arguments[0] if arguments else None
-    if isinstance(inner, dict) and all(isinstance(n, GraphNode) for n in inner.values()):
-        # A fused task of Dask: a graph, the key of its result, and names of the inputs.
-        names = arguments[2] if len(arguments) > 2 else ()
-        known = {**values, **dict(zip(names, arguments[3:], strict=False))}
-        known |= {key: n.value for key, n in inner.items() if isinstance(n, DataNode)}
-        for step in inner.values():
-            yield from stored_regions(step, known)
+        # A fused task of Dask: a graph, the key of its result, keys and values of its inputs.
+        case [dict(graph), _, keys, *inputs] if all(
+            isinstance(n, GraphNode) for n in graph.values()
+        ):
+            known = {**values, **dict(zip(keys, inputs, strict=False))}
+            known |= {key: n.value for key, n in graph.items() if isinstance(n, DataNode)}
+            for step in graph.values():
+                yield from stored_regions(step, known)
 
 
 def _resolve(argument: Any, values: Mapping[Key, Any]) -> Any:
@@ -144,9 +143,8 @@ def _stored_region(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
     hides_fill = False
     offsets: list[tuple[Any, ...]] = [index]
     while not isinstance(source, zarr.Array):
-        inner = getattr(source, "array", None)
-        if inner is None:  # the array of xarray's Zarr backend
-            inner = getattr(source, "_array", None)
+        # "_array" in xarray's Zarr backend.
+        inner = getattr(source, "array", getattr(source, "_array", None))
         if inner is None or isinstance(source, np.ndarray):
             return None
         keywords = getattr(getattr(source, "func", None), "keywords", {})
@@ -198,8 +196,8 @@ def missing_chunks(regions: Sequence[StoredRegion]) -> tuple[str, ...]:
     if not keys & _METADATA:  # a web server serves objects by name but does not list them
         return ()
     present = keys - _METADATA
-    sizes = array.shards or array.chunks
-    if len(present) >= math.prod(-(n // -size) for n, size in zip(array.shape, sizes, strict=True)):
+    whole = StoredRegion(array, tuple(slice(0, n) for n in array.shape), hides_fill)
+    if len(present) >= whole.n_chunks:
         return ()
     touched = dict.fromkeys(key for stored in regions for key, _ in stored.chunks())
     return tuple(key for key in touched if key not in present)
