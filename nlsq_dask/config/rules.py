@@ -45,9 +45,8 @@ def _is_finite(value: Any) -> bool:
 
 def integer(low: int, high: int | None = None) -> Rule:
     """Allow an integer between two limits, both included."""
-    if high is None:
-        return Rule(f"an integer >= {low}", lambda v: _is_int(v) and v >= low)
-    return Rule(f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high)
+    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    return Rule(allowed, lambda v: _is_int(v) and low <= v <= (v if high is None else high))
 
 
 def or_else(other: Rule, *values: object) -> Rule:
@@ -72,13 +71,6 @@ def one_of(*values: str) -> Rule:
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _criteria(value: Any) -> bool:
-    allowed = {"plateau", "gradient", "max_iter"}
-    if not _is_sequence(value) or len(value) == 0:
-        return False
-    return all(isinstance(name, str) and name in allowed for name in value)
 
 
 def _index_ranges(value: Any) -> bool:
@@ -107,7 +99,11 @@ PATH_OR_FLAG = Rule(
     "a path (str or os.PathLike), True, False or None",
     lambda v: v is None or _is_bool(v) or PATH.test(v),
 )
-CRITERIA = Rule("a non-empty list of 'plateau', 'gradient', 'max_iter'", _criteria)
+_CRITERION = one_of("plateau", "gradient", "max_iter")
+CRITERIA = Rule(
+    "a non-empty list of 'plateau', 'gradient', 'max_iter'",
+    lambda v: _is_sequence(v) and len(v) > 0 and all(map(_CRITERION.test, v)),
+)
 RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
 WEIGHTS = Rule(
     "a sequence of finite numbers > 0, one per group",
