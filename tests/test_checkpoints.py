@@ -237,8 +237,8 @@ def test_where_saving_takes_long_it_is_done_less_often(
     monkeypatch.setattr(CheckpointFolder, "save", slowly)
     monkeypatch.setattr("nlsq_dask.checkpoints.journal.time", clock)
     folder = CheckpointFolder(str(tmp_path))
-    fingerprint = load(saved)[0].fingerprint
-    journal = CheckpointJournal(fingerprint, folder, interval, lambda event: None)
+    start = Checkpoint.of_new_fit(load(saved)[0].fingerprint)
+    journal = CheckpointJournal(start, folder, interval, lambda event: None)
     journal.save()
     while len(saved_at) < 3:
         if journal.is_due:

@@ -34,11 +34,16 @@ class Checkpoint:
     """The state of a fit."""
 
     fit: str  # name, unchanged when the fit is resumed
-    number: int  # from 1
+    number: int  # from 1; 0 for the start of a fit, which is not written
     fingerprint: FitFingerprint
     phase_seconds: float  # duration of the current phase
     entries: dict[str, bytes]  # encoded values of steps and states of loops, by path
     events: list[tuple[str, bytes]]  # names and encoded records
+
+    @classmethod
+    def of_new_fit(cls, fingerprint: FitFingerprint) -> Checkpoint:
+        """Return the state of a fit that has not begun."""
+        return cls(new_fit_name(), 0, fingerprint, phase_seconds=0.0, entries={}, events=[])
 
     def to_bytes(self) -> bytes:
         """Encode the checkpoint."""

@@ -78,14 +78,11 @@ class CheckpointFolder:
             else:
                 return checkpoint, [f"checkpoint {n} is invalid: {r}" for n, r in reasons.items()]
         found = f"it contains no {_SUFFIX} file"
-        if reasons:  # often the same, such as an older format
-            found = "; ".join(f"checkpoint {n}: {r}" for r, n in _first_of_each(reasons).items())
+        if reasons:
+            # Often the same, such as an older format: each is given once, with its newest file.
+            newest = {reason: name for name, reason in reversed(reasons.items())}
+            found = "; ".join(f"checkpoint {name}: {reason}" for reason, name in newest.items())
         raise CheckpointError(f"no valid checkpoint in {self._path!r}: {found}")
-
-
-def _first_of_each(reasons: dict[str, str]) -> dict[str, str]:
-    """Return each reason with the first file that it holds for."""
-    return {reason: name for name, reason in reversed(reasons.items())}
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:

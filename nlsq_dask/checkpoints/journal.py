@@ -19,9 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode, new_fit_name
+from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode
 from nlsq_dask.checkpoints.folder import CheckpointFolder, load
 from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.config import HybridStreamingConfig
@@ -113,17 +114,16 @@ class CheckpointJournal(Journal):
 
     Parameters
     ----------
-    fingerprint : FitFingerprint
+    start : Checkpoint
+        State to start from: of a new fit, or loaded.
     folder : CheckpointFolder or None
         None saves nothing.
     interval : float
         Seconds until a checkpoint is due, more if saving is slow; 0 for always.
     emit : callable
         Receives ``CheckpointWritten`` events.
-    resumed : Checkpoint, optional
-        Checkpoint to resume from.
-    resumed_path : str, optional
-        Its path.
+    path : str, optional
+        Path of ``start``, if it was loaded.
 
     Attributes
     ----------
@@ -137,22 +137,18 @@ class CheckpointJournal(Journal):
 
     def __init__(
         self,
-        fingerprint: FitFingerprint,
+        start: Checkpoint,
         folder: CheckpointFolder | None,
         interval: float,
         emit: Observer,
-        resumed: Checkpoint | None = None,
-        resumed_path: str | None = None,
+        path: str | None = None,
     ) -> None:
-        self._fingerprint = fingerprint
+        self._fit, self._number, self._fingerprint = start.fit, start.number, start.fingerprint
         self._folder = folder
         self.is_saving = folder is not None
         self._interval = interval
         self._emit = emit
-        self._fit = new_fit_name() if resumed is None else resumed.fit
-        self._number = 0 if resumed is None else resumed.number
-        self._entries: dict[str, bytes] = {} if resumed is None else dict(resumed.entries)
-        self._encoded_events = [] if resumed is None else list(resumed.events)
+        self._entries, self._encoded_events = dict(start.entries), list(start.events)
         self._n_events_saved = len(self._encoded_events)
         self.events = [
             decode(data, EVENTS[name]) for name, data in self._encoded_events if name in EVENTS
@@ -161,9 +157,9 @@ class CheckpointJournal(Journal):
         self._counts: Counter[str] = Counter()
         self._saved_at = time.monotonic()
         self._saving_seconds = 0.0
-        self._seconds_before = 0.0 if resumed is None else resumed.phase_seconds
+        self._seconds_before = start.phase_seconds
         self._seconds = super().phase_clock(is_resumed=False)
-        self.last_path = resumed_path
+        self.last_path = path
         self._has_warned = False
         if folder is not None:
             folder.prepare(self._fit)
@@ -217,7 +213,11 @@ class CheckpointJournal(Journal):
         try:
             self.last_path = self._folder.save(checkpoint)
         except OSError as error:  # a full disk, perhaps temporarily
-            self._warn_once(error)
+            if not self._has_warned:
+                warn_caller(
+                    f"Could not write a checkpoint: {error}. The fit continues and will try again."
+                )
+            self._has_warned = True
             return
         finally:
             self._saved_at = time.monotonic()
@@ -230,18 +230,6 @@ class CheckpointJournal(Journal):
         now = super().phase_clock(is_resumed)
         self._seconds = lambda: before + now()
         return self._seconds
-
-    def _warn_once(self, error: OSError) -> None:
-        if not self._has_warned:
-            warn_caller(
-                f"Could not write a checkpoint: {error}. The fit continues and will try again."
-            )
-        self._has_warned = True
-
-    @property
-    def is_within_pass(self) -> bool:
-        """Whether the journal ends within a pass and holds partial results of it."""
-        return any("/pass " in path and path.endswith(f"/{_STATE}") for path in self._entries)
 
     @property
     def is_due(self) -> bool:
@@ -307,16 +295,19 @@ def open_journal(
     if source is None or source is False:
         if folder is None:
             return Journal()
-        return CheckpointJournal(describe(), folder, config.checkpoint_interval, emit)
-    fingerprint, interval, path = describe(), config.checkpoint_interval, normalize_path(source)
+        start = Checkpoint.of_new_fit(describe())
+        return CheckpointJournal(start, folder, config.checkpoint_interval, emit)
+    fingerprint, path = describe(), normalize_path(source)
     checkpoint, notes = load(path)
     notes += checkpoint.fingerprint.check(fingerprint)
     if notes:
         warn_caller(f"Resuming a fit: {'; '.join(notes)}.")
-    journal = CheckpointJournal(fingerprint, folder, interval, emit, checkpoint, path)
+    start = replace(checkpoint, fingerprint=fingerprint)  # of the versions in use now
+    journal = CheckpointJournal(start, folder, config.checkpoint_interval, emit, path)
     for event in journal.events:
         remember(event)
     n_passes = sum(isinstance(event, PassFinished) for event in journal.events)
     started = next((event for event in journal.events if isinstance(event, FitStarted)), None)
-    emit(FitResumed(started, path, n_passes, tuple(notes), journal.is_within_pass))
+    is_within_pass = any("/pass " in key and key.endswith(f"/{_STATE}") for key in start.entries)
+    emit(FitResumed(started, path, n_passes, tuple(notes), is_within_pass))
     return journal
