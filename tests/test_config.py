@@ -13,6 +13,7 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
+from nlsq_dask.config.validation import default_of
 
 PRESETS = {
     "aggressive": dict(
@@ -238,7 +239,10 @@ def test_going_on_needs_a_folder() -> None:
 
 def test_the_docstring_describes_every_option() -> None:
     doc = inspect.getdoc(Config) or ""
-    assert all(f"\n{f.name} : " in doc for f in fields(Config))
+    for option in fields(Config):
+        default = "all" if option.name == "active_switching_criteria" else repr(default_of(option))
+        allowed = option.metadata["rule"].allowed
+        assert f"\n{option.name} : {allowed}, default {default}\n    " in doc
     assert "\n\nRaises\n------\nValueError\n" in doc
 
 

@@ -104,7 +104,7 @@ CRITERIA = Rule(
     "a non-empty list of 'plateau', 'gradient', 'max_iter'",
     lambda v: _is_sequence(v) and len(v) > 0 and all(map(_CRITERION.test, v)),
 )
-RANGES = Rule("a list of (start, end) index pairs with 0 <= start < end", _index_ranges)
+RANGES = Rule("a list of pairs (start, end), 0 <= start < end", _index_ranges)
 WEIGHTS = Rule(
     "a sequence of finite numbers > 0, one per group",
     _weights,

@@ -1,4 +1,4 @@
-"""``ValidatedOptions``: a dataclass whose fields have rules and documentation."""
+"""``ValidatedOptions``: a dataclass whose fields have rules for their values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from nlsq_dask._keywords import suggest_keyword
 from nlsq_dask.config.rules import Rule
 
 
-def runtime_option(default: Any, rule: Rule, doc: str) -> Any:
+def runtime_option(default: Any, rule: Rule) -> Any:
     """Declare an option that does not change the result and may differ when a fit is resumed."""
-    return option(default, rule, doc, changes_fit=False)
+    return option(default, rule, changes_fit=False)
 
 
-def option(default: Any, rule: Rule, doc: str, changes_fit: bool = True) -> Any:
-    """Declare an option."""
-    metadata = {"rule": rule, "doc": doc, "changes_fit": changes_fit}
+def option(default: Any, rule: Rule, changes_fit: bool = True) -> Any:
+    """Declare a field of a dataclass, with its default and the rule for its values.
+
+    Parameters
+    ----------
+    default : value
+    rule : Rule
+    changes_fit : bool
+        Whether the option changes the result of a fit. Such an option must have the same value when
+        the fit is resumed.
+    """
+    metadata = {"rule": rule, "changes_fit": changes_fit}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -65,25 +74,3 @@ class ValidatedOptions:
     def validated_copy(self) -> Self:
         """Return a copy after validating all values."""
         return replace(self)
-
-
-_RAISES = """
-    Raises
-    ------
-    ValueError
-        If a value is not allowed, or options contradict each other.
-    TypeError
-        If a keyword is not an option.
-    AttributeError
-        If an attribute that is set is not an option.
-"""
-
-
-def numpydoc_sections(options: type[ValidatedOptions]) -> str:
-    """Return the numpydoc section of the options."""
-    lines = ["", "    Parameters", "    ----------"]
-    for option in fields(options):
-        rule: Rule = option.metadata["rule"]
-        lines.append(f"    {option.name} : {rule.allowed}, default {default_of(option)!r}")
-        lines.append(f"        {option.metadata['doc']}")
-    return "\n".join(lines) + "\n" + _RAISES
