@@ -264,14 +264,15 @@ TABLE: dict[str, Case] = {
         dict(x=X[:-1]),
         nd.DataError,
         "x_data has shape (3999,) and y_data has shape (4000,): they do not match. For a 1-d "
-        "y_data pass x of shape (n,) or (n, k), or a tuple of (n,).",
+        "y_data pass x of shape (n,) or (n, k), or a tuple of arrays of shape (n,).",
     ),
     "what arrays are: chunks differ as well": (
         dict(x=LAZY_X[:-1], y=LAZY_Y),
         nd.DataError,
         "x_data has shape (3999,) and y_data has shape (4000,): they do not match (chunks "
         "((500, 500, 500, 500, 500, 500, 500, 499),) and ((500, 500, 500, 500, 500, 500, 500,"
-        " 500),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,).",
+        " 500),)). For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of "
+        "arrays of shape (n,).",
     ),
     "what arrays are: features in rows": (
         dict(x=np.stack([X, X])),
@@ -308,7 +309,8 @@ TABLE: dict[str, Case] = {
     "what arrays are: lists of different lengths": (
         dict(x=[[1, 2], [3]], y=[1, 2]),
         nd.DataError,
-        "x_data cannot be converted to an array, as lists of different lengths cannot:",
+        "x_data cannot be converted to an array; nested lists, for example, must have equal "
+        "lengths:",
     ),
     "what arrays are: complex": (
         dict(y=Y * 1j),
@@ -326,8 +328,8 @@ TABLE: dict[str, Case] = {
         dict(y="store.zarr"),
         nd.DataError,
         "y_data must be an array; got the string 'store.zarr'. Pass the array itself, such as "
-        "dataset['store.zarr']; open a path with xarray.open_zarr(path)['name'] or "
-        "zarr.open_array(path).",
+        "dataset['store.zarr']. If the string is a path, open it with "
+        "xarray.open_zarr(path)['name'] or zarr.open_array(path).",
     ),
     "what arrays are: a path of x": (
         dict(x="store.zarr"),
@@ -339,7 +341,7 @@ TABLE: dict[str, Case] = {
         dict(x=LAZY_X[LAZY_X > 1]),
         nd.DataError,
         "x_data has unknown chunk sizes (shape (nan,), chunks ((nan, nan, nan, nan, nan, nan,"
-        " nan, nan),)). Call its compute_chunk_sizes() first.",
+        " nan, nan),)). Call x_data.compute_chunk_sizes() first.",
     ),
     "what arrays are: a group": (
         dict(x=zarr_group()),
@@ -349,7 +351,7 @@ TABLE: dict[str, Case] = {
     "what arrays are: a Dataset": (
         dict(x=xr.Dataset({"t": ("row", X)})),
         nd.DataError,
-        "expected arrays; got an xarray.Dataset with the variables ['t']. Pass DataArrays, such as "
+        "Expected arrays; got an xarray.Dataset with the variables ['t']. Pass DataArrays, such as "
         "dataset['name'].",
     ),
     "what arrays are: no such coordinate": (
@@ -367,21 +369,22 @@ TABLE: dict[str, Case] = {
     "what arrays are: other labels": (
         dict(x=xr.DataArray(X, coords={"t": X + 1}, dims="t"), y=NAMED_Y),
         nd.DataError,
-        "the labels of x_data along 't' differ from those of y_data. Align them, for instance "
-        "with xarray.align(..., join='inner').",
+        "The labels of x_data along 't' differ from the labels of y_data. Align both, for "
+        "instance with xarray.align(..., join='inner').",
     ),
     "what arrays are: other dimensions": (
         dict(x=xr.DataArray(X, dims="s"), y=NAMED_Y),
         nd.DataError,
         "x_data has shape (1, 4000) and y_data has shape (4000,): they do not match. "
-        "Dimensions are matched by name, ('s',) with ('t',): rename those of x_data to those of "
-        "y_data.",
+        "Dimensions are matched by name. x_data has the dimensions ('s',) and y_data has ('t',): "
+        "rename the dimensions of x_data.",
     ),
     "what arrays are: a covariance as sigma": (
         dict(sigma=np.ones((N, N), np.int8)),
         nd.DataError,
         "sigma has shape (4000, 4000) and y_data (4000,): a covariance matrix of the data is "
-        "not supported. Pass one standard deviation per observation, or transform the data.",
+        "not supported. Pass one standard deviation per observation, such as "
+        "np.sqrt(np.diag(sigma)), which neglects correlations.",
     ),
     "what arrays are: sigma of another length": (
         dict(sigma=np.ones(5)),
@@ -392,14 +395,14 @@ TABLE: dict[str, Case] = {
     "what arrays are: the order of arguments": (
         dict(x=Y, y=("lat", "lon")),
         nd.DataError,
-        "y_data must be one array; got a tuple of length 2. The order of arguments is fit(model, "
-        "x_data, y_data, p0).",
+        "y_data must be one array; got a tuple of length 2. Only x_data may be several arrays; the "
+        "order of arguments is fit(model, x_data, y_data, p0).",
     ),
     "what arrays are: sigma by name": (
         dict(sigma="error"),
         nd.DataError,
         "sigma must be an array; got the string 'error'. Pass the array itself, such as "
-        "dataset['error'];",
+        "dataset['error'].",
     ),
     "what arrays are: which dimension of squares": (
         dict(x=X[:5], y=np.ones((5, 5))),

@@ -1,1 +1,1 @@
-"""The data: any array in, row-aligned lazy blocks out; and the sampling of rows from them."""
+"""Conversion of arrays of many kinds to Dask arrays with matching chunks, and sampling of rows."""

@@ -1,4 +1,4 @@
-"""``RowBlocks``: y, x and sigma aligned on one grid of lazy blocks."""
+"""``align`` converts x, y and sigma to ``RowBlocks``, Dask arrays with matching chunks."""
 
 from __future__ import annotations
 
@@ -28,32 +28,36 @@ _SMALL_CHUNK = 2**20  # bytes; splitting smaller chunks, such as coordinates, is
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """Data set whose rows are the elements of y and whose blocks are the chunks of y.
+    """Data of a fit as Dask arrays with matching chunks.
 
-    All arrays have the dimensions of y, with size 1 where they do not vary, in chunks that match
-    the grid. An x of shape (n, k) has one more dimension, in a single chunk. Arrays are reshaped
-    and broadcast only when a block is in memory.
+    Each element of y is a row, that is, one observation. A block is one chunk of y with the
+    matching chunks of the other arrays. All arrays have the dimensions of y, with size 1 where they
+    do not vary; an x of shape (n, k) has one more dimension of size k, in a single chunk. A block
+    is broadcast and flattened to rows only when it is in memory.
 
     Attributes
     ----------
     y : dask.array.Array
     x : tuple of dask.array.Array
-    sigma, mask : dask.array.Array or None
+    sigma : dask.array.Array or None
+    mask : dask.array.Array or None
+        True for rows to be omitted; None if no array is masked.
     layout : Layout
+        Dtypes and shapes of one row.
     in_memory : bool
         Whether all values are in the memory of this process.
     realigned : tuple of str
-        Arrays whose chunks were split to match the others, and how.
+        One text for each array whose chunks were split to match the chunks of other arrays.
     split_bytes : int
-        Bytes of the largest chunk that was split, which is read as a whole.
+        Bytes of the largest of these chunks. A block that needs a piece of it reads all of it.
     dims : tuple of str
         Names of the dimensions of y.
     x_units : dict of str to str
-        Units of converted dates, by name of the x array.
+        Units of the x arrays that hold dates, by names such as "x_data[0]".
     notices : tuple of str
-        Possible problems of the data, one sentence each.
+        Sentences for the user on possible problems of the data.
     labels : tuple of Label
-        Labels of y and of the x arrays.
+        Labels of y and of the x arrays, in this order.
     """
 
     y: da.Array
@@ -71,18 +75,18 @@ class RowBlocks:
 
     @property
     def arrays(self) -> tuple[da.Array, ...]:
-        """All arrays, in the order y, x..., sigma, mask."""
+        """All arrays that are not None, in the order y, x..., sigma, mask."""
         optional = (self.sigma, self.mask)
         return (self.y, *self.x, *(array for array in optional if array is not None))
 
     @property
     def x_labels(self) -> list[str]:
-        """Names of the x arrays, empty strings for unnamed ones."""
+        """Names that xarray or pandas give the x arrays; an empty string for an unnamed array."""
         return [label.name for label in self.labels[1:]]
 
     @property
     def n_rows(self) -> int:
-        """Number of rows."""
+        """Number of rows, which is the number of elements of y."""
         return int(self.y.size)
 
     @property
@@ -91,7 +95,7 @@ class RowBlocks:
         return tuple(map(len, self.y.chunks))
 
     def date_notices(self) -> list[str]:
-        """Return a sentence for each x array that holds dates."""
+        """Return a text for each x array of dates: the units of the numbers that the model gets."""
         names = self.layout.array_names[1:]
         return [
             f"{name}{f' ({label})' if label else ''} holds dates, which the model receives as "
@@ -101,11 +105,11 @@ class RowBlocks:
         ]
 
     def block_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the number of rows of every block, in the shape of the grid."""
+        """Return the number of rows of each block, as an array of shape ``grid``."""
         return _chunk_sizes(self.y.chunks)
 
     def block_bytes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the bytes of every block of all arrays, in the shape of the grid."""
+        """Return the bytes of each block, over all arrays, as an array of shape ``grid``."""
         total = np.zeros(self.grid, np.int64)
         for array in self.arrays:
             n_features = math.prod(array.shape[self.y.ndim :])
@@ -113,17 +117,17 @@ class RowBlocks:
         return total
 
     def block_slices(self, block: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return the slices of y that a block covers."""
+        """Return the slices that select a block from y, given its position in the grid."""
         starts = (sum(sizes[:i]) for sizes, i in zip(self.y.chunks, block, strict=True))
         sizes = (sizes[i] for sizes, i in zip(self.y.chunks, block, strict=True))
         return tuple(slice(start, start + n) for start, n in zip(starts, sizes, strict=True))
 
     def keys(self, block: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """Return the graph keys of one block of each array, in the order of ``arrays``."""
+        """Return the key of a block in the Dask graph of each of ``arrays``."""
         return [_block_key(array, block) for array in self.arrays]
 
     def shapes(self, block: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Return the shapes of one block of each array, in the order of ``arrays``."""
+        """Return the shape that a block has in each of ``arrays``."""
         return [
             tuple(sizes[i] for sizes, i in zip(array.chunks, key[1:], strict=True))
             for array, key in zip(self.arrays, self.keys(block), strict=True)
@@ -131,7 +135,7 @@ class RowBlocks:
 
 
 def _chunk_sizes(chunks: Sequence[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the number of elements of every chunk, in the shape of the grid of chunks."""
+    """Return the number of elements of each chunk, as an array of the shape ``numblocks``."""
     lengths = (np.asarray(lengths, np.int64) for lengths in chunks)
     return functools.reduce(np.multiply.outer, lengths, np.ones((), np.int64))
 
@@ -144,14 +148,14 @@ def _block_key(array: da.Array, block: tuple[int, ...]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Array as passed by the caller, with its values and mask in the dimensions of y."""
+    """Array of the caller, converted to Dask with the dimensions of y."""
 
-    name: str
-    given: Any
+    name: str  # in messages
+    given: Any  # as passed by the caller
     values: da.Array
     mask: da.Array | None
-    units: str = ""
-    notice: str = ""
+    units: str = ""  # of the values, if they are dates
+    notice: str = ""  # sentence on a possible problem, or ""
 
 
 def align(
@@ -161,7 +165,7 @@ def align(
     group_weights: Sequence[float] | None = None,
     x_name: str = "x_data",
 ) -> RowBlocks:
-    """Align x, y and sigma on one grid of blocks, without reading data.
+    """Convert x, y and sigma to Dask arrays with matching chunks, without reading data.
 
     Parameters
     ----------
@@ -169,14 +173,14 @@ def align(
     y_data : array
     sigma : array, optional
     group_weights : sequence of float, optional
-        Weights of the groups of rows; see ``weighted_sigma``.
+        Weights of groups of rows, by which sigma is divided; see ``weighted_sigma``.
     x_name : str
         Name of x in messages.
 
     Raises
     ------
     DataError
-        If the arrays do not match.
+        If an array is of an unsupported kind or dtype, or does not match y.
     """
     _check_kind("y_data", y_data)
     _check_kind("sigma", sigma)
@@ -227,19 +231,20 @@ def align(
 
 
 def _check_kind(name: str, value: Any) -> None:
-    """Raise a DataError for text, and for several arrays where one is expected."""
+    """Raise a DataError for a string, and for several arrays where one array is expected."""
     if isinstance(value, str):
         raise DataError(
             f"{name} must be an array; got the string {value!r}. Pass the array itself, such as "
-            f"dataset[{value!r}]; open a path with xarray.open_zarr(path)['name'] or "
-            f"zarr.open_array(path)."
+            f"dataset[{value!r}]. If the string is a path, open it with "
+            f"xarray.open_zarr(path)['name'] or zarr.open_array(path)."
         )
     is_names = isinstance(value, list) and any(isinstance(each, str) for each in value)
     is_several = isinstance(value, tuple) and any(isinstance(v, str) or np.ndim(v) for v in value)
     if is_names or is_several or isinstance(value, dict):
         raise DataError(
-            f"{name} must be one array; got a {type(value).__name__} of length {len(value)}. The "
-            f"order of arguments is fit(model, x_data, y_data, p0)."
+            f"{name} must be one array; got a {type(value).__name__} of length {len(value)}. Only "
+            f"x_data may be several arrays; the order of arguments is "
+            f"fit(model, x_data, y_data, p0)."
         )
 
 
@@ -254,7 +259,15 @@ def _first_source(y_data: Any, split_chunks: bool) -> _Source:
 
 
 def _split(sources: Sequence[_Source], after: Sequence[da.Array]) -> tuple[tuple[str, ...], int]:
-    """Return a text for each array with split chunks, and the bytes of the largest such chunk."""
+    """Compare the chunks of the sources with those of the arrays made from them by ``_unify``.
+
+    Returns
+    -------
+    realigned : tuple of str
+        One text for each array whose chunks were split.
+    split_bytes : int
+        Bytes of the largest chunk that was split.
+    """
     split = [
         (source, new)
         for source, new in zip(sources, after, strict=True)
@@ -302,7 +315,7 @@ def _are_named(value: Any, y: Any) -> bool:
 
 
 def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source:
-    """Match one array to the dimensions of y, by name if both have names, else by position."""
+    """Match an x array or sigma to y: by dimension names if both have them, else by position."""
     y, given, units, notice = first.values, value, "", ""
     allows_features = y.ndim == 1 and name != "sigma"
     both_named = _are_named(value, first.given)
@@ -318,7 +331,8 @@ def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source
     if name == "sigma" and array.shape == y.shape * 2:
         raise DataError(
             f"sigma has shape {array.shape} and y_data {y.shape}: a covariance matrix of the data "
-            f"is not supported. Pass one standard deviation per observation, or transform the data."
+            f"is not supported. Pass one standard deviation per observation, such as "
+            f"np.sqrt(np.diag(sigma)), which neglects correlations."
         )
     rows = rows_shape(array.shape, y.shape, allows_features)
     if rows is None:
@@ -335,14 +349,14 @@ def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source
 
 
 def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Array | None]:
-    """Split chunks until they match along the dimensions of y, without merging any.
+    """Split the chunks of all arrays so that they match along the dimensions of y.
 
     Returns
     -------
     arrays : list of dask.array.Array
-        The values of all sources.
+        The values of the sources, in the same order.
     mask : dask.array.Array or None
-        True where any source is masked.
+        True where the value of any source is masked; None if no source has a mask.
     """
     rows = list(range(ndim))
     masks = [source.mask for source in sources if source.mask is not None]
@@ -359,6 +373,6 @@ def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Ar
 
 
 def _stored_dtype(array: da.Array) -> str:
-    """Return the dtype of a block in the kernel: native byte order, at most 64 bits."""
+    """Return the dtype that compiled code receives: native byte order, and at most 64 bits."""
     dtype = array.dtype.newbyteorder("=")
     return str(np.dtype(np.float64) if dtype.itemsize > 8 else dtype)

@@ -1,7 +1,7 @@
-"""CF attributes of an array that have not been decoded.
+"""Notices on CF attributes, such as ``scale_factor``, that have not been decoded.
 
-xarray moves an attribute to ``encoding`` when it decodes it. If it is still among ``attrs``, the
-values are the stored ones.
+xarray moves an attribute from ``attrs`` to ``encoding`` when it decodes the values. If the
+attribute is still among ``attrs``, the values are the stored numbers, not the physical ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PACKED = {"scale_factor": 1.0, "add_offset": 0.0}  # with their neutral values
 
 
 def attribute_notices(value: Any, name: str) -> Iterator[str]:
-    """Yield a sentence for each undecoded packing or fill value.
+    """Yield a sentence if values are not unpacked, and one if fill values are not masked.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ def attribute_notices(value: Any, name: str) -> Iterator[str]:
     """
     attributes = _attributes(value)
     opened = (
-        f"open it without mask_and_scale=False, or remove the attribute of decoded values with "
-        f"{name}.attrs.pop(...)"
+        f"open it without mask_and_scale=False, or, if the values are decoded already, remove the "
+        f"attribute with {name}.attrs.pop(...)"
         if is_xarray(value)
         else "open it with xarray, such as xarray.open_zarr(path)['name']"
     )
@@ -69,7 +69,10 @@ def _attributes(value: Any) -> Mapping[str, Any]:
 
 
 def _number(given: Any) -> float | None:
-    """Return the number in an attribute: an array in HDF5, base64 text of xarray in Zarr 3."""
+    """Return the number in an attribute, or None if it holds no number.
+
+    HDF5 stores the number as an array, and xarray writes it to Zarr 3 as base64 text.
+    """
     try:
         if isinstance(given, str):
             return float(struct.unpack("<d", base64.b64decode(given, validate=True))[0])
@@ -79,7 +82,7 @@ def _number(given: Any) -> float | None:
 
 
 def _may_hold(value: Any, fill: float) -> bool:
-    """Return whether the fill value may occur; True for data that are not in memory."""
+    """Return whether the array may contain the fill value; True if it is not in memory."""
     if not is_in_memory(value):
         return True
     with np.errstate(all="ignore"):  # the dtype may not represent the fill value

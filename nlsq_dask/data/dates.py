@@ -1,7 +1,8 @@
 """Conversion of dates to float64 days since 1970-01-01, and of durations to float64 days.
 
-Dates of cftime are counted in their own calendar; missing ones (NaT, None) become NaN. The units do
-not depend on the data, so blocks are converted independently and predictions agree with fits.
+Dates of cftime are counted in their own calendar; missing dates (NaT, None) become NaN. The units
+do not depend on the data, so each block can be converted alone, and predictions use the units of
+the fit.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MAX_ROUNDING = 1e-9
 
 
 def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
-    """Convert dates that are Python objects, and return the units of an array's dates.
+    """Convert an array of date objects, and determine the units that its dates will have.
 
     Parameters
     ----------
@@ -43,14 +44,14 @@ def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
     name : str
         Name of the array in messages.
     in_memory : bool
-        Whether the values may be inspected.
+        Whether the values are in memory, so that they can be converted here.
 
     Returns
     -------
     value : array
-        Dates of cftime in memory as numbers, those of Python as datetime64; others unchanged.
+        Dates of Python as datetime64, dates of cftime as numbers; any other array unchanged.
     units : str
-        Units of the result of ``to_days``; empty if the array holds no dates.
+        Units of the numbers that ``to_days`` returns; "" if the array holds no dates.
     """
     if isinstance(value, list | tuple):
         value = as_numpy(value, name)
@@ -75,12 +76,12 @@ def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
 
 
 def describe_units(units: str) -> str:
-    """Return the units with an example, as such numbers are surprisingly large."""
+    """Return the units, with an example for days since 1970, whose numbers are large."""
     return f"{units} (2025-01-01 is 20,089)" if units == _EPOCH else units
 
 
 def rounding_notice(value: Any, name: str) -> str:
-    """Return a sentence if days since 1970 in float64 cannot resolve the dates, else "".
+    """Return a warning if days since 1970 in float64 are too coarse for the dates, else "".
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def rounding_notice(value: Any, name: str) -> str:
 
 
 def to_days(array: da.Array, units: str) -> da.Array:
-    """Convert dates to days lazily; other arrays are returned unchanged.
+    """Convert dates to days, without computing them; return other arrays unchanged.
 
     Parameters
     ----------
@@ -131,7 +132,7 @@ def _days_of_datetime64(dates: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _integer_counts(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
-    """Return dates as integer counts of a unit since 1970, and the units per day."""
+    """Return dates as integers in a unit since 1970, and the number of these units per day."""
     unit = np.datetime_data(dates.dtype)[0]
     unit = unit if unit in _UNITS_PER_DAY else "D"  # weeks, and years and months of the calendar
     count = dates.astype(f"{dates.dtype.kind}8[{unit}]")
@@ -139,7 +140,7 @@ def _integer_counts(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
 
 
 def _days(count: NDArray[np.int64], per_day: int) -> NDArray[np.float64]:
-    """Divide whole days and the remainder separately: counts have up to 19 digits."""
+    """Convert counts to days, whole days and the rest apart: float64 cannot hold 19 digits."""
     if per_day > np.iinfo(np.int64).max:  # int64 holds less than a day of fs or as
         return count / float(per_day)
     rest = np.fmod(count, per_day)  # has the sign of the count: no cancellation
@@ -155,8 +156,8 @@ def _days_of_cftime(dates: NDArray[Any], calendar: str) -> NDArray[np.float64]:
     calendars = {getattr(date, "calendar", type(date).__name__) for date in flat[present]}
     if calendars - {calendar}:
         raise DataError(
-            f"dates of the calendar {calendar!r} are mixed with {', '.join(sorted(calendars))}. "
-            f"Convert them to one calendar."
+            f"All dates must be of the calendar {calendar!r}; got dates of "
+            f"{', '.join(sorted(calendars - {calendar}))}. Convert them to one calendar."
         )
     if present.any():
         units = "microseconds since 1970-01-01"
@@ -184,7 +185,8 @@ def _objects_in_memory(value: Any, name: str) -> tuple[Any, str]:
             dates: NDArray[Any] = np.array(plain, kind)
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{name} mixes {type(first).__name__} with other types: {error}."
+                f"{name} mixes {type(first).__name__} with other types: {error}. Convert all "
+                f"elements to one type."
             ) from error
     elif cftime is not None and isinstance(first, cftime.datetime):
         dates, units = _days_of_cftime(flat, first.calendar), f"{_CALENDAR}{first.calendar}"
@@ -199,7 +201,7 @@ def _objects_in_memory(value: Any, name: str) -> tuple[Any, str]:
 
 
 def _without_zone(date: Any) -> Any:
-    """Return a naive date in UTC, as datetime64 expects."""
+    """Return the date in UTC and without time zone, as datetime64 expects."""
     if getattr(date, "tzinfo", None) is None:
         return date
     return date.astimezone(datetime.UTC).replace(tzinfo=None)

@@ -1,4 +1,4 @@
-"""Comparable descriptions of arrays: shape, dtype, chunks and digests of the values."""
+"""Descriptions of arrays as text, which are compared when a fit is resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zarr
 
 
 def describe_array(array: da.Array) -> str:
-    """Return shape, dtype and chunks of an array, with digests of values and Zarr metadata."""
+    """Return a text with dtype, shape, chunks, and digests of NumPy values and Zarr metadata."""
     sizes = [f"{len(s)} of {s[0]}" if len(set(s)) == 1 else digest(str(s)) for s in array.chunks]
     text = f"{array.dtype} {array.shape} in chunks {', '.join(sizes)}"
     metadata = sorted({digest(_metadata(store)) for store in _zarr_arrays(array)})
@@ -24,7 +24,7 @@ def describe_array(array: da.Array) -> str:
 
 
 def _digests_in_memory(array: da.Array) -> Iterable[str]:
-    """Yield digests of the NumPy arrays in an array's graph, with their positions."""
+    """Yield a text for each NumPy array in the graph: its position, and a digest of its values."""
     for key, node in dict(array.__dask_graph__()).items():
         value = getattr(node, "value", node)
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufmM":
@@ -33,7 +33,7 @@ def _digests_in_memory(array: da.Array) -> Iterable[str]:
 
 
 def _zarr_arrays(array: da.Array) -> Iterable[zarr.Array[Any]]:
-    """Return the Zarr arrays in an array's graph."""
+    """Return the Zarr arrays that the graph of a Dask array contains."""
     arrays = {}  # by identity
     for node in dict(array.__dask_graph__()).values():
         for part in (node, *getattr(node, "args", ())):

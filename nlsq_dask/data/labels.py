@@ -10,7 +10,7 @@ import xarray as xr
 
 @dataclass(frozen=True)
 class Label:
-    """Name, units and columns of an array; empty if it has none."""
+    """Name, units and columns of an array; each is empty if the array has none."""
 
     name: str = ""  # of a DataArray or a pandas column
     long_name: str = ""  # attribute of a DataArray
@@ -19,7 +19,7 @@ class Label:
 
 
 def label_of(value: Any) -> Label:
-    """Return the label of an xarray or pandas object; an empty one for other arrays."""
+    """Return the label of an xarray or pandas object, or an empty label for other arrays."""
     if isinstance(value, xr.DataArray):
         attrs = value.attrs
         # An unnamed DataArray of a Dask array takes the name of the graph.

@@ -1,4 +1,4 @@
-"""Choice of the sample's blocks and rows: seeded, spread over the data, bounded in number."""
+"""Random choice of the blocks and rows of the sample, spread over the whole data set."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _FRACTION, _MAX_FRACTION = 0.1, 0.2
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Blocks to read and the number of rows to take from each."""
+    """Blocks to read for the sample, and the number of rows to take from each block."""
 
     blocks: tuple[tuple[int, ...], ...]  # positions in the grid
     counts: tuple[int, ...]  # rows to take from each block
     seed: int
 
     def rows_of(self, i: int, n_rows: int) -> NDArray[np.int64]:
-        """Return positions of the rows to take from block ``i``, one per stratum of equal size."""
+        """Return which rows to take from block ``i``, which has ``n_rows`` rows."""
         return _stratified(n_rows, self.counts[i], np.random.default_rng([self.seed, i]))
 
 
 def _stratified(n_rows: int, count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Return ``count`` positions, one per stratum of equal size; all if there are fewer rows."""
+    """Return ``count`` random positions, one in each of as many equal intervals, or all rows."""
     if count >= n_rows:
         return np.arange(n_rows)
     edges = np.arange(count + 1) * n_rows // max(count, 1)
@@ -38,9 +38,10 @@ def _stratified(n_rows: int, count: int, random: np.random.Generator) -> NDArray
 
 
 def subsample(n_rows: int, fraction: float, seed: int, block: int) -> NDArray[np.int64]:
-    """Return the positions of a fraction of a block's rows, spread over the block.
+    """Return random positions of a fraction of the rows of a block, spread over the block.
 
-    The count is rounded at random, so that the fraction holds on average over small blocks.
+    The number of positions is rounded up or down at random, so that the fraction is right on
+    average even if blocks are small.
     """
     if not fraction:
         return np.arange(0)
@@ -51,7 +52,7 @@ def subsample(n_rows: int, fraction: float, seed: int, block: int) -> NDArray[np
 def plan_sample(
     block_rows: NDArray[np.int64], sample_rows: int, seed: int, in_memory: bool
 ) -> SamplePlan:
-    """Choose the sample's blocks by a Latin hypercube over the grid, covering each dimension.
+    """Choose the blocks of the sample, spread along each dimension by a Latin hypercube.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def plan_sample(
         Requested number of rows; a smaller data set is sampled completely.
     seed : int
     in_memory : bool
-        Whether all blocks may be used because reading them is free.
+        Whether the data are in memory. Reading costs nothing then, so more blocks may be used.
     """
     filled = [index for index in np.ndindex(block_rows.shape) if block_rows[index]]
     n_rows = int(block_rows.sum())

@@ -1,4 +1,4 @@
-"""Matching of arrays without names to the dimensions of y, and errors if none matches."""
+"""Matching of arrays without dimension names to y by their shapes, and errors on mismatches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ Shape = tuple[int, ...]
 
 
 def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | None:
-    """Return the leading dimensions of a shape that match y, or None if they do not match.
+    """Return the shape of an array without features, or None if it does not match y.
+
+    Features are the k values per row in an x of shape (n, k).
 
     Parameters
     ----------
     shape, y_shape : tuple of int
     allows_features : bool
-        Whether the array is an x of a 1-d y, of shape (n,) or (n, k).
+        Whether the array is an x of a 1-d y, which has the shape (n,) or (n, k). Other arrays are
+        broadcast to y.
     """
     if allows_features:
         rows = shape[:1] if len(shape) == 2 else shape
@@ -34,15 +37,16 @@ def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | N
 
 
 def check_unambiguous(by_position: Sequence[tuple[str, Any]], y_shape: Shape) -> None:
-    """Raise a DataError for arrays that match several dimensions of y.
+    """Raise a DataError for an array whose shape matches several dimensions of y.
 
-    Broadcasting would silently match the last ones, such as a 1-d time the columns of square
-    images. If any array has all dimensions of y, as ``t[:, None]``, broadcasting is intended.
+    Broadcasting would silently choose the last of them: in square images, a 1-d time would be
+    matched to the columns. If any x has as many dimensions as y, such as ``t[:, None]``,
+    broadcasting is intended and nothing is checked.
 
     Parameters
     ----------
     by_position : sequence of (name, value)
-        Arrays that are matched by position.
+        Name in messages and value of each array that is not matched by dimension names.
     y_shape : tuple of int
 
     Raises
@@ -77,11 +81,11 @@ def mismatch_error(
     value : array
         Array as passed by the caller.
     array, y : dask.array.Array
-        The same array converted, and y.
+        ``value`` as a Dask array, and y.
     is_lazy : bool
-        Whether one of them is not in memory; the message then shows their chunks.
-    dims : pair, optional
-        Dimension names of both, if they are matched by name.
+        Whether ``value`` or y is not in memory; the message then shows the chunks of both.
+    dims : pair of tuple, optional
+        Dimension names of ``value`` and of y, if both have them.
     """
     in_chunks = f" (chunks {array.chunks} and {y.chunks})" if is_lazy else ""
     return DataError(
@@ -96,8 +100,8 @@ def _mismatch_hint(
     ndim = len(y_shape)
     if dims is not None:
         return (
-            f"Dimensions are matched by name, {dims[0]} with {dims[1]}: rename those of {name} to "
-            f"those of y_data."
+            f"Dimensions are matched by name. {name} has the dimensions {dims[0]} and y_data has "
+            f"{dims[1]}: rename the dimensions of {name}."
         )
     if 1 in y_shape and shape == tuple(n for n in y_shape if n > 1):
         kept = ", ".join("0" if n == 1 else ":" for n in y_shape)
@@ -111,7 +115,9 @@ def _mismatch_hint(
     if ndim == 1:
         if len(shape) == 2 and shape[1:] == y_shape:
             return f"Observations are rows of x: pass {name}.T, or a tuple of arrays."
-        return "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of (n,)."
+        return (
+            "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of arrays of shape (n,)."
+        )
     return (
         f"For a {ndim}-d y_data pass arrays that broadcast against it, such as "
         f"t[{', '.join([':'] + ['None'] * (ndim - 1))}], or xarray.DataArrays, which are matched "
@@ -120,7 +126,7 @@ def _mismatch_hint(
 
 
 def _matching_axes(shape: Shape, y_shape: Shape) -> list[Shape]:
-    """Return the ordered dimensions of y whose sizes equal those of the array."""
+    """Return all choices of dimensions of y whose sizes are the shape of the array."""
     if len(shape) >= len(y_shape) or 1 in shape or not shape:
         return []
     axes = combinations(range(len(y_shape)), len(shape))
@@ -128,7 +134,7 @@ def _matching_axes(shape: Shape, y_shape: Shape) -> list[Shape]:
 
 
 def _index_expression(value: Any, name: str, axes: Shape, ndim: int) -> str:
-    """Return the expression that aligns an array with these dimensions of y."""
+    """Return code that aligns an array with these dimensions of y, such as ``t[:, None]``."""
     read = "[:]" if isinstance(value, zarr.Array) else ""  # Zarr does not support None as an index
     return f"{name}{read}[{', '.join(':' if axis in axes else 'None' for axis in range(ndim))}]"
 

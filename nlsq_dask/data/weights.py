@@ -1,7 +1,7 @@
 """Weights of groups of rows: sigma is divided by the square root of the group's weight.
 
-A row contributes ``w (r / sigma)^2`` to the cost, so the weights act wherever sigma does: on
-residuals, robust losses, chi-square and covariance.
+A row with weight w and residual r contributes ``w (r / sigma)^2`` to the cost. The weights act
+wherever sigma does: on residuals, robust losses, chi-square and covariance.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ def weighted_sigma(
     mask: da.Array | None,
     weights: Sequence[float],
 ) -> da.Array:
-    """Return sigma divided by the root of the weights, lazily.
+    """Return sigma divided by the square root of the weight of each row, as a Dask array.
 
     Parameters
     ----------
     groups : dask.array.Array
-        First x array, or its first column: group numbers from 0.
+        First x array, whose values (or, with shape (n, k), its first column) are the numbers of
+        the groups, from 0.
     y : dask.array.Array
     sigma, mask : dask.array.Array or None
-        On the same grid of blocks. Rows that are masked or not finite in y need no group.
+        In chunks that match y. Rows that are masked, or not finite in y, need no valid group.
     weights : sequence of float
-        One weight per group.
+        Weight of each group.
     """
     if groups.ndim > y.ndim:
         groups = groups[..., 0]
@@ -66,7 +67,7 @@ def _weigh(
     is_wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= len(inverse_roots))
     if is_wrong.any():
         raise DataError(
-            f"with `enable_residual_weighting`, the first column of x_data must hold group "
+            f"With enable_residual_weighting=True, the first column of x_data must hold group "
             f"numbers, integers from 0 to {len(inverse_roots) - 1} for the {len(inverse_roots)} "
             f"residual_weights; got {numbers[is_wrong][0]:g}."
         )

@@ -1,1 +1,1 @@
-"""The kinds of arrays that x, y and sigma may come as, one a file."""
+"""Conversion of x, y and sigma to Dask arrays, with one module per kind of array."""

@@ -51,7 +51,7 @@ def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
     name : str
         Name of the array in messages.
     split_chunks : bool
-        Whether to split an array in memory into several chunks.
+        Whether to split an array in memory into several chunks, so that threads share the work.
     """
     if da.array_expr_enabled():
         raise DataError(
@@ -74,7 +74,7 @@ def as_dask(value: Any, name: str, split_chunks: bool = False) -> da.Array:
     if any(np.isnan(size) for size in array.shape):
         raise DataError(
             f"{name} has unknown chunk sizes (shape {array.shape}, chunks {array.chunks}). Call "
-            f"its compute_chunk_sizes() first."
+            f"{name}.compute_chunk_sizes() first."
         )
     return array
 
@@ -85,13 +85,14 @@ def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
     Raises
     ------
     DataError
-        If it cannot be converted.
+        If ``value`` cannot be converted.
     """
     try:
         return np.asarray(value)
     except ValueError as error:
         raise DataError(
-            f"{name} cannot be converted to an array, as lists of different lengths cannot: {error}"
+            f"{name} cannot be converted to an array; nested lists, for example, must have equal "
+            f"lengths: {error}"
         ) from error
 
 
@@ -116,7 +117,7 @@ def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
 
 
 def check_numbers(dtype: np.dtype[Any], name: str) -> None:
-    """Raise a DataError unless the dtype is real.
+    """Raise a DataError unless the dtype is a real one: boolean, integer or floating-point.
 
     Raises
     ------
@@ -132,7 +133,7 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
 def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
     """Return data and mask as two Dask arrays; the mask is None for arrays that are not masked.
 
-    The parameters are those of ``as_dask``.
+    The parameters are described at ``as_dask``.
     """
     if _is_masked(value):
         data, mask = as_dask(np.ma.getdata(value), name, split_chunks), np.ma.getmask(value)

@@ -1,7 +1,7 @@
 """Memory maps and HDF5 datasets as Dask arrays, read by path in the worker that runs a task.
 
 A task carries the location of the bytes, never the bytes themselves. The files must therefore have
-the same path on every worker, like a Zarr store.
+the same path on every worker.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BLOCK_BYTES = 2**22
 
 
 def block_rows(shape: tuple[int, ...]) -> int:
-    """Return the number of leading rows per block of an array that can be split anywhere.
+    """Return the number of rows per block of an array that has no chunks of its own.
 
-    It is a power of two, so that blocks of x with k features divide those of y evenly.
+    It is a power of two, so that each block of y is made of whole blocks of an x of shape (n, k).
     """
     rows = max(_BLOCK_ENTRIES * shape[0] // max(math.prod(shape), 1), 1)
     return 1 << (rows.bit_length() - 1)
@@ -35,7 +35,7 @@ def block_rows(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class MappedArray:
-    """Location of an array in a file; indexing reads a block."""
+    """Location of an array in a memory-mapped file; indexing reads the selected elements."""
 
     path: str
     dtype: np.dtype[Any]
@@ -59,7 +59,7 @@ class MappedArray:
 
 
 class Hdf5Array:
-    """HDF5 dataset, opened for each block in processes other than the one that opened it.
+    """HDF5 dataset that other processes can read: they open its file for each block.
 
     Parameters
     ----------
@@ -124,9 +124,10 @@ def from_file(value: Any) -> da.Array | None:
 
 
 def reopen_by_name(array: da.Array) -> da.Array:
-    """Replace the open files in a graph of ``da.from_array`` by paths, so that it can be sent.
+    """Return the array with paths instead of open files in its graph, so that it can be sent.
 
-    Otherwise the client would read and send a whole memory map, and could not send an HDF5 dataset.
+    Otherwise the client would send the contents of a whole memory map to the workers, and could not
+    send an HDF5 dataset at all. Only graphs of ``da.from_array`` are changed.
     """
     graph = array.__dask_graph__()
     if not isinstance(graph, HighLevelGraph):
@@ -153,7 +154,7 @@ def _as_file(value: Any) -> MappedArray | Hdf5Array | None:
 
 
 def _as_mapped(array: np.ndarray[Any, Any]) -> MappedArray | None:
-    """Return the location in a file of a memory map or of a view of one."""
+    """Return where a memory map, or a view of one, is in its file; None for other arrays."""
     if isinstance(array, np.ma.MaskedArray):
         return None
     root: Any = array
@@ -172,7 +173,10 @@ def _as_mapped(array: np.ndarray[Any, Any]) -> MappedArray | None:
 def _merge_chunks(
     chunks: tuple[int, ...], shape: tuple[int, ...], itemsize: int
 ) -> tuple[int, ...]:
-    """Double small chunks, last dimension first, which is the order of storage."""
+    """Return larger chunks made of several small ones, each of which is slow to request.
+
+    The last dimension is enlarged first, because its elements are neighbors in the file.
+    """
     block = list(chunks)
     for axis in reversed(range(len(block))):
         while block[axis] < shape[axis] and 2 * math.prod(block) * itemsize <= _BLOCK_BYTES:

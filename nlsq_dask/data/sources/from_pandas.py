@@ -15,18 +15,18 @@ from nlsq_dask.errors import DataError
 
 
 def pandas_to_numpy(given: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Return the values with pandas objects as NumPy arrays and others unchanged.
+    """Return the values of all arguments, with pandas objects converted to NumPy arrays.
 
     Parameters
     ----------
     given : sequence of (name, value)
-        Arrays with their names in messages.
+        Name in messages, and array, of each argument.
 
     Raises
     ------
     DataError
-        If two indexes differ, for a DataFrame where one column is expected, and for Dask
-        dataframes, whose lengths are unknown.
+        If the indexes of two arguments differ, if a DataFrame is given where one column is
+        expected, or if an argument is a Dask dataframe, whose length is unknown.
     """
     for name, value in given:
         if hasattr(value, "to_dask_array"):
@@ -42,9 +42,10 @@ def pandas_to_numpy(given: Sequence[tuple[str, Any]]) -> list[Any]:
         first_name, first = labelled[0]
         if not value.index.equals(first.index):
             raise DataError(
-                f"the index of {name} ({len(value)} labels) differs from that of {first_name} "
-                f"({len(first)}). Select the common rows with .loc[a.index.intersection(b.index)], "
-                f"or pass .to_numpy() of each to match rows by position."
+                f"The index of {name} ({len(value)} labels) differs from the index of {first_name} "
+                f"({len(first)} labels). Select the common rows of both with "
+                f".loc[a.index.intersection(b.index)], or pass .to_numpy() of both to match rows "
+                f"by position."
             )
     return [_values(pd, value, name) for name, value in given]
 
@@ -71,7 +72,7 @@ def _table(pd: Any, frame: Any, name: str) -> Any:
         raise DataError(
             f"{name} is a DataFrame with columns of the dtypes "
             f"{', '.join(f'{c}: {a.dtype}' for c, a in zip(columns, arrays, strict=True))}, which "
-            f"have no common dtype. Pass a dict, {{c: frame[c] for c in frame}}."
+            f"have no common dtype. Pass the columns as a dict: {{c: frame[c] for c in frame}}."
         )
     return np.stack(arrays, axis=1)
 

@@ -12,7 +12,7 @@ from nlsq_dask.errors import DataError
 
 
 def lazy_data(array: xr.DataArray, name: str, split_chunks: bool = False) -> da.Array:
-    """Return the values as a Dask array; a variable on disk is not loaded."""
+    """Return the values as a Dask array; values on disk are not read."""
     if array.chunks is None and not isinstance(array.variable, xr.IndexVariable):
         preferred = array.encoding.get("preferred_chunks")
         if preferred:
@@ -21,7 +21,7 @@ def lazy_data(array: xr.DataArray, name: str, split_chunks: bool = False) -> da.
 
 
 def resolve_coordinates(x_data: Any, y: Any) -> Any:
-    """Replace names of coordinates of ``y`` by the coordinates."""
+    """Return ``x_data`` with each string replaced by the coordinate of ``y`` of this name."""
 
     def resolve(value: Any) -> Any:
         return _coordinate(value, y) if isinstance(value, str) else value
@@ -58,7 +58,7 @@ def _coordinate(name: str, y: Any) -> xr.DataArray:
 def like_dims(
     array: xr.DataArray, y: xr.DataArray, name: str, split_chunks: bool, allows_features: bool
 ) -> da.Array:
-    """Return the values of ``array`` in the order of y's dimensions, with size 1 for missing ones.
+    """Return the values with the dimensions of y, of size 1 where ``array`` does not have them.
 
     Parameters
     ----------
@@ -68,18 +68,18 @@ def like_dims(
     split_chunks : bool
         See ``as_dask``.
     allows_features : bool
-        Whether one dimension that y does not have is allowed, as the last.
+        Whether ``array`` may have one dimension that y does not have; it becomes the last one.
 
     Raises
     ------
     DataError
-        If a dimension is not among those of y, or if labels or sizes differ.
+        If ``array`` has dimensions that y does not have, or other sizes or labels than y.
     """
     extra = [dim for dim in array.dims if dim not in y.dims]
     if len(extra) > allows_features:
         raise DataError(
             f"{name} has dimensions {array.dims} and y_data has {y.dims}; {extra} cannot be "
-            f"matched. Select or rename so that every dimension is one of y_data."
+            f"matched. Rename these dimensions, or select one element along each with .isel()."
         )
     shared = [dim for dim in y.dims if dim in array.dims]
     for dim in shared:
@@ -91,8 +91,8 @@ def like_dims(
         both_labelled = dim in array.indexes and dim in y.indexes
         if both_labelled and not array.indexes[dim].equals(y.indexes[dim]):
             raise DataError(
-                f"the labels of {name} along {dim!r} differ from those of y_data. Align them, for "
-                f"instance with xarray.align(..., join='inner')."
+                f"The labels of {name} along {dim!r} differ from the labels of y_data. Align both, "
+                f"for instance with xarray.align(..., join='inner')."
             )
     values = lazy_data(array.transpose(*shared, *extra), name, split_chunks)
     expanded: da.Array = values[tuple(slice(None) if dim in shared else None for dim in y.dims)]
@@ -103,7 +103,7 @@ def is_xarray(value: Any) -> bool:
     """Return whether a value is a DataArray; raise a DataError for a Dataset."""
     if isinstance(value, xr.Dataset):
         raise DataError(
-            f"expected arrays; got an xarray.Dataset with the variables "
+            f"Expected arrays; got an xarray.Dataset with the variables "
             f"{sorted(map(str, value.data_vars))}. Pass DataArrays, such as dataset['name']."
         )
     return isinstance(value, xr.DataArray)

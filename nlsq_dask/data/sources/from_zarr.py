@@ -1,4 +1,4 @@
-"""Zarr arrays as Dask arrays, and the chunks of a store that a graph step reads."""
+"""Zarr arrays as Dask arrays, and the chunks of a Zarr store that a Dask task reads."""
 
 from __future__ import annotations
 
@@ -24,35 +24,38 @@ _MAX_PROBED = 256  # chunks read one by one to find an unreadable one
 def from_zarr(array: zarr.Array[Any]) -> da.Array:
     """Return a Dask array whose chunks are the objects of the store: shards, or chunks.
 
-    (By default Dask uses the inner chunks of a shard, and so reads every shard many times.) The
-    array is inlined into each task, so that reading does not depend on one shared task.
+    By default, Dask uses the chunks inside the shards, so that it reads each shard once per chunk.
+    The Zarr array is part of every task, so that the tasks do not depend on one that they share.
     """
     lazy: da.Array = da.from_zarr(array, chunks=_object_shape(array), inline_array=True)
     return lazy
 
 
 def _object_shape(array: zarr.Array[Any]) -> tuple[int, ...]:
-    """Return the shape of the objects of the store: shards, or chunks."""
+    """Return the shape of the objects of the store: shards, or chunks if there are none."""
     return array.shards or array.chunks
 
 
 @dataclass(frozen=True)
 class StoredRegion:
-    """Region of a Zarr array."""
+    """Region of a Zarr array that a task reads.
+
+    The objects of the store are shards, or chunks if the array has no shards.
+    """
 
     array: zarr.Array[Any]
     region: Region  # slices with starts and stops
     hides_fill: bool  # whether the fill value is decoded to NaN
 
     def _ranges(self) -> list[range]:
-        """Return the positions of the overlapping objects along each dimension."""
+        """Return the indices of the objects that the region overlaps, per dimension."""
         return [
             range(part.start // size, -(part.stop // -size))
             for part, size in zip(self.region, _object_shape(self.array), strict=True)
         ]
 
     def chunks(self) -> Iterator[tuple[str, Region]]:
-        """Yield the key of each object that the region overlaps, and the overlap."""
+        """Yield the key of each object that the region overlaps, and the slices of the overlap."""
         sizes = _object_shape(self.array)
         for index in itertools.product(*self._ranges()):
             part = tuple(
@@ -67,9 +70,15 @@ class StoredRegion:
         return math.prod(map(len, self._ranges()))
 
     def chunk_at(self, position: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
-        """Return the name of the object at a position relative to the region.
+        """Return the name of the object that contains a position, or None if it is unknown.
 
-        None if the region has another shape, because its values were processed after reading.
+        Parameters
+        ----------
+        position : tuple of int
+            Position in the block that was read, relative to its start.
+        shape : tuple of int
+            Shape of this block. If it is not the shape of the region, the values were processed
+            after reading, so that the object is unknown.
         """
         if shape != tuple(part.stop - part.start for part in self.region):
             return None
@@ -82,9 +91,10 @@ class StoredRegion:
 
 
 def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
-    """Return the name of the object that a graph step fails to read, or None if unknown.
+    """Return the name of the object that a task fails to read; None if it reads no Zarr array.
 
-    If a step reads several objects, they are read one by one.
+    If the task reads several objects, they are read one by one to find the object. ``values`` are
+    the known results of other tasks, by key.
     """
     regions = list(stored_regions(node, values))
     if not regions:
@@ -107,13 +117,13 @@ def _chunk_name(array: zarr.Array[Any], key: str) -> str:
 
 
 def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[StoredRegion]:
-    """Yield the regions of Zarr arrays that a graph step reads, including fused steps.
+    """Yield the regions of Zarr arrays that a task reads, including tasks fused into it by Dask.
 
     Parameters
     ----------
     node : GraphNode
     values : mapping
-        Known values of other steps, by key.
+        Known results of other tasks, by key.
     """
     if not isinstance(node, Task):
         return
@@ -139,7 +149,10 @@ def _resolve(argument: Any, values: Mapping[Key, Any]) -> Any:
 
 
 def _stored_region(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
-    """Return the region that an index reads from an array, or from xarray's wrappers of one."""
+    """Return the region that an index selects from a Zarr array; None for other arrays.
+
+    xarray wraps a Zarr array in several objects, which may select a region of it as well.
+    """
     hides_fill = False
     offsets: list[tuple[Any, ...]] = [index]
     while not isinstance(source, zarr.Array):
@@ -172,8 +185,9 @@ def _stored_region(source: Any, index: tuple[Any, ...]) -> StoredRegion | None:
 def missing_chunks(regions: Sequence[StoredRegion]) -> tuple[str, ...]:
     """Return the keys of the objects in the regions that are missing from the store.
 
-    The objects of the array are listed, about a thousand per request. The result is empty if the
-    fill value is NaN or decoded to NaN, and for stores that do not support listing.
+    Zarr reads a missing object as the fill value, which would be fitted like data. The result is
+    empty if the fill value is read as NaN, which is noticed anyway, and for stores that cannot list
+    their objects. Listing returns about a thousand objects per request.
 
     Parameters
     ----------
