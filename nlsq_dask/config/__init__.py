@@ -1,4 +1,4 @@
-"""Options of a fit, their rules, and presets."""
+"""Options of a fit, the rules for their values, and presets."""
 
 from nlsq_dask.config.options import HybridStreamingConfig
 

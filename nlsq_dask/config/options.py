@@ -1,4 +1,4 @@
-"""``HybridStreamingConfig``: the options of a fit, with defaults, rules and documentation."""
+"""``HybridStreamingConfig``: the options of a fit, with their defaults and rules."""
 
 from __future__ import annotations
 
@@ -352,27 +352,27 @@ class HybridStreamingConfig(ValidatedOptions):
 
     @property
     def read_retries(self) -> int:
-        """Number of retries of a failed read."""
+        """Number of retries of a failed read; 0 if ``enable_fault_tolerance`` is False."""
         return self.max_retries_per_batch if self.enable_fault_tolerance else 0
 
     @property
     def batch_rows(self) -> int:
-        """``chunk_size`` with "auto" resolved."""
+        """``chunk_size`` as a number, also if the option is "auto"."""
         return auto.CHUNK_SIZE if isinstance(self.chunk_size, str) else self.chunk_size
 
     def sample_size(self, n_rows: int, row_bytes: int, n_params: int = 1) -> int:
-        """Return ``sample_rows`` with "auto" resolved."""
+        """Return ``sample_rows`` as a number, computed from the arguments if it is "auto"."""
         if isinstance(self.sample_rows, str):
             return auto.sample_rows(n_rows, row_bytes, n_params)
         return self.sample_rows
 
     def is_without_matrices(self, n_params: int) -> bool:
-        """Whether conjugate gradients are used for a number of parameters."""
+        """Return whether a fit of ``n_params`` parameters uses conjugate gradients."""
         return n_params >= self.cg_param_threshold
 
     @property
     def dtype(self) -> str:
-        """``precision`` with "auto" resolved."""
+        """``precision`` as the name of a NumPy dtype, also if the option is "auto"."""
         return "float64" if self.precision == "auto" else self.precision
 
     # --- presets
@@ -387,14 +387,16 @@ class HybridStreamingConfig(ValidatedOptions):
 
     @classmethod
     def with_multistart(cls, n_starts: int = 10, **overrides: Any) -> Self:
-        """Select the best of several starts by successive halving before the warm-up.
+        """Return options for a fit that first selects the best of several starts.
+
+        The starts are compared by successive halving, as ``enable_multistart`` describes.
 
         Parameters
         ----------
         n_starts : int
             Number of candidate starts, ``p0`` included.
         **overrides
-            Other options, which take precedence.
+            Other options by name. They override the options set here.
 
         Returns
         -------
@@ -403,6 +405,6 @@ class HybridStreamingConfig(ValidatedOptions):
         return cls(**({"enable_multistart": True, "n_starts": n_starts} | overrides))
 
 
-# Presets call it too, so that their keywords are explained as well.
+# Presets call __init__ too, so unknown keywords of presets are explained as well.
 _explaining = explain_keywords("HybridStreamingConfig")
 HybridStreamingConfig.__init__ = _explaining(HybridStreamingConfig.__init__)  # type: ignore[method-assign]

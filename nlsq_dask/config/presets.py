@@ -1,4 +1,4 @@
-"""Presets of ``HybridStreamingConfig``, as tables of non-default values."""
+"""Presets of ``HybridStreamingConfig``: named sets of options that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nlsq_dask.config.options import HybridStreamingConfig
 
-# Summary and values by name.
+# By the name of the preset: its summary, and the options that it sets.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "aggressive": (
-        "Favor speed: a short warm-up, a looser tolerance and large chunks.",
+        "Favor speed: a short warm-up, a looser tolerance and large batches.",
         {
             "chunk_size": 2**21,
             "warmup_iterations": 50,
@@ -33,7 +33,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "memory_optimized": (
-        "Favor low memory: small chunks, float32 arithmetic, no cache, conjugate gradients.",
+        "Favor low memory: small batches, float32, no cache, earlier use of conjugate gradients.",
         {
             "chunk_size": 2**17,
             "precision": "float32",
@@ -63,7 +63,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "defense_disabled": (
-        "Disable all four defense layers of the warm-up.",
+        "Disable all four defense layers of the warm-up, which guard against bad steps.",
         {
             "enable_warm_start_detection": False,
             "enable_adaptive_warmup_lr": False,
@@ -86,7 +86,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def preset(name: str) -> classmethod[HybridStreamingConfig, ..., HybridStreamingConfig]:
-    """Return the class method of a preset."""
+    """Return a class method that constructs the options of a preset."""
     summary, values = PRESETS[name]
 
     def construct(cls: type[HybridStreamingConfig], /, **overrides: Any) -> HybridStreamingConfig:
@@ -101,7 +101,7 @@ def preset(name: str) -> classmethod[HybridStreamingConfig, ..., HybridStreaming
         Parameters
         ----------
         **overrides
-            Other options, which take precedence over the preset.
+            Options by name. They override the options of the preset.
 
         Returns
         -------

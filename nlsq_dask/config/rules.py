@@ -1,4 +1,4 @@
-"""Rules on the values of an option, and on combinations of options."""
+"""Rules for the values of options, and for combinations of options."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _plain(value: Any) -> Any:
 
 
 class Rule(NamedTuple):
-    """A rule: the allowed values in words, a test, and a conversion to the stored form."""
+    """Rule for the value of an option."""
 
-    allowed: str
-    test: Callable[[Any], bool]
-    kept: Callable[[Any], Any] = _plain
+    allowed: str  # allowed values in words, for messages
+    test: Callable[[Any], bool]  # whether a value is allowed
+    kept: Callable[[Any], Any] = _plain  # converts an allowed value to the form that is stored
 
 
 def _is_bool(value: Any) -> bool:
@@ -44,13 +44,13 @@ def _is_finite(value: Any) -> bool:
 
 
 def integer(low: int, high: int | None = None) -> Rule:
-    """Allow an integer between two limits, both included."""
+    """Return a rule that allows integers >= ``low``, and <= ``high`` if it is given."""
     allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     return Rule(allowed, lambda v: _is_int(v) and low <= v <= (v if high is None else high))
 
 
 def or_else(other: Rule, *values: object) -> Rule:
-    """Extend a rule by special values such as None or "auto"."""
+    """Return a rule that allows what ``other`` allows, and values such as None or "auto"."""
     names = ", ".join(map(repr, values))
 
     def is_special(value: Any) -> bool:
@@ -64,7 +64,7 @@ def or_else(other: Rule, *values: object) -> Rule:
 
 
 def one_of(*values: str) -> Rule:
-    """Allow the given strings."""
+    """Return a rule that allows the given strings."""
     allowed = f"one of {', '.join(map(repr, values))}"
     return Rule(allowed, lambda v: isinstance(v, str) and v in values)
 
@@ -128,16 +128,17 @@ def check_combinations(options: HybridStreamingConfig) -> None:
             raise ValueError(f"{needed}={value!r} requires {switch}=True.")
     if options.min_success_rate < 1.0 and not options.enable_fault_tolerance:
         raise ValueError(
-            f"min_success_rate={options.min_success_rate!r} requires enable_fault_tolerance=True; "
-            f"otherwise no block is skipped."
+            f"min_success_rate={options.min_success_rate!r} allows unreadable blocks to be "
+            f"skipped, which requires enable_fault_tolerance=True. Set it, or min_success_rate=1.0."
         )
     if options.resume_from_checkpoint is True:
         if options.checkpoint_dir is None:
             raise ValueError(
-                "resume_from_checkpoint=True resumes from checkpoint_dir, which is None; set both."
+                "resume_from_checkpoint=True resumes from checkpoint_dir, which is None. Set "
+                "checkpoint_dir as well, or pass the path of a checkpoint instead of True."
             )
         if not options.enable_checkpoints:
             raise ValueError(
-                "resume_from_checkpoint=True requires enable_checkpoints=True; to resume without "
-                "writing checkpoints, pass the path of a checkpoint."
+                "resume_from_checkpoint=True requires enable_checkpoints=True. To resume without "
+                "writing checkpoints, pass the path of a checkpoint instead of True."
             )

@@ -32,16 +32,16 @@ def option(default: Any, rule: Rule, changes_fit: bool = True) -> Any:
 
 
 def default_of(option: Field[Any]) -> Any:
-    """Return the default of an option."""
+    """Return the default value of an option."""
     return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 @dataclass(kw_only=True, repr=False)
 class ValidatedOptions:
-    """Base class of dataclasses with fields from ``option`` and ``runtime_option``."""
+    """Dataclass whose fields, declared by ``option``, have rules for their values."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option, validated when a fit starts; raise AttributeError for another name."""
+        """Set an option, not yet validated; raise an AttributeError if it does not exist."""
         option = self.__dataclass_fields__.get(name)
         if option is None:
             sentence = f"{type(self).__name__} has no option {name!r}. {suggest_keyword(name)}"
@@ -72,5 +72,5 @@ class ValidatedOptions:
         return {o.name: value for o, value in values.items() if value != default_of(o)}
 
     def validated_copy(self) -> Self:
-        """Return a copy after validating all values."""
+        """Return a copy; raise a ValueError if a value is not allowed."""
         return replace(self)
