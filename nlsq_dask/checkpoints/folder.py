@@ -21,7 +21,7 @@ class CheckpointFolder:
     Parameters
     ----------
     path : str or os.PathLike
-        Path or fsspec URL; created when needed.
+        Path or fsspec URL. ``prepare`` creates the directory if it does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -29,23 +29,23 @@ class CheckpointFolder:
         self._files = open_folder(self._path)
 
     def prepare(self, fit: str) -> None:
-        """Create the directory.
+        """Create the directory, and check that checkpoints of the fit can be written to it.
 
         Raises
         ------
         CheckpointError
-            If it is not writable.
+            If the directory is not writable.
         """
         try:
             self._files.prepare(fit)
         except OSError as error:
             raise CheckpointError(
-                f"cannot write to checkpoint_dir={self._path!r}: {error}. Pass a writable "
+                f"checkpoint_dir={self._path!r} is not writable: {error}. Pass a writable "
                 f"directory, or None to write no checkpoints."
             ) from error
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write a checkpoint, remove the oldest of the same fit, and return the path."""
+        """Write a checkpoint, keep only the last three of the fit, and return the path."""
         name = f"{checkpoint.fit}-{checkpoint.number:08d}{_SUFFIX}"
         self._files.write(name, checkpoint.to_bytes())
         own = [other for other in self._newest_first() if other.startswith(f"{checkpoint.fit}-")]
@@ -58,16 +58,16 @@ class CheckpointFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the directory has no checkpoints, valid or not."""
+        """Whether the directory contains no files of checkpoints, valid or not."""
         return not self._newest_first()
 
     def newest(self) -> tuple[Checkpoint, list[str]]:
-        """Return the newest valid checkpoint, and a note on each newer invalid one.
+        """Return the newest valid checkpoint, and a text for each newer file that is invalid.
 
         Raises
         ------
         CheckpointError
-            If there is no valid checkpoint.
+            If the directory contains no valid checkpoint.
         """
         reasons: dict[str, str] = {}  # by file
         for name in self._newest_first():
@@ -82,18 +82,27 @@ class CheckpointFolder:
             # Often the same, such as an older format: each is given once, with its newest file.
             newest = {reason: name for name, reason in reversed(reasons.items())}
             found = "; ".join(f"checkpoint {name}: {reason}" for reason, name in newest.items())
-        raise CheckpointError(f"no valid checkpoint in {self._path!r}: {found}")
+        raise CheckpointError(
+            f"There is no valid checkpoint in {self._path!r}: {found}. Omit resume_from_checkpoint "
+            f"to start a new fit."
+        )
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
-    """Load the checkpoint of a file, or the newest valid one of a directory, with notes.
+    """Load a checkpoint from a file, or the newest valid checkpoint from a directory.
+
+    Returns
+    -------
+    checkpoint : Checkpoint
+    notes : list of str
+        A text for each newer file of the directory that is invalid.
 
     Raises
     ------
     FileNotFoundError
         If the path does not exist.
     CheckpointError
-        If the checkpoint is invalid.
+        If the file is invalid, or all files of the directory are.
     """
     text = normalize_path(path)
     if "://" in text:

@@ -1,4 +1,4 @@
-"""``FitFingerprint``: model, data and options of a fit, compared when it is resumed."""
+"""``FitFingerprint``: model, data and options of a fit, which must be equal to resume it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MAX_TEXT = 200  # characters of a value in a message
 
 @dataclass(frozen=True)
 class FitFingerprint:
-    """What a fit computes, as text by name."""
+    """Texts that describe what a fit computes; they are compared when the fit is resumed."""
 
     model: str  # fingerprint of the computed function
     data: dict[str, str]  # shape, dtype and chunks of arrays, with metadata of Zarr arrays
     arguments: dict[str, str]  # start, bounds, loss, ...
-    options: dict[str, str]  # those that change the result
+    options: dict[str, str]  # options that change the result
     versions: dict[str, str]  # packages and processor
 
     @classmethod
@@ -47,7 +47,8 @@ class FitFingerprint:
         model : str
             Fingerprint of the model.
         blocks : RowBlocks
-        arguments : mapping of str to values
+        arguments : mapping of str to value
+            Arguments of the fit that change its result, such as p0 and bounds.
         config : HybridStreamingConfig
         """
         named_arrays = zip(blocks.layout.array_names, blocks.arrays, strict=True)
@@ -64,19 +65,19 @@ class FitFingerprint:
         )
 
     def check(self, now: Self) -> list[str]:
-        """Compare the fingerprint of a checkpoint with that of the resumed fit.
+        """Compare this fingerprint, of a checkpoint, with that of the fit that resumes it, ``now``.
 
         Returns
         -------
         list of str
-            Notes on different versions.
+            A text for each package whose version differs, which does not prevent resuming.
 
         Raises
         ------
         CheckpointError
-            If anything else differs.
+            If model, data, arguments or options differ.
         """
-        # Arguments and options newer than the checkpoint have their defaults.
+        # Options and arguments newer than the checkpoint had their defaults when it was written.
         options = {o.name: _text(default_of(o)) for o in fields(HybridStreamingConfig)}
         differences = [
             *_differences("data", self.data, now.data),
@@ -88,8 +89,8 @@ class FitFingerprint:
             differences.append("the model computes a different function")
         if differences:
             raise CheckpointError(
-                f"the checkpoint is of a different fit: {'; '.join(differences)}. Restore these, "
-                f"or omit resume_from_checkpoint to start a new fit."
+                f"The checkpoint is of a different fit: {'; '.join(differences)}. Pass the same "
+                f"values as before, or omit resume_from_checkpoint to start a new fit."
             )
         return [
             f"{text}: the result may differ in its last digits"
@@ -107,7 +108,7 @@ def _differences(
 
 
 def _text(value: Any) -> str:
-    """Return a value as text, the same for a list, tuple or array."""
+    """Return a value as text, which is equal for a list, tuple and array of equal elements."""
     if isinstance(value, str | bool | None):
         return repr(value)
     if isinstance(value, np.generic | np.ndarray) or hasattr(value, "to_numpy"):

@@ -1,16 +1,17 @@
-"""``Journal``: durable execution of a fit, as in workflow engines.
+"""``Journal``: a record of the progress of a fit, so that a resumed fit skips complete work.
 
-Expensive work runs through the journal: ``step`` computes a value or returns the recorded one, and
-a loop saves its state before each iteration. A resumed fit runs the same code from the start.
-Complete steps return their recorded values, and the first incomplete one continues from its saved
-state.
+Expensive work runs through the journal: ``step`` computes a value and records it, and a loop saves
+its state before each iteration. A resumed fit runs the same code from the beginning. Its complete
+steps return the recorded values at once, and the first incomplete step continues from the last
+saved state of its loop.
 
-The path of a step is its scope, name and number of earlier steps of that name, so the same code
-has the same paths. Entries inside a step are dropped when it ends, those inside an iteration when
-the next state is saved.
+A step is recorded under a path: the path of the step around it, its name, and the number of earlier
+steps of the same name there. The same code therefore finds its records again. The records inside a
+step are deleted when the step is complete, and the records inside an iteration when the loop saves
+its next state.
 
-Events inside an incomplete step are emitted again when it is resumed, so only those before the last
-complete step or saved state are written.
+The events of an incomplete step are emitted again when the fit is resumed. Therefore, only events
+before the last complete step or saved state are written to a checkpoint.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ from nlsq_dask.storage.codec import encode
 
 T = TypeVar("T")
 
-_STATE = "state"  # entry of a loop within its scope
-_MAX_SAVING_SHARE = 0.05  # of the time of a pass
+_STATE = "state"  # last part of the path of a loop's state
+_MAX_SAVING_SHARE = 0.05  # maximum fraction of the time of a pass for writing checkpoints
 
 
 class Journal:
-    """A journal that records nothing, for fits without checkpoints."""
+    """Journal that records nothing, for fits without checkpoints."""
 
-    events: Sequence[Event] = ()
-    last_path: str | None = None
-    is_enabled = False
-    is_saving = False
+    events: Sequence[Event] = ()  # before the fit was resumed
+    last_path: str | None = None  # of the newest checkpoint
+    is_enabled = False  # whether steps are recorded
+    is_saving = False  # whether checkpoints are written
 
     def observe(self, event: Event) -> None:
-        """Record an event."""
+        """Record an event of the fit."""
 
     def step(self, name: str, kind: type[T], make: Callable[[], T], saves: bool = False) -> T:
         """Return the recorded value of a step, or compute and record it.
@@ -63,13 +64,13 @@ class Journal:
         Parameters
         ----------
         name : str
-            Need not be unique.
+            Name of the step, which other steps may share.
         kind : type
             Type of the value.
         make : callable
-            Computes the value.
+            Function that computes the value.
         saves : bool
-            Whether to write a checkpoint afterwards.
+            Whether to write a checkpoint after the step.
         """
         return make()
 
@@ -79,24 +80,27 @@ class Journal:
 
     @contextmanager
     def loop(self, name: str) -> Iterator[None]:
-        """Enter the scope of a loop, which saves its state."""
+        """Return a context in which ``load_state`` and ``save_state`` belong to this loop."""
         yield
 
     def load_state(self, kind: type[T]) -> T | None:
-        """Return the saved state of the loop in this scope, or None."""
+        """Return the last saved state of the current loop, or None if there is none."""
         return None
 
     def save_state(self, state: Any) -> None:
-        """Save the state of the loop in this scope, and drop entries inside it."""
+        """Record the state of the current loop, and delete the records inside its iteration."""
 
     def phase_clock(self, is_resumed: bool) -> Callable[[], float]:
-        """Return a function that returns the duration of a phase, started or resumed now."""
+        """Return a function that returns the seconds since a phase of the fit began.
+
+        If ``is_resumed``, the time that the phase took before the interruption is included.
+        """
         began = time.perf_counter()
         return lambda: time.perf_counter() - began
 
     @property
     def is_due(self) -> bool:
-        """Whether the last checkpoint is older than the interval."""
+        """Whether the last checkpoint is so old that a new one is to be written."""
         return False
 
     def save(self, began: float | None = None) -> None:
@@ -105,25 +109,27 @@ class Journal:
         Parameters
         ----------
         began : float, optional
-            Start of the preparation, by ``time.monotonic``.
+            Value of ``time.monotonic`` when the preparation of the checkpoint began; by default,
+            now. The time from then on counts as the time of saving.
         """
 
 
 class CheckpointJournal(Journal):
-    """A journal that is saved in checkpoints.
+    """Journal that records steps and loops, and writes them to checkpoints.
 
     Parameters
     ----------
     start : Checkpoint
-        State to start from: of a new fit, or loaded.
+        State of a new fit, or of the fit to be resumed.
     folder : CheckpointFolder or None
-        None saves nothing.
+        None writes no checkpoints.
     interval : float
-        Seconds until a checkpoint is due, more if saving is slow; 0 for always.
+        Minimum seconds between two checkpoints, more if writing is slow; with 0, ``is_due`` is
+        always True.
     emit : callable
-        Receives ``CheckpointWritten`` events.
+        Called with a ``CheckpointWritten`` event after each checkpoint.
     path : str, optional
-        Path of ``start``, if it was loaded.
+        Path from which ``start`` was loaded.
 
     Attributes
     ----------
@@ -165,7 +171,7 @@ class CheckpointJournal(Journal):
             folder.prepare(self._fit)
 
     def observe(self, event: Event) -> None:
-        """Record an event."""
+        """Record an event of the fit."""
         if event.is_transient:
             return
         kept = without_many_params(event)
@@ -186,17 +192,17 @@ class CheckpointJournal(Journal):
 
     @contextmanager
     def loop(self, name: str) -> Iterator[None]:
-        """Enter the scope of a loop, which saves its state."""
+        """Return a context in which ``load_state`` and ``save_state`` belong to this loop."""
         with self._enter_scope(self._unique_path(name)):
             yield
 
     def load_state(self, kind: type[T]) -> T | None:
-        """Return the saved state of the loop in this scope, or None."""
+        """Return the last saved state of the current loop, or None if there is none."""
         data = self._entries.get(f"{self._scope}/{_STATE}")
         return None if data is None else decode(data, kind)
 
     def save_state(self, state: Any) -> None:
-        """Save the state of the loop in this scope, and drop entries inside it."""
+        """Record the state of the current loop, and delete the records inside its iteration."""
         self._drop_nested(self._scope)
         self._set_entry(f"{self._scope}/{_STATE}", state)
 
@@ -225,7 +231,10 @@ class CheckpointJournal(Journal):
         self._emit(CheckpointWritten(self.last_path, self._saving_seconds))
 
     def phase_clock(self, is_resumed: bool) -> Callable[[], float]:
-        """Return a function that returns the duration of a phase, started or resumed now."""
+        """Return a function that returns the seconds since a phase of the fit began.
+
+        If ``is_resumed``, the time that the phase took before the interruption is included.
+        """
         before = self._seconds_before if is_resumed else 0.0
         now = super().phase_clock(is_resumed)
         self._seconds = lambda: before + now()
@@ -233,7 +242,7 @@ class CheckpointJournal(Journal):
 
     @property
     def is_due(self) -> bool:
-        """Whether the last checkpoint is older than the interval."""
+        """Whether the last checkpoint is so old that a new one is to be written."""
         if self._folder is None:
             return False
         interval = max(self._interval, self._saving_seconds / _MAX_SAVING_SHARE)
@@ -270,17 +279,17 @@ def open_journal(
     emit: Observer,
     remember: Observer,
 ) -> Journal:
-    """Return the journal of a fit, resumed from a checkpoint if the configuration says so.
+    """Return the journal of a fit, resumed from a checkpoint if ``config`` asks for it.
 
     Parameters
     ----------
     config : HybridStreamingConfig
     describe : callable
-        Returns the fingerprint of the fit.
+        Function that returns the fingerprint of the fit. It is not called without checkpoints.
     emit : callable
-        Receives a ``FitResumed`` event if the fit is resumed.
+        Called with a ``FitResumed`` event if the fit is resumed.
     remember : callable
-        Receives the events before that.
+        Called before that with each event of the fit up to its interruption.
 
     Raises
     ------

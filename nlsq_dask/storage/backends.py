@@ -1,7 +1,8 @@
 """Folders on a disk or at an fsspec URL, with atomic writes of files.
 
-On a disk, a file is written under a temporary name, synchronized and renamed. Object stores make
-objects visible only when complete; the checksum detects exceptions.
+On a disk, a file is written under a temporary name, synchronized and renamed. In an object store,
+an object becomes visible when it is complete; if a store violates this, the checksum in the file
+does not match.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Folder(Protocol):
     """Operations on a folder of files."""
 
     def prepare(self, fit: str) -> None:
-        """Create the folder and check that files of this fit can be written to it."""
+        """Create the folder and check that files of the fit of this name can be written."""
 
     def names(self) -> list[str]:
         """Return the names of the files; an empty list if the folder does not exist."""
@@ -43,7 +44,7 @@ class _LocalFolder:
         self._folder = folder
 
     def prepare(self, fit: str) -> None:
-        """Create the folder, check write access, and remove temporary files of killed fits."""
+        """Create the folder, remove temporary files of killed fits, and check write access."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self._folder.glob(".*.unfinished"):
             if unfinished.name.startswith(f".{fit}-") or _is_abandoned(unfinished):
@@ -86,7 +87,7 @@ class _LocalFolder:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Return whether a file has not been written for long; another process may be writing it."""
+    """Return whether a file was last written so long ago that no process is still writing it."""
     with suppress(FileNotFoundError):
         return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
     return False
@@ -127,7 +128,7 @@ def normalize_path(path: str | os.PathLike[str]) -> str:
 
 
 def open_folder(folder: str) -> Folder:
-    """Return the folder at a path or fsspec URL; it need not exist."""
+    """Return the folder at a path or fsspec URL, which need not exist yet."""
     if "://" not in folder:
         return _LocalFolder(Path(folder))
     return _RemoteFolder(*url_to_fs(folder))
