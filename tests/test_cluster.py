@@ -178,7 +178,7 @@ def test_task_names(process_client: Client) -> None:
     process_client.run_on_scheduler(_clear_transitions)
     fit(process_client, exponential)
     names = process_client.run_on_scheduler(_seen_prefixes)
-    assert {"nlsq-sample", "nlsq-normal-equations"} <= names
+    assert {"nlsq-sample", "nlsq-sum-rows"} <= names
 
 
 def _clear_transitions(dask_scheduler: Any) -> None:

@@ -201,9 +201,7 @@ class DataSet:
             number = needed[i]
             group = graph.constant(f"group-{number}", self._groups[number])
             inputs = self._inputs[number]
-            return graph.task(
-                "normal-equations", number, reduce_group, group, *constants, inputs=inputs
-            )
+            return graph.task("sum-rows", number, reduce_group, group, *constants, inputs=inputs)
 
         tree = graph.tree(len(needed), leaf, combine, known)
         if self._read_ahead is not None:
