@@ -324,7 +324,7 @@ class DataSet:
 
     def missing_chunks(self) -> list[str]:
         """Return warnings about chunks that are missing in Zarr stores."""
-        return [missing.sentence for missing in self._source.missing_chunks()]
+        return list(self._source.missing_chunks())
 
 
 def _single_result() -> PartialResults:

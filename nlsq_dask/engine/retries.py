@@ -6,6 +6,7 @@ import pickle
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from dask._task_spec import GraphNode, Task, TaskRef
@@ -180,13 +181,7 @@ class SkippedBlock:
 
     def record(self) -> dict[str, Any]:
         """Return the entry of ``diagnostics["left_out"]``."""
-        return {
-            "block": self.block,
-            "rows": self.rows,
-            "array": self.array,
-            "chunk": self.chunk,
-            "error": self.error,
-        }
+        return {name: getattr(self, name) for name in ("block", "rows", "array", "chunk", "error")}
 
 
 @dataclass(frozen=True)
@@ -209,12 +204,8 @@ class ReadReport:
             sum(report.bytes_read for report in reports),
             sum(report.rows_cached for report in reports),
             sum(report.n_blocks for report in reports),
-            {
-                index: read_error
-                for report in reports
-                for index, read_error in report.errors.items()
-            },
-            {key: count for report in reports for key, count in report.retries.items()},
+            dict(chain.from_iterable(report.errors.items() for report in reports)),
+            dict(chain.from_iterable(report.retries.items() for report in reports)),
         )
 
     @property

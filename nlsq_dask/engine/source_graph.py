@@ -9,7 +9,7 @@ need, such as a mean or a chunk that is split between groups, remain tasks and r
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,8 @@ class GroupReader:
             If a block cannot be read and the policy does not skip it.
         """
         blocks = [block for block in self.blocks if block[0] not in skipped]
-        steps = self.steps if len(blocks) == len(self.blocks) else self._steps_of(blocks)
+        needed = _needed_keys((key for _, keys, _ in blocks for key in keys), self.steps)
+        steps = {key: node for key, node in self.steps.items() if key in needed}
         values, retries = unwrap(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
         uses.update(key for _, keys, _ in blocks for key in keys)
@@ -115,38 +116,30 @@ class GroupReader:
             yield ReadBlock(index, block, read_error, retries)
             retries = {}
 
-    def _steps_of(
-        self, blocks: Sequence[tuple[int, list[Key], list[Index]]]
-    ) -> dict[Key, GraphNode]:
-        """Return the steps that some blocks need, in topological order."""
-        stack = [key for _, keys, _ in blocks for key in keys]
-        needed: set[Key] = set()
-        while stack:
-            key = stack.pop()
-            if key not in needed and key in self.steps:
-                needed.add(key)
-                stack.extend(self.steps[key].dependencies)
-        return {key: node for key, node in self.steps.items() if key in needed}
+
+def _needed_keys(keys: Iterable[Key], nodes: Mapping[Key, GraphNode]) -> set[Key]:
+    """Return the keys of the nodes that must be computed to compute the given keys."""
+    stack, needed = list(keys), set[Key]()
+    while stack:
+        key = stack.pop()
+        if key not in needed and key in nodes:
+            needed.add(key)
+            stack.extend(nodes[key].dependencies)
+    return needed
 
 
-@dataclass(frozen=True)
-class MissingChunks:
-    """Chunks that a fit reads but a Zarr store does not contain."""
+def _is_large(literal: Any) -> bool:
+    return isinstance(literal, np.ndarray) and literal.nbytes > _MAX_INLINE_BYTES
 
-    array: zarr.Array[Any]
-    keys: tuple[str, ...]
 
-    @property
-    def sentence(self) -> str:
-        """Warning about the chunks."""
-        what = "1 chunk" if len(self.keys) == 1 else f"{len(self.keys):,} chunks"
-        listed = join_first(self.keys, 3)
-        return (
-            f"{self.array.store_path} lacks {what} that the fit reads ({listed}); Zarr returns the "
-            f"fill value, {self.array.fill_value}. Chunks of nothing but the fill value are not "
-            f"stored by default, so this may be correct. If chunks were deleted, write them again "
-            f"or mask their rows."
-        )
+def _missing_chunks_warning(array: zarr.Array[Any], keys: Sequence[str]) -> str:
+    what = "1 chunk" if len(keys) == 1 else f"{len(keys):,} chunks"
+    return (
+        f"{array.store_path} lacks {what} that the fit reads ({join_first(keys, 3)}); Zarr returns "
+        f"the fill value, {array.fill_value}. Chunks of nothing but the fill value are not stored "
+        f"by default, so this may be correct. If chunks were deleted, write them again or mask "
+        f"their rows."
+    )
 
 
 class SourceGraph:
@@ -179,11 +172,7 @@ class SourceGraph:
     @property
     def large_literals(self) -> dict[Key, Any]:
         """Arrays in memory that are part of the graph."""
-        return {
-            key: node.value
-            for key, node in self._nodes.items()
-            if isinstance(node, DataNode) and self._is_large_literal(key)
-        }
+        return {key: value for key, value in self._literals.items() if _is_large(value)}
 
     def replace(self, futures: dict[Key, Any]) -> None:
         """Replace literals, or earlier futures, by futures."""
@@ -210,33 +199,25 @@ class SourceGraph:
         shared : dict
             Graph of shared tasks and the caller's futures.
         """
-        owners = self._owners(groups)
-        shared = {key: self._nodes[key] for key, owner in owners.items() if owner == _SHARED}
-        needed = {dep for node in shared.values() for dep in node.dependencies}
-        shared |= {key: self._nodes[key] for key in needed if key in self._nodes}
-        shared = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
-        readers = [self._reader(group, owners) for group in groups]
-        return readers, {**shared, **self._futures}
+        shared = {key: self._nodes[key] for key in self._shared_keys(groups)}
+        readers = [self._reader(group, shared) for group in groups]
+        inline = {dep for node in shared.values() for dep in node.dependencies} - shared.keys()
+        shared |= {key: self._nodes[key] for key in inline if key in self._nodes}
+        tasks = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
+        return readers, {**tasks, **self._futures}
 
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
         """Return the indices of the arrays of a block that depend on a step."""
         return [
-            i for i, own in enumerate(self._blocks.keys(block)) if key in self._steps_towards([own])
+            i
+            for i, own in enumerate(self._blocks.keys(block))
+            if key in _needed_keys([own], self._nodes)
         ]
 
     def first_block_needing(self, key: Key) -> Index:
         """Return the first block that depends on a step."""
         blocks = np.ndindex(self._blocks.grid)
         return next(block for block in blocks if self.arrays_needing(key, block))
-
-    def _steps_towards(self, keys: Iterable[Key]) -> set[Key]:
-        stack, steps = list(keys), set[Key]()
-        while stack:
-            key = stack.pop()
-            if key not in steps and key in self._nodes:
-                steps.add(key)
-                stack.extend(self._nodes[key].dependencies)
-        return steps
 
     def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
         """Return the stored chunk that contains an element of a block, if it is known.
@@ -258,8 +239,8 @@ class SourceGraph:
     def _literals(self) -> dict[Key, Any]:
         return {key: n.value for key, n in self._nodes.items() if isinstance(n, DataNode)}
 
-    def missing_chunks(self) -> Iterator[MissingChunks]:
-        """Yield the Zarr arrays with missing chunks, which a fit would read as fill values.
+    def missing_chunks(self) -> Iterator[str]:
+        """Yield a warning for each Zarr array with missing chunks, which are read as fill values.
 
         Zarr does not store chunks of nothing but the fill value, so that deleted chunks look the
         same. Each store is listed once.
@@ -272,47 +253,30 @@ class SourceGraph:
         for regions in by_array.values():
             missing = missing_chunks(regions)
             if missing:
-                yield MissingChunks(regions[0].array, missing)
+                yield _missing_chunks_warning(regions[0].array, missing)
 
-    def _owners(self, groups: Sequence[Sequence[Index]]) -> dict[Key, int]:
-        """Return the only group that needs each task, or ``_SHARED``."""
-        owners: dict[Key, int] = {}
-
-        def claim(keys: Iterable[Key], owner: int) -> None:
-            stack = list(keys)
+    def _shared_keys(self, groups: Sequence[Sequence[Index]]) -> list[Key]:
+        """Return the keys of large literals and of the tasks that several groups need."""
+        owners: dict[Key, int] = {}  # the only group that needs a key so far, or _SHARED
+        for i, group in enumerate(groups):
+            stack = [key for block in group for key in self._blocks.keys(block)]
             while stack:
                 key = stack.pop()
-                if key not in self._nodes or self._is_literal(key):
+                node = self._nodes.get(key)
+                if node is None or self._is_inline(node) or owners.get(key) in (i, _SHARED):
                     continue
-                known = owners.get(key)
-                if known in (owner, _SHARED):
-                    continue
-                # Needed by a second group: it and its dependencies become shared.
-                new = owner if known is None and not self._is_large_literal(key) else _SHARED
-                owners[key] = new
-                if new == _SHARED and owner != _SHARED:
-                    claim(self._nodes[key].dependencies, _SHARED)
-                else:
-                    stack.extend(self._nodes[key].dependencies)
+                is_shared = key in owners or isinstance(node, DataNode)
+                owners[key] = _SHARED if is_shared else i
+                stack.extend(node.dependencies)
+        return [key for key, owner in owners.items() if owner == _SHARED]
 
-        for i, group in enumerate(groups):
-            for block in group:
-                claim(self._blocks.keys(block), i)
-        return owners
-
-    def _is_literal(self, key: Key) -> bool:
-        node = self._nodes[key]
+    def _is_inline(self, node: GraphNode) -> bool:
+        """Whether a node is a literal that each group gets a copy of, or one of the futures."""
         if isinstance(node, Alias):
             return node.target in self._futures
-        return isinstance(node, DataNode) and not self._is_large_literal(key)
+        return isinstance(node, DataNode) and not _is_large(node.value)
 
-    def _is_large_literal(self, key: Key) -> bool:
-        node = self._nodes[key]
-        if not isinstance(node, DataNode) or not isinstance(node.value, np.ndarray):
-            return False
-        return bool(node.value.nbytes > _MAX_INLINE_BYTES)
-
-    def _reader(self, group: Sequence[Index], owners: dict[Key, int]) -> GroupReader:
+    def _reader(self, group: Sequence[Index], shared: Mapping[Key, GraphNode]) -> GroupReader:
         steps: dict[Key, GraphNode] = {}
         inputs: dict[Key, None] = {}
 
@@ -323,7 +287,7 @@ class SourceGraph:
                 key, dependencies_done = stack.pop()
                 if key in steps or key in inputs:
                     continue
-                if key not in self._nodes or owners.get(key) == _SHARED:
+                if key not in self._nodes or key in shared:
                     inputs[key] = None
                 elif dependencies_done:
                     steps[key] = self._nodes[key]
