@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
@@ -105,10 +106,8 @@ class BlockGroup:
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_large = is_large
-        self._following: BlockGroup | None = None
-        self._threads: ReadAhead | None = None
-        self._skipped: frozenset[int] = frozenset()
-        self._prefetched: tuple[frozenset[int], _Reading] | None = None
+        self._at_last: Callable[[], None] | None = None
+        self._prefetched: tuple[_Reading, frozenset[int], ReadAhead] | None = None
         self._cached: list[tuple[int, CachedBlock]] | None = None
         # Inputs from shared tasks would be read again in any case.
         self._may_cache = bool(reader.steps) and not reader.inputs
@@ -130,27 +129,27 @@ class BlockGroup:
         skipped : frozenset of int
             Flat indices of blocks.
         """
-        self._following, self._threads, self._skipped = following, threads, skipped
-
-    def _start_following(self) -> None:
-        if self._following is not None and self._threads is not None:
-            self._following._start_reading(self._threads, self._skipped)
+        self._at_last = None
+        if following is not None:
+            self._at_last = partial(following._start_reading, threads, skipped)
 
     def _start_reading(self, threads: ReadAhead, skipped: frozenset[int]) -> None:
         """Prefetch the first block, unless it is cached or depends on other tasks."""
         with _lock:
             wants = self._cached is None and self._prefetched is None and not self.reader.inputs
             if wants and threads.has_room():
-                items = self.reader.read((), skipped)
-                self._prefetched = skipped, _Reading.started(items, threads.pool)
+                reading = _Reading(self.reader.read((), skipped))
+                reading.prefetch(threads.pool)
+                self._prefetched = reading, skipped, threads
 
     def _reading(self, inputs: Sequence[Any], skipped: frozenset[int]) -> _Reading:
         with _lock:
             prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and self._threads is not None:
-            self._threads.taken()
-            if prefetched[0] == skipped:
-                return prefetched[1]
+        if prefetched is not None:
+            reading, skipped_then, threads = prefetched
+            threads.taken()
+            if skipped_then == skipped:
+                return reading
         return _Reading(self.reader.read(inputs, skipped))
 
     def __sizeof__(self) -> int:
@@ -180,7 +179,7 @@ class BlockGroup:
         cached: list[tuple[int, CachedBlock]] = []
         try:
             reading, count = self._reading(inputs, skipped), self.reader.count(skipped)
-            for read in _ahead(reading, count, self._start_following):
+            for read in _ahead(reading, count, self._at_last):
                 rows: CachedBlock | None = read.block
                 if reserved and read.block is None:
                     # A group is cached as a whole or not at all.
@@ -204,33 +203,35 @@ class BlockGroup:
             weakref.finalize(self, self._budget.release, reserved)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reading:
     """An iterator over blocks, the next of which may be prefetched."""
 
     items: Iterator[ReadBlock]
     prefetched: Future[ReadBlock] | None = None
 
-    @classmethod
-    def started(cls, items: Iterator[ReadBlock], pool: ThreadPoolExecutor) -> _Reading:
+    def prefetch(self, pool: ThreadPoolExecutor) -> None:
         """Prefetch the next block in a thread of the pool."""
-        return cls(items, pool.submit(contextvars.copy_context().run, next, items))
+        self.prefetched = pool.submit(contextvars.copy_context().run, next, self.items)
 
     def next(self) -> ReadBlock:
         """Wait for the next block and return it."""
-        return next(self.items) if self.prefetched is None else self.prefetched.result()
+        future, self.prefetched = self.prefetched, None
+        return next(self.items) if future is None else future.result()
 
 
-def _ahead(reading: _Reading, count: int, at_last: Callable[[], None]) -> Iterator[ReadBlock]:
+def _ahead(
+    reading: _Reading, count: int, at_last: Callable[[], None] | None
+) -> Iterator[ReadBlock]:
     """Yield blocks while another thread reads the next one.
 
     ``at_last`` is called before the last block is yielded.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as pool:
-        for _ in range(count - 1):
+        for remaining in reversed(range(count)):
             item = reading.next()
-            reading = _Reading.started(reading.items, pool)
+            if remaining:
+                reading.prefetch(pool)
+            elif at_last is not None:
+                at_last()
             yield item
-        item = reading.next()
-        at_last()
-        yield item
