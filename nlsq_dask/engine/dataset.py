@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -36,6 +36,7 @@ from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 
 _MAX_ATTEMPTS = 4  # at a pass, if workers are lost
+_LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, WorkersReplacedError)
 
 
 class DataSet:
@@ -69,9 +70,9 @@ class DataSet:
         self._source = SourceGraph(blocks, policy)
         self._literals = self._source.large_literals
         self._block_groups = groups
+        self._all_needed = self._needed_groups(frozenset())
         self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
         self._distribute()
-        self._all_sizes = self._amounts(range(len(groups)), frozenset())
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
             self._read_ahead = ReadAhead(self._workers.max_threads)
@@ -82,7 +83,6 @@ class DataSet:
         self._source.replace(broadcast(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
-        self._members = [{index for index, *_ in reader.blocks} for reader in readers]
         block_groups = [
             BlockGroup(reader, n_bytes, self._budget, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
@@ -132,29 +132,28 @@ class DataSet:
         ClusterLostError
             If the scheduler is lost, or workers are lost repeatedly.
         """
-        partials = PartialResults(self._amounts_of(request), dict(known or {}))
+        skipped = request.skipped
+        groups, amounts = self._needed_groups(skipped) if skipped else self._all_needed
+        partials = PartialResults(amounts, dict(known or {}))
         watch(partials)
         result: PassResult[S] = self._run_with_recovery(
-            lambda: self._tree(kernel, request, partials.values), partials, watch
+            lambda: self._tree(kernel, request, groups, partials.values), watch, partials
         )
         return result
 
     def _run_with_recovery(
-        self, make_tree: Callable[[], Tree], partials: PartialResults, watch: Watch
+        self, make_tree: Callable[[], Tree], watch: Watch, partials: PartialResults | None = None
     ) -> Any:
         """Run a tree; after workers are lost, distribute the data again and rebuild it."""
+        if partials is None:  # of a tree with a single node
+            partials = PartialResults(np.zeros((1, 3), np.int64))
         attempt = 1
         while True:
             try:
                 return execute(make_tree(), self._workers, partials, watch)
             except ReadFailedError as failed:
                 raise self._read_failure(failed.read_error) from failed.cause
-            except (
-                FutureCancelledError,
-                FuturesCancelledError,
-                KilledWorker,
-                WorkersReplacedError,
-            ) as error:
+            except _LOST_WORKERS as error:
                 self._recover(error, attempt)
                 partials.drop_missing()
             attempt += 1
@@ -186,7 +185,13 @@ class DataSet:
                 "then fit again."
             ) from timeout
 
-    def _tree(self, kernel: Kernel[S], request: PassRequest, known: Mapping[Node, Any]) -> Tree:
+    def _tree(
+        self,
+        kernel: Kernel[S],
+        request: PassRequest,
+        groups: Sequence[int],
+        known: Mapping[Node, Any],
+    ) -> Tree:
         graph = TaskGraph(self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
@@ -195,45 +200,34 @@ class DataSet:
             graph.constant("request", request),
         )
 
-        needed = self._needed_groups(request)
-
         def leaf(i: int) -> TaskRef:
-            number = needed[i]
+            number = groups[i]
             group = graph.constant(f"group-{number}", self._groups[number])
             inputs = self._inputs[number]
             return graph.task("sum-rows", number, reduce_group, group, *constants, inputs=inputs)
 
-        tree = graph.tree(len(needed), leaf, combine, known)
+        tree = graph.tree(len(groups), leaf, combine, known)
         if self._read_ahead is not None:
             # Groups finish in order, so the next group of a thread is max_threads places ahead.
-            positions = list(tree.leaves)
-            order = graph.order_of(list(tree.leaves.values()))
-            turns = [self._groups[needed[positions[i]]] for i in order]
+            turns = [self._groups[groups[i]] for i in tree.leaves_in_order()]
             following = turns[self._workers.max_threads :]
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead, request.skipped)
         return tree
 
-    def _needed_groups(self, request: PassRequest) -> list[int]:
-        """Return the groups with at least one block that is not skipped."""
-        if not request.skipped:
-            return list(range(len(self._members)))
-        return [i for i, own in enumerate(self._members) if not own <= request.skipped]
-
-    def _amounts_of(self, request: PassRequest) -> NDArray[np.int64]:
-        """Return the ``Amount`` of each needed group."""
-        if not request.skipped:
-            return self._all_sizes
-        return self._amounts(self._needed_groups(request), request.skipped)
-
-    def _amounts(self, groups: Iterable[int], skipped: frozenset[int]) -> NDArray[np.int64]:
-        sizes = []
-        for i in groups:
-            blocks = list(self._members[i] - skipped)
-            rows = self._block_rows.flat[blocks].sum()
-            share = len(blocks) / len(self._members[i])
-            sizes.append((len(blocks), rows, share * self.memory.group_bytes[i]))
-        return np.array(sizes, np.int64).reshape(-1, 3)
+    def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:
+        """Return the groups with a block that is not skipped, and the ``Amount`` of each."""
+        group_sizes = [len(group) for group in self._block_groups]
+        # Groups hold the blocks with rows in their order.
+        rows = self._block_rows.copy()
+        rows.flat[list(skipped)] = 0
+        rows = rows[self._block_rows > 0]
+        starts = np.cumsum([0, *group_sizes[:-1]])
+        n_blocks = np.add.reduceat(rows > 0, starts, dtype=np.int64)
+        n_bytes = n_blocks / group_sizes * self.memory.group_bytes
+        amounts = np.stack([n_blocks, np.add.reduceat(rows, starts), n_bytes], axis=1)
+        needed = np.flatnonzero(n_blocks)
+        return needed.tolist(), amounts[needed].astype(np.int64)
 
     def sample(
         self,
@@ -259,7 +253,7 @@ class DataSet:
             ]
             return graph.of_one(graph.task("sample-join", 0, combine, *leaves))
 
-        sample: PassResult[Sums] = self._run_with_recovery(tree, _single_result(), watch)
+        sample: PassResult[Sums] = self._run_with_recovery(tree, watch)
         return sample
 
     def _read_failure(self, read_error: ReadError) -> BlockReadError:
@@ -309,7 +303,7 @@ class DataSet:
             )
 
         first: tuple[int, Index, Index] | None = self._run_with_recovery(
-            tree, _single_result(), lambda partials: None
+            tree, lambda partials: None
         )
         if first is None:
             return block, ""
@@ -325,8 +319,3 @@ class DataSet:
     def missing_chunks(self) -> list[str]:
         """Return warnings about chunks that are missing in Zarr stores."""
         return list(self._source.missing_chunks())
-
-
-def _single_result() -> PartialResults:
-    """Return partial results of a tree with a single node."""
-    return PartialResults(np.zeros((1, 3), np.int64))

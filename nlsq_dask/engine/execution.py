@@ -54,6 +54,11 @@ class PartialResults:
     def __post_init__(self) -> None:
         self._sums = np.concatenate([np.zeros((1, 3), np.int64), self.sizes.cumsum(axis=0)])
 
+    @property
+    def futures(self) -> dict[Node, Future[Any]]:
+        """The values that are futures."""
+        return {n: v for n, v in self.values.items() if isinstance(v, Future)}
+
     def add(self, node: Node, value: Any) -> None:
         """Add a partial result and remove those inside it."""
         level, i = node
@@ -70,17 +75,14 @@ class PartialResults:
 
     def drop_missing(self) -> None:
         """Remove results that were lost with their workers."""
-        missing = [
-            n for n, v in self.values.items() if isinstance(v, Future) and v.status != "finished"
-        ]
-        for node in missing:
-            del self.values[node]
+        for node, future in self.futures.items():
+            if future.status != "finished":
+                del self.values[node]
 
     def release(self) -> None:
         """Release the futures."""
-        for value in self.values.values():
-            if isinstance(value, Future):
-                value.release()
+        for future in self.futures.values():
+            future.release()
 
     @property
     def total(self) -> Amount:
@@ -99,7 +101,7 @@ class PartialResults:
 
     def collect(self) -> dict[Node, Any]:
         """Return the partial results, gathered from the workers if they still exist."""
-        futures = {n: v for n, v in self.values.items() if isinstance(v, Future)}
+        futures = self.futures
         if not futures:
             return dict(self.values)
         client = next(iter(futures.values())).client
@@ -135,9 +137,6 @@ async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[An
 
 
 Watch = Callable[[PartialResults], None]
-
-
-_REPLACED = "all workers were replaced"
 
 
 class WorkersReplacedError(Exception):
@@ -188,11 +187,7 @@ def _run_on_cluster(
                 with finished.thread_condition:
                     finished.thread_condition.wait(timeout=0.1)
                 if time.monotonic() - watched > 1.0:
-                    watch(partials)
-                    # After a time without workers, a scheduler may never run tasks that preferred
-                    # a lost worker, even if they allow others.
-                    if workers.are_replaced:
-                        raise WorkersReplacedError(_REPLACED)
+                    _check(workers, partials, watch)
                     watched = time.monotonic()
             future: Future[Any] = next(finished)
             if future.status != "finished":
@@ -203,7 +198,7 @@ def _run_on_cluster(
                 return _fetch(future, workers, partials, watch)
     finally:
         # Explicitly, because an exception from a future keeps it and this frame alive.
-        kept = {value.key for value in partials.values.values() if isinstance(value, Future)}
+        kept = {future.key for future in partials.futures.values()}
         for future in futures:
             if future.key not in kept:
                 future.release()
@@ -221,10 +216,19 @@ def _fetch(future: Future[Any], workers: Workers, partials: PartialResults, watc
         except TimeoutError:
             if future.status == "error":
                 raise
-            watch(partials)
-            if workers.are_replaced:
-                raise WorkersReplacedError(_REPLACED) from None
+        _check(workers, partials, watch)
         patience *= 2
+
+
+def _check(workers: Workers, partials: PartialResults, watch: Watch) -> None:
+    """Call ``watch``; raise a WorkersReplacedError if all workers were replaced.
+
+    After a time without workers, a scheduler may never run tasks that preferred a lost worker, even
+    if they allow others.
+    """
+    watch(partials)
+    if workers.are_replaced:
+        raise WorkersReplacedError("all workers were replaced")
 
 
 @contextmanager

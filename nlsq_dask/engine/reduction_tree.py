@@ -7,7 +7,7 @@ execution, so the sums have the same bits on every cluster.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -77,23 +77,16 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     if workers.client is None:
         return values
     token = uuid.uuid4().hex
-    if not workers.threads:  # a cluster that is still starting
-        keys = [f"nlsq-{name}-{token}-{i}" for i in range(len(values))]
-        return list(
-            workers.client.map(from_opaque, [to_opaque(value) for value in values], key=keys)
-        )
     futures: dict[int, Any] = {}
-    for address, share in workers.assign(list(enumerate(values))).items():
-        if not share:
-            continue
+    for address, share in workers.assign(len(values)).items():
         placed = workers.client.map(
             from_opaque,
-            [to_opaque(value) for _, value in share],
-            key=[f"nlsq-{name}-{token}-{i}" for i, _ in share],
-            workers=[address],
-            allow_other_workers=True,
+            [to_opaque(values[i]) for i in share],
+            key=[f"nlsq-{name}-{token}-{i}" for i in share],
+            workers=address,
+            allow_other_workers=address is not None,
         )
-        futures.update(zip((i for i, _ in share), placed, strict=True))
+        futures.update(zip(share, placed, strict=True))
     return [futures[i] for i in range(len(values))]
 
 
@@ -120,6 +113,11 @@ class Tree:
     root: TaskRef
     leaves: dict[int, TaskRef]  # leaves to compute
     nodes: dict[Any, Node]  # nodes to compute, by key
+
+    def leaves_in_order(self) -> list[int]:
+        """Return the positions of the leaves to compute, in the order in which Dask runs them."""
+        priorities = order(self.tasks)
+        return sorted(self.leaves, key=lambda i: priorities[self.leaves[i].key])
 
 
 class TaskGraph:
@@ -175,14 +173,12 @@ class TaskGraph:
             Partial results that are not recomputed.
         """
         sizes = _level_sizes(n_leaves)
-        inside = {
-            (level, j)
-            for upper, i in known
-            for level in range(upper)
-            for j in range(
-                i * TREE_WIDTH ** (upper - level), (i + 1) * TREE_WIDTH ** (upper - level)
-            )
-        }
+        levels = range(len(sizes))
+
+        def is_inside_known(level: int, i: int) -> bool:
+            above = levels[level + 1 :]
+            return any((upper, i // TREE_WIDTH ** (upper - level)) in known for upper in above)
+
         leaves: dict[int, TaskRef] = {}
         nodes: dict[Any, Node] = {}
         below: list[TaskRef | None] = []
@@ -190,7 +186,7 @@ class TaskGraph:
             nodes_above: list[TaskRef | None] = []
             for i in range(size):
                 children = below[i * TREE_WIDTH : (i + 1) * TREE_WIDTH]
-                if (level, i) in inside:
+                if is_inside_known(level, i):
                     nodes_above.append(None)
                 elif (level, i) in known:
                     nodes_above.append(self.constant(f"partial-{level}-{i}", known[level, i]))
@@ -207,11 +203,6 @@ class TaskGraph:
         (root,) = below
         assert root is not None
         return Tree(self._tasks, root, leaves, nodes)
-
-    def order_of(self, tasks: Sequence[TaskRef]) -> list[int]:
-        """Return the indices of tasks in the order in which Dask runs them."""
-        priorities = order(self._tasks)
-        return sorted(range(len(tasks)), key=lambda i: priorities[tasks[i].key])
 
     def of_one(self, result: TaskRef) -> Tree:
         """Return the tree of a single result."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import dask
 from dask.base import get_scheduler
@@ -102,10 +102,18 @@ class Workers:
         platforms = {platform for answer in answers if answer for platform in answer}
         return tuple(sorted(platforms)) or (CPU,)
 
-    def assign(self, items: list[Any]) -> dict[str, list[Any]]:
-        """Distribute items over the processes in proportion to their threads."""
-        turns = [address for address, count in self.threads.items() for _ in range(count)]
-        return {
-            address: [item for i, item in enumerate(items) if turns[i % len(turns)] == address]
-            for address in self.threads
-        }
+    def assign(self, n_items: int) -> dict[str | None, list[int]]:
+        """Distribute items over the processes in proportion to their threads.
+
+        Returns
+        -------
+        dict
+            Indices of the items by address; None is the address of all items if the cluster is
+            still starting.
+        """
+        turns: list[str | None] = [a for a, count in self.threads.items() for _ in range(count)]
+        turns = turns or [None]
+        shares: defaultdict[str | None, list[int]] = defaultdict(list)
+        for i in range(n_items):
+            shares[turns[i % len(turns)]].append(i)
+        return shares
