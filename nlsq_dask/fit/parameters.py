@@ -89,32 +89,30 @@ def parse_parameters(
     separate_x = _separate_x(signature, p0, n_x, x_parts)
     names = _names(signature, p0, param_names, separate_x)
     low, high = _bounds(bounds, names)
-    start = np.ones(len(names))
-    given, has_default = np.zeros(len(names), bool), np.zeros(len(names), bool)
     # Defaults are matched by position, whatever the names in param_names.
-    for i, original in enumerate(signature.names[: len(names)]):
-        if original in signature.defaults:
-            start[i], has_default[i] = signature.defaults[original], True
+    defaults = {
+        name: signature.defaults[original]
+        for name, original in zip(names, signature.names, strict=False)
+        if original in signature.defaults
+    }
+    given: dict[str, float] = {}
     if isinstance(p0, Mapping):
         _reject_unknown(p0, names, "p0")
-        for name, value in p0.items():
-            start[names.index(name)] = _real(value, f"p0[{name!r}]")
-            given[names.index(name)] = True
+        given = {name: _real(value, f"p0[{name!r}]") for name, value in p0.items()}
     elif p0 is not None:
-        start = _vector(p0, "p0")
-        given[:] = True
-    for i, name in enumerate(names):
-        if not np.isfinite(start[i]):
-            raise ValueError(f"p0 of parameter {name!r} is {start[i]}; expected a finite number.")
-        if given[i] and not low[i] <= start[i] <= high[i]:
+        given = dict(zip(names, _vector(p0, "p0"), strict=True))
+    start = np.array([given.get(name, defaults.get(name, 1.0)) for name in names])
+    for name, value, a, b in zip(names, start, low, high, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"p0 of parameter {name!r} is {value}; expected a finite number.")
+        if name in given and not a <= value <= b:
             raise ValueError(
-                f"p0 of parameter {name!r} is {start[i]:g}, outside its bounds [{low[i]:g}, "
-                f"{high[i]:g}]. Move p0 inside or widen the bounds."
+                f"p0 of parameter {name!r} is {value:g}, outside its bounds [{a:g}, {b:g}]. Move "
+                f"p0 inside or widen the bounds."
             )
-    start = np.where(given, start, _inside(start, low, high))
-    left_out = ~(given | has_default) if isinstance(p0, Mapping) else np.zeros(len(names), bool)
-    not_given = tuple(itertools.compress(names, left_out))
-    return Parameters(names, start, low, high, not_given)
+    start = np.where([name in given for name in names], start, _inside(start, low, high))
+    not_given = [name for name in names if name not in given and name not in defaults]
+    return Parameters(names, start, low, high, () if p0 is None else tuple(not_given))
 
 
 def _inside(start: Vector, low: Vector, high: Vector) -> Vector:

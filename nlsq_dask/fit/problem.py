@@ -126,8 +126,7 @@ def validate_arguments(
     traced = Model(model, n_params, blocks.layout, config.dtype)
     for notice in blocks.notices:
         warn_caller(notice, DataWarning)
-    for notice in _model_notices(traced):
-        warn_caller(notice)
+    _warn_of_float32(traced)
     return FitProblem(
         config=config,
         model=traced,
@@ -199,12 +198,11 @@ def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
     return GroupVariance(config.group_variance_lambda, tuple((int(a), int(b)) for a, b in indices))
 
 
-def _model_notices(model: Model) -> list[str]:
-    """Return notices about the model."""
+def _warn_of_float32(model: Model) -> None:
+    """Warn if a model in float64 uses arrays in float32."""
     names = float32_constants(model) if model.dtype == "float64" else []
-    if not names:
-        return []
-    return [
-        f"the model uses {', '.join(names)}, float32 JAX arrays created outside of it, which "
-        f"have only 7 digits. Use NumPy arrays, or create them inside the model."
-    ]
+    if names:
+        warn_caller(
+            f"the model uses {', '.join(names)}, float32 JAX arrays created outside of it, which "
+            f"have only 7 digits. Use NumPy arrays, or create them inside the model."
+        )
