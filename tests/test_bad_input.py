@@ -74,7 +74,7 @@ TABLE: dict[str, Case] = {
     "the start: an unknown name": (
         dict(p0={"z": 1}),
         ValueError,
-        "p0 names 'z'; the parameters are a, b, c.",
+        "unknown parameter names in p0: 'z'. The parameters are a, b, c.",
     ),
     "the start: NaN": (
         dict(p0=[1, np.nan, 1]),
@@ -104,8 +104,8 @@ TABLE: dict[str, Case] = {
     "the start: no number of parameters": (
         dict(model=lambda x, *p: x * p[0]),
         ValueError,
-        "the model takes *params, so their number is not known: pass p0 as a sequence, or "
-        "param_names.",
+        "the model takes *params, so the number of parameters is unknown. Pass p0 as a sequence, "
+        "or param_names.",
     ),
     "the start: names twice": (
         dict(param_names=["a", "a", "b"]),
@@ -115,7 +115,7 @@ TABLE: dict[str, Case] = {
     "the start: too few names": (
         dict(param_names=["a"]),
         ValueError,
-        "param_names has 1 names for 3 parameters.",
+        "param_names must have 3 names, one per parameter; got 1.",
     ),
     # --- the bounds
     "the bounds: crossed": (
@@ -126,7 +126,8 @@ TABLE: dict[str, Case] = {
     "the bounds: too many values": (
         dict(bounds=([0] * 4, [1] * 4)),
         ValueError,
-        "the lower bounds have 4 values for 3 parameters.",
+        "the lower bounds have 4 values for 3 parameters. Pass one value for all parameters, or "
+        "one per parameter.",
     ),
     "the bounds: not a pair": (
         dict(bounds=(0, 1, 2)),
@@ -136,7 +137,7 @@ TABLE: dict[str, Case] = {
     "the bounds: an unknown name": (
         dict(bounds={"z": (0, 1)}),
         ValueError,
-        "bounds names 'z'; the parameters are a, b, c.",
+        "unknown parameter names in bounds: 'z'. The parameters are a, b, c.",
     ),
     "the bounds: None": (
         dict(bounds=(0, [1, None, 2])),
@@ -492,15 +493,15 @@ TABLE: dict[str, Case] = {
         dict(y=np.full(N, np.nan), nan_policy="omit"),
         nd.DataError,
         "none of the 4,000 rows can be used: each is masked, or holds NaN or infinity in y_data, "
-        "x_data or sigma. Check each of them separately: an array without finite values or an "
-        "inverted mask excludes all rows.",
+        "x_data or sigma. Check these arrays and the mask one by one: an array without finite "
+        "values, or an inverted mask, excludes all rows.",
     ),
     "what is in them: all masked": (
         dict(y=np.ma.masked_all(N)),
         nd.DataError,
         "none of the 4,000 rows can be used: each is masked, or holds NaN or infinity in y_data, "
-        "x_data or sigma. Check each of them separately: an array without finite values or an "
-        "inverted mask excludes all rows.",
+        "x_data or sigma. Check these arrays and the mask one by one: an array without finite "
+        "values, or an inverted mask, excludes all rows.",
     ),
     "what is in them: huge numbers": (
         dict(y=Y * 1e200),

@@ -83,8 +83,8 @@ def test_a_dict_that_is_taken_for_something_else(model: Any) -> None:
 def test_x_as_separate_arguments(x: Any, parts: str) -> None:
     assert message(separate, x, NAMED) == (
         "p0 has 2 values, but the model takes 3 parameters (lat, a, b). Pass one value per "
-        f"parameter. If lat belongs to x: the model gets x as one argument, so write "
-        f"`def model(x, a, b)`, and begin with `t, lat = {parts}`."
+        f"parameter. If lat is part of x: the model gets all arrays of x as its first argument, "
+        f"so write `def model(x, a, b)`, and begin its body with `t, lat = {parts}`."
     )
 
 
@@ -166,8 +166,9 @@ def test_rows_picked_by_a_condition() -> None:
 )
 def test_a_start_for_parameters_in_a_vector(n: int, names: str) -> None:
     assert message(lambda x, p: p[0] * x, T, p0=[1.0] * n) == (
-        f"p0 has {n} values, but the model takes 1 parameter (p). Each parameter is an argument of "
-        f"its own: write `def model(x, {names})`, or `def model(x, *p)` for a tuple p of them."
+        f"p0 has {n} values, but the model takes 1 parameter (p). The model needs an argument "
+        f"for each parameter: write `def model(x, {names})`, or `def model(x, *p)`, where p is a "
+        f"tuple of all parameters."
     )
 
 
@@ -188,7 +189,7 @@ def test_bounds_in_pairs(pairs: Any) -> None:
             lambda x, *p: p[0] * x, T, Y, [1.0] * len(pairs), pairs
         )
     assert str(caught.value).endswith(
-        "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
+        "If you have a list of (low, high) pairs, write bounds=tuple(zip(*pairs))."
     )
 
 
@@ -203,8 +204,12 @@ def wave(x: Any, height: Any, width: Any, offset: Any, slope: Any = 0.1) -> Any:
 @pytest.mark.parametrize(
     ("p0", "bounds", "remark"),
     [
-        ({"height": 1}, None, "Not in p0, so they start at: width = 1, offset = 1"),
-        ({"height": 1, "width": 2}, {"offset": (2, 4)}, "Not in p0, so they start at: offset = 3"),
+        ({"height": 1}, None, "Parameters missing in p0 start at: width = 1, offset = 1"),
+        (
+            {"height": 1, "width": 2},
+            {"offset": (2, 4)},
+            "Parameters missing in p0 start at: offset = 3",
+        ),
         ({"height": 1, "width": 2, "offset": 0}, None, ""),
         (None, None, ""),
         ([1, 1, 1], None, ""),

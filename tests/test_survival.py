@@ -360,7 +360,7 @@ def test_workers_that_are_lost_again_and_again_while_the_sample_is_read(
         process_client.as_current(),
         pytest.raises(
             nd.ClusterLostError,
-            match=r"in each of 4 attempts at a pass \(all workers were replaced\)",
+            match=r"in each of 4 attempts to read the data \(all workers were replaced\)",
         ),
     ):
         surviving_fit.fit()

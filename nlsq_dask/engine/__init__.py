@@ -1,1 +1,1 @@
-"""The engine runs a fit on Dask: one task per block group, a fixed tree of sums."""
+"""Sums over the data on Dask: one task per group of blocks, and a fixed tree that adds the sums."""

@@ -1,4 +1,4 @@
-"""``BlockGroup``: the blocks of one task, cached on a worker between passes."""
+"""``BlockGroup``: neighboring blocks that one task reads and may cache for later passes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from nlsq_dask.rows.rows import Rows
 CachedBlock = Rows | PlacedRows
 
 _cached_bytes: Counter[str] = Counter()
-_released: deque[tuple[str, int]] = deque()
+_released: deque[tuple[str, int]] = deque()  # not yet subtracted from _cached_bytes
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """The limit on cached bytes of one fit in each process."""
+    """Limit on the bytes of blocks that one fit caches in each process."""
 
-    fit: str  # unique name
-    process_bytes: int
+    fit: str  # unique name of the fit
+    process_bytes: int  # maximum per process
 
     def reserve(self, n_bytes: int) -> bool:
-        """Reserve bytes in this process; return False if too few remain."""
+        """Reserve bytes in this process, or return False if fewer are free."""
         with _lock:
             _settle()
             if _cached_bytes[self.fit] + n_bytes > self.process_bytes:
@@ -40,12 +40,15 @@ class CacheBudget:
             return True
 
     def release(self, n_bytes: int) -> None:
-        """Release bytes; takes no lock, because the garbage collector may call it at any time."""
+        """Give reserved bytes back.
+
+        The garbage collector may call this at any time, so no lock is taken.
+        """
         _released.append((self.fit, n_bytes))
 
 
 def cached_bytes() -> int:
-    """Return the number of cached bytes in this process, over all fits."""
+    """Return the bytes of all cached blocks in this process, over all fits."""
     with _lock:
         _settle()
         return _cached_bytes.total()
@@ -60,43 +63,47 @@ def _settle() -> None:
 
 
 class ReadAhead:
-    """A thread pool that prefetches blocks, at most one per thread.
+    """A thread pool that reads blocks before they are needed.
 
     Parameters
     ----------
     n_threads : int
+        Number of threads, and the maximum number of blocks that are read but not yet used.
     """
 
     def __init__(self, n_threads: int) -> None:
         self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="nlsq-read-ahead")
-        self._room = threading.Semaphore(n_threads)
+        self._places = threading.Semaphore(n_threads)
 
-    def has_room(self) -> bool:
-        """Reserve room for one more block; return False if there is none."""
-        return self._room.acquire(blocking=False)
+    def reserve_place(self) -> bool:
+        """Reserve a place for one more block; return False if all places are taken."""
+        return self._places.acquire(blocking=False)
 
-    def taken(self) -> None:
-        """Free the room of a block that was consumed."""
-        self._room.release()
+    def free_place(self) -> None:
+        """Free the place of a block that is now in use."""
+        self._places.release()
 
     def close(self) -> None:
-        """Wait for running reads and cancel the others."""
+        """Wait for running reads, and cancel those that have not started."""
         self.pool.shutdown(cancel_futures=True)
 
 
 class BlockGroup:
-    """The reader of the blocks of one task, and the blocks if they are cached.
+    """Neighboring blocks that one task reads, and keeps for later passes over the data if they fit.
 
-    A pickled copy has no cached blocks. Garbage collection releases the bytes to the budget.
+    A pickled copy has no cached blocks. When a group is deleted, the budget gets its bytes back.
 
     Parameters
     ----------
     reader : GroupReader
+        Reads the blocks.
     n_bytes : int
         Size of all blocks.
     budget : CacheBudget
+        Limits the size of cached blocks.
     is_large : bool
-        Whether ``sizeof`` includes the blocks, so that a scheduler does not move the group.
+        If True, ``sizeof`` counts the blocks, so that the Dask scheduler does not move the group to
+        another worker.
     """
 
     def __init__(
@@ -118,26 +125,28 @@ class BlockGroup:
     def read_ahead_of(
         self, following: BlockGroup | None, threads: ReadAhead, skipped: frozenset[int]
     ) -> None:
-        """Make this group prefetch from another one while its own last block is computed.
+        """Read the first block of another group while the last block of this one is computed.
 
-        Both must be in this process.
+        Both groups must be in this process.
 
         Parameters
         ----------
         following : BlockGroup or None
+            The other group, or None to read nothing ahead.
         threads : ReadAhead
+            Reads the block.
         skipped : frozenset of int
-            Flat indices of blocks.
+            Flat indices of blocks that are not read.
         """
         self._at_last = None
         if following is not None:
             self._at_last = partial(following._start_reading, threads, skipped)
 
     def _start_reading(self, threads: ReadAhead, skipped: frozenset[int]) -> None:
-        """Prefetch the first block, unless it is cached or depends on other tasks."""
+        """Start to read the first block, unless it is cached or needs results of other tasks."""
         with _lock:
             wants = self._cached is None and self._prefetched is None and not self.reader.inputs
-            if wants and threads.has_room():
+            if wants and threads.reserve_place():
                 reading = _Reading(self.reader.read((), skipped))
                 reading.prefetch(threads.pool)
                 self._prefetched = reading, skipped, threads
@@ -147,7 +156,7 @@ class BlockGroup:
             prefetched, self._prefetched = self._prefetched, None
         if prefetched is not None:
             reading, skipped_then, threads = prefetched
-            threads.taken()
+            threads.free_place()
             if skipped_then == skipped:
                 return reading
         return _Reading(self.reader.read(inputs, skipped))
@@ -158,18 +167,19 @@ class BlockGroup:
     def blocks(
         self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Rows], CachedBlock]
     ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
-        """Yield the flat index of each block, its rows, and its ``ReadBlock`` unless it was cached.
+        """Yield the flat index, the rows and the ``ReadBlock`` of each block.
 
-        The rows of an unreadable block are None.
+        The rows are None if the block could not be read. The ``ReadBlock`` is None if the block was
+        cached.
 
         Parameters
         ----------
         inputs : sequence
-            Results of the tasks in ``reader.inputs``.
+            Results of the tasks ``reader.inputs``, in that order.
         skipped : frozenset of int
-            Flat indices of blocks.
+            Flat indices of blocks that are neither read nor yielded.
         place : callable
-            Moves a block to the memory in which it is cached.
+            Copies a block to the memory in which it is cached, for instance that of a GPU.
         """
         if self._cached is not None:
             yield from ((index, rows, None) for index, rows in self._cached if index not in skipped)
@@ -205,17 +215,17 @@ class BlockGroup:
 
 @dataclass
 class _Reading:
-    """An iterator over blocks, the next of which may be prefetched."""
+    """An iterator over blocks; another thread may already be reading the next block."""
 
     items: Iterator[ReadBlock]
     prefetched: Future[ReadBlock] | None = None
 
     def prefetch(self, pool: ThreadPoolExecutor) -> None:
-        """Prefetch the next block in a thread of the pool."""
+        """Start to read the next block in a thread of the pool."""
         self.prefetched = pool.submit(contextvars.copy_context().run, next, self.items)
 
     def next(self) -> ReadBlock:
-        """Wait for the next block and return it."""
+        """Return the next block; wait for it if another thread is reading it."""
         future, self.prefetched = self.prefetched, None
         return next(self.items) if future is None else future.result()
 
@@ -223,9 +233,9 @@ class _Reading:
 def _ahead(
     reading: _Reading, count: int, at_last: Callable[[], None] | None
 ) -> Iterator[ReadBlock]:
-    """Yield blocks while another thread reads the next one.
+    """Yield ``count`` blocks; while the caller uses one, another thread reads the next one.
 
-    ``at_last`` is called before the last block is yielded.
+    When all blocks are read, and before the last one is yielded, ``at_last`` is called.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as pool:
         for remaining in reversed(range(count)):

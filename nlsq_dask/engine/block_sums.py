@@ -1,4 +1,4 @@
-"""``BlockSums``: statistics of the residuals of each block."""
+"""``BlockSums``: statistics of the residuals of each block of the data."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class BlockSums:
-    """Statistics of m blocks; arrays of shape (m,)."""
+    """Statistics of the residuals r of m blocks. Each field is an array of shape (m,)."""
 
-    index: NDArray[np.int64]  # flat index in the grid
-    chi2: NDArray[np.float64]  # sum of r^2
-    n_used: NDArray[np.int64]  # rows used
-    largest: NDArray[np.float64]  # largest |r|
+    index: NDArray[np.int64]  # flat index of the block in the grid
+    chi2: NDArray[np.float64]  # sum of r^2 over the block
+    n_used: NDArray[np.int64]  # number of rows that are not masked or omitted
+    largest: NDArray[np.float64]  # largest |r| in the block
 
     @classmethod
     def of(cls, index: int, chi2: float, n_used: int, largest: float) -> Self:
-        """Return the statistics of one block."""
+        """Return a record of one block, with m = 1."""
         return cls(np.array([index]), np.array([chi2]), np.array([n_used]), np.array([largest]))
 
     @classmethod
     def concatenate(cls, records: Sequence[Self]) -> Self:
-        """Concatenate the blocks of several records."""
+        """Return one record of all blocks of several records."""
         return cls(*(np.concatenate([getattr(r, f.name) for r in records]) for f in fields(cls)))

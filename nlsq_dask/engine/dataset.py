@@ -1,4 +1,4 @@
-"""``DataSet``: reduce the rows, or sample them."""
+"""``DataSet``: sums over all rows of the data, and samples of rows, computed on Dask."""
 
 from __future__ import annotations
 
@@ -40,17 +40,19 @@ _LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, Work
 
 
 class DataSet:
-    """Row blocks that are reduced and sampled on the active Dask scheduler.
+    """Sums over all rows, and samples of rows, on the active Dask scheduler.
 
-    The graph is analyzed once, and block groups stay on the workers until ``close``.
+    The Dask graph of the data is analyzed once. Neighboring blocks form groups, each of which one
+    task reads; the groups stay on the workers until ``close``.
 
     Parameters
     ----------
     blocks : RowBlocks
+        The data.
     cache : int or "auto"
-        Bytes of blocks to cache in the memory of the workers.
+        Maximum bytes of blocks that all workers together keep in memory between passes.
     policy : ReadPolicy, optional
-        How failed reads are handled.
+        How failed reads are handled. By default, the first one is an error.
 
     Raises
     ------
@@ -79,7 +81,7 @@ class DataSet:
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def _distribute(self) -> None:
-        """Send block groups and arrays in memory to the workers."""
+        """Send the groups of blocks, and the arrays that are in memory, to the workers."""
         self._source.replace(broadcast(self._literals, self._workers.client))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
@@ -90,7 +92,7 @@ class DataSet:
         self._groups = pin("group", block_groups, self._workers)
 
     def close(self) -> None:
-        """Release everything on the workers."""
+        """Release all data on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._groups, self._kernel, self._shared = [], None, {}
@@ -103,7 +105,7 @@ class DataSet:
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """JAX platforms of the processes that run kernels."""
+        """JAX platforms, such as "cpu" and "gpu", of the processes that run tasks."""
         return self._workers.platforms()
 
     def reduce(
@@ -113,24 +115,27 @@ class DataSet:
         known: Mapping[Node, PassResult[S]] | None = None,
         watch: Watch = lambda partials: None,
     ) -> PassResult[S]:
-        """Sum over all rows except those of skipped blocks: one pass.
+        """Return sums over all rows, except those of skipped blocks: one pass over the data.
 
         Parameters
         ----------
         kernel : Kernel
+            Computes the sums over one block.
         request : PassRequest
+            The parameters at which sums are computed, and the blocks to skip.
         known : mapping of Node to PassResult, optional
-            Partial results of an interrupted pass with the same kernel and request.
+            Partial results of an interrupted pass with the same kernel and request; they are not
+            computed again.
         watch : callable, optional
-            Called with the ``PartialResults`` at the start and after each of them; an exception
-            ends the pass.
+            Called with the ``PartialResults`` at the start and whenever one is added. An exception
+            that it raises ends the pass.
 
         Raises
         ------
         BlockReadError
             If a block cannot be read and the policy does not skip it.
         ClusterLostError
-            If the scheduler is lost, or workers are lost repeatedly.
+            If the connection to the scheduler is lost, or workers are lost repeatedly.
         """
         skipped = request.skipped
         groups, amounts = self._needed_groups(skipped) if skipped else self._all_needed
@@ -144,7 +149,7 @@ class DataSet:
     def _run_with_recovery(
         self, make_tree: Callable[[], Tree], watch: Watch, partials: PartialResults | None = None
     ) -> Any:
-        """Run a tree; after workers are lost, distribute the data again and rebuild it."""
+        """Compute a tree; whenever workers are lost, send the data again and rebuild the tree."""
         if partials is None:  # of a tree with a single node
             partials = PartialResults(np.zeros((1, 3), np.int64))
         attempt = 1
@@ -159,21 +164,22 @@ class DataSet:
             attempt += 1
 
     def _recover(self, error: Exception, attempt: int) -> None:
-        """Prepare another attempt after workers were lost, or raise a ClusterLostError.
+        """Send the data to the workers again after some were lost, or raise a ClusterLostError.
 
-        A scheduler recomputes results of lost workers, but not data that were sent to them.
+        A scheduler recomputes the results of lost workers, but cannot restore the data that a
+        client has sent to them.
         """
         client = self._workers.client
         if client is None or client.status != "running":
             raise ClusterLostError(
-                "the connection to the Dask scheduler was lost during a pass. Start a new cluster "
-                "and client, then fit again."
+                "the connection to the Dask scheduler was lost while the data were read. Start a "
+                "new cluster and client, then fit again."
             ) from error
         if attempt == _MAX_ATTEMPTS:
             raise ClusterLostError(
-                f"workers were lost in each of {_MAX_ATTEMPTS} attempts at a pass ({error}). See "
-                f"the workers' logs for the reason. If they ran out of memory, use smaller chunks "
-                f"or workers with more memory."
+                f"workers were lost in each of {_MAX_ATTEMPTS} attempts to read the data "
+                f"({error}). See the workers' logs for the reason. If they ran out of memory, use "
+                f"smaller chunks or workers with more memory."
             ) from error
         self._workers = Workers.active()
         self._kernel = None
@@ -216,7 +222,7 @@ class DataSet:
         return tree
 
     def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:
-        """Return the groups with a block that is not skipped, and the ``Amount`` of each."""
+        """Return the indices of the groups with blocks to read, and the ``Amount`` in each."""
         group_sizes = [len(group) for group in self._block_groups]
         # Groups hold the blocks with rows in their order.
         rows = self._block_rows.copy()
@@ -236,9 +242,17 @@ class DataSet:
         skipped: frozenset[int] = frozenset(),
         watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
-        """Return rows sampled from a few blocks, none of them in ``skipped``.
+        """Return rows that are drawn at random from a few blocks.
 
-        The argument ``watch`` is that of ``reduce``.
+        Parameters
+        ----------
+        sample_rows : int
+            Number of rows to draw.
+        seed : int
+        skipped : frozenset of int
+            Flat indices of blocks that are not read.
+        watch : callable, optional
+            Called as in ``reduce``.
         """
         block_rows = self._block_rows.copy()
         block_rows.flat[list(skipped)] = 0
@@ -268,7 +282,7 @@ class DataSet:
         )
 
     def skipped_block(self, index: int, read_error: ReadError) -> SkippedBlock:
-        """Describe an unreadable block in the terms of the caller."""
+        """Return the facts for a message on an unreadable block, given by its flat index."""
         block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
         names = self.blocks.layout.array_names
         arrays = [names[i] for i in self._source.arrays_needing(read_error.key, block)]
@@ -284,14 +298,20 @@ class DataSet:
         )
 
     def first_not_finite(self, index: int) -> tuple[Index, str]:
-        """Return the position of a block, and a description of its first non-finite element.
-
-        The block is read again. The description is empty if all elements are finite now.
+        """Read a block again and locate its first NaN or infinity.
 
         Parameters
         ----------
         index : int
             Flat index of the block.
+
+        Returns
+        -------
+        block : tuple of int
+            Position of the block in the grid.
+        where : str
+            End of a sentence, which names array, element and chunk; empty if all elements are
+            finite now.
         """
         block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
 
@@ -317,5 +337,5 @@ class DataSet:
         return block, where if chunk is None else f"{where}, in {chunk}"
 
     def missing_chunks(self) -> list[str]:
-        """Return warnings about chunks that are missing in Zarr stores."""
+        """Return a warning for each Zarr array that lacks chunks."""
         return list(self._source.missing_chunks())

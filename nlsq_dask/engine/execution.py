@@ -1,7 +1,8 @@
-"""Execute a reduction with access to its partial results.
+"""Compute sums on the Dask scheduler, with access to partial results.
 
-A partial result is the value of a leaf or an inner node of the reduction tree. The tree is fixed,
-so a reduction that reuses partial results of an earlier run has the same bits.
+A partial result is the sum over some consecutive blocks: a leaf or an inner node of the tree that
+adds the sums. The tree is fixed, so a sum that reuses partial results of an interrupted run has the
+same bits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
 
 
 class Amount(NamedTuple):
-    """An amount of data."""
+    """An amount of data, as numbers of blocks, rows and bytes."""
 
     blocks: int
     rows: int
@@ -45,22 +46,22 @@ class Amount(NamedTuple):
 
 @dataclass
 class PartialResults:
-    """The largest partial results of a reduction, none inside another."""
+    """The sums over parts of the data that are known so far. The parts do not overlap."""
 
-    sizes: NDArray[np.int64]  # the Amount of each leaf, shape (n, 3)
-    values: dict[Node, Any] = field(default_factory=dict)  # futures on a cluster
-    _sums: NDArray[np.int64] = field(init=False)
+    sizes: NDArray[np.int64]  # blocks, rows and bytes of each of the n leaves, shape (n, 3)
+    values: dict[Node, Any] = field(default_factory=dict)  # results, or futures on a cluster
+    _sums: NDArray[np.int64] = field(init=False)  # cumulative sizes, shape (n + 1, 3)
 
     def __post_init__(self) -> None:
         self._sums = np.concatenate([np.zeros((1, 3), np.int64), self.sizes.cumsum(axis=0)])
 
     @property
     def futures(self) -> dict[Node, Future[Any]]:
-        """The values that are futures."""
+        """The sums that are futures on a cluster, by position in the tree."""
         return {n: v for n, v in self.values.items() if isinstance(v, Future)}
 
     def add(self, node: Node, value: Any) -> None:
-        """Add a partial result and remove those inside it."""
+        """Add a partial result, and remove the smaller ones that it contains."""
         level, i = node
         inside = [
             (lower, j)
@@ -74,13 +75,13 @@ class PartialResults:
         self.values[node] = value
 
     def drop_missing(self) -> None:
-        """Remove results that were lost with their workers."""
+        """Remove the futures of results that were lost with their workers."""
         for node, future in self.futures.items():
             if future.status != "finished":
                 del self.values[node]
 
     def release(self) -> None:
-        """Release the futures."""
+        """Release all futures, so that workers can delete the results."""
         for future in self.futures.values():
             future.release()
 
@@ -91,7 +92,7 @@ class PartialResults:
 
     @property
     def finished(self) -> Amount:
-        """The amount of data in the partial results."""
+        """The amount of data that the partial results cover."""
         total = np.zeros(3, np.int64)
         for level, i in self.values:
             width = TREE_WIDTH**level
@@ -100,7 +101,7 @@ class PartialResults:
         return Amount(*map(int, total))
 
     def collect(self) -> dict[Node, Any]:
-        """Return the partial results, gathered from the workers if they still exist."""
+        """Fetch the partial results from the workers; lost ones are not returned."""
         futures = self.futures
         if not futures:
             return dict(self.values)
@@ -115,16 +116,16 @@ class PartialResults:
 
 
 async def _held_keys(client: Client, futures: list[Future[Any]]) -> set[Any]:
-    """Return the keys of the futures that a worker holds."""
+    """Return the keys of the futures whose results exist on a worker."""
     assert client.scheduler is not None
     holders = await client.scheduler.who_has(keys=[future.key for future in futures])
     return {key for key, workers in holders.items() if workers}
 
 
 async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[Any]:
-    """Gather results; return an empty list if one of them is lost in the meantime.
+    """Fetch results; return an empty list if one of them is lost in the meantime.
 
-    The transfer is not canceled, because concurrent ones may wait for the same answer. It ends
+    The transfer is then not canceled, because other transfers may wait for the same answer. It ends
     when the futures are released.
     """
     gathering = asyncio.ensure_future(client.gather(futures, errors="skip", asynchronous=True))
@@ -140,21 +141,22 @@ Watch = Callable[[PartialResults], None]
 
 
 class WorkersReplacedError(Exception):
-    """All workers on which a fit had placed data were replaced by others."""
+    """All workers that held the data of a fit are gone, and new workers have joined."""
 
 
 def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch) -> Any:
-    """Run a reduction on the active scheduler.
+    """Compute a tree on the active Dask scheduler and return the result of its root.
 
     Parameters
     ----------
     tree : Tree
     workers : Workers
+        The processes of the active scheduler.
     partials : PartialResults
-        Receives the partial results.
+        Each finished node of the tree is added to it.
     watch : callable
-        Called after each partial result, and every second on a cluster. An exception ends the
-        reduction.
+        Called with ``partials`` after each finished node, and every second on a cluster. An
+        exception that it raises ends the computation.
     """
     if workers.client is not None:
         with _secede():
@@ -205,9 +207,9 @@ def _run_on_cluster(
 
 
 def _fetch(future: Future[Any], workers: Workers, partials: PartialResults, watch: Watch) -> Any:
-    """Return a finished result, or raise if its workers are lost.
+    """Return the result of a finished task; raise if all workers are replaced meanwhile.
 
-    The scheduler then recomputes it, but may never assign it to the replacements.
+    The scheduler would recompute a lost result, but perhaps never on the new workers.
     """
     patience = _PATIENCE
     while True:
@@ -221,10 +223,10 @@ def _fetch(future: Future[Any], workers: Workers, partials: PartialResults, watc
 
 
 def _check(workers: Workers, partials: PartialResults, watch: Watch) -> None:
-    """Call ``watch``; raise a WorkersReplacedError if all workers were replaced.
+    """Call ``watch``, and raise a WorkersReplacedError if all workers were replaced.
 
-    After a time without workers, a scheduler may never run tasks that preferred a lost worker, even
-    if they allow others.
+    After a time without workers, a scheduler may never run tasks that prefer a lost worker, even if
+    they allow other workers.
     """
     watch(partials)
     if workers.are_replaced:
@@ -233,7 +235,7 @@ def _check(workers: Workers, partials: PartialResults, watch: Watch) -> None:
 
 @contextmanager
 def _secede() -> Iterator[None]:
-    """Secede while a fit runs inside a task, as ``compute`` of Dask does."""
+    """Let the worker run other tasks meanwhile, if this fit itself runs inside a Dask task."""
     inside = bool(getattr(thread_state, "key", False))
     if inside:
         try:

@@ -1,4 +1,4 @@
-"""``MemoryPlan``: memory that a pass needs on a worker, computed from metadata."""
+"""``MemoryPlan``: memory that a fit needs on a worker, computed without reading data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _AUTO_CACHE = 0.2  # of a worker's memory
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of blocks, tasks and workers, in bytes."""
+    """Memory that a fit needs and that a worker has, in bytes."""
 
-    group_bytes: tuple[int, ...]  # of the blocks of each group
+    group_bytes: tuple[int, ...]  # of each group: the blocks that one task reads
     task_bytes: int  # peak of one running task
     threads: int  # concurrent tasks per worker
-    cache_bytes: int  # for cached blocks, per worker
-    all_fits: bool  # whether all blocks can be cached
-    limit: int  # memory of a worker
+    cache_bytes: int  # maximum for cached blocks, per worker
+    all_fits: bool  # whether the workers can cache all blocks
+    limit: int  # memory of the smallest worker
 
     @classmethod
     def of(
@@ -38,7 +38,17 @@ class MemoryPlan:
         workers: Workers,
         cache: int | str,
     ) -> MemoryPlan:
-        """Compute the plan from the grid of blocks and the option ``cache``."""
+        """Compute the plan.
+
+        Parameters
+        ----------
+        blocks : RowBlocks
+        groups : sequence of sequences of tuple of int
+            Positions in the grid of the blocks that each task reads.
+        workers : Workers
+        cache : int or "auto"
+            Maximum bytes of cached blocks, over all workers.
+        """
         block_bytes = blocks.block_bytes()
         group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)
         # The next block is read ahead, in this process from the next group as well.
@@ -57,18 +67,18 @@ class MemoryPlan:
 
     @property
     def bytes_per_pass(self) -> int:
-        """Bytes of all blocks."""
+        """Bytes of all blocks; each pass over the data needs all of them once."""
         return sum(self.group_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        """Peak memory of a worker, cache included."""
+        """Peak memory of a worker, with cached blocks."""
         cached = min(self.cache_bytes, self.bytes_per_pass)
         return _BASE_BYTES + self.threads * self.task_bytes + cached
 
     @property
     def problem(self) -> str | None:
-        """Reason why the memory of a worker is too small, or None."""
+        """Sentence, without a full stop, on why a worker has too little memory; None if enough."""
         needed = _BASE_BYTES + self.threads * self.task_bytes
         if needed <= _MAX_FILLED * self.limit:
             return None

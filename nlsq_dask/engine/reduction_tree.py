@@ -1,7 +1,7 @@
-"""Block groups, the reduction tree, and the graph that is sent to the scheduler.
+"""The Dask graph that sums over all blocks: groups of blocks, and a tree that adds their sums.
 
-Groups and tree depend on the grid of blocks alone, not on the number of workers or the order of
-execution, so the sums have the same bits on every cluster.
+Groups and tree depend on the grid of blocks alone, not on the number of workers or the order in
+which tasks run, so the sums have the same bits on every cluster.
 """
 
 from __future__ import annotations
@@ -32,7 +32,18 @@ TREE_WIDTH = 16
 
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
-    """Group consecutive blocks in C order of the grid, without empty blocks."""
+    """Split the blocks into groups, each of which one task reads.
+
+    Parameters
+    ----------
+    block_rows : ndarray of int
+        Number of rows of each block, in the shape of the grid.
+
+    Returns
+    -------
+    list of lists of tuple of int
+        Positions of the blocks of each group, in C order of the grid, without empty blocks.
+    """
     enough_rows = max(_MIN_GROUP_ROWS, -(int(block_rows.sum()) // -_MAX_GROUPS))
     enough_blocks = max(_MIN_GROUP_BLOCKS, -(int((block_rows > 0).sum()) // -_MAX_GROUPS))
     groups: list[list[tuple[int, ...]]] = []
@@ -50,7 +61,7 @@ def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
 
 
 def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
-    """Send large values to a cluster once, instead of in the graph of every pass.
+    """Send large values to a cluster once, instead of with each graph that uses them.
 
     Returns
     -------
@@ -67,12 +78,18 @@ def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
 def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     """Distribute values over the workers.
 
-    They are results of tasks, which a scheduler recomputes if a worker is lost.
+    Parameters
+    ----------
+    name : str
+        First word of the names of their tasks on the Dask dashboard.
+    values : list
+    workers : Workers
 
     Returns
     -------
     list
-        Futures on a cluster, otherwise the values.
+        Without a cluster, the values. On a cluster, a future for each value, as the result of a
+        task, so that the scheduler restores the value if a worker is lost.
     """
     if workers.client is None:
         return values
@@ -91,14 +108,14 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
 
 
 def count_tree(n_leaves: int) -> int:
-    """Return the number of combining tasks for a number of leaves."""
+    """Return the number of tasks that combine the results of ``n_leaves`` tasks in a tree."""
     sizes = _level_sizes(n_leaves)
     # A single node at the end of a level is not combined.
     return sum(above - (below % TREE_WIDTH == 1) for below, above in pairwise(sizes))
 
 
 def _level_sizes(n_leaves: int) -> list[int]:
-    """Return the number of nodes per level, from the leaves to the root."""
+    """Return the number of nodes in each level of the tree, from the leaves to the root."""
     sizes = [n_leaves]
     while sizes[-1] > 1:
         sizes.append(-(sizes[-1] // -TREE_WIDTH))
@@ -107,24 +124,30 @@ def _level_sizes(n_leaves: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tree:
-    """A graph that reduces leaves in order, in a tree of fixed width."""
+    """A Dask graph that combines the results of its leaf tasks in order, level by level."""
 
     tasks: dict[Any, Any]  # the whole graph
-    root: TaskRef
-    leaves: dict[int, TaskRef]  # leaves to compute
-    nodes: dict[Any, Node]  # nodes to compute, by key
+    root: TaskRef  # the task of the final result
+    leaves: dict[int, TaskRef]  # the leaf tasks to compute, by position in the lowest level
+    nodes: dict[Any, Node]  # position in the tree of all tasks to compute, by key
 
     def leaves_in_order(self) -> list[int]:
-        """Return the positions of the leaves to compute, in the order in which Dask runs them."""
+        """Return the positions of the leaf tasks, in the order in which Dask runs them."""
         priorities = order(self.tasks)
         return sorted(self.leaves, key=lambda i: priorities[self.leaves[i].key])
 
 
 class TaskGraph:
-    """A graph under construction, with unique keys.
+    """A Dask graph under construction.
 
-    No two passes share a key, so a scheduler cannot confuse their sums. The first word of a key is
-    shown on the dashboard.
+    Each graph has keys of its own, so that the scheduler cannot mistake results of one graph for
+    those of another. The Dask dashboard shows the beginning of a key, ``nlsq-`` and the name that
+    the methods are given.
+
+    Parameters
+    ----------
+    shared : dict
+        Tasks to begin with.
     """
 
     def __init__(self, shared: dict[Any, Any]) -> None:
@@ -132,7 +155,7 @@ class TaskGraph:
         self._token = uuid.uuid4().hex
 
     def constant(self, name: str, value: Any) -> TaskRef:
-        """Add a value that many tasks share, sent to each worker once."""
+        """Add a value that many tasks use, and that is therefore sent to each worker only once."""
         if isinstance(value, Future):
             self._tasks[value.key] = value
             return TaskRef(value.key)
@@ -148,7 +171,19 @@ class TaskGraph:
         *args: Any,
         inputs: Iterable[Any] = (),
     ) -> TaskRef:
-        """Add a task; results replace ``TaskRef`` arguments and the keys ``inputs``."""
+        """Add a task that calls a function with ``args``, then with the results of ``inputs``.
+
+        An argument that is a ``TaskRef`` is replaced by the result of its task.
+
+        Parameters
+        ----------
+        name, index : str, int
+            The key of the task consists of both and a unique token.
+        function : callable
+        *args : Any
+        inputs : iterable of key
+            Keys of tasks.
+        """
         key = (f"nlsq-{name}-{self._token}", index)
         self._tasks[key] = Task(key, function, *args, *map(TaskRef, inputs))
         return TaskRef(key)
@@ -160,17 +195,18 @@ class TaskGraph:
         combine: Callable[..., Any],
         known: Mapping[Node, Any],
     ) -> Tree:
-        """Combine leaves in order, in a tree of fixed width.
+        """Add tasks that combine the results of leaf tasks in order, ``TREE_WIDTH`` at a time.
 
         Parameters
         ----------
         n_leaves : int
+            Number of leaf tasks.
         leaf : callable
-            Adds the task of the i-th leaf.
+            Adds the i-th leaf task and returns its ``TaskRef``.
         combine : callable
-            Combines results in order.
+            Called with up to ``TREE_WIDTH`` consecutive results; returns their combination.
         known : mapping of Node to result
-            Partial results that are not recomputed.
+            Results from an earlier run, which are used instead of tasks.
         """
         sizes = _level_sizes(n_leaves)
         levels = range(len(sizes))
@@ -205,5 +241,5 @@ class TaskGraph:
         return Tree(self._tasks, root, leaves, nodes)
 
     def of_one(self, result: TaskRef) -> Tree:
-        """Return the tree of a single result."""
+        """Return the graph as a tree with a single node, the task ``result``."""
         return Tree(self._tasks, result, {}, {result.key: (0, 0)})

@@ -1,4 +1,4 @@
-"""Retries of failed reads, and records of what remains unreadable."""
+"""Retries of failed reads, and records of data that remain unreadable."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _MAX_TEXT = 500  # characters of an error that are quoted
 class ReadPolicy:
     """How failed reads are handled."""
 
-    retries: int = 0  # of a failed step
+    retries: int = 0  # how often a failed task of the caller's graph is repeated
     skips_unreadable: bool = False  # if False, the first unreadable block is an error
 
 
 @dataclass(frozen=True)
 class ReadError:
-    """The error of a step of the graph; replaces its value and those of dependent steps."""
+    """Error of a task that reads data, which replaces the results of all tasks that need it."""
 
-    key: Key  # of the step
-    error: str  # type and message
-    chunk: str | None  # the unreadable chunk, if known
-    attempts: int
+    key: Key  # of the task that failed
+    error: str  # class and message
+    chunk: str | None  # name of the unreadable chunk; None if unknown
+    attempts: int  # number of times that the task was run
 
 
 class ReadFailedError(Exception):
-    """A step failed after all retries; carries the ``ReadError`` from a worker to the client."""
+    """A read failed after all retries; carries the ``ReadError`` from a worker to the client."""
 
     def __init__(self, read_error: ReadError, cause: Exception | None) -> None:
         super().__init__(read_error.error)
@@ -63,25 +63,29 @@ def _if_sendable(error: Exception | None) -> Exception | None:
 
 
 def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> tuple[Any, int]:
-    """Run one step of the caller's graph, with retries.
+    """Run one task of the caller's graph, and repeat it if it fails.
 
     Parameters
     ----------
     node : GraphNode
+        The task.
     values : mapping
-        Values or errors of its dependencies.
+        Values of the tasks that it needs, by key; a ``ReadError`` for those that failed.
     policy : ReadPolicy
 
     Returns
     -------
     value
-        A ``ReadError`` if the step failed and the policy skips unreadable blocks.
+        The result. If the task or one that it needs failed, and the policy skips unreadable blocks,
+        a ``ReadError``.
     retries : int
+        Number of repetitions.
 
     Raises
     ------
     ReadFailedError
-        If the step failed otherwise.
+        If the task failed and the policy does not skip, or the error is that of a program, such as
+        a TypeError.
     """
     for key in node.dependencies:
         if isinstance(values[key], ReadError):
@@ -113,15 +117,18 @@ def _text(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class SharedStep:
-    """A step that several groups need, as a separate task."""
+    """Function that runs a task of the caller's graph with retries, as a Dask task of its own.
 
-    node: GraphNode
-    dependencies: tuple[Key, ...]  # in the order of the arguments
+    It is for tasks whose result several groups of blocks need.
+    """
+
+    node: GraphNode  # the task of the caller's graph
+    dependencies: tuple[Key, ...]  # keys of the results that the function is called with
     policy: ReadPolicy
 
     @classmethod
     def wrap(cls, node: GraphNode, policy: ReadPolicy) -> GraphNode:
-        """Wrap a task as a step; return other nodes unchanged."""
+        """Return a Dask task that runs ``node`` with retries; ``node`` itself if it is no task."""
         if not isinstance(node, Task):
             return node
         dependencies = tuple(node.dependencies)
@@ -129,22 +136,22 @@ class SharedStep:
         return Task(node.key, step, *map(TaskRef, dependencies))
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the step on the values of its dependencies."""
-        values, _ = unwrap(zip(self.dependencies, inputs, strict=True))
+        """Run the task, given the results of its dependencies in order."""
+        values, _ = separate_retries(zip(self.dependencies, inputs, strict=True))
         value, retries = run_step(self.node, values, self.policy)
         return Retried(value, {self.node.key: retries}) if retries else value
 
 
 @dataclass(frozen=True)
 class Retried:
-    """A value of a shared step, and the number of retries by key."""
+    """Result of a ``SharedStep`` that was repeated."""
 
     value: Any
-    retries: dict[Key, int] = field(default_factory=dict)
+    retries: dict[Key, int] = field(default_factory=dict)  # number of repetitions, by key
 
 
-def unwrap(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
-    """Return values and retries of steps by key."""
+def separate_retries(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key, int]]:
+    """Return results by key, with ``Retried`` replaced by its value, and the retries by key."""
     results: dict[Key, Any] = {}
     retries: dict[Key, int] = {}
     for key, value in values:
@@ -157,20 +164,20 @@ def unwrap(values: Iterable[tuple[Key, Any]]) -> tuple[dict[Key, Any], dict[Key,
 
 @dataclass(frozen=True)
 class SkippedBlock:
-    """An unreadable block, in the terms of the caller."""
+    """An unreadable block, described with the names and indices that the caller knows."""
 
     block: tuple[int, ...]  # position in the grid
     grid: tuple[int, ...]  # number of blocks along each dimension of y
-    rows: int
+    rows: int  # number of rows
     slices: tuple[tuple[int, int], ...]  # start and end along each dimension of y
     array: str  # names of the unreadable arrays
-    chunk: str | None  # the unreadable chunk, if known
-    error: str
-    attempts: int
+    chunk: str | None  # name of the unreadable chunk; None if unknown
+    error: str  # class and message
+    attempts: int  # to read the block
 
     @property
     def sentence(self) -> str:
-        """Description of the block and its error, without a full stop."""
+        """Sentence about the block and its error, without a full stop."""
         slices = ", ".join(f"{start}:{end}" for start, end in self.slices)
         where = "" if self.chunk is None else f"{self.chunk}: "
         attempts = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
@@ -180,24 +187,24 @@ class SkippedBlock:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the entry of ``diagnostics["left_out"]``."""
+        """Return the block as an entry of ``FitResult.diagnostics["left_out"]``."""
         return {name: getattr(self, name) for name in ("block", "rows", "array", "chunk", "error")}
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """Counts of what was read, with errors and retries."""
+    """Amount of data that tasks have read, with their errors and retries."""
 
     rows_read: int = 0
     bytes_read: int = 0
-    rows_cached: int = 0  # from the memory of a worker
-    n_blocks: int = 0  # read, not cached
+    rows_cached: int = 0  # rows used from the cache of a worker, not read
+    n_blocks: int = 0  # number of blocks read
     errors: dict[int, ReadError] = field(default_factory=dict)  # by flat index of the block
-    retries: dict[Key, int] = field(default_factory=dict)  # by step
+    retries: dict[Key, int] = field(default_factory=dict)  # number by key of the repeated task
 
     @classmethod
     def concatenate(cls, reports: Iterable[ReadReport]) -> ReadReport:
-        """Combine reports; retries of a shared step count once."""
+        """Add up reports. The retries of a task count once, though several groups report them."""
         reports = list(reports)
         return cls(
             sum(report.rows_read for report in reports),

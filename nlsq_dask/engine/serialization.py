@@ -1,7 +1,7 @@
-"""Opaque serialization: graphs whose contents only workers unpickle.
+"""Opaque serialization: Dask graphs whose functions and values only workers unpickle.
 
-Distributed unpickles graphs on the scheduler, which may lack this package, JAX or the libraries
-that read the caller's arrays. An opaque graph has only keys, dependencies and bytes.
+The scheduler of a cluster unpickles graphs, although it may lack this package, JAX or the libraries
+that read the caller's arrays. In an opaque graph it sees only keys, dependencies and bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from_opaque = loads  # a function that a scheduler has
 
 
 def to_opaque(value: Any) -> bytes:
-    """Pickle a value, for ``from_opaque`` on a worker."""
+    """Return a value as bytes, which ``from_opaque`` restores on a worker."""
     data: bytes = dumps(WithPackageImport(value))
     return data
 
 
 def to_opaque_graph(tasks: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a graph with the same keys and dependencies, and everything else as bytes.
+    """Return a graph with the same keys and dependencies, but functions and values as bytes.
 
-    Futures of the caller stay as they are.
+    Futures are not changed.
     """
     functions: dict[int, Task] = {}  # by id, each serialized once
     return {
@@ -51,10 +51,10 @@ def _to_opaque_task(key: Any, node: GraphNode, functions: dict[int, Task]) -> Ta
 
 @dataclass(frozen=True)
 class _Step:
-    """A node that is called with the results of its dependencies, in their order."""
+    """Function that evaluates a node of a graph, given the results that it needs, in order."""
 
     node: GraphNode
-    needed: tuple[Any, ...]
+    needed: tuple[Any, ...]  # keys of the results
 
     def __call__(self, *results: Any) -> Any:
         return self.node(dict(zip(self.needed, results, strict=True)))
@@ -62,10 +62,10 @@ class _Step:
 
 @dataclass(frozen=True)
 class WithPackageImport:
-    """A value whose unpickling imports the package before any of its modules.
+    """Wrapper of a value; unpickling it imports the whole package first and returns the value.
 
-    Otherwise, two threads that import the package and one of its modules deadlock, and Python
-    raises an error.
+    Without it, one thread might import the package while another imports one of its modules. Each
+    would wait for the other, and Python would raise an error.
     """
 
     value: Any

@@ -1,9 +1,10 @@
-"""``SourceGraph``: the caller's Dask graph, rearranged so that one task reads each block group.
+"""``SourceGraph``: the caller's Dask graph, rearranged so that one task reads a group of blocks.
 
-A block group is a run of neighboring blocks, each with its y, x and sigma. Dask fuses linear chains
-of tasks only, and the tasks that read a group form a tree. Therefore the steps that only one group
-needs become its ``GroupReader``, which reads one block after another. Steps that several groups
-need, such as a mean or a chunk that is split between groups, remain tasks and run once.
+A block is a chunk of y with its x and sigma; a group is a run of neighboring blocks. Dask can fuse
+linear chains of tasks, but the tasks that read a group form a tree. Therefore the tasks that only
+one group needs are moved into a ``GroupReader``, which runs them inside one task, block after
+block. Tasks that several groups need, such as a mean or a chunk that is split between groups, stay
+in the graph and run once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nlsq_dask.engine.retries import (
     ReadPolicy,
     SharedStep,
     run_step,
-    unwrap,
+    separate_retries,
 )
 from nlsq_dask.rows.rows import Layout, Rows
 
@@ -46,40 +47,42 @@ _MAX_INLINE_BYTES = 4096
 
 @dataclass(frozen=True)
 class ReadBlock:
-    """A block from the source, or the error of reading it."""
+    """A block that was read, or the error if it could not be read."""
 
     index: int  # flat index in the grid
     block: Rows | None
     read_error: ReadError | None = None
-    retries: dict[Key, int] = field(default_factory=dict)  # by step
+    retries: dict[Key, int] = field(default_factory=dict)  # number by key of the repeated task
 
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Reads the blocks of one group, one after another, within one task."""
+    """Reads neighboring blocks, one after another, within one Dask task."""
 
     layout: Layout
     # Flat index of each block, with the keys and shapes of its arrays.
     blocks: tuple[tuple[int, list[Key], list[Index]], ...]
-    steps: dict[Key, GraphNode]  # in topological order
-    inputs: tuple[Key, ...]  # keys of other tasks
+    steps: dict[Key, GraphNode]  # tasks of the caller's graph to run here, in a possible order
+    inputs: tuple[Key, ...]  # keys of needed results of other Dask tasks
     policy: ReadPolicy
 
     def count(self, skipped: frozenset[int]) -> int:
-        """Return the number of blocks that ``read`` yields."""
+        """Return the number of blocks that are not in ``skipped``."""
         return sum(index not in skipped for index, *_ in self.blocks)
 
     def read(
         self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()
     ) -> Iterator[ReadBlock]:
-        """Yield each block as soon as it is read; intermediate values are released early.
+        """Yield each block as soon as it is read.
+
+        Intermediate results are deleted as soon as no further block needs them.
 
         Parameters
         ----------
         inputs : sequence
-            Results of the tasks in ``inputs``.
+            Results of the tasks ``self.inputs``, in that order.
         skipped : frozenset of int
-            Flat indices of blocks.
+            Flat indices of blocks that are not read.
 
         Raises
         ------
@@ -89,7 +92,7 @@ class GroupReader:
         blocks = [block for block in self.blocks if block[0] not in skipped]
         needed = _needed_keys((key for _, keys, _ in blocks for key in keys), self.steps)
         steps = {key: node for key, node in self.steps.items() if key in needed}
-        values, retries = unwrap(zip(self.inputs, inputs, strict=True))
+        values, retries = separate_retries(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
         uses.update(key for _, keys, _ in blocks for key in keys)
 
@@ -118,7 +121,7 @@ class GroupReader:
 
 
 def _needed_keys(keys: Iterable[Key], nodes: Mapping[Key, GraphNode]) -> set[Key]:
-    """Return the keys of the nodes that must be computed to compute the given keys."""
+    """Return the keys of all ``nodes`` that must be computed to get the values of ``keys``."""
     stack, needed = list(keys), set[Key]()
     while stack:
         key = stack.pop()
@@ -136,20 +139,21 @@ def _missing_chunks_warning(array: zarr.Array[Any], keys: Sequence[str]) -> str:
     what = "1 chunk" if len(keys) == 1 else f"{len(keys):,} chunks"
     return (
         f"{array.store_path} lacks {what} that the fit reads ({join_first(keys, 3)}); Zarr returns "
-        f"the fill value, {array.fill_value}. Chunks of nothing but the fill value are not stored "
-        f"by default, so this may be correct. If chunks were deleted, write them again or mask "
-        f"their rows."
+        f"the fill value, {array.fill_value}. By default, Zarr does not store chunks that hold "
+        f"only the fill value, so this may be correct. If chunks were deleted, write them again or "
+        f"mask their rows."
     )
 
 
 class SourceGraph:
-    """The optimized graph of all blocks of a data set.
+    """The optimized Dask graph of the caller's arrays.
 
     Parameters
     ----------
     blocks : RowBlocks
+        The arrays.
     policy : ReadPolicy, optional
-        How readers handle failed reads.
+        How failed reads are handled. By default, the first one is an error.
     """
 
     def __init__(self, blocks: RowBlocks, policy: ReadPolicy | None = None) -> None:
@@ -171,11 +175,11 @@ class SourceGraph:
 
     @property
     def large_literals(self) -> dict[Key, Any]:
-        """Arrays in memory that are part of the graph."""
+        """NumPy arrays that the graph contains, except small ones, by key."""
         return {key: value for key, value in self._literals.items() if _is_large(value)}
 
     def replace(self, futures: dict[Key, Any]) -> None:
-        """Replace literals, or earlier futures, by futures."""
+        """Replace arrays in the graph, or earlier futures of them, by futures on a cluster."""
         for key, future in futures.items():
             before = self._nodes[key]
             if isinstance(before, Alias):
@@ -186,18 +190,18 @@ class SourceGraph:
     def readers(
         self, groups: Sequence[Sequence[Index]]
     ) -> tuple[list[GroupReader], dict[Key, Any]]:
-        """Partition the graph into one reader per group and shared tasks.
+        """Split the graph into a reader per group, and the tasks that several groups need.
 
         Parameters
         ----------
         groups : sequence of sequences of tuple of int
-            Positions of blocks.
+            Positions in the grid of the blocks of each group.
 
         Returns
         -------
         readers : list of GroupReader
         shared : dict
-            Graph of shared tasks and the caller's futures.
+            Graph of the tasks that several groups need, and of futures.
         """
         shared = {key: self._nodes[key] for key in self._shared_keys(groups)}
         readers = [self._reader(group, shared) for group in groups]
@@ -207,7 +211,7 @@ class SourceGraph:
         return readers, {**tasks, **self._futures}
 
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
-        """Return the indices of the arrays of a block that depend on a step."""
+        """Return the indices of those arrays of a block that depend on a task, given by its key."""
         return [
             i
             for i, own in enumerate(self._blocks.keys(block))
@@ -215,21 +219,21 @@ class SourceGraph:
         ]
 
     def first_block_needing(self, key: Key) -> Index:
-        """Return the first block that depends on a step."""
+        """Return the position of the first block that depends on a task, given by its key."""
         blocks = np.ndindex(self._blocks.grid)
         return next(block for block in blocks if self.arrays_needing(key, block))
 
     def chunk_of(self, key: Key, position: Index, shape: Index) -> str | None:
-        """Return the stored chunk that contains an element of a block, if it is known.
+        """Return the name of the stored chunk that contains an element; None if unknown.
 
         Parameters
         ----------
         key : key
-            Key of the block of one array.
+            Key of the task that returns the block of one array.
         position : tuple of int
-            Position of the element in that block.
+            Position of the element in this block.
         shape : tuple of int
-            Shape of that block.
+            Shape of this block.
         """
         node = self._nodes.get(key)
         regions = [] if node is None else list(stored_regions(node, self._literals))
@@ -240,10 +244,10 @@ class SourceGraph:
         return {key: n.value for key, n in self._nodes.items() if isinstance(n, DataNode)}
 
     def missing_chunks(self) -> Iterator[str]:
-        """Yield a warning for each Zarr array with missing chunks, which are read as fill values.
+        """Yield a warning for each Zarr array that lacks chunks.
 
-        Zarr does not store chunks of nothing but the fill value, so that deleted chunks look the
-        same. Each store is listed once.
+        Zarr reads missing chunks as fill values. It does not store chunks that hold only the fill
+        value, so those look like deleted chunks.
         """
         literals = self._literals
         by_array: defaultdict[int, list[StoredRegion]] = defaultdict(list)
@@ -256,7 +260,7 @@ class SourceGraph:
                 yield _missing_chunks_warning(regions[0].array, missing)
 
     def _shared_keys(self, groups: Sequence[Sequence[Index]]) -> list[Key]:
-        """Return the keys of large literals and of the tasks that several groups need."""
+        """Return the keys of the tasks that several groups need, and of large arrays."""
         owners: dict[Key, int] = {}  # the only group that needs a key so far, or _SHARED
         for i, group in enumerate(groups):
             stack = [key for block in group for key in self._blocks.keys(block)]
@@ -271,7 +275,7 @@ class SourceGraph:
         return [key for key, owner in owners.items() if owner == _SHARED]
 
     def _is_inline(self, node: GraphNode) -> bool:
-        """Whether a node is a literal that each group gets a copy of, or one of the futures."""
+        """Whether each group gets a copy of a node: a small value, or the name of a future."""
         if isinstance(node, Alias):
             return node.target in self._futures
         return isinstance(node, DataNode) and not _is_large(node.value)
@@ -281,7 +285,7 @@ class SourceGraph:
         inputs: dict[Key, None] = {}
 
         def add(key: Key) -> None:
-            """Add the steps for a key, dependencies first, without recursion."""
+            """Add a key and all that it depends on, dependencies first."""
             stack = [(key, False)]
             while stack:
                 key, dependencies_done = stack.pop()

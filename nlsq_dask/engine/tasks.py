@@ -1,4 +1,4 @@
-"""Functions that run on workers: sum a block group, sample rows, combine results."""
+"""Functions of Dask tasks: sum over a group of blocks, sample rows, combine results."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from nlsq_dask.rows.rows import Rows
 
 @dataclass(frozen=True)
 class PassRequest:
-    """The arguments of a pass."""
+    """What to compute in a pass (one sum over all rows)."""
 
-    sums: Request
-    wants_moments: bool = True  # sums that depend on the data alone
-    sample_share: float = 0.0  # share of the rows of each block to return
-    seed: int = 0
-    skipped: frozenset[int] = frozenset()  # flat indices of blocks
+    sums: Request  # the sums, and the parameters at which they are computed
+    wants_moments: bool = True  # also compute the sums that depend on the data alone
+    sample_share: float = 0.0  # fraction of the rows of each block to return
+    seed: int = 0  # for choosing these rows
+    skipped: frozenset[int] = frozenset()  # flat indices of blocks that are not read
 
 
 S = TypeVar("S", bound=Sums)
@@ -35,19 +35,19 @@ S = TypeVar("S", bound=Sums)
 
 @dataclass(frozen=True)
 class PassResult(Generic[S]):
-    """The result of a pass, or a partial result of one."""
+    """Sums over some or all blocks, or rows sampled from them."""
 
-    sums: S | None  # None if no block was read, or none was requested
-    rows: Rows | None
-    reading: ReadReport
-    blocks: BlockSums | None = None
-    first_bad_block: int | None = None  # flat index of the first with a non-finite row
+    sums: S | None  # None if no block could be read, or only a sample was requested
+    rows: Rows | None  # sampled rows
+    reading: ReadReport  # amount of data read
+    blocks: BlockSums | None = None  # statistics of each block
+    first_bad_block: int | None = None  # flat index of the first block with NaN or infinity
 
 
 def reduce_group(
     group: BlockGroup, kernel: Kernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
-    """Sum over the blocks of a group, read or cached."""
+    """Return sums over the blocks of a group, which are read or taken from the cache."""
     blocks = group.blocks(inputs, request.skipped, kernel.placed)
     # Two results at a time, because each may hold a large matrix.
     return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
@@ -73,7 +73,7 @@ def _reduce_block(
 
 
 def _report(read: ReadBlock | None, rows: CachedBlock | None) -> ReadReport:
-    """Return the report on a block; ``read`` is None for a cached one."""
+    """Return the amount of data read for a block; ``read`` is None if the block was cached."""
     if read is None:
         return ReadReport(rows_cached=0 if rows is None else len(rows))
     if read.block is None:
@@ -83,7 +83,7 @@ def _report(read: ReadBlock | None, rows: CachedBlock | None) -> ReadReport:
 
 
 def combine(*partials: PassResult[S]) -> PassResult[S]:
-    """Combine partial results of a pass, in the order of their rows."""
+    """Combine the results of consecutive blocks, or of groups of blocks, in order."""
     sums = [partial.sums for partial in partials if partial.sums is not None]
     rows = [partial.rows for partial in partials if partial.rows is not None]
     blocks = [partial.blocks for partial in partials if partial.blocks is not None]
@@ -98,7 +98,7 @@ def combine(*partials: PassResult[S]) -> PassResult[S]:
 
 
 def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> PassResult[Sums]:
-    """Read the i-th block of a plan and take rows from it."""
+    """Read the i-th block of a plan and return the rows that the plan takes from it."""
     (read,) = reader.read(inputs)
     block = read.block
     rows = None if block is None else block.take(plan.rows_of(i, len(block)))
@@ -106,7 +106,17 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
 
 
 def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
-    """Return the index of the first non-finite array of a block, the position, and the shape."""
+    """Read a block and return where its first NaN or infinity is; None if there is none.
+
+    Returns
+    -------
+    array : int
+        Index of the array in the order y, x..., sigma.
+    position : tuple of int
+        Position in this array.
+    shape : tuple of int
+        Shape of this array.
+    """
     (read,) = reader.read(inputs)
     if read.block is None:
         return None

@@ -1,4 +1,4 @@
-"""``Workers``: the threads and memory of the processes that run tasks."""
+"""``Workers``: the processes that run Dask tasks, with their threads and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ASYNCHRONOUS = (
 
 
 def _prepare(client_process: int) -> tuple[str, ...]:
-    """Return the platforms of a worker; disable preallocation of GPU memory in other processes."""
+    """Return the JAX platforms of this process; a worker reserves no GPU memory in advance."""
     if os.getpid() != client_process:  # not in the caller's own process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return local_platforms()
@@ -32,16 +32,16 @@ def _prepare(client_process: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that run tasks."""
+    """The processes that run Dask tasks."""
 
-    client: Client | None
-    threads: dict[str, int]  # by address; "local" without a cluster
+    client: Client | None  # None without a cluster
+    threads: dict[str, int]  # number by address of the process, "local" without a cluster
     memory_limit: int  # of the smallest process, in bytes
-    is_persistent: bool  # whether memory of a process survives from task to task
+    is_persistent: bool  # whether objects in memory survive from task to task
 
     @classmethod
     def active(cls) -> Workers:
-        """Return the workers of the active client, or of the Dask configuration.
+        """Return the workers of the active Dask client, or those of the Dask configuration.
 
         Raises
         ------
@@ -70,29 +70,29 @@ class Workers:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether tasks run in this process and share its objects."""
+        """Whether tasks run in this process, and can use its objects."""
         return self.client is None and self.is_persistent
 
     @property
     def n_processes(self) -> int:
-        """Number of processes; at least one, as a cluster may still be starting."""
+        """Number of processes, or 1 if the cluster has no workers yet."""
         return max(len(self.threads), 1)
 
     @property
     def max_threads(self) -> int:
-        """Largest number of threads of a process."""
+        """Largest number of threads in one process."""
         return max(self.threads.values(), default=1)
 
     @property
     def are_replaced(self) -> bool:
-        """Whether the cluster has workers, but none of these."""
+        """Whether the cluster has workers now, but none of those in ``threads``."""
         if self.client is None or self.client.status != "running":
             return False
         now = self.client.scheduler_info(n_workers=-1)["workers"]
         return bool(now) and bool(self.threads) and not now.keys() & self.threads.keys()
 
     def platforms(self) -> tuple[str, ...]:
-        """Return the JAX platforms of all processes."""
+        """Return the JAX platforms, such as "cpu" and "gpu", of all processes."""
         if self.client is None:
             return local_platforms()
         # Workers that leave in the meantime do not answer.
@@ -108,8 +108,8 @@ class Workers:
         Returns
         -------
         dict
-            Indices of the items by address; None is the address of all items if the cluster is
-            still starting.
+            Indices of the items, by address of the process. The address is None, which stands for
+            any worker, if the cluster has no workers yet.
         """
         turns: list[str | None] = [a for a, count in self.threads.items() for _ in range(count)]
         turns = turns or [None]

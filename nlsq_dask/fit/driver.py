@@ -1,4 +1,4 @@
-"""``Driver``: the four phases of a fit in order.
+"""``Driver``: runs the four phases of a fit in order.
 
 0. normalization of the parameters;
 1. L-BFGS on a sample of the rows;
@@ -47,12 +47,13 @@ class Driver:
     ----------
     problem : FitProblem
     data : DataSet
+        Computes sums over all rows, and samples the rows.
     emit : callable
-        Receives every event.
+        Called with every event of the fit.
     journal : Journal
-        Records completed steps, including those before the fit was resumed.
+        Saves results on the way; after the fit is resumed, returns those of the earlier run.
     interruption : Interruption
-        Can end the fit early.
+        Ends the fit at its time limit, or when the process is asked to terminate.
     """
 
     def __init__(
@@ -79,7 +80,11 @@ class Driver:
         self._sample: SampleProblem[Any] | None = None
 
     def run(self) -> Outcome:
-        """Run all phases. Invalid data or models raise; other failures are a status."""
+        """Run all phases.
+
+        Invalid data and models raise an error. If the fit fails or stops otherwise, the reason is
+        ``stop`` of the outcome.
+        """
         problem, blocks = self._problem, self._problem.blocks
         names, model = problem.parameters.names, problem.model.name
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
@@ -118,7 +123,7 @@ class Driver:
             outcome = fit.solve_restarted(sample, details)
 
     def _current_outcome(self, fit: FullFit[Any, Any], reason: Status) -> Outcome:
-        """Return the outcome at the current iterate of an interrupted fit."""
+        """Return the outcome of an interrupted fit, with the parameters reached so far."""
         outcome = fit.current_outcome(reason)
         if outcome is None:
             latest = self._iterations.latest
@@ -126,7 +131,10 @@ class Driver:
         return replace(outcome, covariance=fit.covariance({}, may_pass=False))
 
     def _build_fit(self, details: dict[str, Any]) -> FullFit[Any, Any]:
-        """Check the model and return the fit for its number of parameters."""
+        """Check the model and return the object that runs phases 2 and 3.
+
+        From ``cg_param_threshold`` parameters on, it is the one that needs no matrices.
+        """
         problem = self._problem
         details["strategy"] = problem.normalizer.strategy
         details["platforms"] = self._data.platforms
@@ -163,7 +171,8 @@ class Driver:
     def _check_model(self, sample: SampleProblem[Any]) -> None:
         """Raise a CheckpointError if the checkpoint was written with another model.
 
-        Values are compared because fingerprints of models differ between versions of JAX.
+        The costs of both models are compared at a few points, because hashes of a model differ
+        between versions of JAX.
         """
         parameters, scales = self._problem.parameters, self._problem.normalizer.scales
         start = parameters.start
@@ -175,12 +184,17 @@ class Driver:
         if not np.allclose(costs, before, rtol=_SAME_COST, atol=0.0, equal_nan=True):
             raise CheckpointError(
                 f"the checkpoint belongs to another model: near p0, the costs of a sample of rows "
-                f"were {before} and are now {costs}. Fit again without resume_from_checkpoint."
+                f"were {before} and are now {costs}. Pass the model of the checkpoint, or fit "
+                f"again without resume_from_checkpoint."
             )
 
     @contextmanager
     def _phase(self, number: int) -> Iterator[dict[str, Any]]:
-        """Run a phase, or continue one that started before the fit was resumed."""
+        """Run the body of the ``with`` statement as a phase, and report its start and end.
+
+        After a fit is resumed, starts and ends that the earlier run has reported are not repeated.
+        The body adds details of the phase to the dictionary.
+        """
         name, details = PHASES[number], dict[str, Any]()
         before = [event for event in self._journal.events if getattr(event, "phase", -1) == number]
         if any(isinstance(event, PhaseEnded) for event in before):
@@ -199,7 +213,7 @@ class Driver:
         self._journal.run_once(f"end of phase {number}", partial(self._emit, ended))
 
     def _finish(self, outcome: Outcome) -> Outcome:
-        """Add counts, diagnostics and rows for plots to an outcome."""
+        """Return the outcome with counts, diagnostics and rows for plots added."""
         sample, seed = self._sample, self._problem.config.random_seed
         counts = self._passes.counts
         return replace(

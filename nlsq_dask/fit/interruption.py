@@ -1,4 +1,4 @@
-"""``Interruption``: time limit and termination signal of a fit."""
+"""``Interruption``: ends a fit at its time limit or when its process is asked to terminate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlsq_dask.status import Status
 
 
 class FitInterruptedError(Exception):
-    """The fit must end now. Raised between tasks, never within one."""
+    """The fit must end now, for ``reason``: its time limit or the signal SIGTERM."""
 
     def __init__(self, reason: Status) -> None:
         super().__init__()
@@ -21,12 +21,12 @@ class FitInterruptedError(Exception):
 
 
 class Interruption:
-    """Checks the time limit and the termination signal.
+    """The time limit of one fit, and the signal SIGTERM if it is handled.
 
     Parameters
     ----------
     max_walltime : float or None
-        Seconds from now.
+        Time limit in seconds from now; None for no limit.
     """
 
     def __init__(self, max_walltime: float | None = None) -> None:
@@ -34,7 +34,7 @@ class Interruption:
         self._terminated = False
 
     def check(self) -> None:
-        """Raise a FitInterruptedError if the fit must end."""
+        """Raise a FitInterruptedError if the time limit has passed or SIGTERM was received."""
         if self._terminated:
             raise FitInterruptedError(Status.TERMINATED)
         if self._end is not None and time.monotonic() >= self._end:
@@ -42,7 +42,9 @@ class Interruption:
 
     @contextmanager
     def heeding_sigterm(self) -> Iterator[None]:
-        """Handle SIGTERM, which batch schedulers send before they kill a process.
+        """Within this context, let SIGTERM end the fit at its next ``check``, not the process.
+
+        Batch schedulers send this signal some time before they kill a process.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""``Iterations``: reports each iteration to observers and the callback."""
+"""``Iterations``: counts iterations and reports them to observers and the callback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Callback = Callable[[Vector, float, int], Any]
 
 
 class StoppedByCallbackError(Exception):
-    """The callback raised StopIteration during the warm-up or on the sample."""
+    """The caller's callback raised StopIteration, in an iteration on the sample of rows."""
 
     def __init__(self, params: Vector) -> None:
         super().__init__()
@@ -32,20 +32,20 @@ class Iterations:
     Parameters
     ----------
     emit : callable
-        Receives an ``IterationFinished`` per report.
+        Called with an ``IterationFinished`` event for each report.
     callback : callable or None
         The caller's ``callback(params, loss, iteration)``.
     frequency : int
-        Iterations between calls of the callback.
+        Number of iterations between two calls of the callback.
     interruption : Interruption
-        Can end the fit between iterations.
+        Ends the fit at its time limit, or when the process is asked to terminate.
 
     Attributes
     ----------
     non_finite : Counter
-        Number of non-finite trials per stage.
+        Number of rejected parameter vectors with a NaN or infinite model, by stage of the fit.
     latest : ndarray, shape (p,), or None
-        The last reported parameters.
+        Parameters of the latest report; None before the first report.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Iterations:
         self.latest: Vector | None = None
 
     def count(self, event: Event) -> None:
-        """Count an event from before the fit was resumed."""
+        """Continue the counts of an earlier run, event by event, when its fit is resumed."""
         if isinstance(event, IterationFinished):
             self._count = event.iteration
             self.latest = event.params if event.params.size else self.latest
@@ -72,7 +72,7 @@ class Iterations:
             self.non_finite[event.stage] += 1
 
     def report_non_finite(self, stage: str, params: Vector, n_rows: int) -> None:
-        """Report a trial point at which model, derivative or cost is not finite."""
+        """Report parameters at which model, derivative or cost is NaN or infinite."""
         self.non_finite[stage] += 1
         self._emit(NonFiniteTrial(stage, params.copy(), n_rows))
 
@@ -87,9 +87,14 @@ class Iterations:
         accepted: bool = True,
         n_iterations: int = 1,
     ) -> bool:
-        """Report the state after ``n_iterations`` more iterations; return whether to stop.
+        """Report the state after ``n_iterations`` more iterations.
 
-        ``IterationFinished`` describes the arguments.
+        The other arguments are fields of ``IterationFinished``, and described there.
+
+        Returns
+        -------
+        bool
+            True if the callback has raised StopIteration, so that the fit must stop.
         """
         self._count += n_iterations
         event = IterationFinished(

@@ -1,4 +1,4 @@
-"""``Outcome``: end point and statistics of a fit."""
+"""``Outcome``: parameters, status and statistics at the end of a fit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ReadCounts:
-    """Amount of data read, and number of passes."""
+    """Number of passes over all rows, and amount of data read."""
 
     n_passes: int = 0
     rows_read: int = 0
     bytes_read: int = 0
-    rows_cached: int = 0  # rows in the memory of the workers from an earlier pass
-    retries: int = 0
+    rows_cached: int = 0  # rows used from the memory of the workers, not read
+    retries: int = 0  # of failed reads
 
     def __add__(self, other: ReadCounts) -> ReadCounts:
         return ReadCounts(*map(add, astuple(self), astuple(other)))
@@ -34,13 +34,13 @@ class ReadCounts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a fit, created by phase 2 and completed by later phases."""
+    """State at the end of a fit. The solver sets the first fields, later phases the others."""
 
-    params: Vector
-    stop: Status
-    sums: Sums | None = None  # over all rows; None without a pass
-    sums_at: Vector | None = None  # parameters of ``sums``, the last iterate
-    blocks: BlockSums | None = None  # per block, at ``sums_at``
+    params: Vector  # the parameters reached, shape (p,)
+    stop: Status  # why the fit ended
+    sums: Sums | None = None  # over all rows; None before the first pass
+    sums_at: Vector | None = None  # parameters at which ``sums`` are computed
+    blocks: BlockSums | None = None  # statistics of each block, at ``sums_at``
     iterations: int = 0  # of Gauss-Newton over all rows
     covariance: Covariance | None = None
     # Standard errors and non-identifiable parameters, if not from the covariance.

@@ -17,19 +17,19 @@ from nlsq_dask._text import join_first
 Vector = NDArray[np.float64]
 
 _MISPLACED_RATIO = 10  # values in p0 per parameter; no miscount is so large
-_OF_PAIRS = "For a list of pairs, (low, high) of each parameter, write bounds=tuple(zip(*pairs))."
+_OF_PAIRS = "If you have a list of (low, high) pairs, write bounds=tuple(zip(*pairs))."
 _ORDER = "The order of arguments is model, x, y, p0."
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a fit."""
+    """Names, initial values and bounds of the p parameters of a fit."""
 
     names: tuple[str, ...]
-    start: Vector
-    low: Vector  # bounds, infinite if there are none
-    high: Vector
-    not_given: tuple[str, ...] = ()  # names missing in a p0 by name, without default in the model
+    start: Vector  # initial values, shape (p,)
+    low: Vector  # lower bounds, shape (p,), -inf for none
+    high: Vector  # upper bounds, shape (p,), inf for none
+    not_given: tuple[str, ...] = ()  # names missing in a dict p0, without default in the model
 
     @property
     def has_bounds(self) -> bool:
@@ -38,13 +38,13 @@ class Parameters:
 
     @property
     def notice(self) -> str:
-        """Notice about parameters missing in p0; empty if there are none."""
+        """Message on the parameters missing in p0; empty if none is missing."""
         starts = [
             f"{name} = {value:g}"
             for name, value in zip(self.names, self.start, strict=True)
             if name in self.not_given
         ]
-        return f"Not in p0, so they start at: {join_first(starts)}" if starts else ""
+        return f"Parameters missing in p0 start at: {join_first(starts)}" if starts else ""
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,23 @@ def parse_parameters(
     model : callable
         ``model(x, *params)``.
     p0 : sequence, dict by name, or None
-        Missing values are the defaults of the signature or 1.0, moved inside the bounds.
+        A parameter without a value starts at its default in the signature of the model, or at 1.0,
+        moved inside the bounds.
     bounds : (low, high), dict by name of (low, high), or None
         Each of low and high a scalar, a sequence or a dict by name.
     param_names : sequence of str, optional
-        Names to use instead of those of the signature.
+        Names to use instead of those in the signature of the model.
     n_x : int
-        Number of the arrays of x.
+        Number of arrays in x.
     x_parts : str
-        Expression for all arrays of x in a model, for messages.
+        Code for the arrays of x inside a model, such as ``x['t'], x['u']``, for messages.
 
     Raises
     ------
     ValueError
-        If an argument is invalid; the message names the parameter.
+        If p0, bounds or names are invalid; the message names the parameter.
+    TypeError
+        If the model is not callable.
     """
     signature = _read_signature(model)
     separate_x = _separate_x(signature, p0, n_x, x_parts)
@@ -116,7 +119,10 @@ def parse_parameters(
 
 
 def _inside(start: Vector, low: Vector, high: Vector) -> Vector:
-    """Return default values moved inside the bounds, off the bound if possible."""
+    """Return ``start``, with values on or outside the bounds moved to the middle of the bounds.
+
+    With a single finite bound, they are moved to a distance of 1 inside it.
+    """
     finite_low, finite_high = np.isfinite(low), np.isfinite(high)
     below, above = np.where(finite_low, low, 0.0), np.where(finite_high, high, 0.0)
     middle = np.select(
@@ -147,8 +153,8 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
     required = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
     if required:
         raise ValueError(
-            f"the model has keyword-only arguments without default ({', '.join(required)}); bind "
-            f"them first, for instance with functools.partial."
+            f"the model has keyword-only arguments without default ({', '.join(required)}). "
+            f"Set them with functools.partial, and pass the result as the model."
         )
     x_name = positional[0].name if positional else "x"
     return _Signature(x_name, tuple(p.name for p in fitted), defaults, is_open)
@@ -165,8 +171,8 @@ def _names(
     if p0 is None or isinstance(p0, Mapping):
         if signature.is_open and param_names is None:
             raise ValueError(
-                "the model takes *params, so their number is not known: pass p0 as a sequence, or "
-                "param_names."
+                "the model takes *params, so the number of parameters is unknown. Pass p0 as a "
+                "sequence, or param_names."
             )
         n = len(known) if not signature.is_open else len(param_names or ())
     else:
@@ -185,7 +191,9 @@ def _names(
     if param_names is not None:
         names = tuple(map(str, param_names))
         if len(names) != n:
-            raise ValueError(f"param_names has {len(names)} names for {n} parameters.")
+            raise ValueError(
+                f"param_names must have {n} names, one per parameter; got {len(names)}."
+            )
     else:
         names = (*known[:n], *(f"p{i}" for i in range(len(known), n)))
     if len(set(names)) != n:
@@ -194,28 +202,28 @@ def _names(
 
 
 def _of_number(n: int, n_known: int) -> str:
-    """Return a hint for a p0 with many more values than the model has parameters."""
+    """Return a hint on why p0 has too many values; empty if no reason is likely."""
     if n > _MISPLACED_RATIO * max(n_known, 1):
         return _ORDER
     if n_known == 1 < n:
         names = ", ".join("abcd"[:n]) if n <= 4 else "a, b, ..."
         return (
-            f"Each parameter is an argument of its own: write `def model(x, {names})`, or "
-            f"`def model(x, *p)` for a tuple p of them."
+            f"The model needs an argument for each parameter: write `def model(x, {names})`, or "
+            f"`def model(x, *p)`, where p is a tuple of all parameters."
         )
     return ""
 
 
 def _separate_x(signature: _Signature, p0: Any, n_x: int, x_parts: str) -> str:
-    """Return a hint for a model that takes the arrays of x as separate arguments."""
+    """Return a hint if the model seems to take each array of x as an argument; else empty."""
     known, n_more = signature.names, n_x - 1
     if n_x < 2 or p0 is None or isinstance(p0, Mapping) or len(known) != np.size(p0) + n_more:
         return ""
     separate = ", ".join(known[:n_more])
     return (
-        f"Pass one value per parameter. If {separate} belongs to x: the model gets x as one "
-        f"argument, so write `def model({', '.join(('x', *known[n_more:]))})`, and begin with "
-        f"`{signature.x_name}, {separate} = {x_parts}`."
+        f"Pass one value per parameter. If {separate} is part of x: the model gets all arrays of x "
+        f"as its first argument, so write `def model({', '.join(('x', *known[n_more:]))})`, and "
+        f"begin its body with `{signature.x_name}, {separate} = {x_parts}`."
     )
 
 
@@ -251,7 +259,7 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
 
 
 def _are_pairs(bounds: Sequence[Any] | NDArray[Any]) -> bool:
-    """Whether bounds are (low, high) pairs per parameter, as in scipy.optimize.minimize."""
+    """Whether each entry is a pair, as in the bounds of scipy.optimize.minimize."""
     return all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in bounds)
 
 
@@ -262,22 +270,25 @@ def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vect
     no_bound = "-np.inf" if missing < 0 else "np.inf"
     values = _vector(value, what, f"Write {no_bound} where there is no bound.", names)
     if values.shape not in ((1,), (len(names),)):
-        raise ValueError(f"the {what} have {len(values)} values for {len(names)} parameters.")
+        raise ValueError(
+            f"the {what} have {len(values)} values for {len(names)} parameters. Pass one value for "
+            f"all parameters, or one per parameter."
+        )
     return np.broadcast_to(values, (len(names),)).copy()
 
 
 def _vector(values: Any, what: str, instead_of_none: str = "", names: Sequence[str] = ()) -> Vector:
-    """Return real numbers as a vector.
+    """Return ``values`` as a vector, or raise a ValueError if they are not real numbers.
 
     Parameters
     ----------
     values : Any
     what : str
-        Name of the values in messages.
+        Words for the values in messages, such as "lower bounds".
     instead_of_none : str
-        Hint for an entry that is None.
+        Advice in the message if an entry is None.
     names : sequence of str
-        Names of the parameters, if known.
+        Names of the parameters, with which messages refer to entries.
     """
     try:
         array = np.asarray(values)
@@ -326,5 +337,6 @@ def _reject_unknown(given: Mapping[str, Any], names: tuple[str, ...], what: str)
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(
-            f"{what} names {', '.join(map(repr, unknown))}; the parameters are {', '.join(names)}."
+            f"unknown parameter names in {what}: {', '.join(map(repr, unknown))}. The parameters "
+            f"are {', '.join(names)}."
         )

@@ -1,4 +1,4 @@
-"""``FitProblem``: the arguments of ``fit`` or ``plan``, validated before anything is read."""
+"""``FitProblem``: the arguments of ``fit`` or ``plan``, validated before any data are read."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 @dataclass(frozen=True)
 class FitProblem:
-    """Model, data and options of a fit."""
+    """Model, data and options of a fit, after validation."""
 
-    config: HybridStreamingConfig  # copy, with ``verbose`` of the call
+    config: HybridStreamingConfig  # copy of the options, with ``verbose`` of the call
     model: Model
     parameters: Parameters
-    normalizer: ParameterNormalizer
-    penalty: GroupVariance
-    blocks: RowBlocks
+    normalizer: ParameterNormalizer  # scales the parameters for the warm-up
+    penalty: GroupVariance  # added to the cost; zero by default
+    blocks: RowBlocks  # y, x and sigma, split into blocks of rows
     loss: Loss
     nan_policy: str  # "raise" or "omit"
-    absolute_sigma: bool
-    callback: Callback | None
+    absolute_sigma: bool  # as in scipy.optimize.curve_fit
+    callback: Callback | None  # called with parameters, loss and iteration
 
     @property
     def exact_model(self) -> Model:
-        """Model in float64, evaluated on the sample."""
+        """The model, evaluated in float64 whatever the option ``precision``."""
         return replace(self.model, dtype="float64")
 
     @property
     def is_exact(self) -> bool:
-        """Whether the model is evaluated in float64 over all rows."""
+        """Whether the option ``precision`` selects float64, not float32."""
         return self.model.dtype == "float64"
 
     @property
     def is_without_matrices(self) -> bool:
-        """Whether conjugate gradients solve the step, and no p-by-p matrix is allocated."""
+        """Whether the fit uses conjugate gradients, which need no matrix of p by p numbers."""
         return self.config.is_without_matrices(self.model.n_params)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notices about the interpretation of the arguments."""
+        """Messages on how the arguments are interpreted, for the user."""
         notice = [self.parameters.notice] if self.parameters.notice else []
         return (*notice, *(f"{note}." for note in self.blocks.date_notices()))
 
     @property
     def sample_rows(self) -> int:
-        """Number of rows of the sample."""
+        """Number of rows in the sample on which a fit begins."""
         layout, n_params = self.model.layout, self.model.n_params
         return self.config.sample_size(self.blocks.n_rows, layout.row_bytes, n_params)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments that must be equal when the fit is resumed, besides model, data and options."""
+        """Arguments that must not change when a fit is resumed; without model, data and options."""
         return {
             "p0": self.parameters.start,
             "lower bounds": self.parameters.low,
@@ -101,7 +101,7 @@ def validate_arguments(
     Raises
     ------
     DataError, ModelError, ValueError, TypeError
-        If an argument is invalid, as far as known without reading data.
+        If an argument is invalid. Values of the data are not checked, because no data are read.
     """
     if nan_policy not in ("raise", "omit"):
         raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
@@ -142,7 +142,7 @@ def validate_arguments(
 
 
 def _parts_of_x(x_data: Any) -> tuple[int, str]:
-    """Return the number of arrays in x and the expression for all of them in a model."""
+    """Return the number of arrays in x, and code that lists them, such as ``x['t'], x['u']``."""
     if isinstance(x_data, dict):
         return len(x_data), ", ".join(f"x[{key!r}]" for key in x_data)
     are_names = isinstance(x_data, list) and all(isinstance(name, str) for name in x_data)
@@ -150,7 +150,7 @@ def _parts_of_x(x_data: Any) -> tuple[int, str]:
 
 
 def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig) -> None:
-    """Raise a ValueError for options that conjugate gradients do not support."""
+    """Raise a ValueError if conjugate gradients are used with options they do not support."""
     n_params = len(parameters.names)
     if not config.is_without_matrices(n_params):
         return
@@ -165,13 +165,14 @@ def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig
         raise ValueError(
             f"{', '.join(conflicts)} cannot be combined with conjugate gradients, which are used "
             f"for {n_params} parameters with cg_param_threshold={config.cg_param_threshold}. "
-            f"Remove it, or raise cg_param_threshold to solve the step with the full matrix "
-            f"({8 * n_params**2 / 2**20:.0f} MiB per task)."
+            f"Leave these settings at their defaults, or use a full matrix "
+            f"({8 * n_params**2 / 2**20:.0f} MiB per task) by setting cg_param_threshold above "
+            f"{n_params}."
         )
 
 
 def _check_box(parameters: Parameters, config: HybridStreamingConfig) -> None:
-    """Raise a ValueError if ``center_on_p0=False`` without finite bounds."""
+    """Raise a ValueError if random starts need finite bounds and there are none."""
     if not config.enable_multistart or config.center_on_p0:
         return
     low, high = parameters.low, parameters.high
@@ -184,7 +185,7 @@ def _check_box(parameters: Parameters, config: HybridStreamingConfig) -> None:
 
 
 def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
-    """Return the penalty, or raise a ValueError for invalid parameter ranges."""
+    """Return the penalty of the options; raise a ValueError if its ranges exceed ``n_params``."""
     indices = config.group_variance_indices
     if not config.enable_group_variance_regularization or indices is None:
         return GroupVariance()
@@ -199,7 +200,7 @@ def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
 
 
 def _warn_of_float32(model: Model) -> None:
-    """Warn if a model in float64 uses arrays in float32."""
+    """Warn if a float64 model uses JAX arrays that were created in float32."""
     names = float32_constants(model) if model.dtype == "float64" else []
     if names:
         warn_caller(

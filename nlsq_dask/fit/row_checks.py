@@ -1,4 +1,4 @@
-"""Checks that the rows of the data are valid, with their error messages."""
+"""Checks of the values in the data, with their error messages."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ _MAX_LISTED = 10  # blocks in a message
 
 
 def are_unusable(sums: Sums, omits_nan: bool) -> bool:
-    """Whether sums over some of the rows show that the data are invalid."""
+    """Whether some rows have an invalid sigma, or NaN or infinity that may not be omitted."""
     return bool(sums.n_bad_sigma or (sums.n_bad and not omits_nan))
 
 
 def check_rows(
     sums: Sums, omits_nan: bool, data: DataSet, n_rows: int, first_bad_block: int | None
 ) -> None:
-    """Raise a DataError if the rows of the sums are invalid.
+    """Raise a DataError if sigma or other values are invalid, or no row can be used.
 
     Parameters
     ----------
     sums : Sums
-        Over ``n_rows`` rows.
+        Sums over all rows, which count the invalid rows.
     omits_nan : bool
-        Whether rows with NaN or infinity are left out.
+        Whether rows with NaN or infinity are omitted.
     data : DataSet
-        Used to locate the first such row.
+        Finds the first NaN or infinity, for the message.
     n_rows : int
+        Number of rows.
     first_bad_block : int or None
-        Flat index of the first block with a row that is not finite.
+        Flat index of the first block with NaN or infinity.
     """
     if sums.n_bad_sigma:
         raise DataError(
@@ -53,13 +54,23 @@ def check_rows(
     if not sums.n_used:
         raise DataError(
             f"none of the {n_rows:,} rows can be used: each is masked, or holds NaN or infinity in "
-            f"y_data, x_data or sigma. Check each of them separately: an array without finite "
-            f"values or an inverted mask excludes all rows."
+            f"y_data, x_data or sigma. Check these arrays and the mask one by one: an array "
+            f"without finite values, or an inverted mask, excludes all rows."
         )
 
 
 def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> None:
-    """Raise a BlockReadError if too few of ``n_all`` rows remain without these blocks."""
+    """Raise a BlockReadError if too few rows can be read.
+
+    Parameters
+    ----------
+    bad : sequence of SkippedBlock
+        The blocks that cannot be read.
+    n_all : int
+        Number of rows of all blocks.
+    min_share : float
+        Fraction of the rows that must be readable.
+    """
     n_rows = n_all - sum(block.rows for block in bad)
     if n_rows and n_rows >= min_share * n_all:
         return
@@ -74,10 +85,10 @@ def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> No
 
 
 def check_same(before: Rows, reread: Rows) -> None:
-    """Raise a CheckpointError if rows that were read again have changed."""
+    """Raise a CheckpointError if rows, read again, differ from those of the checkpoint."""
     for one, other in zip(before.arrays, reread.arrays, strict=True):
         if one is not None and other is not None and one.tobytes() != other.tobytes():
             raise CheckpointError(
                 "the checkpoint belongs to other data: some rows were read again, and their values "
-                "have changed. Fit again without resume_from_checkpoint."
+                "have changed. Restore the data, or fit again without resume_from_checkpoint."
             )

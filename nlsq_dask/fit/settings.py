@@ -1,4 +1,4 @@
-"""Settings of warm-up and solvers, from the configuration."""
+"""Settings of the warm-up and the solvers, from the options of the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_ITERATIONS_FACTOR = 10  # relative to all rows; iterations on the sample 
 
 
 def start_settings(config: HybridStreamingConfig) -> StartSettings:
-    """Return the settings of warm-start detection (layer 1) and the first step (layer 2)."""
+    """Return the settings that decide whether a warm-up is needed, and its first step size."""
     return StartSettings(
         warm_start_threshold=config.warm_start_threshold
         if config.enable_warm_start_detection
@@ -32,7 +32,7 @@ def start_settings(config: HybridStreamingConfig) -> StartSettings:
 
 
 def warmup_settings(config: HybridStreamingConfig) -> WarmupSettings:
-    """Return the settings of L-BFGS with the cost guard (layer 3) and step clipping (4)."""
+    """Return the settings of L-BFGS, with limits on cost increases and step lengths."""
     criteria, limit = config.active_switching_criteria, config.max_warmup_iterations
     return WarmupSettings(
         history_size=config.lbfgs_history_size,
@@ -48,7 +48,7 @@ def warmup_settings(config: HybridStreamingConfig) -> WarmupSettings:
 
 
 def multistart_settings(config: HybridStreamingConfig) -> MultistartSettings:
-    """Return the settings of successive halving."""
+    """Return the settings of successive halving, which chooses the best of many starts."""
     return MultistartSettings(
         n_starts=config.n_starts,
         sampler=config.multistart_sampler,
