@@ -54,9 +54,8 @@ class MemoryPlan:
         # The next block is read ahead, in this process from the next group as well.
         reads_ahead = max(map(len, groups)) > 1 or workers.shares_memory
         at_once = 2 if reads_ahead else 1
-        task_bytes = 0
-        if not blocks.in_memory:
-            task_bytes = _COPIES * max(at_once * int(block_bytes.max()), blocks.split_bytes)
+        read_bytes = max(at_once * int(block_bytes.max()), blocks.split_bytes)
+        task_bytes = 0 if blocks.in_memory else _COPIES * read_bytes
         threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
         free = int(_MAX_FILLED * limit) - _BASE_BYTES - threads * task_bytes
         requested = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
