@@ -76,11 +76,7 @@ def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
         return tuple(shown) or available[:1]
     several = isinstance(dims, Iterable) and not isinstance(dims, str)
     chosen = tuple(map(str, dims)) if several else (str(dims),)
-    if (
-        not 1 <= len(chosen) <= 2
-        or len(set(chosen)) != len(chosen)
-        or not set(chosen) <= set(available)
-    ):
+    if len(chosen) not in (1, 2) or len(set(chosen) & set(available)) < len(chosen):
         raise ValueError(
             f"dims must be one or two different dimensions of {', '.join(map(repr, available))}; "
             f"got {dims!r}."
@@ -89,10 +85,8 @@ def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
 
 
 def _extreme(values: xr.DataArray, is_minimum: bool) -> dict[str, int]:
-    filled = values.fillna(np.inf if is_minimum else -np.inf).values
-    place = filled.argmin() if is_minimum else filled.argmax()
-    index = np.unravel_index(int(place), filled.shape)
-    return {str(dim): int(i) for dim, i in zip(values.dims, index, strict=True)}
+    index = values.argmin(values.dims) if is_minimum else values.argmax(values.dims)
+    return {str(dim): int(i) for dim, i in index.items()}
 
 
 def _extreme_text(values: xr.DataArray, at: dict[str, int], is_minimum: bool) -> str:

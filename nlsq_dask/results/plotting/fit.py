@@ -78,8 +78,10 @@ def _plot_overview(
         row, column = divmod(i, columns)
         place = grid[1 + row, column * width : (column + 1) * width]
         axes = figure.add_subplot(place, sharey=first)
-        _draw_residuals(axes, sampled, quantity, has_label=column == 0)
-        axes.tick_params(labelleft=column == 0)
+        _draw_residuals(axes, sampled, quantity)
+        if column > 0:  # only the leftmost panel of a row is labeled
+            axes.set_ylabel("")
+            axes.tick_params(labelleft=False)
         _label_x(axes, quantity)
         first = first or axes
     n_hidden = len(sampled.quantities) - len(shown)
@@ -98,30 +100,15 @@ def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quant
     else:
         _points(axes, x, y, label="data")
     places, curve, std = _curve(result, sampled, quantity)
-    about = np.zeros_like(curve) if std is None else std
+
+    def draw_band(half: Any, **options: Any) -> None:
+        axes.fill_between(places, curve - half, curve + half, color=FIT, lw=0, **options)
+
     if np.isfinite(sampled.spread):
-        half = 2.0 * np.hypot(about, sampled.spread)
-        axes.fill_between(
-            places,
-            curve - half,
-            curve + half,
-            color=FIT,
-            alpha=0.16,
-            lw=0,
-            zorder=0,
-            label="± 2 s.d. of a measurement",
-        )
+        half = 2.0 * np.hypot(0.0 if std is None else std, sampled.spread)
+        draw_band(half, alpha=0.16, zorder=0, label="± 2 s.d. of a measurement")
     if std is not None:
-        axes.fill_between(
-            places,
-            curve - 2.0 * std,
-            curve + 2.0 * std,
-            color=FIT,
-            alpha=0.4,
-            lw=0,
-            zorder=2.5,
-            label="± 2 standard errors of the fit",
-        )
+        draw_band(2.0 * std, alpha=0.4, zorder=2.5, label="± 2 standard errors of the fit")
     single: dict[str, Any] = {"marker": "_", "ms": 12} if len(places) == 1 else {}
     axes.plot(places, curve, color=FIT, lw=1.6, zorder=3, label="fit", **single)
     _set_y_limits(axes, np.concatenate([y, curve]))
@@ -138,8 +125,7 @@ def _curve(
     places = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), _CURVE_POINTS)]))
     x_new: Any = places if sampled.is_flat else places[:, None]
     leaves = result._model.layout.assemble([x_new])
-    has_errors = result.pcov is not None and result._root is not None
-    if not has_errors or not np.isfinite(result.pcov).all():  # type: ignore[arg-type]
+    if result._root is None or result.pcov is None or not np.isfinite(result.pcov).all():
         return places, np.asarray(result.predict(leaves)), None
     curve, std = result.predict(leaves, return_std=True)
     return places, np.asarray(curve), np.asarray(std)
@@ -150,24 +136,10 @@ def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
     x, y = quantity.values, sampled.y
     _points(axes, x, y, label="data")
     groups = neighbor_groups(x)
-    places = np.array([x[group].mean() for group in groups])
-    observed = np.array([y[group].mean() for group in groups])
-    fitted = np.array([sampled.fitted[group].mean() for group in groups])
-    errors = np.array(
-        [_standard_error(sampled.y[group] - sampled.fitted[group]) for group in groups]
-    )
+    places, fitted = _means(x, groups), _means(sampled.fitted, groups)
     axes.plot(places, fitted, color=FIT, lw=1.6, zorder=3, label="mean of the fit")
-    axes.errorbar(
-        places,
-        observed,
-        errors,
-        fmt="o",
-        ms=4,
-        lw=1,
-        color=MEAN,
-        zorder=4,
-        label="mean of the data, ± its standard error",
-    )
+    text = "mean of the data, ± its standard error"
+    _draw_group_means(axes, x, y, y - sampled.fitted, groups, ms=4, label=text)
     _set_y_limits(axes, np.concatenate([y, fitted]))
 
 
@@ -180,9 +152,7 @@ def _draw_observed(axes: Axes, sampled: Sampled) -> None:
     axes.set(xlabel="fit", ylabel=sampled.y_label)
 
 
-def _draw_residuals(
-    axes: Axes, sampled: Sampled, quantity: Quantity, has_label: bool = True
-) -> None:
+def _draw_residuals(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
     """Draw residuals and their local means against a quantity.
 
     Horizontal lines mark plus and minus one standard deviation of the residuals.
@@ -211,20 +181,9 @@ def _draw_residuals(
             axes.axhline(sign * sampled.expected, color=QUIET, lw=0.8, ls=(0, (4, 3)))
     near, x_near = residuals[~far], x[~far]
     if len(near) >= _MIN_FOR_MEANS:
-        groups = neighbor_groups(x_near)
-        axes.errorbar(
-            [x_near[group].mean() for group in groups],
-            [near[group].mean() for group in groups],
-            [_standard_error(near[group]) for group in groups],
-            fmt="o",
-            ms=2.5,
-            lw=1,
-            color=MEAN,
-            zorder=4,
-        )
+        _draw_group_means(axes, x_near, near, near, neighbor_groups(x_near), ms=2.5)
     axes.set_ylim(-1.2 * limit, 1.2 * limit)
-    if has_label:
-        axes.set_ylabel(sampled.residual_label)
+    axes.set_ylabel(sampled.residual_label)
 
 
 def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
@@ -272,9 +231,21 @@ def _points(axes: Axes, x: Vector, y: Vector, **options: Any) -> None:
     axes.plot(x, y, "o", ms=size, mew=0, color=text_color(), alpha=alpha, **options)
 
 
-def _standard_error(values: Vector) -> float:
-    """Return the standard error of the mean; zero for a single value."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+def _means(values: Vector, groups: list[NDArray[np.int64]]) -> Vector:
+    return np.array([values[group].mean() for group in groups])
+
+
+def _draw_group_means(
+    axes: Axes, x: Vector, y: Vector, noise: Vector, groups: list[NDArray[np.int64]], **options: Any
+) -> None:
+    """Draw the mean of y in each group of rows; ``noise`` gives the standard error of the mean."""
+    errors = [
+        noise[group].std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0.0
+        for group in groups
+    ]
+    axes.errorbar(
+        _means(x, groups), _means(y, groups), errors, fmt="o", lw=1, color=MEAN, zorder=4, **options
+    )
 
 
 def _set_y_limits(axes: Axes, values: Vector) -> None:

@@ -46,6 +46,7 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
     radius = np.asarray(history.trust_radius, float)
     for axes, name in ((loss, "loss"), (gradient, "gradient_norm"), (step, "step_norm")):
         values = np.asarray(history[name], float)
+        axes.set_ylabel(name.replace("_", " "))
         _draw(axes, at, values, stages, accepted)
         _set_log_scale(axes, np.append(values, radius) if axes is step else values)
     if np.isfinite(radius).any():
@@ -61,9 +62,6 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
         passes.set_xlim(at[0] - 1.0, at[0] + 1.0)
     passes.yaxis.get_major_locator().set_params(integer=True)
     _shade(passes, at, stages)
-    loss.set_ylabel("loss")
-    gradient.set_ylabel("gradient norm")
-    step.set_ylabel("step norm")
     passes.set(xlabel="iteration", ylabel="passes")
     passes.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = loss.get_legend_handles_labels()
