@@ -15,7 +15,7 @@ from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.parameters import Parameters
 from nlsq_dask.fit.problem import FitProblem
-from nlsq_dask.kernels.sums import Sums
+from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.status import Status
@@ -38,36 +38,37 @@ def build_result(
     """Return the public result; warn if the covariance is unreliable or rows were skipped."""
     parameters, blocks = problem.parameters, problem.blocks
     n_params, counts = len(parameters.names), outcome.counts
-    sums, covariance = outcome.sums, outcome.covariance
-    active = _active_mask(outcome.params, parameters)
-    gradient = np.full(n_params, np.nan) if sums is None else sums.jtr
-    n_used = 0 if sums is None else sums.n_used
+    sums = _unknown_sums(n_params) if outcome.sums is None else outcome.sums
+    n_used, gradient, variation = sums.n_used, sums.jtr, sums.total_variation
+    at_low, at_high = outcome.params <= parameters.low, outcome.params >= parameters.high
+    active = at_high.astype(np.int64) - at_low
+    covariance = outcome.covariance
     flags = outcome.non_identifiable if covariance is None else covariance.non_identifiable
     non_identifiable = [] if flags is None else _names(parameters, flags)
     at_bounds = _names(parameters, active != 0)
     is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
+    outward = _names(parameters, is_outward)
     pcov, root = _covariance(outcome, problem)
     skipped = _skipped_message(outcome.diagnostics["left_out"], blocks)
-    _warn(outcome, problem, pcov, non_identifiable, skipped)
-    sentences = {
-        skipped: bool(skipped),
-        f"At a bound: {_join(at_bounds)}.": bool(at_bounds),
-        f"The cost would decrease beyond the bound of {_join(_names(parameters, is_outward))}.": (
-            bool(is_outward.any())
-        ),
-        f"There are fewer rows ({n_used}) than parameters ({n_params}).": (
-            sums is not None and n_used < n_params
-        ),
-        f"The data do not constrain: {_join(non_identifiable)}.": bool(non_identifiable),
-    }
+    _warn_covariance(outcome, problem, pcov, non_identifiable)
+    if skipped:
+        _warn_skipped(skipped, outcome.diagnostics["left_out"])
+    has_few_rows = outcome.sums is not None and n_used < n_params
+    sentences = [
+        skipped,
+        f"At a bound: {_join(at_bounds)}." if at_bounds else "",
+        f"The cost would decrease beyond the bound of {_join(outward)}." if outward else "",
+        f"There are fewer rows ({n_used}) than parameters ({n_params})." if has_few_rows else "",
+        f"The data do not constrain: {_join(non_identifiable)}." if non_identifiable else "",
+    ]
     # Long, because each field of the result takes a line.
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
         status=outcome.stop.code,
-        message=_message(outcome, problem, [text for text, holds in sentences.items() if holds]),
-        cost=np.nan if sums is None else sums.cost,
-        chi2=np.nan if sums is None else sums.chi2,
+        message=_message(outcome, problem, [text for text in sentences if text]),
+        cost=sums.cost,
+        chi2=sums.chi2,
         grad=gradient,
         optimality=float(np.abs(np.where(is_outward, 0.0, gradient)).max()),
         active_mask=active,
@@ -79,11 +80,11 @@ def build_result(
         loss=problem.loss.name,
         f_scale=problem.loss.f_scale,
         cov_type=problem.config.cov_type,
-        sigma_sq=_sigma_sq(sums, n_params),
+        sigma_sq=sums.variance(n_params) if sums.is_finite else np.nan,
         dof=n_used - n_params,
         n_points=n_used,
-        n_omitted=0 if sums is None else sums.n_omitted,
-        r_squared=_r_squared(sums),
+        n_omitted=sums.n_omitted,
+        r_squared=1.0 - sums.chi2 / variation if variation > 0.0 else np.nan,
         condition_number=np.nan if covariance is None else covariance.condition_number,
         block_statistics=None
         if outcome.blocks is None
@@ -125,26 +126,6 @@ def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str
     return message if stop.is_success else message + _date_hint(problem.blocks)
 
 
-def _warn(
-    outcome: Outcome,
-    problem: FitProblem,
-    pcov: Matrix | None,
-    non_identifiable: list[str],
-    skipped: str,
-) -> None:
-    """Warn if the covariance is unreliable or rows were skipped."""
-    if outcome.covariance is not None and pcov is not None and not np.isfinite(pcov).all():
-        n_used = 0 if outcome.sums is None else outcome.sums.n_used
-        _warn_covariance(non_identifiable, n_used, problem.model.n_params)
-    if non_identifiable and problem.is_without_matrices:
-        warn_caller(
-            f"The data do not constrain {_join(non_identifiable)}: other values fit equally well.",
-            OptimizeWarning,
-        )
-    if skipped:
-        _warn_skipped(skipped, outcome.diagnostics["left_out"])
-
-
 def _date_hint(blocks: RowBlocks) -> str:
     """Return a sentence on the units of dates, which are far from zero; empty without dates."""
     notices = blocks.date_notices()
@@ -178,40 +159,39 @@ def _covariance(outcome: Outcome, problem: FitProblem) -> tuple[Matrix | None, M
     return outcome.covariance.pcov, outcome.covariance.root
 
 
-def _sigma_sq(sums: Sums | None, n_params: int) -> float:
-    if sums is None or not sums.is_finite:
-        return np.nan
-    return sums.variance(n_params)
-
-
-def _active_mask(params: Vector, parameters: Parameters) -> NDArray[np.int64]:
-    at_low = (params <= parameters.low).astype(np.int64)
-    at_high = (params >= parameters.high).astype(np.int64)
-    return at_high - at_low
+def _unknown_sums(n_params: int) -> Sums:
+    """Return sums over no rows, which are NaN because there was no pass."""
+    nan = np.full(n_params, np.nan)
+    return NormalEquations(jtr=nan, cost=np.nan, chi2=np.nan, jtj=np.empty((0, 0)))
 
 
 def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
-def _r_squared(sums: Sums | None) -> float:
-    if sums is None or sums.total_variation <= 0.0:
-        return float("nan")
-    return 1.0 - sums.chi2 / sums.total_variation
-
-
 def _join(names: list[str]) -> str:
     return join_first([*map(repr, names)])
 
 
-def _warn_covariance(non_identifiable: list[str], n_used: int, n_params: int) -> None:
-    if non_identifiable:
-        reason = f"the data do not constrain {_join(non_identifiable)}"
-    elif n_used > n_params:
-        reason = "the model is insensitive to some of them at this point"
+def _warn_covariance(
+    outcome: Outcome, problem: FitProblem, pcov: Matrix | None, non_identifiable: list[str]
+) -> None:
+    """Warn if parameters are not constrained or their covariance is infinite."""
+    names, n_params = _join(non_identifiable), problem.model.n_params
+    n_used = 0 if outcome.sums is None else outcome.sums.n_used
+    if pcov is None and non_identifiable:
+        message = f"The data do not constrain {names}: other values fit equally well."
+    elif outcome.covariance is None or pcov is None or np.isfinite(pcov).all():
+        return
     else:
-        reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
-    warn_caller(f"Covariance of the parameters could not be estimated: {reason}.", OptimizeWarning)
+        if non_identifiable:
+            reason = f"the data do not constrain {names}"
+        elif n_used > n_params:
+            reason = "the model is insensitive to some of them at this point"
+        else:
+            reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
+        message = f"Covariance of the parameters could not be estimated: {reason}."
+    warn_caller(message, OptimizeWarning)
 
 
 def _skipped_message(records: list[dict[str, Any]], blocks: RowBlocks) -> str:

@@ -43,9 +43,7 @@ def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr
     for i, (leaf, label, name) in enumerate(labelled):
         units = blocks.x_units.get(message_names[i], label.units)
         attrs = _label_attributes(label, name, units) | {"position": i}
-        dims = (
-            ("row",) if leaf.ndim == 1 else ("row", "feature" if n_tables == 1 else f"feature_{i}")
-        )
+        dims = ("row", "feature" if n_tables == 1 else f"feature_{i}")[: leaf.ndim]
         if leaf.ndim == 2 and label.columns:
             attrs["columns"] = list(label.columns)
         values[_unused_name(name.replace("/", "_"), values)] = dims, leaf, attrs

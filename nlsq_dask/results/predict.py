@@ -69,13 +69,10 @@ def predict(
         values = da.where(blocks.mask, np.nan, values)
     if not is_lazy:  # in this process: no transfer to a cluster, which may be busy
         values = values.compute(scheduler="threads")
-
-    def labelled(array: Any) -> Any:
-        if isinstance(template, xr.DataArray):
-            return xr.DataArray(array, coords=template.coords, dims=template.dims)
-        return array
-
-    return labelled(values[0]) if root is None else tuple(map(labelled, values))
+    results = list(values)
+    if isinstance(template, xr.DataArray):
+        results = [xr.DataArray(each, template.coords, template.dims) for each in results]
+    return results[0] if root is None else tuple(results)
 
 
 def _check_units(

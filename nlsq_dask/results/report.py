@@ -46,16 +46,14 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
     likelihood = n * np.log(result.chi2 / n) if n and result.chi2 > 0 else np.nan
     # Only fits by conjugate gradients have no covariance.
     method = "streaming Gauss-Newton" + (", conjugate gradients" if result.pcov is None else "")
-    settings = []
-    if result.loss != "linear":
-        settings.append(("loss", f"{result.loss}, f_scale = {result.f_scale:g}"))
-    if result.cov_type != "nonrobust":
-        settings.append(("covariance", result.cov_type))
-    if scale := _error_scale(result):
-        settings.append(("standard errors", scale))
+    settings = [
+        ("loss", "" if result.loss == "linear" else f"{result.loss}, f_scale = {result.f_scale:g}"),
+        ("covariance", "" if result.cov_type == "nonrobust" else result.cov_type),
+        ("standard errors", _error_scale(result)),
+    ]
     return [
         ("fitting method", method),
-        *settings,
+        *((label, text) for label, text in settings if text),
         ("data points", f"{n:,}"),
         ("omitted points", f"{result.n_omitted:,}"),
         ("variables", f"{p}"),
@@ -70,27 +68,19 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
 
 def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
     """Return name, value, standard error, relative error and notes of each parameter."""
-    rows = []
-    bounds = zip(*result.bounds, strict=True)
-    for name, value, error, init, (low, high), active in zip(
-        result.param_names,
-        result.x,
-        result.perr,
-        result.p0,
-        bounds,
-        result.active_mask,
-        strict=True,
-    ):
+    rows, errors, (lows, highs) = [], result.perr, result.bounds
+    for i, name in enumerate(result.param_names[:_MAX_LISTED]):
+        value, error, low, high = result.x[i], errors[i], lows[i], highs[i]
         relative = _percent(abs(error / value)) if value and np.isfinite(error) else "??"
-        notes = [f"init = {init:g}"]
+        notes = [f"init = {result.p0[i]:g}"]
         if np.isfinite(low) or np.isfinite(high):
             notes.append(f"bounds = {low:g}:{high:g}")
-        if active:
+        if result.active_mask[i]:
             notes.append("at bound")
         rows.append((name, f"{value:.8g}", f"{error:.4g}", relative, ", ".join(notes)))
-        if len(rows) == _MAX_LISTED < len(result.x):
-            rows.append((f"... {len(result.x) - _MAX_LISTED} more in popt", "", "", "", ""))
-            break
+    n_more = len(result.param_names) - len(rows)
+    if n_more > 0:
+        rows.append((f"... {n_more} more in popt", "", "", "", ""))
     return rows
 
 
@@ -181,11 +171,10 @@ def phases(phase_history: list[dict[str, Any]]) -> str:
     common = ("phase", "name", "start_time", "duration")
     rows = []
     for record in phase_history:
-        entries = {
-            key: value for key, value in record.items() if key not in common and value is not None
-        }
         details = "; ".join(
-            f"{key.replace('_', ' ')}: {_format_value(value)}" for key, value in entries.items()
+            f"{key.replace('_', ' ')}: {_format_value(value)}"
+            for key, value in record.items()
+            if key not in common and value is not None
         )
         rows.append((record["name"], f"{record['duration']:.2f}", details))
     return html_parts.table(("phase", "seconds", "details"), rows)
@@ -240,8 +229,6 @@ def dataset(result: FitResult) -> xr.Dataset:
     return xr.Dataset(
         values | matrix,
         coords={"param": names} | (dict.fromkeys(_COV_DIMS, names) if matrix else {}),
-        attrs={
-            name: int(value) if isinstance(value, bool) else value
-            for name, value in ((name, result[name]) for name in _SCALAR_FIELDS)
-        },
+        # netCDF has no booleans.
+        attrs={name: result[name] for name in _SCALAR_FIELDS} | {"success": int(result.success)},
     )

@@ -179,12 +179,7 @@ def _tag(value: Any) -> Any:
                 name: (variable.dims, variable.to_numpy(), variable.attrs)
                 for name, variable in value.variables.items()
             }
-            return [
-                "Dataset",
-                _tag(variables),
-                _tag(list(value.coords)),
-                _tag(value.attrs),
-            ]
+            return ["Dataset", *map(_tag, (variables, list(value.coords), value.attrs))]
         case np.ndarray() if value.dtype.kind == "U":
             return ["text", _tag(value.tolist())]
     return value
