@@ -30,13 +30,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1)
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Return a two-column table of names and values."""
-    return "<table><tbody>{}</tbody></table>".format(
-        "".join(
-            f"<tr><th style='{_LEFT}'>{escape(name)}</th><td style='{_LEFT}'>{escape(text)}</td>"
-            "</tr>"
-            for name, text in pairs
-        )
+    rows = "".join(
+        f"<tr><th style='{_LEFT}'>{escape(name)}</th><td style='{_LEFT}'>{escape(text)}</td></tr>"
+        for name, text in pairs
     )
+    return f"<table><tbody>{rows}</tbody></table>"
 
 
 def badge(text: str, colors: tuple[str, str]) -> str:

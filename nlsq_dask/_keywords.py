@@ -17,27 +17,22 @@ _CALL_OF: dict[str, str] = {}  # public call that accepts a keyword
 
 # Names used by SciPy and other libraries.
 _SYNONYMS = {
-    "ftol": "gauss_newton_tol",
-    "xtol": "gauss_newton_tol",
-    "gtol": "gauss_newton_tol",
-    "tol": "gauss_newton_tol",
-    "maxfev": "gauss_newton_max_iterations",
-    "max_nfev": "gauss_newton_max_iterations",
-    "maxiter": "gauss_newton_max_iterations",
-    "max_iter": "gauss_newton_max_iterations",
-    "max_iterations": "gauss_newton_max_iterations",
+    **dict.fromkeys(("ftol", "xtol", "gtol", "tol"), "gauss_newton_tol"),
+    **dict.fromkeys(
+        ("maxfev", "max_nfev", "maxiter", "max_iter", "max_iterations"),
+        "gauss_newton_max_iterations",
+    ),
     "weights": "sigma",
     "seed": "random_seed",
 }
 
 # Arguments of SciPy without a counterpart here.
-_FROM_JAX = "Omit it: derivatives of the model are computed by JAX."
 _UNSUPPORTED = {
+    **dict.fromkeys(
+        ("jac", "Dfun", "epsfcn", "diff_step"),
+        "Omit it: derivatives of the model are computed by JAX.",
+    ),
     "method": "Omit it: the only method is Gauss-Newton with a trust region.",
-    "jac": _FROM_JAX,
-    "Dfun": _FROM_JAX,
-    "epsfcn": _FROM_JAX,
-    "diff_step": _FROM_JAX,
     "check_finite": "Use nan_policy='raise' (the default) or nan_policy='omit' instead.",
 }
 

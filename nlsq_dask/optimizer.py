@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -230,14 +231,7 @@ class AdaptiveHybridStreamingOptimizer:
         own, history = DefenseLayerTelemetry(), History()
         remembering: list[Observer] = [self._observe, own, history]
         observers: list[Observer] = [*remembering, get_defense_telemetry()]
-
-        def emit(event: Event) -> None:
-            for observer in observers:
-                observer(event)
-
-        def remember(event: Event) -> None:
-            for observer in remembering:
-                observer(event)
+        emit, remember = partial(_send, observers), partial(_send, remembering)
 
         def describe() -> FitFingerprint:
             kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), STRIP_ROWS)
@@ -309,26 +303,28 @@ class AdaptiveHybridStreamingOptimizer:
 
     def _observe(self, event: Event) -> None:
         """Update the attributes that can be read during a fit."""
-        if isinstance(event, PhaseStarted):
-            self.current_phase = event.phase
-            self.phase_status[event.phase] = "running"
-            record = {"phase": event.phase, "name": event.name, "start_time": event.start_time}
-            self.phase_history.append({**record, "duration": 0.0})
-        elif isinstance(event, PhaseEnded):
-            self.phase_status[event.phase] = "failed" if event.failed else "done"
-            self.phase_history[-1].update(duration=event.duration, **event.details)
-        elif isinstance(event, PassFinished):
-            is_better = self.best_params_global is None or event.cost < self.best_cost_global
-            if is_better and event.params.size:  # omitted from checkpoints if very many
-                self.best_params_global, self.best_cost_global = event.params, event.cost
-        elif isinstance(event, BlocksSkipped):  # costs over fewer rows are not comparable
-            self.best_cost_global = float("inf")
-        elif (
-            isinstance(event, IterationFinished)
-            and not np.isfinite(self.best_cost_global)
-            and event.params.size
-        ):
-            self.best_params_global = event.params
+        match event:
+            case PhaseStarted():
+                self.current_phase = event.phase
+                self.phase_status[event.phase] = "running"
+                self.phase_history.append({**vars(event), "duration": 0.0})
+            case PhaseEnded():
+                self.phase_status[event.phase] = "failed" if event.failed else "done"
+                self.phase_history[-1].update(duration=event.duration, **event.details)
+            case BlocksSkipped():  # costs over fewer rows are not comparable
+                self.best_cost_global = float("inf")
+            case PassFinished() | IterationFinished() if not event.params.size:
+                pass  # more than 1,000 parameters are not in the events of a checkpoint
+            case PassFinished():
+                if self.best_params_global is None or event.cost < self.best_cost_global:
+                    self.best_params_global, self.best_cost_global = event.params, event.cost
+            case IterationFinished() if not np.isfinite(self.best_cost_global):
+                self.best_params_global = event.params
+
+
+def _send(observers: Iterable[Observer], event: Event) -> None:
+    for observer in observers:
+        observer(event)
 
 
 @contextmanager

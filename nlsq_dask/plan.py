@@ -112,8 +112,6 @@ def build_plan(problem: FitProblem) -> Plan:
     groups = group_blocks(block_rows)
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
-    notice = problem.parameters.notice
-    notices = [notice] if notice else []
     sample = plan_sample(block_rows, problem.sample_rows, config.random_seed, blocks.in_memory)
     with x64():
         mode = choose_mode(model, model.jaxpr())
@@ -131,13 +129,13 @@ def build_plan(problem: FitProblem) -> Plan:
         cache_per_worker=memory.cache_bytes,
         jacobian=mode.value,
         realigned=blocks.realigned,
-        problems=(*notices, *_problems(problem, memory, workers)),
+        problems=_problems(problem, memory, workers),
     )
 
 
-def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> list[str]:
+def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> tuple[str, ...]:
     blocks, n_params = problem.blocks, problem.model.n_params
-    problems = [] if memory.problem is None else [memory.problem]
+    problems = [text for text in (problem.parameters.notice, memory.problem) if text]
     n_blocks = int(blocks.block_rows().size)
     mean = memory.bytes_per_pass // n_blocks
     if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK_BYTES and not blocks.in_memory:
@@ -151,14 +149,11 @@ def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> list
             f"{n_tasks} task{'s' if n_tasks > 1 else ''} for {n_threads} threads: some threads "
             f"stay idle. Use smaller chunks"
         )
-    matrix = 8 * n_params**2
-    if (
-        not problem.is_without_matrices
-        and _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit
-    ):
+    matrix = 0 if problem.is_without_matrices else 8 * n_params**2
+    if _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit:
         problems.append(
             f"each partial sum holds a {n_params:,} x {n_params:,} matrix "
             f"({format_bytes(matrix)}), and a worker holds dozens of them. Lower "
             f"`cg_param_threshold` to avoid matrices"
         )
-    return problems
+    return tuple(problems)
