@@ -1,4 +1,4 @@
-"""HTML fragments for light and dark notebooks: colors come from the page or in pairs."""
+"""HTML fragments for notebooks, readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from html import escape
 
 _PAD = "padding:0.15em 0.9em 0.15em 0.2em"
 _LEFT, _RIGHT = f"text-align:left;{_PAD}", f"text-align:right;{_PAD}"
-# Background with foreground, readable on any page.
+# Pairs of background and text color.
 GOOD, BAD, CAUTION = ("#1b7837", "#ffffff"), ("#b2182b", "#ffffff"), ("#f1a340", "#000000")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1) -> str:
-    """Return a table whose first ``n_left`` columns and last column are left-aligned.
+    """Return an HTML table with a header and rows of text.
 
-    The other columns hold numbers.
+    The first ``n_left`` columns and the last one are left-aligned; the columns between them are
+    right-aligned, for numbers.
     """
     last = len(header) - 1
 
@@ -29,7 +30,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return a two-column table of names and values."""
+    """Return an HTML table with one name and its value per row."""
     rows = "".join(
         f"<tr><th style='{_LEFT}'>{escape(name)}</th><td style='{_LEFT}'>{escape(text)}</td></tr>"
         for name, text in pairs
@@ -38,7 +39,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def badge(text: str, colors: tuple[str, str]) -> str:
-    """Return a short text on a colored background."""
+    """Return a text on a colored background as HTML; ``colors`` are background and text."""
     background, color = colors
     return (
         f"<span style='background:{background};color:{color};border-radius:0.3em;"
@@ -47,18 +48,18 @@ def badge(text: str, colors: tuple[str, str]) -> str:
 
 
 def paragraph(*parts: str) -> str:
-    """Return a paragraph of HTML fragments."""
+    """Join HTML fragments into one paragraph."""
     return f"<p style='margin:0.4em 0'>{' '.join(parts)}</p>"
 
 
 def bullets(texts: Iterable[str]) -> str:
-    """Return a bulleted list, empty without texts."""
+    """Return an HTML list with one bullet per text; an empty string if there are no texts."""
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
     return f"<ul style='margin:0.2em 0'>{items}</ul>" if items else ""
 
 
 def collapsed(title: str, body: str, is_open: bool = False) -> str:
-    """Return a collapsible section."""
+    """Return an HTML section that shows or hides ``body`` when its title is clicked."""
     state = " open" if is_open else ""
     style = "margin:0.3em 0"
     return (
@@ -68,5 +69,5 @@ def collapsed(title: str, body: str, is_open: bool = False) -> str:
 
 
 def page(*parts: str) -> str:
-    """Return all fragments in one element."""
+    """Join HTML fragments into one block element."""
     return f"<div>{''.join(parts)}</div>"

@@ -1,4 +1,4 @@
-"""Messages for unknown keyword arguments, which name the call that accepts them."""
+"""Errors for unknown keyword arguments, with a suggestion of what to write instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 First = TypeVar("First")
 Owner = TypeVar("Owner")
 
-_CALL_OF: dict[str, str] = {}  # public call that accepts a keyword
+_CALL_OF: dict[str, str] = {}  # by keyword: the public function that accepts it
 
 # Names used by SciPy and other libraries.
 _SYNONYMS = {
@@ -37,21 +37,21 @@ _UNSUPPORTED = {
 }
 
 
-def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator that makes unknown keywords a TypeError with a suggestion.
+def explain_keywords(call: str, hinted: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator with which unknown keywords raise a TypeError with a suggestion.
 
     Parameters
     ----------
     call : str
         Public name of the decorated function.
-    others : bool
-        Whether messages of other calls suggest this one for its keywords.
+    hinted : bool
+        Whether this function is suggested if one of its keywords is passed to another function.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         known = set(signature.parameters)
-        if others:
+        if hinted:
             _CALL_OF.update(dict.fromkeys(known - {"self"}, call))
 
         @functools.wraps(function)
@@ -74,12 +74,14 @@ def explain_keywords(call: str, others: bool = True) -> Callable[[Callable[P, R]
 def arguments_of(
     source: Callable[Concatenate[First, P], Any],
 ) -> Callable[[Callable[Concatenate[Owner, P], R]], Callable[Concatenate[Owner, P], R]]:
-    """Give a method the signature of a function, with ``self`` in the place of its first argument.
+    """Return a decorator that gives a method the signature of another function.
+
+    The arguments are thereby declared once; ``help`` and editors show them for the method.
 
     Parameters
     ----------
     source : callable
-        Names, kinds, defaults and annotations of the arguments are written there alone.
+        Function with the signature; its first argument is replaced by ``self``.
     """
 
     def decorate(
@@ -95,7 +97,7 @@ def arguments_of(
 
 
 def suggest_keyword(keyword: str) -> str:
-    """Return a sentence on what to write instead of a keyword; empty if unknown."""
+    """Return a sentence that says what to write instead of an unknown keyword, or ""."""
     if keyword in _UNSUPPORTED:
         return _UNSUPPORTED[keyword]
     keyword = _SYNONYMS.get(keyword, keyword)

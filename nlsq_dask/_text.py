@@ -1,4 +1,4 @@
-"""Text in messages."""
+"""Lists in messages."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 
 def join_first(texts: Sequence[str], most: int = 20, separator: str = ", ", noun: str = "") -> str:
-    """Join the first ``most`` texts and the number of the others.
+    """Join texts; after the first ``most`` of them, only say how many more there are.
 
     Parameters
     ----------
     texts : sequence of str
     most : int
+        Maximum number of texts to list.
     separator : str
+        Text between two texts.
     noun : str
-        What the others are, in the plural.
+        Plural noun for the texts that are not listed, such as "parameters".
 
     Examples
     --------

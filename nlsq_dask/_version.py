@@ -1,4 +1,4 @@
-"""The version of the package, for a source tree that is not installed as well."""
+"""The version of this package, also where its source code is used without installation."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __version__ = "0.1.0"
 
 
 def version_of(package: str) -> str:
-    """Return the version of this package or of an installed one."""
+    """Return the version of this package, which need not be installed, or of an installed one."""
     return __version__ if package == "nlsq-dask" else version(package)

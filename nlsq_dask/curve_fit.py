@@ -18,7 +18,7 @@ from nlsq_dask.errors import DataError
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.status import Status
 
-# Not converged, but stopped on request: the best parameters are returned.
+# Status codes of fits that were stopped on request: not an error, the best parameters are returned.
 _STOPPED_EARLY = {status.code for status in Status if status.is_interruption} | {
     Status.USER_STOP.code
 }
@@ -50,15 +50,18 @@ def curve_fit(
     ydata : array, shape (M,)
         Dependent variable.
     p0 : sequence or dict by name, optional
-        Initial values; missing ones are the defaults in the signature of f, or 1.0.
+        Initial values of the parameters. A parameter without one starts at its default in the
+        signature of f, or at 1.0.
     sigma : array or scalar, optional
         Standard deviations of ydata.
     absolute_sigma : bool
-        Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
+        If True, sigma holds the actual standard deviations. If False, only their ratios matter, and
+        pcov is scaled by the variance of the residuals.
     bounds : (low, high) or dict by name of (low, high)
-        Bounds on parameters, each a number, a sequence or a dict by name; infinite by default.
+        Lower and upper bounds of the parameters. Each of low and high is a number, a sequence or a
+        dict by name. By default there are no bounds.
     full_output : bool
-        Whether to also return infodict, message and ier.
+        If True, also return infodict, message and ier.
     config : HybridStreamingConfig, optional
         Options of the algorithm.
     **fit_options
@@ -71,8 +74,8 @@ def curve_fit(
     pcov : ndarray, shape (p, p)
         Covariance matrix of the parameters.
     infodict : dict
-        Only with ``full_output``: nfev, fvec (None: residuals are never all in memory) and the
-        FitResult as "result".
+        Only with ``full_output``: "nfev", the number of passes over the data; "fvec", always None
+        because the residuals are never in memory together; and "result", the ``FitResult``.
     message : str
         Only with ``full_output``: the reason for which the fit ended.
     ier : int
@@ -84,11 +87,11 @@ def curve_fit(
     RuntimeError
         If the fit did not converge, as in SciPy.
     DataError, ModelError, ValueError, TypeError
-        For invalid arguments; further errors are those of ``fit``.
+        If an argument is invalid. Any other error of ``fit`` can be raised as well.
 
     See Also
     --------
-    AdaptiveHybridStreamingOptimizer.fit : Further kinds of arrays; returns a ``FitResult``.
+    AdaptiveHybridStreamingOptimizer.fit : Fit N-d and labeled data; returns a ``FitResult``.
 
     Examples
     --------
@@ -129,7 +132,10 @@ def curve_fit(
 
 
 def _from_scipy_layout(f: Callable[..., Any], xdata: Any) -> tuple[Any, Callable[..., Any]]:
-    """Split k rows of M values into k arrays, stacked again for the model."""
+    """Return x and the model in the form that ``fit`` expects.
+
+    An x of shape (k, M) becomes a tuple of k arrays, which the model stacks again to call f.
+    """
     if isinstance(xdata, tuple | list) and xdata and np.ndim(xdata[0]) > 0:
         variables = tuple(xdata)
     elif hasattr(xdata, "iloc") and xdata.ndim == 2:

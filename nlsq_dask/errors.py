@@ -1,4 +1,4 @@
-"""Errors and warnings; each error also derives from the built-in one that a caller expects."""
+"""Errors and warnings of the package; each error is also a ValueError or a RuntimeError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = os.path.dirname(__file__) + os.sep  # the separator excludes neighbor
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning that points to the nearest caller outside the package."""
+    """Issue a warning that shows the line of the caller's code, not a line of this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
@@ -18,7 +18,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 class ModelError(ValueError):
-    """Invalid model: wrong output shape, not row-wise, or not written with jax.numpy."""
+    """Invalid model, such as one with a wrong output shape or not written with jax.numpy."""
 
 
 class DataError(ValueError):
@@ -33,7 +33,7 @@ class NonFiniteDataError(DataError):
     n_rows : int
         Number of rows with a NaN or infinity in y, x or sigma.
     first_block : tuple of int
-        Position in the grid of blocks of the first block with such a row.
+        Index of the first block with such a row, along each dimension of y.
     """
 
     def __init__(self, message: str, n_rows: int, first_block: tuple[int, ...]) -> None:
@@ -46,18 +46,18 @@ class NonFiniteDataError(DataError):
 
 
 class BlockReadError(DataError):
-    """Unreadable block of the data that ``min_success_rate`` does not allow to be skipped.
+    """A block of the data could not be read, and ``min_success_rate`` does not allow skipping it.
 
-    Its ``__cause__`` is the error of the store, of the codec or of the caller's own function.
+    ``__cause__`` is the original error of the store, the codec or the caller's own function.
 
     Attributes
     ----------
     array : str
-        Name of the array in messages, such as "y_data" or "x_data[0]".
+        Name of the unreadable array, such as "y_data" or "x_data[0]".
     block : tuple of int
-        Position in the grid of blocks of the first such block.
+        Index of the unreadable block, along each dimension of y; the first one of several.
     chunk : str or None
-        Chunk of the store that could not be read, if known.
+        Key of the unreadable chunk in the store; None if it is not known.
     """
 
     def __init__(
@@ -73,31 +73,31 @@ class BlockReadError(DataError):
 
 
 class DataWarning(UserWarning):
-    """Data that may not be fitted as intended; the fit continues."""
+    """Warning that the data may not mean what the caller intends; the fit continues."""
 
 
 class MissingChunksWarning(DataWarning):
-    """Chunks missing from their Zarr store, which are read as the fill value."""
+    """Warning that a Zarr store lacks chunks, whose elements are read as the fill value."""
 
 
 class FitInProgressError(RuntimeError):
-    """Second fit started on an optimizer that is still running one."""
+    """``fit`` was called on an optimizer that is already running a fit."""
 
 
 class ClusterLostError(RuntimeError):
-    """Cluster that no longer exists or repeatedly loses its workers."""
+    """The Dask cluster shut down during a fit, or repeatedly lost its workers."""
 
 
 class RecordError(ValueError):
-    """Bytes that do not encode the expected record.
+    """Invalid content of a file of this package.
 
-    Internal: the caller adds the name of the file.
+    Internal: it is converted to a ``ResultFileError`` or ``CheckpointError`` that names the file.
     """
 
 
 class ResultFileError(ValueError):
-    """File that is not a valid result: damaged, of another format version, or of another kind."""
+    """Invalid result file: damaged, of another format version, or not a result at all."""
 
 
 class CheckpointError(ValueError):
-    """Invalid checkpoint: damaged, of another format version, or of another fit."""
+    """Invalid checkpoint: damaged, of another format version, or written by a different fit."""

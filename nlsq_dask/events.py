@@ -1,7 +1,7 @@
-"""Events of a fit: records that observers receive.
+"""Events of a fit: what happened, as objects that are passed to observers.
 
-An observer is a callable with one argument, an ``Event``. It is called in the thread that called
-``fit``, with each event in order, and cannot change the fit.
+An observer is a function of one argument, an ``Event``. It is called with each event in order, in
+the thread that called ``fit``, and cannot change the fit.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")  # by number
-ALL_ROWS = "all rows"  # the stage of phase 2 in which an iteration is a pass
+ALL_ROWS = "all rows"  # the stage in which each iteration takes a pass over the data
 
 
 @dataclass(frozen=True)
 class Event:
-    """Base class of all events; their arrays are read-only.
+    """Base class of all events; arrays in an event are read-only.
 
     Attributes
     ----------
     is_transient : bool
-        True if the event matters only while a fit runs; it is omitted from checkpoints.
+        True if the event is not saved in checkpoints, because it matters only while a fit runs.
     """
 
     is_transient: ClassVar[bool] = False
@@ -52,8 +52,10 @@ class FitStarted(Event):
         Number of blocks along each dimension.
     dims : tuple of str
         Names of the dimensions.
+    param_names : tuple of str
+        Names of the parameters.
     notes : tuple of str
-        Sentences on unexpected interpretations of the arguments.
+        Sentences on what the caller may not expect, such as how dates are converted to numbers.
     """
 
     model: str
@@ -71,7 +73,17 @@ class FitStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase, 0 to 3, began at ``start_time``, in seconds since the epoch."""
+    """A phase began: normalization (0), L-BFGS warm-up (1), Gauss-Newton (2) or covariance (3).
+
+    Attributes
+    ----------
+    phase : int
+        Number of the phase.
+    name : str
+        Name of the phase.
+    start_time : float
+        Seconds since 1970.
+    """
 
     phase: int
     name: str
@@ -80,7 +92,7 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseEnded(Event):
-    """A phase ended.
+    """A phase ended; ``phase`` and ``name`` are its number and name, as in ``PhaseStarted``.
 
     Attributes
     ----------
@@ -89,7 +101,7 @@ class PhaseEnded(Event):
     failed : bool
         True if the phase ended in an error.
     details : dict
-        What the phase did, as in ``FitResult.phase_history``.
+        Facts about the phase that are added to its entry in ``FitResult.phase_history``.
     """
 
     phase: int
@@ -101,18 +113,18 @@ class PhaseEnded(Event):
 
 @dataclass(frozen=True)
 class HalvingRound(Event):
-    """A round of successive halving over the candidate starts ended.
+    """A round of multistart ended: the worst starting points were dropped (successive halving).
 
     Attributes
     ----------
     round : int
-        Counted from 1.
+        Number of the round, counted from 1.
     rows : int
-        Number of rows of the minibatch.
+        Number of rows on which the starting points were compared.
     n_remaining : int
-        Number of candidates that remain.
+        Number of starting points that remain.
     best_loss : float
-        Mean squared weighted residual of the best candidate over these rows.
+        Mean squared weighted residual at the best starting point, over ``rows`` rows.
     """
 
     round: int
@@ -123,20 +135,22 @@ class HalvingRound(Event):
 
 @dataclass(frozen=True)
 class WarmupStarted(Event):
-    """The warm-up of a start began or was skipped, as layers 1 and 2 decided.
+    """The L-BFGS warm-up from a starting point began or was skipped.
+
+    Defense layer 1 skips the warm-up from a good start; layer 2 chooses the size of the first step.
 
     Attributes
     ----------
     start : str
-        "p0", or "winner" of the successive halving.
+        Starting point: "p0", or "winner" for the best one of multistart.
     relative_loss : float
         Mean squared weighted residual at the start, relative to the variance of y.
     mode : str or None
         Choice of the first step size: "refinement", "careful", "exploration" or "fixed". None if
-        the warm-up is skipped, because the start already fits, ``max_warmup_iterations`` is 0, or
-        the model or its gradient is not finite at the start.
+        the warm-up is skipped, because the start is already good, ``max_warmup_iterations`` is 0,
+        or the model or its gradient is not finite at the start.
     is_warm_start : bool
-        True if the warm-up is skipped because the start already fits.
+        True if the warm-up is skipped because the start is already good.
     """
 
     start: str
@@ -147,25 +161,26 @@ class WarmupStarted(Event):
 
 @dataclass(frozen=True)
 class WarmupEnded(Event):
-    """The warm-up of a start ended.
+    """The L-BFGS warm-up from a starting point ended.
 
     Attributes
     ----------
     reason : str
-        The criterion that ended it.
+        Criterion that ended the warm-up.
     iterations : int
         Number of L-BFGS iterations, restarts included.
     loss : float
         Mean squared weighted residual at the best point.
     cost_guard : bool
-        True if layer 3 ended the warm-up.
+        True if defense layer 3 ended the warm-up, because the loss grew.
     clipped : int
-        Number of updates clipped by layer 4.
+        Number of steps that defense layer 4 shortened.
+    line_search_failures : int
+        Number of line searches that failed.
     history_filled : bool
-        True if the history of L-BFGS was filled.
+        True if L-BFGS stored as many earlier steps as its history holds.
     restarts : int
-        Number of restarts from the best point, with smaller steps, after a value that was not
-        finite.
+        Number of restarts from the best point, with smaller steps, after the model was not finite.
     """
 
     reason: str
@@ -180,7 +195,15 @@ class WarmupEnded(Event):
 
 @dataclass(frozen=True)
 class SampleSolved(Event):
-    """Gauss-Newton on the sample ended; ``loss`` is its mean squared weighted residual."""
+    """Gauss-Newton on the sample of rows in memory ended.
+
+    Attributes
+    ----------
+    iterations : int
+        Number of iterations on the sample.
+    loss : float
+        Mean squared weighted residual over the sample.
+    """
 
     iterations: int
     loss: float
@@ -195,24 +218,24 @@ class IterationFinished(Event):
     stage : str
         "warm-up", "sample" or "all rows".
     iteration : int
-        Number of the iteration, counted through all stages.
+        Number of the iteration; counting continues from stage to stage.
     n_iterations : int
-        Number of iterations since the last event: several in the warm-up, otherwise one.
+        Number of iterations that this event reports: several in the warm-up, otherwise one.
     params : ndarray, shape (p,)
         Current parameters.
     loss : float
         Mean squared weighted residual over the rows of the stage.
     gradient_norm : float
-        Norm of the gradient of the relative loss in normalized parameters.
+        Norm of the gradient, in normalized parameters, of the loss relative to the variance of y.
     accepted : bool
-        True if the trial point was accepted.
+        True if the trial point became the current point.
     step_norm : float
-        Distance of the trial point in normalized parameters.
+        Distance from the previous point to the trial point, in normalized parameters.
     trust_radius : float
         Radius of the trust region for the next step, in parameters scaled so that a unit of each
         changes the norm of the residuals by one; NaN in a stage without a trust region.
     time : float
-        Seconds since the epoch.
+        Seconds since 1970.
     """
 
     stage: str
@@ -227,7 +250,7 @@ class IterationFinished(Event):
     time: float
 
     def reaches_multiple(self, frequency: int) -> bool:
-        """Return whether a multiple of ``frequency`` was reached since the last event."""
+        """Return whether this event reports an iteration with a multiple of ``frequency``."""
         return self.iteration // frequency > (self.iteration - self.n_iterations) // frequency
 
 
@@ -242,7 +265,8 @@ class NonFiniteTrial(Event):
     params : ndarray, shape (p,)
         The trial point.
     n_rows : int
-        Number of rows with finite data at which the model was not finite; 0 if only sums were not.
+        Number of rows at which the model was not finite although the data are; 0 if the model was
+        finite at every row but a sum over rows was not.
     """
 
     stage: str
@@ -257,15 +281,17 @@ class PassFinished(Event):
     Attributes
     ----------
     number : int
-        Counted from 1.
+        Number of the pass, counted from 1.
     params : ndarray, shape (p,)
-        Parameters at which the sums were computed.
+        Parameters at which the pass evaluated the model.
     cost : float
-        Half the sum of squared weighted residuals, or of their losses; infinite if not finite.
+        Cost at ``params``, as defined in ``FitResult``; infinite if the model was not finite.
+    seconds : float
+        Duration of the pass.
     rows, bytes : int
-        Rows and bytes read from the source.
+        Number of rows and bytes read from the source.
     rows_cached : int
-        Rows taken from the memory of the workers.
+        Number of rows taken from the cache in the memory of the workers instead.
     retries : int
         Number of reads that were retried.
     """
@@ -289,13 +315,14 @@ class BlocksFinished(Event):
     number : int
         Number of the pass.
     blocks, n_blocks : int
-        Complete blocks, those of an interrupted pass included, and all blocks.
+        Number of complete blocks, and of all blocks. If the pass was interrupted and resumed,
+        blocks that were complete before the interruption count.
     rows, n_rows : int
-        Likewise for rows.
+        Number of rows in the complete blocks, and in all blocks.
     bytes : int
         Size of the complete blocks, read or cached.
     seconds : float
-        Duration of the pass so far, the time before an interruption included.
+        Duration of the pass so far, including the time before an interruption.
     """
 
     is_transient: ClassVar[bool] = True
@@ -340,14 +367,15 @@ class BlocksMeasured(Event):
 class BlocksSkipped(Event):
     """Blocks could not be read and are skipped from now on.
 
-    Costs of earlier passes were over more rows.
+    Costs of earlier passes include the rows of these blocks, so they cannot be compared with later
+    costs.
 
     Attributes
     ----------
     sentences : tuple of str
-        The error of each block.
+        One sentence per block, with its position and the error.
     rows : int
-        Number of rows skipped, earlier ones included.
+        Number of rows skipped in this fit so far.
     """
 
     sentences: tuple[str, ...]
@@ -356,7 +384,7 @@ class BlocksSkipped(Event):
 
 @dataclass(frozen=True)
 class SampleRead(Event):
-    """The sample was read from a few blocks.
+    """A random sample of rows was read into memory, from some of the blocks.
 
     Attributes
     ----------
@@ -365,7 +393,7 @@ class SampleRead(Event):
     blocks : int
         Number of blocks that were read.
     rows_read, bytes : int
-        Rows and bytes read from the source.
+        Number of rows and bytes read from the source: blocks are read as a whole.
     retries : int
         Number of reads that were retried.
     """
@@ -394,15 +422,16 @@ class FitResumed(Event):
     Attributes
     ----------
     started : FitStarted or None
-        The first event of the fit.
+        First event of the fit, from before the interruption; None if it was not saved.
     path : str
         Path of the checkpoint.
     n_passes : int
-        Number of passes that are complete.
+        Number of complete passes in the checkpoint.
     notes : tuple of str
-        Sentences on what is unexpected about the checkpoint.
+        Warnings about the checkpoint, such as other versions of libraries.
     is_within_pass : bool
-        True if a further pass is partly complete; the first ``BlocksFinished`` says how far.
+        True if the checkpoint holds results of a partly complete pass, which continues. The first
+        ``BlocksFinished`` event then has the number of complete blocks.
     """
 
     started: FitStarted | None
@@ -414,7 +443,7 @@ class FitResumed(Event):
 
 @dataclass(frozen=True)
 class FitEnded(Event):
-    """The fit ended with a result, whose ``success`` and ``message`` these are."""
+    """The fit ended and returns a ``FitResult`` with this ``success`` and ``message``."""
 
     is_transient: ClassVar[bool] = True
 
@@ -424,18 +453,18 @@ class FitEnded(Event):
 
 @dataclass(frozen=True)
 class FitAborted(Event):
-    """The fit ended in an exception, whose type and message are ``error``."""
+    """The fit ended with an exception; ``error`` holds the type and the message of it."""
 
     is_transient: ClassVar[bool] = True
 
     error: str
 
 
-_MANY = 1000  # parameters, too many to record at every iteration
+_MANY = 1000  # parameters; more are not recorded at every iteration, to save memory
 
 
 def without_many_params(event: Event) -> Event:
-    """Return the event, without its parameters if they are many."""
+    """Return the event; if it has more than 1,000 parameters, ``params`` becomes empty."""
     if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event

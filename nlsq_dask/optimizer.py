@@ -61,27 +61,33 @@ class AdaptiveHybridStreamingOptimizer:
     ----------
     config : HybridStreamingConfig, optional
     observers : sequence of callable
-        Called with every event of a fit, a record of ``nlsq_dask.events``, in the thread that
-        called ``fit``. An observer cannot change the fit: one that raises an exception is disabled
-        with a warning. A resumed fit begins with ``FitResumed``; earlier events are not repeated.
+        Functions that are called with every event of a fit, an object of a class in
+        ``nlsq_dask.events``, in the thread that called ``fit``. They cannot change the fit: an
+        observer that raises an exception is disabled with a warning. A resumed fit begins with the
+        event ``FitResumed``; earlier events are not repeated.
 
     Attributes
     ----------
     current_phase : int
         Number of the current or last phase; 0 before a fit.
     phase_history : list of dict
-        One record per phase: phase, name, start_time (s since the epoch), duration (s), details.
+        One dict per phase: phase (its number), name, start_time (s since 1970), duration (s) and
+        further entries that depend on the phase.
     phase_status : dict of int to str
-        "pending", "running", "done" or "failed" by phase; also "done" if the callback,
-        ``max_walltime`` or SIGTERM ended it.
+        Status of each phase: "pending", "running", "done" or "failed". A phase that the callback,
+        ``max_walltime`` or SIGTERM ends is "done".
     normalizer : ParameterNormalizer or None
+        Conversion to normalized parameters, which are of similar size; None before a fit.
     normalized_model : NormalizedModelWrapper or None
+        Model as a function of normalized parameters; None before a fit.
     normalized_bounds : tuple of ndarray, or None
+        Lower and upper bounds of the normalized parameters; None before a fit.
     normalization_jacobian : ndarray, shape (p, p), or None
+        Derivatives of the parameters with respect to the normalized parameters; None before a fit.
     best_params_global : ndarray, shape (p,), or None
-        Best parameters so far.
+        Best parameters so far; None before the first iteration.
     best_cost_global : float
-        Cost of these over all rows; infinite before the first pass.
+        Cost of ``best_params_global`` over all rows; infinite before the first pass.
 
     Examples
     --------
@@ -168,22 +174,26 @@ class AdaptiveHybridStreamingOptimizer:
             Dependent variable, real, 1-d or N-d; each element is one row. Rows masked in any of x,
             y and sigma are omitted.
         p0 : sequence or dict by name, optional
-            Initial values; missing ones are the defaults in the signature of the model, or 1.0.
+            Initial values of the parameters. A parameter without one starts at its default in the
+            signature of the model, or at 1.0.
         bounds : (low, high) or dict by name of (low, high), optional
-            Bounds on parameters, each a number, a sequence or a dict by name; infinite by default.
-            Trial points never leave them.
+            Lower and upper bounds of the parameters. Each of low and high is a number, a sequence
+            or a dict by name. By default there are no bounds. Trial points always lie within the
+            bounds.
         sigma : array or scalar, optional
-            Positive standard deviations of y, broadcast against it.
+            Standard deviations of y, all positive; broadcast to the shape of y.
         absolute_sigma : bool
-            Whether sigma is absolute; if not, pcov is scaled by the variance of the residuals.
+            If True, sigma holds the actual standard deviations. If False, only their ratios matter,
+            and pcov is scaled by the variance of the residuals.
         loss : {"linear", "soft_l1", "huber", "cauchy", "arctan"}
-            Loss, as in SciPy: the fit minimizes ``1/2 sum f_scale^2 rho((r / f_scale)^2)``. All but
-            "linear" reduce the weight of outliers.
+            Loss function rho, as in SciPy: the fit minimizes
+            ``1/2 sum f_scale^2 rho((r / f_scale)^2)`` with the residuals
+            ``r = (model - y) / sigma``. Every loss except "linear" reduces the weight of outliers.
         f_scale : float
-            Weighted residual ``(y - model) / sigma`` beyond which a row is an outlier; not used by
-            "linear".
+            Absolute residual ``|r|`` above which a row counts as an outlier; not used by "linear".
         nan_policy : {"raise", "omit"}
-            Whether rows with NaN or infinity in y, x or sigma are an error or omitted.
+            With "raise", NaN or infinity in y, x or sigma is an error; with "omit", the row is
+            omitted.
         param_names : sequence of str, optional
             Names of all parameters, instead of those in the signature of the model.
         callback : callable, optional
@@ -206,7 +216,7 @@ class AdaptiveHybridStreamingOptimizer:
         FitInProgressError
             If this optimizer is already running a fit.
         CheckpointError, FileNotFoundError
-            If the fit cannot be resumed from ``resume_from_checkpoint``.
+            If the fit cannot be resumed from the option ``resume_from_checkpoint``.
         ClusterLostError
             If the cluster is lost during a pass.
 
@@ -216,7 +226,7 @@ class AdaptiveHybridStreamingOptimizer:
         """
         if not self._running.acquire(blocking=False):
             raise FitInProgressError(
-                "this optimizer is already running a fit; create another optimizer for the second."
+                "this optimizer is already running a fit; use another optimizer for the second fit."
             )
         try:
             self._forget()
@@ -225,7 +235,7 @@ class AdaptiveHybridStreamingOptimizer:
             self._running.release()
 
     def _fit(self, problem: FitProblem) -> FitResult:
-        """Connect observers and journal, run the phases and build the result."""
+        """Run all phases of a fit, with observers and checkpoints, and build the result."""
         config = problem.config
         interruption = Interruption(config.max_walltime)
         own, history = DefenseLayerTelemetry(), History()
@@ -271,10 +281,10 @@ class AdaptiveHybridStreamingOptimizer:
             emit(FitEnded(result.success, result.message))
         return result
 
-    @explain_keywords("plan", others=False)
+    @explain_keywords("plan", hinted=False)
     @arguments_of(validate_arguments)
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """Return the cost of ``fit`` with the same arguments; only metadata is read.
+        """Return size, tasks and memory of a fit with these arguments, without reading data.
 
         Parameters
         ----------
@@ -290,8 +300,8 @@ class AdaptiveHybridStreamingOptimizer:
         Raises
         ------
         DataError, ModelError, ValueError, TypeError
-            As in ``fit``, without checks of values of the data and the model or of the checkpoint.
-            Blocks too large for a worker are listed in ``Plan.problems`` instead.
+            As in ``fit``, except for errors in values of the data or the model, or in a checkpoint.
+            Blocks too large for a worker are no error here; they are listed in ``Plan.problems``.
         """
         return build_plan(validate_arguments(self.config, *args, **kwargs))
 
@@ -302,7 +312,7 @@ class AdaptiveHybridStreamingOptimizer:
         self.normalization_jacobian = problem.normalizer.normalization_jacobian
 
     def _observe(self, event: Event) -> None:
-        """Update the attributes that can be read during a fit."""
+        """Update the public attributes of the optimizer, which can be read during a fit."""
         match event:
             case PhaseStarted():
                 self.current_phase = event.phase
@@ -329,7 +339,7 @@ def _send(observers: Iterable[Observer], event: Event) -> None:
 
 @contextmanager
 def _report_abort(emit: Observer) -> Iterator[None]:
-    """Emit ``FitAborted`` for an error that ends the fit."""
+    """Emit the event ``FitAborted`` if the code in this context raises an exception."""
     try:
         yield
     except BaseException as error:

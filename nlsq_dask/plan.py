@@ -1,4 +1,4 @@
-"""``Plan``: size, tasks and memory of a fit, from metadata alone."""
+"""``Plan``: size, tasks and memory of a fit, computed without reading data."""
 
 from __future__ import annotations
 
@@ -16,45 +16,47 @@ from nlsq_dask.model.check import check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
-_SMALL_BLOCK_BYTES = 2**16  # below, the request takes longer than reading
+_SMALL_BLOCK_BYTES = 2**16  # requesting a smaller block takes longer than reading it
 _MANY_BLOCKS = 1000
 _CONCURRENT_SUMS = 40  # partial sums in a worker before they are combined
-_LARGE_FRACTION = 0.2  # of a worker's memory
+_LARGE_FRACTION = 0.2  # of a worker's memory; more for partial sums is reported as a problem
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Size, tasks and memory of a fit, computed without reading any data.
+    """Size, tasks and memory of a fit, computed without reading data.
 
     Attributes
     ----------
     n_rows : int
-        Number of observations.
+        Number of rows (observations).
     grid : tuple of int
-        Number of blocks along each dimension of ``y_data``.
+        Number of blocks along each dimension of ``y_data``. A block is a chunk of ``y_data``,
+        with the elements of the other arrays that belong to it.
     n_blocks : int
         Number of blocks.
     n_tasks : int
-        Tasks per pass: one per group of blocks, and those that combine their sums.
+        Number of Dask tasks per pass over the data: a task sums over one or more blocks, and
+        further tasks add up these sums.
     bytes_per_pass : int
         Bytes of all blocks in memory, decoded.
     sample_rows_read : int
-        Rows read for the sample before the first pass.
+        Number of rows read before the first pass, to draw a random sample of rows.
     n_workers, threads : int
         Number of processes, and the maximum number of threads per process.
     peak_memory : int
-        Peak bytes per worker: Python with its libraries, the blocks of running tasks, and the
-        cache, at most ``cache_per_worker``.
+        Maximum bytes per worker: Python with its libraries, the blocks of running tasks, and the
+        cached blocks.
     memory_limit : int
         Bytes of memory of the smallest worker.
     cache_per_worker : int
         Maximum bytes of blocks kept in a worker between passes.
     jacobian : {"forward", "reverse"}
-        Mode of differentiation.
+        Mode of automatic differentiation for the Jacobian of the model.
     realigned : tuple of str
-        Arrays whose chunks are split to match the others, and how.
+        One text per array whose chunks are split to match the chunks of the other arrays.
     problems : tuple of str
-        Conditions that would stop or slow down the fit, or may be unintended.
+        Texts on whatever would stop the fit, slow it down, or may be unintended.
     """
 
     n_rows: int
@@ -105,7 +107,7 @@ class Plan:
 
 
 def build_plan(problem: FitProblem) -> Plan:
-    """Return the plan of a fit on the active workers."""
+    """Return the plan of a fit on the current Dask workers, or on threads if there are none."""
     blocks, model, config = problem.blocks, problem.model, problem.config
     check_trace(model, blocks.x_labels)
     block_rows = blocks.block_rows()

@@ -1,4 +1,4 @@
-"""``Status``: the reasons for which a fit ends, each with the message shown to the user."""
+"""``Status``: the reasons why a fit ends, each with a code and a message for the user."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _FIX_EXAMPLE = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
 
 
 class Status(Enum):
-    """Reason for which a fit ended: SciPy's status code (positive for success) and a message."""
+    """Reason why a fit ended, with a status code (positive for success) and a message."""
 
     message: str
 
     def __new__(cls, code: int, message: str) -> Self:
-        """Create a member whose value is its code."""
+        """Create a member of the enumeration; its value is the code, its message an attribute."""
         member = object.__new__(cls)
         member._value_ = code
         member.message = message
@@ -28,12 +28,12 @@ class Status(Enum):
     LAST_STEP = (
         4,
         "Converged: the estimated error after the last step is below `gauss_newton_tol`. That step "
-        "took no pass over the data; cost and grad refer to the point before it.",
+        "took no pass over the data; cost and grad are those before this step.",
     )
     FLOOR = (
         1,
-        "Converged: the predicted reduction and step are below the floating-point resolution for "
-        "this number of rows.",
+        "Converged: the predicted reduction of the cost and the predicted step are below the "
+        "floating-point resolution (rounding errors) for this number of rows.",
     )
     ITERATION_LIMIT = (
         0,
@@ -60,7 +60,7 @@ class Status(Enum):
     ILL_CONDITIONED = (
         -6,
         "Not converged: the problem is ill-conditioned; float64 cannot resolve the minimum along a "
-        "flat valley of the cost. Remove or fix one of the non-identifiable parameters "
+        "flat valley of the cost. Remove or fix one parameter that the data do not constrain "
         f"({_FIX_EXAMPLE}), or center and scale x.",
     )
     NON_FINITE_START = (
@@ -89,7 +89,7 @@ class Status(Enum):
 
     @property
     def suggests_another_start(self) -> bool:
-        """Whether p0 far from the solution is a likely cause."""
+        """Whether another p0 may help, because p0 may be too far from the solution."""
         return self in (
             Status.ITERATION_LIMIT,
             Status.SLOW_PROGRESS,
@@ -99,5 +99,5 @@ class Status(Enum):
 
     @property
     def is_interruption(self) -> bool:
-        """Whether the fit was interrupted from outside and can be resumed."""
+        """Whether ``max_walltime`` or SIGTERM ended the fit, which can then be resumed."""
         return self in (Status.WALLTIME, Status.TERMINATED)

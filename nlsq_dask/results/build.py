@@ -1,4 +1,4 @@
-"""Construction of the public result from the outcome of the phases."""
+"""``build_result``: the ``FitResult`` of a fit, with its message and warnings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_result(
     phase_history: list[dict[str, Any]],
     history: xr.Dataset,
 ) -> FitResult:
-    """Return the public result; warn if the covariance is unreliable or rows were skipped."""
+    """Return the result of a fit; warn if it has no finite covariance or if rows were skipped."""
     parameters, blocks = problem.parameters, problem.blocks
     n_params, counts = len(parameters.names), outcome.counts
     sums = _unknown_sums(n_params) if outcome.sums is None else outcome.sums
@@ -61,7 +61,6 @@ def build_result(
         f"There are fewer rows ({n_used}) than parameters ({n_params})." if has_few_rows else "",
         f"The data do not constrain: {_join(non_identifiable)}." if non_identifiable else "",
     ]
-    # Long, because each field of the result takes a line.
     return FitResult(
         x=outcome.params,
         success=outcome.stop.is_success,
@@ -115,7 +114,7 @@ def build_result(
 
 
 def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str:
-    """Return why the fit ended, what is known of the solution, and what to do next."""
+    """Return ``FitResult.message``: the status, the given sentences and a hint what to do next."""
     stop = outcome.stop
     message = stop.message
     if stop.suggests_another_start and _can_use_multistart(problem):
@@ -127,29 +126,33 @@ def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str
 
 
 def _date_hint(blocks: RowBlocks) -> str:
-    """Return a sentence on the units of dates, which are far from zero; empty without dates."""
+    """Return a hint to shift dates, whose numbers are far from zero; empty without dates."""
     notices = blocks.date_notices()
     if not notices:
         return ""
-    return f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data."
+    return (
+        f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data: in the "
+        f"model, subtract a date near the data from x."
+    )
 
 
 def resume_hint(checkpoint: str | None) -> str:
-    """Return a sentence on how to resume a fit; empty without a checkpoint."""
+    """Return a sentence on how to resume the fit from a checkpoint; empty if there is none."""
     if checkpoint is None:
         return ""
     return f" To resume: HybridStreamingConfig(resume_from_checkpoint={checkpoint!r})."
 
 
 def _can_use_multistart(problem: FitProblem) -> bool:
-    """Return whether multistart is available for this fit and was not used."""
+    """Return whether the fit could have used multistart, but did not."""
     return not (problem.is_without_matrices or problem.config.enable_multistart)
 
 
 def _covariance(outcome: Outcome, problem: FitProblem) -> tuple[Matrix | None, Matrix | None]:
-    """Return pcov and its root, None for too many parameters, infinite if unknown.
+    """Return pcov and its square root (see ``Covariance``).
 
-    Both are also infinite if the model is insensitive to some parameters.
+    Both are None if there are too many parameters for matrices. Both are infinite if the covariance
+    is unknown or the model is insensitive to some parameters.
     """
     if problem.is_without_matrices:
         return None, None
@@ -160,7 +163,7 @@ def _covariance(outcome: Outcome, problem: FitProblem) -> tuple[Matrix | None, M
 
 
 def _unknown_sums(n_params: int) -> Sums:
-    """Return sums over no rows, which are NaN because there was no pass."""
+    """Return the sums of a fit that ended without a pass: NaN, over no rows."""
     nan = np.full(n_params, np.nan)
     return NormalEquations(jtr=nan, cost=np.nan, chi2=np.nan, jtj=np.empty((0, 0)))
 
@@ -176,7 +179,7 @@ def _join(names: list[str]) -> str:
 def _warn_covariance(
     outcome: Outcome, problem: FitProblem, pcov: Matrix | None, non_identifiable: list[str]
 ) -> None:
-    """Warn if parameters are not constrained or their covariance is infinite."""
+    """Warn if the data do not constrain some parameters, or if pcov is infinite."""
     names, n_params = _join(non_identifiable), problem.model.n_params
     n_used = 0 if outcome.sums is None else outcome.sums.n_used
     if pcov is None and non_identifiable:
@@ -187,7 +190,7 @@ def _warn_covariance(
         if non_identifiable:
             reason = f"the data do not constrain {names}"
         elif n_used > n_params:
-            reason = "the model is insensitive to some of them at this point"
+            reason = "the model is insensitive to some parameters at this point"
         else:
             reason = f"{n_used} rows leave no degrees of freedom for {n_params} parameters"
         message = f"Covariance of the parameters could not be estimated: {reason}."
@@ -195,7 +198,7 @@ def _warn_covariance(
 
 
 def _skipped_message(records: list[dict[str, Any]], blocks: RowBlocks) -> str:
-    """Return a sentence on skipped blocks; empty if there are none."""
+    """Return a sentence on the blocks that could not be read; empty if all could."""
     if not records:
         return ""
     n_rows = sum(record["rows"] for record in records)

@@ -1,4 +1,4 @@
-"""Datasets of a result: sampled rows with their fitted values, and statistics of blocks."""
+"""The Datasets ``FitResult.sample`` and ``FitResult.block_statistics``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ _RESERVED_NAMES = ("y_data", "fitted", "sigma", "row", "feature")
 
 
 def row_sample(rows: Rows, fitted: NDArray[np.float64], blocks: RowBlocks) -> xr.Dataset:
-    """Return rows and their fitted values as a Dataset; see ``FitResult.sample``.
+    """Return rows of the data and their fitted values as a Dataset; see ``FitResult.sample``.
 
-    A "/" in a name, which netCDF and Zarr do not allow, becomes "_"; ``long_name`` keeps it.
+    netCDF and Zarr do not allow "/" in names: it becomes "_", and the attribute ``long_name`` has
+    the original name.
 
     Parameters
     ----------
     rows : Rows
-        Usable rows, with sigma divided by the root of group weights, if there are any.
+        Rows that are finite and not masked. With the option ``residual_weights``, sigma is already
+        divided by the square root of the weight.
     fitted : ndarray, shape (n,)
+        Values of the model at these rows.
     blocks : RowBlocks
-        Source of names and units.
+        The data, with names and units of the arrays.
     """
     y_label, *x_labels = blocks.labels
     y_attrs = _label_attributes(y_label, y_label.name, y_label.units)
@@ -56,7 +59,7 @@ def _label_attributes(label: Label, name: str, units: str) -> dict[str, Any]:
 
 
 def _x_names(layout: Layout, labels: list[Label]) -> list[str]:
-    """Return the name of each x array: its key, its own name, or a numbered one."""
+    """Return a name for each x array: its key in a dict, the name of its DataArray, or a number."""
     if isinstance(layout.x_names, tuple):
         return list(map(str, layout.x_names))
     if layout.x_names is None:
@@ -65,7 +68,7 @@ def _x_names(layout: Layout, labels: list[Label]) -> list[str]:
 
 
 def _unused_name(name: str, taken: dict[str, Any]) -> str:
-    """Return the name, made unique by a prefix or number if necessary."""
+    """Return the name, changed by a prefix or a number if it is reserved or taken."""
     if name in _RESERVED_NAMES or name.startswith("feature_"):
         name = f"x_{name}"
     unused, number = name, len(taken)
@@ -75,25 +78,19 @@ def _unused_name(name: str, taken: dict[str, Any]) -> str:
 
 
 def block_statistics(sums: BlockSums, blocks: RowBlocks) -> xr.Dataset:
-    """Return statistics of the blocks of one pass on the grid of blocks.
+    """Return residual statistics with one value per block; see ``FitResult.block_statistics``.
 
     Parameters
     ----------
     sums : BlockSums
+        Statistics from one pass over the data.
     blocks : RowBlocks
-
-    Returns
-    -------
-    xarray.Dataset
-        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` along the dimensions of y
-        (``dim_0``, ... if unnamed). Coordinates are the positions of each block's first element;
-        their attribute ``size`` is the length of the dimension. ``reduced_chi2`` is
-        ``chi2 / n_points``, NaN without points: a block has no degrees of freedom of its own.
+        The data; unnamed dimensions are called ``dim_0``, ``dim_1``, ...
     """
 
     def on_grid(values: NDArray[Any]) -> NDArray[Any]:
         grid = np.zeros(int(np.prod(blocks.grid)), values.dtype)
-        grid[sums.index] = values  # passes do not contain blocks without rows
+        grid[sums.index] = values  # passes omit blocks without rows, which keep zeros
         return grid.reshape(blocks.grid)
 
     counts, chi2 = on_grid(sums.n_used), on_grid(sums.chi2)

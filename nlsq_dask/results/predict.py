@@ -1,4 +1,4 @@
-"""Evaluation of the model: eager for x in memory, lazy for lazy x."""
+"""``FitResult.predict``: values of the model, lazy (a Dask array) if x is lazy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import Rows, x_array_names
 
-_MAX_EAGER_VALUES = 2**24  # larger outer products of named coordinates are lazy
+_MAX_EAGER_VALUES = 2**24  # values on the grid of named coordinates; more are computed lazily
 _X = "x"  # name of the argument in messages
 
 
@@ -37,13 +37,22 @@ def predict(
 ) -> Any:
     """Evaluate ``model`` at ``x`` and ``params``; see ``FitResult.predict``.
 
-    With the root of the parameters' covariance (see ``Covariance``), values and their standard
-    errors are returned. Dates in ``x`` must have the units of the fit, ``x_units``.
+    Parameters
+    ----------
+    model : Model
+    x : array, tuple or dict of arrays
+        Independent variables, in the structure (array, tuple or dict) of the fit.
+    params : ndarray, shape (p,)
+    root : ndarray, shape (p, p), optional
+        Square root of the covariance of the parameters (see ``Covariance``). If given, standard
+        errors of the values are returned as well.
+    x_units : dict of str to str, optional
+        Units of dates in the fit, by name of the x array; dates in ``x`` must have the same units.
 
     Raises
     ------
     DataError
-        If the structure of ``x`` differs from that of the fit.
+        If ``x`` has another structure or other units than in the fit.
     """
     names = [name.replace("x_data", _X, 1) for name in x_array_names(model.layout.x_names)]
     leaves = pandas_to_numpy(list(zip(names, _leaves(model, x), strict=True)))
@@ -78,7 +87,7 @@ def predict(
 def _check_units(
     names: Sequence[str], model: Model, given_units: Mapping[str, str], fitted: Mapping[str, str]
 ) -> None:
-    """Raise a DataError if units of dates differ; numbers are assumed to be in the fit's units."""
+    """Raise a DataError if dates in x have other units than in the fit; numbers are not checked."""
     for name, fit_name in zip(names, x_array_names(model.layout.x_names), strict=True):
         units = given_units.get(name)
         if units is not None and units != fitted.get(fit_name):
@@ -119,7 +128,7 @@ def _template(
 ) -> Any:
     """Return an array with the shape, chunks and dimensions of the result.
 
-    The last axis of an x holds features if it did so in the fit, with shape (n, k).
+    An x of shape (n, k) gives n values if it had k columns in the fit as well.
     """
     if any(map(_are_names, leaves)):
         raise DataError(
@@ -153,7 +162,7 @@ def _are_names(leaf: Any) -> bool:
 
 
 def _rows_shape(leaf: Any, name: str, features: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of an x array without the axis of features that it had in the fit."""
+    """Return the shape of an x array, without its last axis if it had columns in the fit."""
     shape = leaf.shape if hasattr(leaf, "shape") else as_numpy(leaf, name).shape
     if features and (len(shape) != 2 or shape[1:] != features):
         raise DataError(f"{name} must have shape (n, {features[0]}), as in the fit; got {shape}.")
@@ -163,7 +172,7 @@ def _rows_shape(leaf: Any, name: str, features: tuple[int, ...]) -> tuple[int, .
 def _zeros(
     leaves: list[Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> list[da.Array]:
-    """Return lazy arrays of zeros with the chunks of the leaves."""
+    """Return lazy zeros with the given shapes and the chunks of the x arrays."""
     lazy = [leaf.data if isinstance(leaf, xr.DataArray) else leaf for leaf in leaves]
     chunks = [split_mask(*each, False)[0].chunks for each in zip(lazy, names, strict=True)]
     return [da.zeros(s, chunks=c[: len(s)]) for s, c in zip(shapes, chunks, strict=True)]
@@ -188,7 +197,7 @@ def _list_shapes(names: Sequence[str], leaves: Sequence[Any]) -> str:
 def _named_template(
     leaves: list[xr.DataArray], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> xr.DataArray:
-    """Return a template broadcast by name, lazy if an x is lazy or the result is large."""
+    """Return a DataArray broadcast by dimension name; lazy if any x is lazy or if it is large."""
     sizes: dict[Any, int] = {}
     chunks: dict[Any, Any] = {}
     coords: dict[Any, Any] = {}
@@ -205,8 +214,8 @@ def _named_template(
                 coords.get(dim, leaf.coords[dim]).to_index()
             ):
                 raise DataError(
-                    f"the labels of {name} along {dim!r} differ from those of another array of x. "
-                    f"Align them, for instance with xarray.align(..., join='inner')."
+                    f"the labels of {name} along {dim!r} differ from the labels of another array "
+                    f"of x. Align them, for instance with xarray.align(..., join='inner')."
                 )
             if dim in leaf.coords:
                 coords.setdefault(dim, leaf.coords[dim])
@@ -225,7 +234,7 @@ def _lazy_values(
     params: NDArray[np.float64],
     root: NDArray[np.float64] | None,
 ) -> da.Array:
-    """Return values and optionally their standard errors, stacked along the first axis."""
+    """Return values, and their standard errors if a root is given, along a new first axis."""
     rows = tuple(range(blocks.y.ndim))
     arguments: list[Any] = [blocks.y, rows]
     for i, array in enumerate(blocks.x):

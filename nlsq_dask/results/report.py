@@ -1,4 +1,4 @@
-"""Reports of a result as text, HTML and a Dataset."""
+"""Reports of a ``FitResult``: as text, as HTML and as a Dataset."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _SCALAR_FIELDS = (
     "rows_cached",
 )
 _COV_DIMS = ("cov_i", "cov_j")
-_LARGE_RATIO = 1e3  # relative errors above are printed without decimals
-_MAX_REDUCED_CHI2 = 2.0  # by chance it reaches about 1.3 for 100 rows
-_MIN_DOF = 100  # below, the reduced chi-square varies too much
-_MAX_LISTED = 200  # parameters, or correlations
-_MAX_PAIRS, _MAX_BLOCKS, _MAX_LETTERS = 20, 10, 120  # correlations, blocks, letters in HTML
+_LARGE_RATIO = 1e3  # relative errors above this are printed with 3 digits
+_MAX_REDUCED_CHI2 = 2.0  # larger values get a hint; chance gives up to 1.3 for 100 rows
+_MIN_DOF = 100  # with fewer degrees of freedom, the reduced chi-square varies too much
+_MAX_LISTED = 200  # parameters and correlations in a report
+_MAX_PAIRS, _MAX_BLOCKS, _MAX_LETTERS = 20, 10, 120  # in HTML: correlations, blocks, letters
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
 
 
 def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
-    """Return name, value, standard error, relative error and notes of each parameter."""
+    """Return a row per parameter: name, value, standard error, relative error and notes."""
     rows, errors, (lows, highs) = [], result.perr, result.bounds
     for i, name in enumerate(result.param_names[:_MAX_LISTED]):
         value, error, low, high = result.x[i], errors[i], lows[i], highs[i]
@@ -89,7 +89,7 @@ def _percent(ratio: float) -> str:
 
 
 def _sigma_hint(result: FitResult) -> str:
-    """Return a note on a reduced chi-square far from 1, if standard errors assume that it is 1."""
+    """Return a warning if sigma is absolute and the reduced chi-square is far from 1, or ""."""
     if not result.absolute_sigma or result.cov_type != "nonrobust" or result.dof < _MIN_DOF:
         return ""
     if result.reduced_chi2 > _MAX_REDUCED_CHI2:
@@ -100,7 +100,7 @@ def _sigma_hint(result: FitResult) -> str:
 
 
 def _error_scale(result: FitResult) -> str:
-    """Return how standard errors are scaled; empty without sigma and for sandwich estimates."""
+    """Return how ``absolute_sigma`` scales the standard errors; empty if it does not matter."""
     has_sigma = result.sample is not None and "sigma" in result.sample
     if result.cov_type != "nonrobust" or not (has_sigma or result.absolute_sigma):
         return ""
@@ -111,7 +111,7 @@ def _error_scale(result: FitResult) -> str:
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
-    """Return names and value of the largest correlations of at least ``least``."""
+    """Return pairs of parameters with their correlation, largest first, down to ``least``."""
     errors, pcov = result.perr, result.pcov
     if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
         return []
@@ -124,7 +124,7 @@ def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float
 
 
 def fit_report(result: FitResult, min_correlation: float) -> str:
-    """Return the report as text, in the layout of lmfit."""
+    """Return the report as text, in the layout of the package lmfit."""
     lines = ["[[Fit Statistics]]"]
     lines += [f"    # {label:<20} = {value}" for label, value in _statistics(result)]
     lines.append("[[Variables]]")
@@ -147,7 +147,7 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
 
 
 def html(result: FitResult) -> str:
-    """Return the report as HTML for notebooks."""
+    """Return the report as HTML, which notebooks show."""
     badge = ("Fit succeeded", html_parts.GOOD) if result.success else ("Fit failed", html_parts.BAD)
     variables = html_parts.table(
         ("parameter", "value", "standard error", "relative error", ""), _variables(result)
@@ -167,7 +167,7 @@ def html(result: FitResult) -> str:
 
 
 def phases(phase_history: list[dict[str, Any]]) -> str:
-    """Return an HTML table of the phases."""
+    """Return an HTML table with a row per phase; see ``FitResult.phase_history``."""
     common = ("phase", "name", "start_time", "duration")
     rows = []
     for record in phase_history:
@@ -181,7 +181,7 @@ def phases(phase_history: list[dict[str, Any]]) -> str:
 
 
 def _format_value(value: Any) -> str:
-    """Return a short text for a value."""
+    """Return a value of ``FitResult.phase_history`` as a short text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -195,11 +195,11 @@ def _format_value(value: Any) -> str:
 
 
 def _notices(result: FitResult) -> list[str]:
-    """Return notices on the fit beyond its message."""
+    """Return sentences on the fit that are not in its message."""
     diagnostics = result.diagnostics
     notes = []
     if diagnostics.get("last_step_without_pass"):
-        notes.append("The last step took no pass; cost and grad refer to the point before it.")
+        notes.append("The last step took no pass; cost and grad are those before this step.")
     if diagnostics.get("retries"):
         notes.append(f"Number of retried reads: {diagnostics['retries']}.")
     notes += [
@@ -211,7 +211,7 @@ def _notices(result: FitResult) -> list[str]:
         trials = ", ".join(f"{count} ({stage})" for stage, count in non_finite.items())
         notes.append(f"Trial points with non-finite values: {trials}.")
     if result.pcov is None and not np.isfinite(result.perr).all():
-        notes.append("Standard errors are not available; see `cg_error_probes`.")
+        notes.append("Standard errors are not available; `cg_error_probes` estimates them.")
     if result.x_units:
         units = "; ".join(f"{name}: {unit}" for name, unit in result.x_units.items())
         notes.append(f"Units of dates: {units}.")
@@ -219,7 +219,7 @@ def _notices(result: FitResult) -> list[str]:
 
 
 def dataset(result: FitResult) -> xr.Dataset:
-    """Return parameters, standard errors and covariance as a Dataset."""
+    """Return parameters, standard errors and covariance; see ``FitResult.to_xarray``."""
     names = list(result.param_names)
     values = {
         "curvefit_coefficients": ("param", result.x),

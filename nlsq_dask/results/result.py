@@ -25,9 +25,10 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult(PlotMethods):
-    """Result of a fit; values are attributes and items, ``result.pcov`` or ``result["pcov"]``.
+    """Result of a fit; each value is an attribute and an item: ``result.pcov``, ``result["pcov"]``.
 
-    Notation: residuals ``r = (model - y) / sigma``, their Jacobian ``J``, p parameters, n points.
+    Below, ``r = (model - y) / sigma`` are the residuals of n rows, J is their Jacobian, and p is
+    the number of parameters. A pass reads all rows once.
 
     Attributes
     ----------
@@ -36,11 +37,11 @@ class FitResult(PlotMethods):
     success : bool
         True if the fit converged.
     status : int
-        Reason for which the fit ended, positive for success:
+        Reason why the fit ended, positive for success:
 
         - 1: predicted reduction and step are below the floating-point resolution
-        - 2, 3: predicted reduction of the cost, or step, below ``gauss_newton_tol``
-        - 4: estimated error after a last step without a pass below ``gauss_newton_tol``
+        - 2, 3: predicted reduction of the cost (2) or step (3) is below ``gauss_newton_tol``
+        - 4: estimated error is below ``gauss_newton_tol`` after a last step that took no pass
         - 0: maximum number of iterations
         - -1: no step reduces the cost
         - -2, -3: the model is not finite at the start, or at any trial point
@@ -48,38 +49,44 @@ class FitResult(PlotMethods):
         - -5: the model is insensitive to a parameter
         - -6: ill-conditioned
         - -7: slow progress
-        - -8, -9: ``max_walltime``, SIGTERM
+        - -8, -9: stopped by ``max_walltime`` (-8) or SIGTERM (-9)
     message : str
-        Reason for which the fit ended, and advice if it did not converge.
+        Reason why the fit ended, and advice if it did not converge.
     cost : float
-        ``1/2 sum C^2 rho((r / C)^2)`` over all rows, with the scale C of the loss; ``1/2 sum r^2``
-        with the linear loss. It includes the penalty on the variance of groups.
+        ``1/2 sum C^2 rho((r / C)^2)`` over all rows, with the loss rho and C = ``f_scale``; with
+        the linear loss ``1/2 sum r^2``. The penalty of the option
+        ``enable_group_variance_regularization`` is included.
     grad : ndarray, shape (p,)
         Gradient of the cost; ``J^T r`` with the linear loss.
     optimality : float
-        Largest absolute component of the gradient, ignoring those directed at an active bound.
+        Largest absolute component of the gradient. Components of parameters at a bound that could
+        reduce the cost only beyond the bound are ignored.
     active_mask : ndarray of int, shape (p,)
-        -1 at a lower bound, 1 at an upper bound, else 0.
+        -1 for parameters at the lower bound, 1 at the upper bound, otherwise 0.
     nfev, njev : int
         Number of evaluations of model and Jacobian over all rows.
     nit : int
         Number of Gauss-Newton iterations over all rows.
     pcov : ndarray, shape (p, p), or None
-        Covariance matrix; infinite if the data do not constrain the parameters. None from
-        ``cg_param_threshold`` parameters on.
+        Covariance matrix of the parameters; infinite if the data do not constrain all of them.
+        None for ``cg_param_threshold`` or more parameters.
     perr : ndarray, shape (p,)
-        Standard errors. Without pcov they are NaN, or estimates with ``cg_error_probes``.
+        Standard errors of the parameters. If pcov is None, they are NaN, or estimates if the option
+        ``cg_error_probes`` is set.
     absolute_sigma : bool
     loss : str
     f_scale : float
     cov_type : str
-        Arguments and options of the fit; see ``fit`` and ``HybridStreamingConfig``.
+        Arguments and options of the fit; see ``AdaptiveHybridStreamingOptimizer.fit`` and
+        ``HybridStreamingConfig``.
     sigma_sq : float
-        ``2 cost / dof``, without a penalty; pcov is scaled by it unless sigma is absolute.
+        Variance of the residuals, ``2 cost / dof`` without a penalty; pcov is scaled by it unless
+        ``absolute_sigma`` is True.
     chi2, reduced_chi2 : float
-        ``sum r^2`` and ``chi2 / dof``; with the linear loss, ``2 cost`` and ``sigma_sq``.
+        ``sum r^2`` and ``chi2 / dof``; equal to ``2 cost`` and ``sigma_sq`` with the linear loss
+        and without a penalty.
     dof : int
-        ``n_points - p``.
+        Degrees of freedom, ``n_points - p``.
     n_points, n_omitted : int
         Number of rows used, and of rows omitted because they are masked or not finite.
     r_squared : float
@@ -87,11 +94,11 @@ class FitResult(PlotMethods):
     condition_number : float
         Condition number of the Jacobian with columns scaled to unit length.
     block_statistics : xarray.Dataset or None
-        ``chi2``, ``n_points``, ``reduced_chi2`` and ``largest_residual`` (weighted) of each block,
-        at the point of ``cost``, along the dimensions of y. Coordinates are the positions of each
-        block's first element; their attribute ``size`` is the length of the dimension.
-        ``reduced_chi2`` is ``chi2 / n_points``, NaN without points, as a block has no degrees of
-        freedom of its own. None if there was no pass.
+        Statistics of the residuals of each block (chunk of y), along the dimensions of y: ``chi2``,
+        ``n_points``, ``reduced_chi2`` (here ``chi2 / n_points``, NaN without points) and
+        ``largest_residual`` (largest ``|r|``). They belong to the same parameters as ``cost``.
+        Coordinates are the positions of the first element of each block in y, and have the length
+        of the dimension as their attribute ``size``. None if there was no pass.
     param_names : tuple of str
         Names of the parameters.
     p0 : ndarray, shape (p,)
@@ -101,37 +108,44 @@ class FitResult(PlotMethods):
     n_passes : int
         Number of passes over all rows.
     rows_read, bytes_read, rows_cached : int
-        Rows and bytes read, including the sample, and rows taken from the cache instead.
+        Number of rows and bytes read, including the sample, and of rows taken from the cache.
     phase_history : list of dict
-        Phases, with phase, name, start_time (s since the epoch), duration (s) and details.
+        One dict per phase: phase (its number), name, start_time (s since 1970), duration (s) and
+        further entries that depend on the phase.
     history : xarray.Dataset
-        Reported iterations along ``iteration``: all, except that the warm-up reports one in
+        Iterations, along ``iteration``. All are recorded, except that the warm-up records one in
         ``callback_frequency``. Variables: ``stage`` ("warm-up", "sample" or "all rows"),
-        ``n_iterations`` (since the previous one), ``loss`` (mean squared weighted residual over
-        the rows of the stage), ``gradient_norm`` (of the relative loss, in normalized parameters),
-        ``step_norm`` (of the trial, in normalized parameters), ``trust_radius`` (in parameters
-        scaled to unit columns of the Jacobian, or NaN), ``accepted``, ``n_passes`` (so far),
-        ``time`` (s since the epoch) and, up to 1,000 parameters, ``params`` (along ``param``).
-        The callback is called at the iterations that reach a multiple of ``callback_frequency``.
+        ``n_iterations`` (since the previous record), ``loss`` (mean squared weighted residual over
+        the rows of the stage), ``gradient_norm`` (of the loss relative to the variance of y, in
+        normalized parameters), ``step_norm`` (of the trial step, in normalized parameters),
+        ``trust_radius`` (in parameters scaled so that the columns of the Jacobian have unit length,
+        NaN in the warm-up), ``accepted``, ``n_passes`` (so far), ``time`` (s since 1970) and, for
+        at most 1,000 parameters, ``params`` (along ``param``).
     diagnostics : dict
-        ``parameters_at`` and ``sums_at`` (points of x, and of cost, grad and pcov),
-        ``active_bounds`` and ``undetermined`` (names of parameters at a bound, and non-identifiable
-        ones), ``warm_up``, ``sample`` and ``defense``; ``retries`` (number of retried reads) and
-        ``left_out``, a dict for each skipped block: ``block`` (position in the grid), ``rows``
-        (number), ``array`` (name of the unreadable array), ``chunk`` (of a Zarr store, or None)
-        and ``error``. With multistart also ``multistart``: ``candidates``, shape (n_starts, p),
-        ``rounds`` (rows, losses of all candidates, survivors), ``winner``, ``start`` (final point
-        of the winner) and ``warm_up_of_p0`` if p0 did not win.
+        - ``parameters_at``: equal to x; ``sums_at``: parameters at which cost, grad and pcov were
+          computed, which differ from x after a last step that took no pass.
+        - ``active_bounds`` and ``undetermined``: names of the parameters at a bound, and of those
+          that the data do not constrain.
+        - ``warm_up``, ``sample`` and ``defense``: facts about the L-BFGS warm-up, the sample of
+          rows, and the defense layers of the warm-up.
+        - ``retries``: number of retried reads; ``left_out``: a dict per skipped block with
+          ``block`` (index in the grid of blocks), ``rows`` (number), ``array`` (name of the
+          unreadable array), ``chunk`` (of a Zarr store, or None) and ``error``.
+        - ``multistart``, if it was used: ``candidates`` (starting points, shape (n_starts, p)),
+          ``rounds`` (for each: number of rows, losses of all candidates, indices of the remaining
+          candidates), ``winner`` (index of the best candidate), ``start`` (the winner, improved in
+          the rounds) and, if p0 did not win, ``warm_up_of_p0``.
     x_units : dict of str to str
-        Units of dates by name of the x array, such as
+        Units of dates and durations, by name of the x array, such as
         ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
         "days since 1970-01-01, calendar noleap"; "days" for durations. Empty without dates.
     sample : xarray.Dataset or None
-        Up to 2,000 random rows that were used, along ``row``: ``y_data``, ``fitted`` (the model at
-        ``x``), ``sigma`` if there is one, and the x arrays under their keys or names ("x" or
-        "x_0", "x_1", ... if unnamed), those of shape (n, k) also along ``feature``; a "/" in a name
-        becomes "_". With ``enable_residual_weighting``, ``sigma`` is divided by the square root of
-        the weight of the row's group. ``plot`` draws these rows. None if there are none.
+        At most 2,000 random rows of the data, along ``row``: ``y_data``, ``fitted`` (the model at
+        the best-fit parameters), ``sigma`` if it was given, and the x arrays under their keys or
+        names ("x" or "x_0", "x_1", ... if unnamed). Arrays of shape (n, k) also have a dimension
+        ``feature``; a "/" in a name becomes "_". With ``enable_residual_weighting``, ``sigma`` is
+        divided by the square root of the weight of the row. ``plot`` draws these rows. None if the
+        fit ended before it read usable rows.
     """
 
     x: Vector
@@ -181,23 +195,23 @@ class FitResult(PlotMethods):
 
     @property
     def perr(self) -> Vector:
-        """Standard errors, shape (p,); NaN if unknown."""
+        """Standard errors of the parameters, shape (p,); NaN if they are not known."""
         if self.pcov is not None:
             return np.sqrt(np.diag(self.pcov))
         return np.full(len(self.x), np.nan) if self._errors is None else self._errors
 
     @property
     def reduced_chi2(self) -> float:
-        """``chi2 / dof``; infinite without degrees of freedom."""
+        """``chi2 / dof``; infinite if there are no degrees of freedom."""
         return self.chi2 / self.dof if self.dof > 0 else float("inf")
 
     @property
     def has_model(self) -> bool:
-        """Whether ``predict`` has the model; False if the result was loaded without it."""
+        """Whether ``predict`` can be called; False if the result was loaded without its model."""
         return not isinstance(self._model.function, MissingModel)
 
     def keys(self) -> list[str]:
-        """Return the names of all values."""
+        """Return the names of all values, each valid as ``result[name]``."""
         names = [f.name for f in fields(self) if not f.name.startswith("_")]
         return [*names, "popt", "perr", "reduced_chi2"]
 
@@ -221,7 +235,7 @@ class FitResult(PlotMethods):
         )
 
     def fit_report(self, min_correlation: float = 0.1) -> str:
-        """Return a text report in the layout of lmfit.
+        """Return a text report in the layout of the package lmfit.
 
         Parameters
         ----------
@@ -235,7 +249,7 @@ class FitResult(PlotMethods):
 
         See Also
         --------
-        to_xarray : The same values as a Dataset.
+        to_xarray : Parameters, standard errors and covariance as a Dataset.
         """
         return report.fit_report(self, min_correlation)
 
@@ -248,7 +262,8 @@ class FitResult(PlotMethods):
     def to_xarray(self) -> xr.Dataset:
         """Return parameters, standard errors and covariance as a Dataset.
 
-        Names are those of ``xarray.Dataset.curvefit``; scalars are attributes.
+        The variables have the names that ``xarray.Dataset.curvefit`` uses. Scalar values of the
+        result, such as ``chi2``, are attributes.
 
         Returns
         -------
@@ -259,14 +274,14 @@ class FitResult(PlotMethods):
         return report.dataset(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the result without the model's function to a file.
+        """Save the result to a file, without the model function.
 
-        On a disk the file is written atomically.
+        On a local disk, an existing file is replaced only when the new file is complete.
 
         Parameters
         ----------
         path : str or os.PathLike
-            File in an existing folder, or fsspec URL. The name is arbitrary.
+            File in an existing folder, with any name, or fsspec URL.
 
         Raises
         ------
@@ -290,7 +305,7 @@ class FitResult(PlotMethods):
         path : str or os.PathLike
             File or fsspec URL.
         model : callable, optional
-            Fitted model, required by ``predict``.
+            The model that was fitted; without it, ``predict`` raises an error.
 
         Returns
         -------
@@ -301,7 +316,7 @@ class FitResult(PlotMethods):
         FileNotFoundError
             If the file does not exist.
         ResultFileError
-            If the file is not a result, is damaged, or has another format version.
+            If the file does not hold a result, is damaged, or has another format version.
         ValueError
             If ``model`` differs from the fitted model.
 
@@ -314,8 +329,9 @@ class FitResult(PlotMethods):
     def conf_interval(self, level: float = 0.95) -> NDArray[np.float64]:
         """Return confidence intervals of the parameters.
 
-        They are symmetric: standard errors times quantiles of Student's t distribution with ``dof``
-        degrees of freedom, or of the normal distribution if sigma is absolute.
+        The half-width of an interval is the standard error times a quantile of Student's t
+        distribution with ``dof`` degrees of freedom, or of the normal distribution if
+        ``absolute_sigma`` is True.
 
         Parameters
         ----------
@@ -341,23 +357,24 @@ class FitResult(PlotMethods):
         return np.stack([self.x - half, self.x + half], axis=1)
 
     def predict(self, x: Any, return_std: bool = False) -> Any:
-        """Evaluate the model at the solution.
+        """Evaluate the model at the best-fit parameters.
 
         Parameters
         ----------
         x : array, tuple or dict of arrays
-            As in ``fit``, including dates; arrays of several dimensions are broadcast. Values are
-            NaN where x is masked.
+            Independent variables, in the structure (array, tuple or dict) and with the dates of
+            the fit. N-d arrays are broadcast against each other. Values are NaN where x is masked.
         return_std : bool
-            Whether to also return the standard errors ``sqrt(J pcov J^T)`` of the fitted curve
-            (not of a new measurement). NaN if pcov is infinite.
+            If True, also return the standard errors ``sqrt(J pcov J^T)`` of the fitted curve (not
+            of a new measurement). They are NaN if pcov is infinite.
 
         Returns
         -------
         ndarray, dask.array.Array or xarray.DataArray, or a pair of them
-            Lazy for lazy x and for large outer products of named coordinates; otherwise computed
-            by threads of this process. Computing a lazy result on a cluster requires this package
-            in the scheduler's process.
+            Values of the model, or values and standard errors. The arrays are lazy (Dask) if x is
+            lazy, or if x are named coordinates with a large common grid; otherwise they are
+            computed at once, by threads of this process. To compute a lazy result on a cluster,
+            this package must be installed where the scheduler runs.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Result files: data with a checksum, without the model and without code."""
+"""Saving and loading of results; a file holds data and a checksum, but no model and no code."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 
 _KIND = "result"
 _MAX_TEXT = 2**26  # characters in an array of text
-_TOLERANCE = 1e-5  # relative to the largest value; a model may be in float32
+_TOLERANCE = 1e-5  # relative difference of values of one model, which may be in float32
 
 
 class MissingModel:
-    """Placeholder for the model of a result that was loaded without it.
+    """Placeholder for the model of a result that was loaded without its model.
 
     Parameters
     ----------
     name : str
         Name of the model.
     fingerprint : str
-        Fingerprint of its computation, as traced by the packages in ``versions``.
+        Hash of the operations that the model computes.
     versions : dict of str to str
+        Versions of the packages that determine the fingerprint.
     """
 
     def __init__(self, name: str, fingerprint: str, versions: Mapping[str, str]) -> None:
@@ -48,7 +49,7 @@ class MissingModel:
         self.versions = dict(versions)
 
     def __call__(self, *args: Any) -> NoReturn:
-        """Raise a ValueError."""
+        """Raise a ValueError that says how to load the model."""
         raise ValueError(
             f"this result was loaded without its model {self.__name__!r}. Load it with "
             f"FitResult.load(path, model=...)."
@@ -56,7 +57,7 @@ class MissingModel:
 
 
 def save(result: FitResult, path: str | os.PathLike[str]) -> None:
-    """Write a result; see ``FitResult.save``."""
+    """Write a result to a file; see ``FitResult.save``."""
     values = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "_model"}
     model = result._model
     function = (
@@ -86,7 +87,7 @@ def save(result: FitResult, path: str | os.PathLike[str]) -> None:
 def load(
     kind: type[FitResult], path: str | os.PathLike[str], model: Callable[..., Any] | None
 ) -> FitResult:
-    """Read a result; see ``FitResult.load``."""
+    """Read a result from a file; see ``FitResult.load``. ``kind`` is the class ``FitResult``."""
     folder, name = _split(path)
     try:
         record = _untag(codec.decode(unseal(_KIND, open_folder(folder).read(name)), Any))
@@ -98,7 +99,7 @@ def load(
     except RecordError as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be used: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        # A valid record, but not of a result.
+        # The file is intact, but its content is not a result.
         raise ResultFileError(
             f"{os.fspath(path)!r} cannot be used: it does not contain a valid result."
         ) from error
@@ -106,9 +107,9 @@ def load(
 
 
 def _with_model(result: FitResult, missing: MissingModel, model: Callable[..., Any]) -> FitResult:
-    """Return the result with its model; raise a ValueError for a different model."""
+    """Return the result with ``model``; raise a ValueError if it is not the fitted model."""
     candidate = replace(result._model, function=model)
-    advice = "Omit it to load the result without a model."
+    advice = "Omit the argument model to load the result without its model."
     try:
         described = _describe_model(candidate)
     except (ModelError, TypeError) as error:  # raised by the function when it is called
@@ -129,7 +130,7 @@ def _with_model(result: FitResult, missing: MissingModel, model: Callable[..., A
 
 
 def _reproduces_sample(result: FitResult) -> bool:
-    """Return whether the model reproduces the fitted values of the result's sample."""
+    """Return whether the model of the result gives the fitted values in ``FitResult.sample``."""
     if result.sample is None:
         warn_caller(
             "The model cannot be checked: this result holds no rows, and was saved with other "
@@ -145,13 +146,14 @@ def _reproduces_sample(result: FitResult) -> bool:
 
 
 def _describe_model(model: Model) -> MissingModel:
+    """Return what is saved of a model: name, fingerprint and versions."""
     kernel = PredictionKernel.trace(model)
     versions = {package: version_of(package) for package in TRACED_BY}
     return MissingModel(model.name, kernel.program.fingerprint, versions)
 
 
 def _check_target(path: str | os.PathLike[str]) -> None:
-    """Raise an OSError if a path exists and is not a regular file."""
+    """Raise an OSError if the path is a folder or another thing that is not a regular file."""
     where = Path(normalize_path(path))
     if not os.fspath(path) or where.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)!r} is a folder. Add the name of a file.")
@@ -160,6 +162,7 @@ def _check_target(path: str | os.PathLike[str]) -> None:
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the folder and the file name of a path or URL."""
     text = normalize_path(path)
     if "://" not in text:  # write the target of a link, not the link
         text = os.path.realpath(text)
@@ -168,7 +171,7 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def _tag(value: Any) -> Any:
-    """Return a value with all containers as lists that begin with their type."""
+    """Convert containers to lists that begin with the type, such as ``["tuple", 1, 2]``."""
     match value:
         case dict():
             return ["dict", *([_tag(key), _tag(entry)] for key, entry in value.items())]
@@ -186,7 +189,7 @@ def _tag(value: Any) -> Any:
 
 
 def _text_array(words: list[str]) -> NDArray[np.str_]:
-    """Return an array of text, limited because each word takes the memory of the longest."""
+    """Return an array of text; limited in size, as each word takes the memory of the longest."""
     longest = max(map(len, words), default=0)
     if len(words) * longest > _MAX_TEXT:
         raise ValueError(f"{len(words):,} words of up to {longest:,} characters")
@@ -194,6 +197,7 @@ def _text_array(words: list[str]) -> NDArray[np.str_]:
 
 
 def _untag(value: Any) -> Any:
+    """Convert lists made by ``_tag`` to the original containers."""
     if not isinstance(value, list):
         return value
     kind, *parts = value

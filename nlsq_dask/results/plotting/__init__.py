@@ -1,1 +1,1 @@
-"""Plots of a result; matplotlib is imported only when a plot is drawn."""
+"""Plots of a ``FitResult``; matplotlib is imported only when a plot is drawn."""

@@ -1,4 +1,4 @@
-"""Plots of block statistics, as a profile or a map."""
+"""``FitResult.plot_blocks``: plots of ``block_statistics``, as a profile or a map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nlsq_dask.results.result import FitResult
 
-# Label, reduction over other dimensions, and whether low values are bad.
+# Label, reduction over the dimensions that are not drawn, and whether low values are bad.
 _QUANTITIES = {
     "reduced_chi2": ("reduced χ² of a block", "maximum", False),
     "largest_residual": ("largest weighted residual of a block", "maximum", False),
@@ -29,10 +29,7 @@ _QUANTITIES = {
 def plot_blocks(
     result: FitResult, quantity: str, dims: Any, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Plot a quantity of the blocks; see ``FitResult.plot_blocks``.
-
-    The reduced chi-square of a block is per point, not per degree of freedom.
-    """
+    """Plot a variable of ``block_statistics``; see ``FitResult.plot_blocks``."""
     if quantity not in _QUANTITIES:
         allowed = ", ".join(map(repr, _QUANTITIES))
         raise ValueError(f"quantity must be one of {allowed}; got {quantity!r}.")
@@ -68,7 +65,7 @@ def plot_blocks(
 
 
 def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
-    """Return the requested dimensions, by default one or two with the most blocks."""
+    """Return the dimensions to draw: ``dims``, or by default the one or two with most blocks."""
     available = tuple(map(str, values.dims))
     if dims is None:
         many = sorted(available, key=lambda dim: -values.sizes[dim])[:2]
@@ -85,6 +82,7 @@ def _choose_dims(values: xr.DataArray, dims: Any) -> tuple[str, ...]:
 
 
 def _extreme(values: xr.DataArray, is_minimum: bool) -> dict[str, int]:
+    """Return the indices, by dimension, of the largest or smallest value."""
     index = values.argmin(values.dims) if is_minimum else values.argmax(values.dims)
     return {str(dim): int(i) for dim, i in index.items()}
 
@@ -96,7 +94,7 @@ def _extreme_text(values: xr.DataArray, at: dict[str, int], is_minimum: bool) ->
 
 
 def _edges(coordinate: xr.DataArray) -> NDArray[np.float64]:
-    """Return the edges of the blocks along a dimension."""
+    """Return where the blocks along a dimension begin and where the last one ends."""
     starts = np.asarray(coordinate, float)
     last = starts[-1] - starts[-2] if len(starts) > 1 else 1.0
     edges: NDArray[np.float64] = np.append(starts, coordinate.attrs.get("size", starts[-1] + last))

@@ -1,4 +1,4 @@
-"""Figures: colors, labels, date axes and display in notebooks."""
+"""Parts that all plots share: figures, colors, labels and date axes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 FIT, MEAN, THIRD, FOURTH = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 QUIET = "0.5"  # gray, visible on white and on black
 DATES = "days since 1970-01-01"
-_DATE_LABEL_WIDTH = 0.5  # inches per tick label, including the gap
+_DATE_LABEL_WIDTH = 0.5  # inches per label of a tick, including the gap to the next
 
 
 def prepare_figure(
     figure: Figure | SubFigure | None, width: float, height: float
 ) -> Figure | SubFigure:
-    """Return the given figure, or a new one of pyplot with this size in inches.
+    """Return the given figure, or if it is None a new pyplot figure of this size in inches.
 
     Raises
     ------
@@ -50,11 +50,10 @@ def prepare_figure(
 
 
 def _display_once(figure: Figure) -> None:
-    """Prevent the inline backend of a notebook from showing a figure twice.
+    """Close a figure that a notebook is about to display, so that it is not shown twice.
 
-    The backend shows all open figures at the end of a cell, and also a figure that is the cell's
-    value. The displayed figure is therefore closed, as the backend does after the cell.
-    NotImplementedError makes IPython fall back to its default display.
+    The inline backend shows every open figure at the end of a cell, in addition to a figure that is
+    the value of the cell. NotImplementedError makes IPython display the figure in its usual way.
     """
     import matplotlib as mpl
     from matplotlib import pyplot as plt
@@ -65,23 +64,23 @@ def _display_once(figure: Figure) -> None:
 
 
 def label(text: str, units: str = "") -> str:
-    r"""Return a text for a figure, with units if there are any.
+    r"""Return a text for a figure, followed by units in parentheses if there are any.
 
-    ``$`` is escaped as ``\$``: Matplotlib parses the text between two ``$`` as mathematics, and
-    raises an error for invalid mathematics.
+    ``$`` becomes ``\$``, because Matplotlib typesets text between two ``$`` as mathematics and
+    raises an error if it is invalid.
     """
     return (f"{text} ({units})" if units else text).replace("$", r"\$")
 
 
 def text_color() -> Any:
-    """Return the text color of the current style."""
+    """Return the text color of the current Matplotlib style."""
     import matplotlib as mpl
 
     return mpl.rcParams["text.color"]
 
 
 def date_axis(axes: Axes, low: float, high: float) -> bool:
-    """Format the x axis, in days since 1970, as dates; return False if they are out of range."""
+    """Label an x axis in days since 1970 with dates; return False if dates cannot be drawn."""
     from matplotlib import dates
 
     first, last = np.datetime64("0001-01-02"), np.datetime64("9999-12-30")

@@ -1,4 +1,4 @@
-"""Plots of data, fit and residuals."""
+"""``FitResult.plot``: plots of data, fit and residuals."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 _CURVE_POINTS = 1000  # points of a curve, in addition to those of the rows
-_MAX_ERROR_BARS = 150  # rows with error bars
-_MIN_HISTOGRAM = 20  # residuals in a histogram
-_MIN_FOR_MEANS = 200  # residuals whose means are drawn
-_MAX_PANELS = 6
+_MAX_ERROR_BARS = 150  # rows; error bars are not drawn for more
+_MIN_HISTOGRAM = 20  # residuals; no histogram is drawn of fewer
+_MIN_FOR_MEANS = 200  # residuals; no means are drawn of fewer
+_MAX_PANELS = 6  # of residuals, each against another quantity
 
 
 def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) -> Figure | SubFigure:
@@ -61,7 +61,7 @@ def plot(result: FitResult, x: str | None, figure: Figure | SubFigure | None) ->
 def _plot_overview(
     result: FitResult, sampled: Sampled, figure: Figure | SubFigure | None
 ) -> Figure | SubFigure:
-    """Plot data against fit, and residuals against each quantity of x."""
+    """Plot data against fitted values, and residuals against each array or column of x."""
     shown = sampled.quantities[:_MAX_PANELS]
     columns = 2 if len(shown) in (2, 4) else 3
     rows = -(-len(shown) // columns)
@@ -91,7 +91,7 @@ def _plot_overview(
 
 
 def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw data, the fitted curve, its standard errors and the spread of measurements."""
+    """Draw data and fitted curve, with bands of its standard error and of a measurement."""
     x, y, errors = quantity.values, sampled.y, sampled.errors
     if errors is not None and len(y) <= _MAX_ERROR_BARS:
         axes.errorbar(
@@ -117,9 +117,9 @@ def _draw_curve(axes: Axes, result: FitResult, sampled: Sampled, quantity: Quant
 def _curve(
     result: FitResult, sampled: Sampled, quantity: Quantity
 ) -> tuple[Vector, Vector, Vector | None]:
-    """Return x, fitted curve and its standard errors; without a model, at the rows only."""
+    """Return x, values of the fitted curve and their standard errors, None if not known."""
     x = quantity.values
-    if not result.has_model:
+    if not result.has_model:  # the curve is known at the rows only
         places, where = np.unique(x, return_index=True)
         return places, sampled.fitted[where], None
     places = np.unique(np.concatenate([x, np.linspace(x.min(), x.max(), _CURVE_POINTS)]))
@@ -132,7 +132,7 @@ def _curve(
 
 
 def _draw_means(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw the data, and means of data and fit over neighboring x."""
+    """Draw the data, and means of data and fit over groups of rows with neighboring x."""
     x, y = quantity.values, sampled.y
     _points(axes, x, y, label="data")
     groups = neighbor_groups(x)
@@ -153,9 +153,10 @@ def _draw_observed(axes: Axes, sampled: Sampled) -> None:
 
 
 def _draw_residuals(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
-    """Draw residuals and their local means against a quantity.
+    """Draw residuals, and their means over groups of rows, against an array or column of x.
 
-    Horizontal lines mark plus and minus one standard deviation of the residuals.
+    Horizontal lines mark zero and plus and minus one standard deviation of the residuals.
+    Outliers are drawn at the edge of the panel.
     """
     x, residuals, limit = quantity.values, sampled.residuals, sampled.limit
     far = np.abs(residuals) > limit
@@ -187,7 +188,7 @@ def _draw_residuals(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
 
 
 def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
-    """Draw a histogram of residuals with the expected normal density."""
+    """Draw a histogram of residuals, with the normal density of the expected width."""
     limit, residuals = sampled.limit, sampled.residuals
     inside = residuals[np.abs(residuals) <= limit]
     if len(inside) < _MIN_HISTOGRAM:
@@ -225,7 +226,7 @@ def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> N
 
 
 def _points(axes: Axes, x: Vector, y: Vector, **options: Any) -> None:
-    """Draw small points, more transparent for more points."""
+    """Draw small points, the more transparent the more there are."""
     alpha = float(np.clip(14.0 / np.sqrt(max(len(x), 1)), 0.3, 0.8))
     size = 4.0 if len(x) <= _MAX_ERROR_BARS else 2.5
     axes.plot(x, y, "o", ms=size, mew=0, color=text_color(), alpha=alpha, **options)
@@ -238,7 +239,7 @@ def _means(values: Vector, groups: list[NDArray[np.int64]]) -> Vector:
 def _draw_group_means(
     axes: Axes, x: Vector, y: Vector, noise: Vector, groups: list[NDArray[np.int64]], **options: Any
 ) -> None:
-    """Draw the mean of y in each group of rows; ``noise`` gives the standard error of the mean."""
+    """Draw the mean of y in each group of rows; the scatter of ``noise`` gives its error bar."""
     errors = [
         noise[group].std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0.0
         for group in groups
@@ -249,7 +250,7 @@ def _draw_group_means(
 
 
 def _set_y_limits(axes: Axes, values: Vector) -> None:
-    """Set the y limits to these values, so that a wide band does not compress them."""
+    """Fit the y axis to these values, not to a band that may be much wider."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -265,7 +266,7 @@ def _label_x(axes: Axes, quantity: Quantity) -> None:
 
 
 def _draw_legend(axes: Axes, result: FitResult, sampled: Sampled) -> None:
-    """Draw the legend, with the number of rows drawn."""
+    """Draw the legend, which says how many rows are drawn if not all are."""
     handles, labels = axes.get_legend_handles_labels()
     if len(sampled.y) < result.n_points:
         drawn = f"data ({len(sampled.y):,} of {result.n_points:,} rows)"

@@ -1,4 +1,4 @@
-"""Plots of the iterations of a fit."""
+"""``FitResult.plot_history``: plots of the iterations of a fit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_MIN_LOG_SPAN = 3.0  # ratio of largest and smallest value
+_MIN_LOG_SPAN = 3.0  # largest value over smallest; an axis with a smaller ratio is linear
 _STAGES = {"warm-up": THIRD, "sample": MEAN, "all rows": FIT}
 
 
 def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure | SubFigure:
-    """Plot loss, gradient, steps and passes; see ``FitResult.plot_history``."""
+    """Plot the iterations of a fit; see ``FitResult.plot_history``."""
     history = result.history
     if not history.sizes["iteration"]:
         raise ValueError(
@@ -76,7 +76,7 @@ def plot_history(result: FitResult, figure: Figure | SubFigure | None) -> Figure
 def _draw(
     axes: Axes, at: Vector, values: Vector, stages: NDArray[np.str_], accepted: NDArray[np.bool_]
 ) -> None:
-    """Draw one line per stage, as stages use different rows; rejected trials are crosses."""
+    """Draw a line per stage, and rejected trial points as crosses."""
     for stage, color in _STAGES.items():
         here = stages == stage
         if here.any():
@@ -93,14 +93,14 @@ def _draw(
 
 
 def _shade(axes: Axes, at: Vector, stages: NDArray[np.str_]) -> None:
-    """Draw lines between stages."""
+    """Draw a vertical line wherever the stage changes."""
     for i in range(1, len(at)):
         if stages[i] != stages[i - 1]:
             axes.axvline(0.5 * (at[i - 1] + at[i]), color=QUIET, lw=0.8, ls=":")
 
 
 def _set_log_scale(axes: Axes, values: Vector) -> None:
-    """Set a logarithmic scale if the positive values span a sufficient range."""
+    """Draw grid lines, and use a logarithmic scale if the positive values span a large range."""
     positive = values[np.isfinite(values) & (values > 0.0)]
     if positive.size and positive.max() >= _MIN_LOG_SPAN * positive.min():
         axes.set_yscale("log")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PlotMethods:
-    """Base class of ``FitResult``."""
+    """Base class of ``FitResult`` with its plot methods."""
 
     @property
     def _result(self) -> FitResult:
@@ -30,9 +30,9 @@ class PlotMethods:
         residuals ``(y - model) / sigma``, with lines at zero and at one standard deviation, and
         their histogram with the normal density.
 
-        With several quantities (arrays or columns), data are plotted against the fit, and residuals
-        against each quantity, at most six. With ``x``, the means of data and fit over neighboring
-        values of that quantity are plotted.
+        With several quantities (arrays or columns of x), data are plotted against fitted values,
+        and residuals against each quantity, at most six. If ``x`` names a quantity, data and fit
+        are plotted against it, averaged over groups of rows with neighboring values.
 
         Means of residuals over neighboring x are drawn with their standard errors. Outliers are
         marked at the edge of the panel and counted.
@@ -51,7 +51,7 @@ class PlotMethods:
         Raises
         ------
         ValueError
-            If there are no rows, or no quantity ``x``.
+            If the result holds no rows, or there is no quantity named ``x``.
         ImportError
             If matplotlib is not installed.
 
@@ -61,17 +61,17 @@ class PlotMethods:
 
         Notes
         -----
-        The standard deviation of residuals is 1 with ``absolute_sigma`` and sigma, otherwise the
-        estimate ``sqrt(sigma_sq)``, or one from their median size if there are outliers. That of a
-        measurement is this value times its sigma.
+        The standard deviation of the residuals is 1 if sigma was given with ``absolute_sigma``.
+        Otherwise it is estimated as ``sqrt(sigma_sq)``, or from the median absolute residual if
+        there are outliers. The standard deviation of a measurement is this value times its sigma.
         """
         return fit_plot.plot(self._result, x, figure)
 
     def plot_history(self, *, figure: Figure | SubFigure | None = None) -> Any:
         """Plot loss, gradient norm, step norm and passes of each iteration in ``history``.
 
-        Each stage (warm-up, sample, all rows) has its own color and line, because its loss is over
-        different rows. Rejected trials are crosses.
+        Each stage (warm-up, sample, all rows) has its own color and line, because the stages
+        compute the loss over different rows. Crosses mark rejected trial points.
 
         Parameters
         ----------
@@ -85,7 +85,7 @@ class PlotMethods:
         Raises
         ------
         ValueError
-            If there was no iteration.
+            If the fit ended before the first iteration.
         ImportError
             If matplotlib is not installed.
 
@@ -104,16 +104,17 @@ class PlotMethods:
     ) -> Any:
         """Plot ``block_statistics`` as a profile along one dimension or a map of two.
 
-        The extreme block is marked, and named in the title.
+        The worst block is marked and named in the title: the one with the largest value, or with
+        the fewest rows for "n_points".
 
         Parameters
         ----------
         quantity : {"reduced_chi2", "largest_residual", "chi2", "n_points"}
             Variable of ``block_statistics``.
         dims : str or tuple of str, optional
-            One or two dimensions of ``block_statistics``, by default those with most blocks. Over
-            the other dimensions, the maximum of the first two quantities is plotted, and the sum
-            of the others.
+            One or two dimensions of ``block_statistics``; by default the two with most blocks, or
+            one if only one has several. Over the other dimensions, "reduced_chi2" and
+            "largest_residual" are reduced to their maximum, "chi2" and "n_points" to their sum.
         figure : matplotlib Figure or SubFigure, optional
             Figure to draw into; by default a new one of pyplot.
 
@@ -124,7 +125,7 @@ class PlotMethods:
         Raises
         ------
         ValueError
-            If there was no pass over all rows, or for an unknown quantity or dimension.
+            If the fit completed no pass over all rows, or if ``quantity`` or ``dims`` is unknown.
         ImportError
             If matplotlib is not installed.
 

@@ -1,4 +1,4 @@
-"""Sampled rows of a result for plots: quantities of x, and residuals."""
+"""The rows in ``FitResult.sample`` and their residuals, prepared for plots."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_OUTLIER_LIMIT = 8.0  # robust standard deviations; residuals beyond are drawn at the panel's edge
-_EDGE_LIMIT = 6.0  # limits of such a panel, in robust standard deviations
-_ROWS_PER_MEAN = 60  # 33 means for 2,000 rows
+_OUTLIER_LIMIT = 8.0  # robust standard deviations; a larger residual is an outlier
+_EDGE_LIMIT = 6.0  # robust standard deviations; where a panel ends if there are outliers
+_ROWS_PER_MEAN = 60  # rows of a group, so that 2,000 rows have 33 means
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Quantity to plot against: an x array of shape (n,), or a column of one of (n, k)."""
+    """Values on the horizontal axis: an x array of shape (n,), or a column of an array (n, k)."""
 
     name: str  # argument of ``plot(x=...)``
     text: str  # axis label
@@ -35,38 +35,22 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Rows of the data in float64.
-
-    Attributes
-    ----------
-    y, fitted : ndarray, shape (n,)
-    sigma : ndarray, shape (n,), or None
-    quantities : list of Quantity
-    is_flat : bool
-        Whether x is one array of shape (n,).
-    y_label : str
-    residuals : ndarray, shape (n,)
-        ``y - fitted``, divided by sigma if there is one.
-    expected : float
-        Expected standard deviation of residuals: 1 with an absolute sigma, otherwise the estimate
-        of the fit, or one from their median size if there are outliers. NaN if zero.
-    spread : float
-        Standard deviation of a measurement, ``expected`` times sigma if there is one; NaN if it
-        varies.
-    limit : float
-        Largest residual inside the panels; larger ones are marked at the edge.
-    """
+    """Sampled rows in float64, with their residuals; vectors have shape (n,)."""
 
     y: Vector
-    fitted: Vector
+    fitted: Vector  # values of the model
     sigma: Vector | None
-    quantities: list[Quantity]
-    is_flat: bool
-    y_label: str
-    residuals: Vector
+    quantities: list[Quantity]  # one per array or column of x
+    is_flat: bool  # whether x is a single array of shape (n,)
+    y_label: str  # axis label
+    residuals: Vector  # y - fitted, divided by sigma if it is given
+    # Standard deviation of the residuals: 1 if sigma is absolute, otherwise estimated by the fit,
+    # or from the median of |residuals| if there are outliers. NaN if it is zero.
     expected: float
-    spread: float
-    limit: float
+    spread: (
+        float  # standard deviation of a measurement in y; NaN if it is zero or differs between rows
+    )
+    limit: float  # residuals with a larger absolute value are drawn at the edge of a panel
 
     @classmethod
     def of(cls, result: FitResult) -> Sampled:
@@ -75,7 +59,7 @@ class Sampled:
         Raises
         ------
         ValueError
-            If it has none.
+            If the result holds no rows.
         """
         if result.sample is None:
             raise ValueError(
@@ -118,23 +102,23 @@ class Sampled:
 
     @property
     def errors(self) -> Vector | None:
-        """Standard deviation of each measurement; None without sigma, or if it is zero."""
+        """Standard deviation of each measurement in y; None if there is no sigma or no scatter."""
         if self.sigma is None or not np.isfinite(self.expected):
             return None
         return self.sigma * self.expected
 
     @property
     def residual_label(self) -> str:
-        """Axis label of residuals."""
+        """Label of an axis of residuals."""
         return "data − fit" if self.sigma is None else "(data − fit) / σ"  # noqa: RUF001
 
     def quantity(self, name: Any) -> Quantity:
-        """Return the quantity with this name.
+        """Return the array or column of x with this name.
 
         Raises
         ------
         ValueError
-            If there is none.
+            If no array or column has this name.
         """
         for quantity in self.quantities:
             if quantity.name == name:
@@ -144,9 +128,10 @@ class Sampled:
 
 
 def neighbor_groups(values: Vector) -> list[NDArray[np.int64]]:
-    """Return groups of rows with neighboring values, whose means are drawn.
+    """Return the indices of rows in groups with neighboring values, whose means are drawn.
 
-    Groups have equal values if there are few different values, otherwise equal sizes.
+    If there are few different values, a group has all rows of one value; otherwise groups have
+    equal sizes.
     """
     order = np.argsort(values, kind="stable")
     different, first = np.unique(values[order], return_index=True)
