@@ -23,10 +23,13 @@ from nlsq_dask.model.model import Model
 
 @dataclass(frozen=True)
 class GradientReduction:
-    """Gradient of the cost, and products ``J^T J v`` with given vectors v."""
+    """Gradient of the cost, and products ``J^T J v`` with given vectors v.
 
-    n_directions: int = 1
-    is_diagonal: bool = False  # compute the diagonal of J^T J instead of a product
+    With ``is_diagonal``, the diagonal of ``J^T J`` is computed instead of products.
+    """
+
+    n_directions: int = 1  # number of vectors v
+    is_diagonal: bool = False
 
     sums_type = GradientSums
     name = GradientSums.__name__

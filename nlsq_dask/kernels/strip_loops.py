@@ -167,9 +167,10 @@ class StripLoops(ABC):
         return *lax.fori_loop(n_unmasked, self._n_strips, add_masked, (sums, counts)), n_unmasked
 
     def _robust(self, residual: Any, factor: Any) -> Any:
-        """Return rho and the factors of Jacobian and residual for each row.
+        """Return rho, and the factors by which Jacobian and residual are multiplied, per row.
 
-        The argument is the residual times ``factor``, which scales it for float32.
+        In float32, residuals are scaled to avoid overflow: ``residual`` is already multiplied by
+        ``factor``. The results do not depend on it.
         """
         unit = factor * self._f_scale
         return robust(self._loss, (residual * (1 / unit).astype(residual.dtype)) ** 2)
@@ -255,7 +256,7 @@ def accumulator(make_loops: MakeLoops, dtype: str) -> Callable[..., Carry]:
     Parameters
     ----------
     make_loops : callable
-        Returns the ``StripLoops`` of a batch, given its last five arguments.
+        Subclass of ``StripLoops`` whose arguments model, loss and strip_rows are already bound.
     dtype : str
         dtype of the model.
     """

@@ -21,9 +21,9 @@ STRIP_ROWS = 1024  # their columns fit a core's cache; 1,000 to 2,000 were equal
 
 
 def x_array_names(x_names: int | tuple[str, ...] | None) -> list[str]:
-    """Return the names of the x arrays, such as "x_data[0]", for messages.
+    """Return the names of the x arrays in messages, such as "x_data[0]".
 
-    The argument is explained at ``Layout.x_names``.
+    ``Layout.x_names`` explains the values of ``x_names``.
     """
     if x_names is None:
         return ["x_data"]

@@ -159,7 +159,19 @@ def improve_groups(
     n_groups: Any,
     n_rows: Any,
 ) -> Candidate:
-    """Improve the candidates of the first ``n_groups`` groups on the first ``n_rows`` rows."""
+    """Improve starting points by a few trial steps each, on the first ``n_rows`` rows.
+
+    Parameters
+    ----------
+    model, mode, loss, problem
+        As for ``make_objective``.
+    groups : Candidate
+        The starting points, with arrays of shape (groups, points per group, ...). The points of a
+        group are vectorized; groups are processed one after the other.
+    n_groups : int
+        Number of groups to process; further ones are padding.
+    n_rows : int
+    """
     objective = make_objective(model, mode, loss, problem, n_rows)
     improve: Callable[[Candidate], Candidate] = jax.vmap(
         lambda candidate: _improve(problem, objective, candidate)
