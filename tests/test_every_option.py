@@ -664,7 +664,7 @@ def test_memory_optimized_uses_gradients_for_a_thousand_parameters() -> None:
             optimizer.plan(constant, few, few, np.zeros(1_000), bounds)
 
 
-def test_with_multistart_holds_a_tournament() -> None:
+def test_with_multistart_runs_successive_halving() -> None:
     for config, n in ((Config.with_multistart(), 10), (Config.with_multistart(4), 4)):
         config.verbose = 0
         assert len(fit(config=config).diagnostics["multistart"]["candidates"]) == n

@@ -1,4 +1,4 @@
-"""Multistart: the tournament finds the right one of many minima, and reads nothing for it."""
+"""Multistart: successive halving finds the right one of many minima, and reads nothing for it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def held(result: nd.FitResult) -> dict[str, Any]:
     return found
 
 
-def test_diagnostics_tell_the_tournament() -> None:
+def test_diagnostics_describe_successive_halving() -> None:
     result = fit()
     found, history = held(result), result.phase_history[1]
     assert found["candidates"].shape == (12, 4)

@@ -83,7 +83,8 @@ class StartFinder:
             warmup = self._warm_up(sample, "p0", own)
             summary = warmup.summary
             return _Starts(_distinct([warmup.params, own]), summary, {"warm_up": summary})
-        halving = self.journal.step("tournament", _Starts, partial(self._run_halving, sample))
+        run_halving = partial(self._run_halving, sample)
+        halving = self.journal.step("successive halving", _Starts, run_halving)
         survivors, multistart = halving.starts, dict(halving.diagnostics)
         is_own = multistart["winner"] == 0
         name, first = ("p0", own) if is_own else ("winner", survivors[0])
