@@ -108,7 +108,8 @@ class HybridStreamingConfig(ValidatedOptions):
     trust_region_initial : a number > 0, default 1.0
         Initial radius of the trust region, as a multiple of the norm of the start in the variables
         of the trust region, which are scaled by the column norms of the Jacobian. With conjugate
-        gradients, a smaller value shortens the first step on the sample.
+        gradients, there is no trust region, and the value only affects the first step on the
+        sample: it is the shorter, the smaller the value.
     regularization_factor : a number > 0 and < 1, default 1e-10
         Lower limit of the singular values of the Jacobian with scaled columns, as a fraction of the
         largest: a smaller one is damped as if it had this size. A limit below 1e-8 suppresses only
@@ -157,8 +158,8 @@ class HybridStreamingConfig(ValidatedOptions):
         Precision of the model and the Jacobian; 'auto' is float64. Sums over more than a few
         thousand rows are always float64.
     chunk_size : an integer >= 1, or 'auto', default 'auto'
-        Maximum number of rows that one call of compiled code processes; 'auto' is 2**20. Larger
-        blocks are split into batches of at most 4 MB. The chunks of the data do not change.
+        Maximum number of rows that one call of compiled code processes; 'auto' is 2**20. Fewer rows
+        are processed at a time if they have more than 4 MB. The chunks of the data do not change.
     cache : an integer >= 0, or 'auto', default 'auto'
         Number of bytes of blocks that all workers together keep in memory between passes; 0
         disables the cache, and 'auto' is 20 % of the memory of each worker. All blocks of a task
@@ -215,8 +216,9 @@ class HybridStreamingConfig(ValidatedOptions):
         Choose the start among random candidates by successive halving, before the warm-up. Only the
         sample is used, so no more data are read. In each round, every candidate takes 10
         Levenberg-Marquardt steps on some rows of the sample, and the candidates with the highest
-        cost are dropped. The warm-up starts from the best candidate. Up to 7 other remaining
-        candidates, and p0 after a warm-up of its own, are tried as well.
+        cost are dropped. One warm-up starts from the best candidate and one from p0. Then
+        Gauss-Newton on the sample starts from the ends of both, from up to 8 remaining candidates
+        and from p0, and the fit continues from the best solution.
     n_starts : an integer >= 1, default 10
         Number of candidate starts, including p0.
     multistart_sampler : one of 'lhs', 'sobol', 'halton', default 'lhs'

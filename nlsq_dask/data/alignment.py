@@ -315,7 +315,10 @@ def _are_named(value: Any, y: Any) -> bool:
 
 
 def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source:
-    """Match an x array or sigma to y: by dimension names if both have them, else by position."""
+    """Match an x array or sigma to y: by dimension names if both have them, else by position.
+
+    ``first`` is y; ``split_chunks`` is that of ``as_dask``.
+    """
     y, given, units, notice = first.values, value, "", ""
     allows_features = y.ndim == 1 and name != "sigma"
     both_named = _are_named(value, first.given)

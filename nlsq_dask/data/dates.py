@@ -78,7 +78,7 @@ def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
 def describe_units(units: str) -> str:
     """Return units such as "days since 1970-01-01" for a message.
 
-    An example shows that numbers of days since 1970 are large.
+    The text for days since 1970 includes a date and its number, because such numbers are large.
     """
     return f"{units} (2025-01-01 is 20,089)" if units == _EPOCH else units
 

@@ -47,7 +47,7 @@ class MemoryPlan:
             Positions in the grid of the blocks that each task reads.
         workers : Workers
         cache : int or "auto"
-            Maximum bytes of cached blocks, over all workers.
+            Maximum bytes of cached blocks, over all workers; "auto" is a fifth of their memory.
         """
         block_bytes = blocks.block_bytes()
         group_bytes = tuple(int(sum(block_bytes[i] for i in group)) for group in groups)

@@ -171,9 +171,10 @@ class TaskGraph:
         *args: Any,
         inputs: Iterable[Any] = (),
     ) -> TaskRef:
-        """Add a task that calls a function with ``args``, then with the results of ``inputs``.
+        """Add a task that calls ``function(*args, *results)``.
 
-        An argument that is a ``TaskRef`` is replaced by the result of its task.
+        The results are those of the tasks ``inputs``. An argument that is a ``TaskRef`` is replaced
+        by the result of its task as well.
 
         Parameters
         ----------

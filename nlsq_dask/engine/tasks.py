@@ -106,7 +106,9 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
 
 
 def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
-    """Read a block and return where its first NaN or infinity is; None if there is none.
+    """Read the only block of a reader, and return where its first NaN or infinity is.
+
+    None if all elements are finite.
 
     Returns
     -------

@@ -24,7 +24,10 @@ _ASYNCHRONOUS = (
 
 
 def _prepare(client_process: int) -> tuple[str, ...]:
-    """Return the JAX platforms of this process; a worker reserves no GPU memory in advance."""
+    """Return the JAX platforms of this process, and turn off JAX's preallocation of GPU memory.
+
+    In the process of the client, given by its ID, nothing is turned off.
+    """
     if os.getpid() != client_process:  # not in the caller's own process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return local_platforms()

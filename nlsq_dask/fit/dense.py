@@ -69,7 +69,8 @@ class SampleSolver:
 
         Some parameters may be non-identifiable on the sample, as those of a peak that it misses. A
         weak penalty keeps them near the start, which moves other parameters by far less than their
-        errors. If the solution requires QR factorizations, ``sums`` computes them from then on.
+        errors; its width is ``anchor_length``, in normalized parameters. If the solution requires
+        QR factorizations, ``sums`` computes them from then on.
         """
         solver, accumulation = self.solver, self.solver.accumulation
         sums.use(accumulation)
@@ -193,7 +194,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         return self._kernels[accumulation]
 
     def make_objective(self, rows: Rows, y_reference: float) -> DenseObjective:
-        """Return the function from parameters to the sums over rows in memory."""
+        """Return the function from parameters to the sums over rows in memory.
+
+        The moments of y are sums of ``y - y_reference``, which avoids cancellation.
+        """
         kernel = replace(self._sample_kernel, y_reference=y_reference)
         return DenseObjective(self.problem.exact_model, kernel, rows, self.problem.penalty)
 
@@ -250,7 +254,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[NormalEquations]]:
-        """Solve on the new sample; if its solution looks better, compare both by a pass."""
+        """Solve on the new sample, and compare its solution with ``start`` by a pass.
+
+        No pass is run if the sample shows that the cost would not decrease by more than chance.
+        """
         new_starts = self.context.start_finder.find(sample, {})
         new_start = self._solve_on_sample(sample, new_starts, {})
         state = init_state(start, first.sums, self._settings)

@@ -61,6 +61,8 @@ class _Progress(Generic[T]):
 class FullFit(ABC, Generic[T, S]):
     """Phases 2 and 3: solve on the sample, then over all rows; then standard errors.
 
+    The methods add entries for ``phase_history`` to their argument ``details``.
+
     Parameters
     ----------
     context : FitContext
@@ -82,7 +84,10 @@ class FullFit(ABC, Generic[T, S]):
 
     @abstractmethod
     def make_objective(self, rows: Rows, y_reference: float) -> SampleObjective[S]:
-        """Return the function from parameters to the sums over rows in memory."""
+        """Return the function from parameters to the sums over rows in memory.
+
+        The moments of y are sums of ``y - y_reference``, which avoids cancellation.
+        """
 
     @abstractmethod
     def _solve_on_sample(
@@ -92,7 +97,10 @@ class FullFit(ABC, Generic[T, S]):
 
     @abstractmethod
     def _prepare(self, sample: SampleProblem[Any], start: Vector) -> None:
-        """Adapt the kernels for all rows to the sample and its solution, the start."""
+        """Choose how sums over all rows are computed, given the sample and its solution.
+
+        ``start`` is that solution, from which the fit over all rows starts.
+        """
 
     def _first_request(self, params: Vector) -> Request:
         """Return which sums the first pass over all rows computes."""
@@ -143,7 +151,7 @@ class FullFit(ABC, Generic[T, S]):
     def solve(
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
     ) -> Outcome:
-        """Solve on the sample, then over all rows."""
+        """Solve on the sample, then over all rows; add entries for the history to ``details``."""
         start = self._solve_on_sample(sample, starts, details)
         self._prepare(sample, start)
         start, first = self._first_pass(sample, start, starts)
@@ -274,7 +282,10 @@ class FullFit(ABC, Generic[T, S]):
         )
 
     def _build_report(self, stage: str, are_iterations: bool = True) -> Report:
-        """Return a function that reports each iteration, and trials with non-finite values."""
+        """Return a function that reports trials with non-finite values, and iterations.
+
+        Iterations are not reported if ``are_iterations`` is False.
+        """
         iterations, scales = self.context.iterations, self.problem.normalizer.scales
 
         def report(

@@ -82,7 +82,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return self._kernel
 
     def make_objective(self, rows: Rows, y_reference: float) -> GradientObjective:
-        """Return the function from parameters to the sums over rows in memory."""
+        """Return the function from parameters to the sums over rows in memory.
+
+        The moments of y are sums of ``y - y_reference``, which avoids cancellation.
+        """
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
         return GradientObjective(kernel, diagonal, rows, self.problem.penalty)
 
@@ -102,7 +105,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[GradientSums]]:
-        """Solve on the new sample; if the model is not finite at its solution, try the starts."""
+        """Solve on the new sample, and compare its solution with ``start`` by a pass.
+
+        If the model is finite at neither of them, the starting points are tried one by one.
+        """
         if first.sums.is_finite and not sample.is_informative:
             return start, first
         ends = [self._solve_on_sample(sample, [one], {}) for one in (start, *starts)]
@@ -124,7 +130,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return {"products": state.n_products, "solver": "conjugate gradients"}
 
     def _confirm(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
-        """Check whether the data determine all parameters, which the steps do not show."""
+        """Check whether the data determine all parameters, which the steps do not show.
+
+        Also returns which parameters they do not determine, or None if there are none.
+        """
         assert state.stop is not None
         self._non_identifiable, n_skipped = None, self.context.passes.n_skipped
         if state.stop.is_success:
@@ -245,7 +254,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> None:
         """Return None, because a covariance would be a p-by-p matrix."""
-        details["skipped"] = "a covariance would be a matrix of all parameters"
+        details["skipped"] = (
+            "no covariance was computed, because it would be a p-by-p matrix of all parameters; "
+            "cg_error_probes estimates standard errors"
+        )
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
         """Return estimates of the standard errors if ``cg_error_probes`` requests them.

@@ -114,7 +114,7 @@ class SampleProblem(Generic[R]):
 
         It applies to mean squares at the solution on the sample. With p parameters and n rows, the
         mean square of the sample is on average 1 - p / n times the variance, and the mean square of
-        other rows 1 + p / n times the variance.
+        other rows 1 + p / n times. The factor is the ratio of both, with a margin for chance.
         """
         n_rows = max(self.n_used, 1)
         fitted = self._model.n_params / n_rows if self.is_informative else 0.0

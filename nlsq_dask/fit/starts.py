@@ -68,7 +68,10 @@ class StartFinder:
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     def find(self, sample: SampleProblem[Any], details: dict[str, Any]) -> list[Vector]:
-        """Return starting points, the most promising first and p0 last."""
+        """Return starting points, the most promising first and p0 last.
+
+        Entries for ``phase_history`` are added to ``details``.
+        """
         selection = self.journal.step("starts", _Starts, partial(self._find, sample))
         details |= selection.details
         self.diagnostics |= selection.diagnostics

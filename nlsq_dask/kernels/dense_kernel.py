@@ -86,7 +86,7 @@ class DenseReduction:
         return request.params, np.array(self.factors)
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> NormalEquations:
-        """Return the final sums: lanes added up and scaling factors divided out."""
+        """Return the final sums: add up partial sums of SIMD lanes, divide out scaling factors."""
         (lanes, residuals), factors = totals, np.array(self.factors)
         p = len(factors) - 1
         jtj, jtr, square, triangle = self._unscale(lanes.sum(axis=-1), factors)

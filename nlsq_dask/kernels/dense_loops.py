@@ -71,7 +71,8 @@ def add_gram(library: Any, gram: Any, other: Any) -> Any:
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
     """Return ``stacked @ stacked.T`` as described at ``Accumulation``.
 
-    Element (p, 0) is the largest square of ``residual``, by default of the last row of ``stacked``.
+    Element (p, 0) is the largest square of ``residual`` or, if that is None, of the last row of
+    ``stacked``.
     """
     n_rows = len(stacked)
     if n_lanes == 1:

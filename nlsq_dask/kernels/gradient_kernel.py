@@ -66,7 +66,7 @@ class GradientReduction:
         return request.params, np.zeros((self.n_directions, len(request.params)))
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> GradientSums:
-        """Return the final sums, with the lanes added up."""
+        """Return the final sums: add up the partial sums of the SIMD lanes."""
         vectors, residuals, largest = totals
         rho, chi2 = residuals.sum(axis=-1)
         twice_cost = chi2 if loss.is_linear else loss.f_scale**2 * rho

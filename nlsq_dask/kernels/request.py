@@ -21,5 +21,6 @@ class Request:
     candidates: Matrix | None = None  # (k, p), points at which only the cost is needed
     directions: Matrix | None = None  # (k, p), vectors v of the products J^T J v
     accumulation: Accumulation = Accumulation.GRAM  # used by dense solvers
-    is_trial: bool = True  # ``params`` may become the next iterate
-    is_fresh: bool = False  # the sums are not compared with earlier ones
+    is_trial: bool = True  # ``params`` is a trial point: this request is an iteration
+    # The solver compares the sums with no earlier ones, so that a pass may skip further blocks.
+    is_fresh: bool = False

@@ -96,7 +96,10 @@ class Sums(ABC):
         return replace(self, weight=weight, y_sum=y_sum, y_square=y_square, signal=signal)
 
     def variance(self, n_params: int) -> float:
-        """Return ``2 cost / (n_used - n_params)`` without the penalty; infinite if not positive."""
+        """Return ``2 cost / (n_used - n_params)``, the cost without the penalty.
+
+        Infinite if there are no more rows than parameters.
+        """
         dof = self.n_used - n_params
         return 2.0 * max(self.cost - self.penalty, 0.0) / dof if dof > 0 else np.inf
 
@@ -157,7 +160,9 @@ class NormalEquations(Sums):
         return self.with_rows(penalty.jacobian(len(params), n), penalty.residuals(params, n))
 
     def with_rows(self, jacobian: NDArray[np.float64], residuals: NDArray[np.float64]) -> Self:
-        """Add rows of a penalty, given by Jacobian and residuals, to all sums but those of data.
+        """Add the rows of a penalty to cost, ``penalty``, ``J^T r``, ``J^T J`` and R.
+
+        Sums that describe the data, such as chi2 and the number of rows, do not change.
 
         Parameters
         ----------

@@ -28,7 +28,10 @@ _SCALAR_PARAMS_HINT = (
     "Each parameter is a separate argument: write `def model(x, a, b)`, or `def model(x, *p)` "
     "for a tuple p of them."
 )
-_UNPACK_HINT = "To unpack x into k arrays, pass x_data as a tuple of k arrays or of k names."
+_UNPACK_HINT = (
+    "To unpack x into k arrays, pass x_data as a tuple of k arrays, or of the names of k "
+    "coordinates of y_data."
+)
 _TRUTH_VALUE = "truth value of an array"  # NumPy's message for an array as a condition
 # JAX's messages for a scalar parameter that is indexed or unpacked.
 _SCALAR_ERROR = re.compile(r"\b0-d(imensional)?\b")

@@ -91,8 +91,8 @@ class JsonLines:
     """Observer that appends one JSON line per event to a file.
 
     A line has the time, an ID of the fit, the name of the event's class, and the event's fields.
-    The progress of a running pass is written every ten seconds. Non-finite numbers become null,
-    and more than 1,000 parameters are omitted.
+    The progress of a running pass is written every ten seconds. Non-finite numbers become null, and
+    parameters are omitted if there are more than 1,000.
 
     Parameters
     ----------

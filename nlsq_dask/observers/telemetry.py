@@ -201,7 +201,8 @@ class DefenseLayerTelemetry:
         -------
         dict
             ``"total_warmup_calls"``; for each of ``"layer1"`` to ``"layer4"`` a dict of its name,
-            number of triggers, and rate in percent of the warm-ups; and counts of ``"lbfgs"``.
+            number of triggers, and rate in percent of the warm-ups, for ``"layer2"`` also by mode;
+            and for ``"lbfgs"`` the numbers of full histories and of failed line searches.
         """
         with self._lock:
             summary: dict[str, Any] = {"total_warmup_calls": self.total_warmup_calls}

@@ -41,7 +41,8 @@ class FitResult(PlotMethods):
 
         - 1: predicted reduction and step are below the floating-point resolution
         - 2, 3: predicted reduction of the cost (2) or step (3) is below ``gauss_newton_tol``
-        - 4: estimated error is below ``gauss_newton_tol`` after a last step that took no pass
+        - 4: a last step was taken without a pass; the estimated relative error of the parameters
+          after it is below ``gauss_newton_tol``
         - 0: maximum number of iterations
         - -1: no step reduces the cost
         - -2, -3: the model is not finite at the start, or at any trial point
@@ -134,7 +135,8 @@ class FitResult(PlotMethods):
         - ``multistart``, if it was used: ``candidates`` (starting points, shape (n_starts, p)),
           ``rounds`` (for each: number of rows, losses of all candidates, indices of the remaining
           candidates), ``winner`` (index of the best candidate), ``start`` (the winner, improved in
-          the rounds) and, if p0 did not win, ``warm_up_of_p0``.
+          the rounds) and, if p0 did not win, ``warm_up_of_p0`` (facts about the warm-up from p0,
+          as in ``warm_up``).
     x_units : dict of str to str
         Units of dates and durations, by name of the x array, such as
         ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
@@ -362,8 +364,9 @@ class FitResult(PlotMethods):
         Parameters
         ----------
         x : array, tuple or dict of arrays
-            Independent variables, in the structure (array, tuple or dict) and with the dates of
-            the fit. N-d arrays are broadcast against each other. Values are NaN where x is masked.
+            Independent variables, in the structure (array, tuple or dict) of the fit; dates where
+            the fit had dates. N-d arrays are broadcast against each other. Values are NaN where x
+            is masked.
         return_std : bool
             If True, also return the standard errors ``sqrt(J pcov J^T)`` of the fitted curve (not
             of a new measurement). They are NaN if pcov is infinite.

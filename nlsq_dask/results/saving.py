@@ -133,8 +133,8 @@ def _reproduces_sample(result: FitResult) -> bool:
     """Return whether the model of the result gives the fitted values in ``FitResult.sample``."""
     if result.sample is None:
         warn_caller(
-            "The model cannot be checked: this result holds no rows, and was saved with other "
-            "versions of the libraries."
+            "The model is used without a check that it is the fitted one: this result holds no "
+            "rows to compare, and was saved with other versions of the libraries."
         )
         return True
     x_arrays = [v for v in result.sample.variables.values() if "position" in v.attrs]
@@ -189,10 +189,15 @@ def _tag(value: Any) -> Any:
 
 
 def _text_array(words: list[str]) -> NDArray[np.str_]:
-    """Return an array of text; limited in size, as each word takes the memory of the longest."""
+    """Return an array of text; raise a ValueError if it would be very large.
+
+    Each word takes the memory of the longest one, so a damaged file could ask for any size.
+    """
     longest = max(map(len, words), default=0)
     if len(words) * longest > _MAX_TEXT:
-        raise ValueError(f"{len(words):,} words of up to {longest:,} characters")
+        raise ValueError(
+            f"an array of {len(words):,} words of up to {longest:,} characters is too large"
+        )
     return np.array(words, dtype=str)
 
 

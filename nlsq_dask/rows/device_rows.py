@@ -13,8 +13,8 @@ class Batch(NamedTuple):
     """Rows for one call of a ``Kernel``'s program."""
 
     arrays: Any  # y, x, sigma and mask as in a ``Window``
-    offsets: Any
-    n_rows: int
+    offsets: Any  # index in each array at which the batch begins
+    n_rows: int  # without padding
 
 
 @dataclass(frozen=True)

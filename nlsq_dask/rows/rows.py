@@ -229,7 +229,7 @@ def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> A
 
 
 def as_rows(array: Array, shape: tuple[int, ...]) -> Array | None:
-    """Return a view of the array with its rows along the first axis, or None without a copy."""
+    """Return a view of the array with its rows along the first axis; None if none exists."""
     features = array.shape[len(shape) :]
     is_whole = array.shape == shape + features and array.flags.c_contiguous
     return array.reshape(-1, *features) if is_whole else None

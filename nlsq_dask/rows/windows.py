@@ -40,7 +40,7 @@ class Memory:
         self._turn = 0
 
     def next_buffers(self) -> _Buffers:
-        """Return the buffers for the next padded view, by position of the array in ``arrays``."""
+        """Return the buffers for the next padded view, one per array, by number of the array."""
         self._turn = (self._turn + 1) % len(self._buffer_sets)
         return self._buffer_sets[self._turn]
 

@@ -27,7 +27,7 @@ class Settings:
     tol: float
     max_iterations: int
     patience: int  # iterations without progress after which a solve ends
-    sizes: Vector  # significant change of each parameter
+    sizes: Vector  # scale of each parameter, for one whose value is near 0
     regularization: float  # see ``HybridStreamingConfig.regularization_factor``
     initial_radius: float  # multiple of the scaled norm of the start
     epsilon: float  # machine epsilon of the dtype in which the model is evaluated
@@ -50,7 +50,7 @@ class Iterate:
 
     params: Vector
     sums: NormalEquations
-    scale: Vector  # column norms of the Jacobian, with a short memory
+    scale: Vector  # column norms of the Jacobian, at least a tenth of the previous iterate's
     settings: Settings
 
     @classmethod

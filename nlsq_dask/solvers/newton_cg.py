@@ -75,7 +75,7 @@ class CgState:
     params: Vector
     sums: GradientSums
     linear: LinearSolve
-    diagonal: Vector  # of J^T J, with a short memory, used for damping
+    diagonal: Vector  # of J^T J, at least 0.01 times the previous one; used for damping
     sensitive: NDArray[np.bool_]  # (p,), parameters on which any row depends
     damping: float = 0.0  # multiple of ``diagonal`` added to J^T J
     fraction: float | None = None  # of the step that is tried; None during the linear solve

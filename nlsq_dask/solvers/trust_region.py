@@ -36,9 +36,10 @@ class Quadratic:
     eigenvalues: Vector
     eigenvectors: NDArray[np.float64]
     slopes: Vector  # the gradient along the eigenvectors
-    is_flat: bool  # any eigenvalue is below the floor
+    is_flat: bool  # whether any singular value was below the ``floor`` of ``of``
     null_slope: float  # norm of the gradient along null directions
-    damped_residual: float  # reduction of the residual norm along other flat directions
+    # By how much an undamped step along the other flat directions reduces the residual norm.
+    damped_residual: float
 
     @classmethod
     def of(cls, svd: ScaledSVD, floor: float) -> Quadratic:

@@ -37,9 +37,9 @@ class StartSettings:
 
     warm_start_threshold: float  # relative loss below which the warm-up is skipped; 0 for never
     is_adaptive: bool  # choose the first step size by the relative loss
-    refinement_step: float
-    careful_step: float
-    exploration_step: float
+    refinement_step: float  # size of the first step if the relative loss is below 0.1,
+    careful_step: float  # from 0.1 to 1, or if it is not adaptive,
+    exploration_step: float  # and above 1
 
 
 def is_warm_start(loss: float, settings: StartSettings) -> bool:
@@ -48,7 +48,10 @@ def is_warm_start(loss: float, settings: StartSettings) -> bool:
 
 
 def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
-    """Layer 2: return the name of a mode and the size of the first step, by the relative loss."""
+    """Layer 2: return how the first step is chosen by the relative loss, and the size of it.
+
+    The first value is "refinement", "careful" or "exploration"; "fixed" if it is not adaptive.
+    """
     if not settings.is_adaptive:
         return "fixed", settings.careful_step
     if loss < _REFINEMENT_BELOW:
@@ -59,7 +62,7 @@ def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
 
 
 def cost_increased(loss: Any, initial_loss: Any, tolerance: Any) -> Any:
-    """Layer 3: return whether the loss increased by more than the tolerance, in JAX."""
+    """Layer 3: return whether the loss exceeds ``initial_loss * (1 + tolerance)``, in JAX."""
     return loss > initial_loss * (1.0 + tolerance)
 
 

@@ -49,7 +49,10 @@ class WarmupEnd(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Arrays and numbers that the compiled program takes as arguments."""
+    """Arrays and numbers that the compiled program takes as arguments.
+
+    Rows, normalization and bounds as in ``NormalizedSample``; thresholds as in ``WarmupSettings``.
+    """
 
     y: Any
     x: Any
@@ -101,8 +104,8 @@ class WarmupSettings:
     plateau: float  # threshold of the relative change of the loss
     gradient: float  # threshold of the norm of the gradient
     max_gradient: float | None  # norm to which the gradient is clipped
-    cost_tolerance: float | None  # layer 3; None without that layer
-    max_step: float | None  # layer 4; None without that layer
+    cost_tolerance: float | None  # relative increase of the loss that ends the loop (layer 3)
+    max_step: float | None  # norm to which updates are clipped (layer 4)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Options:
     guards_cost: bool
     clips_step: bool
     loss: str
-    groups: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, int], ...]  # ranges of parameters of the penalty
 
 
 class _FirstStepState(NamedTuple):
@@ -274,7 +277,7 @@ class Warmup:
         variance : float
             Weighted variance of y, the denominator of the loss.
         first_step : float
-            Size of the first step, chosen by layer 2.
+            Size of the first step, see ``defense_layers.first_step_size``.
         settings : WarmupSettings
         """
         arrays = sample.arrays()
@@ -344,7 +347,10 @@ class Warmup:
             return result
 
     def with_smaller_steps(self, factor: float, n_done: int) -> Warmup:
-        """Return a warm-up with step sizes multiplied by ``factor``, for the other iterations."""
+        """Return a warm-up with step sizes multiplied by ``factor``.
+
+        The maximum number of iterations is reduced by the ``n_done`` that were run already.
+        """
         problem = self.problem
         with x64():
             problem = problem._replace(

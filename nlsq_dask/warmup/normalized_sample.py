@@ -1,4 +1,4 @@
-"""``NormalizedSample``: the fit of rows in memory, in normalized parameters."""
+"""``NormalizedSample``: model, rows, normalization and loss for fitting a sample in memory."""
 
 from __future__ import annotations
 

@@ -12,7 +12,10 @@ from nlsq_dask.errors import DataError
 
 
 def lazy_data(array: xr.DataArray, name: str, split_chunks: bool = False) -> da.Array:
-    """Return the values as a Dask array; values on disk are not read."""
+    """Return the values as a Dask array; values on disk are not read.
+
+    ``as_dask`` explains ``name`` and ``split_chunks``.
+    """
     if array.chunks is None and not isinstance(array.variable, xr.IndexVariable):
         preferred = array.encoding.get("preferred_chunks")
         if preferred:

@@ -55,7 +55,10 @@ class StoredRegion:
         ]
 
     def chunks(self) -> Iterator[tuple[str, Region]]:
-        """Yield the key of each object that the region overlaps, and the slices of the overlap."""
+        """Yield the key of each stored object that the region overlaps.
+
+        The key comes with the slices of the Zarr array that select the overlap.
+        """
         sizes = _object_shape(self.array)
         for index in itertools.product(*self._ranges()):
             part = tuple(
@@ -91,10 +94,10 @@ class StoredRegion:
 
 
 def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
-    """Return the name of the object that a task fails to read; None if it reads no Zarr array.
+    """Return the name of the chunk or shard of a Zarr store that a task fails to read.
 
-    If the task reads several objects, they are read one by one to find the object. ``values`` are
-    the known results of other tasks, by key.
+    None if the task reads no Zarr array. If it reads several chunks, they are read one by one to
+    find the one that fails. ``values`` are the known results of other tasks, by key.
     """
     regions = list(stored_regions(node, values))
     if not regions:

@@ -51,7 +51,7 @@ class Page:
         self._is_on = True
 
     def __call__(self, event: Event) -> None:
-        """Count and queue an event, and send the queue if the last call is long enough ago."""
+        """Count and queue an event; send the queue if it was last sent long enough ago."""
         self._safely(self._telemetry, event)
         self._safely(self._take, event)
 

@@ -53,7 +53,8 @@ def _display_once(figure: Figure) -> None:
     """Close a figure that a notebook is about to display, so that it is not shown twice.
 
     The inline backend shows every open figure at the end of a cell, in addition to a figure that is
-    the value of the cell. NotImplementedError makes IPython display the figure in its usual way.
+    the value of the cell. IPython calls this function before it displays a figure. The function
+    always raises NotImplementedError, upon which IPython displays the figure in its usual way.
     """
     import matplotlib as mpl
     from matplotlib import pyplot as plt

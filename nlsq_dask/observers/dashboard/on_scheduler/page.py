@@ -166,6 +166,6 @@ def _notes_html(shown: list[Fit]) -> str:
     table = "".join(lines) or '<tr><td style="color: #777">nothing yet</td></tr>'
     return (
         '<div style="font-size: 13px; background: white; border: 1px solid #ccc; padding: 8px">'
-        '<div style="font-size: 15px; margin-bottom: 4px">Defense layers and other events</div>'
+        '<div style="font-size: 15px; margin-bottom: 4px">Events of the fits</div>'
         f'<div style="max-height: 240px; overflow-y: auto"><table>{table}</table></div></div>'
     )
