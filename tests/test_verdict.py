@@ -336,7 +336,7 @@ def test_predict_at_names_that_do_not_match() -> None:
     along = xr.DataArray(H, {"t": H}, "t")
     with pytest.raises(nd.DataError, match=r"x\['h'\] has size 9 along 't', .*has 300"):
         result.predict({0: along, "h": along[:9]})
-    with pytest.raises(nd.DataError, match=r"labels of x\['h'\] along 't' differ from those of an"):
+    with pytest.raises(nd.DataError, match=r"labels of x\['h'\] along 't' differ from the labels"):
         result.predict({0: along, "h": along.assign_coords(t=H + 1)})
     with pytest.raises(nd.DataError, match=r"same number of rows: .*x\['h'\] has shape \(\)"):
         result.predict({0: along, "h": along[0].drop_vars("t")})

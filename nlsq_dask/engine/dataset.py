@@ -242,7 +242,7 @@ class DataSet:
         skipped: frozenset[int] = frozenset(),
         watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
-        """Return rows that are drawn at random from a few blocks.
+        """Draw rows at random from a few blocks; they are the ``rows`` of the returned record.
 
         Parameters
         ----------

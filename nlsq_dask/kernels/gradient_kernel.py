@@ -60,7 +60,10 @@ class GradientReduction:
         return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return the parameters and the vectors v, zero if no product is requested."""
+        """Return the parameters, and the vectors v of the products ``J^T J v``.
+
+        The vectors are zero if the request has none.
+        """
         if request.directions is not None:
             return request.params, request.directions
         return request.params, np.zeros((self.n_directions, len(request.params)))

@@ -150,7 +150,11 @@ class GaussNewton:
         return replace(state, restart_at=params, proposal=None, stop=None, solution=None)
 
     def resume(self, state: State) -> State:
-        """Return a state from a checkpoint with the settings of this solver."""
+        """Prepare a state that was read from a checkpoint for the resumed fit.
+
+        It gets the settings of this solver. A solve that the callback or the iteration limit had
+        ended continues, unless the limit is the same.
+        """
         state = replace(state, iterate=replace(state.iterate, settings=self.settings))
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return self._propose_next(replace(state, stop=None, solution=None))

@@ -168,7 +168,11 @@ class NewtonCg:
         return replace(state, restart_at=params, stop=None, solution=None)
 
     def resume(self, state: CgState) -> CgState:
-        """Return a state from a checkpoint, which continues if its status allows it."""
+        """Prepare a state that was read from a checkpoint for the resumed fit.
+
+        A solve that the callback or the iteration limit had ended continues, unless the limit is
+        the same; otherwise the state is returned unchanged.
+        """
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return replace(state, stop=None, solution=None)
         return state

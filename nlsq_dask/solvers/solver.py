@@ -71,7 +71,11 @@ class Solver(Protocol[T, S_contra]):
         """
 
     def resume(self, state: T) -> T:
-        """Return a state from a checkpoint, adapted to the settings of this solver."""
+        """Prepare a state that was read from a checkpoint for the resumed fit.
+
+        It is adapted to the settings of this solver, which may differ, and continues if it had been
+        ended by the callback or by a lower iteration limit.
+        """
 
     def end(self, state: T, stop: Status) -> T:
         """Return the state, ended with status ``stop`` at the last accepted parameters."""

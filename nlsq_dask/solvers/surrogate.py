@@ -48,7 +48,11 @@ _MAX_REJECTED = 2  # rejected forecasts after which no more are made
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The function S(p), its gradient and its curvature, in the form of sums over all rows."""
+    """Approximation S(p) of the cost over all rows near p_0, made from a sample of the rows.
+
+    The formula is that of the module. Called with parameters p, it returns S(p) with its gradient
+    and curvature, in the form of sums over all rows. ``secant`` is added to the curvature.
+    """
 
     iterate: Iterate  # at p_0
     at_iterate: NormalEquations  # sums of the sample at p_0

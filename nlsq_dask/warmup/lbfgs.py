@@ -269,7 +269,7 @@ class Warmup:
         first_step: float,
         settings: WarmupSettings,
     ) -> Warmup:
-        """Build the arguments and options of the programs.
+        """Prepare L-BFGS for a sample.
 
         Parameters
         ----------

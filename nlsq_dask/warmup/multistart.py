@@ -79,7 +79,7 @@ class SuccessiveHalving:
 
     @classmethod
     def build(cls, sample: NormalizedSample) -> SuccessiveHalving:
-        """Build the arguments of the program from a sample whose rows are in random order."""
+        """Prepare successive halving for a sample, whose rows must be in random order."""
         model, n_padded = sample.model, len(sample.rows)
         arrays = sample.arrays()
         arrays["inverse_sigma"] = np.broadcast_to(arrays["inverse_sigma"], n_padded)
