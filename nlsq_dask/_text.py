@@ -1,4 +1,4 @@
-"""Lists in messages."""
+"""Joining of texts to a list in a message, which is shortened if it is long."""
 
 from __future__ import annotations
 

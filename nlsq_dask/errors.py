@@ -89,7 +89,7 @@ class ClusterLostError(RuntimeError):
 
 
 class RecordError(ValueError):
-    """Invalid content of a file of this package.
+    """Invalid content of a result file or checkpoint.
 
     Internal: it is converted to a ``ResultFileError`` or ``CheckpointError`` that names the file.
     """

@@ -250,7 +250,7 @@ class IterationFinished(Event):
     time: float
 
     def reaches_multiple(self, frequency: int) -> bool:
-        """Return whether this event reports an iteration with a multiple of ``frequency``."""
+        """Return whether an iteration in this event has a number that ``frequency`` divides."""
         return self.iteration // frequency > (self.iteration - self.n_iterations) // frequency
 
 
@@ -464,7 +464,7 @@ _MANY = 1000  # parameters; more are not recorded at every iteration, to save me
 
 
 def without_many_params(event: Event) -> Event:
-    """Return the event; if it has more than 1,000 parameters, ``params`` becomes empty."""
+    """Return the event, or a copy with empty ``params`` if it has more than 1,000."""
     if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event

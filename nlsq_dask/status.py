@@ -53,8 +53,8 @@ class Status(Enum):
     )
     NO_SENSITIVITY = (
         -5,
-        "Not converged: the model is insensitive to some of its parameters at this point, so they "
-        "cannot be estimated. Start them closer to the solution, remove them or fix them "
+        "Not converged: the model is insensitive to some of its parameters, so they cannot be "
+        "estimated. Start them closer to the solution, remove them or fix them "
         f"({_FIX_EXAMPLE}).",
     )
     ILL_CONDITIONED = (

@@ -26,7 +26,7 @@ _MAX_TEXT = 200  # characters of a value in a message
 class FitFingerprint:
     """Texts that describe what a fit computes; they are compared when the fit is resumed."""
 
-    model: str  # fingerprint of the computed function
+    model: str  # digest of the model as JAX compiles it
     data: dict[str, str]  # shape, dtype and chunks of arrays, with metadata of Zarr arrays
     arguments: dict[str, str]  # start, bounds, loss, ...
     options: dict[str, str]  # options that change the result

@@ -48,10 +48,13 @@ _MAX_SAVING_SHARE = 0.05  # maximum fraction of the time of a pass for writing c
 
 
 class Journal:
-    """Journal that records nothing, for fits without checkpoints."""
+    """Record of the progress of a fit, by which a resumed fit skips complete work.
 
-    events: Sequence[Event] = ()  # before the fit was resumed
-    last_path: str | None = None  # of the newest checkpoint
+    This base class records nothing, for fits without checkpoints.
+    """
+
+    events: Sequence[Event] = ()  # events from before the fit was resumed
+    last_path: str | None = None  # path of the newest checkpoint
     is_enabled = False  # whether steps are recorded
     is_saving = False  # whether checkpoints are written
 
@@ -60,6 +63,8 @@ class Journal:
 
     def step(self, name: str, kind: type[T], make: Callable[[], T], saves: bool = False) -> T:
         """Return the recorded value of a step, or compute and record it.
+
+        A step is a named piece of the work of a fit, such as a pass over the data.
 
         Parameters
         ----------
@@ -88,10 +93,13 @@ class Journal:
         return None
 
     def save_state(self, state: Any) -> None:
-        """Record the state of the current loop, and delete the records inside its iteration."""
+        """Record the state of the current loop after an iteration.
+
+        The steps that were recorded within the iteration are deleted.
+        """
 
     def phase_clock(self, is_resumed: bool) -> Callable[[], float]:
-        """Return a function that returns the seconds since a phase of the fit began.
+        """Start the clock of a phase of the fit; return a function that returns its seconds.
 
         If ``is_resumed``, the time that the phase took before the interruption is included.
         """

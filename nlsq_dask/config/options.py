@@ -125,8 +125,8 @@ class HybridStreamingConfig(ValidatedOptions):
     cg_max_iterations : an integer >= 1, default 100
         Maximum number of CG iterations per step.
     cg_relative_tolerance : a number > 0 and < 1, default 0.0001
-        Relative tolerance of CG on the residual, measured in the norm of the preconditioner. A step
-        so long that the quadratic model is inexact is solved less accurately, to at most 0.1.
+        Relative tolerance of CG on the residual, measured in the norm of the preconditioner. For a
+        step so long that the quadratic model is inexact, the tolerance is larger, up to 0.1.
     cg_absolute_tolerance : a number >= 0, default 1e-10
         Absolute tolerance of CG on the residual, in the norm of the preconditioner.
     cg_error_probes : an integer >= 0, default 0
@@ -147,7 +147,7 @@ class HybridStreamingConfig(ValidatedOptions):
     group_variance_lambda : a finite number >= 0, default 0.01
         Strength of the penalty on the variance within groups.
     group_variance_indices : a list of pairs (start, end), 0 <= start < end, or None, default None
-        Groups of parameters for the penalty, as (start, end) ranges of indices without end.
+        Groups of parameters for the penalty, as ranges of indices: start is included, end is not.
     enable_residual_weighting : True or False, default False
         Weight squared residuals by group of rows: sigma is divided by the square root of the
         weight. The group of a row is an integer from 0 in the first column of x_data, x[:, 0], or
@@ -179,7 +179,7 @@ class HybridStreamingConfig(ValidatedOptions):
         Path of a checkpoint to resume from, or of a directory, to resume from its newest
         checkpoint. Data, model, arguments and the options that change the result must be as in the
         interrupted fit. True resumes from ``checkpoint_dir``, or starts a new fit if that directory
-        is empty.
+        is empty; False and None start a new fit.
     validate_numerics : True or False, default True
         If the cost or gradient at a trial point is NaN or infinite, return to the best point and
         try a smaller step. If False, the first such point ends the warm-up, or the fit.
@@ -235,7 +235,8 @@ class HybridStreamingConfig(ValidatedOptions):
         of the sample.
     center_on_p0 : True or False, default True
         Draw the candidates around p0. If False, draw parameters with two finite bounds around the
-        middle of the bounds (there must be at least one) and the others around p0.
+        middle of the bounds, and the others around p0. At least one parameter must have two finite
+        bounds then.
     scale_factor : a finite number > 0, default 1.0
         Half-width of the range from which candidates are drawn. It is a multiple of half the
         distance of the bounds, or of ``|p0|`` (of 1 where p0 is 0) for parameters without two

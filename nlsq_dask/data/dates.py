@@ -44,7 +44,8 @@ def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
     name : str
         Name of the array in messages.
     in_memory : bool
-        Whether the values are in memory, so that they can be converted here.
+        Whether the values are in memory and are converted here. Otherwise, ``to_days`` converts
+        them block by block.
 
     Returns
     -------
@@ -78,7 +79,8 @@ def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, s
 def describe_units(units: str) -> str:
     """Return units such as "days since 1970-01-01" for a message.
 
-    The text for days since 1970 includes a date and its number, because such numbers are large.
+    The text for days since 1970 includes an example, a date and its number of days, because such
+    numbers are large.
     """
     return f"{units} (2025-01-01 is 20,089)" if units == _EPOCH else units
 
@@ -135,7 +137,7 @@ def _days_of_datetime64(dates: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _integer_counts(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
-    """Return dates as integers in a unit since 1970, and the number of these units per day."""
+    """Return dates as counts of a time unit since 1970, and how many of these units make a day."""
     unit = np.datetime_data(dates.dtype)[0]
     unit = unit if unit in _UNITS_PER_DAY else "D"  # weeks, and years and months of the calendar
     count = dates.astype(f"{dates.dtype.kind}8[{unit}]")
@@ -143,7 +145,11 @@ def _integer_counts(dates: NDArray[Any]) -> tuple[NDArray[np.int64], int]:
 
 
 def _days(count: NDArray[np.int64], per_day: int) -> NDArray[np.float64]:
-    """Convert counts to days, whole days and the rest apart: float64 cannot hold 19 digits."""
+    """Convert counts of a time unit to days, given how many of these units make a day.
+
+    Whole days and the rest are converted separately and then added, because float64 cannot hold a
+    count of up to 19 digits.
+    """
     if per_day > np.iinfo(np.int64).max:  # int64 holds less than a day of fs or as
         return count / float(per_day)
     rest = np.fmod(count, per_day)  # has the sign of the count: no cancellation

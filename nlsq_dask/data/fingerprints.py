@@ -24,7 +24,7 @@ def describe_array(array: da.Array) -> str:
 
 
 def _digests_in_memory(array: da.Array) -> Iterable[str]:
-    """Yield a text for each NumPy array in the graph: its position, and a digest of its values."""
+    """Yield chunk position and digest of the values for each NumPy array in the graph."""
     for key, node in dict(array.__dask_graph__()).items():
         value = getattr(node, "value", node)
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufmM":

@@ -20,17 +20,20 @@ _FRACTION, _MAX_FRACTION = 0.1, 0.2
 class SamplePlan:
     """Blocks to read for the sample, and the number of rows to take from each block."""
 
-    blocks: tuple[tuple[int, ...], ...]  # positions in the grid
+    blocks: tuple[tuple[int, ...], ...]  # positions in the grid of all blocks
     counts: tuple[int, ...]  # rows to take from each block
-    seed: int
+    seed: int  # of the choice of rows
 
     def rows_of(self, i: int, n_rows: int) -> NDArray[np.int64]:
-        """Return which rows to take from block ``i``, which has ``n_rows`` rows."""
+        """Return the indices of the rows to take from ``blocks[i]``, which has ``n_rows`` rows."""
         return _stratified(n_rows, self.counts[i], np.random.default_rng([self.seed, i]))
 
 
 def _stratified(n_rows: int, count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Return ``count`` random positions, one in each of as many equal intervals, or all rows."""
+    """Return ``count`` random positions, one in each of as many equal intervals.
+
+    All positions are returned if there are no more than ``count`` rows.
+    """
     if count >= n_rows:
         return np.arange(n_rows)
     edges = np.arange(count + 1) * n_rows // max(count, 1)
@@ -41,7 +44,8 @@ def subsample(n_rows: int, fraction: float, seed: int, block: int) -> NDArray[np
     """Return random positions of a fraction of the rows of a block, spread over the block.
 
     The number of positions is rounded up or down at random, so that the fraction is right on
-    average even if blocks are small.
+    average even if blocks are small. ``block`` is the number of the block; together with ``seed``,
+    it determines the positions.
     """
     if not fraction:
         return np.arange(0)

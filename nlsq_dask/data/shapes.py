@@ -16,9 +16,9 @@ Shape = tuple[int, ...]
 
 
 def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | None:
-    """Return the shape of an array without features, or None if it does not match y.
+    """Return the shape of an array without its features, or None if it does not match y.
 
-    Features are the k values per row in an x of shape (n, k).
+    Features are the k values per row of an x of shape (n, k), for which (n,) is returned.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def _mismatch_hint(
 
 
 def _matching_axes(shape: Shape, y_shape: Shape) -> list[Shape]:
-    """Return all choices of dimensions of y whose sizes are the shape of the array."""
+    """Return all choices of dimensions of y, as axis numbers, with the sizes of the array."""
     if len(shape) >= len(y_shape) or 1 in shape or not shape:
         return []
     axes = combinations(range(len(y_shape)), len(shape))
@@ -134,7 +134,7 @@ def _matching_axes(shape: Shape, y_shape: Shape) -> list[Shape]:
 
 
 def _index_expression(value: Any, name: str, axes: Shape, ndim: int) -> str:
-    """Return code that aligns an array with these dimensions of y, such as ``t[:, None]``."""
+    """Return code that aligns an array with dimensions ``axes`` of y, such as ``t[:, None]``."""
     read = "[:]" if isinstance(value, zarr.Array) else ""  # Zarr does not support None as an index
     return f"{name}{read}[{', '.join(':' if axis in axes else 'None' for axis in range(ndim))}]"
 

@@ -23,7 +23,7 @@ def weighted_sigma(
     mask: da.Array | None,
     weights: Sequence[float],
 ) -> da.Array:
-    """Return sigma divided by the square root of the weight of each row, as a Dask array.
+    """Return sigma (1 if None) divided by the square root of the weight of each row.
 
     Parameters
     ----------

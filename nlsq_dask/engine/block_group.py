@@ -125,9 +125,9 @@ class BlockGroup:
     def read_ahead_of(
         self, following: BlockGroup | None, threads: ReadAhead, skipped: frozenset[int]
     ) -> None:
-        """Read the first block of another group while the last block of this one is computed.
+        """Arrange to read the first block of another group while the last one of this is in use.
 
-        Both groups must be in this process.
+        It is called before ``blocks``. Both groups must be in this process.
 
         Parameters
         ----------

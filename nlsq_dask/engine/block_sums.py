@@ -16,15 +16,15 @@ class BlockSums:
 
     index: NDArray[np.int64]  # flat index of the block in the grid
     chi2: NDArray[np.float64]  # sum of r^2 over the block
-    n_used: NDArray[np.int64]  # number of rows that are not masked or omitted
+    n_used: NDArray[np.int64]  # number of rows that are neither masked nor omitted for a NaN
     largest: NDArray[np.float64]  # largest |r| in the block
 
     @classmethod
     def of(cls, index: int, chi2: float, n_used: int, largest: float) -> Self:
-        """Return a record of one block, with m = 1."""
+        """Return the statistics of one block, as arrays of length 1."""
         return cls(np.array([index]), np.array([chi2]), np.array([n_used]), np.array([largest]))
 
     @classmethod
     def concatenate(cls, records: Sequence[Self]) -> Self:
-        """Return one record of all blocks of several records."""
+        """Return one ``BlockSums`` with the blocks of several ones, in order."""
         return cls(*(np.concatenate([getattr(r, f.name) for r in records]) for f in fields(cls)))

@@ -149,7 +149,11 @@ class DataSet:
     def _run_with_recovery(
         self, make_tree: Callable[[], Tree], watch: Watch, partials: PartialResults | None = None
     ) -> Any:
-        """Compute a tree; whenever workers are lost, send the data again and rebuild the tree."""
+        """Return the result of the tree that ``make_tree`` builds.
+
+        If workers are lost, the data are sent again and the tree is rebuilt, up to
+        ``_MAX_ATTEMPTS`` times. Results that are still in ``partials`` are not computed again.
+        """
         if partials is None:  # of a tree with a single node
             partials = PartialResults(np.zeros((1, 3), np.int64))
         attempt = 1
@@ -222,7 +226,10 @@ class DataSet:
         return tree
 
     def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:
-        """Return the indices of the groups with blocks to read, and the ``Amount`` in each."""
+        """Return the numbers of the groups with blocks to read, and how much there is to read.
+
+        The second array has the shape (n, 3): blocks, rows and bytes of each of these groups.
+        """
         group_sizes = [len(group) for group in self._block_groups]
         # Groups hold the blocks with rows in their order.
         rows = self._block_rows.copy()
@@ -242,7 +249,7 @@ class DataSet:
         skipped: frozenset[int] = frozenset(),
         watch: Watch = lambda partials: None,
     ) -> PassResult[Sums]:
-        """Draw rows at random from a few blocks; they are the ``rows`` of the returned record.
+        """Draw rows at random from a few blocks, and return them as ``PassResult.rows``.
 
         Parameters
         ----------

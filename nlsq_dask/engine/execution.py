@@ -46,7 +46,10 @@ class Amount(NamedTuple):
 
 @dataclass
 class PartialResults:
-    """The sums over parts of the data that are known so far. The parts do not overlap."""
+    """Known sums over parts of the data, which do not overlap.
+
+    A part is a node of the tree that adds the sums of block groups; a leaf is the sum of one group.
+    """
 
     sizes: NDArray[np.int64]  # blocks, rows and bytes of each of the n leaves, shape (n, 3)
     values: dict[Node, Any] = field(default_factory=dict)  # results, or futures on a cluster
@@ -235,7 +238,7 @@ def _check(workers: Workers, partials: PartialResults, watch: Watch) -> None:
 
 @contextmanager
 def _secede() -> Iterator[None]:
-    """Let the worker run other tasks meanwhile, if this fit itself runs inside a Dask task."""
+    """Context in which the worker runs other tasks, if this fit itself runs inside a Dask task."""
     inside = bool(getattr(thread_state, "key", False))
     if inside:
         try:

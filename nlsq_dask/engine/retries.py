@@ -33,7 +33,7 @@ class ReadPolicy:
 
 @dataclass(frozen=True)
 class ReadError:
-    """Error of a task that reads data, which replaces the results of all tasks that need it."""
+    """Error of a task that reads data; it stands in for the results that need this task."""
 
     key: Key  # of the task that failed
     error: str  # class and message
@@ -136,7 +136,10 @@ class SharedStep:
         return Task(node.key, step, *map(TaskRef, dependencies))
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the task, given the results of its dependencies in order."""
+        """Run the task, given the results of its dependencies in order, and return its result.
+
+        If it had to be repeated, the result is wrapped in a ``Retried``.
+        """
         values, _ = separate_retries(zip(self.dependencies, inputs, strict=True))
         value, retries = run_step(self.node, values, self.policy)
         return Retried(value, {self.node.key: retries}) if retries else value

@@ -211,7 +211,10 @@ class SourceGraph:
         return readers, {**tasks, **self._futures}
 
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
-        """Return the indices of those arrays of a block that depend on a task, given by its key."""
+        """Return which arrays of a block depend on a task, given by its key.
+
+        The result holds indices in the order y, x..., sigma.
+        """
         return [
             i
             for i, own in enumerate(self._blocks.keys(block))
@@ -275,7 +278,7 @@ class SourceGraph:
         return [key for key, owner in owners.items() if owner == _SHARED]
 
     def _is_inline(self, node: GraphNode) -> bool:
-        """Whether each group gets a copy of a node: a small value, or the name of a future."""
+        """Return whether each group gets a copy of a node: a small value, or a key of a future."""
         if isinstance(node, Alias):
             return node.target in self._futures
         return isinstance(node, DataNode) and not _is_large(node.value)

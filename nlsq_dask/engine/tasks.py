@@ -47,7 +47,10 @@ class PassResult(Generic[S]):
 def reduce_group(
     group: BlockGroup, kernel: Kernel[S], request: PassRequest, *inputs: Any
 ) -> PassResult[S]:
-    """Return sums over the blocks of a group, which are read or taken from the cache."""
+    """Return sums over the blocks of a group, which are read or taken from the cache.
+
+    ``inputs`` are the results of the tasks ``group.reader.inputs``, in that order.
+    """
     blocks = group.blocks(inputs, request.skipped, kernel.placed)
     # Two results at a time, because each may hold a large matrix.
     return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
@@ -98,7 +101,10 @@ def combine(*partials: PassResult[S]) -> PassResult[S]:
 
 
 def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) -> PassResult[Sums]:
-    """Read the i-th block of a plan and return the rows that the plan takes from it."""
+    """Read the i-th block of a plan, and return the rows to take as ``PassResult.rows``.
+
+    ``inputs`` are the results of the tasks ``reader.inputs``, in that order.
+    """
     (read,) = reader.read(inputs)
     block = read.block
     rows = None if block is None else block.take(plan.rows_of(i, len(block)))
@@ -108,7 +114,8 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
 def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:
     """Read the only block of a reader, and return where its first NaN or infinity is.
 
-    None if all elements are finite.
+    None if all elements are finite. ``inputs`` are the results of the tasks ``reader.inputs``, in
+    that order.
 
     Returns
     -------

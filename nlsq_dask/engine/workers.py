@@ -44,7 +44,7 @@ class Workers:
 
     @classmethod
     def active(cls) -> Workers:
-        """Return the workers of the active Dask client, or those of the Dask configuration.
+        """Return the workers of the active Dask client, or else of the configured scheduler.
 
         Raises
         ------

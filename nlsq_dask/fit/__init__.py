@@ -1,1 +1,1 @@
-"""One fit: the problem, its four phases, the passes over all rows, and what they find."""
+"""One fit: its arguments, its four phases, the passes over all rows, and its outcome."""

@@ -1,4 +1,4 @@
-"""``DenseFit``: phases 2 and 3 of a fit whose p-by-p matrices fit in memory."""
+"""``DenseFit``: solution and covariance (phases 2 and 3) of a fit, with p-by-p matrices."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SAME_COST = 1e-4  # relative difference within which costs are equal
 
 @dataclass(frozen=True)
 class _SampleSolution:
-    """Solution on the sample, and how sums must be accumulated for its condition number."""
+    """Solution on the sample, and how later sums are computed: J^T J, or QR if ill-conditioned."""
 
     params: Vector
     iterations: int
@@ -67,10 +67,10 @@ class SampleSolver:
     ) -> State:
         """Minimize from ``start`` and return the final state.
 
-        Some parameters may be non-identifiable on the sample, as those of a peak that it misses. A
-        weak penalty keeps them near the start, which moves other parameters by far less than their
-        errors; its width is ``anchor_length``, in normalized parameters. If the solution requires
-        QR factorizations, ``sums`` computes them from then on.
+        Parameters that the sample does not determine, such as those of a peak that it misses, are
+        kept near the start by a weak penalty, which moves others by far less than their errors. It
+        acts like a Gaussian prior with standard deviation ``anchor_length``, in normalized
+        parameters. If the problem is ill-conditioned, ``sums`` uses QR factorizations from then on.
         """
         solver, accumulation = self.solver, self.solver.accumulation
         sums.use(accumulation)
@@ -100,9 +100,9 @@ class SampleSolver:
     def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
         """Minimize from each start and return the best end point, the first of equally good ones.
 
-        L-BFGS may have ended in a valley that Gauss-Newton avoids from p0, and vice versa, so both
-        are starts. If the penalty of ``solve`` matters at the solution, the start may be wrong by
-        orders of magnitude; weaker penalties are then tried, too.
+        Starts are the end point of L-BFGS and p0, because either may lead into a poor minimum. If
+        the penalty of ``solve`` matters at the solution, it may hold parameters back that are off
+        by orders of magnitude; weaker penalties are then tried, too.
         """
         settings = self.solver.settings
         coarse = replace(settings, tol=max(settings.tol, _RACE_TOL))
@@ -137,8 +137,9 @@ class SampleSolver:
 class _AnchorPenalty:
     """Penalty that keeps parameters near a start, like a Gaussian prior.
 
-    It is proportional to the residual variance. The variance at a bad start is so large that the
-    penalty would create minima, so it is relaxed after each solve.
+    The squared distance from the start is weighted by ``variance``, the residual variance, over the
+    squared ``widths`` of the prior. At a bad start the variance is so large that the penalty would
+    create minima, so that it is lowered after each solve.
     """
 
     start: Vector
@@ -150,7 +151,7 @@ class _AnchorPenalty:
         return sums.with_rows(np.diag(roots), roots * (params - self.start))
 
     def relax(self, variance: float) -> bool:
-        """Adopt a residual variance if it is much smaller; return whether it was adopted."""
+        """Weaken the penalty if ``variance`` is much smaller than before; return whether it was."""
         if not variance < _LESS_VARIANCE * self.variance:
             return False
         self.variance = variance
@@ -194,9 +195,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         return self._kernels[accumulation]
 
     def make_objective(self, rows: Rows, y_reference: float) -> DenseObjective:
-        """Return the function from parameters to the sums over rows in memory.
+        """Return the function from parameters to ``NormalEquations`` over rows in memory.
 
-        The moments of y are sums of ``y - y_reference``, which avoids cancellation.
+        ``y_reference``, a value near the mean of y, is subtracted from y before the moments of y
+        are summed, to avoid cancellation.
         """
         kernel = replace(self._sample_kernel, y_reference=y_reference)
         return DenseObjective(self.problem.exact_model, kernel, rows, self.problem.penalty)
@@ -254,9 +256,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[NormalEquations]]:
-        """Solve on the new sample, and compare its solution with ``start`` by a pass.
+        """Return the better of ``start`` and the solution on the new sample, with the pass there.
 
-        No pass is run if the sample shows that the cost would not decrease by more than chance.
+        ``first`` is the pass at ``start``. No pass is run at the solution if, on the sample, the
+        cost does not decrease by more than the factor ``chance``.
         """
         new_starts = self.context.start_finder.find(sample, {})
         new_start = self._solve_on_sample(sample, new_starts, {})
@@ -285,9 +288,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         return {"solver": "normal" if state.sums.triangle is None else "qr"}
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
-        """Return the covariance matrix at the solution.
+        """Return the covariance matrix at the solution; add entries for the history to ``details``.
 
-        None if the sums are not finite, or if a pass is needed and ``may_pass`` is False.
+        None if the sums over all rows are not finite there, or if a pass is needed and ``may_pass``
+        is False.
         """
         state, cov_type = self._state, self.problem.config.cov_type
         if state is None or not state.sums.is_finite:
@@ -305,7 +309,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         return result
 
     def _scores(self, state: State) -> NDArray[np.float64]:
-        """Return a p-by-p matrix S with ``S^T S = sum r^2 J^T J`` over all rows, from a pass."""
+        """Return a p-by-p matrix S with ``S^T S = sum r_i^2 J_i^T J_i`` over all rows.
+
+        One pass computes it; the sandwich covariance follows from S.
+        """
         assert state.solution is not None
         request = Request(state.solution, accumulation=Accumulation.SCORES)
         sums = self.context.passes.run(self.kernel(request), request, is_penalized=False).sums

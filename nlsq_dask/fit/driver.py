@@ -131,9 +131,10 @@ class Driver:
         return replace(outcome, covariance=fit.covariance({}, may_pass=False))
 
     def _build_fit(self, details: dict[str, Any]) -> FullFit[Any, Any]:
-        """Check the model and return the object that runs phases 2 and 3.
+        """Check the model, and return the object that computes solution and standard errors.
 
-        From ``cg_param_threshold`` parameters on, it is the one that needs no matrices.
+        It is a ``MatrixFreeFit`` from ``cg_param_threshold`` parameters on, otherwise a
+        ``DenseFit``.
         """
         problem = self._problem
         details["strategy"] = problem.normalizer.strategy

@@ -1,4 +1,4 @@
-"""``FullFit``: phases 2 and 3 of a fit, for any ``Solver``."""
+"""``FullFit``: solution and standard errors of a fit (phases 2 and 3), for any ``Solver``."""
 
 from __future__ import annotations
 
@@ -86,14 +86,15 @@ class FullFit(ABC, Generic[T, S]):
     def make_objective(self, rows: Rows, y_reference: float) -> SampleObjective[S]:
         """Return the function from parameters to the sums over rows in memory.
 
-        The moments of y are sums of ``y - y_reference``, which avoids cancellation.
+        ``y_reference``, a value near the mean of y, is subtracted from y before the moments of y
+        are summed, to avoid cancellation.
         """
 
     @abstractmethod
     def _solve_on_sample(
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
     ) -> Vector:
-        """Return the solution on the sample; one of the starts if the sample is too small."""
+        """Return the solution on the sample, or ``starts[0]`` if the sample is too small."""
 
     @abstractmethod
     def _prepare(self, sample: SampleProblem[Any], start: Vector) -> None:
@@ -115,11 +116,12 @@ class FullFit(ABC, Generic[T, S]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[S]]:
-        """Return a better start and its pass, or ``start`` and ``first`` if none is found.
+        """Return a better start and the pass there, or ``start`` and ``first`` if none is found.
 
-        Called when the residuals of all rows at ``start`` are larger than those of the first sample
-        by more than the factor ``chance``, so that the first sample was not representative. The
-        sample now has rows from all blocks.
+        ``first`` is the pass at ``start``; ``starts`` are the starting points of phase 1. It is
+        called when the mean squared residual of all rows at ``start`` exceeds that of the first
+        sample by more than the factor ``chance``, so that the first sample was not representative.
+        ``sample`` has rows from all blocks.
         """
 
     @abstractmethod
@@ -133,7 +135,8 @@ class FullFit(ABC, Generic[T, S]):
     def _confirm(self, state: T) -> tuple[T, NDArray[np.bool_] | None]:
         """Verify the solution, by further passes if needed.
 
-        Also returns which parameters the data do not determine, or None if that is not known.
+        If the verification fails, the status of the returned state is a failure. The array is True
+        for parameters that the data do not determine; it is None if that is not known.
         """
         return state, None
 
@@ -141,7 +144,7 @@ class FullFit(ABC, Generic[T, S]):
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
         """Return the covariance matrix at the solution.
 
-        None if there is none, or if a pass is needed and ``may_pass`` is False.
+        None if it cannot be computed, or if a pass is needed for it and ``may_pass`` is False.
         """
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
@@ -160,7 +163,10 @@ class FullFit(ABC, Generic[T, S]):
         return self._solve_on_all_rows(partial(self._solver.init, start, first.sums), details)
 
     def solve_restarted(self, sample: SampleProblem[Any], details: dict[str, Any]) -> Outcome:
-        """Solve again from the solution, after blocks became unreadable in phase 3."""
+        """Solve again from the solution, after blocks became unreadable while errors were computed.
+
+        Without the rows of these blocks, the solution is another one.
+        """
         state, solver = self._state, self._solver
         assert state is not None
         assert solver is not None
@@ -209,7 +215,10 @@ class FullFit(ABC, Generic[T, S]):
         return self._better_start(sample, start, first, starts, chance)
 
     def _solve_on_all_rows(self, init: Callable[[], T], details: dict[str, Any]) -> Outcome:
-        """Iterate over all rows, from the start or from a checkpoint, and return the outcome."""
+        """Iterate over all rows and return the outcome.
+
+        The first state is that of a checkpoint if there is one, otherwise ``init()``.
+        """
         journal, passes, solver = self.context.journal, self.context.passes, self._solver
         assert solver is not None
         kind: Any = _Progress

@@ -72,7 +72,7 @@ class Iterations:
             self.non_finite[event.stage] += 1
 
     def report_non_finite(self, stage: str, params: Vector, n_rows: int) -> None:
-        """Report parameters at which model, derivative or cost is NaN or infinite."""
+        """Emit and count a ``NonFiniteTrial`` event, whose fields are the arguments."""
         self.non_finite[stage] += 1
         self._emit(NonFiniteTrial(stage, params.copy(), n_rows))
 

@@ -24,16 +24,20 @@ def iterate(
     report: Report,
     remember: Callable[[T], None] = lambda state: None,
 ) -> T:
-    """Ask the solver for a request, evaluate it and tell the result, until the solve ends.
+    """Run a solver until it ends, and return its final state.
+
+    In each turn, the solver asks for sums, ``evaluate`` computes them, and the solver takes a step.
 
     Parameters
     ----------
     solver : Solver
     state : SolverState
+        Initial state.
     evaluate : callable
         Returns the requested sums, or None if blocks were skipped, so that the sums cannot be
         compared with earlier ones; the solver then restarts from its last accepted point.
     report : callable
+        Called after each request with the states before and after; may end the solve.
     remember : callable
         Called with each new state, to save it.
     """

@@ -1,4 +1,4 @@
-"""``MatrixFreeFit``: phases 2 and 3 of a fit with so many parameters that no matrix is stored."""
+"""``MatrixFreeFit``: solution and standard errors (phases 2 and 3) without p-by-p matrices."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _SampleSolution:
 
     params: Vector
     iterations: int
-    n_products: int
+    n_products: int  # products J^T J v
 
 
 class _RowsChangedError(Exception):
@@ -58,7 +58,7 @@ class _RowsChangedError(Exception):
 
 
 class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
-    """Phases 2 and 3 with ``NewtonCg``, and stochastic estimates of the standard errors."""
+    """Solution with ``NewtonCg`` (phase 2), stochastic estimates of standard errors (phase 3)."""
 
     state_type = cg.CgState
 
@@ -82,9 +82,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return self._kernel
 
     def make_objective(self, rows: Rows, y_reference: float) -> GradientObjective:
-        """Return the function from parameters to the sums over rows in memory.
+        """Return the function from parameters to ``GradientSums`` over rows in memory.
 
-        The moments of y are sums of ``y - y_reference``, which avoids cancellation.
+        ``y_reference``, a value near the mean of y, is subtracted from y before the moments of y
+        are summed, to avoid cancellation.
         """
         kernel, diagonal = (replace(k, y_reference=y_reference) for k in self._sample_kernels)
         return GradientObjective(kernel, diagonal, rows, self.problem.penalty)
@@ -105,9 +106,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         starts: list[Vector],
         chance: float,
     ) -> tuple[Vector, Reduced[GradientSums]]:
-        """Solve on the new sample, and compare its solution with ``start`` by a pass.
+        """Return the better of ``start`` and the solution on the new sample, with the pass there.
 
-        If the model is finite at neither of them, the starting points are tried one by one.
+        ``first`` is the pass at ``start``. If the model is finite at neither point, passes are run
+        at ``starts`` until it is finite at one of them.
         """
         if first.sums.is_finite and not sample.is_informative:
             return start, first
@@ -130,9 +132,10 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return {"products": state.n_products, "solver": "conjugate gradients"}
 
     def _confirm(self, state: cg.CgState) -> tuple[cg.CgState, NDArray[np.bool_] | None]:
-        """Check whether the data determine all parameters, which the steps do not show.
+        """Check whether the data determine all parameters, and return the checked state.
 
-        Also returns which parameters they do not determine, or None if there are none.
+        Conjugate gradients converge even if they do not. The array is True for parameters that the
+        data do not determine; it is None if none were found.
         """
         assert state.stop is not None
         self._non_identifiable, n_skipped = None, self.context.passes.n_skipped
@@ -242,7 +245,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return DiagonalPreconditioner(fill_zeros(sample.objective.diagonal(params), scales))
 
     def _by_sample(self, sample: Sample, n_rows: int, params: Vector) -> cg.Preconditioner:
-        """Return the preconditioner for all rows that is J^T J of the sample at ``params``."""
+        """Return a preconditioner for all ``n_rows`` rows: J^T J of the sample, scaled to them."""
         diagonal = fill_zeros(sample.objective.diagonal(params), self.problem.normalizer.scales)
         n_used = max(sample.n_used, 1)
         return SamplePreconditioner(
@@ -260,9 +263,9 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         )
 
     def errors(self, details: dict[str, Any]) -> Vector | None:
-        """Return estimates of the standard errors if ``cg_error_probes`` requests them.
+        """Return estimates of the standard errors, or None if ``cg_error_probes`` is 0.
 
-        They are infinite if the data do not determine all parameters.
+        All of them are infinite if the data do not determine all parameters.
         """
         state, sample = self._state, self._sample
         if self._non_identifiable is not None:
@@ -290,7 +293,11 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def _probe_solver(
         self, sample: Sample, state: cg.CgState, n_probes: int
     ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """Return a function that solves ``J^T J u = v`` over all rows for a batch of vectors v."""
+        """Return a function that solves ``J^T J u = v`` over all rows for several vectors v.
+
+        The vectors v are the rows of its argument, a batch of the ``n_probes`` random vectors, and
+        the solutions u are the rows of its result.
+        """
         context, params = self.context, state.solution
         assert params is not None
         batch_probes = batch_size(n_probes, len(params))

@@ -45,7 +45,7 @@ OptionalSums = TypeVar("OptionalSums", bound=Sums | None)
 
 @dataclass(frozen=True)
 class RowsInUse:
-    """Which rows are summed, all but those of skipped blocks, and what is known of them."""
+    """The rows that passes sum: which blocks are skipped, and the moments of y in the others."""
 
     skipped: dict[int, SkippedBlock]  # blocks that could not be read, by flat index
     moments: Moments | None  # sums of the data alone; None before the first pass
@@ -53,13 +53,13 @@ class RowsInUse:
 
 @dataclass(frozen=True)
 class Reduced(Generic[OptionalSums]):
-    """Result of a pass over all rows; ``sums`` is None if rows were only sampled."""
+    """Result of a pass over all rows, or of reading a sample, for which ``sums`` is None."""
 
     sums: OptionalSums
-    rows: Rows | None = None
-    blocks: BlockSums | None = None  # per block
-    n_blocks: int = 0  # read
-    skipped: dict[int, SkippedBlock] = field(default_factory=dict)  # not read by this pass
+    rows: Rows | None = None  # sample of the rows, if requested
+    blocks: BlockSums | None = None  # statistics of the residuals of each block
+    n_blocks: int = 0  # number of blocks that were read for a sample
+    skipped: dict[int, SkippedBlock] = field(default_factory=dict)  # blocks that it could not read
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class _PartialPass(Generic[S]):
     """Partial sums of an interrupted pass, as saved in a checkpoint."""
 
     seconds: float = 0.0  # elapsed time
-    retries: int = 0  # of reading these parts
-    # Level and position in the tree, and result.
+    retries: int = 0  # of reads for ``parts``
+    # Level and position in the tree of additions, and partial sums.
     parts: list[tuple[int, int, PassResult[S]]] = field(default_factory=list)
 
 
@@ -233,7 +233,7 @@ class Passes:
     def run_beside(
         self, kernel: Kernel[S], request: Request, known: Request, known_pass: Reduced[S]
     ) -> tuple[Reduced[S], Reduced[S]]:
-        """Run a pass to compare with an earlier one, and return both.
+        """Run a pass to compare with an earlier one; return the new and the earlier one.
 
         If blocks are skipped in the new pass, the earlier one is run again without these blocks.
 
@@ -296,7 +296,11 @@ class Passes:
         started: float,
         partial_pass: _PartialPass[S],
     ) -> PassResult[S]:
-        """Sum over all rows, and save partial sums in the checkpoint from time to time."""
+        """Sum over all rows, and save partial sums in the checkpoint from time to time.
+
+        Rows that ``partial_pass`` contains are not read again. ``started`` is the time at which the
+        pass began, less the time that it took before an interruption.
+        """
         latest: list[PartialResults] = []
 
         def save(parts: PartialResults) -> None:
@@ -349,7 +353,7 @@ class Passes:
         )
 
     def must_report(self, sums: Sums) -> bool:
-        """Whether partial sums show that the data are invalid, which is an error."""
+        """Return whether partial sums show that the data are invalid, so that the fit ends."""
         return are_unusable(sums, self._omits_nan)
 
     def _watch(self, parts: PartialResults) -> None:

@@ -64,7 +64,10 @@ class FitProblem:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments that must not change when a fit is resumed; without model, data and options."""
+        """Arguments that must be equal when a fit is resumed.
+
+        Model, data and options are compared separately.
+        """
         return {
             "p0": self.parameters.start,
             "lower bounds": self.parameters.low,

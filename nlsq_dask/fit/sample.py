@@ -135,7 +135,7 @@ class SampleProblem(Generic[R]):
 
     @property
     def at_start(self) -> Sums:
-        """Sums at p0, in which masked and non-finite rows are counted."""
+        """Sums over the sample at p0, with the numbers of masked and non-finite rows."""
         return self.objective(self._start)
 
     def replace_rows(self, rows: Rows) -> None:
@@ -173,7 +173,10 @@ class SampleProblem(Generic[R]):
         )
 
     def _normalized(self, index: NDArray[np.int64]) -> NormalizedSample:
-        """Return the rows at ``index``, padded by repetition to a power of two."""
+        """Return the rows at ``index`` for the warm-up, padded by repetition to a power of two.
+
+        Padding limits the number of shapes for which JAX compiles; padded rows do not count.
+        """
         padded = np.resize(index, 1 << (len(index) - 1).bit_length())
         problem = self._problem
         return NormalizedSample(

@@ -41,7 +41,10 @@ _SKIPPED = "the sample has too few usable rows"
 
 @dataclass(frozen=True)
 class _Starts:
-    """Starting points, the most promising first, with records for the phase history."""
+    """Starting points, the most promising first.
+
+    ``details`` are entries for ``phase_history``, ``diagnostics`` for ``FitResult.diagnostics``.
+    """
 
     starts: list[Vector]
     details: dict[str, Any]
@@ -106,7 +109,8 @@ class StartFinder:
     def _run_halving(self, sample: SampleProblem[Any]) -> _Starts:
         """Run successive halving and return the surviving candidates, the best first.
 
-        If p0 wins, p0 itself precedes the point to which it was improved.
+        Candidates are improved by a few steps. If the one that began at p0 wins, p0 itself is put
+        before the improved point.
         """
         parameters, settings = self.problem.parameters, multistart_settings(self.problem.config)
         own = parameters.start
@@ -140,7 +144,11 @@ class StartFinder:
         return _Starts(starts, {"multistart": details}, diagnostics)
 
     def _warm_up(self, sample: SampleProblem[Any], name: str, start: Vector) -> _WarmupResult:
-        """Run L-BFGS from ``start`` and return its end point, or ``start`` if it is skipped."""
+        """Run L-BFGS from ``start`` and return its end point, with facts for ``phase_history``.
+
+        The end point is ``start`` itself if the warm-up is disabled, the start fits already, or the
+        model is not finite there. ``name`` names the start in events.
+        """
         make = partial(self._run_warm_up, sample, name, start)
         return self.journal.step("warm-up", _WarmupResult, make)
 
@@ -207,13 +215,20 @@ class StartFinder:
         return state
 
     def _burst_end(self, done: int) -> int:
-        """Return at which iteration to pause, for a callback, a checkpoint or an interruption."""
+        """Return at which iteration L-BFGS pauses next, given the number of iterations done.
+
+        Callbacks, checkpoints and interruptions are handled in pauses only.
+        """
         config = self.problem.config
         every = (config.callback_frequency, config.checkpoint_frequency, _MAX_BURST)
         return min(done - done % frequency + frequency for frequency in every)
 
     def _report(self, state: WarmupState, before: WarmupState, variance: float) -> None:
-        """Report the iterations since ``before`` as one step between the best points."""
+        """Report the iterations from ``before`` to ``state`` to the observers as one step.
+
+        The step leads from the best point of one state to that of the other. ``variance`` converts
+        the relative loss to a mean squared residual.
+        """
         params = self._original(np.asarray(state.best_params))
         step = np.asarray(state.best_params) - np.asarray(before.best_params)
         loss = float(state.best_loss) * variance

@@ -26,10 +26,11 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DenseReduction:
-    """``J^T J`` and ``J^T r`` over all rows, or the factor R of a QR factorization of ``[J r]``.
+    """Definition of the sums ``J^T J`` and ``J^T r``, or of R of a QR factorization of ``[J r]``.
 
-    ``accumulation`` selects which. For the sandwich covariance (``SCORES``), R is the factor of
-    ``r J``, so that ``R^T R = sum r^2 J^T J``; with a robust loss, ``rho' r`` takes the place of r.
+    ``accumulation`` selects which. For the sandwich covariance (``SCORES``), R is the factor of the
+    matrix with rows ``r_i J_i``, so that ``R^T R = sum_i r_i^2 J_i^T J_i``; with a robust loss,
+    ``rho'(z_i) r_i`` takes the place of ``r_i``.
     """
 
     mode: Mode  # forward or reverse, for the Jacobian
@@ -42,7 +43,7 @@ class DenseReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Values that the traced program depends on, by which it is cached."""
+        """Settings on which the traced program depends; a part of its key in the cache."""
         return self.accumulation, self.mode
 
     @property
@@ -52,7 +53,7 @@ class DenseReduction:
 
     @property
     def combine(self) -> tuple[Any, ...]:
-        """Functions that combine the matrices, and the residual sums, of two sets of rows."""
+        """Functions that combine the totals of two sets of rows, one per element of ``zero()``."""
         return self._combine_matrix, add
 
     def _combine_matrix(self, one: Matrix, other: Matrix) -> Matrix:
@@ -65,28 +66,31 @@ class DenseReduction:
         return total
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return the running sums before the first row: a matrix, and two sums of residuals."""
+        """Return the totals before the first row: zeros for the matrix, sums of rho and r^2."""
         n_lanes = lanes_for(batch_rows, platform)
         n_matrix_lanes = n_gram_lanes(n_params, n_lanes, self.accumulation)
         return np.zeros((n_params + 1, n_params + 1, n_matrix_lanes)), np.zeros((2, n_lanes))
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows that the program processes at a time."""
+        """Return the number of rows per strip, the part of a batch that is processed at a time."""
         return strip_rows_for(batch_rows, platform)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return the constructor of ``DenseLoops`` for a model; the rows are its arguments."""
+        """Return ``DenseLoops`` with model and settings bound; the caller passes the batch."""
         n_rows = strip_rows_for(batch_rows, platform)
         n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
         make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
         return partial(make_loops, model, loss, n_rows, panel_rows=n_panel_rows)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return the parameters and the scaling factors, the arguments of the program."""
+        """Return the arrays at which the sums are evaluated: parameters, and ``factors``."""
         return request.params, np.array(self.factors)
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> NormalEquations:
-        """Return the final sums: add up partial sums of SIMD lanes, divide out scaling factors."""
+        """Return the result: add up partial sums of SIMD lanes, divide out the scaling factors.
+
+        ``common`` are the fields that all ``Sums`` have.
+        """
         (lanes, residuals), factors = totals, np.array(self.factors)
         p = len(factors) - 1
         jtj, jtr, square, triangle = self._unscale(lanes.sum(axis=-1), factors)
@@ -108,7 +112,10 @@ class DenseReduction:
     def _unscale(
         self, product: Matrix, factors: NDArray[np.float64]
     ) -> tuple[Matrix, NDArray[np.float64], float, Matrix | None]:
-        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R (or None), scaling factors divided out."""
+        """Return ``J^T J``, ``J^T r``, ``r^T r`` and R, with the scaling factors divided out.
+
+        ``product`` is the accumulated matrix; R is None unless that is a factor R.
+        """
         p, upper = len(factors) - 1, np.triu(product)
         if self.accumulation is Accumulation.GRAM:
             upper = upper / factors[:, None] / factors

@@ -54,13 +54,19 @@ class Accumulation(Enum):
 
 
 def n_gram_lanes(n_params: int, n_lanes: int, accumulation: Accumulation) -> int:
-    """Return how many partial sums of the matrix are kept: one per SIMD lane for small p."""
+    """Return how many partial sums of the matrix are kept.
+
+    One per SIMD lane for the Gram matrix of few parameters, otherwise 1.
+    """
     is_in_lanes = n_params < _MAX_IN_LANES and not accumulation.is_factorized
     return n_lanes if is_in_lanes else 1
 
 
 def add_gram(library: Any, gram: Any, other: Any) -> Any:
-    """Add two Gram matrices; their element (p, 0), the largest r^2, is the maximum of both."""
+    """Add two Gram matrices; element (p, 0), the largest r^2, is the maximum of both.
+
+    ``library`` is ``numpy`` or ``jax.numpy``.
+    """
     n_rows = len(gram)
     keeps_largest = np.zeros((n_rows, n_rows, 1), bool)
     keeps_largest[-1, 0] = True
@@ -69,10 +75,11 @@ def add_gram(library: Any, gram: Any, other: Any) -> Any:
 
 
 def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
-    """Return ``stacked @ stacked.T`` as described at ``Accumulation``.
+    """Return ``stacked @ stacked.T`` as described at ``Accumulation``, in partial sums.
 
-    Element (p, 0) is the largest square of ``residual`` or, if that is None, of the last row of
-    ``stacked``.
+    ``stacked`` is the transposed Jacobian with the residual as last row. The last axis of the
+    result has the ``n_lanes`` partial sums. Element (p, 0) is the largest square of ``residual``
+    or, if that is None, of the last row of ``stacked``.
     """
     n_rows = len(stacked)
     if n_lanes == 1:
@@ -95,9 +102,10 @@ def _gram(stacked: Any, residual: Any, n_lanes: int) -> Any:
 
 
 class DenseLoops(StripLoops):
-    """Loops that accumulate the matrix of an ``Accumulation`` and sums of residuals.
+    """Loops that add strips of rows to the matrix of an ``Accumulation`` and sums of residuals.
 
-    The point is a tuple of parameters and scaling factors.
+    ``point``, an argument of ``StripLoops``, consists of the parameters, and the factors by which
+    the columns of the Jacobian and the residual are multiplied.
 
     Parameters
     ----------
@@ -129,7 +137,7 @@ class DenseLoops(StripLoops):
         self._linearized = residual_and_jacobian(model, mode)
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, and the array of transposed Jacobian and residual."""
+        """Return the model's values, and the transposed Jacobian with the residual as last row."""
         values, stacked = self._linearized(rows.x, target, *self._point)
         if rows.sigma is not None:
             stacked = stacked * (1 / rows.sigma.astype(self._model.dtype))
@@ -164,11 +172,11 @@ class DenseLoops(StripLoops):
         return add_gram(jnp, matrix, new.astype(matrix.dtype)), residuals
 
     def is_finite(self, sums: Any) -> Any:
-        """Return whether the diagonal is finite, which implies that all products are."""
+        """Return whether the accumulated matrix is finite, which its diagonal shows."""
         return jnp.isfinite(jnp.trace(sums[0])).all()
 
     def add_unmasked_range(self, start: Any, end: Any, sums: Any) -> Any:
-        """Add a range of strips in which every row is usable.
+        """Add strips ``start`` to ``end``, excluded, as if all their rows were usable.
 
         For a float32 model, the range is summed in float32 and the total added in float64; a range
         is short enough for that. In float64, strips are added to the sums one by one, so that the
@@ -183,7 +191,10 @@ class DenseLoops(StripLoops):
         return add_gram(jnp, matrix, gram), sums[1] + residuals
 
     def _factorized(self, matrix: Any, stacked: Any, residual: Any) -> Any:
-        """Return the factor R after appending the rows of a strip to those in ``matrix``."""
+        """Return the factor R in ``matrix`` after appending the rows of a strip.
+
+        ``stacked`` has these rows as columns. ``residual`` updates element (p, 0), the largest r^2.
+        """
         triangle, stacked = jnp.triu(matrix[..., 0]), stacked.astype(matrix.dtype)
         if self._accumulation is not Accumulation.ROOT:
             new = append_rows(triangle, stacked, self._panel_rows)

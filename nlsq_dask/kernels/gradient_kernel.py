@@ -37,25 +37,28 @@ class GradientReduction:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Values that the traced program depends on, by which it is cached."""
+        """Settings on which the traced program depends; a part of its key in the cache."""
         return GradientSums, self.n_directions, self.is_diagonal
 
     def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
-        """Return the running sums before the first row: vectors, residual sums, largest r^2."""
+        """Return the totals before the first row: J^T r and J^T J v, residual sums, largest r^2."""
         n_lanes = lanes_for(batch_rows, platform)
         vectors = np.zeros((1 + self.n_directions, n_params))
         return vectors, np.zeros((2, n_lanes)), np.zeros(())
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows that the program processes at a time.
+        """Return the number of rows per strip, the part of a batch that is processed at a time.
 
-        It is at least p if possible, because adding vectors of length p dominates otherwise.
+        It is at least p if possible; otherwise, most time goes into adding vectors of length p.
         """
         enough = 1 << max(n_params - 1, 1).bit_length()
         return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return the constructor of the loops for a model; the rows are its arguments."""
+        """Return ``GradientLoops`` or ``DiagonalLoops`` with model and settings bound.
+
+        The caller passes the batch.
+        """
         kind = DiagonalLoops if self.is_diagonal else GradientLoops
         return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
 
@@ -69,7 +72,10 @@ class GradientReduction:
         return request.params, np.zeros((self.n_directions, len(request.params)))
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> GradientSums:
-        """Return the final sums: add up the partial sums of the SIMD lanes."""
+        """Return the result: add up the partial sums of SIMD lanes.
+
+        ``common`` are the fields that all ``Sums`` have.
+        """
         vectors, residuals, largest = totals
         rho, chi2 = residuals.sum(axis=-1)
         twice_cost = chi2 if loss.is_linear else loss.f_scale**2 * rho
@@ -104,5 +110,5 @@ def gradient_kernel(
             f"Conjugate gradients, used for the {model.n_params} parameters of the model "
             f"{model.name!r}, need derivatives in forward and reverse mode "
             f"({error}). Use lax.scan instead of lax.while_loop, jax.custom_jvp instead of "
-            f"custom_vjp, or a larger cg_param_threshold."
+            f"custom_vjp, or a cg_param_threshold above {model.n_params}."
         ) from error

@@ -27,11 +27,11 @@ _MAX_ENTRIES = 2**18  # of the per-row gradients in memory
 class GradientLoops(StripLoops):
     """Loops that accumulate ``J^T r`` and ``J^T J v``, sums of residuals and the largest r^2.
 
-    The point is a tuple of parameters and the vectors v.
+    ``point``, an argument of ``StripLoops``, consists of the parameters and an array of vectors v.
     """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, and vectors, rho and residuals of the strip."""
+        """Return the model's values, and J^T r with J^T J v, rho and residuals of a strip."""
         params, directions = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         values, push = jax.linearize(lambda q: self._model(x, q), params)
@@ -78,7 +78,7 @@ class DiagonalLoops(GradientLoops):
     """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, and vectors, rho and residuals of the strip."""
+        """Return the model's values, and J^T r with diag(J^T J), rho and residuals of a strip."""
         values, (vectors, rho, residual) = super().contribution(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)

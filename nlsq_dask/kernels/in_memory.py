@@ -133,7 +133,7 @@ class GradientObjective(SampleObjective[GradientSums]):
         return self._kernel
 
     def reduce(self, request: Request) -> GradientSums:
-        """Return the requested sums; for products ``J^T J v``, without the moments of the data."""
+        """Return the requested sums, without ``Sums.moments`` if products are requested."""
         candidates, directions = request.candidates, request.directions
         if directions is None and (candidates is None or not len(candidates)):
             return self(request.params)

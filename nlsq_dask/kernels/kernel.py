@@ -35,8 +35,8 @@ _IN_FLIGHT = 2  # batches per device: one is computed, one is transferred
 def batch_rows_for(longest_block: int, chunk_size: int, row_bytes: int) -> int:
     """Return the number of rows per kernel call, a power of two, at most ``chunk_size``.
 
-    More rows than the longest block has are not useful, and larger copies into JAX's memory are
-    slower.
+    It is limited to the length of the longest block, because more rows are not useful, and to a
+    fixed number of bytes, because larger copies into JAX's memory are slower.
     """
     max_rows = max(min(chunk_size, _MAX_BATCH_BYTES // row_bytes), 1)
     needed = max(longest_block, STRIP_ROWS)
@@ -87,7 +87,7 @@ class Reduction(Protocol[S_co]):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Values that the traced program depends on, by which it is cached."""
+        """Settings on which the traced program depends; a part of its key in the cache."""
 
     @property
     def name(self) -> str:
@@ -101,13 +101,13 @@ class Reduction(Protocol[S_co]):
         """Return the totals before the first row."""
 
     def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows that the program processes at a time, a strip."""
+        """Return the number of rows per strip, the part of a batch that is processed at a time."""
 
     def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
         """Return the constructor of the ``StripLoops`` that add rows to the totals."""
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
-        """Return the parameters and other arrays at which the program is evaluated."""
+        """Return the parameters of the request, and other arrays on which the totals depend."""
 
     def finish(self, totals: Totals, loss: Loss, **common: Any) -> S_co:
         """Return the result; ``common`` are the fields that all ``Sums`` have."""
@@ -150,7 +150,7 @@ class Kernel(Generic[S]):
     """
 
     reduction: Reduction[S]
-    programs: dict[str, Program]  # by platform; a process uses that of its best devices
+    programs: dict[str, Program]  # by platform; a process uses that of its GPUs, or else the CPU
     n_params: int
     batch_rows: int  # per call of the program
     loss: Loss
@@ -224,7 +224,10 @@ class Kernel(Generic[S]):
         )
 
     def _accumulate(self, source: RowSource | PlacedRows, point: Any, options: Any) -> Any:
-        """Run the program over all batches and combine the running sums of the devices."""
+        """Run the program over all batches, and return the sums combined over the devices.
+
+        ``point`` and ``options`` are its arguments that are equal for all batches.
+        """
         devices, platform = self._devices()
         zero = self.reduction.zero(self.n_params, self.batch_rows, platform)
         carries = [_zero_carry(zero, self.batch_rows, platform)] * len(devices)

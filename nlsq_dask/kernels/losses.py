@@ -85,12 +85,12 @@ def check_loss(loss: Any, f_scale: Any) -> None:
 
 
 def rho(name: str, z: Any) -> Any:
-    """Return ``rho(z)`` of each row (traced)."""
+    """Return ``rho(z)`` per row, in JAX, for squared residuals z in units of ``f_scale``."""
     return z if name == LINEAR else _RHO[name](z)[0]
 
 
 def robust(name: str, z: Any) -> tuple[Any, Any, Any]:
-    """Return ``rho(z)`` and the factors of Jacobian and residual for each row, in JAX.
+    """Return ``rho(z)``, and the factors by which Jacobian and residual are multiplied, per row.
 
     Parameters
     ----------

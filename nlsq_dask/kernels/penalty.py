@@ -4,9 +4,10 @@ The objective is
 
     1/2 (sum_i C^2 rho((r_i / C)^2) + lambda n sum_g Var(p_g))
 
-with n the number of rows used and ``Var(p_g) = 1/m sum_j (p_gj - mean(p_g))^2`` over the m
-parameters of a group, in the caller's units. It is a sum of squares, so it enters cost, gradient
-and ``J^T J`` as additional rows with residuals ``sqrt(lambda n / m) (p_gj - mean(p_g))``.
+with rho and C the function and the scale of the loss, n the number of rows used, and
+``Var(p_g) = 1/m sum_j (p_gj - mean(p_g))^2`` over the m parameters of a group, in the caller's
+units. It is a sum of squares, so it enters cost, gradient and ``J^T J`` as additional rows with
+residuals ``sqrt(lambda n / m) (p_gj - mean(p_g))``.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Vector = NDArray[np.float64]
 class GroupVariance:
     """Penalty on the variance of the parameters within each group; zero without groups."""
 
-    strength: float = 0.0  # the lambda of the formula
-    groups: tuple[tuple[int, int], ...] = ()  # ranges of parameters, the end excluded
+    strength: float = 0.0  # lambda: for n rows, the penalty is lambda n / 2 times all variances
+    groups: tuple[tuple[int, int], ...] = ()  # ranges of parameter indices, the end excluded
 
     def residuals(self, params: Vector, n_rows: int) -> Vector:
         """Return the penalty residuals; half their sum of squares is the penalty."""
@@ -43,7 +44,7 @@ class GroupVariance:
         return float(np.sqrt(self.strength * n_rows / (end - start)))
 
     def product(self, vector: Vector, n_rows: int) -> Vector:
-        """Return ``J^T J v`` of the penalty residuals, which is the gradient if v is p itself."""
+        """Return ``J^T J @ vector`` of the penalty residuals; for the parameters, the gradient."""
         product = np.zeros_like(vector)
         for a, b in self.groups:
             product[a:b] += self._factor(a, b, n_rows) ** 2 * _centered(vector[a:b])

@@ -21,6 +21,7 @@ class Request:
     candidates: Matrix | None = None  # (k, p), points at which only the cost is needed
     directions: Matrix | None = None  # (k, p), vectors v of the products J^T J v
     accumulation: Accumulation = Accumulation.GRAM  # used by dense solvers
-    is_trial: bool = True  # ``params`` is a trial point: this request is an iteration
-    # The solver compares the sums with no earlier ones, so that a pass may skip further blocks.
+    is_trial: bool = True  # counts as an iteration; False for sums at a known point
+    # The sums are not compared with those of earlier passes, so that blocks that cannot be read may
+    # be skipped even if earlier passes contain them.
     is_fresh: bool = False

@@ -36,7 +36,7 @@ Carry = tuple[Any, Any, Any, Any]
 
 
 def strip_rows_for(batch_rows: int, platform: str) -> int:
-    """Return the number of rows per strip, more on a GPU, at most those of a batch."""
+    """Return the number of rows of a strip, the part of a batch that is processed at a time."""
     return min(STRIP_ROWS if platform == CPU else _GPU_STRIP_ROWS, batch_rows)
 
 
@@ -46,9 +46,10 @@ def lanes_for(batch_rows: int, platform: str) -> int:
 
 
 def lane_sums(n_slices: int, take: Callable[[int], Any]) -> Any:
-    """Return ``take(0) + take(1) + ...``, where ``take`` computes with one slice of a strip.
+    """Return ``take(0) + ... + take(n_slices - 1)``, an array with one element per SIMD lane.
 
-    XLA fuses such a sum into one loop that stores no intermediate products.
+    ``take(i)`` computes the terms of slice i of a strip. XLA fuses such a sum into one loop that
+    stores no intermediate products.
     """
     return reduce(add, map(take, range(n_slices)))
 
@@ -62,7 +63,9 @@ def dot(a: Any, b: Any, n_lanes: int) -> Any:
 
 
 class StripLoops(ABC):
-    """Loops over the strips of one batch; a program runs them one after the other.
+    """Loops that add the rows of one batch to running sums, a strip of rows at a time.
+
+    A program runs them one after the other: first the sums of the subclass, then moments and costs.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ class StripLoops(ABC):
         target : array, shape (b,)
             y in the model's dtype; NaN at unusable rows if ``usable`` is None.
         usable : array of bool, shape (b,), or None
-            Rows to use; None for all rows.
+            Rows to use. If None, no row is excluded, so that an unusable row gives NaN.
         """
 
     @abstractmethod
@@ -133,7 +136,7 @@ class StripLoops(ABC):
         return lax.fori_loop(start, end, self.add_unmasked, sums)
 
     def add_strips(self, sums: Any, counts: Any) -> Any:
-        """Return sums and counts after adding all strips, and the number added without a mask.
+        """Return sums and row counts after adding all strips, and how many strips needed no mask.
 
         Unusable rows are masked only after the first of them makes the sums NaN: most batches have
         none, and checking the sums is cheaper than masking.
@@ -176,7 +179,10 @@ class StripLoops(ABC):
         return robust(self._loss, (residual * (1 / unit).astype(residual.dtype)) ** 2)
 
     def add_moments(self, moments: Any, y0: Any, n_unmasked: Any) -> Any:
-        """Add the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2``."""
+        """Add the sums of ``w``, ``w (y - y0)`` and ``w (y - y0)^2`` with ``w = 1 / sigma^2``.
+
+        The first ``n_unmasked`` strips have only usable rows.
+        """
 
         def add(i: Any, moments: Any, is_masked: bool) -> Any:
             rows = self._rows(i)
@@ -194,7 +200,10 @@ class StripLoops(ABC):
         return lax.fori_loop(n_unmasked, self._n_strips, lambda i, m: add(i, m, True), moments)
 
     def add_costs(self, costs: Any, candidates: Any, n_candidates: Any) -> Any:
-        """Add ``sum rho(z)`` at the first ``n_candidates`` points at which only it is needed."""
+        """Add ``sum rho(z)``, with ``z = (r / f_scale)^2``, at the first candidates.
+
+        Candidates are parameters at which no other sums are needed.
+        """
 
         def add(step: Any, costs: Any) -> Any:
             i, k = step // n_candidates, step % n_candidates

@@ -37,11 +37,12 @@ class Sums(ABC):
     """
 
     jtr: NDArray[np.float64] = combined(add)  # J^T r, the gradient of the cost, shape (p,)
-    cost: float = combined(add)  # 1/2 sum C^2 rho((r / C)^2), or 1/2 sum r^2, plus the penalty
+    # 1/2 sum C^2 rho((r / C)^2) with rho and C of the ``Loss``, plus the penalty.
+    cost: float = combined(add)
     chi2: float = combined(add, default=0.0)  # sum r^2
     penalty: float = combined(add, default=0.0)  # part of the cost, see ``GroupVariance``
     largest: float = combined(max, default=0.0)  # max |r|
-    # Sums of w, w (y - y0) and w (y - y0)^2 with w = 1 / sigma^2; the reference y0 avoids
+    # Sums of w, w (y - y0) and w (y - y0)^2 with w = 1 / sigma^2; ``Kernel.y_reference`` y0 avoids
     # cancellation in the variance.
     weight: float = combined(add, default=0.0)
     y_sum: float = combined(add, default=0.0)
@@ -83,7 +84,10 @@ class Sums(ABC):
 
     @abstractmethod
     def _with_penalty(self, penalty: GroupVariance, request: Request) -> Self:
-        """Add the penalty to all but ``candidate_costs``."""
+        """Return the sums with the penalty added to the cost and its derivatives.
+
+        ``candidate_costs`` are left unchanged.
+        """
 
     @property
     def moments(self) -> Moments:
@@ -105,7 +109,7 @@ class Sums(ABC):
 
     @property
     def mean_square(self) -> float:
-        """Mean squared weighted residual, including the penalty."""
+        """``2 cost / n_used``, the mean squared weighted residual if the loss is linear."""
         return 2.0 * self.cost / max(self.n_used, 1)
 
     def relative_slope(self, scales: NDArray[np.float64]) -> float:

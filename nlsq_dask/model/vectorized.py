@@ -51,7 +51,10 @@ def call_with_vector(function: Callable[..., Any], params: Any) -> Any:
 
 
 def _span(equation: Any, spans: dict[Any, range]) -> range | None:
-    """Return the range of parameters that the operation stacks; None if it does anything else."""
+    """Return the range of parameters that a jaxpr equation stacks; None if it does anything else.
+
+    ``spans`` has the range of parameters that each variable of the jaxpr holds.
+    """
     aval = equation.outvars[0].aval
     parts = [None if hasattr(atom, "val") else spans.get(atom) for atom in equation.invars]
     first = parts[0] if parts else None

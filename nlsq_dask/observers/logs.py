@@ -42,7 +42,11 @@ class _RateLimit:
         self._last = time.monotonic()
 
     def allows(self, event: Event) -> bool:
-        """Return False for block statistics, and for progress within ten seconds of the last."""
+        """Return whether to log an event.
+
+        Block statistics are never logged, and progress only ten seconds after the last that was
+        logged.
+        """
         if isinstance(event, BlocksMeasured):
             return False
         if not isinstance(event, BlocksFinished):

@@ -80,7 +80,10 @@ class Progress:
         self._pass_line_at = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Print the text of an event, or move the progress bar; hidden events are ignored."""
+        """Print the text of an event, or move the progress bar.
+
+        Events that ``log_frequency`` or ``shows_sample`` excludes are ignored.
+        """
         if not self._is_on:
             return
         try:

@@ -179,7 +179,7 @@ class DefenseLayerTelemetry:
         return 100.0 * count / max(self.total_warmup_calls, 1)
 
     def get_trigger_rates(self) -> dict[str, float]:
-        """Return how often each defense layer acted, in percent of all warm-ups.
+        """Return how often each defense layer, explained at ``DefenseLayerTelemetry``, acted.
 
         Returns
         -------
@@ -223,6 +223,8 @@ class DefenseLayerTelemetry:
 
     def get_recent_events(self, n: int = 10) -> list[dict[str, Any]]:
         """Return the last ``n`` actions of the defense layers, the oldest first.
+
+        ``DefenseLayerTelemetry`` explains the layers.
 
         Returns
         -------

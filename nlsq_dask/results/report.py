@@ -100,7 +100,10 @@ def _sigma_hint(result: FitResult) -> str:
 
 
 def _error_scale(result: FitResult) -> str:
-    """Return how ``absolute_sigma`` scales the standard errors; empty if it does not matter."""
+    """Return a text on how ``absolute_sigma`` scales the standard errors.
+
+    It is empty if the errors do not depend on it, as for a sandwich covariance, or are not known.
+    """
     has_sigma = result.sample is not None and "sigma" in result.sample
     if result.cov_type != "nonrobust" or not (has_sigma or result.absolute_sigma):
         return ""

@@ -91,7 +91,8 @@ class Layout:
 class Rows:
     """Rows in memory: the elements of y in C order, each with its x, sigma and mask.
 
-    All arrays broadcast against y and may have feature dimensions after those of y.
+    The other arrays broadcast against y. An x array may have one more dimension, for the columns of
+    an x of shape (n, k).
     """
 
     y: Array
@@ -153,7 +154,10 @@ class Rows:
         return self.of(None if array is None else function(array) for array in self.arrays)
 
     def compact(self) -> Self:
-        """Copy the arrays that are views of larger ones, which they would keep in memory."""
+        """Return rows without views of larger arrays, which would keep those arrays in memory.
+
+        Such views are replaced by copies.
+        """
 
         def own(array: Array) -> Array:
             return array.copy() if getattr(array.base, "nbytes", 0) > array.nbytes else array
@@ -229,7 +233,10 @@ def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> A
 
 
 def as_rows(array: Array, shape: tuple[int, ...]) -> Array | None:
-    """Return a view of the array with its rows along the first axis; None if none exists."""
+    """Return a view of an array with one row per index of its first axis, or None.
+
+    ``shape`` is that of y, to which the array is broadcast. None means that a copy is needed.
+    """
     features = array.shape[len(shape) :]
     is_whole = array.shape == shape + features and array.flags.c_contiguous
     return array.reshape(-1, *features) if is_whole else None

@@ -1,4 +1,4 @@
-"""Split rows into batches, as padded views of equal length on which one program is called.
+"""Split rows into batches: padded views of equal length, for which one compiled program serves.
 
 A padded view is longer than its batch; the program is told where the batch begins. It is a NumPy
 view if XLA accepts the alignment of the memory without a copy, otherwise a copy in a buffer.
@@ -27,12 +27,12 @@ _Buffers = dict[int, NDArray[np.uint8]]
 
 
 class Memory:
-    """Buffers for copies of rows, which are reused in turn.
+    """Buffers for copies of rows, which ``windows`` reuses in turn.
 
     Parameters
     ----------
     n_buffer_sets : int
-        Number of padded views that are valid at the same time.
+        Number of padded views, see ``windows``, that are valid at the same time.
     """
 
     def __init__(self, n_buffer_sets: int) -> None:
@@ -40,7 +40,7 @@ class Memory:
         self._turn = 0
 
     def next_buffers(self) -> _Buffers:
-        """Return the buffers for the next padded view, one per array, by number of the array."""
+        """Return the buffers for the next ``Window``, as a dict by number of the array."""
         self._turn = (self._turn + 1) % len(self._buffer_sets)
         return self._buffer_sets[self._turn]
 
@@ -91,8 +91,8 @@ def windows(
     n_rows : int
         Maximum number of rows of a batch.
     strip_rows : int
-        Rows that the program processes at a time. Batches begin at multiples of it, and the view
-        reaches to the next multiple after the end of a batch.
+        Rows that the kernel's compiled program processes at a time. Batches begin at multiples of
+        it, and the view reaches to the next multiple after the end of a batch.
     memory : Memory
         Buffers for copies; a padded view is invalid once its buffers are reused.
     """
@@ -135,9 +135,10 @@ def _view_ranges(n_rows: int, max_rows: int, strip_rows: int) -> Iterator[tuple[
 
 
 def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | None:
-    """Return where a padded view that needs no copy begins, or None if there is no such view.
+    """Return the row at which a view of ``length`` rows that needs no copy begins, or None.
 
-    It begins at an aligned address at or before ``start`` and covers the rows to ``stop``.
+    The view begins at an aligned address at or before ``start`` and contains the rows before
+    ``stop``.
     """
     latest = min(start, len(rows) - length)
     row_bytes = rows.nbytes // max(len(rows), 1)
@@ -151,7 +152,7 @@ def _aligned_start(rows: Array, start: int, stop: int, length: int) -> int | Non
 def _aligned_memory(
     buffers: _Buffers, name: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array:
-    """Return an array at an aligned address of a buffer, which is enlarged if it is too small."""
+    """Return an array at an aligned address of buffer ``name``, enlarging the buffer if needed."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if name not in buffers or len(buffers[name]) < n_bytes + ALIGNMENT:
         buffers[name] = np.empty(n_bytes + ALIGNMENT, np.uint8)

@@ -26,7 +26,11 @@ _MIN_DAMPING, _MAX_DAMPING = 1e-9, 1e9
 
 
 class Problem(NamedTuple):
-    """Arrays that the program takes: rows, normalization, bounds, penalty."""
+    """Arrays that ``improve_groups`` takes: rows, normalization, bounds and penalty.
+
+    Parameters are ``scales * q + offsets`` with normalized parameters q, for which ``low`` and
+    ``high`` are the bounds.
+    """
 
     y: Any
     x: Any
@@ -42,9 +46,9 @@ class Problem(NamedTuple):
 class Objective(NamedTuple):
     """Loss at a point, with half its gradient and half its Gauss-Newton Hessian.
 
-    The loss is the mean squared weighted residual, or the mean of ``f_scale^2 rho``, plus the
-    penalty; infinite if the model or its Jacobian is not finite. Derivatives are taken by
-    normalized parameters.
+    The loss is the mean squared weighted residual, or with a robust loss the mean of ``f_scale^2
+    rho``, plus a penalty; infinite if the model or its Jacobian is not finite. Derivatives are
+    taken by normalized parameters, see ``Problem``.
     """
 
     loss: Any
@@ -63,9 +67,10 @@ class Candidate(NamedTuple):
 def make_objective(
     model: Model, mode: Mode, loss: str, problem: Problem, n_rows: Any
 ) -> Callable[[Any], Objective]:
-    """Return the function from normalized parameters to the ``Objective`` of ``n_rows`` rows.
+    """Return the function from normalized parameters to the ``Objective`` of the first rows.
 
-    It sums over some rows at a time, so that the Jacobian of all rows is never in memory.
+    It sums over some of the ``n_rows`` rows at a time, so that the Jacobian of all rows is never in
+    memory.
     """
     size = min(STRIP_ROWS, problem.y.shape[0])
     linearized = residual_and_jacobian(model, mode)

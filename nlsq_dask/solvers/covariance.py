@@ -43,7 +43,8 @@ def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> C
     absolute_sigma : bool
         As in ``scipy.optimize.curve_fit``.
     epsilon : float
-        Machine epsilon of the dtype in which the model is evaluated.
+        Machine epsilon of the dtype in which the model is evaluated. It decides which singular
+        values of J are rounding errors.
     """
     p = len(sums.jtj)
     norms = np.sqrt(np.diag(sums.jtj))

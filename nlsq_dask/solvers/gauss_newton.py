@@ -1,7 +1,7 @@
 """``GaussNewton``: Gauss-Newton steps in a trust region, from p-by-p matrices.
 
-An iteration proposes a trial point, requests the sums over all rows there, and accepts or rejects
-it. The sums of an accepted trial point are those of the next step.
+An iteration proposes a trial point, requests cost, J^T r and J^T J over all rows there, and accepts
+or rejects it. After acceptance, the next step is computed from these sums.
 
 Parameters are not normalized: each step is scaled by the column norms of the Jacobian, which makes
 it independent of the units of the parameters.
@@ -49,14 +49,14 @@ class Proposal:
     """A trial point, with what the quadratic model of the cost predicts for it."""
 
     params: Vector
-    step: Vector  # from the iterate, in scaled variables
+    step: Vector  # from the last accepted point, times the column norms of the Jacobian
     reduction: float  # of the cost, predicted by the quadratic model
     full: bool  # the trust region does not restrict the step
-    # Predicted change of the covariance along the step, relative to the variances, if known.
+    # Predicted change of the covariance along the step, relative to the variances; inf if unknown.
     covariance_change: float = np.inf
-    # J^T J at the trial point, predicted by a sample; None for a step from the sums alone.
+    # J^T J at the trial point, predicted with a sample of rows; None if no sample was used.
     jtj: NDArray[np.float64] | None = None
-    factors: tuple[float, ...] = ()  # multiples of the step at which the cost is evaluated
+    factors: tuple[float, ...] = ()  # the cost is also evaluated at these multiples of the step
 
     @property
     def is_forecast(self) -> bool:
@@ -71,8 +71,9 @@ class State:
     iterate: Iterate
     radius: float
     iteration: int = 0  # proposals evaluated
-    # Ratio of the last two relative decrements after a full step, else infinite; the change of the
-    # covariance along that step; and whether the step was a forecast.
+    # Of the last step: ratio of the relative decrements after and before it, infinite if the trust
+    # region restricted it; change of the covariance; and whether it was computed with a sample of
+    # the rows (a forecast, see ``surrogate.forecast``).
     contraction: float = np.inf
     covariance_change: float = np.inf
     was_forecast: bool = False
@@ -87,8 +88,8 @@ class State:
     solution: Vector | None = None
     carried_jtj: NDArray[np.float64] | None = None
     proposal: Proposal | None = None  # evaluated next
-    restart_at: Vector | None = None  # parameters of the fresh sums needed next
-    accumulation: Accumulation = Accumulation.GRAM
+    restart_at: Vector | None = None  # where fresh sums are needed next, if any
+    accumulation: Accumulation = Accumulation.GRAM  # how rows are summed: J^T J or QR
 
     @property
     def params(self) -> Vector:
@@ -102,7 +103,7 @@ class State:
 
     @property
     def sums_at_solution(self) -> NormalEquations:
-        """Sums for the covariance: those of ``sums``, but J^T J at ``solution`` if predicted."""
+        """``sums`` for the covariance: with ``carried_jtj`` as J^T J, if that is not None."""
         jtj = self.iterate.sums.jtj if self.carried_jtj is None else self.carried_jtj
         return replace(self.iterate.sums, jtj=jtj)
 
@@ -112,9 +113,10 @@ class GaussNewton:
     """Gauss-Newton in a trust region; implements ``Solver``."""
 
     settings: Settings
-    accumulation: Accumulation = Accumulation.GRAM  # initially
+    accumulation: Accumulation = Accumulation.GRAM  # how rows are summed at first: J^T J or QR
     # Switch to QR factorizations if J^T J loses half of the digits.
     may_factorize: bool = False
+    # Returns a proposal that was computed with a sample of the rows, or None.
     forecast: Callable[[State], Proposal | None] = lambda state: None
 
     def init(self, params: Vector, sums: NormalEquations) -> State:
@@ -124,7 +126,7 @@ class GaussNewton:
         )
 
     def ask(self, state: State) -> Request:
-        """Return the sums that are needed next: at the proposed point, or after a restart."""
+        """Return a request for the sums at the proposed point, or at ``state.restart_at``."""
         if state.restart_at is not None:
             return Request(state.restart_at, None, None, state.accumulation, False, True)
         proposal = state.proposal
@@ -152,8 +154,8 @@ class GaussNewton:
     def resume(self, state: State) -> State:
         """Prepare a state that was read from a checkpoint for the resumed fit.
 
-        It gets the settings of this solver. A solve that the callback or the iteration limit had
-        ended continues, unless the limit is the same.
+        It gets the settings of this solver. A solve continues if the callback ended it, or an
+        iteration limit that is higher now.
         """
         state = replace(state, iterate=replace(state.iterate, settings=self.settings))
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
@@ -218,16 +220,20 @@ def propose(state: State) -> Proposal:
 
 
 def candidates(state: State, proposal: Proposal) -> Vector:
-    """Return shorter or longer steps than the proposed one, shape (k, p), to compare costs."""
+    """Return points along the proposed step, shorter or longer than it, shape (k, p).
+
+    Their costs are evaluated in the same pass as the proposed point.
+    """
     points = [state.iterate.moved(factor * proposal.step) for factor in proposal.factors]
     return np.array(points).reshape(len(points), len(proposal.params))
 
 
 def take_last_step(state: State, proposal: Proposal) -> State:
-    """Stop at the proposed point, without a pass there, if its error is below the tolerance.
+    """Return the state ended at the proposed point, without a pass there, if its error is small.
 
-    The error is the proposed step times the factor by which the last two steps shrank. It must be
-    below the tolerance for the residual norm and for each parameter.
+    Otherwise the state is returned unchanged. The distance of the proposed point from the solution
+    is estimated as the step times the ratio of the last two steps. It must be negligible for the
+    residual norm and for each parameter.
     """
     iterate, tol = state.iterate, state.iterate.settings.tol
     # The contraction of forecasts does not apply to a step without one.
@@ -290,7 +296,10 @@ def update(state: State, proposal: Proposal, sums: NormalEquations) -> State:
 
 
 def _largest_factor(state: State, proposal: Proposal, sums: NormalEquations) -> float:
-    """Return the largest multiple of the step whose cost decreased about as predicted; or 0."""
+    """Return the largest tried multiple of the step at which the cost fell about as predicted.
+
+    It is 0 if there is none.
+    """
     factors = [0.0]
     for factor, cost in zip(proposal.factors, sums.candidate_costs, strict=False):
         predicted = state.iterate.quadratic.reduction(factor * proposal.step)
@@ -346,9 +355,10 @@ def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> St
 
 
 def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Iterate) -> float:
-    """Return the largest difference of the covariances of two sums, relative to the variances.
+    """Return the largest change of an element of the covariance matrix between two sums.
 
-    ``iterate`` provides the scaling of the columns and the machine epsilon.
+    It is relative to the variances of the two parameters. ``iterate`` provides the scaling of the
+    columns and the machine epsilon.
     """
     scale, epsilon = iterate.scale, iterate.settings.epsilon
     roots = [ScaledSVD.of(sums, scale, epsilon).inverse_root for sums in (old, new)]
@@ -360,7 +370,7 @@ def covariance_change(old: NormalEquations, new: NormalEquations, iterate: Itera
 
 
 def _check_convergence(state: State) -> State:
-    """Set the status of the state if a convergence criterion is met."""
+    """Return the state, ended if a convergence criterion is met."""
     iterate = state.iterate
     reason = iterate.converged()
     if reason is not None:

@@ -24,12 +24,12 @@ class Settings:
 
     low: Vector  # bounds, infinite if there are none
     high: Vector
-    tol: float
+    tol: float  # relative tolerance for the reduction of the cost, and for the step
     max_iterations: int
     patience: int  # iterations without progress after which a solve ends
-    sizes: Vector  # scale of each parameter, for one whose value is near 0
+    sizes: Vector  # typical magnitudes, used instead of |p| where p is near 0
     regularization: float  # see ``HybridStreamingConfig.regularization_factor``
-    initial_radius: float  # multiple of the scaled norm of the start
+    initial_radius: float  # first trust radius, as a multiple of the scaled norm of the start
     epsilon: float  # machine epsilon of the dtype in which the model is evaluated
     recovers: bool  # retry with a shorter step after a non-finite trial
 
@@ -71,12 +71,12 @@ class Iterate:
 
     @property
     def is_ill_conditioned(self) -> bool:
-        """Whether J^T J, whose condition number is that of J squared, loses half of the digits."""
+        """Whether a solution by J^T J would have less than half of the digits of the dtype."""
         return self.svd.condition > float(self.settings.epsilon**-0.25)
 
     @property
     def room(self) -> tuple[Vector, Vector]:
-        """Smallest and largest step, in scaled variables, that stays inside the bounds."""
+        """Lower and upper limits of the step of each scaled variable, given by the bounds."""
         s = self.settings
         return (s.low - self.params) * self.scale, (s.high - self.params) * self.scale
 
@@ -100,7 +100,7 @@ class Iterate:
 
     @cached_property
     def relative_decrement(self) -> float:
-        """``sqrt(reduction / cost)``: the change of the residuals by a full step, over the norm."""
+        """``sqrt(reduction / cost)``: change of the residuals by a full step, over their norm."""
         if self.reduction == 0.0 or self.sums.cost == 0.0:
             return 0.0
         return float(np.sqrt(self.reduction / self.sums.cost))
@@ -123,7 +123,7 @@ class Iterate:
 
     @property
     def has_insensitive_parameters(self) -> bool:
-        """Whether the model depends on some parameter, not at a bound, by rounding only."""
+        """Whether a parameter that is not at a bound changes the model by rounding errors only."""
         s = self.settings
         is_free = (s.low < self.params) & (self.params < s.high)
         norms = np.sqrt(np.diag(self.sums.jtj))
@@ -145,7 +145,11 @@ class Iterate:
         return self.quadratic.damped_residual > shortest
 
     def verdict(self, reason: Status) -> Status:
-        """Return ``reason``, or the status of a failure that makes it wrong at these parameters."""
+        """Return ``reason``, or the status of a failure if the fit cannot count as converged here.
+
+        Failures are an insensitive parameter, and a cost that still decreases along flat
+        directions.
+        """
         if self.has_insensitive_parameters:
             return Status.NO_SENSITIVITY
         return Status.ILL_CONDITIONED if self.is_in_a_valley else reason

@@ -33,7 +33,7 @@ class Preconditioner(Protocol):
 
     @property
     def diagonal(self) -> Vector:
-        """Approximate diagonal of J^T J, shape (p,); zeros are replaced."""
+        """Approximate diagonal of J^T J, shape (p,), with zeros replaced by positive values."""
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
         """Multiply a vector by the approximate inverse of ``J^T J + damping * diagonal``."""
@@ -57,11 +57,12 @@ _MARGIN = 2.0  # safety factor of the remaining reduction
 class CgSettings:
     """Settings of ``NewtonCg``."""
 
-    tol: float  # of the step norm
+    tol: float  # of the change of the residuals by a step, relative to their norm
     max_iterations: int  # trials
     cg_max_iterations: int  # products per step
-    # Norms of the residual at which the solve for a step ends, relative to the initial one and
-    # absolute. The relative one is looser for long steps (Nocedal and Wright, section 7.1).
+    # Norm of the residual of the linear system at which the solve for a step ends: relative to the
+    # initial norm, and absolute. The relative one is looser for long steps (Nocedal and Wright,
+    # section 7.1).
     cg_relative: float
     cg_absolute: float
     epsilon: float  # machine epsilon of the dtype in which the model is evaluated
@@ -80,13 +81,13 @@ class CgState:
     damping: float = 0.0  # multiple of ``diagonal`` added to J^T J
     fraction: float | None = None  # of the step that is tried; None during the linear solve
     least_eigenvalue: float = 1.0  # smallest Ritz value of the preconditioned J^T J
-    last_length: float = 0.0  # of the last accepted step, in units of the residual
+    last_length: float = 0.0  # change of the residuals by the last accepted step, over their norm
     iteration: int = 0  # trials evaluated
     n_products: int = 0
     stop: Status | None = None
     # Parameters at the end, beyond ``params`` after a last step without a trial.
     solution: Vector | None = None
-    restart_at: Vector | None = None  # parameters of the fresh sums needed next
+    restart_at: Vector | None = None  # where fresh sums are needed next, if any
 
     @property
     def radius(self) -> float:
@@ -170,8 +171,8 @@ class NewtonCg:
     def resume(self, state: CgState) -> CgState:
         """Prepare a state that was read from a checkpoint for the resumed fit.
 
-        A solve that the callback or the iteration limit had ended continues, unless the limit is
-        the same; otherwise the state is returned unchanged.
+        A solve continues if the callback ended it, or an iteration limit that is higher now;
+        otherwise the state is returned unchanged.
         """
         if may_resume(state.stop, state.iteration, self.settings.max_iterations):
             return replace(state, stop=None, solution=None)
@@ -182,9 +183,10 @@ class NewtonCg:
         return state.ended(stop)
 
     def _remaining_reduction(self, state: CgState) -> float:
-        """Return an upper limit of the cost reduction that the unfinished step misses.
+        """Return an upper limit of the cost reduction that a more accurate solve would add.
 
-        It follows from the smallest eigenvalue, which conjugate gradients estimate.
+        It follows from the smallest eigenvalue of the preconditioned J^T J, which conjugate
+        gradients estimate.
         """
         least = max(state.least_eigenvalue, self.settings.epsilon)
         return _MARGIN * 0.5 * state.linear.square / least
@@ -271,7 +273,10 @@ class NewtonCg:
         return self._check_step(self._init_step(state, damping))
 
     def _accept(self, state: CgState, sums: GradientSums, predicted: float, gain: float) -> CgState:
-        """Move to the trial and start the next step, or stop if the trial is no improvement."""
+        """Move to the trial and start the next step, or stop if the trial is no improvement.
+
+        ``predicted`` and ``gain`` are the predicted and the actual reduction of the cost.
+        """
         params, fraction, noise = state.request.params, state.fraction, self._cost_noise(state)
         assert fraction is not None
         is_below_noise = predicted + self._remaining_reduction(state) <= noise

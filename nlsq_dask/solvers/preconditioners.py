@@ -42,7 +42,7 @@ class DiagonalPreconditioner:
     diagonal: Vector  # without zeros
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
-        """Apply the preconditioner."""
+        """Return ``vector / ((1 + damping) * diagonal)``."""
         return vector / (self.diagonal * (1.0 + damping))
 
 
@@ -50,8 +50,9 @@ class DiagonalPreconditioner:
 class SamplePreconditioner:
     """Inverse of ``weight * (J^T J + diagonal_share * diag(J^T J))``, with J of a sample of rows.
 
-    Adding some of the diagonal makes small eigenvalues larger. Due to sampling, eigenvalues have
-    relative errors of about ``sqrt(p / n)``, and those that are too small do the most harm.
+    Adding some of the diagonal makes small eigenvalues larger. With p parameters and n rows in the
+    sample, eigenvalues have relative errors of about ``sqrt(p / n)``, and those that are too small
+    do the most harm.
     """
 
     product: Callable[[Vector], Vector]  # J^T J v of the sample
@@ -65,7 +66,7 @@ class SamplePreconditioner:
         return self.weight * self.sample_diagonal
 
     def __call__(self, vector: Vector, damping: float = 0.0) -> Vector:
-        """Apply the preconditioner."""
+        """Multiply by the inverse, with ``damping`` times the diagonal added to the matrix."""
         added = self.diagonal_share + damping
 
         def matvec(v: Vector) -> Vector:

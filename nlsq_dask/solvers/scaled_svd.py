@@ -15,13 +15,13 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScaledSVD:
-    """Singular values and right singular vectors of J with columns divided by ``scale``."""
+    """Singular values and right singular vectors of J, with its columns scaled as in ``of``."""
 
     values: Vector
     vectors: NDArray[np.float64]  # right singular vectors as columns
-    gradient: Vector  # of the cost by the scaled parameters
+    gradient: Vector  # derivatives of the cost by the scaled parameters
     slopes: Vector  # the gradient along the singular vectors
-    rounding: float  # relative to the largest singular value; smaller values are rounding
+    rounding: float  # singular values below this multiple of the largest are rounding errors
 
     @classmethod
     def of(cls, sums: NormalEquations, scale: Vector, epsilon: float) -> ScaledSVD:

@@ -67,14 +67,14 @@ class Solver(Protocol[T, S_contra]):
     def restart(self, state: T, params: Vector) -> T:
         """Return a state that asks for the sums at ``params`` and continues from there.
 
-        Called when a block was skipped: earlier sums are over other rows then.
+        It is called after a block was skipped, because earlier sums contain the rows of the block.
         """
 
     def resume(self, state: T) -> T:
         """Prepare a state that was read from a checkpoint for the resumed fit.
 
-        It is adapted to the settings of this solver, which may differ, and continues if it had been
-        ended by the callback or by a lower iteration limit.
+        It is adapted to the settings of this solver. A solve continues if the callback ended it, or
+        an iteration limit that is higher now.
         """
 
     def end(self, state: T, stop: Status) -> T:
@@ -82,7 +82,10 @@ class Solver(Protocol[T, S_contra]):
 
 
 def may_resume(stop: Status | None, iteration: int, max_iterations: int) -> bool:
-    """Whether a solve with this status continues when its fit is resumed from a checkpoint."""
+    """Whether a solve with this status continues when its fit is resumed from a checkpoint.
+
+    It continues if the callback ended it, or an iteration limit that is higher now.
+    """
     if stop is Status.ITERATION_LIMIT:
         return iteration < max_iterations
     return stop is Status.USER_STOP

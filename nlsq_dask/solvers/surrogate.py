@@ -84,7 +84,7 @@ class Surrogate:
         )
 
     def with_secant_update(self, earlier: Iterate) -> Surrogate:
-        """Return S with its curvature corrected by the gradient at an earlier point."""
+        """Return a surrogate whose curvature matches the gradient over all rows at ``earlier``."""
         scale = self.iterate.scale
         hessian = self.iterate.sums.jtj / np.outer(scale, scale)
         step = (earlier.params - self.iterate.params) * scale
@@ -103,7 +103,7 @@ class Surrogate:
 
 
 def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
-    """Propose the minimizer of S within the bounds; None if the sample is not useful for it.
+    """Propose the minimizer of a ``Surrogate`` within the bounds; None if the sample is of no use.
 
     Parameters
     ----------

@@ -30,13 +30,13 @@ _LOG_DAMPING_TOL = 0.05  # the radius is approximate; Moré uses 10 %
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Quadratic model of the cost: gradient at zero, eigenvalues and eigenvectors of H."""
+    """Quadratic model ``g^T s + 1/2 s^T H s`` of the cost: g, eigenvalues and eigenvectors of H."""
 
     gradient: Vector
     eigenvalues: Vector
     eigenvectors: NDArray[np.float64]
     slopes: Vector  # the gradient along the eigenvectors
-    is_flat: bool  # whether any singular value was below the ``floor`` of ``of``
+    is_flat: bool  # whether singular values were raised to the ``floor`` of ``Quadratic.of``
     null_slope: float  # norm of the gradient along null directions
     # By how much an undamped step along the other flat directions reduces the residual norm.
     damped_residual: float

@@ -24,7 +24,7 @@ class Folder(Protocol):
     """Operations on a folder of files."""
 
     def prepare(self, fit: str) -> None:
-        """Create the folder and check that files of the fit of this name can be written."""
+        """Create the folder, and check that files whose names begin with ``fit`` can be written."""
 
     def names(self) -> list[str]:
         """Return the names of the files; an empty list if the folder does not exist."""
@@ -99,7 +99,7 @@ class _RemoteFolder:
         self._folder = folder.rstrip("/")
 
     def prepare(self, fit: str) -> None:
-        """Create the folder, if the store has folders."""
+        """Create the folder if the store has folders; writing is not checked."""
         self._fs.makedirs(self._folder, exist_ok=True)
 
     def names(self) -> list[str]:

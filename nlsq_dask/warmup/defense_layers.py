@@ -43,14 +43,15 @@ class StartSettings:
 
 
 def is_warm_start(loss: float, settings: StartSettings) -> bool:
-    """Layer 1: return whether the relative loss at p0 is so small that no warm-up is needed."""
+    """Return whether the relative loss at p0 is so small that the warm-up is skipped (layer 1)."""
     return loss < settings.warm_start_threshold
 
 
 def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
-    """Layer 2: return how the first step is chosen by the relative loss, and the size of it.
+    """Return a name and the size of the first step, which depend on the relative loss (layer 2).
 
-    The first value is "refinement", "careful" or "exploration"; "fixed" if it is not adaptive.
+    The name is "refinement", "careful" or "exploration"; "fixed" if ``settings.is_adaptive`` is
+    False.
     """
     if not settings.is_adaptive:
         return "fixed", settings.careful_step
@@ -62,20 +63,24 @@ def first_step_size(loss: float, settings: StartSettings) -> tuple[str, float]:
 
 
 def cost_increased(loss: Any, initial_loss: Any, tolerance: Any) -> Any:
-    """Layer 3: return whether the loss exceeds ``initial_loss * (1 + tolerance)``, in JAX."""
+    """Layer 3: return, as a JAX boolean, whether the loss exceeds the tolerated one.
+
+    That is ``initial_loss * (1 + tolerance)``.
+    """
     return loss > initial_loss * (1.0 + tolerance)
 
 
 class ClipState(NamedTuple):
-    """Number of updates shortened by layer 4."""
+    """State of ``clip_step``: the number of updates that it has shortened."""
 
     count: Any
 
 
 def clip_step(max_norm: Any) -> optax.GradientTransformationExtraArgs:
-    """Layer 4: an optax transformation that limits the norm of updates and counts limited ones.
+    """Layer 4: return an optax transformation that limits the norm of updates.
 
-    It comes before the line search, which then checks its conditions for the step that is taken.
+    It comes before the line search, which then evaluates steps that are short enough, and counts
+    how many updates it has shortened.
     """
 
     def init(params: Any) -> ClipState:

@@ -36,7 +36,11 @@ _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss t
 
 
 class WarmupEnd(IntEnum):
-    """Why the warm-up ended; PLATEAU, GRADIENT, MAX_ITER as in ``active_switching_criteria``."""
+    """Why the warm-up ended.
+
+    PLATEAU, GRADIENT and MAX_ITER are criteria of
+    ``HybridStreamingConfig.active_switching_criteria``.
+    """
 
     RUNNING = 0
     PLATEAU = 1
@@ -49,9 +53,10 @@ class WarmupEnd(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Arrays and numbers that the compiled program takes as arguments.
+    """Arguments of the compiled iterations of L-BFGS.
 
-    Rows, normalization and bounds as in ``NormalizedSample``; thresholds as in ``WarmupSettings``.
+    Rows, normalization and bounds are as in ``NormalizedSample``, ``variance`` and ``first_step``
+    as in ``Warmup.build``, and the thresholds as in ``WarmupSettings``.
     """
 
     y: Any
@@ -78,7 +83,8 @@ class Problem(NamedTuple):
 class WarmupState(NamedTuple):
     """State of L-BFGS after some iterations.
 
-    ``params`` and ``best_params`` are normalized, shape (p,); losses are relative losses.
+    ``params`` and ``best_params`` (normalized) and ``gradient`` have shape (p,); losses are
+    relative. ``optimizer`` is the state of optax, and ``end`` is a ``WarmupEnd``.
     """
 
     params: Any
@@ -110,7 +116,7 @@ class WarmupSettings:
 
 @dataclass(frozen=True)
 class Options:
-    """Options for each combination of which a program is compiled."""
+    """Static options of L-BFGS, which is compiled for each combination of their values."""
 
     history_size: int
     line_search: str
@@ -119,7 +125,7 @@ class Options:
     guards_cost: bool
     clips_step: bool
     loss: str
-    groups: tuple[tuple[int, int], ...]  # ranges of parameters of the penalty
+    groups: tuple[tuple[int, int], ...]  # (start, end) of the parameters of each penalized group
 
 
 class _FirstStepState(NamedTuple):
@@ -127,7 +133,10 @@ class _FirstStepState(NamedTuple):
 
 
 def _scale_first_step(size: Any) -> optax.GradientTransformationExtraArgs:
-    """Scale the first update, which L-BFGS computes without curvature information."""
+    """Return an optax transformation that multiplies the first update by ``size``.
+
+    L-BFGS computes the first update without curvature information.
+    """
 
     def init(params: Any) -> _FirstStepState:
         return _FirstStepState(jnp.zeros((), jnp.int64))
@@ -142,7 +151,7 @@ def _scale_first_step(size: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _hold_at_bounds(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
-    """Set updates to zero that would move a parameter across the bound at which it is."""
+    """Return an optax transformation that keeps parameters at a bound from crossing it."""
 
     def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         is_outward = ((params <= low) & (updates < 0)) | ((params >= high) & (updates > 0))
@@ -254,7 +263,7 @@ def _step(model: Model, options: Options, problem: Problem, state: WarmupState) 
 
 @dataclass(frozen=True)
 class Warmup:
-    """L-BFGS for one sample, with the programs that it compiles."""
+    """L-BFGS for one sample; ``key`` is that of its compiled functions in the cache."""
 
     model: Model
     problem: Problem
@@ -379,7 +388,7 @@ class Warmup:
 
 
 def clip_count(state: WarmupState, options: Options) -> int:
-    """Return how many updates the step clipping of layer 4 has shortened."""
+    """Return how many updates ``clip_step`` has shortened; 0 if ``options.clips_step`` is False."""
     return int(state.optimizer[-2].count) if options.clips_step else 0
 
 

@@ -45,12 +45,12 @@ class MultistartSettings:
     seed: int
 
     def rows_of_round(self, number: int) -> int:
-        """Return the number of rows that a round uses if the sample has as many."""
+        """Return how many rows round ``number``, from 0, uses if the sample is large enough."""
         return self.batches_per_round * _BATCH_ROWS << number
 
     @property
     def max_rows(self) -> int:
-        """Number of rows that the last round uses if the sample has as many."""
+        """Number of rows that the last round uses if the sample is large enough."""
         return self.rows_of_round(self.n_rounds - 1)
 
 
@@ -68,7 +68,7 @@ class Round:
 
 @dataclass(frozen=True)
 class SuccessiveHalving:
-    """Successive halving for one sample, with the program that it compiles."""
+    """Successive halving for one sample; ``key`` is that of its compiled function in the cache."""
 
     model: Model
     problem: Problem
@@ -122,7 +122,11 @@ class SuccessiveHalving:
         survivors: NDArray[np.int64],
         n_rows: int,
     ) -> Candidate:
-        """Return the candidates at ``survivors`` after steps on the first ``n_rows`` rows."""
+        """Return candidates after a few Levenberg-Marquardt steps on the first ``n_rows`` rows.
+
+        ``survivors`` are the indices of these candidates in ``params`` and ``damping``, which holds
+        the Levenberg-Marquardt parameter of each candidate.
+        """
         # The same power of two in all rounds, so that few programs are compiled.
         max_groups = 1 << (-(-len(params) // _GROUP_SIZE) - 1).bit_length()
         indices = np.resize(survivors, (max_groups, _GROUP_SIZE))

@@ -1,4 +1,4 @@
-"""Phase 0: normalization of the parameters, for the warm-up and for models of the caller."""
+"""Normalization of parameters, for the warm-up and for users who fit normalized parameters."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class NormalizedSample:
     fingerprint: str  # of the model and its x
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arrays of the rows, the normalization and the bounds, by name."""
+        """Return rows, normalization and bounds as arrays, by field of ``lbfgs.Problem``."""
         low, high = self.normalizer.transform_bounds()
         sigma = self.rows.sigma
         return {

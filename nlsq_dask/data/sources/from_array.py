@@ -28,7 +28,7 @@ _DTYPE_ADVICE = {
 
 
 def is_in_memory(value: Any) -> bool:
-    """Return whether the values are in the memory of this process."""
+    """Return whether the values of an array are in memory of this process, not on disk or lazy."""
     if getattr(value, "chunks", None) is not None:
         return False
     if "preferred_chunks" in getattr(value, "encoding", {}):

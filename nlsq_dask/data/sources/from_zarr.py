@@ -48,7 +48,7 @@ class StoredRegion:
     hides_fill: bool  # whether the fill value is decoded to NaN
 
     def _ranges(self) -> list[range]:
-        """Return the indices of the objects that the region overlaps, per dimension."""
+        """Return, per dimension, which stored chunks or shards the region overlaps."""
         return [
             range(part.start // size, -(part.stop // -size))
             for part, size in zip(self.region, _object_shape(self.array), strict=True)

@@ -61,7 +61,7 @@ _TEXT_EVENTS = (
 
 
 class Messages:
-    """Converts the events of one fit to messages."""
+    """Converter from the events of one fit to messages, small dicts for the dashboard page."""
 
     def __init__(self) -> None:
         self._grid: tuple[int, ...] = ()  # number of blocks along each dimension of the data
@@ -109,13 +109,16 @@ class Messages:
 
 
 def _longest_axes(shape: tuple[int, ...]) -> list[int]:
-    """Return the two longest axes, or only the longest one if all others have length 1."""
+    """Return the indices of the two longest axes, in ascending order.
+
+    Only the longest one is returned if all others have length 1.
+    """
     by_length = sorted(range(len(shape)), key=lambda axis: -shape[axis])
     return sorted(axis for axis in by_length[:2] if shape[axis] > 1) or by_length[:1]
 
 
 def _numbers(event: Event, names: list[str]) -> Message:
-    """Return fields of an event under their keys in a message, as Python scalars."""
+    """Return the fields ``names`` of an event as a dict of Python scalars, for a message."""
     values = {name: np.asarray(getattr(event, name)).item() for name in names}
     return {_KEYS.get(name, name): value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""``metrics_collector``: Prometheus metrics of the fits of this process, without a cluster."""
+"""``metrics_collector``: export the metrics of fits in this process, for fits without a cluster."""
 
 from __future__ import annotations
 

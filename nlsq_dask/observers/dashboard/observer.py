@@ -51,12 +51,12 @@ class Page:
         self._is_on = True
 
     def __call__(self, event: Event) -> None:
-        """Count and queue an event; send the queue if it was last sent long enough ago."""
+        """Count and queue an event; send the queue at most once per ``_INTERVAL`` seconds."""
         self._safely(self._telemetry, event)
         self._safely(self._take, event)
 
     def remember(self, event: Event) -> None:
-        """Queue an event that a resumed fit read from its checkpoint; do not count it again."""
+        """Queue an event that a resumed fit read from its checkpoint, without counting it again."""
         self._safely(self._take, event)
 
     def close(self) -> None:

@@ -81,7 +81,10 @@ def text_color() -> Any:
 
 
 def date_axis(axes: Axes, low: float, high: float) -> bool:
-    """Label an x axis in days since 1970 with dates; return False if dates cannot be drawn."""
+    """Label an x axis in days since 1970 with dates; return False if it cannot have dates.
+
+    Matplotlib draws dates of the years 1 to 9999 only. ``low`` and ``high`` are the limits in days.
+    """
     from matplotlib import dates
 
     first, last = np.datetime64("0001-01-02"), np.datetime64("9999-12-30")

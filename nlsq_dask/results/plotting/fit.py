@@ -188,7 +188,7 @@ def _draw_residuals(axes: Axes, sampled: Sampled, quantity: Quantity) -> None:
 
 
 def _draw_histogram(axes: Axes, sampled: Sampled, is_upright: bool = False) -> None:
-    """Draw a histogram of residuals, with the normal density of the expected width.
+    """Draw a histogram of residuals, with the normal density of width ``sampled.expected``.
 
     Residuals are on the horizontal axis if ``is_upright``, otherwise on the vertical axis.
     """

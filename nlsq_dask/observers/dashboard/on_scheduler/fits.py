@@ -49,7 +49,7 @@ class Fit:
         return f"{self.number}: {self.about.get('model', 'fit')}"
 
     def take(self, message: dict[str, Any]) -> None:
-        """Record a message; ignore an unknown kind of message, from another version."""
+        """Record a message about the fit; ignore kinds that only other versions know."""
         for key in ("time", "start"):
             if key in message:
                 message = {**message, key: message[key] + self.ahead}
@@ -140,7 +140,7 @@ class Fits:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop the oldest fits, first those that ended; keep their counters."""
+        """Drop the oldest fits if there are too many, ended ones first; keep their counters."""
         ended = [name for name, fit in self.recent.items() if not fit.is_running]
         for name in ended[: max(len(self.recent) - MAX_FITS, 0)]:
             self._drop(name)
@@ -155,7 +155,10 @@ class Fits:
             self._of_others.update(metrics)
 
     def metrics(self) -> dict[str, float]:
-        """Return counters summed over all fits, and the last loss, by their Prometheus names."""
+        """Return metrics by Prometheus name: counters summed over all fits, and the latest loss.
+
+        The loss is the one that any of the fits reported last.
+        """
         every = [fit.metrics for fit in list(self.recent.values())]
         every += [metrics for _, metrics in list(self._forgotten.values())]
         totals = Counter(self._of_others)

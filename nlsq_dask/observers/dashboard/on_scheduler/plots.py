@@ -98,7 +98,10 @@ class Curves:
 
 
 class Bars:
-    """Figure with a row of bars per fit; ``data`` returns the bars of some fits, as columns."""
+    """Figure with a row of bars per fit.
+
+    ``data`` is a function that takes fits and returns the bars as a dict of columns.
+    """
 
     def __init__(
         self,
@@ -202,9 +205,9 @@ class BlockPlot:
         self.figure = _figure(_BLOCKS, name=name, height=330, visible=False, **options)
 
     def show(self, fits: list[Fit]) -> None:
-        """Show the first running fit with values of its blocks, otherwise the last fit with them.
+        """Show the first running fit for which ``data`` is not None, otherwise the last such fit.
 
-        The figure is hidden if no fit has values for this kind of figure.
+        The figure is hidden if there is none.
         """
         measured = [fit for fit in fits if fit.map]
         running = [fit for fit in measured if fit.is_running]

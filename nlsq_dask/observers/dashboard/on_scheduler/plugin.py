@@ -42,7 +42,7 @@ class FitPages(SchedulerPlugin):
         scheduler.handlers[HANDLER] = self.take
 
     def take(self, batch: dict[str, Any]) -> dict[str, str]:
-        """Record a batch of messages; ``no_page`` of the answer says why there is no page."""
+        """Record a batch of messages; return why there is no dashboard page, or an empty reason."""
         self.fits.take(batch)
         self.collector = _register_collector(self.collector, self.fits)
         return {"no_page": self.no_page}

@@ -46,13 +46,13 @@ def curve(fit: Fit | None, name: str) -> dict[str, list[Any]]:
 
 
 def rates(fit: Fit) -> dict[str, list[Any]]:
-    """Return the megabytes processed per second, read or from memory, as points over time."""
+    """Return the megabytes processed per second, read and cached, as columns over time."""
     measured = list(fit.rates)
     return _columns(_POINT, [(at - fit.began, rate / 1e6, "circle", 4) for at, rate in measured])
 
 
 def bars_of_phases(fits: list[Fit], colors: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Return one bar per phase of each fit, as columns."""
+    """Return one bar per phase of each fit, as columns; each phase has its own color."""
     bars = []
     ends = [fit.heard if not fit.is_running else time.time() for fit in fits]
     spans = [end - fit.began for fit, end in zip(fits, ends, strict=True)]
@@ -132,12 +132,18 @@ class Line:
 
 
 def image(fit: Fit) -> Image | None:
-    """Return the heat map of the blocks; None if they have no values or are not in 2-d."""
+    """Return the heat map of the blocks, or None.
+
+    It is None if the blocks have no values yet or divide the data along one dimension only.
+    """
     return Image(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 2 else None
 
 
 def profile(fit: Fit) -> Line | None:
-    """Return the step plot of the blocks; None if they have no values or are not in 1-d."""
+    """Return the step plot of the blocks, or None.
+
+    It is None if the blocks have no values yet or divide the data along several dimensions.
+    """
     return Line(_table(fit.map), fit.map) if len(fit.map.get("shape", ())) == 1 else None
 
 
