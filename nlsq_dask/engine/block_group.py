@@ -80,7 +80,7 @@ class ReadAhead:
         return self._places.acquire(blocking=False)
 
     def free_place(self) -> None:
-        """Free the place of a block that is now in use."""
+        """Make room for another block to be read ahead, after one that was is now in use."""
         self._places.release()
 
     def close(self) -> None:

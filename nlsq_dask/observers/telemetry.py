@@ -1,4 +1,7 @@
-"""``DefenseLayerTelemetry``: counters of fits and of the defense layers of their warm-ups."""
+"""``DefenseLayerTelemetry``: counters of fits, and of the safeguards of the L-BFGS warm-up.
+
+The safeguards, called defense layers, skip, shorten or end a warm-up that would do harm.
+"""
 
 from __future__ import annotations
 
