@@ -279,7 +279,7 @@ TABLE: dict[str, Case] = {
         dict(x=np.stack([X, X])),
         nd.DataError,
         "x_data has shape (2, 4000) and y_data has shape (4000,): they do not match. "
-        "Observations are rows of x: pass x_data.T, or a tuple of arrays.",
+        "Observations are rows of x: pass a tuple of the arrays, or np.transpose(x_data).",
     ),
     "what arrays are: one number": (
         dict(y=3.0),

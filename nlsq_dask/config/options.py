@@ -66,7 +66,8 @@ class HybridStreamingConfig(ValidatedOptions):
     active_switching_criteria : a non-empty list of 'plateau', 'gradient', 'max_iter', default all
         Criteria for the end of the warm-up, which ends as soon as one of them is met: 'plateau'
         (see ``loss_plateau_threshold``), 'gradient' (see ``gradient_norm_threshold``), 'max_iter'
-        (see ``max_warmup_iterations``).
+        (see ``max_warmup_iterations``). Whatever the criteria, the warm-up also ends if the loss
+        has converged to rounding errors, or if the line search finds no better point.
     lbfgs_history_size : an integer >= 1, default 10
         Number of recent iterations from which L-BFGS approximates the Hessian matrix.
     lbfgs_line_search : one of 'wolfe', 'strong_wolfe', 'backtracking', default 'wolfe'

@@ -114,7 +114,9 @@ def _mismatch_hint(
         return "Pass one number, or an array that broadcasts against y_data."
     if ndim == 1:
         if len(shape) == 2 and shape[1:] == y_shape:
-            return f"Observations are rows of x: pass {name}.T, or a tuple of arrays."
+            return (
+                f"Observations are rows of x: pass a tuple of the arrays, or np.transpose({name})."
+            )
         return (
             "For a 1-d y_data pass x of shape (n,) or (n, k), or a tuple of arrays of shape (n,)."
         )

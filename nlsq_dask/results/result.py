@@ -118,10 +118,10 @@ class FitResult(PlotMethods):
         ``callback_frequency``. Variables: ``stage`` ("warm-up", "sample" or "all rows"),
         ``n_iterations`` (since the previous record), ``loss`` (mean squared weighted residual over
         the rows of the stage), ``gradient_norm`` (of the loss relative to the variance of y, in
-        normalized parameters), ``step_norm`` (of the trial step, in normalized parameters),
-        ``trust_radius`` (in parameters scaled so that the columns of the Jacobian have unit length,
-        NaN in the warm-up), ``accepted``, ``n_passes`` (so far), ``time`` (s since 1970) and, for
-        at most 1,000 parameters, ``params`` (along ``param``).
+        normalized parameters), ``step_norm`` (of the step since the previous record, in normalized
+        parameters), ``trust_radius`` (in parameters scaled so that the columns of the Jacobian have
+        unit length, NaN in the warm-up), ``accepted``, ``n_passes`` (so far), ``time`` (s since
+        1970) and, for at most 1,000 parameters, ``params`` (along ``param``).
     diagnostics : dict
         - ``parameters_at``: equal to x; ``sums_at``: parameters at which cost, grad and pcov were
           computed, which differ from x after a last step that took no pass.
@@ -138,8 +138,9 @@ class FitResult(PlotMethods):
           the rounds) and, if p0 did not win, ``warm_up_of_p0`` (facts about the warm-up from p0,
           as in ``warm_up``).
     x_units : dict of str to str
-        Units of dates and durations, by name of the x array, such as
-        ``{"x_data['time']": "days since 1970-01-01"}``; for cftime with the calendar, as in
+        Units of dates and durations, by x array: "x_data", "x_data[0]" for the first one of a tuple
+        or of several names, or "x_data['time']" in a dict. An example is
+        ``{"x_data[0]": "days since 1970-01-01"}``; for cftime with the calendar, as in
         "days since 1970-01-01, calendar noleap"; "days" for durations. Empty without dates.
     sample : xarray.Dataset or None
         At most 2,000 random rows of the data, along ``row``: ``y_data``, ``fitted`` (the model at
