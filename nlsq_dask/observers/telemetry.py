@@ -65,8 +65,8 @@ class DefenseLayerTelemetry:
         "layer1_warm_start_rate",
     )
     layer2_lr_mode_counts: dict[str, int] = _counter(
-        'Warm-ups by size of the first step: "refinement" (smallest), "careful", "exploration", '
-        'or "fixed" if layer 2 is disabled.',
+        'Warm-ups by choice of the first step: "refinement" (relative loss below 0.1), "careful" '
+        '(below 1), "exploration", or "fixed" if layer 2 is disabled.',
         "nlsq_defense_layer2_*_total",
         "layer2_*_rate",
         dict.fromkeys(("refinement", "careful", "exploration", _FIXED), 0),

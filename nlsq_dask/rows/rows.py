@@ -211,7 +211,7 @@ class Rows:
         keep = np.ones(len(self), bool) if mask is None else ~mask
         for array in numbers:
             if array is not None:
-                keep &= np.isfinite(array).reshape(len(self), -1).all(axis=1)
+                keep &= np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
         return self.take(np.flatnonzero(keep))
 
     @classmethod
