@@ -126,7 +126,8 @@ class DenseReduction:
         triangle = upper[:p, :p] if is_root else upper
         if self.accumulation is Accumulation.SCORES:
             triangle[:p, :p] /= factors[p]
-        gram = triangle.T @ triangle
+        with np.errstate(over="ignore", invalid="ignore"):  # then the sums are not finite
+            gram = triangle.T @ triangle
         if is_root:
             return gram, upper[:p, p] / factors[:p], np.nan, triangle
         return gram[:p, :p], gram[:p, p], gram[p, p], triangle
