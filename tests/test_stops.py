@@ -80,7 +80,7 @@ CASES: list[Case] = [
         [20, 0.1, 5],
         {**NO_SAMPLE, "gauss_newton_max_iterations": 1},
     ),
-    (Status.SLOW_PROGRESS, arrhenius, MGH10_X, MGH10_Y, [2, 400_000, 25_000], {}),
+    (Status.SLOW_PROGRESS, arrhenius, MGH10_X, MGH10_Y, [2, 400_000, 25_000], NO_SAMPLE),
     (Status.STALLED, lambda x, a: wrong(a) * x, X, 3 * X + NOISE, [1], NO_WARMUP),
     (Status.NO_SENSITIVITY, exponential, X, Y, [1, 1e9, 1], {}),
     (
@@ -107,7 +107,7 @@ def test_reason(case: Case) -> None:
     assert result.message.startswith(reason.message), result.message
     assert result.status == reason.code
     assert result.success == (reason.code > 0)
-    assert result.n_passes <= 20  # none goes on for long without progress
+    assert result.n_passes <= 30  # none goes on for long without progress
 
 
 def test_all_reasons_are_here() -> None:
@@ -137,10 +137,101 @@ def test_box_bod(start: list[float]) -> None:
     np.testing.assert_allclose(result.perr, [1.2354515176e1, 1.0455993237e-1], rtol=1e-7)
 
 
-def test_mgh10_from_its_second_start() -> None:
+@pytest.mark.parametrize(
+    "start", [pytest.param([2, 400_000, 25_000], marks=pytest.mark.slow), [0.02, 4000, 250]]
+)
+def test_mgh10(start: list[float]) -> None:
     """NIST's MGH10, whose parameters span eight orders of magnitude."""
     lazy = [da.from_array(v, chunks=5) for v in (MGH10_X, MGH10_Y)]
-    result = fit(arrhenius, *lazy, [0.02, 4000, 250])
+    result = fit(arrhenius, *lazy, start)
     assert result.success, result.message
     expected = [5.6096364710e-3, 6.1813463463e3, 3.4522363462e2]
-    np.testing.assert_allclose(result.x, expected, rtol=1e-8)
+    np.testing.assert_allclose(result.x, expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [[50, 150, -100, 1, 2], [0.5, 1.5, -1, 0.01, 0.02]])
+def test_mgh17(start: list[float]) -> None:
+    """NIST's MGH17, two exponentials, from both of its starts."""
+    x = 10.0 * np.arange(33)
+    values = (
+        "844 908 932 936 925 908 881 850 818 784 751 718 685 658 628 603 580 558 538 522 506 490 "
+        "478 467 457 448 438 431 424 420 414 411 406"
+    )
+    y = 1e-3 * np.array(values.split(), float)
+
+    def model(x: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+        return a + b * jnp.exp(-d * x) + c * jnp.exp(-e * x)
+
+    result = fit(model, x, y, start)
+    assert result.success, result.message
+    expected = [3.7541005211e-1, 1.9358469127, -1.4646871366, 1.2867534640e-2, 2.2122699662e-2]
+    np.testing.assert_allclose(result.x, expected, rtol=1e-6)
+
+
+# --- right values at the floating-point resolution
+
+
+def pulse(t: Any, height: Any, center: Any, width: Any, offset: Any) -> Any:
+    return offset + height * jnp.exp(-0.5 * ((t - center) / width) ** 2)
+
+
+@pytest.mark.parametrize(
+    "origin", [1.7e9, pytest.param(2.46e6, marks=pytest.mark.slow)], ids=["unix", "julian"]
+)
+def test_a_parameter_whose_spacing_is_close_to_its_error(origin: float) -> None:
+    width = 4e4 * np.spacing(origin)
+    t = origin + np.linspace(-10, 10, 200) * width
+    truth = [3.0, origin + 0.3 * width, width, 0.2]
+    noise = 1e-3 * np.random.default_rng(0).normal(size=len(t))
+    result = fit(pulse, t, pulse(t, *truth) + noise, [2.0, origin, 1.5 * width, 0.0])
+    assert result.success, result.message
+    assert np.all(np.abs(result.x - truth) < 4 * result.perr + np.spacing(truth))
+
+
+def test_a_phase_far_from_zero() -> None:
+    x = np.linspace(0, 10, 101)
+    phase = 1 + 40 * np.pi
+
+    def wave(x: Any, a: Any, phase: Any, c: Any) -> Any:
+        return a * jnp.sin(2 * x + phase) + c
+
+    y = 2.0 * np.sin(2 * x + phase) + 0.1
+    result = fit(wave, x, y, [1.5, phase + 0.1, 0.0])
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, [2.0, phase, 0.1], rtol=1e-13)
+
+
+def line(x: Any, a: Any, b: Any) -> Any:
+    return a + b * x
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e19, 1e-19])
+def test_a_linear_model_whose_start_is_wrong_by_orders_of_magnitude(scale: float) -> None:
+    x = np.linspace(0, 1, 50)
+    result = fit(line, x, scale * (3 + 2 * x), [1.0, 1.0])
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, [3 * scale, 2 * scale], rtol=1e-10)
+
+
+def test_zero_data_are_fitted_exactly() -> None:
+    result = fit(line, np.linspace(0, 1, 50), np.zeros(50), [1.0, 1.0])
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, 0.0, atol=1e-100)
+
+
+def test_a_start_of_enormous_cost_over_noisy_data() -> None:
+    """Nothing is compared with the cost of the start."""
+    x = np.linspace(0, 1, 50)
+    y = np.random.default_rng(0).normal(size=50)
+    result = fit(line, x, y, [1e20, -1e20])
+    assert result.success, result.message
+    slope, offset = np.polyfit(x, y, 1)
+    np.testing.assert_allclose(result.x, [offset, slope], rtol=1e-9)
+
+
+def test_a_kink_is_no_matter_of_resolution() -> None:
+    x = np.linspace(0, 1, 50)
+    y = np.sin(9 * x) + np.random.default_rng(0).normal(size=50)
+    result = fit(lambda x, a, b: b * jnp.abs(x - a), x, y, [0.3, 1.0])
+    assert result.status == Status.STALLED.code

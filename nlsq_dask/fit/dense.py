@@ -15,7 +15,7 @@ from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import Report, iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.fit.settings import SAMPLE_ITERATIONS_FACTOR, gauss_newton_settings
+from nlsq_dask.fit.settings import gauss_newton_settings, sample_settings
 from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
 from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.in_memory import DenseObjective
@@ -39,7 +39,7 @@ _MAX_DECREMENT = 1e-2  # relative decrement without the penalty at which it matt
 _CHANCE = 10.0  # times p / n: insignificant relative reduction of the cost
 _LESS_VARIANCE = 0.5  # ratio of variances at which the penalty is relaxed
 _FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
-_RACE_TOL = 1e-3  # tolerance for comparing starts
+_RACE_TOL, _RACE_PATIENCE = 1e-3, 150  # tolerance and patience for comparing starts
 _SAME_COST = 1e-4  # relative difference within which costs are equal
 
 
@@ -105,7 +105,7 @@ class SampleSolver:
         by orders of magnitude; weaker penalties are then tried, too.
         """
         settings = self.solver.settings
-        coarse = replace(settings, tol=max(settings.tol, _RACE_TOL))
+        coarse = replace(settings, tol=max(settings.tol, _RACE_TOL), patience=_RACE_PATIENCE)
         rough = SampleSolver(replace(self.solver, settings=coarse))
         best, least = rough._race(sums, starts, _ANCHOR_LENGTH, report)
         n_used, n_params = max(sums(best).n_used, 1), len(best)
@@ -176,12 +176,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         is_qr = config.gauss_newton_solver == "qr"
         self._first_accumulation = Accumulation.TRIANGLE if is_qr else Accumulation.GRAM
         self._is_auto = config.gauss_newton_solver == "auto"
-        settings = replace(
-            self._settings,
-            epsilon=float(np.finfo(np.float64).eps),
-            max_iterations=SAMPLE_ITERATIONS_FACTOR * self._settings.max_iterations,
-            patience=SAMPLE_ITERATIONS_FACTOR * self._settings.patience,
-        )
+        settings = sample_settings(self._settings)
         self._sample_solver = SampleSolver(
             GaussNewton(settings, self._first_accumulation, self._is_auto)
         )
@@ -283,6 +278,16 @@ class DenseFit(FullFit[State, NormalEquations]):
         ):
             return new_start, new_pass
         return start, first
+
+    def _confirm(self, state: State) -> tuple[State, NDArray[np.bool_] | None]:
+        """Return the state, as converged if no step was better only for rounding errors."""
+        if state.stop is not Status.STALLED or self._sample is None:
+            return state, None
+        iterate = state.iterate
+        resolution = self._sample.resolution(iterate.params, self._settings.epsilon)
+        if iterate.reduction <= 0.5 * iterate.sums.n_used * resolution < np.inf:
+            state = replace(state, stop=iterate.verdict(Status.FLOOR))
+        return state, None
 
     def _describe(self, state: State) -> dict[str, Any]:
         return {"solver": "normal" if state.sums.triangle is None else "qr"}

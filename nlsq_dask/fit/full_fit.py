@@ -75,6 +75,7 @@ class FullFit(ABC, Generic[T, S]):
         self.problem = context.problem
         self._state: T | None = None
         self._solver: Solver[T, S] | None = None
+        self._sample: SampleProblem[Any] | None = None
         self._blocks: BlockSums | None = None
         self._new_blocks: BlockSums | None = None
 
@@ -155,6 +156,7 @@ class FullFit(ABC, Generic[T, S]):
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
     ) -> Outcome:
         """Solve on the sample, then over all rows; add entries for the history to ``details``."""
+        self._sample = sample
         start = self._solve_on_sample(sample, starts, details)
         self._prepare(sample, start)
         start, first = self._first_pass(sample, start, starts)

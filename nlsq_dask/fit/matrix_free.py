@@ -18,7 +18,7 @@ from nlsq_dask.fit.iterations import StoppedByCallbackError
 from nlsq_dask.fit.loop import iterate
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
-from nlsq_dask.fit.settings import SAMPLE_ITERATIONS_FACTOR, newton_cg_settings
+from nlsq_dask.fit.settings import CG_SAMPLE_FACTOR, newton_cg_settings
 from nlsq_dask.kernels.gradient_kernel import gradient_kernel
 from nlsq_dask.kernels.in_memory import GradientObjective
 from nlsq_dask.kernels.kernel import Kernel
@@ -69,7 +69,6 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         exact = problem.exact_model
         self._sample_kernels = self._trace(exact), self._trace(exact, is_diagonal=True)
         self._settings = newton_cg_settings(problem)
-        self._sample: Sample | None = None
         self._non_identifiable: NDArray[np.bool_] | None = None
 
     def _trace(self, model: Model, **options: Any) -> Kernel[GradientSums]:
@@ -91,7 +90,6 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         return GradientObjective(kernel, diagonal, rows, self.problem.penalty)
 
     def _prepare(self, sample: Sample, start: Vector) -> None:
-        self._sample = sample
         self._kernel = replace(self._kernel, y_reference=sample.y_reference)
 
     def _make_solver(self, sample: Sample, sums: GradientSums) -> cg.NewtonCg:
@@ -182,7 +180,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         direction = null_direction(
             partial(sample.objective.product, params),
             diagonal,
-            SAMPLE_ITERATIONS_FACTOR * config.cg_max_iterations,
+            CG_SAMPLE_FACTOR * config.cg_max_iterations,
             config.random_seed,
         )
         if direction is None:
@@ -226,7 +224,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         settings = replace(
             self._settings,
             tol=max(self._settings.tol, _SAMPLE_TOL),
-            max_iterations=SAMPLE_ITERATIONS_FACTOR * self._settings.max_iterations,
+            max_iterations=CG_SAMPLE_FACTOR * self._settings.max_iterations,
             epsilon=float(np.finfo(np.float64).eps),
         )
         damping = _SAMPLE_DAMPING / self.problem.config.trust_region_initial**2

@@ -18,6 +18,7 @@ from nlsq_dask.kernels.losses import LARGEST, SMALLEST
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.check import check_row_wise
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.model.rounding import rounding_scale
 from nlsq_dask.rows.rows import STRIP_ROWS, Array, Rows
 from nlsq_dask.warmup.lbfgs import Warmup
 from nlsq_dask.warmup.multistart import SuccessiveHalving
@@ -28,6 +29,8 @@ Vector = NDArray[np.float64]
 _MAX_WARMUP_ROWS = 2**14  # enough for a start; L-BFGS evaluates them some hundred times
 _CHANCE = 5.0  # standard deviations of a mean square attributed to chance
 _MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # kept in a result for plots
+_ROUNDINGS = 8  # rounding errors that add up in a residual
+_MAX_ROUNDING = 2**22  # derivatives that are computed to estimate them
 
 
 def _check_units(y: NDArray[np.float64], sigma: Array | None) -> None:
@@ -137,6 +140,17 @@ class SampleProblem(Generic[R]):
     def at_start(self) -> Sums:
         """Sums over the sample at p0, with the numbers of masked and non-finite rows."""
         return self.objective(self._start)
+
+    def resolution(self, params: Vector, epsilon: float) -> float:
+        """Return the largest mean square by which rounding errors may change the residuals.
+
+        ``epsilon`` is the machine epsilon of the dtype in which all rows are evaluated.
+        """
+        size = self._model.n_params + sum(leaf[:1].size for leaf in self._rows.x)
+        few = self._rows.take(self._spread(min(self.n_used, max(_MAX_ROUNDING // size, 1))))
+        with np.errstate(over="ignore"):  # infinity is handled by the caller
+            changes = _ROUNDINGS * epsilon * rounding_scale(self._model, few, params)
+            return float(np.mean(changes**2))
 
     def replace_rows(self, rows: Rows) -> None:
         """Use other rows as the sample from now on."""

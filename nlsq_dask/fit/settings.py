@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
@@ -15,7 +17,10 @@ from nlsq_dask.warmup.multistart import MultistartSettings
 _PATIENCE = 15  # passes over all rows without progress
 # Multiple of the iteration limit of the warm-up if "max_iter" is not among the criteria.
 _UNLIMITED_FACTOR = 10
-SAMPLE_ITERATIONS_FACTOR = 10  # relative to all rows; iterations on the sample read no data
+# Iterations on the sample read no data: limits relative to those over all rows, for conjugate
+# gradients and for Gauss-Newton, and iterations of the latter without progress.
+CG_SAMPLE_FACTOR, _SAMPLE_FACTOR = 10, 20
+_SAMPLE_PATIENCE = 500
 
 
 def start_settings(config: HybridStreamingConfig) -> StartSettings:
@@ -75,6 +80,16 @@ def gauss_newton_settings(problem: FitProblem) -> Settings:
         initial_radius=config.trust_region_initial,
         epsilon=_epsilon(problem),
         recovers=config.validate_numerics,
+    )
+
+
+def sample_settings(settings: Settings) -> Settings:
+    """Return the settings of Gauss-Newton on the sample, given those over all rows."""
+    return replace(
+        settings,
+        epsilon=float(np.finfo(np.float64).eps),
+        max_iterations=_SAMPLE_FACTOR * settings.max_iterations,
+        patience=_SAMPLE_PATIENCE,
     )
 
 
