@@ -50,10 +50,8 @@ class FitStarted(Event):
         Number of rows to fit.
     grid : tuple of int
         Number of blocks along each dimension.
-    dims : tuple of str
-        Names of the dimensions.
-    param_names : tuple of str
-        Names of the parameters.
+    dims, param_names : tuple of str
+        Names of the dimensions of y, and of the parameters.
     notes : tuple of str
         Sentences on what the caller may not expect, such as how dates are converted to numbers.
     """
@@ -75,14 +73,7 @@ class FitStarted(Event):
 class PhaseStarted(Event):
     """A phase began: normalization (0), L-BFGS warm-up (1), Gauss-Newton (2) or covariance (3).
 
-    Attributes
-    ----------
-    phase : int
-        Number of the phase.
-    name : str
-        Name of the phase.
-    start_time : float
-        Seconds since 1970.
+    ``start_time`` is in seconds since 1970.
     """
 
     phase: int
@@ -92,16 +83,9 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseEnded(Event):
-    """A phase ended; ``phase`` and ``name`` are its number and name, as in ``PhaseStarted``.
+    """A phase of ``PhaseStarted`` ended after ``duration`` seconds, in an error if it ``failed``.
 
-    Attributes
-    ----------
-    duration : float
-        Seconds.
-    failed : bool
-        True if the phase ended in an error.
-    details : dict
-        Facts about the phase that are added to its entry in ``FitResult.phase_history``.
+    ``details`` are facts that are added to its entry in ``FitResult.phase_history``.
     """
 
     phase: int
@@ -119,10 +103,8 @@ class HalvingRound(Event):
     ----------
     round : int
         Number of the round, counted from 1.
-    rows : int
-        Number of rows on which the starting points were compared.
-    n_remaining : int
-        Number of starting points that remain.
+    rows, n_remaining : int
+        Number of rows on which starting points were compared, and of points that remain.
     best_loss : float
         Mean squared weighted residual at the best starting point, over ``rows`` rows.
     """
@@ -173,10 +155,8 @@ class WarmupEnded(Event):
         Mean squared weighted residual at the best point.
     cost_guard : bool
         True if defense layer 3 ended the warm-up, because the loss grew.
-    clipped : int
-        Number of steps that defense layer 4 shortened.
-    line_search_failures : int
-        Number of line searches that failed.
+    clipped, line_search_failures : int
+        Number of steps that defense layer 4 shortened, and of line searches that failed.
     history_filled : bool
         True if L-BFGS stored as many earlier steps as its history holds.
     restarts : int
@@ -197,12 +177,7 @@ class WarmupEnded(Event):
 class SampleSolved(Event):
     """Gauss-Newton on the sample of rows in memory ended.
 
-    Attributes
-    ----------
-    iterations : int
-        Number of iterations on the sample.
-    loss : float
-        Mean squared weighted residual over the sample.
+    ``loss`` is the mean squared weighted residual over the sample.
     """
 
     iterations: int
@@ -392,10 +367,8 @@ class SampleRead(Event):
         Number of rows in the sample.
     blocks : int
         Number of blocks that were read.
-    rows_read, bytes : int
-        Number of rows and bytes read from the source: blocks are read as a whole.
-    retries : int
-        Number of reads that were retried.
+    rows_read, bytes, retries : int
+        Number of rows and bytes read, as blocks are read as a whole, and of repeated reads.
     """
 
     rows: int

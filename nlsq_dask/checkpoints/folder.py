@@ -74,7 +74,7 @@ class CheckpointFolder:
             try:
                 checkpoint = Checkpoint.from_bytes(self._files.read(name))
             except (CheckpointError, OSError) as error:
-                reasons[name] = str(error)
+                reasons[name] = str(error).rstrip(".")
             else:
                 return checkpoint, [f"checkpoint {n} is invalid: {r}" for n, r in reasons.items()]
         found = f"it contains no {_SUFFIX} file"
