@@ -42,8 +42,12 @@ def changed(values: np.ndarray, positions: Any, value: float) -> np.ndarray:
 
 
 def lying(function: Any, dtype: str) -> da.Array:
-    """Return y in chunks that are not what Dask is told of them."""
-    return LAZY_Y.map_blocks(function, dtype=dtype, meta=np.empty(0, dtype))
+    """Return y in chunks of which one is not what Dask is told."""
+
+    def read(block: Any, block_id: Any = None) -> Any:
+        return function(block) if block_id == (3,) else block.astype(dtype)
+
+    return LAZY_Y.map_blocks(read, dtype=dtype, meta=np.empty(0, dtype))
 
 
 def zarr_group() -> zarr.Group:
@@ -512,14 +516,37 @@ TABLE: dict[str, Case] = {
     "what is in them: another dtype than Dask says": (
         dict(y=lying(lambda block: block, "i8")),
         nd.DataError,
-        "a block of y_data has shape (500,) and dtype float64, but its Dask array declares "
-        "(500,) and int64. Pass the actual shape and dtype to map_blocks or from_delayed.",
+        "y_data has shape (500,) and dtype float64 in block (3,) of the grid (8,), but its Dask "
+        "array declares (500,) and int64. Pass the actual shape and dtype to map_blocks or "
+        "from_delayed.",
+    ),
+    "what is in them: integers that do not fit the dtype that Dask says": (
+        dict(y=lying(lambda block: np.full(500, 40_000), "i2")),
+        nd.DataError,
+        "y_data has dtype int64 in block (3,) of the grid (8,), but its Dask array declares int16, "
+        "which changes values: 40000 becomes -25536. Pass dtype='int64' to map_blocks or "
+        "from_delayed; for an existing Dask array, use array.map_blocks(np.asarray, "
+        "dtype='int64').",
+    ),
+    "what is in them: digits that do not fit the dtype that Dask says": (
+        dict(y=lying(lambda block: 0 * block + 0.1, "f4")),
+        nd.DataError,
+        "y_data has dtype float64 in block (3,) of the grid (8,), but its Dask array declares "
+        "float32, which changes values: 0.1 becomes 0.10000000149011612.",
+    ),
+    "what is in them: a mask that Dask does not know of": (
+        dict(y=lying(lambda block: np.ma.masked_array(block, np.arange(500) < 9), "f8")),
+        nd.DataError,
+        "y_data masks 9 of 500 elements in block (3,) of the grid (8,), but its Dask array does "
+        "not declare masked arrays. Pass meta=np.ma.empty(0) to map_blocks or from_delayed; for an "
+        "existing Dask array, use array.map_blocks(np.ma.asarray, meta=np.ma.empty(0)).",
     ),
     "what is in them: another shape than Dask says": (
         dict(y=lying(lambda block: block[:5], "f8")),
         nd.DataError,
-        "a block of y_data has shape (5,) and dtype float64, but its Dask array declares "
-        "(500,) and float64. Pass the actual shape and dtype to map_blocks or from_delayed.",
+        "y_data has shape (5,) and dtype float64 in block (3,) of the grid (8,), but its Dask "
+        "array declares (500,) and float64. Pass the actual shape and dtype to map_blocks or "
+        "from_delayed.",
     ),
 }
 

@@ -426,7 +426,9 @@ def test_blocks_that_are_not_what_dask_was_told() -> None:
 
     x, y = decay_data()
     lazy = da.from_array(y, chunks=500)
-    with pytest.raises(nd.DataError, match=r"dtype float64, but its Dask array declares .* int64"):
+    with pytest.raises(
+        nd.DataError, match=r"dtype float64 .* but its Dask array declares .* int64"
+    ):
         fit(exponential, x, lazy.map_blocks(lambda block: block, dtype="i8"))
     short = da.from_delayed(delayed(y[:100]), shape=(1000,), dtype="f8")
     with pytest.raises(nd.DataError, match=r"shape \(100,\).*\(1000,\)"):

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -21,6 +22,7 @@ from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
+from nlsq_dask.rows.declared import same_values
 from nlsq_dask.rows.rows import Layout, x_array_names
 
 _SMALL_CHUNK = 2**20  # bytes; splitting smaller chunks, such as coordinates, is not reported
@@ -329,7 +331,7 @@ def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source
     if both_named:
         value = like_dims(value, first.given, name, split_chunks, allows_features)
     array, mask = _values(value, name, split_chunks)
-    array = to_days(array, units)
+    array = to_days(array, units, name)
     check_numbers(array.dtype, name)
     if name == "sigma" and array.shape == y.shape * 2:
         raise DataError(
@@ -366,13 +368,25 @@ def _unify(sources: Sequence[_Source], ndim: int) -> tuple[list[da.Array], da.Ar
     arguments: list[Any] = []
     for i, array in enumerate([*(source.values for source in sources), *masks]):
         features = [ndim + i] * (array.ndim - ndim)
-        if features:
-            array = array.rechunk({ndim: -1})
+        if features and array.numblocks[-1] > 1:
+            name = sources[i].name if i < len(sources) else "the mask"
+            array = _one_chunk_of_features(array, name)
         arguments += [array, (*rows, *features)]
     _, unified = da.core.unify_chunks(*arguments, warn=False)
     split_masks = unified[len(sources) :]
     mask = functools.reduce(operator.or_, split_masks) if split_masks else None
     return list(unified[: len(sources)]), mask
+
+
+def _one_chunk_of_features(array: da.Array, name: str) -> da.Array:
+    """Merge the chunks along the last dimension.
+
+    Dask merges chunks in the dtype of the first one, so each is checked before.
+    """
+    dtype = str(array.dtype)
+    checked = da.map_blocks(partial(same_values, name), array, dtype, meta=array._meta)
+    merged: da.Array = checked.rechunk({array.ndim - 1: -1})
+    return merged
 
 
 def _stored_dtype(array: da.Array) -> str:

@@ -110,7 +110,7 @@ def rounding_notice(value: Any, name: str) -> str:
     )
 
 
-def to_days(array: da.Array, units: str) -> da.Array:
+def to_days(array: da.Array, units: str, name: str) -> da.Array:
     """Convert dates to days, without computing them; return other arrays unchanged.
 
     Parameters
@@ -118,17 +118,41 @@ def to_days(array: da.Array, units: str) -> da.Array:
     array : dask.array.Array
     units : str
         Units returned by ``convert_date_objects``.
+    name : str
+        Name of the array in messages.
     """
     if not units or array.dtype.kind not in "mMO":
         return array
     days: da.Array = da.map_blocks(
-        _days_of_cftime if array.dtype.kind == "O" else _days_of_datetime64,
+        _days_of_block,
         array,
-        *([units.removeprefix(_CALENDAR)] if array.dtype.kind == "O" else []),
+        name,
+        array.dtype,
+        units.removeprefix(_CALENDAR),
         dtype=np.float64,
         meta=np.empty((0,) * array.ndim),
     )
     return days
+
+
+def _days_of_block(
+    block: NDArray[Any], name: str, declared: np.dtype[Any], calendar: str
+) -> NDArray[np.float64]:
+    """Return a block of dates as days; ``calendar`` is used if they are objects of cftime.
+
+    A masked array stays one, because a mask that is not declared is refused when it is used.
+    """
+    dates, mask = np.ma.getdata(block), np.ma.getmask(block)
+    if dates.dtype.kind != declared.kind:
+        raise DataError(
+            f"{name} has dtype {dates.dtype} in a block, but its Dask array declares {declared}. "
+            f"Pass the actual dtype to map_blocks or from_delayed."
+        )
+    if dates.dtype.kind == "O":
+        days = _days_of_cftime(np.where(mask, np.array(None), dates), calendar)
+    else:
+        days = _days_of_datetime64(dates)
+    return days if mask is np.ma.nomask else np.ma.masked_array(days, mask)
 
 
 def _days_of_datetime64(dates: NDArray[Any]) -> NDArray[np.float64]:

@@ -45,6 +45,7 @@ def weighted_sigma(
         1.0 if sigma is None else sigma,
         False if mask is None else mask,
         y if varies else 0.0,  # y would broadcast sigma to its own size
+        varies=None if sigma is None else tuple(n > 1 for n in sigma.shape),
         inverse_roots=1.0 / np.sqrt(np.asarray(weights, np.float64)),
         dtype=np.float64,
         meta=np.empty((0,) * y.ndim),
@@ -58,11 +59,17 @@ def _weigh(
     mask: NDArray[np.bool_] | bool,
     y: NDArray[Any] | float,
     *,
+    varies: tuple[bool, ...] | None,
     inverse_roots: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    # Rows with non-finite x are handled by nan_policy.
-    numbers = np.asarray(groups, np.float64)
-    has_group = np.isfinite(numbers) & ~np.asarray(mask) & np.isfinite(y)
+    """Return a block of sigma, weighted; ``varies`` says along which dimensions sigma varies."""
+    if varies is not None:
+        _check_shape(np.shape(sigma), groups.shape, varies)
+    # Rows with non-finite x are handled by nan_policy. A mask that is not declared is an error when
+    # the block is used, so masks of groups and sigma must not end here.
+    numbers = np.asarray(np.ma.getdata(groups), np.float64)
+    is_masked = np.asarray(mask) | np.ma.getmaskarray(groups) | np.ma.getmaskarray(y)
+    has_group = np.isfinite(numbers) & ~is_masked & np.isfinite(np.ma.getdata(y))
     numbers = np.where(has_group, numbers, 0.0)
     is_wrong = (numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= len(inverse_roots))
     if is_wrong.any():
@@ -71,4 +78,21 @@ def _weigh(
             f"numbers, integers from 0 to {len(inverse_roots) - 1} for the {len(inverse_roots)} "
             f"residual_weights; got {numbers[is_wrong][0]:g}."
         )
-    return np.asarray(inverse_roots[numbers.astype(np.int64)] * sigma)
+    weighted: NDArray[np.float64] = inverse_roots[numbers.astype(np.int64)] * sigma
+    return weighted
+
+
+def _check_shape(shape: tuple[int, ...], groups: tuple[int, ...], varies: tuple[bool, ...]) -> None:
+    """Raise a DataError if a block of sigma has a wrong shape, which broadcasting would hide.
+
+    Along dimensions in which the groups do not vary, the shape of the weighted sigma shows it.
+    """
+    expected = tuple(max(n, 1) if v else 1 for n, v in zip(groups, varies, strict=True))
+    is_wrong = len(shape) != len(groups) or any(
+        n != m for n, m, v in zip(shape, expected, varies, strict=True) if not (v and m == 1)
+    )
+    if is_wrong:
+        raise DataError(
+            f"sigma has shape {shape} in a block, but its Dask array declares {expected}. Pass the "
+            f"actual shape to map_blocks or from_delayed."
+        )

@@ -65,6 +65,7 @@ class GroupReader:
     steps: dict[Key, GraphNode]  # tasks of the caller's graph to run here, in a possible order
     inputs: tuple[Key, ...]  # keys of needed results of other Dask tasks
     policy: ReadPolicy
+    grid: Index  # number of blocks along each dimension of y
 
     def count(self, skipped: frozenset[int]) -> int:
         """Return the number of blocks that are not in ``skipped``."""
@@ -114,10 +115,16 @@ class GroupReader:
             arrays = [values[key] for key in keys]
             release(keys)
             read_error = next((array for array in arrays if isinstance(array, ReadError)), None)
-            block = None if read_error else Rows.of_block(arrays, self.layout, shapes)
+            block = None
+            if read_error is None:
+                block = Rows.of_block(arrays, self.layout, shapes, self._describe(index))
             del arrays
             yield ReadBlock(index, block, read_error, retries)
             retries = {}
+
+    def _describe(self, index: int) -> str:
+        position = tuple(map(int, np.unravel_index(index, self.grid)))
+        return f"block {position} of the grid {self.grid}"
 
 
 def _needed_keys(keys: Iterable[Key], nodes: Mapping[Key, GraphNode]) -> set[Key]:
@@ -309,4 +316,7 @@ class SourceGraph:
                 add(key)
             index = int(np.ravel_multi_index(block, self._blocks.grid))
             blocks.append((index, keys, self._blocks.shapes(block)))
-        return GroupReader(self._blocks.layout, tuple(blocks), steps, tuple(inputs), self._policy)
+        grid = self._blocks.grid
+        return GroupReader(
+            self._blocks.layout, tuple(blocks), steps, tuple(inputs), self._policy, grid
+        )

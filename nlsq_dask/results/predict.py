@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask.array as da
@@ -22,6 +22,7 @@ from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.rows.declared import as_declared
 from nlsq_dask.rows.rows import Rows, x_array_names
 
 _MAX_EAGER_VALUES = 2**24  # values on the grid of named coordinates; more are computed lazily
@@ -73,7 +74,7 @@ def predict(
     kernel = PredictionKernel.trace(replace(model, layout=layout), with_std=root is not None)
     if root is not None and not np.isfinite(root).all():
         root = np.full_like(root, np.nan)
-    values = _lazy_values(blocks, kernel, params, root)
+    values = _lazy_values(blocks, kernel, params, root, names)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
     if not is_lazy:  # in this process: no transfer to a cluster, which may be busy
@@ -228,22 +229,45 @@ def _named_template(
     return xr.DataArray(values, coords=coords, dims=list(sizes))
 
 
+@dataclass(frozen=True)
+class _Declared:
+    """What the Dask array of an x array declares for its blocks."""
+
+    name: str  # in messages
+    dtype: str
+    varies: tuple[bool, ...]  # along each dimension of the result, whether it has more than 1 value
+    features: tuple[int, ...]  # shape of one row
+
+    def checked(self, block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return a block, checked; ``shape`` is that of the block of the result."""
+        rows = tuple(n if varies else 1 for n, varies in zip(shape, self.varies, strict=True))
+        return as_declared(self.name, block, self.dtype, rows + self.features)
+
+
 def _lazy_values(
     blocks: RowBlocks,
     kernel: PredictionKernel,
     params: NDArray[np.float64],
     root: NDArray[np.float64] | None,
+    names: Sequence[str],
 ) -> da.Array:
-    """Return values, and their standard errors if a root is given, along a new first axis."""
+    """Return values, and their standard errors if a root is given, along a new first axis.
+
+    ``names`` are those of the x arrays, for messages.
+    """
     rows = tuple(range(blocks.y.ndim))
     arguments: list[Any] = [blocks.y, rows]
+    declared = []
     for i, array in enumerate(blocks.x):
+        dtype, features = blocks.layout.x_dtypes[i], blocks.layout.x_features[i]
+        varies = tuple(n == m for n, m in zip(array.shape, blocks.y.shape, strict=False))
+        declared.append(_Declared(names[i], dtype, varies, features))
         axes = [
             axis if array.shape[axis] == blocks.y.shape[axis] else blocks.y.ndim + axis
             for axis in rows
         ]
-        features = [2 * blocks.y.ndim + i] * (array.ndim - blocks.y.ndim)
-        arguments += [array, (*axes, *features)]
+        columns = [2 * blocks.y.ndim + i] * len(features)
+        arguments += [array, (*axes, *columns)]
     first = max(i for index in arguments[1::2] for i in index) + 1
     values: da.Array = da.blockwise(
         _predict_block,
@@ -253,6 +277,7 @@ def _lazy_values(
         kernel=kernel,
         params=params,
         root=root,
+        declared=declared,
         concatenate=True,
         align_arrays=False,
         dtype=np.float64,
@@ -267,7 +292,17 @@ def _predict_block(
     kernel: PredictionKernel,
     params: NDArray[np.float64],
     root: NDArray[np.float64] | None,
+    declared: Sequence[_Declared],
 ) -> NDArray[np.float64]:
-    block = Rows(np.empty(y.shape, bool), x)
-    values = kernel(block.batches(kernel.batch_rows), params, root)
-    return values.reshape(-1, *y.shape)
+    """Return the values for a block of the result, NaN where a block of x is masked."""
+    arrays, mask = [], np.zeros(y.shape, bool)
+    for block, array in zip(x, declared, strict=True):
+        arrays.append(array.checked(np.ma.getdata(block), y.shape))
+        if np.ma.is_masked(block):
+            columns = tuple(range(y.ndim, block.ndim))
+            mask |= np.ma.getmaskarray(block).any(axis=columns)
+    rows = Rows(np.empty(y.shape, bool), tuple(arrays))
+    values = kernel(rows.batches(kernel.batch_rows), params, root).reshape(-1, *y.shape)
+    if mask.any():
+        values[:, mask] = np.nan
+    return values

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.errors import DataError
+from nlsq_dask.rows.declared import as_declared
 
 Array = NDArray[Any]
 STRIP_ROWS = 1024  # their columns fit a core's cache; 1,000 to 2,000 were equally fast
@@ -108,9 +108,13 @@ class Rows:
 
     @classmethod
     def of_block(
-        cls, arrays: Sequence[Any], layout: Layout, shapes: Sequence[tuple[int, ...]]
+        cls,
+        arrays: Sequence[Any],
+        layout: Layout,
+        shapes: Sequence[tuple[int, ...]],
+        where: str = "a block",
     ) -> Self:
-        """Build rows from the arrays of a Dask block, after checking shapes and dtypes.
+        """Build rows from the arrays of a Dask block, checked by ``as_declared``.
 
         Parameters
         ----------
@@ -119,14 +123,16 @@ class Rows:
         layout : Layout
         shapes : sequence of tuple of int
             Shape that each Dask array declares for this block.
+        where : str
+            Words for the position of the block, for messages.
 
         Raises
         ------
         DataError
-            If shape or dtype of an array differs from what its Dask array declares.
+            If an array is not what its Dask array declares.
         """
-        declared = zip(layout.array_names, arrays, shapes, layout.dtypes, strict=True)
-        queue = iter([_as_declared(*item) for item in declared])
+        declared = zip(layout.array_names, arrays, layout.dtypes, shapes, strict=True)
+        queue = iter([as_declared(*item, where) for item in declared])
         y, *x = islice(queue, 1 + len(layout.x_dtypes))
         sigma = next(queue) if layout.sigma_dtype else None
         return cls(y, tuple(x), sigma, next(queue, None))
@@ -219,17 +225,6 @@ class Rows:
         """Concatenate rows of one layout, each with one-dimensional y."""
         columns = zip(*(part.arrays for part in parts), strict=True)
         return cls.of(None if column[0] is None else np.concatenate(column) for column in columns)
-
-
-def _as_declared(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
-    array = np.asarray(value)
-    if array.shape != shape or not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise DataError(
-            f"a block of {name} has shape {array.shape} and dtype {array.dtype}, but its Dask "
-            f"array declares {shape} and {np.dtype(dtype)}. Pass the actual shape and dtype to "
-            f"map_blocks or from_delayed."
-        )
-    return np.asarray(array, dtype)
 
 
 def as_rows(array: Array, shape: tuple[int, ...]) -> Array | None:
