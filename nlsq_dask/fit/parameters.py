@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask._text import join_first
+from nlsq_dask.model.call import is_option, positional_arguments
 
 Vector = NDArray[np.float64]
 
@@ -139,16 +139,12 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
         got = f"an array of shape {model.shape}" if is_array else reprlib.repr(model)
         raise TypeError(f"model must be a callable model(x, *params); got {got}. {_ORDER}")
     try:
-        parameters = list(inspect.signature(model).parameters.values())
+        positional = positional_arguments(model)
     except ValueError:  # builtins have no signature
         return _Signature("x", (), {}, True)
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    parameters = inspect.signature(model).parameters.values()
     is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
-    # A default that is not a number (None, a string, a flag) is an option, not a parameter.
-    # Parameters are passed by position, so arguments after it cannot be fitted either.
-    fitted = list(
-        itertools.takewhile(lambda p: p.default is p.empty or _is_start(p.default), positional[1:])
-    )
+    fitted = [p for p in positional[1:] if not is_option(p)]
     defaults = {p.name: float(p.default) for p in fitted if p.default is not p.empty}
     required = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
     if required:
@@ -158,10 +154,6 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
         )
     x_name = positional[0].name if positional else "x"
     return _Signature(x_name, tuple(p.name for p in fitted), defaults, is_open)
-
-
-def _is_start(default: Any) -> bool:
-    return np.ndim(default) == 0 and np.asarray(default).dtype.kind in "iuf"
 
 
 def _names(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nlsq_dask.model.call import call_model
 from nlsq_dask.model.vectorized import call_with_vector
 from nlsq_dask.rows.rows import Layout
 
@@ -57,4 +58,4 @@ class Model:
     def raw(self, x: Sequence[Any], params: Any) -> Any:
         """Return the output of the function, without checks and conversion to ``dtype``."""
         rows = self.layout.assemble([jnp.asarray(leaf).astype(self.dtype) for leaf in x])
-        return self.function(rows, *(params[i] for i in range(self.n_params)))
+        return call_model(self.function, rows, (params[i] for i in range(self.n_params)))

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nlsq_dask.model.call import call_model
+
 _STRATEGIES = ("auto", "bounds", "p0", "none")
 
 
@@ -107,4 +109,5 @@ class NormalizedModelWrapper:
         if len(q) != expected:
             raise TypeError(f"expected {expected} normalized parameters; got {len(q)}.")
         scaled = zip(q, self.normalizer.scales, self.normalizer.offsets, strict=True)
-        return self.model_fn(x, *(value * scale + offset for value, scale, offset in scaled))
+        params = (value * scale + offset for value, scale, offset in scaled)
+        return call_model(self.model_fn, x, params)
