@@ -56,6 +56,9 @@ class RowBlocks:
         Names of the dimensions of y.
     x_units : dict of str to str
         Units of the x arrays that hold dates, by names such as "x_data[0]".
+    unmeasured_dates : frozenset of str
+        Names of those among them that are not in memory, so that only reading can show how much of
+        their span float64 days round away.
     notices : tuple of str
         Sentences for the user on possible problems of the data.
     labels : tuple of Label
@@ -72,6 +75,7 @@ class RowBlocks:
     split_bytes: int
     dims: tuple[str, ...]
     x_units: dict[str, str]
+    unmeasured_dates: frozenset[str]
     notices: tuple[str, ...]
     labels: tuple[Label, ...]
 
@@ -227,6 +231,7 @@ def align(
         split_bytes,
         _dims(first.given, y.ndim),
         {source.name: source.units for source in sources if source.units},
+        frozenset(s.name for s in sources if s.units and not is_in_memory(s.given)),
         (*notices, *(source.notice for source in sources if source.notice)),
         labels,
     )

@@ -31,8 +31,8 @@ _UNITS_PER_DAY |= {
 # cftime's names of calendars that have two names in CF.
 _SYNONYMS = {"gregorian": "standard", "365_day": "noleap", "366_day": "all_leap"}
 
-# Largest rounding of float64 days without a notice, as a fraction of the span of x.
-_MAX_ROUNDING = 1e-9
+# Largest rounding in float64 without a notice, as a fraction of the span of the values.
+MAX_ROUNDING = 1e-9
 
 
 def convert_date_objects(value: Any, name: str, in_memory: bool) -> tuple[Any, str]:
@@ -100,8 +100,20 @@ def rounding_notice(value: Any, name: str) -> str:
         return ""
     count, per_day = _integer_counts(np.array([dates.min(), dates.max()]))
     span = (int(count[1]) - int(count[0])) / per_day
-    rounding = float(np.spacing(np.abs(_days(count, per_day)).max()))
-    if not 0.0 < _MAX_ROUNDING * span < rounding:
+    return span_notice(span, float(np.spacing(np.abs(_days(count, per_day)).max())), name)
+
+
+def span_notice(span: float, rounding: float, name: str) -> str:
+    """Return a warning if dates are rounded by too much of their span, else "".
+
+    Parameters
+    ----------
+    span, rounding : float
+        In days.
+    name : str
+        Name of the array in messages.
+    """
+    if not 0.0 < MAX_ROUNDING * span < rounding:
         return ""
     return (
         f"{name} spans {86_400 * span:.2g} s, but days since 1970-01-01 in float64 are rounded to "

@@ -107,6 +107,11 @@ class SampleProblem(Generic[R]):
         return len(self._rows) > self._model.n_params
 
     @property
+    def rows(self) -> Rows:
+        """The usable rows."""
+        return self._rows
+
+    @property
     def n_used(self) -> int:
         """Number of usable rows."""
         return len(self._rows)
