@@ -164,7 +164,9 @@ class AdaptiveHybridStreamingOptimizer:
         model : callable
             Model ``model(x, *params)``, written with jax.numpy. It is called with batches of b
             rows: x has shape (b,) or (b, k), or is a tuple or dict of arrays of shape (b,). It
-            returns an array of shape (b,), whose elements depend on their own row only.
+            returns an array of shape (b,), whose elements depend on their own row only. An
+            argument whose default is not a number, such as ``kind=None``, is an option: it keeps
+            its default and is not fitted.
         x_data : array, tuple or dict of arrays, or names of coordinates of ``y_data``
             Independent variables: NumPy (in memory or memory-mapped), JAX, pandas, HDF5, Dask, Zarr
             or xarray. The shape is (n,) or (n, k), or broadcasts against an N-d ``y_data``. Dates
