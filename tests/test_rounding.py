@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
+from nlsq_dask.data.rounding import rounding_notices
 from nlsq_dask.fit.problem import validate_arguments
-from nlsq_dask.fit.rounding import rounding_notices
 from nlsq_dask.rows.rows import Rows
 from tests.problems import NO_WARMUP, fit
 
@@ -35,7 +35,7 @@ def notices(x: Any, y: Any = Y, precision: str = "float32") -> list[str]:
         problem = validate_arguments(config, line, x, y, [1, 1])
     blocks = problem.blocks
     rows = Rows(blocks.y.compute(), tuple(array.compute() for array in blocks.x))
-    return list(rounding_notices(problem, rows))
+    return list(rounding_notices(problem.blocks, problem.model.dtype, rows))
 
 
 @pytest.mark.parametrize(

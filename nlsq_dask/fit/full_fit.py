@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
+from nlsq_dask.data.rounding import rounding_notices
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.events import ALL_ROWS, Observer
@@ -20,7 +21,6 @@ from nlsq_dask.fit.loop import Report, iterate
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Passes, Reduced, RowsInUse
 from nlsq_dask.fit.problem import FitProblem
-from nlsq_dask.fit.rounding import rounding_notices
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
 from nlsq_dask.kernels.in_memory import SampleObjective
@@ -214,7 +214,8 @@ class FullFit(ABC, Generic[T, S]):
         )
         if first.rows is not None:
             sample.replace_rows(first.rows)
-        for notice in rounding_notices(self.problem, sample.rows):
+        blocks, dtype = self.problem.blocks, self.problem.model.dtype
+        for notice in rounding_notices(blocks, dtype, sample.rows):
             warn_caller(notice, DataWarning)
         if first.sums.is_finite and not first.sums.variance(0) > max_variance:
             return start, first

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.dates import MAX_ROUNDING, span_notice
-from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.rows.rows import Array, Rows
 
 # Rounding by more than this many epsilons of the span of the values is reported: values whose
@@ -17,26 +17,28 @@ from nlsq_dask.rows.rows import Array, Rows
 _MAX_EPSILONS = 100.0
 
 
-def rounding_notices(problem: FitProblem, rows: Rows) -> Iterator[str]:
+def rounding_notices(blocks: RowBlocks, dtype: str, rows: Rows) -> Iterator[str]:
     """Yield a sentence for each of y and the x arrays that is rounded by too much of its span.
 
     Parameters
     ----------
-    problem : FitProblem
+    blocks : RowBlocks
+    dtype : str
+        dtype in which the model is evaluated.
     rows : Rows
         Usable rows from all parts of the data, with one-dimensional y.
     """
-    blocks, dtype = problem.blocks, np.dtype(problem.model.dtype)
+    used = np.dtype(dtype)
     if not len(rows):
         return
     for name, array in zip(blocks.layout.array_names, (rows.y, *rows.x), strict=False):
-        if problem.is_exact and name in blocks.unmeasured_dates:
+        if used == "float64" and name in blocks.unmeasured_dates:
             low, high = float(array.min()), float(array.max())
             notice = span_notice(high - low, float(np.spacing(max(-low, high))), name)
-        elif array.dtype == dtype or _is_exact(array.dtype, dtype):
+        elif array.dtype == used or _is_exact(array.dtype, used):
             continue
         else:
-            notice = _notice(name, array.reshape(len(rows), -1), dtype, blocks.x_units.get(name))
+            notice = _notice(name, array.reshape(len(rows), -1), used, blocks.x_units.get(name))
         if notice:
             yield notice
 
