@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from difflib import get_close_matches
+from collections.abc import Callable, Collection
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -13,27 +13,53 @@ R = TypeVar("R")
 First = TypeVar("First")
 Owner = TypeVar("Owner")
 
+_MIN_SIMILARITY = 0.75  # of a misspelled word to the right one, as measured by difflib
+_MIN_STEM = 3  # letters of a word that may stand for a longer one, such as "tol"
+
 _CALL_OF: dict[str, str] = {}  # by keyword: the public function that accepts it
 
-# Names used by SciPy and other libraries.
+# Names used by SciPy and other libraries for arguments of the same meaning.
 _SYNONYMS = {
     **dict.fromkeys(("ftol", "xtol", "gtol", "tol"), "gauss_newton_tol"),
     **dict.fromkeys(
         ("maxfev", "max_nfev", "maxiter", "max_iter", "max_iterations"),
         "gauss_newton_max_iterations",
     ),
-    "weights": "sigma",
+    **dict.fromkeys(
+        ("yerr", "y_err", "sigma_y", "y_sigma", "stddev", "uncertainty", "uncertainties"),
+        "sigma",
+    ),
     "seed": "random_seed",
 }
 
-# Arguments of SciPy without a counterpart here.
+_DERIVATIVES = "Omit it: derivatives of the model are computed by JAX."
+_SCALING = "Omit it: parameters are scaled automatically, by the column norms of the Jacobian."
+_LINEAR_ALGEBRA = "Omit it: the normal equations are solved exactly, with p by p matrices."
+_EXTRA_ARGUMENTS = (
+    "Set further arguments of the model with functools.partial, and pass the result as the model."
+)
+_WEIGHTS = (
+    "Use sigma=1 / weights if the weights multiply residuals (as in lmfit, astropy and "
+    "numpy.polyfit), or sigma=1 / np.sqrt(weights) if they multiply squared residuals (as in "
+    "statsmodels and scikit-learn)."
+)
+_ERRORS_OF_X = (
+    "Errors of x are not supported: sigma holds standard deviations of y. The package odrpack "
+    "fits with errors of x."
+)
+
+# Arguments of SciPy and other libraries that no argument here replaces by itself.
 _UNSUPPORTED = {
-    **dict.fromkeys(
-        ("jac", "Dfun", "epsfcn", "diff_step"),
-        "Omit it: derivatives of the model are computed by JAX.",
-    ),
+    **dict.fromkeys(("jac", "Dfun", "col_deriv", "epsfcn", "diff_step"), _DERIVATIVES),
+    **dict.fromkeys(("x_scale", "diag", "factor"), _SCALING),
+    **dict.fromkeys(("tr_solver", "tr_options", "jac_sparsity"), _LINEAR_ALGEBRA),
+    **dict.fromkeys(("args", "kwargs", "fcn_args", "fcn_kws"), _EXTRA_ARGUMENTS),
+    **dict.fromkeys(("weights", "weight", "w", "sample_weight", "sample_weights"), _WEIGHTS),
+    **dict.fromkeys(("xerr", "x_err", "sigma_x", "x_sigma"), _ERRORS_OF_X),
     "method": "Omit it: the only method is Gauss-Newton with a trust region.",
     "check_finite": "Use nan_policy='raise' (the default) or nan_policy='omit' instead.",
+    "workers": "Omit it: a fit runs on the active Dask client, or on the threads of this machine.",
+    "scale_covar": "Use absolute_sigma=True for scale_covar=False, and False for True.",
 }
 
 
@@ -58,8 +84,8 @@ def explain_keywords(call: str, hinted: bool = True) -> Callable[[Callable[P, R]
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for keyword in kwargs:
                 if keyword not in known:
-                    message = f"{call}() has no argument {keyword!r}. {suggest_keyword(keyword)}"
-                    raise TypeError(message.rstrip())
+                    hint = suggest_keyword(keyword, call, known)
+                    raise TypeError(f"{call}() has no argument {keyword!r}. {hint}".rstrip())
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
@@ -96,10 +122,45 @@ def arguments_of(
     return decorate
 
 
-def suggest_keyword(keyword: str) -> str:
-    """Return a sentence that says what to write instead of an unknown keyword, or ""."""
+def suggest_keyword(keyword: str, call: str = "", known: Collection[str] = ()) -> str:
+    """Return a sentence that says what to write instead of an unknown keyword, or "".
+
+    Parameters
+    ----------
+    keyword : str
+    call : str
+        Public name of the function that was called.
+    known : collection of str
+        Names of its arguments, which are suggested before those of other functions.
+    """
     if keyword in _UNSUPPORTED:
         return _UNSUPPORTED[keyword]
     keyword = _SYNONYMS.get(keyword, keyword)
-    matches = get_close_matches(keyword, _CALL_OF, n=1, cutoff=0.75)
-    return f"Did you mean {_CALL_OF[matches[0]]}(..., {matches[0]}=...)?" if matches else ""
+    call_of = _CALL_OF | dict.fromkeys(set(known) - {"self"}, call)
+    matches = get_close_matches(keyword, call_of, n=len(call_of), cutoff=_MIN_SIMILARITY)
+    meant = [name for name in matches if _is_misspelling(keyword, name)]
+    match = next((name for name in meant if name in known), meant[0] if meant else None)
+    return "" if match is None else f"Did you mean {call_of[match]}(..., {match}=...)?"
+
+
+def _is_misspelling(keyword: str, name: str) -> bool:
+    """Return whether two similar keywords have the same words, and so presumably one meaning.
+
+    Another word means something else, even a single letter: ``sigma_x`` is not ``sigma``, and
+    ``x_scale`` is not ``f_scale``. So does another number: ``sigma2`` may be a variance. A word of
+    several may be missing.
+    """
+    if [*filter(str.isdigit, keyword)] != [*filter(str.isdigit, name)]:
+        return False
+    if keyword.replace("_", "") == name.replace("_", ""):
+        return True
+    given, expected = keyword.split("_"), name.split("_")
+    if len(given) == len(expected):
+        return all(map(_is_same_word, given, expected))
+    return 1 < len(given) == len(expected) - 1 and set(given) < set(expected)
+
+
+def _is_same_word(given: str, expected: str) -> bool:
+    if given.startswith(expected) or expected.startswith(given):
+        return min(len(given), len(expected)) >= _MIN_STEM or given == expected
+    return SequenceMatcher(None, given, expected).ratio() >= _MIN_SIMILARITY

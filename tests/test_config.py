@@ -169,10 +169,11 @@ SCIPY = {"method": "lm"}, {"jac": None}, {"epsfcn": 1e-8}, {"check_finite": Fals
             (call, {name: 10}, "Did you mean HybridStreamingConfig(..., gauss_newton_max_it")
             for name in ("max_iter", "maxiter", "max_nfev")
             for call in (Config, OPTIMIZER, OPTIMIZER().fit, nd.curve_fit)
+            if (name, call) != ("max_nfev", nd.curve_fit)
         ),
         *(
             (call, keywords, sentence)
-            for call in (OPTIMIZER().fit, OPTIMIZER().plan, nd.curve_fit)
+            for call in (OPTIMIZER().fit, OPTIMIZER().plan)
             for keywords, sentence in zip(
                 SCIPY,
                 ("the only method is", "computed by JAX", "computed by JAX", "Use nan_policy="),
@@ -189,6 +190,34 @@ def test_what_is_said_of_a_keyword_that_a_call_does_not_have(
     with pytest.raises(TypeError, match=rf"\(\) has no argument '{name}'\. ") as caught:
         call(*data, **keywords)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "sentence"),
+    [
+        ("weights", "sigma=1 / np.sqrt(weights) if they multiply squared residuals"),
+        ("sample_weight", "Use sigma=1 / weights if the weights multiply residuals"),
+        ("x_scale", "Omit it: parameters are scaled automatically"),
+        ("sigma_x", "Errors of x are not supported"),
+        ("xerr", "Errors of x are not supported"),
+        ("yerr", "Did you mean fit(..., sigma=...)?"),
+        ("absolute_sigm", "Did you mean fit(..., absolute_sigma=...)?"),
+        ("nanpolicy", "Did you mean fit(..., nan_policy=...)?"),
+        ("gauss_newton_iterations", "HybridStreamingConfig(..., gauss_newton_max_iterations=...)?"),
+    ],
+)
+def test_a_suggestion_has_the_meaning_of_the_keyword(keyword: str, sentence: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        OPTIMIZER().fit(model, X, Y, **{keyword: 1})
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keyword", ["y_scale", "scale", "x_bounds", "sigma2", "p_scale", "n_sample"]
+)
+def test_an_argument_of_another_meaning_is_not_suggested(keyword: str) -> None:
+    with pytest.raises(TypeError, match=rf"^fit\(\) has no argument '{keyword}'\.$"):
+        OPTIMIZER().fit(model, X, Y, **{keyword: 1})
 
 
 def test_numpy_integers_are_integers() -> None:
