@@ -87,7 +87,10 @@ class SampleProblem(Generic[R]):
         self._set_rows(rows, usable)
         self._prediction = PredictionKernel.trace(self._model, STRIP_ROWS)
         # Not that of the objective's kernel, which also depends on the chunks.
-        self._fingerprint = self._prediction.program.fingerprint
+        identified = self._prediction
+        if identified.has_custom_rules:
+            identified = PredictionKernel.trace(self._model, STRIP_ROWS, with_std=True)
+        self._fingerprint = identified.program.fingerprint
         if len(usable):
             check_row_wise(self._model, self._prediction, usable, self._start)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nlsq_dask.model.jacobian import choose_mode, residual_and_jacobian
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
-from nlsq_dask.model.program import Program, traced_once
+from nlsq_dask.model.program import Program, has_custom_rules, traced_once
 from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
 
@@ -26,6 +26,8 @@ class PredictionKernel:
     layout: Layout
     batch_rows: int  # rows per call of the program
     with_std: bool = False  # whether standard errors are computed as well
+    # Whether the model has its own rules of differentiation, which its values do not identify.
+    has_custom_rules: bool = False
 
     @classmethod
     def trace(
@@ -56,7 +58,8 @@ class PredictionKernel:
             )
 
         signature = (cls, model.layout, model.dtype, p, batch_rows, with_std)
-        return cls(traced_once(signature, jaxpr, trace), model.layout, batch_rows, with_std)
+        program = traced_once(signature, jaxpr, trace)
+        return cls(program, model.layout, batch_rows, with_std, has_custom_rules(jaxpr))
 
     def __call__(
         self,

@@ -142,6 +142,12 @@ def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
     return _traced.get((signature, digest.digest()), trace)
 
 
+def has_custom_rules(jaxpr: Any) -> bool:
+    """Return whether an operation of a jaxpr has its own rules of differentiation."""
+    text = str(jaxpr)
+    return "custom_jvp_call" in text or "custom_vjp_call" in text
+
+
 def _constants(closed: Any) -> list[Any] | None:
     """Return the constants of a jaxpr and of the jaxprs inside it; the text of a jaxpr omits them.
 
