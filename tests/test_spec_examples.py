@@ -126,10 +126,14 @@ def test_signatures() -> None:
         "p0",
         "sigma",
         "absolute_sigma",
+        "check_finite",
         "bounds",
+        "method",
+        "jac",
         "full_output",
+        "nan_policy",
         "config",
-        "fit_options",
+        "kwargs",
     ]
 
 
@@ -146,7 +150,7 @@ def test_curve_fit() -> None:
     np.testing.assert_allclose(popt, expected, rtol=1e-6)
     np.testing.assert_allclose(pcov, covariance, rtol=1e-4)
     popt, _, info, message, ier = curve_fit(
-        exponential, x, y, [1, 1, 1], np.full(len(x), 0.1), True, (0, 9), full_output=True
+        exponential, x, y, [1, 1, 1], np.full(len(x), 0.1), True, None, (0, 9), full_output=True
     )
     assert info["result"].success
     assert info["nfev"] >= 1

@@ -24,12 +24,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("warmup", "checkpoints"),
     ("fit", "observers"),
     ("results", "plan"),
-    ("optimizer",),
+    ("optimizer", "scipy_call"),
     ("curve_fit",),
 )
 # The rooms that import a library which is not for every room.
 USERS = {
-    "jax": {"curve_fit", "kernels", "model", "rows", "solvers", "warmup"},
+    "jax": {"kernels", "model", "rows", "scipy_call", "solvers", "warmup"},
     "optax": {"warmup"},
     "dask": {"data", "engine", "plan", "results"},
     "distributed": {"engine", "observers"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,8 +109,7 @@ def validate_arguments(
     """
     if nan_policy not in ("raise", "omit"):
         raise ValueError(f"nan_policy must be 'raise' or 'omit'; got {nan_policy!r}.")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
+    _check_callback(callback)
     if not isinstance(absolute_sigma, bool | np.bool_):
         raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     check_loss(loss, f_scale)
@@ -142,6 +142,24 @@ def validate_arguments(
         absolute_sigma=bool(absolute_sigma),
         callback=callback,
     )
+
+
+def _check_callback(callback: Any) -> None:
+    """Raise a TypeError unless the callback accepts three arguments, or its signature is unknown.
+
+    SciPy calls a callback with one argument.
+    """
+    if callback is None:
+        return
+    try:
+        is_valid = callable(callback)
+        inspect.signature(callback).bind(None, None, None)
+    except ValueError:  # a built-in without a signature
+        pass
+    except TypeError:
+        is_valid = False
+    if not is_valid:
+        raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
 
 
 def _parts_of_x(x_data: Any) -> tuple[int, str]:

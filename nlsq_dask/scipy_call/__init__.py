@@ -1,0 +1,1 @@
+"""Conversion of the arguments of ``scipy.optimize.curve_fit`` to those of ``fit``."""
