@@ -308,8 +308,7 @@ TABLE: dict[str, Case] = {
     "what arrays are: nothing": (
         dict(y=None),
         nd.DataError,
-        "y_data has dtype object (first element: NoneType); expected real numbers. Convert it, "
-        "such as with .astype(float).",
+        "y_data is None; expected an array.",
     ),
     "what arrays are: lists of different lengths": (
         dict(x=[[1, 2], [3]], y=[1, 2]),

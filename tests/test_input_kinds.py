@@ -7,10 +7,12 @@ import functools
 import pickle
 import tracemalloc
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import cftime
+import dask
 import dask.array as da
 import h5py
 import jax
@@ -20,6 +22,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 import zarr
+from dask import delayed
 from distributed import Client
 
 import nlsq_dask as nd
@@ -351,6 +354,88 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "calendar 'noleap'; got dates of julian",
     ),
 }
+
+
+MONTHS = pd.period_range("2020-01", periods=40, freq="M")
+SECONDS = np.arange(40.0)
+# Values that are no arrays of numbers, and the code that messages suggest to convert them.
+CONVERTED: dict[str, tuple[str, Any, str]] = {
+    "periods": ("x_data", MONTHS, "pandas.PeriodIndex(x_data).to_timestamp()"),
+    "a series of periods": (
+        "x_data",
+        pd.Series(MONTHS),
+        "pandas.PeriodIndex(x_data).to_timestamp()",
+    ),
+    "intervals": ("x_data", pd.interval_range(0, 40), "pandas.IntervalIndex(x_data).mid"),
+    "objects": ("y_data", SECONDS.astype(object), "y_data.astype(float)"),
+    "a list with None": ("sigma", [Decimal(1)] * 40, "np.array(sigma, dtype=float)"),
+    "text": ("y_data", SECONDS.astype(str), "np.array(y_data, dtype=float)"),
+    "text as objects": ("x_data", SECONDS.astype(str).astype(object), "x_data.astype(float)"),
+    "lazy objects": (
+        "y_data",
+        da.from_array(SECONDS.astype(object), chunks=20),
+        "y_data.astype(float)",
+    ),
+    "times": (
+        "x_data",
+        [datetime.time(0, 0, s) for s in range(40)],
+        "[t.hour * 3600 + t.minute * 60 + t.second for t in x_data]",
+    ),
+    "dates as y": (
+        "y_data",
+        [datetime.date(2020, 1, 1 + i % 28) for i in range(40)],
+        "(np.array(y_data, dtype='datetime64[us]') - np.datetime64('1970-01-01')) / "
+        "np.timedelta64(1, 'D')",
+    ),
+    "a delayed array": (
+        "y_data",
+        delayed(SECONDS),
+        "dask.array.from_delayed(y_data, shape=(n,), dtype=float)",
+    ),
+    "delayed arrays": (
+        "y_data",
+        [delayed(SECONDS)],
+        "dask.array.concatenate([dask.array.from_delayed(part, shape=(n,), dtype=float) for part "
+        "in y_data])",
+    ),
+    "a generator": ("y_data", (s for s in range(40)), "list(y_data)"),
+    "fields": ("y_data", np.zeros(40, [("height", "f8")]), "y_data['height']"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_advice_for_objects_can_be_followed(case: str) -> None:
+    name, value, code = CONVERTED[case]
+    arguments = {"x_data": SECONDS, "y_data": SECONDS} | {name: value}
+    with pytest.raises(nd.DataError) as caught:
+        align(**arguments)
+    assert code in str(caught.value)
+    names = {name: value, "np": np, "dask": dask, "pandas": pd, "n": 40}
+    arguments[name] = eval(code, names)  # a constant of this file
+    assert align(**arguments).n_rows == 40
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (Path("y.nc"), r"must be an array; got an? \w*Path\. Open the file first"),
+        ([Path("y.nc")] * 40, r"first element: \w*Path\).* Open the file first"),
+        ({1.0, 2.0}, "got a set. A set has no order"),
+        (lambda: SECONDS, "got a function. The order of arguments"),
+        (None, "is None; expected an array"),
+        ([np.zeros(2), np.zeros(3)] * 20, "must have equal lengths"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x_data", "y_data"])
+def test_values_that_are_no_arrays(name: str, value: Any, sentence: str) -> None:
+    with pytest.raises(nd.DataError, match=sentence):
+        align(**({"x_data": SECONDS, "y_data": SECONDS} | {name: value}))
+
+
+def test_predict_at_something_that_is_no_array() -> None:
+    result = problems.fit(lambda x, a, b: a + b * x, SECONDS, SECONDS, **NO_WARMUP)
+    with pytest.raises(nd.DataError, match="is a Dask Delayed object"):
+        result.predict(delayed(SECONDS))
 
 
 class DaskSeries:

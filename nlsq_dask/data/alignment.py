@@ -20,6 +20,7 @@ from nlsq_dask.data.shapes import check_unambiguous, mismatch_error, rows_shape
 from nlsq_dask.data.sources.from_array import check_numbers, is_in_memory, split_mask
 from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray, lazy_data, like_dims, resolve_coordinates
+from nlsq_dask.data.sources.objects import check_is_array
 from nlsq_dask.data.weights import weighted_sigma
 from nlsq_dask.errors import DataError
 from nlsq_dask.rows.declared import same_values
@@ -189,9 +190,12 @@ def align(
         If an array is of an unsupported kind or dtype, or does not match y.
     """
     _check_kind("y_data", y_data)
-    _check_kind("sigma", sigma)
+    if sigma is not None:
+        _check_kind("sigma", sigma)
     x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
     array_names = [name.replace("x_data", x_name, 1) for name in x_array_names(x_names)]
+    for name, leaf in zip(array_names, leaves, strict=True):
+        check_is_array(name, leaf)
     named = [("y_data", y_data), *zip(array_names, leaves, strict=True)]
     labels = tuple(label_of(value) for _, value in named)
     if sigma is not None:
@@ -253,6 +257,7 @@ def _check_kind(name: str, value: Any) -> None:
             f"x_data may be several arrays; the order of arguments is "
             f"fit(model, x_data, y_data, p0)."
         )
+    check_is_array(name, value)
 
 
 def _first_source(y_data: Any, split_chunks: bool) -> _Source:

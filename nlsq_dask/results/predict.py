@@ -19,6 +19,7 @@ from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.data.sources.from_array import as_numpy, is_in_memory, split_mask
 from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray
+from nlsq_dask.data.sources.objects import check_is_array
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
@@ -56,7 +57,10 @@ def predict(
         If ``x`` has another structure or other units than in the fit.
     """
     names = [name.replace("x_data", _X, 1) for name in x_array_names(model.layout.x_names)]
-    leaves = pandas_to_numpy(list(zip(names, _leaves(model, x), strict=True)))
+    named = list(zip(names, _leaves(model, x), strict=True))
+    for name, leaf in named:
+        check_is_array(name, leaf)
+    leaves = pandas_to_numpy(named)
     template = _template(leaves, names, model.layout.x_features)
     is_lazy = not all(is_in_memory(leaf) for leaf in (template, *leaves))
     if is_lazy:  # protect against modifications before the result is computed

@@ -13,6 +13,7 @@ from dask.array.core import normalize_chunks, slices_from_chunks
 
 from nlsq_dask.data.sources.from_files import block_rows, from_file, is_file, reopen_by_name
 from nlsq_dask.data.sources.from_zarr import from_zarr
+from nlsq_dask.data.sources.objects import object_advice
 from nlsq_dask.errors import DataError
 
 # What to do instead, by kinds of NumPy dtypes.
@@ -20,10 +21,13 @@ _DTYPE_ADVICE = {
     "c": "Fit real and imaginary parts as separate observations, or the absolute value.",
     "mM": "Only x may hold dates. Convert them to numbers first, such as "
     "`({name} - {name}[0]) / np.timedelta64(1, 'D')`.",
-    "US": "Convert text to dates with np.array(..., dtype='datetime64[ns]'). Open a path with "
-    "zarr.open_array(path) or xarray.open_zarr(path)['name'].",
-    "O": "Convert lazy dates of x with their calendar: `{name}.map_blocks(cftime.date2num, "
-    "'days since 1970-01-01', calendar='noleap', dtype=float)`.",
+    "US": "Convert text of numbers with np.array({name}, dtype=float), text of dates with "
+    "np.array({name}, dtype='datetime64[ns]'). Open a path with zarr.open_array(path) or "
+    "xarray.open_zarr(path)['name'].",
+    "O": "Convert lazy numbers with {name}.astype(float), and lazy dates of x with their calendar: "
+    "`{name}.map_blocks(cftime.date2num, 'days since 1970-01-01', calendar='noleap', "
+    "dtype=float)`.",
+    "V": "Pass one of its fields, such as {name}['{field}'].",
 }
 
 
@@ -97,12 +101,13 @@ def as_numpy(value: Any, name: str) -> np.ndarray[Any, Any]:
 
 
 def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
+    has_methods = hasattr(value, "astype")
     value = as_numpy(value, name)
     if value.dtype.kind == "O":
-        first = next(value.flat, None)
+        first = next((each for each in value.flat if each is not None), None)
         raise DataError(
             f"{name} has dtype object (first element: {type(first).__name__}); expected real "
-            f"numbers. Convert it, such as with .astype(float)."
+            f"numbers. {object_advice(first, name, has_methods)}"
         )
     sizes = list(value.shape)
     if split_chunks and value.size:
@@ -125,9 +130,10 @@ def check_numbers(dtype: np.dtype[Any], name: str) -> None:
     """
     if dtype.kind in "biuf":
         return
+    field = next(iter(dtype.names or ()), "name")
     advice = next((text for kinds, text in _DTYPE_ADVICE.items() if dtype.kind in kinds), "")
-    message = f"{name} has dtype {dtype}; expected real numbers. {advice.format(name=name)}"
-    raise DataError(message.rstrip())
+    advice = advice.format(name=name, field=field)
+    raise DataError(f"{name} has dtype {dtype}; expected real numbers. {advice}".rstrip())
 
 
 def split_mask(value: Any, name: str, split_chunks: bool) -> tuple[da.Array, da.Array | None]:
