@@ -178,7 +178,7 @@ class AdaptiveHybridStreamingOptimizer:
         p0 : sequence or dict by name, optional
             Initial values of the parameters. A parameter without one starts at its default in the
             signature of the model, or at 1.0.
-        bounds : (low, high) or dict by name of (low, high), optional
+        bounds : (low, high), dict by name of (low, high), or sequence of (low, high), optional
             Lower and upper bounds of the parameters. Each of low and high is a number, a sequence
             or a dict by name. By default there are no bounds. Trial points always lie within the
             bounds.

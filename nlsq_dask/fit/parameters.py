@@ -17,7 +17,10 @@ from nlsq_dask.model.call import is_option, positional_arguments
 Vector = NDArray[np.float64]
 
 _MISPLACED_RATIO = 10  # values in p0 per parameter; no miscount is so large
-_OF_PAIRS = "If you have a list of (low, high) pairs, write bounds=tuple(zip(*pairs))."
+_OF_PAIRS = (
+    "For two parameters, bounds are all lower bounds, then all upper bounds: write "
+    "bounds=(({lows}), ({highs})), or bounds={{{by_name}}}."
+)
 _ORDER = "The order of arguments is model, x, y, p0."
 
 
@@ -72,8 +75,9 @@ def parse_parameters(
     p0 : sequence, dict by name, or None
         A parameter without a value starts at its default in the signature of the model, or at 1.0,
         moved inside the bounds.
-    bounds : (low, high), dict by name of (low, high), or None
-        Each of low and high a scalar, a sequence or a dict by name.
+    bounds : (low, high), dict by name of (low, high), sequence of (low, high), or None
+        Each of low and high a scalar, a sequence or a dict by name. A sequence has one pair for
+        each parameter; two pairs for two parameters are ``(low, high)``.
     param_names : sequence of str, optional
         Names to use instead of those in the signature of the model.
     n_x : int
@@ -234,10 +238,17 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
         bounds = (bounds.lb, bounds.ub)
     if not isinstance(bounds, Sequence | np.ndarray):
         raise ValueError(f"bounds must be (low, high) or a dict by name; got {bounds!r}.")
+    if n != 2 and len(bounds) == n and _are_pairs(bounds):  # a pair for each parameter
+        bounds = ([pair[0] for pair in bounds], [pair[1] for pair in bounds])
     if len(bounds) != 2:
         raise ValueError(
-            f"bounds must be (low, high) or a dict of (low, high) by name; got {len(bounds)} "
-            f"entries. {_OF_PAIRS if _are_pairs(bounds) else ''}".rstrip()
+            f"bounds must be (low, high), a pair for each of the {n} parameters, or a dict of "
+            f"pairs by name; got {len(bounds)} entries."
+        )
+    if n == 2 and _are_pairs(bounds) and any(each is None for pair in bounds for each in pair):
+        raise ValueError(
+            f"bounds must be real numbers; got None. Write -np.inf or np.inf where there is no "
+            f"bound. {_both_spellings(bounds, names)}".rstrip()
         )
     low = _side(bounds[0], names, -np.inf, "lower bounds")
     high = _side(bounds[1], names, np.inf, "upper bounds")
@@ -245,7 +256,7 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
         if not a < b:
             raise ValueError(
                 f"the lower bound {a:g} of parameter {name!r} must be less than its upper bound "
-                f"{b:g}. {_OF_PAIRS if n == 2 and _are_pairs(bounds) else ''}".rstrip()
+                f"{b:g}. {_both_spellings(bounds, names)}".rstrip()
             )
     return low, high
 
@@ -253,6 +264,27 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
 def _are_pairs(bounds: Sequence[Any] | NDArray[Any]) -> bool:
     """Whether each entry is a pair, as in the bounds of scipy.optimize.minimize."""
     return all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in bounds)
+
+
+def _both_spellings(bounds: Any, names: tuple[str, ...]) -> str:
+    """Return how to write the bounds of two parameters if they seem to be two pairs, else ""."""
+    if len(names) != 2 or not _are_pairs(bounds):
+        return ""
+    pairs = [
+        (-np.inf if low is None else low, np.inf if high is None else high) for low, high in bounds
+    ]
+    if not all(_is_real(low) and _is_real(high) and low < high for low, high in pairs):
+        return ""
+    lows, highs = (", ".join(map(_code, side)) for side in zip(*pairs, strict=True))
+    by_name = ", ".join(
+        f"{name!r}: ({_code(low)}, {_code(high)})"
+        for name, (low, high) in zip(names, pairs, strict=True)
+    )
+    return _OF_PAIRS.format(lows=lows, highs=highs, by_name=by_name)
+
+
+def _code(number: float) -> str:
+    return f"{number:g}".replace("inf", "np.inf")
 
 
 def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vector:
