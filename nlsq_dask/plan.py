@@ -12,7 +12,7 @@ from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.reduction_tree import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.fit.problem import FitProblem
-from nlsq_dask.model.check import check_trace
+from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
@@ -110,6 +110,8 @@ def build_plan(problem: FitProblem) -> Plan:
     """Return the plan of a fit on the current Dask workers, or on threads if there are none."""
     blocks, model, config = problem.blocks, problem.model, problem.config
     check_trace(model, blocks.x_labels)
+    if not problem.is_without_matrices:
+        check_derivative(model, problem.parameters.names)
     block_rows = blocks.block_rows()
     groups = group_blocks(block_rows)
     workers = Workers.active()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Self
 
-_FIX_EXAMPLE = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
+FIX_EXAMPLE = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
 
 
 class Status(Enum):
@@ -44,7 +44,7 @@ class Status(Enum):
         -7,
         "Not converged: slow progress; many short steps along a curved or flat valley barely "
         "reduced the cost. Start closer to the solution, fix one of the parameters "
-        f"({_FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
+        f"({FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
     )
     STALLED = (
         -1,
@@ -55,13 +55,13 @@ class Status(Enum):
         -5,
         "Not converged: the model is insensitive to some of its parameters, so they cannot be "
         "estimated. Start them closer to the solution, remove them or fix them "
-        f"({_FIX_EXAMPLE}).",
+        f"({FIX_EXAMPLE}).",
     )
     ILL_CONDITIONED = (
         -6,
         "Not converged: the problem is ill-conditioned; float64 cannot resolve the minimum along a "
         "flat valley of the cost. Remove or fix one parameter that the data do not constrain "
-        f"({_FIX_EXAMPLE}), or center and scale x.",
+        f"({FIX_EXAMPLE}), or center and scale x.",
     )
     NON_FINITE_START = (
         -2,

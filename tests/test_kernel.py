@@ -19,9 +19,9 @@ from nlsq_dask.kernels import strip_loops
 from nlsq_dask.kernels.dense_kernel import dense_kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
-from nlsq_dask.model.jacobian import Mode, choose_mode
+from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 import xarray as xr
+from jax import lax
 
 import nlsq_dask as nd
+from nlsq_dask.errors import ModelError
+from nlsq_dask.fit.parameters import parse_parameters
+from nlsq_dask.model.check import check_trace
+from nlsq_dask.model.model import Model
+from nlsq_dask.rows.rows import Layout
 
 T = np.linspace(0.0, 4.0, 60)
 LAT = np.cos(3.0 * T)
@@ -182,15 +189,83 @@ def test_arguments_in_another_order() -> None:
         nd.AdaptiveHybridStreamingOptimizer().fit("a * x + b" * 99, T, Y)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("pairs", [[(0, 2), (0, 3)], [(0, 2), (0, None), (0, 4)], np.eye(3, 2)])
-def test_bounds_in_pairs(pairs: Any) -> None:
-    with pytest.raises(ValueError, match=r"^(bounds must be|the lower bound)") as caught:
-        nd.AdaptiveHybridStreamingOptimizer().fit(
-            lambda x, *p: p[0] * x, T, Y, [1.0] * len(pairs), pairs
-        )
-    assert str(caught.value).endswith(
-        "If you have a list of (low, high) pairs, write bounds=tuple(zip(*pairs))."
-    )
+@pytest.mark.parametrize(
+    "pairs", [[(0, 1), (0, 5), (1, 2)], np.array([(0, 1), (0, 5), (1, 2)]), [[-1, np.inf]]]
+)
+def test_bounds_in_pairs_of_one_meaning(pairs: Any) -> None:
+    parsed = parse_parameters(lambda x, *p: 0.0, [1.0] * len(pairs), pairs, None)
+    low, high = np.asarray(pairs, float).T
+    np.testing.assert_array_equal(parsed.low, low)
+    np.testing.assert_array_equal(parsed.high, high)
+
+
+def test_bounds_of_two_parameters_are_those_of_scipy() -> None:
+    parsed = parse_parameters(lambda x, a, b: 0.0, None, [(0, 1), (5, 10)], None)
+    assert parsed.low.tolist() == [0, 1]
+    assert parsed.high.tolist() == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "columns", "by_name"),
+    [
+        ([(0, 2), (0, 3)], "bounds=((0, 0), (2, 3))", "{'p0': (0, 2), 'p1': (0, 3)}"),
+        (
+            [(0, None), (None, 5)],
+            "bounds=((0, -np.inf), (np.inf, 5))",
+            "{'p0': (0, np.inf), 'p1': (-np.inf, 5)}",
+        ),
+    ],
+)
+def test_bounds_in_two_pairs(pairs: Any, columns: str, by_name: str) -> None:
+    with pytest.raises(ValueError, match=r"lower bounds, then all upper bounds: write ") as caught:
+        nd.AdaptiveHybridStreamingOptimizer().fit(lambda x, *p: p[0] * x, T, Y, [1.0] * 2, pairs)
+    assert str(caught.value).endswith(f"write {columns}, or bounds={by_name}.")
+
+
+@pytest.mark.parametrize("pairs", [[(0, 1)] * 4, [(0, 1), (0, None), (1, 2)], [(0, 1), (5, 0)]])
+def test_bounds_in_invalid_pairs(pairs: Any) -> None:
+    with pytest.raises(ValueError, match=r"a pair for each of the 3|for parameter 'p1'|have 2 val"):
+        parse_parameters(lambda x, *p: 0.0, [1.0] * 3, pairs, None)
+
+
+# --- indices outside of x
+
+TABLE = np.linspace(0.0, 1.0, 60).reshape(30, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "index"),
+    [
+        (lambda x, a, b: a + b * x[:, 2], 2),
+        (lambda x, a, b: a + b * x.T[5], 5),
+        (lambda x, a, b: a + b * x[..., -3], -3),
+        (lambda x, a, b: a + b * x[:, np.array([0, 2])].sum(axis=1), 2),
+        (lambda x, a, b: a + b * jnp.take(x, 2, axis=1), 2),
+        (jax.jit(lambda x, a, b: a + b * x[:, 2]), 2),
+        (jax.vmap(lambda row, a, b: a + b * row[2], (0, None, None)), 2),
+        (lambda x, a, b: jnp.array([a, b])[2] * x[:, 0], 2),
+    ],
+)
+def test_an_index_outside_of_x(model: Any, index: int) -> None:
+    with pytest.raises(ModelError, match=f"reads index {index} of an axis of length 2") as caught:
+        nd.AdaptiveHybridStreamingOptimizer().fit(model, TABLE, Y[:30], [1.0, 1.0])
+    assert "x[:, 0] and x[:, 1]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, a, b: a + b * x[:, -1] + x[:, 1] + x.T[-2],
+        lambda x, a, b: a + b * jnp.take(x, np.arange(2) + 1, axis=1, mode="clip").sum(axis=1),
+        lambda x, a, b: a + b * jnp.roll(x, 1, axis=1)[:, 1] + x[:, ::-1][:, 1],
+        lambda x, a, b: a * jnp.interp(x[:, 0], np.arange(5.0), np.arange(5.0)) + b,
+        lambda x, a, b: a + b * jnp.arange(3.0)[jnp.clip(x[:, 0].astype(int), 0, 2)],
+        lambda x, a, b: a + lax.fori_loop(0, 2, lambda i, s: s + b * x[:, i], 0 * x[:, 0]),
+        lambda x, *p: jnp.polyval(jnp.array(p), x[:, 0]) + jnp.vander(x[:, 1], 3)[:, 2],
+    ],
+)
+def test_indices_inside_of_arrays(model: Any) -> None:
+    check_trace(Model(model, 2, Layout(None, ((2,),), ("f8",), "f8", None, False), "float64"))
 
 
 # Ends a fit before anything is compiled; the tests read what is printed before that.

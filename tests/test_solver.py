@@ -19,8 +19,7 @@ from nlsq_dask.kernels.dense_loops import Accumulation
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import float32_constants
-from nlsq_dask.model.jacobian import Mode
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.rows.rows import Layout, Rows
 from tests.problems import NO_WARMUP
 

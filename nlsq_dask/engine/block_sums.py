@@ -15,7 +15,8 @@ class BlockSums:
     """Statistics of the residuals r of m blocks. Each field is an array of shape (m,)."""
 
     index: NDArray[np.int64]  # flat index of the block in the grid
-    chi2: NDArray[np.float64]  # sum of r^2 over the block
+    # Sum of r^2 over the block; not finite if the model or its derivative is not.
+    chi2: NDArray[np.float64]
     n_used: NDArray[np.int64]  # number of rows that are neither masked nor omitted for a NaN
     largest: NDArray[np.float64]  # largest |r| in the block
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -25,15 +26,18 @@ from nlsq_dask.engine.tasks import (
     PassRequest,
     PassResult,
     S,
+    UndefinedRows,
     combine,
     not_finite,
     reduce_group,
     sample_block,
+    undefined_rows,
 )
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
+from nlsq_dask.model.prediction import PredictionKernel
 
 _MAX_ATTEMPTS = 4  # at a pass, if workers are lost
 _LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, WorkersReplacedError)
@@ -320,18 +324,8 @@ class DataSet:
             End of a sentence, which names array, element and chunk; empty if all elements are
             finite now.
         """
-        block = tuple(map(int, np.unravel_index(index, self.blocks.grid)))
-
-        def tree() -> Tree:
-            ((reader,), shared) = self._source.readers([[block]])
-            graph = TaskGraph(shared)
-            return graph.of_one(
-                graph.task("not-finite", 0, not_finite, reader, inputs=reader.inputs)
-            )
-
-        first: tuple[int, Index, Index] | None = self._run_with_recovery(
-            tree, lambda partials: None
-        )
+        block = self._block(index)
+        first: tuple[int, Index, Index] | None = self._run_on_block(block, not_finite)
         if first is None:
             return block, ""
         i, position, shape = first
@@ -342,6 +336,49 @@ class DataSet:
         where += "".join(f", column {at}" for at in position[len(starts) :])
         chunk = self._source.chunk_of(self.blocks.keys(block)[i], position, shape)
         return block, where if chunk is None else f"{where}, in {chunk}"
+
+    def undefined_rows(
+        self, index: int, kernel: PredictionKernel, params: NDArray[np.float64]
+    ) -> tuple[Index, UndefinedRows | None]:
+        """Read a block again and evaluate the model there.
+
+        Parameters
+        ----------
+        index : int
+            Flat index of the block.
+        kernel : PredictionKernel
+        params : ndarray, shape (p,)
+
+        Returns
+        -------
+        block : tuple of int
+            Position of the block in the grid.
+        rows : UndefinedRows or None
+            The rows at which the model or its derivative is not finite, with the element of y of
+            the first of them; None if there are none.
+        """
+        block = self._block(index)
+        rows: UndefinedRows | None = self._run_on_block(block, undefined_rows, kernel, params)
+        if rows is None:
+            return block, None
+        starts = [s.start for s in self.blocks.block_slices(block)]
+        position = tuple(start + at for start, at in zip(starts, rows.position, strict=True))
+        return block, replace(rows, position=position)
+
+    def _block(self, index: int) -> Index:
+        """Return the position in the grid of a block, given by its flat index."""
+        return tuple(map(int, np.unravel_index(index, self.blocks.grid)))
+
+    def _run_on_block(self, block: Index, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(reader, *args, *inputs)`` for the reader of one block, in a task."""
+
+        def tree() -> Tree:
+            ((reader,), shared) = self._source.readers([[block]])
+            graph = TaskGraph(shared)
+            name = function.__name__.replace("_", "-")
+            return graph.of_one(graph.task(name, 0, function, reader, *args, inputs=reader.inputs))
+
+        return self._run_with_recovery(tree, lambda partials: None)
 
     def missing_chunks(self) -> list[str]:
         """Return a warning for each Zarr array that lacks chunks."""

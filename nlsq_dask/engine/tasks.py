@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nlsq_dask.data.sampling import SamplePlan, subsample
 from nlsq_dask.engine.block_group import BlockGroup, CachedBlock
@@ -16,6 +17,7 @@ from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
+from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import Rows
 
 
@@ -71,7 +73,8 @@ def _reduce_block(
     taken = subsample(len(rows), request.sample_share, request.seed, index)
     # The sample comes from the first pass, whose blocks are not yet in the memory of a GPU.
     sample = block.take(taken) if isinstance(block, Rows) and len(taken) else None
-    measured = BlockSums.of(index, sums.chi2, sums.n_used, sums.largest)
+    chi2 = np.nan if sums.lacks_derivatives else sums.chi2
+    measured = BlockSums.of(index, chi2, sums.n_used, sums.largest)
     return PassResult(sums, sample, report, measured, index if sums.n_bad else None)
 
 
@@ -109,6 +112,42 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
     block = read.block
     rows = None if block is None else block.take(plan.rows_of(i, len(block)))
     return PassResult(None, rows, _report(read, block))
+
+
+@dataclass(frozen=True)
+class UndefinedRows:
+    """Rows of a block at which the model is not finite or, if it is at all, its derivative."""
+
+    n_rows: int
+    n_used: int  # number of rows that are neither masked nor omitted for a NaN
+    position: Index  # of the first of the rows
+    first: Rows  # the first of the rows
+    is_derivative: bool
+
+
+def undefined_rows(
+    reader: GroupReader, kernel: PredictionKernel, params: NDArray[np.float64], *inputs: Any
+) -> UndefinedRows | None:
+    """Read the only block of a reader, and return the rows at which the model is not finite.
+
+    None if there are none. ``inputs`` are the results of the tasks ``reader.inputs``, in that
+    order.
+    """
+    (read,) = reader.read(inputs)
+    if read.block is None:
+        return None
+    block = read.block.take(np.arange(len(read.block)))
+    index = block.usable_index()
+    rows = block.take(index)
+    root = np.eye(len(params)) if kernel.with_std else None
+    values = kernel(rows.batches(kernel.batch_rows), params, root)
+    for i, row in enumerate(~np.isfinite(values)):
+        if row.any():
+            first = int(row.argmax())
+            position = np.unravel_index(int(index[first]), read.block.shape)
+            at = tuple(map(int, position))
+            return UndefinedRows(int(row.sum()), len(rows), at, rows.take(np.array([first])), i > 0)
+    return None
 
 
 def not_finite(reader: GroupReader, *inputs: Any) -> tuple[int, Index, Index] | None:

@@ -22,6 +22,7 @@ from nlsq_dask.kernels.in_memory import DenseObjective
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.model.jacobian import with_other_mode
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
@@ -165,14 +166,9 @@ class DenseFit(FullFit[State, NormalEquations]):
 
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
-        problem = self.problem
-        config = problem.config
-        trace = partial(dense_kernel, batch_rows=context.batch_rows)
-        kernel = trace(problem.model, platforms=context.platforms, loss=problem.loss)
-        self._gram = replace(kernel, uses_all_devices=config.enable_multi_device)
-        self._kernels = {Accumulation.GRAM: self._gram}
-        self._sample_kernel = trace(problem.exact_model, loss=problem.loss)
-        self._settings = gauss_newton_settings(problem)
+        config = self.problem.config
+        self._trace_kernels()
+        self._settings = gauss_newton_settings(self.problem)
         is_qr = config.gauss_newton_solver == "qr"
         self._first_accumulation = Accumulation.TRIANGLE if is_qr else Accumulation.GRAM
         self._is_auto = config.gauss_newton_solver == "auto"
@@ -180,6 +176,32 @@ class DenseFit(FullFit[State, NormalEquations]):
         self._sample_solver = SampleSolver(
             GaussNewton(settings, self._first_accumulation, self._is_auto)
         )
+
+    def _trace_kernels(self) -> None:
+        context, problem = self.context, self.problem
+        trace = partial(dense_kernel, batch_rows=context.batch_rows, loss=problem.loss)
+        kernel = trace(problem.model, platforms=context.platforms)
+        self._gram = replace(kernel, uses_all_devices=problem.config.enable_multi_device)
+        self._kernels = {Accumulation.GRAM: self._gram}
+        self._sample_kernel = trace(problem.exact_model)
+
+    def _switch_mode(self) -> bool:
+        """Use the other mode of differentiation from now on; return whether there is one."""
+        other, before = with_other_mode(self.problem.model), self._gram
+        if other is None or other.mode is None:
+            return False
+        self.problem = replace(self.problem, model=other)
+        self._trace_kernels()
+        reduction = replace(self._reduction(before), mode=other.mode)
+        self._gram = replace(self._gram, reduction=reduction, y_reference=before.y_reference)
+        self._kernels = {Accumulation.GRAM: self._gram}
+        return True
+
+    @staticmethod
+    def _reduction(kernel: Kernel[NormalEquations]) -> DenseReduction:
+        reduction = kernel.reduction
+        assert isinstance(reduction, DenseReduction)
+        return reduction
 
     def kernel(self, request: Request) -> Kernel[NormalEquations]:
         """Return the kernel that computes the requested sums over all rows."""
@@ -223,8 +245,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         return _SampleSolution(state.solution, state.iteration, accumulation)
 
     def _prepare(self, sample: Sample, start: Vector) -> None:
-        reduction = self._gram.reduction
-        assert isinstance(reduction, DenseReduction)
+        reduction = self._reduction(self._gram)
         if self.problem.is_exact:
             self._first_accumulation = sample.objective.accumulation
         else:

@@ -31,9 +31,10 @@ from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
+from nlsq_dask.fit.undefined_rows import explain_not_finite
 from nlsq_dask.kernels.kernel import batch_rows_for
 from nlsq_dask.kernels.request import Request
-from nlsq_dask.model.check import check_trace
+from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.status import Status
 
 _N_POINTS, _SHIFT = 3, 0.3  # points near p0, in normalized parameters, for comparing models
@@ -77,6 +78,7 @@ class Driver:
             self._iterations.count(event)
         self._start_finder = StartFinder(problem, emit, self._iterations, journal)
         self._diagnostics = self._start_finder.diagnostics
+        self._fit: FullFit[Any, Any] | None = None
         self._sample: SampleProblem[Any] | None = None
 
     def run(self) -> Outcome:
@@ -90,13 +92,16 @@ class Driver:
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
         self._journal.run_once("beginning", partial(self._emit, started))
         with self._phase(0) as details:
-            fit = self._build_fit(details)
+            fit = self._fit = self._build_fit(details)
         try:
             with self._phase(1) as details:
                 sample: Any = self._read_sample(fit, details)
                 starts = self._start_finder.find(sample, details)
             with self._phase(2) as details:
                 outcome = fit.solve(sample, starts, details)
+                if outcome.stop is Status.NON_FINITE_START:
+                    cause = explain_not_finite(outcome, fit.problem, self._data)
+                    outcome = replace(outcome, cause=cause)
             with self._phase(3) as details:
                 outcome = self._add_errors(fit, sample, outcome, details)
         except StoppedByCallbackError as stopped:
@@ -152,15 +157,20 @@ class Driver:
             ),
             platforms=details["platforms"],
         )
-        return MatrixFreeFit(context) if problem.is_without_matrices else DenseFit(context)
+        if problem.is_without_matrices:
+            return MatrixFreeFit(context)
+        try:
+            return DenseFit(context)
+        except (ValueError, TypeError, NotImplementedError):
+            check_derivative(problem.model, problem.parameters.names)
+            raise
 
     def _read_sample(self, fit: FullFit[Any, Any], details: dict[str, Any]) -> SampleProblem[Any]:
         problem = self._problem
         rows, n_blocks = self._passes.sample(problem.sample_rows, problem.config.random_seed)
         details["sample"] = {"rows": len(rows), "blocks": n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
-        sample: SampleProblem[Any] = SampleProblem(problem, fit.make_objective, rows)
-        self._sample = sample
+        sample = self._sample = fit.make_sample(rows)
         if self._passes.must_report(sample.at_start):
             # Counts all invalid rows and raises.
             request = Request(problem.parameters.start, is_fresh=True)
@@ -219,6 +229,7 @@ class Driver:
         counts = self._passes.counts
         return replace(
             outcome,
+            mode=None if self._fit is None else self._fit.problem.model.mode,
             counts=counts,
             checkpoint=self._journal.last_path,
             diagnostics=self._diagnostics

@@ -93,6 +93,24 @@ class FullFit(ABC, Generic[T, S]):
         are summed, to avoid cancellation.
         """
 
+    def make_sample(self, rows: Rows) -> SampleProblem[Any]:
+        """Return the problem for a sample of rows.
+
+        If derivatives are finite in the other mode of differentiation only, the fit uses that mode
+        from now on.
+        """
+        sample: SampleProblem[Any] = SampleProblem(self.problem, self.make_objective, rows)
+        if sample.at_start.lacks_derivatives and self._switch_mode():
+            other: SampleProblem[Any] = SampleProblem(self.problem, self.make_objective, rows)
+            if other.at_start.is_finite:
+                return other
+            self._switch_mode()
+        return sample
+
+    def _switch_mode(self) -> bool:
+        """Use the other mode of differentiation from now on; return whether there is one."""
+        return False
+
     @abstractmethod
     def _solve_on_sample(
         self, sample: SampleProblem[Any], starts: list[Vector], details: dict[str, Any]
@@ -205,13 +223,14 @@ class FullFit(ABC, Generic[T, S]):
         is searched on the new sample.
         """
         max_variance, chance = sample.max_expected(start), sample.chance
-        config, request = self.problem.config, self._first_request(start)
-        first = self.context.passes.run(
-            self.kernel(request),
-            request,
-            sample_rows=self.problem.sample_rows,
-            seed=config.random_seed,
-        )
+        request = self._first_request(start)
+        first = self._run_first(request)
+        if first.sums.lacks_derivatives and self._switch_mode():
+            other = self._run_first(request)
+            if other.sums.is_finite:
+                first = other
+            else:
+                self._switch_mode()
         if first.rows is not None:
             sample.replace_rows(first.rows)
         blocks, dtype = self.problem.blocks, self.problem.model.dtype
@@ -220,6 +239,15 @@ class FullFit(ABC, Generic[T, S]):
         if first.sums.is_finite and not first.sums.variance(0) > max_variance:
             return start, first
         return self._better_start(sample, start, first, starts, chance)
+
+    def _run_first(self, request: Request) -> Reduced[S]:
+        problem = self.problem
+        return self.context.passes.run(
+            self.kernel(request),
+            request,
+            sample_rows=problem.sample_rows,
+            seed=problem.config.random_seed,
+        )
 
     def _solve_on_all_rows(self, init: Callable[[], T], details: dict[str, Any]) -> Outcome:
         """Iterate over all rows and return the outcome.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.kernels.sums import Sums
+from nlsq_dask.model.model import Mode
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.status import Status
@@ -46,6 +47,8 @@ class Outcome:
     # Standard errors and non-identifiable parameters, if not from the covariance.
     errors: Vector | None = None
     non_identifiable: NDArray[np.bool_] | None = None
+    cause: str = ""  # message that takes the place of that of ``stop``, where more is known
+    mode: Mode | None = None  # of differentiation, if not the preferred one
     counts: ReadCounts = ReadCounts()
     checkpoint: str | None = None  # path to resume from
     diagnostics: dict[str, Any] = field(default_factory=dict)

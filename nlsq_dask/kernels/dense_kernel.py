@@ -17,9 +17,9 @@ from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.kernels.tsqr import merge, panel_rows
-from nlsq_dask.model.jacobian import Mode, choose_mode
+from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import CPU, x64
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.model import Mode, Model
 
 Matrix = NDArray[np.float64]
 

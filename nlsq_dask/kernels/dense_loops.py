@@ -22,8 +22,8 @@ from nlsq_dask.kernels.strip_loops import (
     lane_sums,
 )
 from nlsq_dask.kernels.tsqr import append_rows
-from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.jacobian import residual_and_jacobian
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.rows.rows import Rows
 
 _MAX_IN_LANES = 6  # rows of the Gram matrix, p + 1

@@ -51,7 +51,7 @@ class Sums(ABC):
     n_used: int = combined(add, default=0)  # rows in the sums
     n_masked: int = combined(add, default=0)  # rows masked by the caller
     n_bad: int = combined(add, default=0)  # rows with NaN or infinity in y, x or sigma
-    n_nonfinite: int = combined(add, default=0)  # rows with a non-finite model or Jacobian
+    n_nonfinite: int = combined(add, default=0)  # rows with a non-finite model
     n_bad_sigma: int = combined(add, default=0)  # rows with sigma <= 0
     # The cost at the candidates, shape (k,).
     candidate_costs: NDArray[np.float64] = combined(add, default_factory=lambda: np.zeros(0))
@@ -141,6 +141,11 @@ class Sums(ABC):
             and bool(np.isfinite(self.cost))
             and bool(np.isfinite(self.jtr).all())
         )
+
+    @property
+    def lacks_derivatives(self) -> bool:
+        """Whether only derivatives are not finite, although the model is finite at all rows."""
+        return self.n_nonfinite == 0 and not self.is_finite
 
     @property
     def total_variation(self) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jax import errors
 
 from nlsq_dask.model.model import Model
+from nlsq_dask.status import FIX_EXAMPLE
 
 _USE_JAX = (
     "Write it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "
@@ -51,6 +52,31 @@ def tracing_hint(error: Exception) -> str:
         errors.TracerIntegerConversionError,
     )
     return _NOT_IN_JAX_HINT if isinstance(error, needs_values) else ""
+
+
+def derivative_hint(error: Exception, blamed: Sequence[str]) -> str:
+    """Return a hint on how to mend a model that has no derivative.
+
+    Parameters
+    ----------
+    error : Exception
+        Error that JAX raised when it differentiated the model.
+    blamed : sequence of str
+        Names of the parameters without derivative; empty if each alone has one.
+    """
+    text = str(error).partition("\n")[0].rstrip(".")
+    if "callback" in text.lower():
+        return (
+            "It calls a Python function by a callback such as jax.pure_callback, which has no "
+            f"derivative and cannot be sent to workers. {_USE_JAX}. Values that do not depend on "
+            "the parameters can be computed beforehand and passed as another x."
+        )
+    hint = f"JAX reports: {text}. Use another expression"
+    if "custom_vjp" not in text:
+        hint += ", or define its derivative with jax.custom_jvp"
+    if not blamed:
+        return f"{hint}."
+    return f"{hint}, or fix {' and '.join(map(repr, blamed))} ({FIX_EXAMPLE})."
 
 
 def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:

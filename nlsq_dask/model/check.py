@@ -8,14 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask._text import join_first
 from nlsq_dask.errors import ModelError
-from nlsq_dask.model.advice import columns_hint, error_hint, tracing_hint
+from nlsq_dask.model.advice import columns_hint, derivative_hint, error_hint, tracing_hint
+from nlsq_dask.model.indices import index_outside
+from nlsq_dask.model.jacobian import derivative_error, has_derivative
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
@@ -35,10 +39,11 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
         Names of the x arrays for messages; an empty string for an array without a name.
     """
     params = jax.ShapeDtypeStruct((model.n_params,), np.dtype(model.dtype))
+    make_jaxpr = jax.make_jaxpr(model.raw, return_shape=True)
     with x64():
         for n_rows in _PROBE_ROWS:
             try:
-                out = jax.eval_shape(model.raw, model.x_specs(n_rows), params)
+                jaxpr, out = make_jaxpr(model.x_specs(n_rows), params)
             except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
                 hint = tracing_hint(error)
                 if hint:
@@ -52,6 +57,20 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
                     f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)
+            _check_indices(model, jaxpr, n_rows)
+
+
+def _check_indices(model: Model, jaxpr: Any, n_rows: int) -> None:
+    outside = index_outside(jaxpr, n_rows)
+    if outside is None:
+        return
+    index, length = outside
+    may_be_x = model.layout.x_features == ((length,),)
+    raise ModelError(
+        f"The model {model.name!r} reads index {index} of an axis of length {length}, whose last "
+        f"index is {length - 1}. JAX would silently use another element. "
+        f"{columns_hint(model) if may_be_x else ''}".rstrip()
+    )
 
 
 def _describe_x(model: Model) -> str:
@@ -82,6 +101,27 @@ def _check_output(model: Model, out: object, n_rows: int) -> None:
             f"The model {model.name!r} must return real floating-point values; it returned "
             f"{out.dtype}, which has no derivative with respect to the parameters."
         )
+
+
+def check_derivative(model: Model, names: Sequence[str]) -> None:
+    """Raise a ModelError, with the parameters, if JAX cannot differentiate the model.
+
+    Parameters
+    ----------
+    model : Model
+        A model that ``check_trace`` accepts.
+    names : sequence of str
+        Names of the parameters.
+    """
+    error = derivative_error(model)
+    if error is None:
+        return
+    blamed = [name for i, name in enumerate(names) if not has_derivative(model, i)]
+    of = join_first(list(map(repr, blamed or names)))
+    raise ModelError(
+        f"JAX cannot differentiate the model {model.name!r} with respect to {of}. "
+        f"{derivative_hint(error, blamed)}"
+    ) from error
 
 
 def check_row_wise(

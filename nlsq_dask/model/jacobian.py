@@ -9,14 +9,17 @@ computes sines, and arrays with more than one column, again for each parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from nlsq_dask.model.model import TRACED_ROWS, Model
+from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.model import TRACED_ROWS, Mode, Model
 
 _MAX_FORWARD_PARAMS = 5  # up to this number, forward mode was never slower in benchmarks
 # Calls into a scalar library, ten times as expensive as a vectorized exponential.
@@ -25,24 +28,19 @@ _EXPENSIVE_PRIMITIVES = {"sin", "cos", "tan"}
 _MAX_UPDATED_ROWS = 8
 
 
-class Mode(Enum):
-    """Mode of differentiation of the Jacobian."""
-
-    FORWARD = "forward"
-    REVERSE = "reverse"
-
-
 def choose_mode(model: Model, jaxpr: Any) -> Mode:
     """Return the mode of differentiation for this model, whose traced form is ``jaxpr``.
 
     Forward mode is used for at most five parameters, if everything that depends on them is one
     number per row and there is no sine, cosine or tangent; otherwise reverse mode. Models with a
     ``while_loop``, and models that cannot be called with a single row, support only forward mode;
-    models with a ``custom_vjp`` only reverse mode.
+    models with a ``custom_vjp`` only reverse mode. ``Model.mode`` takes precedence over all this.
 
     The choice depends on the traced model and not on timings, because results of the two modes
     differ in their last bits and a repeated fit must have equal results.
     """
+    if model.mode is not None:
+        return model.mode
     n_leaves = len(model.layout.x_features)
     depends = [False] * n_leaves + [True] * model.n_params
     names, widest = set(), 0
@@ -55,6 +53,45 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
         return Mode.FORWARD
     is_narrow = widest <= TRACED_ROWS and not names & _EXPENSIVE_PRIMITIVES
     return Mode.FORWARD if is_narrow and model.n_params <= _MAX_FORWARD_PARAMS else Mode.REVERSE
+
+
+def with_other_mode(model: Model) -> Model | None:
+    """Return the model with the mode of differentiation that is not in use; None if it has none.
+
+    Where a branch of ``jnp.where`` that is not taken is not finite, its derivative is NaN in
+    reverse mode, which multiplies it by zero, but not in forward mode, which discards it.
+    """
+    with x64():
+        is_forward = choose_mode(model, model.jaxpr()) is Mode.FORWARD
+    other = replace(model, mode=Mode.REVERSE if is_forward else Mode.FORWARD)
+    return other if derivative_error(other) is None else None
+
+
+def derivative_error(model: Model) -> Exception | None:
+    """Return the error that JAX raises when it differentiates the model; None if it raises none."""
+    p = model.n_params
+    with x64():
+        spec = partial(jax.ShapeDtypeStruct, dtype=np.dtype(model.dtype))
+        y, params, factors = spec((TRACED_ROWS,)), spec((p,)), spec((p + 1,))
+        linearized = residual_and_jacobian(model, choose_mode(model, model.jaxpr()))
+        try:
+            jax.eval_shape(linearized, model.x_specs(TRACED_ROWS), y, params, factors)
+        except (ValueError, TypeError, IndexError, NotImplementedError) as error:
+            return error
+    return None
+
+
+def has_derivative(model: Model, i: int) -> bool:
+    """Return whether JAX can differentiate the model with respect to its i-th parameter alone."""
+
+    def of_one(x: Any, q: Any) -> Any:
+        params: list[Any] = [jnp.ones((), model.dtype)] * model.n_params
+        params[i] = q
+        return model.function(x, *params)
+
+    with x64():
+        mode = choose_mode(model, model.jaxpr())
+    return derivative_error(replace(model, function=of_one, n_params=1, mode=mode)) is None
 
 
 def _accepts_one_row(model: Model) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import jax
@@ -18,6 +19,13 @@ TRACED_ROWS = 1024  # number of rows in a jaxpr; larger than any other dimension
 _MIN_VECTOR_PARAMS = 64  # above, tracing parameters one by one is slow
 
 
+class Mode(Enum):
+    """Mode of differentiation of the Jacobian."""
+
+    FORWARD = "forward"
+    REVERSE = "reverse"
+
+
 @dataclass(frozen=True)
 class Model:
     """The caller's function ``f(x, *params)`` of jax.numpy; it returns one value per row of x."""
@@ -26,6 +34,7 @@ class Model:
     n_params: int
     layout: Layout  # structure of x, shapes and dtypes of its arrays
     dtype: str  # in which values are computed: "float64" or "float32"
+    mode: Mode | None = None  # of differentiation; None for the one that ``choose_mode`` prefers
 
     @property
     def name(self) -> str:

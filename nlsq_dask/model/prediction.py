@@ -57,7 +57,7 @@ class PredictionKernel:
                 jax.ShapeDtypeStruct((p, p) if with_std else (0, 0), np.dtype("f8")),
             )
 
-        signature = (cls, model.layout, model.dtype, p, batch_rows, with_std)
+        signature = (cls, model.layout, model.dtype, model.mode, p, batch_rows, with_std)
         program = traced_once(signature, jaxpr, trace)
         return cls(program, model.layout, batch_rows, with_std, has_custom_rules(jaxpr))
 

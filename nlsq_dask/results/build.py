@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def build_result(
         },
         x_units=blocks.x_units,
         sample=None if outcome.sample is None else row_sample(*outcome.sample, blocks),
-        _model=problem.model,
+        _model=replace(problem.model, mode=outcome.mode),
         _root=root,
         _errors=outcome.errors,
     )
@@ -116,7 +117,7 @@ def build_result(
 def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str:
     """Return ``FitResult.message``: the status, the given sentences and a hint what to do next."""
     stop = outcome.stop
-    message = stop.message
+    message = outcome.cause or stop.message
     if stop.suggests_another_start and _can_use_multistart(problem):
         message += _MULTISTART_HINT
     message = " ".join([message, *sentences])

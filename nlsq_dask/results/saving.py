@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask._version import version_of
 from nlsq_dask.errors import ModelError, RecordError, ResultFileError, warn_caller
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.model.program import TRACED_BY
 from nlsq_dask.rows.rows import Layout
@@ -71,6 +71,7 @@ def save(result: FitResult, path: str | os.PathLike[str]) -> None:
             "versions": function.versions,
             "n_params": model.n_params,
             "dtype": model.dtype,
+            "mode": None if model.mode is None else model.mode.value,
             "layout": asdict(model.layout),
         },
     }
@@ -94,7 +95,10 @@ def load(
         info = record["model"]
         function = MissingModel(info["name"], info["fingerprint"], info["versions"])
         layout = Layout(**info["layout"])
-        saved_model = Model(function, info["n_params"], layout, info["dtype"])
+        mode = info.get("mode")  # older files have none
+        saved_model = Model(
+            function, info["n_params"], layout, info["dtype"], None if mode is None else Mode(mode)
+        )
         result = kind(**record["values"], _model=saved_model)
     except RecordError as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be used: {error}") from error

@@ -213,12 +213,16 @@ class Rows:
 
     def usable(self) -> Self:
         """Return the rows that are finite in y, x and sigma and not masked; y is 1-d."""
+        return self.take(self.usable_index())
+
+    def usable_index(self) -> NDArray[np.int64]:
+        """Return the positions of the rows that are finite in y, x and sigma and not masked."""
         *numbers, mask = self.arrays
         keep = np.ones(len(self), bool) if mask is None else ~mask
         for array in numbers:
             if array is not None:
                 keep &= np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
-        return self.take(np.flatnonzero(keep))
+        return np.flatnonzero(keep)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:

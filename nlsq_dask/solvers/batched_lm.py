@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nlsq_dask.kernels.losses import LINEAR, robust
-from nlsq_dask.model.jacobian import Mode, residual_and_jacobian
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.jacobian import residual_and_jacobian
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.rows.rows import STRIP_ROWS
 
 _N_STEPS = 10  # trial steps per candidate

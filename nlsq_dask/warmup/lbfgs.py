@@ -26,7 +26,7 @@ from nlsq_dask.errors import ModelError
 from nlsq_dask.kernels.losses import LINEAR, rho
 from nlsq_dask.kernels.penalty import total_variance
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.model.program import compiled_once
 from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
 from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
@@ -207,7 +207,20 @@ def _loss(model: Model, options: Options, problem: Problem) -> Callable[[Any], A
             mean_square += problem.penalty * total_variance(params, options.groups)
         return mean_square / problem.variance
 
-    return loss
+    return _with_forward_gradient(loss) if model.mode is Mode.FORWARD else loss
+
+
+def _with_forward_gradient(loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return the function with a gradient that is computed by forward-mode differentiation."""
+
+    def value_and_gradient(q: Any) -> tuple[Any, Any]:
+        value, push = jax.linearize(loss, q)
+        return value, jax.vmap(push)(jnp.eye(len(q), dtype=q.dtype))
+
+    function: Any = jax.custom_vjp(loss)
+    function.defvjp(value_and_gradient, lambda gradient, change: (change * gradient,))
+    wrapped: Callable[[Any], Any] = function
+    return wrapped
 
 
 def _step(model: Model, options: Options, problem: Problem, state: WarmupState) -> WarmupState:
@@ -316,7 +329,7 @@ class Warmup:
         )
         rows = sample.rows
         shapes = f"{len(rows)} rows, sigma {rows.sigma is not None}"
-        key = f"warm-up {sample.fingerprint} {shapes} {options}"
+        key = f"warm-up {sample.fingerprint} {sample.model.mode} {shapes} {options}"
         return cls(sample.model, to_device(problem), options, key)
 
     def init(self, q0: NDArray[np.float64]) -> WarmupState:

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from nlsq_dask.model.jacobian import Mode, choose_mode
+from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.model.model import Model
+from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.model.program import compiled_once
 from nlsq_dask.solvers.batched_lm import FIRST_DAMPING, Candidate, Problem, improve_groups
 from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
@@ -87,7 +87,7 @@ class SuccessiveHalving:
         with x64():
             mode = choose_mode(model, model.jaxpr())
         loss, groups = sample.loss.name, sample.penalty.groups
-        key = f"successive halving {sample.fingerprint} {n_padded} rows {loss} {groups}"
+        key = f"successive halving {sample.fingerprint} {n_padded} rows {loss} {groups} {mode}"
         return cls(model, problem, mode, loss, sample.n_rows, key)
 
     def rounds(
