@@ -136,7 +136,8 @@ TABLE: dict[str, Case] = {
     "the bounds: not a pair": (
         dict(bounds=(0, 1, 2)),
         ValueError,
-        "bounds must be (low, high) or a dict of (low, high) by name; got 3 entries.",
+        "bounds must be (low, high), a pair for each of the 3 parameters, or a dict of pairs by "
+        "name; got 3 entries, not all of them pairs.",
     ),
     "the bounds: an unknown name": (
         dict(bounds={"z": (0, 1)}),

@@ -241,9 +241,10 @@ def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
     if n != 2 and len(bounds) == n and _are_pairs(bounds):  # a pair for each parameter
         bounds = ([pair[0] for pair in bounds], [pair[1] for pair in bounds])
     if len(bounds) != 2:
+        which = "" if _are_pairs(bounds) else ", not all of them pairs"
         raise ValueError(
             f"bounds must be (low, high), a pair for each of the {n} parameters, or a dict of "
-            f"pairs by name; got {len(bounds)} entries."
+            f"pairs by name; got {len(bounds)} entries{which}."
         )
     if n == 2 and _are_pairs(bounds) and any(each is None for pair in bounds for each in pair):
         raise ValueError(
