@@ -73,6 +73,7 @@ def test_the_mode_stays_with_the_result(tmp_path: Path) -> None:
     [
         (uptake, [2.0, 1.3, 0.1, 0.1, 0.0, 0.0], np.ones(6)),
         (onset, [1.0, 1.5, 0.7], [0.8, 1.2, 0.6]),
+        (onset, [1.0, 1.5, 0.7], [0.8, 1.2, -0.5]),  # the guard acts at later trials only
     ],
 )
 def test_other_guarded_models(model: Any, truth: Any, start: Any) -> None:

@@ -23,6 +23,7 @@ from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.model.jacobian import with_other_mode
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
@@ -51,6 +52,7 @@ class _SampleSolution:
     params: Vector
     iterations: int
     accumulation: Accumulation
+    has_other_mode: bool = False  # whether the mode of differentiation was switched for it
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ class DenseFit(FullFit[State, NormalEquations]):
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
         config = self.problem.config
+        self._other_model: Model | None = None  # with the mode of differentiation not in use
         self._trace_kernels()
         self._settings = gauss_newton_settings(self.problem)
         is_qr = config.gauss_newton_solver == "qr"
@@ -187,12 +190,13 @@ class DenseFit(FullFit[State, NormalEquations]):
 
     def _switch_mode(self) -> bool:
         """Use the other mode of differentiation from now on; return whether there is one."""
-        other, before = with_other_mode(self.problem.model), self._gram
-        if other is None or other.mode is None:
+        other, before = self._other_model or with_other_mode(self.problem.model), self._gram
+        if other is None:
             return False
+        self._other_model = self.problem.model
         self.problem = replace(self.problem, model=other)
         self._trace_kernels()
-        reduction = replace(self._reduction(before), mode=other.mode)
+        reduction = replace(self._reduction(before), mode=self._reduction(self._gram).mode)
         self._gram = replace(self._gram, reduction=reduction, y_reference=before.y_reference)
         self._kernels = {Accumulation.GRAM: self._gram}
         return True
@@ -227,11 +231,33 @@ class DenseFit(FullFit[State, NormalEquations]):
             return starts[0]
         solve = partial(self._compute_sample_solution, sample, starts)
         solution = self.context.journal.step("solution of the sample", _SampleSolution, solve)
+        if solution.has_other_mode:
+            self._switch_mode()
+            sample.renew(self.problem)
         sample.objective.use(solution.accumulation)
         details["sample_iterations"] = solution.iterations
         return solution.params
 
     def _compute_sample_solution(self, sample: Sample, starts: list[Vector]) -> _SampleSolution:
+        """Solve on the sample, and in the other mode of differentiation if derivatives lacked.
+
+        A branch of ``jnp.where`` that is not taken may be not finite at some of the trial points
+        only, which then seem to be forbidden.
+        """
+        solution = self._solve_in_mode(sample, starts)
+        if not sample.lacked_derivatives:
+            return solution
+        cost = sample.objective(solution.params).cost
+        if not self._switch_mode():
+            return solution
+        sample.renew(self.problem)
+        other = self._solve_in_mode(sample, starts)
+        is_better = sample.objective(other.params).cost * (1.0 + _SAME_COST) < cost
+        self._switch_mode()
+        sample.renew(self.problem)
+        return replace(other, has_other_mode=True) if is_better else solution
+
+    def _solve_in_mode(self, sample: Sample, starts: list[Vector]) -> _SampleSolution:
         solver, report = self._sample_solver, self._build_report("sample", are_iterations=False)
         start = solver.best_start(sample.objective_few, starts, report)
         state = solver.solve(sample.objective, start, self._build_report("sample"))

@@ -229,6 +229,7 @@ class FullFit(ABC, Generic[T, S]):
             other = self._run_first(request)
             if other.sums.is_finite:
                 first = other
+                sample.renew(self.problem)
             else:
                 self._switch_mode()
         if first.rows is not None:

@@ -160,6 +160,16 @@ class SampleProblem(Generic[R]):
             changes = _ROUNDINGS * epsilon * rounding_scale(self._model, few, params)
             return float(np.mean(changes**2))
 
+    @property
+    def lacked_derivatives(self) -> bool:
+        """Whether derivatives were not finite at any point so far, although the model was."""
+        return self.objective.lacked_derivatives or self.objective_few.lacked_derivatives
+
+    def renew(self, problem: FitProblem) -> None:
+        """Use another mode of differentiation, that of the model of ``problem``, from now on."""
+        self._problem, self._model = problem, problem.exact_model
+        self._set_rows(self._rows, self._rows)
+
     def replace_rows(self, rows: Rows) -> None:
         """Use other rows as the sample from now on."""
         self._set_rows(rows, rows.usable())

@@ -31,9 +31,15 @@ class SampleObjective(ABC, Generic[S_co]):
     rows : Rows
     penalty : GroupVariance
         Penalty that is added to the sums.
+
+    Attributes
+    ----------
+    lacked_derivatives : bool
+        Whether derivatives were not finite at any point so far, although the model was.
     """
 
     def __init__(self, rows: Rows, penalty: GroupVariance) -> None:
+        self.lacked_derivatives = False
         self._rows = rows
         self._penalty = penalty
         self._cache: dict[bytes, S_co] = {}
@@ -50,7 +56,9 @@ class SampleObjective(ABC, Generic[S_co]):
             if len(self._cache) == _CACHE_SIZE:
                 del self._cache[next(iter(self._cache))]
             request = Request(params)
-            self._cache[key] = self.kernel(self._rows, request).penalized(self._penalty, request)
+            sums = self.kernel(self._rows, request).penalized(self._penalty, request)
+            self.lacked_derivatives |= sums.lacks_derivatives
+            self._cache[key] = sums
         return self._cache[key]
 
 

@@ -144,8 +144,9 @@ class Sums(ABC):
 
     @property
     def lacks_derivatives(self) -> bool:
-        """Whether only derivatives are not finite, although the model is finite at all rows."""
-        return self.n_nonfinite == 0 and not self.is_finite
+        """Whether only derivatives are not finite: the model and the sum of r^2 are."""
+        bound = self.n_used * self.largest * self.largest
+        return self.n_nonfinite == 0 and bool(np.isfinite(bound)) and not self.is_finite
 
     @property
     def total_variation(self) -> float:
