@@ -29,9 +29,9 @@ from nlsq_dask.fit.matrix_free import MatrixFreeFit
 from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
+from nlsq_dask.fit.row_checks import explain_not_finite
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.starts import StartFinder
-from nlsq_dask.fit.undefined_rows import explain_not_finite
 from nlsq_dask.kernels.kernel import batch_rows_for
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import check_derivative, check_trace

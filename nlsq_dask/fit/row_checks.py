@@ -1,17 +1,38 @@
-"""Checks of the values in the data, with their error messages."""
+"""Checks of the values in the data, and messages that name rows at which a model is not finite."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from nlsq_dask._text import join_first
 from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.engine.retries import SkippedBlock
+from nlsq_dask.engine.tasks import UndefinedRows
 from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFiniteDataError
+from nlsq_dask.fit.outcome import Outcome
+from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import Sums
-from nlsq_dask.rows.rows import Rows
+from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
 _MAX_LISTED = 10  # blocks in a message
+_N_TRIALS, _SPREAD = 32, 3.0  # other parameters, and their distance from p0 in its scales
+
+_OTHER_START = "choose another p0, or bounds within which the model is defined."
+_OMIT = "set y_data of such rows to NaN and use nan_policy='omit'"
+_NO_START = "It is not finite there with other parameters either"
+_DEFINE = (
+    "or define the model there, such as "
+    "jnp.where(x > 0, a + b * jnp.log(jnp.where(x > 0, x, 1.0)), 0.0)."
+)
+_GUARD = (
+    "If jnp.where selects another expression there, the expression that is not selected must be "
+    "finite as well: jnp.where(x > 0, a * jnp.sin(b * safe) / safe, a * b) with "
+    "safe = jnp.where(x > 0, x, 1.0)."
+)
 
 
 def are_unusable(sums: Sums, omits_nan: bool) -> bool:
@@ -92,3 +113,75 @@ def check_same(before: Rows, reread: Rows) -> None:
                 "the checkpoint belongs to other data: some rows were read again, and their values "
                 "have changed. Restore the data, or fit again without resume_from_checkpoint."
             )
+
+
+def explain_not_finite(outcome: Outcome, problem: FitProblem, data: DataSet) -> str:
+    """Return a message with the rows at which the model or its derivative is not finite.
+
+    Parameters
+    ----------
+    outcome : Outcome
+        Outcome of a fit that ended with ``Status.NON_FINITE_START``.
+    problem : FitProblem
+        With the model as it was used.
+    data : DataSet
+        The first block with such rows is read again.
+
+    Returns
+    -------
+    str
+        Empty if there are no such rows, because the model overflows only when it is squared.
+    """
+    blocks, params, sums = outcome.blocks, outcome.sums_at, outcome.sums
+    if blocks is None or params is None or sums is None:
+        return ""
+    bad = blocks.index[~np.isfinite(blocks.chi2)]
+    if not len(bad):
+        return ""
+    kernel = PredictionKernel.trace(
+        problem.model, STRIP_ROWS, with_std=not problem.is_without_matrices
+    )
+    block, rows = data.undefined_rows(int(bad.min()), kernel, params)
+    if rows is None:
+        return ""
+    is_p0 = _is_finite_elsewhere(kernel, rows.first, problem)
+    first = f"the first is {_describe(rows, problem.model.layout)}"
+    if rows.is_derivative:
+        return (
+            f"Not converged: at the start the model is finite, but its derivative is not finite at "
+            f"{rows.n_rows:,} of {rows.n_used:,} rows of block {block}; {first}. {_GUARD} "
+            f"Otherwise, {_OTHER_START if is_p0 else f'{_OMIT}.'}"
+        )
+    return (
+        f"Not converged: the model is not finite at the start at {sums.n_nonfinite:,} of "
+        f"{sums.n_used:,} rows; {first}. "
+        + (f"C{_OTHER_START[1:]}" if is_p0 else f"{_NO_START}: {_OMIT}, {_DEFINE}")
+    )
+
+
+def _is_finite_elsewhere(kernel: PredictionKernel, row: Rows, problem: FitProblem) -> bool:
+    """Return whether the model and its derivative are finite at one row with other parameters."""
+    parameters, scales = problem.parameters, problem.normalizer.scales
+    root = np.eye(len(scales)) if kernel.with_std else None
+    batch = [(row.padded(kernel.batch_rows), 1)]
+    random = np.random.default_rng(0)
+    shifts = _SPREAD * scales * random.uniform(-1.0, 1.0, (_N_TRIALS, len(scales)))
+    trials = np.clip(parameters.start + shifts, parameters.low, parameters.high)
+    return any(np.isfinite(kernel(batch, trial, root)).all() for trial in trials)
+
+
+def _describe(rows: UndefinedRows, layout: Layout) -> str:
+    """Return the element of y and the x of the first row, such as ``y_data[0], x=0``."""
+    values: Any = layout.assemble([_text(leaf[0]) for leaf in rows.first.x])
+    if isinstance(values, tuple):
+        values = f"({', '.join(values)})"
+    elif isinstance(values, dict):
+        values = ", ".join(f"{name}={value}" for name, value in values.items())
+        return f"y_data[{', '.join(map(str, rows.position))}], with {values}"
+    return f"y_data[{', '.join(map(str, rows.position))}], with x={values}"
+
+
+def _text(value: Any) -> str:
+    if np.ndim(value):
+        return f"[{', '.join(map(_text, value))}]"
+    return f"{value:.6g}"
