@@ -19,8 +19,9 @@ RNG = np.random.default_rng(11)
 
 def test_iteration_limit() -> None:
     x, y = decay_data()
-    # The warm-up would solve this one alone, so it is not given any iterations.
-    config = dict(gauss_newton_max_iterations=1, warmup_iterations=0, max_warmup_iterations=0)
+    # The warm-up and the sample would solve this one alone.
+    config = dict(gauss_newton_max_iterations=1, max_warmup_iterations=0, warmup_iterations=0)
+    config["sample_rows"] = 1
     result = fit(exponential, x, y, [20.0, 0.1, 5.0], **config)
     assert not result.success
     assert result.status == 0

@@ -328,9 +328,10 @@ class DenseFit(FullFit[State, NormalEquations]):
 
     def _confirm(self, state: State) -> tuple[State, NDArray[np.bool_] | None]:
         """Return the state, as converged if no step was better only for rounding errors."""
-        if state.stop is not Status.STALLED or self._sample is None:
-            return state, None
         iterate = state.iterate
+        # Far away, where the model no longer depends on its parameters, anything is rounding.
+        if state.stop is not Status.STALLED or iterate.svd.is_null.any() or not self._sample:
+            return state, None
         resolution = self._sample.resolution(iterate.params, self._settings.epsilon)
         if iterate.reduction <= 0.5 * iterate.sums.n_used * resolution < np.inf:
             state = replace(state, stop=iterate.verdict(Status.FLOOR))

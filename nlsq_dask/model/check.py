@@ -116,6 +116,8 @@ def check_derivative(model: Model, names: Sequence[str]) -> None:
     error = derivative_error(model)
     if error is None:
         return
+    if isinstance(error, ModelError):  # says what to write already
+        raise error
     blamed = [name for i, name in enumerate(names) if not has_derivative(model, i)]
     of = join_first(list(map(repr, blamed or names)))
     raise ModelError(

@@ -41,8 +41,6 @@ _MAX_ERROR = 1e-6  # of a standard error, tolerated in addition to tol |p|
 _EXTRAPOLATION_FACTOR = 5.0
 # Status values that more accurate sums would not change.
 _ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.USER_STOP}
-# Reduction by the first step, in units of rounding errors, and factor of the radius until then.
-_RESOLVED, _ENLARGEMENT = 10.0, 8.0
 _FACTORS = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of the step: shorter, longer
 
 
@@ -192,22 +190,7 @@ def init_state(params: Vector, sums: NormalEquations, settings: Settings) -> Sta
         return State(iterate, 0.0, stop=Status.NON_FINITE_START, solution=params)
     iterate = Iterate.of(params, sums, settings)
     length = float(np.linalg.norm(iterate.scale * params)) or float(np.linalg.norm(iterate.scale))
-    return _check_convergence(State(iterate, _resolvable_radius(iterate, length)))
-
-
-def _resolvable_radius(iterate: Iterate, length: float) -> float:
-    """Return the initial radius, enlarged until a step within it has a measurable effect.
-
-    For a start that is too small by many orders of magnitude, such as 1 for 1e15, steps of its
-    length reduce the cost by less than rounding errors.
-    """
-    radius = iterate.settings.initial_radius * length
-    while iterate.cost_noise < iterate.reduction and np.isfinite(radius):
-        step, _ = restricted_step(iterate.quadratic, *iterate.room, radius)
-        if iterate.quadratic.reduction(step) > _RESOLVED * iterate.cost_noise:
-            break
-        radius *= _ENLARGEMENT
-    return radius
+    return _check_convergence(State(iterate, settings.initial_radius * length))
 
 
 def loses_digits(state: State) -> bool:
