@@ -328,11 +328,13 @@ class DenseFit(FullFit[State, NormalEquations]):
 
     def _confirm(self, state: State) -> tuple[State, NDArray[np.bool_] | None]:
         """Return the state, as converged if no step was better only for rounding errors."""
-        iterate = state.iterate
-        # Far away, where the model no longer depends on its parameters, anything is rounding.
-        if state.stop is not Status.STALLED or iterate.svd.is_null.any() or not self._sample:
+        iterate, sample = state.iterate, self._sample
+        if state.stop is not Status.STALLED or sample is None or not sample.is_informative:
             return state, None
-        resolution = self._sample.resolution(iterate.params, self._settings.epsilon)
+        # Far away, where the model no longer depends on its parameters, anything is rounding.
+        if iterate.svd.is_null.any():
+            return state, None
+        resolution = sample.resolution(iterate.params, self._settings.epsilon)
         if iterate.reduction <= 0.5 * iterate.sums.n_used * resolution < np.inf:
             state = replace(state, stop=iterate.verdict(Status.FLOOR))
         return state, None
