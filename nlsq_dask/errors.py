@@ -88,6 +88,10 @@ class ClusterLostError(RuntimeError):
     """The Dask cluster shut down during a fit, or repeatedly lost its workers."""
 
 
+class DeviceMemoryError(RuntimeError):
+    """A GPU has too little free memory, even for the smallest number of rows at a time."""
+
+
 class RecordError(ValueError):
     """Invalid content of a result file or checkpoint.
 

@@ -21,10 +21,9 @@ from distributed import Client, LocalCluster
 
 import nlsq_dask as nd
 from nlsq_dask.engine import dataset
-from nlsq_dask.engine.block_group import cached_bytes
+from nlsq_dask.engine.cache_budget import cached_bytes
 from nlsq_dask.engine.execution import PartialResults
-from nlsq_dask.kernels import kernel
-from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.dense_terms import Accumulation
 
 N_ROWS = 10 * 2**18  # of 16 bytes, in 10 groups
 CHUNK = 2**18
@@ -94,23 +93,6 @@ def test_what_a_pass_covers_is_found_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(covered) == result.n_passes > 1
     np.testing.assert_array_equal(covered[0], [[1, CHUNK, 16 * CHUNK]] * 10)
     assert all(sizes is covered[0] for sizes in covered)
-
-
-@pytest.mark.parametrize("n_groups", [4, 10])
-def test_blocks_kept_in_the_memory_of_devices(
-    n_groups: int, exact: nd.FitResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU: pieces stay where they are computed, and what that takes is what counts."""
-    monkeypatch.setattr(kernel, "_HOST_PLATFORMS", set())
-    watch = Watch()
-    budget = n_groups * 16 * CHUNK + 100
-    result = fit(watch, cache=budget)
-    assert 0 < watch.peak <= budget
-    assert 0 < result.rows_cached < (result.n_passes - 1) * n_groups * CHUNK
-    np.testing.assert_array_equal(result.x, exact.x)
-    np.testing.assert_array_equal(result.pcov, exact.pcov)
-    gc.collect()
-    assert cached_bytes() == 0
 
 
 def test_given_back_after_an_error() -> None:

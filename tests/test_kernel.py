@@ -14,8 +14,6 @@ import pytest
 from jax import lax
 
 import nlsq_dask as nd
-from nlsq_dask.kernels import kernel as kernel_module
-from nlsq_dask.kernels import strip_loops
 from nlsq_dask.kernels.dense_kernel import dense_kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
@@ -333,39 +331,3 @@ def test_sums_of_the_data_alone(first: int | None) -> None:
     assert sums.weight == pytest.approx(float(weight.sum()), rel=1e-13)
     assert sums.y_sum == pytest.approx(float(weight @ offset), rel=1e-11)
     assert sums.y_square == pytest.approx(float(weight @ offset**2), rel=1e-13)
-
-
-@pytest.mark.parametrize("n_rows", [1_000, 2**18, 300_000, 600_001])
-def test_blocks_as_long_as_a_gpu_wants_them(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loops and windows that a GPU gets, run on the CPU, over rows that are not alike."""
-    monkeypatch.setattr(strip_loops, "CPU", "another platform")
-    monkeypatch.setattr(kernel_module, "_HOST_PLATFORMS", set())
-    x = np.linspace(0.1, 4.0, n_rows)
-    y, y[::97] = np.cos(3 * x), np.nan
-    layout = Layout(None, ((),), ("float64",), "float64", None, False)
-    # A constant of its own, so that no other test finds this program in the cache.
-    model = Model(lambda x, a, b: a * jnp.exp(-b * x) + 0.123, 2, layout, "float64")
-    kernel = dense_kernel(model, 2**18)
-    a, b = params = np.array([1.2, 0.7])
-    used = np.isfinite(y)
-    decay = np.exp(-b * x[used])
-    jacobian, residual = np.stack([decay, -a * x[used] * decay]), a * decay + 0.123 - y[used]
-    for source in (Rows(y, (x,)), kernel.placed(Rows(y, (x,)))):
-        sums = kernel(source, Request(params))
-        np.testing.assert_allclose(sums.jtj, jacobian @ jacobian.T, rtol=1e-12)
-        np.testing.assert_allclose(sums.jtr, jacobian @ residual, rtol=1e-11)
-        assert sums.cost == pytest.approx(0.5 * residual @ residual, rel=1e-12)
-        assert sums.weight == sums.n_used == used.sum()
-
-
-def test_rows_that_find_no_room_on_a_device_stay_where_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_room(*args: Any, **options: Any) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-
-    monkeypatch.setattr(kernel_module, "_HOST_PLATFORMS", set())
-    monkeypatch.setattr(kernel_module.jnp, "array", no_room)
-    rows = Rows(Y, (X,), SIGMA, np.zeros(N_ROWS, bool))
-    kernel = dense_kernel(model_of(exponentials(3), 3), 4096)
-    assert kernel.placed(rows) is rows

@@ -15,7 +15,7 @@ import pytest
 import nlsq_dask as nd
 from nlsq_dask.kernels import tsqr
 from nlsq_dask.kernels.dense_kernel import dense_kernel, with_accumulation
-from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.dense_terms import Accumulation
 from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.check import float32_constants

@@ -159,12 +159,14 @@ class HybridStreamingConfig(ValidatedOptions):
         Precision of the model and the Jacobian; 'auto' is float64. Sums over more than a few
         thousand rows are always float64.
     chunk_size : an integer >= 1, or 'auto', default 'auto'
-        Maximum number of rows that one call of compiled code processes; 'auto' is 2**20. Fewer rows
-        are processed at a time if they have more than 4 MB. The chunks of the data do not change.
+        Maximum number of rows that one call of compiled code processes on a CPU; 'auto' is 2**20.
+        Fewer rows are processed at a time if they have more than 4 MB. A GPU processes whole
+        blocks. The chunks of the data do not change.
     cache : an integer >= 0, or 'auto', default 'auto'
         Number of bytes of blocks that all workers together keep in memory between passes; 0
         disables the cache, and 'auto' is 20 % of the memory of each worker. All blocks of a task
-        are cached, or none. Arrays that are in memory already are not cached.
+        are cached, or none. Arrays that are in memory already are not cached. The rows that stay
+        in the memory of GPUs are limited by the same number, and with 'auto' by what is free there.
     enable_checkpoints : True or False, default True
         Write checkpoints to ``checkpoint_dir``.
     checkpoint_dir : a path (str or os.PathLike), or None, default None

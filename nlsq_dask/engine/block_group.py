@@ -5,61 +5,23 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.rows.device_rows import PlacedRows
 from nlsq_dask.rows.rows import Rows
 
 CachedBlock = Rows | PlacedRows
+_Read = tuple[ReadBlock, PlacedRows | None]  # a block, and its copy on the GPU
 
-_cached_bytes: Counter[str] = Counter()
-_released: deque[tuple[str, int]] = deque()  # not yet subtracted from _cached_bytes
 _lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class CacheBudget:
-    """Limit on the bytes of blocks that one fit caches in each process."""
-
-    fit: str  # unique name of the fit
-    process_bytes: int  # maximum per process
-
-    def reserve(self, n_bytes: int) -> bool:
-        """Reserve bytes in this process, or return False if fewer are free."""
-        with _lock:
-            _settle()
-            if _cached_bytes[self.fit] + n_bytes > self.process_bytes:
-                return False
-            _cached_bytes[self.fit] += n_bytes
-            return True
-
-    def release(self, n_bytes: int) -> None:
-        """Give reserved bytes back.
-
-        The garbage collector may call this at any time, so no lock is taken.
-        """
-        _released.append((self.fit, n_bytes))
-
-
-def cached_bytes() -> int:
-    """Return the bytes of all cached blocks in this process, over all fits."""
-    with _lock:
-        _settle()
-        return _cached_bytes.total()
-
-
-def _settle() -> None:
-    while _released:
-        fit, n_bytes = _released.popleft()
-        _cached_bytes[fit] -= n_bytes
-        if not _cached_bytes[fit]:
-            del _cached_bytes[fit]
+_placed: weakref.WeakSet[BlockGroup] = weakref.WeakSet()  # groups with blocks on GPUs
 
 
 class ReadAhead:
@@ -101,29 +63,44 @@ class BlockGroup:
         Size of all blocks.
     budget : CacheBudget
         Limits the size of cached blocks.
+    in_memory : bool
+        Whether the blocks are parts of arrays in memory.
     is_large : bool
         If True, ``sizeof`` counts the blocks, so that the Dask scheduler does not move the group to
         another worker.
     """
 
     def __init__(
-        self, reader: GroupReader, n_bytes: int, budget: CacheBudget, is_large: bool
+        self,
+        reader: GroupReader,
+        n_bytes: int,
+        budget: CacheBudget,
+        in_memory: bool,
+        is_large: bool,
     ) -> None:
         self.reader = reader
         self._n_bytes = n_bytes
         self._budget = budget
+        self._in_memory = in_memory
         self._is_large = is_large
         self._at_last: Callable[[], None] | None = None
         self._prefetched: tuple[_Reading, frozenset[int], ReadAhead] | None = None
         self._cached: list[tuple[int, CachedBlock]] | None = None
+        self._give_back: Callable[[], object] = lambda: None
         # Inputs from shared tasks would be read again in any case.
         self._may_cache = bool(reader.steps) and not reader.inputs
+        self._may_place = in_memory or not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reader, self._n_bytes, self._budget, self._is_large)
+        arguments = self._n_bytes, self._budget, self._in_memory, self._is_large
+        return type(self), (self.reader, *arguments)
 
     def read_ahead_of(
-        self, following: BlockGroup | None, threads: ReadAhead, skipped: frozenset[int]
+        self,
+        following: BlockGroup | None,
+        threads: ReadAhead,
+        skipped: frozenset[int],
+        kernel: Kernel[Any],
     ) -> None:
         """Arrange to read the first block of another group while the last one of this is in use.
 
@@ -137,21 +114,27 @@ class BlockGroup:
             Reads the block.
         skipped : frozenset of int
             Flat indices of blocks that are not read.
+        kernel : Kernel
+            As for ``blocks``.
         """
         self._at_last = None
         if following is not None:
-            self._at_last = partial(following._start_reading, threads, skipped)
+            self._at_last = partial(following._start_reading, threads, skipped, kernel)
 
-    def _start_reading(self, threads: ReadAhead, skipped: frozenset[int]) -> None:
+    def _start_reading(
+        self, threads: ReadAhead, skipped: frozenset[int], kernel: Kernel[Any]
+    ) -> None:
         """Start to read the first block, unless it is cached or needs results of other tasks."""
         with _lock:
             wants = self._cached is None and self._prefetched is None and not self.reader.inputs
             if wants and threads.reserve_place():
-                reading = _Reading(self.reader.read((), skipped))
+                reading = _Reading(self._read((), skipped, kernel))
                 reading.prefetch(threads.pool)
                 self._prefetched = reading, skipped, threads
 
-    def _reading(self, inputs: Sequence[Any], skipped: frozenset[int]) -> _Reading:
+    def _reading(
+        self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
+    ) -> _Reading:
         with _lock:
             prefetched, self._prefetched = self._prefetched, None
         if prefetched is not None:
@@ -159,13 +142,35 @@ class BlockGroup:
             threads.free_place()
             if skipped_then == skipped:
                 return reading
-        return _Reading(self.reader.read(inputs, skipped))
+        return _Reading(self._read(inputs, skipped, kernel))
+
+    def _read(
+        self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
+    ) -> Iterator[_Read]:
+        """Read the blocks, and copy them to the GPU if the kernel computes there."""
+        for read in self.reader.read(inputs, skipped):
+            yield read, self._place(read.block, kernel)
+
+    def _place(self, block: Rows | None, kernel: Kernel[Any]) -> PlacedRows | None:
+        """Copy a block to the GPU, and return None if there is none or it has no room."""
+        if block is None or not kernel.places_rows:
+            return None
+        n_bytes = kernel.placed_bytes(block)
+        if not self._budget.reserve_on_device(n_bytes):
+            return None
+        placed = kernel.placed(block)
+        if placed is None:
+            self._budget.release_on_device(n_bytes)
+            self._budget.close_device()
+            return None
+        weakref.finalize(placed, self._budget.release_on_device, n_bytes)
+        return placed
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
     def blocks(
-        self, inputs: Sequence[Any], skipped: frozenset[int], place: Callable[[Rows], CachedBlock]
+        self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
     ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
         """Yield the flat index, the rows and the ``ReadBlock`` of each block.
 
@@ -178,61 +183,88 @@ class BlockGroup:
             Results of the tasks ``reader.inputs``, in that order.
         skipped : frozenset of int
             Flat indices of blocks that are neither read nor yielded.
-        place : callable
-            Copies a block to the memory in which it is cached, for instance that of a GPU.
+        kernel : Kernel
+            Copies blocks to the GPU if it computes there.
         """
         if self._cached is not None:
             yield from ((index, rows, None) for index, rows in self._cached if index not in skipped)
             return
         wants = self._may_cache and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
-        cached: list[tuple[int, CachedBlock]] = []
+        cached: list[tuple[int, CachedBlock]] | None = []
         try:
-            reading, count = self._reading(inputs, skipped), self.reader.count(skipped)
-            for read in _ahead(reading, count, self._at_last):
-                rows: CachedBlock | None = read.block
-                if reserved and read.block is None:
-                    # A group is cached as a whole or not at all.
-                    self._budget.release(reserved)
-                    reserved, cached = 0, []
-                elif reserved and read.block is not None:
-                    rows = place(read.block.compact())
+            reading, count = self._reading(inputs, skipped, kernel), self.reader.count(skipped)
+            for read, placed in _ahead(reading, count, self._at_last):
+                rows = self._to_cache(read, placed, wants=bool(reserved))
+                if cached is not None and rows is not None:
                     cached.append((read.index, rows))
-                    more = max(rows.nbytes - read.block.nbytes, 0)
-                    if self._budget.reserve(more):
-                        reserved += more
-                    else:
-                        self._budget.release(reserved)
-                        reserved, cached, self._may_cache = 0, [], False
-                yield read.index, rows, read
+                else:  # a group is cached as a whole or not at all
+                    self._budget.release(reserved)
+                    reserved, cached = 0, None
+                in_use = next((r for r in (placed, rows) if r is not None), read.block)
+                del placed, rows
+                yield read.index, in_use, read
+                del in_use
         except BaseException:
             self._budget.release(reserved)
             raise
-        if reserved:
-            self._cached = cached
-            weakref.finalize(self, self._budget.release, reserved)
+        if cached is not None:
+            self._cache(cached, reserved)
+        else:
+            self._budget.release(reserved)
+
+    def _to_cache(
+        self, read: ReadBlock, placed: PlacedRows | None, wants: bool
+    ) -> CachedBlock | None:
+        """Return what is cached of a block: rows on a GPU, otherwise in memory if ``wants``."""
+        if placed is not None and self._may_place and self._budget.may_keep_on_device():
+            return placed
+        return read.block.compact() if wants and read.block is not None else None
+
+    def _cache(self, cached: list[tuple[int, CachedBlock]], reserved: int) -> None:
+        """Keep blocks, for which bytes in memory were reserved."""
+        if any(isinstance(rows, PlacedRows) for _, rows in cached):
+            with _lock:
+                _placed.add(self)
+        if all(isinstance(rows, PlacedRows) for _, rows in cached):
+            self._budget.release(reserved)
+            reserved = 0
+        self._give_back = weakref.finalize(self, self._budget.release, reserved)
+        self._cached = cached
+
+    def forget(self) -> None:
+        """Delete the cached blocks."""
+        self._cached = None
+        self._give_back()
+
+    def leave_device(self) -> None:
+        """Delete all blocks of this fit on the GPUs of this process, and let no more be kept."""
+        self._budget.close_device()
+        with _lock:
+            groups = [group for group in _placed if group._budget.fit == self._budget.fit]
+            _placed.difference_update(groups)
+        for group in (self, *groups):  # another thread may have begun to delete this one
+            group.forget()
 
 
 @dataclass
 class _Reading:
     """An iterator over blocks; another thread may already be reading the next block."""
 
-    items: Iterator[ReadBlock]
-    prefetched: Future[ReadBlock] | None = None
+    items: Iterator[_Read]
+    prefetched: Future[_Read] | None = None
 
     def prefetch(self, pool: ThreadPoolExecutor) -> None:
         """Start to read the next block in a thread of the pool."""
         self.prefetched = pool.submit(contextvars.copy_context().run, next, self.items)
 
-    def next(self) -> ReadBlock:
+    def next(self) -> _Read:
         """Return the next block; wait for it if another thread is reading it."""
         future, self.prefetched = self.prefetched, None
         return next(self.items) if future is None else future.result()
 
 
-def _ahead(
-    reading: _Reading, count: int, at_last: Callable[[], None] | None
-) -> Iterator[ReadBlock]:
+def _ahead(reading: _Reading, count: int, at_last: Callable[[], None] | None) -> Iterator[_Read]:
     """Yield ``count`` blocks; while the caller uses one, another thread reads the next one.
 
     When all blocks are read, and before the last one is yielded, ``at_last`` is called.

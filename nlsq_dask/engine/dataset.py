@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.block_group import BlockGroup, CacheBudget, ReadAhead
+from nlsq_dask.engine.block_group import BlockGroup, ReadAhead
+from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.execution import PartialResults, Watch, WorkersReplacedError, execute
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
@@ -77,7 +78,12 @@ class DataSet:
         self._literals = self._source.large_literals
         self._block_groups = groups
         self._all_needed = self._needed_groups(frozenset())
-        self._budget = CacheBudget(uuid.uuid4().hex, self.memory.cache_bytes)
+        self._budget = CacheBudget(
+            uuid.uuid4().hex,
+            self.memory.cache_bytes,
+            None if isinstance(cache, str) else cache // self._workers.n_processes,
+            self._workers.processes_per_device,
+        )
         self._distribute()
         self._read_ahead: ReadAhead | None = None
         if self._workers.shares_memory and not blocks.in_memory:
@@ -90,7 +96,7 @@ class DataSet:
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
         block_groups = [
-            BlockGroup(reader, n_bytes, self._budget, self.memory.all_fits)
+            BlockGroup(reader, n_bytes, self._budget, self.blocks.in_memory, self.memory.all_fits)
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
         self._groups = pin("group", block_groups, self._workers)
@@ -99,6 +105,9 @@ class DataSet:
         """Release all data on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
+        for group in self._groups:
+            if isinstance(group, BlockGroup):  # in this process; errors may hold a reference to it
+                group.forget()
         self._groups, self._kernel, self._shared = [], None, {}
         del self._source
 
@@ -110,7 +119,7 @@ class DataSet:
     @property
     def platforms(self) -> tuple[str, ...]:
         """JAX platforms, such as "cpu" and "gpu", of the processes that run tasks."""
-        return self._workers.platforms()
+        return self._workers.platforms
 
     def reduce(
         self,
@@ -226,7 +235,7 @@ class DataSet:
             turns = [self._groups[groups[i]] for i in tree.leaves_in_order()]
             following = turns[self._workers.max_threads :]
             for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead, request.skipped)
+                group.read_ahead_of(other, self._read_ahead, request.skipped, kernel)
         return tree
 
     def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from nlsq_dask.engine.block_group import BlockGroup, CachedBlock
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.engine.retries import ReadReport
 from nlsq_dask.engine.source_graph import GroupReader, Index, ReadBlock
+from nlsq_dask.errors import DeviceMemoryError
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import Sums
@@ -53,9 +54,17 @@ def reduce_group(
 
     ``inputs`` are the results of the tasks ``group.reader.inputs``, in that order.
     """
-    blocks = group.blocks(inputs, request.skipped, kernel.placed)
-    # Two results at a time, because each may hold a large matrix.
-    return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
+
+    def total() -> PassResult[S]:
+        blocks = group.blocks(inputs, request.skipped, kernel)
+        # Two results at a time, because each may hold a large matrix.
+        return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
+
+    try:
+        return total()
+    except DeviceMemoryError:
+        group.leave_device()
+    return total()
 
 
 def _reduce_block(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+import socket
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import dask
@@ -15,7 +16,7 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
 from nlsq_dask.engine.serialization import WithPackageImport
-from nlsq_dask.model.jax_scope import CPU, local_platforms
+from nlsq_dask.model.jax_scope import CPU, CUDA, local_platforms
 
 _ASYNCHRONOUS = (
     "the active Dask client is asynchronous; a fit needs a synchronous client. Create it with "
@@ -23,14 +24,16 @@ _ASYNCHRONOUS = (
 )
 
 
-def _prepare(client_process: int) -> tuple[str, ...]:
-    """Return the JAX platforms of this process, and turn off JAX's preallocation of GPU memory.
+def _prepare(client_process: int) -> tuple[tuple[str, ...], str]:
+    """Return the JAX platforms of this process, and a name of its first GPU.
 
-    In the process of the client, given by its ID, nothing is turned off.
+    JAX's preallocation of GPU memory is turned off, except in the process of the client, given by
+    its ID.
     """
     if os.getpid() != client_process:  # not in the caller's own process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return local_platforms()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return local_platforms(), f"GPU {first or 0} of {socket.gethostname()}"
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,25 @@ class Workers:
         now = self.client.scheduler_info(n_workers=-1)["workers"]
         return bool(now) and bool(self.threads) and not now.keys() & self.threads.keys()
 
-    def platforms(self) -> tuple[str, ...]:
-        """Return the JAX platforms, such as "cpu" and "gpu", of all processes."""
+    def _answers(self) -> list[tuple[tuple[str, ...], str]]:
+        """Return what ``_prepare`` returns in each process."""
         if self.client is None:
-            return local_platforms()
+            return [(local_platforms(), "")]
+        run = self.client.run(WithPackageImport(_prepare), os.getpid(), on_error="ignore")
         # Workers that leave in the meantime do not answer.
-        answers = self.client.run(
-            WithPackageImport(_prepare), os.getpid(), on_error="ignore"
-        ).values()
-        platforms = {platform for answer in answers if answer for platform in answer}
+        return [answer for answer in run.values() if answer]
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """The JAX platforms, such as "cpu" and "cuda", of all processes."""
+        platforms = {platform for answer, _ in self._answers() for platform in answer}
         return tuple(sorted(platforms)) or (CPU,)
+
+    @property
+    def processes_per_device(self) -> int:
+        """Largest number of processes that share a GPU; 1 if there is none."""
+        devices = Counter(device for platforms, device in self._answers() if CUDA in platforms)
+        return max(devices.values(), default=1)
 
     def assign(self, n_items: int) -> dict[str | None, list[int]]:
         """Distribute items over the processes in proportion to their threads.

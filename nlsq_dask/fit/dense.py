@@ -17,7 +17,7 @@ from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
 from nlsq_dask.fit.settings import gauss_newton_settings, sample_settings
 from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
-from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.dense_terms import Accumulation
 from nlsq_dask.kernels.in_memory import DenseObjective
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.request import Request
@@ -183,7 +183,9 @@ class DenseFit(FullFit[State, NormalEquations]):
     def _trace_kernels(self) -> None:
         context, problem = self.context, self.problem
         trace = partial(dense_kernel, batch_rows=context.batch_rows, loss=problem.loss)
-        kernel = trace(problem.model, platforms=context.platforms)
+        kernel = trace(
+            problem.model, platforms=context.platforms, longest_block=context.longest_block
+        )
         self._gram = replace(kernel, uses_all_devices=problem.config.enable_multi_device)
         self._kernels = {Accumulation.GRAM: self._gram}
         self._sample_kernel = trace(problem.exact_model)

@@ -155,6 +155,7 @@ class Driver:
             batch_rows=batch_rows_for(
                 self._data.longest_block, problem.config.batch_rows, problem.model.layout.row_bytes
             ),
+            longest_block=self._data.longest_block,
             platforms=details["platforms"],
         )
         if problem.is_without_matrices:

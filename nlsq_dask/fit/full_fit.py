@@ -47,7 +47,8 @@ class FitContext:
     start_finder: StartFinder
     emit: Observer
     journal: Journal
-    batch_rows: int  # rows per kernel call
+    batch_rows: int  # rows per kernel call on a CPU
+    longest_block: int  # rows
     platforms: tuple[str, ...]  # of the workers
 
 

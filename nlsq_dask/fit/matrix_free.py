@@ -65,7 +65,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
         problem = self.problem
-        self._kernel = self._trace(problem.model, platforms=context.platforms)
+        self._kernel = self._trace_for_passes()
         exact = problem.exact_model
         self._sample_kernels = self._trace(exact), self._trace(exact, is_diagonal=True)
         self._settings = newton_cg_settings(problem)
@@ -75,6 +75,12 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         batch_rows, loss = self.context.batch_rows, self.problem.loss
         kernel = gradient_kernel(model, batch_rows, loss=loss, **options)
         return replace(kernel, uses_all_devices=self.problem.config.enable_multi_device)
+
+    def _trace_for_passes(self, **options: Any) -> Kernel[GradientSums]:
+        """Trace the kernel for the platforms of the workers, instead of that of this process."""
+        context = self.context
+        sizes = {"platforms": context.platforms, "longest_block": context.longest_block}
+        return self._trace(self.problem.model, **sizes, **options)
 
     def kernel(self, request: Request) -> Kernel[GradientSums]:
         """Return the kernel that computes the requested sums over all rows."""
@@ -300,7 +306,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         assert params is not None
         batch_probes = batch_size(n_probes, len(params))
         kernel = replace(
-            self._trace(self.problem.model, platforms=context.platforms, n_directions=batch_probes),
+            self._trace_for_passes(n_directions=batch_probes),
             y_reference=self._kernel.y_reference,
         )
         precondition = self._by_sample(sample, state.sums.n_used, params)

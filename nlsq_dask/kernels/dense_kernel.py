@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.dense_loops import Accumulation, DenseLoops, add_gram, n_gram_lanes
-from nlsq_dask.kernels.kernel import Kernel, Totals
+from nlsq_dask.kernels.dense_algebra import (
+    MAX_SEPARATE_SUMS,
+    Algebra,
+    PieceAlgebra,
+    StripAlgebra,
+)
+from nlsq_dask.kernels.dense_terms import Accumulation, DenseTerms, add_gram
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.reduction import Totals
 from nlsq_dask.kernels.request import Request
-from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
+from nlsq_dask.kernels.row_terms import MakeTerms
+from nlsq_dask.kernels.strip_loops import strip_rows_for
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.kernels.tsqr import merge, panel_rows
 from nlsq_dask.model.jacobian import choose_mode
@@ -65,22 +73,26 @@ class DenseReduction:
             total[-1, 0, 0] = largest
         return total
 
-    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
+    def zero(self, n_params: int, n_lanes: int) -> Totals:
         """Return the totals before the first row: zeros for the matrix, sums of rho and r^2."""
-        n_lanes = lanes_for(batch_rows, platform)
-        n_matrix_lanes = n_gram_lanes(n_params, n_lanes, self.accumulation)
+        is_in_lanes = n_params < MAX_SEPARATE_SUMS and not self.accumulation.is_factorized
+        n_matrix_lanes = n_lanes if is_in_lanes else 1
         return np.zeros((n_params + 1, n_params + 1, n_matrix_lanes)), np.zeros((2, n_lanes))
 
-    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows per strip, the part of a batch that is processed at a time."""
-        return strip_rows_for(batch_rows, platform)
+    def strip_rows(self, n_params: int, batch_rows: int) -> int:
+        """Return the number of rows that a CPU processes at a time."""
+        return strip_rows_for(batch_rows)
 
-    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return ``DenseLoops`` with model and settings bound; the caller passes the batch."""
-        n_rows = strip_rows_for(batch_rows, platform)
-        n_panel_rows = panel_rows(model.n_params + 1, n_rows) if platform == CPU else n_rows
-        make_loops = partial(DenseLoops, accumulation=self.accumulation, mode=self.mode)
-        return partial(make_loops, model, loss, n_rows, panel_rows=n_panel_rows)
+    def row_bytes(self, n_params: int) -> int:
+        """Return about how many bytes of intermediate results a GPU stores per row of a piece."""
+        return 8 * (n_params + 3)
+
+    def terms(self, model: Model, loss: str, strip_rows: int | None) -> MakeTerms:
+        """Return ``DenseTerms`` with model and settings bound."""
+        algebra: Algebra = PieceAlgebra()
+        if strip_rows is not None:
+            algebra = StripAlgebra(panel_rows(model.n_params + 1, strip_rows))
+        return partial(DenseTerms, model, loss, algebra, self.accumulation, self.mode)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
         """Return the arrays at which the sums are evaluated: parameters, and ``factors``."""
@@ -140,15 +152,16 @@ def dense_kernel(
     platforms: tuple[str, ...] = (CPU,),
     loss: Loss | None = None,
     accumulation: Accumulation = Accumulation.GRAM,
+    longest_block: int | None = None,
 ) -> Kernel[NormalEquations]:
-    """Trace the kernel that computes a ``DenseReduction`` of a model.
+    """Trace the kernel that computes a ``DenseReduction`` of a model; see ``Kernel.trace``.
 
     By default, ``choose_mode`` selects forward or reverse mode for the Jacobian.
     """
     with x64():
         mode = mode or choose_mode(model, model.jaxpr())
     reduction = DenseReduction(mode, (1.0,) * (model.n_params + 1), accumulation)
-    return Kernel.trace(reduction, model, batch_rows, platforms, loss)
+    return Kernel.trace(reduction, model, batch_rows, platforms, loss, longest_block)
 
 
 def with_accumulation(
@@ -167,5 +180,6 @@ def with_accumulation(
         return kernel
     reduction = replace(reduction, accumulation=accumulation)
     platforms = tuple(kernel.programs)
-    other = Kernel.trace(reduction, model, kernel.batch_rows, platforms, kernel.loss)
+    sizes = kernel.batch_rows, platforms, kernel.loss, kernel.longest_block
+    other = Kernel.trace(reduction, model, *sizes)
     return replace(kernel, reduction=reduction, programs=other.programs)

@@ -11,14 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.errors import ModelError
-from nlsq_dask.kernels.gradient_loops import DiagonalLoops, GradientLoops
-from nlsq_dask.kernels.kernel import Kernel, Totals
+from nlsq_dask.kernels.gradient_terms import DiagonalTerms, GradientTerms
+from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.reduction import Totals
 from nlsq_dask.kernels.request import Request
-from nlsq_dask.kernels.strip_loops import MakeLoops, lanes_for, strip_rows_for
+from nlsq_dask.kernels.row_terms import MakeTerms
+from nlsq_dask.kernels.strip_loops import strip_rows_for
 from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
+
+_STORED_VALUES = 32  # per row on a GPU: J v for some directions, and values of the model's graph
 
 
 @dataclass(frozen=True)
@@ -40,27 +44,26 @@ class GradientReduction:
         """Settings on which the traced program depends; a part of its key in the cache."""
         return GradientSums, self.n_directions, self.is_diagonal
 
-    def zero(self, n_params: int, batch_rows: int, platform: str) -> Totals:
+    def zero(self, n_params: int, n_lanes: int) -> Totals:
         """Return the totals before the first row: J^T r and J^T J v, residual sums, largest r^2."""
-        n_lanes = lanes_for(batch_rows, platform)
         vectors = np.zeros((1 + self.n_directions, n_params))
         return vectors, np.zeros((2, n_lanes)), np.zeros(())
 
-    def strip_rows(self, n_params: int, batch_rows: int, platform: str) -> int:
-        """Return the number of rows per strip, the part of a batch that is processed at a time.
+    def strip_rows(self, n_params: int, batch_rows: int) -> int:
+        """Return the number of rows that a CPU processes at a time.
 
         It is at least p if possible; otherwise, most time goes into adding vectors of length p.
         """
         enough = 1 << max(n_params - 1, 1).bit_length()
-        return min(max(strip_rows_for(batch_rows, platform), enough), batch_rows)
+        return min(max(strip_rows_for(batch_rows), enough), batch_rows)
 
-    def loops(self, model: Model, loss: str, batch_rows: int, platform: str) -> MakeLoops:
-        """Return ``GradientLoops`` or ``DiagonalLoops`` with model and settings bound.
+    def row_bytes(self, n_params: int) -> int:
+        """Return about how many bytes of intermediate results a GPU stores per row of a piece."""
+        return 8 * _STORED_VALUES
 
-        The caller passes the batch.
-        """
-        kind = DiagonalLoops if self.is_diagonal else GradientLoops
-        return partial(kind, model, loss, self.strip_rows(model.n_params, batch_rows, platform))
+    def terms(self, model: Model, loss: str, strip_rows: int | None) -> MakeTerms:
+        """Return ``GradientTerms`` or ``DiagonalTerms`` with model and settings bound."""
+        return partial(DiagonalTerms if self.is_diagonal else GradientTerms, model, loss)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
         """Return the parameters, and the vectors v of the products ``J^T J v``.
@@ -94,9 +97,12 @@ def gradient_kernel(
     batch_rows: int,
     platforms: tuple[str, ...] = (CPU,),
     loss: Loss | None = None,
+    longest_block: int | None = None,
     **options: Any,
 ) -> Kernel[GradientSums]:
     """Trace the kernel that computes ``GradientReduction(**options)`` of a model.
+
+    The other arguments are those of ``Kernel.trace``.
 
     Raises
     ------
@@ -104,7 +110,8 @@ def gradient_kernel(
         If the model is not differentiable in both forward and reverse mode.
     """
     try:
-        return Kernel.trace(GradientReduction(**options), model, batch_rows, platforms, loss)
+        reduction = GradientReduction(**options)
+        return Kernel.trace(reduction, model, batch_rows, platforms, loss, longest_block)
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"Conjugate gradients, used for the {model.n_params} parameters of the model "

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels.dense_kernel import DenseReduction, with_accumulation
-from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.dense_terms import Accumulation
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.kernels.request import Request

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.dense_terms import Accumulation
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]

@@ -129,21 +129,35 @@ def _dependent_operations(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple
 Linearized = Callable[[Any, Any, Any, Any], Any]
 
 
-def residual_and_jacobian(model: Model, mode: Mode) -> Linearized:
+def residual_and_jacobian(model: Model, mode: Mode, is_stacked: bool = True) -> Linearized:
     """Return a function that computes the residuals of b rows and their Jacobian.
 
     The arguments of the function are the x arrays, y in the model's dtype, the parameters, and
     factors of shape ``(p + 1,)``. It returns the model's values, shape ``(b,)``, and an array of
     shape ``(p + 1, b)``: the transposed Jacobian, then the residuals ``model - y`` as its last row,
-    with row ``i`` multiplied by ``factors[i]``.
+    with row ``i`` multiplied by ``factors[i]``. Unless ``is_stacked``, these rows are a list.
     """
     p = model.n_params
 
     def forward(x: Any, y: Any, params: Any, factors: Any) -> Any:
         values, push = jax.linearize(lambda *q: model(x, q), *(params[i] for i in range(p)))
         columns = jax.vmap(lambda t: push(*(t[i] for i in range(p))))(jnp.diag(factors[:p]))
-        residual = values - y
-        return values, jnp.concatenate([columns, residual[None] * factors[p]])
+        residual = (values - y) * factors[p]
+        if not is_stacked:
+            return values, [*columns, residual]
+        return values, jnp.concatenate([columns, residual[None]])
+
+    def forward_separately(x: Any, y: Any, params: Any, factors: Any) -> Any:
+        q = [params[i] for i in range(p)]
+
+        def column(i: int) -> Any:
+            def of_one(value: Any) -> Any:
+                return model(x, [*q[:i], value, *q[i + 1 :]])
+
+            return jax.jvp(of_one, (q[i],), (factors[i],))[1]
+
+        values = model(x, q)
+        return values, [*map(column, range(p)), (values - y) * factors[p]]
 
     def reverse(x: Any, y: Any, params: Any, factors: Any) -> Any:
         def of_row(row: Any, *q: Any) -> Any:
@@ -152,10 +166,14 @@ def residual_and_jacobian(model: Model, mode: Mode) -> Linearized:
         pull = jax.value_and_grad(of_row, argnums=tuple(range(1, p + 1)))
         q = tuple(params[i] for i in range(p))
         values, columns = jax.vmap(pull, (0, *(None for _ in q)))(x, *q)
-        rows = [*columns, values - y]
-        return values, _stack([row * factors[i] for i, row in enumerate(rows)])
+        rows = [row * factors[i] for i, row in enumerate([*columns, values - y])]
+        return values, _stack(rows) if is_stacked else rows
 
-    return forward if mode is Mode.FORWARD else reverse
+    if mode is Mode.REVERSE:
+        return reverse
+    # XLA computes what these derivatives have in common once, and no products with zeros.
+    is_separate = not is_stacked and p <= _MAX_FORWARD_PARAMS
+    return forward_separately if is_separate else forward
 
 
 def _stack(rows: list[Any]) -> Any:

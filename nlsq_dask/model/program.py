@@ -20,7 +20,7 @@ import numpy as np
 from jax import export
 
 from nlsq_dask.errors import ModelError
-from nlsq_dask.model.jax_scope import CPU, x64
+from nlsq_dask.model.jax_scope import CPU, CUDA, x64
 
 T = TypeVar("T")
 
@@ -30,6 +30,10 @@ TRACED_BY = ("nlsq-dask", "jax", "jaxlib")
 # Source locations, which are removed so that the fingerprint does not depend on line numbers.
 _LOCATION_LINES = re.compile(r"^#loc.*\n?", re.MULTILINE)
 _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
+
+# XLA would time many ways to multiply matrices, which took up to 20 s on a GPU; the product of the
+# library that it calls otherwise is as fast.
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {CUDA: {"xla_gpu_enable_triton_gemm": False}}
 
 # What makes the text of a jaxpr incomplete: addresses of functions, abbreviated arrays.
 _INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
@@ -113,7 +117,9 @@ class Program:
         exported = export.deserialize(bytearray(self.serialized))
         specs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         args, kwargs = specs
-        compiled: Callable[..., Any] = jax.jit(exported.call).lower(*args, **kwargs).compile()
+        options = _COMPILER_OPTIONS.get(exported.platforms[0])
+        lowered = jax.jit(exported.call).lower(*args, **kwargs)
+        compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
         return compiled
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.kernels.dense_loops import Accumulation
+from nlsq_dask.kernels.dense_terms import Accumulation
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.iterate import Iterate, Settings, column_scale

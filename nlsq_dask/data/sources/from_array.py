@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 from dask.array.core import normalize_chunks, slices_from_chunks
 
-from nlsq_dask.data.sources.from_files import block_rows, from_file, is_file, reopen_by_name
+from nlsq_dask.data.sources.from_files import from_file, is_file, memory_block_rows, reopen_by_name
 from nlsq_dask.data.sources.from_zarr import from_zarr
 from nlsq_dask.data.sources.objects import object_advice
 from nlsq_dask.errors import DataError
@@ -111,7 +111,7 @@ def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
         )
     sizes = list(value.shape)
     if split_chunks and value.size:
-        sizes[:1] = [block_rows(value.shape) for _ in value.shape[:1]]
+        sizes[:1] = [memory_block_rows(value.shape) for _ in value.shape[:1]]
     chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
     key = f"array-{uuid.uuid4().hex}"
     keys = product([key], *map(range, map(len, chunks)))

@@ -20,6 +20,7 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 # Elements per block of arrays that can be split anywhere: small enough to occupy every thread.
 _BLOCK_ENTRIES = 2**18
+_MAX_MEMORY_BLOCKS = 64  # of arrays in memory, up to a factor of two
 # HDF5 chunks are often a few kB, which take longer to request than to read.
 _BLOCK_BYTES = 2**22
 
@@ -31,6 +32,14 @@ def block_rows(shape: tuple[int, ...]) -> int:
     """
     rows = max(_BLOCK_ENTRIES * shape[0] // max(math.prod(shape), 1), 1)
     return 1 << (rows.bit_length() - 1)
+
+
+def memory_block_rows(shape: tuple[int, ...]) -> int:
+    """Return the number of rows per block of an array in memory, a power of two.
+
+    There are at most 128 blocks: more would take time, above all on a GPU.
+    """
+    return max(block_rows(shape), 1 << (max(shape[0] // _MAX_MEMORY_BLOCKS, 1).bit_length() - 1))
 
 
 @dataclass(frozen=True)

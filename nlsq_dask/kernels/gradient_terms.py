@@ -1,7 +1,7 @@
-"""``GradientLoops``: JAX code that adds ``J^T r`` and ``J^T J v`` over rows, a strip at a time.
+"""``GradientTerms``: JAX code that adds ``J^T r`` and ``J^T J v`` over rows.
 
-A strip is a run of rows that fits a core's cache. Jacobian-vector products give J v and
-vector-Jacobian products J^T of that, so that the Jacobian itself is never stored.
+Jacobian-vector products give J v and vector-Jacobian products J^T of that, so that the Jacobian
+itself is never stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nlsq_dask.kernels.losses import LINEAR
-from nlsq_dask.kernels.strip_loops import StripLoops, dot
+from nlsq_dask.kernels.row_terms import RowTerms, dot
 from nlsq_dask.rows.rows import Rows
 
 _MAX_ENTRIES = 2**18  # of the per-row gradients in memory
@@ -24,14 +24,14 @@ _MAX_ENTRIES = 2**18  # of the per-row gradients in memory
 # - largest (): the largest r^2.
 
 
-class GradientLoops(StripLoops):
-    """Loops that accumulate ``J^T r`` and ``J^T J v``, sums of residuals and the largest r^2.
+class GradientTerms(RowTerms):
+    """Terms of rows in ``J^T r`` and ``J^T J v``, sums of residuals and the largest r^2.
 
-    ``point``, an argument of ``StripLoops``, consists of the parameters and an array of vectors v.
+    ``point``, an argument of ``RowTerms``, consists of the parameters and an array of vectors v.
     """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, and J^T r with J^T J v, rho and residuals of a strip."""
+        """Return the model's values, and J^T r with J^T J v, rho and residuals of these rows."""
         params, directions = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
         values, push = jax.linearize(lambda q: self._model(x, q), params)
@@ -50,12 +50,12 @@ class GradientLoops(StripLoops):
             curvature = jacobian_scale**2
         changes = jax.vmap(push)(directions) * (weight**2 * curvature)
         (vectors,) = jax.vmap(pull)(jnp.concatenate([(slope * weight)[None], changes]))
-        if usable is not None:  # NaN if no row of the strip is usable
+        if usable is not None:  # NaN if no row is usable
             vectors = jnp.where(usable.any(), vectors, 0)
         return values, (vectors, rho, residual)
 
     def add(self, sums: Any, contribution: Any) -> Any:
-        """Return the running sums after adding a strip."""
+        """Return the running sums after adding a contribution."""
         (totals, residuals, largest), (vectors, rho, residual) = sums, contribution
         n_lanes = residuals.shape[-1]
         partial = dot(rho, jnp.ones_like(rho), n_lanes), dot(residual, residual, n_lanes)
@@ -71,14 +71,14 @@ class GradientLoops(StripLoops):
         return jnp.isfinite(vectors).all() & jnp.isfinite(residuals).all()
 
 
-class DiagonalLoops(GradientLoops):
-    """Loops that accumulate the diagonal of ``J^T J`` in the place of a product ``J^T J v``.
+class DiagonalTerms(GradientTerms):
+    """Terms of rows in the diagonal of ``J^T J`` in the place of a product ``J^T J v``.
 
     It is the sum of squares of the model's gradients, which are computed for some rows at a time.
     """
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
-        """Return the model's values, and J^T r with diag(J^T J), rho and residuals of a strip."""
+        """Return the model's values, and J^T r with diag(J^T J), rho and residuals."""
         values, (vectors, rho, residual) = super().contribution(rows, target, usable)
         params, _ = self._point
         x = rows.x if usable is None else _with_usable(rows.x, usable)
@@ -90,7 +90,7 @@ class DiagonalLoops(GradientLoops):
         if usable is not None:
             weight = jnp.where(usable, weight, 0)
         max_rows = max(_MAX_ENTRIES // self._model.n_params, 1)
-        group_rows = min(1 << (max_rows.bit_length() - 1), self._strip_rows)
+        group_rows = min(1 << (max_rows.bit_length() - 1), len(residual))
 
         def of_row(row: Any, q: Any) -> Any:
             return self._model(tuple(leaf[None] for leaf in row), q)[0]

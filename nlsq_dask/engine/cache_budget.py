@@ -1,0 +1,102 @@
+"""``CacheBudget``: limits on the memory that the blocks of one fit take in each process."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from nlsq_dask.rows.device_memory import free_device_bytes
+
+_HOST, _DEVICE = "host", "device"
+# Shares of a GPU's free memory: of all rows there, and of those that stay for later passes. The
+# rest is for results of the computation, and for rows that are used once.
+_MAX_ON_DEVICE, _MAX_KEPT_ON_DEVICE = 0.8, 0.6
+
+_bytes: Counter[tuple[str, str]] = Counter()  # reserved, by fit and place
+_released: deque[tuple[tuple[str, str], int]] = deque()  # not yet subtracted from _bytes
+_device_limits: dict[str, int] = {}  # free bytes of the GPUs at the first request, by fit
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Limits on the bytes of blocks that one fit holds in each process.
+
+    Attributes
+    ----------
+    fit : str
+        Unique name of the fit.
+    process_bytes : int
+        Maximum of cached blocks in the memory of a process.
+    device_bytes : int or None
+        Maximum of cached blocks in the memory of a process's GPUs; None for what is free.
+    device_processes : int
+        Number of processes that share a GPU.
+    """
+
+    fit: str
+    process_bytes: int
+    device_bytes: int | None = None
+    device_processes: int = 1
+
+    def reserve(self, n_bytes: int) -> bool:
+        """Reserve bytes in this process, or return False if fewer are free."""
+        return self._reserve(_HOST, n_bytes, self.process_bytes)
+
+    def release(self, n_bytes: int) -> None:
+        """Give reserved bytes back.
+
+        The garbage collector may call this at any time, so no lock is taken.
+        """
+        _released.append(((self.fit, _HOST), n_bytes))
+
+    def reserve_on_device(self, n_bytes: int) -> bool:
+        """Reserve bytes on the GPUs of this process, or return False if fewer are free."""
+        return self._reserve(_DEVICE, n_bytes, int(_MAX_ON_DEVICE * self._free_on_device()))
+
+    def release_on_device(self, n_bytes: int) -> None:
+        """Give reserved bytes of the GPUs back; as for ``release``, no lock is taken."""
+        _released.append(((self.fit, _DEVICE), n_bytes))
+
+    def may_keep_on_device(self) -> bool:
+        """Return whether rows that are on a GPU now may stay there for later passes."""
+        most = int(_MAX_KEPT_ON_DEVICE * self._free_on_device())
+        if self.device_bytes is not None:
+            most = min(most, self.device_bytes)
+        with _lock:
+            _settle()
+            return _bytes[self.fit, _DEVICE] <= most
+
+    def close_device(self) -> None:
+        """Let no more rows be copied to the GPUs of this process, which ran out of memory."""
+        _device_limits[self.fit] = 0
+
+    def _reserve(self, place: str, n_bytes: int, most: int) -> bool:
+        with _lock:
+            _settle()
+            if _bytes[self.fit, place] + n_bytes > most:
+                return False
+            _bytes[self.fit, place] += n_bytes
+            return True
+
+    def _free_on_device(self) -> int:
+        """Return the bytes of the GPUs of this process that were free at the first request."""
+        if self.fit not in _device_limits:
+            _device_limits[self.fit] = free_device_bytes() // self.device_processes
+        return _device_limits[self.fit]
+
+
+def cached_bytes() -> int:
+    """Return the bytes of all blocks that are cached in this process, over all fits."""
+    with _lock:
+        _settle()
+        return _bytes.total()
+
+
+def _settle() -> None:
+    while _released:
+        key, n_bytes = _released.popleft()
+        _bytes[key] -= n_bytes
+        if not _bytes[key]:
+            del _bytes[key]
