@@ -6,6 +6,7 @@ Needs a JAX that was installed for the GPU (``pip install "jax[cuda13]"``); take
 
 - limits: a sum over x and y in the memory of the card, and copies to it;
 - kernels: one call of the kernel over rows that are on the card, per number of parameters;
+- overheads: where the time of a call goes that has hardly any rows, in microseconds;
 - passes: the passes of whole fits, of arrays in memory and of a Zarr store, next to reading the
   store with the same threads;
 - agreement: nine standard models against SciPy, in four processes that share the card;
@@ -31,6 +32,7 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card may be shared
 
+import dask.array as da
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,52 @@ def kernels(device: jax.Device, n_rows: int, later: int) -> Found:
             name = f"kernel, p = {p}, {dtype}, {accumulation.value}"
             found.append(timed(name, n_rows, call, later))
             print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def overheads(device: jax.Device, n_calls: int) -> dict[str, float]:
+    """Return the microseconds of a call with few rows: of the program, the kernel, and a pass."""
+    n_rows = 2**12
+    x, y = exponential_rows(n_rows, "float64")
+    layout = Layout(None, ((),), ("float64",), "float64", None, False)
+    platforms = "cpu", platform_of(device)
+    model = Model(common.exponential, 3, layout, "float64")
+    compiled = dense_kernel(model, n_rows, platforms=platforms, longest_block=n_rows)
+    request, rows = Request(np.array(common.START)), Rows(y, (x,))
+    placed = compiled.placed(rows) or rows
+    with jax.enable_x64(True):
+        arrays = [jax.device_put(array, device) for array in (x, y)]
+        program = jax.jit(lambda x, y: jnp.stack([(x * y).sum(), x.sum(), y.sum()]))
+
+        def started() -> Any:
+            result = program(*arrays)
+            result.copy_to_host_async()
+            return result
+
+        calls: dict[str, Callable[[], object]] = {
+            "a program, without waiting": lambda: program(*arrays),
+            "a program": lambda: jax.block_until_ready(program(*arrays)),
+            "a program and its result": lambda: np.asarray(program(*arrays)),
+            "the same, copied as soon as it is there": lambda: np.asarray(started()),
+            "the kernel": lambda: compiled(placed, request, wants_moments=False),
+        }
+        found = {}
+        for name, call in calls.items():
+            call()
+            began = time.perf_counter()
+            for _ in range(n_calls):
+                call()
+            found[name] = (time.perf_counter() - began) / n_calls * 1e6
+    for n_threads in (4, 16):
+        with ThreadPoolExecutor(n_threads) as pool:
+            began = time.perf_counter()
+            list(pool.map(lambda _: calls["the kernel"](), range(n_calls)))
+            took = (time.perf_counter() - began) / n_calls * 1e6
+        found[f"the kernel, on {n_threads} threads"] = took
+    x, y = (da.from_array(array, chunks=2**18) for array in exponential_rows(2**24, "float64"))
+    for _ in range(2):
+        _, pass_seconds = common.fit(common.exponential, x, y, common.START, may_fail=True)
+    found["a kept pass, per block of 2**18 rows"] = pass_seconds[-1] / 64 * 1e6
     return found
 
 
@@ -303,16 +351,18 @@ def main() -> None:
 
     quick = ["--quick"] * args.quick + ["--platform", args.platform]
     with ThreadPoolExecutor(4) as pool:
-        calls = [
+        processes = [
             pool.submit(common.in_new_process, "benchmarks.gpu", "--agreement", name, *quick)
             for name in VARIANTS
         ]
         differences = lap(
-            "agreement", dict(zip(VARIANTS, (c.result() for c in calls), strict=True))
+            "agreement", dict(zip(VARIANTS, (one.result() for one in processes), strict=True))
         )
     print(json.dumps(differences), flush=True)
     found = lap("limits", limits(device, 4 * n_rows, later))
     found += lap("kernels", kernels(device, n_rows, later))
+    each = lap("overheads", overheads(device, 20 if args.quick else 500))
+    print(json.dumps(each), flush=True)
     found += lap("passes", passes(16 * n_rows, 3))
     with tempfile.TemporaryDirectory(dir=shared_memory()) as name:
         folders = [Path(name) / str(i) for i in range(2)]
@@ -336,6 +386,7 @@ def main() -> None:
         settings={"n_rows": n_rows, "later": later, "device": device.device_kind},
         figures={
             "calls": found,
+            "overheads_in_microseconds": each,
             "differences": differences,
             "sharing": sharing,
             "seconds": seconds,

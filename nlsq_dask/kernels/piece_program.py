@@ -84,7 +84,7 @@ class _Functions:
     def sums(self, vector: Any, n_rows: Any, arrays: Any) -> Any:
         """Return the totals and the counts; ``vector`` is the point and f_scale."""
         point = (array.astype(self._dtype) for array in _split(vector, self._point))
-        rows = _rows(arrays)
+        rows = Rows.of(arrays)
         sums, counts = self._make_terms(list(point), vector[-1]).add_masked(
             rows, _in_batch(rows, n_rows), self._zero, jnp.zeros(4, jnp.int64)
         )
@@ -92,22 +92,17 @@ class _Functions:
 
     def moments(self, vector: Any, n_rows: Any, arrays: Any) -> Any:
         """Return the moments; ``vector`` is y0."""
-        terms, rows = self._make_terms(None, None), _rows(arrays)
+        terms, rows = self._make_terms(None, None), Rows.of(arrays)
         usable = terms.usable(rows, _in_batch(rows, n_rows))
         return terms.moments(rows, usable, vector[0], 1)[:, 0]
 
     def costs(self, vector: Any, n_rows: Any, arrays: Any) -> Any:
         """Return the sums of rho(z); ``vector`` is ``MAX_CANDIDATES`` candidates and f_scale."""
-        terms, rows = self._make_terms(None, vector[-1]), _rows(arrays)
+        terms, rows = self._make_terms(None, vector[-1]), Rows.of(arrays)
         usable = terms.usable(rows, _in_batch(rows, n_rows))
         candidates = vector[:-1].reshape(MAX_CANDIDATES, -1).astype(self._dtype)
         costs = [terms.cost(rows, usable, candidate, 1) for candidate in candidates]
         return jnp.concatenate(costs)
-
-
-def _rows(arrays: Any) -> Rows:
-    y, *x, sigma, mask = arrays
-    return Rows(y, tuple(x), sigma, mask)
 
 
 def _in_batch(rows: Rows, n_rows: Any) -> Any:
