@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jax import errors
 
-from nlsq_dask.model.model import Model
 from nlsq_dask.status import FIX_EXAMPLE
+
+if TYPE_CHECKING:
+    from nlsq_dask.model.model import Model
 
 _USE_JAX = (
     "Write it with jax.numpy instead of numpy or math (jnp.exp for np.exp and math.exp), with "

@@ -53,7 +53,7 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
                 raise ModelError(
                     f"The model {model.name!r} raised {type(error).__name__}: {message}. It was "
                     f"called as model(x, *params) with {_describe_x(model)}, for a block of "
-                    f"b = {n_rows} rows, and {model.n_params} scalars. "
+                    f"b = {n_rows} rows, and {model.n_arguments} scalars. "
                     f"{error_hint(model, error, x_labels)}".rstrip()
                 ) from error
             _check_output(model, out, n_rows)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nlsq_dask.model.call import call_model
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import TRACED_ROWS, Mode, Model
 
@@ -87,11 +88,12 @@ def has_derivative(model: Model, i: int) -> bool:
     def of_one(x: Any, q: Any) -> Any:
         params: list[Any] = [jnp.ones((), model.dtype)] * model.n_params
         params[i] = q
-        return model.function(x, *params)
+        return call_model(model.free_function, x, params)
 
     with x64():
         mode = choose_mode(model, model.jaxpr())
-    return derivative_error(replace(model, function=of_one, n_params=1, mode=mode)) is None
+    alone = replace(model, function=of_one, n_params=1, mode=mode, transform=None)
+    return derivative_error(alone) is None
 
 
 def _accepts_one_row(model: Model) -> bool:

@@ -1,0 +1,70 @@
+"""``NamedValues``: values of parameters by name, the argument of functions of users.
+
+These are the functions in ``ties``, and those that ``FitResult.derive`` gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from nlsq_dask._text import join_first
+from nlsq_dask.model.advice import tracing_hint
+
+
+class _UnknownNameError(Exception):
+    """A function uses a name that it cannot use."""
+
+
+class NamedValues(Mapping[str, Any]):
+    """Values of parameters by name, for one function.
+
+    Parameters
+    ----------
+    values : dict of str to scalar
+    what : str
+        Name of the function in messages, such as "ties['b']".
+    tied : collection of str
+        Names of parameters that the function cannot use because they are tied.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], what: str, tied: Collection[str] = frozenset()
+    ) -> None:
+        self._values = values
+        self._what = what
+        self._tied = tied
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._values:
+            return self._values[name]
+        is_tied = name in self._tied
+        reason = "which is tied itself" if is_tied else "which is not a parameter"
+        instead = f" Write the function of {name!r} out in its place." if is_tied else ""
+        allowed = join_first(list(self._values))
+        raise _UnknownNameError(
+            f"{self._what} uses {name!r}, {reason}. It can use {allowed}.{instead}"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def call(self, function: Callable[[Mapping[str, Any]], Any], example: str) -> Any:
+        """Return ``function(self)``; raise a ValueError with an example if it fails."""
+        try:
+            return function(self)
+        except _UnknownNameError as error:
+            raise ValueError(str(error)) from None
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            hint = tracing_hint(error)
+            text = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
+            raise ValueError(
+                f"{self._what} raised {type(error).__name__}: {text}. It is called with a mapping "
+                f"of parameters by name, such as {example}. {hint}".rstrip()
+            ) from error
