@@ -16,12 +16,13 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.sources.from_array import is_in_memory
 from nlsq_dask.data.sources.from_xarray import is_xarray, resolve_coordinates
 from nlsq_dask.errors import warn_caller
-from nlsq_dask.fit.parameters import parse_parameters
+from nlsq_dask.fit.arguments.parameters import parse_parameters
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.scipy_call import options
 from nlsq_dask.scipy_call.layouts import split_variables
 from nlsq_dask.scipy_call.model import row_model
+from nlsq_dask.solvers.covariance import infinite_covariance
 from nlsq_dask.status import Status
 
 # Status codes of fits that were stopped on request: not an error, the best parameters are returned.
@@ -78,7 +79,7 @@ def curve_fit(
         disable the check, which takes no time of its own.
     bounds : (low, high), scipy.optimize.Bounds, or dict by name of (low, high)
         Lower and upper bounds of the parameters. Each of low and high is a number, a sequence or a
-        dict by name. By default there are no bounds.
+        dict by name. By default there are no bounds. Equal bounds fix a parameter.
     method : {"lm", "trf", "dogbox"}, optional
         All methods ask for the same minimum, and use Gauss-Newton with a trust region here. As in
         SciPy, "lm" does not support bounds.
@@ -100,8 +101,8 @@ def curve_fit(
           less than 100 per parameter, data in memory are fitted without warm-up and sample, so that
           all evaluations count.
         - ``x_scale``: validated only, because parameters are always scaled as with "jac".
-        - ``loss`` (a name), ``f_scale``, ``param_names``, ``callback``, ``verbose`` and further
-          arguments of ``AdaptiveHybridStreamingOptimizer.fit``.
+        - ``loss`` (a name), ``f_scale``, ``fixed``, ``ties``, ``param_names``, ``callback``,
+          ``verbose`` and further arguments of ``AdaptiveHybridStreamingOptimizer.fit``.
 
     Returns
     -------
@@ -147,7 +148,8 @@ def curve_fit(
     x_data, is_stacked = split_variables(xdata, ydata)
     n_x = len(x_data) if isinstance(x_data, tuple) else 1
     names = fit_arguments.get("param_names")
-    parameters = parse_parameters(f, p0, bounds, names, n_x)
+    fixed, ties = fit_arguments.get("fixed"), fit_arguments.get("ties")
+    parameters = parse_parameters(f, p0, bounds, names, n_x, fixed=fixed, ties=ties)
     arrays = [*_leaves(x_data), ydata, *([] if sigma is None else [sigma])]
     in_memory = all(map(is_in_memory, arrays))
     options.check_method(method, parameters, _n_rows(ydata))
@@ -225,7 +227,7 @@ def _checked_covariance(result: FitResult, limit: int | None) -> NDArray[np.floa
                 f"Covariance of the parameters could not be estimated. {result.message}",
                 OptimizeWarning,
             )
-        return np.full_like(result.pcov, np.inf)
+        return infinite_covariance(result.free | (np.diag(result.pcov) != 0.0))
     if result.success or result.status in _STOPPED_EARLY:
         return result.pcov
     message = result.message

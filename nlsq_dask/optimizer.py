@@ -177,11 +177,12 @@ class AdaptiveHybridStreamingOptimizer:
             y and sigma are omitted.
         p0 : sequence or dict by name, optional
             Initial values of the parameters. A parameter without one starts at its default in the
-            signature of the model, or at 1.0.
+            signature of the model, or at 1.0. A sequence has a value for each parameter, also for
+            fixed and tied ones; that of a tied one is not used and may be NaN.
         bounds : (low, high), dict by name of (low, high), or sequence of (low, high), optional
             Lower and upper bounds of the parameters. Each of low and high is a number, a sequence
             or a dict by name. By default there are no bounds. Trial points always lie within the
-            bounds.
+            bounds. Equal bounds fix a parameter.
         sigma : array or scalar, optional
             Standard deviations of y, all positive; broadcast to the shape of y.
         absolute_sigma : bool
@@ -196,6 +197,13 @@ class AdaptiveHybridStreamingOptimizer:
         nan_policy : {"raise", "omit"}
             With "raise", NaN or infinity in y, x or sigma is an error; with "omit", the row is
             omitted.
+        fixed : dict by name, or collection of names, optional
+            Parameters that are not fitted. A number is the value of the parameter; True, or a name
+            in a collection, fixes it at its initial value. False leaves it free.
+        ties : dict of callable by name, optional
+            Parameters that are functions of the others: ``{"width2": lambda p: 2 * p["width"]}``,
+            where p has the other parameters, but no tied ones, by name. The functions are written
+            with jax.numpy and return one number.
         param_names : sequence of str, optional
             Names of all parameters, instead of those in the signature of the model.
         callback : callable, optional
@@ -278,7 +286,7 @@ class AdaptiveHybridStreamingOptimizer:
                     error.add_note(resume_hint(journal.last_path).strip())
                 raise
             outcome.diagnostics["defense"] = own.get_summary()
-            iterations = history.dataset(problem.parameters.names)
+            iterations = history.dataset(problem.all_parameters.names)
             result = build_result(outcome, problem, self.phase_history, iterations)
             emit(FitEnded(result.success, result.message))
         return result
@@ -292,7 +300,9 @@ class AdaptiveHybridStreamingOptimizer:
         ----------
         model, x_data, y_data, p0, bounds
             As in ``fit``.
-        sigma, absolute_sigma, loss, f_scale, nan_policy, param_names, callback, verbose
+        sigma, absolute_sigma, loss, f_scale, nan_policy, fixed, ties
+            As in ``fit``.
+        param_names, callback, verbose
             As in ``fit``.
 
         Returns
@@ -309,7 +319,8 @@ class AdaptiveHybridStreamingOptimizer:
 
     def _publish(self, problem: FitProblem) -> None:
         self.normalizer = problem.normalizer
-        self.normalized_model = NormalizedModelWrapper(problem.model.function, problem.normalizer)
+        function = problem.model.free_function
+        self.normalized_model = NormalizedModelWrapper(function, problem.normalizer)
         self.normalized_bounds = problem.normalizer.transform_bounds()
         self.normalization_jacobian = problem.normalizer.normalization_jacobian
 

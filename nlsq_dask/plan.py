@@ -57,6 +57,8 @@ class Plan:
         One text per array whose chunks are split to match the chunks of the other arrays.
     problems : tuple of str
         Texts on whatever would stop the fit, slow it down, or may be unintended.
+    not_free : tuple of str
+        Texts on the parameters that are fixed or tied, with their values; empty if there are none.
     """
 
     n_rows: int
@@ -73,6 +75,7 @@ class Plan:
     jacobian: str
     realigned: tuple[str, ...]
     problems: tuple[str, ...]
+    not_free: tuple[str, ...] = ()
 
     def _lines(self) -> list[tuple[str, str]]:
         grid = " x ".join(map(str, self.grid))
@@ -88,6 +91,7 @@ class Plan:
                 f"{format_bytes(self.peak_memory)} of {format_bytes(self.memory_limit)}",
             ),
             ("Cache per worker", format_bytes(self.cache_per_worker)),
+            *([("Parameters", " ".join(self.not_free))] if self.not_free else []),
             ("Jacobian", f"{self.jacobian} mode"),
             ("Rechunked arrays", "; ".join(self.realigned) or "none"),
             ("Problems", "; ".join(self.problems) or "none"),
@@ -134,12 +138,13 @@ def build_plan(problem: FitProblem) -> Plan:
         jacobian=mode.value,
         realigned=blocks.realigned,
         problems=_problems(problem, memory, workers),
+        not_free=problem.all_parameters.not_free,
     )
 
 
 def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> tuple[str, ...]:
     blocks, n_params = problem.blocks, problem.model.n_params
-    problems = [text for text in (problem.parameters.notice, memory.problem) if text]
+    problems = [text for text in (problem.all_parameters.notice, memory.problem) if text]
     n_blocks = int(blocks.block_rows().size)
     mean = memory.bytes_per_pass // n_blocks
     if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK_BYTES and not blocks.in_memory:

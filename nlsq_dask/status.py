@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Self
 
-FIX_EXAMPLE = "such as b at 2: lambda x, a, c: model(x, a, 2.0, c)"
+FIX_EXAMPLE = "such as fixed={'b': 2.0}"
 
 
 class Status(Enum):

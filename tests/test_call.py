@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.fit.parameters import parse_parameters
+from nlsq_dask.fit.arguments.parameters import parse_parameters
 from nlsq_dask.model.call import call_model
 from tests.problems import NO_WARMUP, fit
 

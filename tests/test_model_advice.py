@@ -15,7 +15,7 @@ from jax import lax
 
 import nlsq_dask as nd
 from nlsq_dask.errors import ModelError
-from nlsq_dask.fit.parameters import parse_parameters
+from nlsq_dask.fit.arguments.parameters import parse_parameters
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Layout

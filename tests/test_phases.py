@@ -15,6 +15,7 @@ import pytest
 import nlsq_dask as nd
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Iterations
+from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.observers.progress import Progress
 from tests import problems
 from tests.problems import decay_data, exponential
@@ -102,6 +103,7 @@ def test_the_callback_is_called_where_reports_pass_over_its_multiples(
         lambda p, loss, i: seen.append(i),
         10,
         Interruption(),
+        ParameterTransform.of_fixed(("a", "b", "c"), np.zeros(3), ()),
     )
     for n_iterations in (37, 2, 10, 10, 1):
         iterations.report("warm-up", np.ones(3), 1.0, 1.0, 1.0, n_iterations=n_iterations)

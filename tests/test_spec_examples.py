@@ -114,6 +114,8 @@ def test_signatures() -> None:
         "loss",
         "f_scale",
         "nan_policy",
+        "fixed",
+        "ties",
         "param_names",
         "callback",
         "verbose",

@@ -140,6 +140,7 @@ def test_result_is_read_by_attribute_and_item_but_not_unpacked() -> None:
         assert result[name] is getattr(result, name) or name in (
             "popt",
             "perr",
+            "free",
             "chi2",
             "reduced_chi2",
         )

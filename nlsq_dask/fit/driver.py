@@ -71,7 +71,11 @@ class Driver:
         self._journal = journal
         self._passes = Passes(problem, data, emit, journal, interruption)
         self._iterations = Iterations(
-            emit, problem.callback, problem.config.callback_frequency, interruption
+            emit,
+            problem.callback,
+            problem.config.callback_frequency,
+            interruption,
+            problem.transform,
         )
         for event in journal.events:
             self._passes.count(event)
@@ -88,7 +92,7 @@ class Driver:
         ``stop`` of the outcome.
         """
         problem, blocks = self._problem, self._problem.blocks
-        names, model = problem.parameters.names, problem.model.name
+        names, model = problem.all_parameters.names, problem.model.name
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
         self._journal.run_once("beginning", partial(self._emit, started))
         with self._phase(0) as details:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.events import ALL_ROWS, Event, IterationFinished, NonFiniteTrial, Observer
 from nlsq_dask.fit.interruption import Interruption
+from nlsq_dask.model.transform import ParameterTransform
 
 Vector = NDArray[np.float64]
 
@@ -39,13 +40,15 @@ class Iterations:
         Number of iterations between two calls of the callback.
     interruption : Interruption
         Ends the fit at its time limit, or when the process is asked to terminate.
+    transform : ParameterTransform
+        From the free parameters, which the fit reports, to all, which observers and callback get.
 
     Attributes
     ----------
     non_finite : Counter
         Number of rejected parameter vectors with a NaN or infinite model, by stage of the fit.
     latest : ndarray, shape (p,), or None
-        Parameters of the latest report; None before the first report.
+        Free parameters of the latest report; None before the first report.
     """
 
     def __init__(
@@ -54,11 +57,13 @@ class Iterations:
         callback: Callback | None,
         frequency: int,
         interruption: Interruption,
+        transform: ParameterTransform,
     ) -> None:
         self._emit = emit
         self._callback = callback
         self._frequency = frequency
         self._interruption = interruption
+        self._transform = transform
         self._count = 0
         self.non_finite: Counter[str] = Counter()
         self.latest: Vector | None = None
@@ -67,14 +72,15 @@ class Iterations:
         """Continue the counts of an earlier run, event by event, when its fit is resumed."""
         if isinstance(event, IterationFinished):
             self._count = event.iteration
-            self.latest = event.params if event.params.size else self.latest
+            if event.params.size:
+                self.latest = event.params[self._transform.is_free]
         elif isinstance(event, NonFiniteTrial):
             self.non_finite[event.stage] += 1
 
     def report_non_finite(self, stage: str, params: Vector, n_rows: int) -> None:
         """Emit and count a ``NonFiniteTrial`` event, whose fields are the arguments."""
         self.non_finite[stage] += 1
-        self._emit(NonFiniteTrial(stage, params.copy(), n_rows))
+        self._emit(NonFiniteTrial(stage, self._transform.expand(params), n_rows))
 
     def report(
         self,
@@ -101,7 +107,7 @@ class Iterations:
             stage,
             self._count,
             n_iterations,
-            params.copy(),
+            self._transform.expand(params),
             loss,
             gradient_norm,
             accepted,
@@ -116,7 +122,7 @@ class Iterations:
         if self._callback is None or not event.reaches_multiple(self._frequency):
             return False
         try:
-            self._callback(params.copy(), loss, self._count)
+            self._callback(self._transform.expand(params), loss, self._count)
         except StopIteration:
             return True
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from operator import add
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.model import Mode
+from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance
 from nlsq_dask.status import Status
@@ -53,3 +54,57 @@ class Outcome:
     checkpoint: str | None = None  # path to resume from
     diagnostics: dict[str, Any] = field(default_factory=dict)
     sample: tuple[Rows, Vector] | None = None  # usable rows and the model values, for plots
+    # Which parameters change with the free ones, shape (p,); None before ``expanded``.
+    varies: NDArray[np.bool_] | None = None
+
+    def expanded(self, transform: ParameterTransform) -> Outcome:
+        """Return the outcome of the free parameters as one of all parameters.
+
+        Fixed parameters have errors of zero; those of tied ones follow from their derivatives by
+        the free ones (delta method). ``sums`` remain those of the free parameters.
+        """
+        if transform.is_identity:
+            return replace(self, varies=np.ones(len(self.params), bool))
+        rates = transform.rates(self.params)
+        varies = transform.scatter(np.ones(transform.n_free, bool), tied=(rates != 0.0).any(axis=1))
+        changes: dict[str, Any] = {}
+        if self.covariance is not None:
+            changes["covariance"] = _expanded(self.covariance, transform, rates, varies)
+        if self.errors is not None:
+            changes["errors"] = transform.scatter(self.errors)
+        if self.non_identifiable is not None:
+            changes["non_identifiable"] = transform.scatter(self.non_identifiable)
+        if self.sums_at is not None:
+            changes["sums_at"] = transform.expand(self.sums_at)
+        diagnostics = dict(self.diagnostics)
+        for name in ("candidates", "start"):
+            if name in diagnostics.get("multistart", {}):
+                multistart = diagnostics["multistart"]
+                points = transform.expand(multistart[name])
+                diagnostics["multistart"] = {**multistart, name: points}
+        return replace(
+            self,
+            params=transform.expand(self.params),
+            diagnostics=diagnostics,
+            varies=varies,
+            **changes,
+        )
+
+
+def _expanded(
+    covariance: Covariance,
+    transform: ParameterTransform,
+    rates: NDArray[np.float64],
+    varies: NDArray[np.bool_],
+) -> Covariance:
+    """Return the covariance of all parameters, with ``root`` padded to shape (p, p)."""
+    root, p = covariance.root, len(varies)
+    if np.isfinite(root).all():
+        root = transform.scatter(root, tied=rates @ root)
+    else:
+        root = np.where(varies[:, None], np.inf, np.zeros((p, len(root))))
+    return replace(
+        covariance,
+        root=np.pad(root, ((0, 0), (0, p - root.shape[1]))),
+        non_identifiable=transform.scatter(covariance.non_identifiable),
+    )

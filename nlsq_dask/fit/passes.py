@@ -108,6 +108,7 @@ class Passes:
         self._data = data
         self._omits_nan = problem.nan_policy == "omit"
         self._penalty = problem.penalty
+        self._transform = problem.transform
         self._emit = emit
         self._min_share = problem.config.min_success_rate
         self._journal = journal
@@ -278,7 +279,7 @@ class Passes:
         self._report(
             PassFinished(
                 number,
-                at.params.copy(),
+                self._transform.expand(at.params),
                 sums.cost if sums.is_finite else np.inf,
                 time.perf_counter() - started,
                 read.rows_read,

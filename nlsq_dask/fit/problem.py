@@ -9,25 +9,33 @@ from typing import Any
 
 import numpy as np
 
+from nlsq_dask._text import join_first
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks, align
 from nlsq_dask.errors import DataWarning, warn_caller
+from nlsq_dask.fit.arguments.parameters import Parameters, parse_parameters
 from nlsq_dask.fit.iterations import Callback
-from nlsq_dask.fit.parameters import Parameters, parse_parameters
 from nlsq_dask.kernels.losses import Loss, check_loss
 from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.check import float32_constants
 from nlsq_dask.model.model import Model
+from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 
 @dataclass(frozen=True)
 class FitProblem:
-    """Model, data and options of a fit, after validation."""
+    """Model, data and options of a fit, after validation.
+
+    The fit computes with the free parameters: ``model``, ``parameters``, ``normalizer`` and
+    ``penalty`` are those of the free ones. ``transform`` leads back to all parameters, which are
+    what users see.
+    """
 
     config: HybridStreamingConfig  # copy of the options, with ``verbose`` of the call
     model: Model
-    parameters: Parameters
+    parameters: Parameters  # the free ones
+    all_parameters: Parameters  # with the fixed and tied ones
     normalizer: ParameterNormalizer  # scales the parameters for the warm-up
     penalty: GroupVariance  # added to the cost; zero by default
     blocks: RowBlocks  # y, x and sigma, split into blocks of rows
@@ -49,13 +57,19 @@ class FitProblem:
     @property
     def is_without_matrices(self) -> bool:
         """Whether the fit uses conjugate gradients, which need no matrix of p by p numbers."""
-        return self.config.is_without_matrices(self.model.n_params)
+        return self.config.is_without_matrices(len(self.all_parameters.names))
+
+    @property
+    def transform(self) -> ParameterTransform:
+        """The map from the free parameters to all parameters."""
+        return self.all_parameters.transform
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Messages on how the arguments are interpreted, for the user."""
-        notice = [self.parameters.notice] if self.parameters.notice else []
-        return (*notice, *(f"{note}." for note in self.blocks.date_notices()))
+        parameters = self.all_parameters
+        notice = [parameters.notice] if parameters.notice else []
+        return (*notice, *parameters.not_free, *(f"{note}." for note in self.blocks.date_notices()))
 
     @property
     def sample_rows(self) -> int:
@@ -69,11 +83,16 @@ class FitProblem:
 
         Model, data and options are compared separately.
         """
+        parameters, transform = self.all_parameters, self.transform
+        fixed = zip(parameters.names, parameters.start, transform.is_fixed, strict=True)
         return {
-            "p0": self.parameters.start,
-            "lower bounds": self.parameters.low,
-            "upper bounds": self.parameters.high,
-            "param_names": self.parameters.names,
+            "p0": parameters.start,
+            "lower bounds": parameters.low,
+            "upper bounds": parameters.high,
+            "param_names": parameters.names,
+            # None, as in checkpoints that are older than the arguments.
+            "fixed": [(name, value) for name, value, is_one in fixed if is_one] or None,
+            "ties": list(transform.ties) or None,
             "nan_policy": self.nan_policy,
             "absolute_sigma": self.absolute_sigma,
             "loss": self.loss.name,
@@ -94,6 +113,8 @@ def validate_arguments(
     loss: str = "linear",
     f_scale: float = 1.0,
     nan_policy: str = "raise",
+    fixed: Any = None,
+    ties: Any = None,
     param_names: Sequence[str] | None = None,
     callback: Callback | None = None,
     verbose: int | None = None,
@@ -114,19 +135,29 @@ def validate_arguments(
         raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     check_loss(loss, f_scale)
     config = config.validated_copy() if verbose is None else replace(config, verbose=verbose)
-    parameters = parse_parameters(model, p0, bounds, param_names, *_parts_of_x(x_data))
-    n_params = len(parameters.names)
-    _check_many_parameters(parameters, config)
+    x_parts = _parts_of_x(x_data)
+    all_parameters = parse_parameters(
+        model, p0, bounds, param_names, *x_parts, fixed=fixed, ties=ties
+    )
+    parameters = all_parameters.free
+    _check_many_parameters(all_parameters, config)
     _check_box(parameters, config)
     normalizer = ParameterNormalizer(
         parameters.start,
         (parameters.low, parameters.high),
         config.normalization_strategy if config.normalize else "none",
     )
-    penalty = _penalty(config, n_params)
+    penalty = _penalty(config, all_parameters)
     weights = config.residual_weights if config.enable_residual_weighting else None
     blocks = align(x_data, y_data, sigma, weights)
-    traced = Model(model, n_params, blocks.layout, config.dtype)
+    transform = all_parameters.transform
+    traced = Model(
+        model,
+        transform.n_free,
+        blocks.layout,
+        config.dtype,
+        transform=None if transform.is_identity else transform,
+    )
     for notice in blocks.notices:
         warn_caller(notice, DataWarning)
     _warn_of_float32(traced)
@@ -134,6 +165,7 @@ def validate_arguments(
         config=config,
         model=traced,
         parameters=parameters,
+        all_parameters=all_parameters,
         normalizer=normalizer,
         penalty=penalty,
         blocks=blocks,
@@ -176,7 +208,8 @@ def _check_many_parameters(parameters: Parameters, config: HybridStreamingConfig
     if not config.is_without_matrices(n_params):
         return
     unsupported = {
-        "bounds": parameters.has_bounds,
+        "bounds": parameters.free.has_bounds,
+        "ties": bool(parameters.transform.ties),
         f"cov_type={config.cov_type!r}": config.cov_type != "nonrobust",
         f"gauss_newton_solver={config.gauss_newton_solver!r}": config.gauss_newton_solver != "auto",
         "enable_multistart": config.enable_multistart,
@@ -205,19 +238,33 @@ def _check_box(parameters: Parameters, config: HybridStreamingConfig) -> None:
         )
 
 
-def _penalty(config: HybridStreamingConfig, n_params: int) -> GroupVariance:
-    """Return the penalty of the options; raise a ValueError if its ranges exceed ``n_params``."""
-    indices = config.group_variance_indices
+def _penalty(config: HybridStreamingConfig, parameters: Parameters) -> GroupVariance:
+    """Return the penalty of the options; raise a ValueError if its ranges are invalid."""
+    indices, n_params = config.group_variance_indices, len(parameters.names)
     if not config.enable_group_variance_regularization or indices is None:
         return GroupVariance()
+    is_free = parameters.transform.is_free
+    n_before = np.concatenate([[0], np.cumsum(is_free)])  # number of free ones before each
     for start, end in indices:
+        if not is_free[start:end].all():
+            bad = [
+                repr(parameters.names[i])
+                for i in range(start, min(end, n_params))
+                if not is_free[i]
+            ]
+            raise ValueError(
+                f"group_variance_indices has the range ({start}, {end}) with {join_first(bad)}, "
+                f"fixed or tied, but the penalty is of free parameters. Leave them free, or use "
+                f"ranges of indices without them."
+            )
         if end > n_params:
             raise ValueError(
                 f"group_variance_indices has the range ({start}, {end}), but the model has "
                 f"{n_params} parameters; the end of a range, which is excluded, may be at most "
                 f"{n_params}."
             )
-    return GroupVariance(config.group_variance_lambda, tuple((int(a), int(b)) for a, b in indices))
+    groups = tuple((int(n_before[a]), int(n_before[b])) for a, b in indices)
+    return GroupVariance(config.group_variance_lambda, groups)
 
 
 def _warn_of_float32(model: Model) -> None:

@@ -13,12 +13,13 @@ from scipy.optimize import OptimizeWarning
 from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.errors import DataWarning, warn_caller
+from nlsq_dask.fit.arguments.parameters import Parameters
 from nlsq_dask.fit.outcome import Outcome
-from nlsq_dask.fit.parameters import Parameters
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.result import FitResult
+from nlsq_dask.solvers.covariance import infinite_covariance
 from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
@@ -36,13 +37,18 @@ def build_result(
     phase_history: list[dict[str, Any]],
     history: xr.Dataset,
 ) -> FitResult:
-    """Return the result of a fit; warn if it has no finite covariance or if rows were skipped."""
-    parameters, blocks = problem.parameters, problem.blocks
-    n_params, counts = len(parameters.names), outcome.counts
-    sums = _unknown_sums(n_params) if outcome.sums is None else outcome.sums
-    n_used, gradient, variation = sums.n_used, sums.jtr, sums.total_variation
+    """Return the result of a fit; warn if it has no finite covariance or if rows were skipped.
+
+    The outcome is that of the free parameters, the result has all parameters.
+    """
+    parameters, transform, blocks = problem.all_parameters, problem.transform, problem.blocks
+    outcome = outcome.expanded(transform)
+    n_free, counts = transform.n_free, outcome.counts
+    sums = _unknown_sums(n_free) if outcome.sums is None else outcome.sums
+    n_used, variation = sums.n_used, sums.total_variation
+    gradient = transform.scatter(sums.jtr)
     at_low, at_high = outcome.params <= parameters.low, outcome.params >= parameters.high
-    active = at_high.astype(np.int64) - at_low
+    active = np.where(transform.is_free, at_high.astype(np.int64) - at_low, 0)
     covariance = outcome.covariance
     flags = outcome.non_identifiable if covariance is None else covariance.non_identifiable
     non_identifiable = [] if flags is None else _names(parameters, flags)
@@ -54,12 +60,14 @@ def build_result(
     _warn_covariance(outcome, problem, pcov, non_identifiable)
     if skipped:
         _warn_skipped(skipped, outcome.diagnostics["left_out"])
-    has_few_rows = outcome.sums is not None and n_used < n_params
+    fixed = tuple(_names(parameters, transform.is_fixed))
+    model = replace(problem.model, mode=outcome.mode)
+    has_few_rows = outcome.sums is not None and n_used < n_free
     sentences = [
         skipped,
         f"At a bound: {_join(at_bounds)}." if at_bounds else "",
         f"The cost would decrease beyond the bound of {_join(outward)}." if outward else "",
-        f"There are fewer rows ({n_used}) than parameters ({n_params})." if has_few_rows else "",
+        f"There are fewer rows ({n_used}) than parameters ({n_free})." if has_few_rows else "",
         f"The data do not constrain: {_join(non_identifiable)}." if non_identifiable else "",
     ]
     return FitResult(
@@ -80,8 +88,8 @@ def build_result(
         loss=problem.loss.name,
         f_scale=problem.loss.f_scale,
         cov_type=problem.config.cov_type,
-        sigma_sq=sums.variance(n_params) if sums.is_finite else np.nan,
-        dof=n_used - n_params,
+        sigma_sq=sums.variance(n_free) if sums.is_finite else np.nan,
+        dof=n_used - n_free,
         n_points=n_used,
         n_omitted=sums.n_omitted,
         r_squared=1.0 - sums.chi2 / variation if variation > 0.0 else np.nan,
@@ -108,7 +116,9 @@ def build_result(
         },
         x_units=blocks.x_units,
         sample=None if outcome.sample is None else row_sample(*outcome.sample, blocks),
-        _model=replace(problem.model, mode=outcome.mode),
+        _fixed=fixed,
+        _tied=tuple(_names(parameters, transform.is_tied)),
+        _model=model.with_fixed(parameters.names, outcome.params, fixed),
         _root=root,
         _errors=outcome.errors,
     )
@@ -158,7 +168,8 @@ def _covariance(outcome: Outcome, problem: FitProblem) -> tuple[Matrix | None, M
     if problem.is_without_matrices:
         return None, None
     if outcome.covariance is None or outcome.stop is Status.NO_SENSITIVITY:
-        infinite = np.full((len(outcome.params),) * 2, np.inf)
+        assert outcome.varies is not None
+        infinite = infinite_covariance(outcome.varies)
         return infinite, infinite
     return outcome.covariance.pcov, outcome.covariance.root
 

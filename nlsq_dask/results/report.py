@@ -42,7 +42,7 @@ _MAX_PAIRS, _MAX_BLOCKS, _MAX_LETTERS = 20, 10, 120  # in HTML: correlations, bl
 
 
 def _statistics(result: FitResult) -> list[tuple[str, str]]:
-    n, p = result.n_points, len(result.x)
+    n, p = result.n_points, int(np.count_nonzero(result.free))
     likelihood = n * np.log(result.chi2 / n) if n and result.chi2 > 0 else np.nan
     # Only fits by conjugate gradients have no covariance.
     method = "streaming Gauss-Newton" + (", conjugate gradients" if result.pcov is None else "")
@@ -67,12 +67,19 @@ def _statistics(result: FitResult) -> list[tuple[str, str]]:
 
 
 def _variables(result: FitResult) -> list[tuple[str, str, str, str, str]]:
-    """Return a row per parameter: name, value, standard error, relative error and notes."""
+    """Return a row per parameter: name, value, standard error, relative error and notes.
+
+    Errors of fixed parameters are empty.
+    """
     rows, errors, (lows, highs) = [], result.perr, result.bounds
+    fixed, tied = set(result._fixed), set(result._tied)
     for i, name in enumerate(result.param_names[:_MAX_LISTED]):
         value, error, low, high = result.x[i], errors[i], lows[i], highs[i]
+        if name in fixed:
+            rows.append((name, f"{value:.8g}", "", "", "fixed"))
+            continue
         relative = _percent(abs(error / value)) if value and np.isfinite(error) else "??"
-        notes = [f"init = {result.p0[i]:g}"]
+        notes = ["tied"] if name in tied else [f"init = {result.p0[i]:g}"]
         if np.isfinite(low) or np.isfinite(high):
             notes.append(f"bounds = {low:g}:{high:g}")
         if result.active_mask[i]:
@@ -114,15 +121,16 @@ def _error_scale(result: FitResult) -> str:
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
-    """Return pairs of parameters with their correlation, largest first, down to ``least``."""
-    errors, pcov = result.perr, result.pcov
+    """Return pairs of free parameters with their correlation, largest first, to ``least``."""
+    free = np.flatnonzero(result.free)
+    errors, pcov = result.perr[free], result.pcov
     if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
         return []
-    matrix = pcov / np.outer(errors, errors)
+    matrix = pcov[np.ix_(free, free)] / np.outer(errors, errors)
     first, second = np.nonzero(np.triu(np.abs(matrix) >= least, 1))
     values = matrix[first, second]
     order = np.argsort(-np.abs(values), kind="stable")[:_MAX_LISTED]
-    names = result.param_names
+    names = [result.param_names[i] for i in free]
     return [(names[first[i]], names[second[i]], float(values[i])) for i in order]
 
 
@@ -134,7 +142,9 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
     variables = _variables(result)
     width = max(len(name) for name, *_ in variables)
     lines += [
-        f"    {name + ':':<{width + 1}} {value} +/- {error} ({relative}) ({note})"
+        f"    {name + ':':<{width + 1}} {value}"
+        + (f" +/- {error} ({relative})" if error else "")
+        + (f" ({note})" if note else "")
         for name, value, error, relative, note in variables
     ]
     correlations = _correlations(result, min_correlation)
@@ -221,6 +231,13 @@ def _notices(result: FitResult) -> list[str]:
     return notes
 
 
+def _not_free(result: FitResult) -> dict[str, tuple[str, ...]]:
+    """Return the names of fixed and of tied parameters, if there are any."""
+    return {
+        key: names for key, names in (("fixed", result._fixed), ("tied", result._tied)) if names
+    }
+
+
 def dataset(result: FitResult) -> xr.Dataset:
     """Return parameters, standard errors and covariance; see ``FitResult.to_xarray``."""
     names = list(result.param_names)
@@ -233,5 +250,7 @@ def dataset(result: FitResult) -> xr.Dataset:
         values | matrix,
         coords={"param": names} | (dict.fromkeys(_COV_DIMS, names) if matrix else {}),
         # netCDF has no booleans.
-        attrs={name: result[name] for name in _SCALAR_FIELDS} | {"success": int(result.success)},
+        attrs={name: result[name] for name in _SCALAR_FIELDS}
+        | {"success": int(result.success)}
+        | {key: ", ".join(held) for key, held in _not_free(result).items()},
     )

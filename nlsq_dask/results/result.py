@@ -87,7 +87,7 @@ class FitResult(PlotMethods):
         ``sum r^2`` and ``chi2 / dof``; equal to ``2 cost`` and ``sigma_sq`` with the linear loss
         and without a penalty.
     dof : int
-        Degrees of freedom, ``n_points - p``.
+        Degrees of freedom, ``n_points`` minus the number of free parameters.
     n_points, n_omitted : int
         Number of rows used, and of rows omitted because they are masked or not finite.
     r_squared : float
@@ -102,6 +102,10 @@ class FitResult(PlotMethods):
         of the dimension as their attribute ``size``. None if there was no pass.
     param_names : tuple of str
         Names of the parameters.
+    free : ndarray of bool, shape (p,)
+        True for fitted parameters, False for parameters that are fixed or tied. Fixed ones have
+        zeros in perr and pcov; those of tied ones follow from the errors of the parameters on
+        which they depend (delta method). Both have zeros in grad and active_mask.
     p0 : ndarray, shape (p,)
         Initial values.
     bounds : tuple of ndarray, each of shape (p,)
@@ -189,6 +193,8 @@ class FitResult(PlotMethods):
     sample: xr.Dataset | None = None
     _root: NDArray[np.float64] | None = field(default=None)
     _errors: Vector | None = field(default=None)
+    _fixed: tuple[str, ...] = ()  # names
+    _tied: tuple[str, ...] = ()
     _model: Model = field(kw_only=True)
 
     @property
@@ -201,7 +207,16 @@ class FitResult(PlotMethods):
         """Standard errors of the parameters, shape (p,); NaN if they are not known."""
         if self.pcov is not None:
             return np.sqrt(np.diag(self.pcov))
-        return np.full(len(self.x), np.nan) if self._errors is None else self._errors
+        return np.where(self.free, np.nan, 0.0) if self._errors is None else self._errors
+
+    @property
+    def free(self) -> NDArray[np.bool_]:
+        """Whether each parameter is fitted, neither fixed nor tied; shape (p,)."""
+        return self._is_outside((*self._fixed, *self._tied))
+
+    def _is_outside(self, names: tuple[str, ...]) -> NDArray[np.bool_]:
+        others = set(names)
+        return np.array([name not in others for name in self.param_names], bool)
 
     @property
     def reduced_chi2(self) -> float:
@@ -216,7 +231,7 @@ class FitResult(PlotMethods):
     def keys(self) -> list[str]:
         """Return the names of all values, each valid as ``result[name]``."""
         names = [f.name for f in fields(self) if not f.name.startswith("_")]
-        return [*names, "popt", "perr", "reduced_chi2"]
+        return [*names, "popt", "perr", "free", "reduced_chi2"]
 
     def __getitem__(self, name: str) -> Any:
         if not isinstance(name, str):
@@ -394,4 +409,8 @@ class FitResult(PlotMethods):
                 f"return_std requires a covariance, but there is no covariance of {len(self.x)} "
                 f"parameters. Call predict(x) without return_std."
             )
-        return predict(self._model, x, self.x, self._root if return_std else None, self.x_units)
+        varies = self._is_outside(self._fixed)  # the parameters of the model
+        root = None
+        if return_std and self._root is not None:
+            root = self._root[varies][:, : np.count_nonzero(varies)]
+        return predict(self._model, x, self.x[varies], root, self.x_units)

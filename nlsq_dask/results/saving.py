@@ -99,7 +99,10 @@ def load(
         saved_model = Model(
             function, info["n_params"], layout, info["dtype"], None if mode is None else Mode(mode)
         )
-        result = kind(**record["values"], _model=saved_model)
+        values = record["values"]
+        fixed = values.get("_fixed", ())  # older files have none
+        saved_model = saved_model.with_fixed(values["param_names"], values["x"], fixed)
+        result = kind(**values, _model=saved_model)
     except RecordError as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be used: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:

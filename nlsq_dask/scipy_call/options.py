@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.fit.parameters import Parameters
+from nlsq_dask.fit.arguments.parameters import Parameters
 
 METHODS = ("lm", "trf", "dogbox")
 FINITE_DIFFERENCES = ("2-point", "3-point", "cs")
@@ -53,7 +53,7 @@ def check_method(method: Any, parameters: Parameters, n_rows: int | None) -> Non
                 "method 'lm' does not support bounds, as in SciPy. Use method='trf', or omit it."
             )
         return
-    n_params = len(parameters.names)
+    n_params = parameters.transform.n_free
     if method in (None, "lm") and n_rows is not None and n_rows < n_params:
         raise TypeError(
             f"the number of parameters ({n_params}) must not exceed the number of data points "

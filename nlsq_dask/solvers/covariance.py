@@ -24,11 +24,19 @@ class Covariance:
 
     @property
     def pcov(self) -> Matrix:
-        """Covariance matrix, shape (p, p); infinite if J^T J is singular."""
+        """Covariance matrix, shape (p, p); infinite if J^T J is singular.
+
+        Rows of zeros in the root, those of fixed parameters, remain zero.
+        """
         if not np.isfinite(self.root).all():
-            return np.full_like(self.root, np.inf)
+            return infinite_covariance(np.asarray(~np.isfinite(self.root).all(axis=1)))
         pcov = self.root @ self.root.T
         return np.asarray((pcov + pcov.T) / 2)
+
+
+def infinite_covariance(varies: NDArray[np.bool_]) -> Matrix:
+    """Return an infinite covariance matrix, which is zero for parameters that do not vary."""
+    return np.where(np.outer(varies, varies), np.inf, 0.0)
 
 
 def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> Covariance:

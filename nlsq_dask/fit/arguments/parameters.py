@@ -1,37 +1,37 @@
-"""Names, initial values and bounds of the parameters, from the arguments of ``fit``."""
+"""``Parameters``: names, initial values and bounds, and which parameters are free."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nlsq_dask._text import join_first
+from nlsq_dask.fit.arguments.bounds import parse_bounds
+from nlsq_dask.fit.arguments.fixed import check_any_free, fixed_values, parse_fixed, parse_ties
+from nlsq_dask.fit.arguments.numbers import ORDER, Vector, as_real, is_real, reject_unknown, vector
 from nlsq_dask.model.call import is_option, positional_arguments
+from nlsq_dask.model.transform import ParameterTransform
 
-Vector = NDArray[np.float64]
-
+_SET_OPTIONS = "Set them with functools.partial, and pass the result as the model."
 _MISPLACED_RATIO = 10  # values in p0 per parameter; no miscount is so large
-_OF_PAIRS = (
-    "For two parameters, bounds are all lower bounds, then all upper bounds: write "
-    "bounds=(({lows}), ({highs})), or bounds={{{by_name}}}."
-)
-_ORDER = "The order of arguments is model, x, y, p0."
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Names, initial values and bounds of the p parameters of a fit."""
+    """Names, initial values and bounds of the p parameters of a model."""
 
     names: tuple[str, ...]
     start: Vector  # initial values, shape (p,)
     low: Vector  # lower bounds, shape (p,), -inf for none
     high: Vector  # upper bounds, shape (p,), inf for none
+    transform: ParameterTransform  # which are free, and the values of the others
     not_given: tuple[str, ...] = ()  # names missing in a dict p0, without default in the model
 
     @property
@@ -49,6 +49,41 @@ class Parameters:
         ]
         return f"Parameters missing in p0 start at: {join_first(starts)}" if starts else ""
 
+    @property
+    def not_free(self) -> tuple[str, ...]:
+        """Sentences on the parameters that are fixed or tied."""
+        kinds = {"Fixed": self.transform.is_fixed, "Tied (at p0)": self.transform.is_tied}
+        values = list(zip(self.names, self.start, strict=True))
+        listed = {
+            kind: [
+                f"{name} = {value:g}"
+                for (name, value), is_one in zip(values, flags, strict=True)
+                if is_one
+            ]
+            for kind, flags in kinds.items()
+        }
+        return tuple(
+            f"{kind}: {join_first(texts, noun='parameters')}."
+            for kind, texts in listed.items()
+            if texts
+        )
+
+    @property
+    def free(self) -> Parameters:
+        """The free parameters only."""
+        if self.transform.is_identity:
+            return self
+        is_free = self.transform.is_free
+        names = tuple(compress(self.names, is_free))
+        return Parameters(
+            names,
+            self.start[is_free],
+            self.low[is_free],
+            self.high[is_free],
+            ParameterTransform.of_fixed(names, np.zeros(len(names)), ()),
+            self.not_given,
+        )
+
 
 @dataclass(frozen=True)
 class _Signature:
@@ -56,6 +91,7 @@ class _Signature:
     names: tuple[str, ...]
     defaults: Mapping[str, float]
     is_open: bool  # has *params, so their number is unknown
+    keyword_only: tuple[str, ...] = ()  # names of arguments that cannot be parameters
 
 
 def parse_parameters(
@@ -65,6 +101,9 @@ def parse_parameters(
     param_names: Sequence[str] | None,
     n_x: int = 1,
     x_parts: str = "x",
+    *,
+    fixed: Any = None,
+    ties: Any = None,
 ) -> Parameters:
     """Return the parameters from the arguments of ``fit``.
 
@@ -84,18 +123,24 @@ def parse_parameters(
         Number of arrays in x.
     x_parts : str
         Code for the arrays of x inside a model, such as ``x['t'], x['u']``, for messages.
+    fixed : dict by name of numbers and booleans, collection of names, or None
+        Parameters that are not fitted; without a number, they stay at their initial value.
+    ties : dict by name of callable, or None
+        Parameters that are functions of the others, ``tie(p)`` with a mapping p by name.
 
     Raises
     ------
     ValueError
-        If p0, bounds or names are invalid; the message names the parameter.
+        If an argument is invalid; the message names the parameter.
     TypeError
         If the model is not callable.
     """
     signature = _read_signature(model)
     separate_x = _separate_x(signature, p0, n_x, x_parts)
     names = _names(signature, p0, param_names, separate_x)
-    low, high = _bounds(bounds, names)
+    low, high = parse_bounds(bounds, names)
+    held = parse_fixed(fixed, names)
+    tied = parse_ties(ties, held, names, low, high)
     # Defaults are matched by position, whatever the names in param_names.
     defaults = {
         name: signature.defaults[original]
@@ -104,11 +149,28 @@ def parse_parameters(
     }
     given: dict[str, float] = {}
     if isinstance(p0, Mapping):
-        _reject_unknown(p0, names, "p0")
-        given = {name: _real(value, f"p0[{name!r}]") for name, value in p0.items()}
+        reject_unknown(p0, names, "p0")
+        given = {name: as_real(value, f"p0[{name!r}]") for name, value in p0.items()}
     elif p0 is not None:
-        given = dict(zip(names, _vector(p0, "p0"), strict=True))
+        given = dict(zip(names, vector(p0, "p0"), strict=True))
+    given = {name: value for name, value in given.items() if name not in tied}
     start = np.array([given.get(name, defaults.get(name, 1.0)) for name in names])
+    _check_p0(start, given, names, low, high)
+    start = np.where([name in given for name in names], start, _inside(start, low, high))
+    values = fixed_values(held, names, defaults | given, low, high)
+    start = np.array([values.get(name, value) for name, value in zip(names, start, strict=True)])
+    is_free = np.array([name not in values and name not in tied for name in names], bool)
+    check_any_free(names, is_free)
+    transform = ParameterTransform(names, is_free, start, tied)
+    known = {*given, *defaults, *values, *tied}
+    not_given = () if p0 is None else tuple(name for name in names if name not in known)
+    return Parameters(names, _with_ties(start, transform), low, high, transform, not_given)
+
+
+def _check_p0(
+    start: Vector, given: Mapping[str, float], names: tuple[str, ...], low: Vector, high: Vector
+) -> None:
+    """Raise a ValueError if an initial value is not finite, or a given one outside its bounds."""
     for name, value, a, b in zip(names, start, low, high, strict=True):
         if not np.isfinite(value):
             raise ValueError(f"p0 of parameter {name!r} is {value}; expected a finite number.")
@@ -117,9 +179,20 @@ def parse_parameters(
                 f"p0 of parameter {name!r} is {value:g}, outside its bounds [{a:g}, {b:g}]. Move "
                 f"p0 inside or widen the bounds."
             )
-    start = np.where([name in given for name in names], start, _inside(start, low, high))
-    not_given = [name for name in names if name not in given and name not in defaults]
-    return Parameters(names, start, low, high, () if p0 is None else tuple(not_given))
+
+
+def _with_ties(start: Vector, transform: ParameterTransform) -> Vector:
+    """Return initial values with those of the tied parameters, which must be finite."""
+    if not transform.ties:
+        return start
+    full = transform.expand(start[transform.is_free])
+    for name, value in zip(transform.names, full, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(
+                f"ties[{name!r}] is {value} at the initial values of the other parameters. Choose "
+                f"another p0, or a function that is finite there."
+            )
+    return full
 
 
 def _inside(start: Vector, low: Vector, high: Vector) -> Vector:
@@ -141,7 +214,7 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
     if not callable(model):
         is_array = hasattr(model, "shape") and hasattr(model, "dtype")
         got = f"an array of shape {model.shape}" if is_array else reprlib.repr(model)
-        raise TypeError(f"model must be a callable model(x, *params); got {got}. {_ORDER}")
+        raise TypeError(f"model must be a callable model(x, *params); got {got}. {ORDER}")
     try:
         positional = positional_arguments(model)
     except ValueError:  # builtins have no signature
@@ -150,14 +223,28 @@ def _read_signature(model: Callable[..., Any]) -> _Signature:
     is_open = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     fitted = [p for p in positional[1:] if not is_option(p)]
     defaults = {p.name: float(p.default) for p in fitted if p.default is not p.empty}
-    required = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
+    keyword_only = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    required = [p.name for p in keyword_only if p.default is p.empty]
     if required:
         raise ValueError(
             f"the model has keyword-only arguments without default ({', '.join(required)}). "
-            f"Set them with functools.partial, and pass the result as the model."
+            f"{_of_partial(model) or _SET_OPTIONS}"
         )
-    x_name = positional[0].name if positional else "x"
-    return _Signature(x_name, tuple(p.name for p in fitted), defaults, is_open)
+    x_name, names = positional[0].name if positional else "x", tuple(p.name for p in fitted)
+    return _Signature(x_name, names, defaults, is_open, tuple(p.name for p in keyword_only))
+
+
+def _of_partial(model: Callable[..., Any]) -> str:
+    """Return a hint if functools.partial has set a parameter by keyword; else empty."""
+    keywords = model.keywords if isinstance(model, functools.partial) else {}
+    numbers = {name: value for name, value in keywords.items() if is_real(value)}
+    if not numbers:
+        return ""
+    fixed = ", ".join(f"{name!r}: {value!r}" for name, value in numbers.items())
+    return (
+        f"functools.partial makes all arguments after those that it sets by keyword keyword-only. "
+        f"To fix a parameter, pass the function itself, and fixed={{{fixed}}}."
+    )
 
 
 def _names(
@@ -172,7 +259,7 @@ def _names(
             )
         n = len(known) if not signature.is_open else len(param_names or ())
     else:
-        n = len(_vector(p0, "p0"))
+        n = len(vector(p0, "p0"))
         # Trailing arguments with a default may be omitted and are then not fitted, as in SciPy.
         optional = [name in signature.defaults for name in known]
         least = max((i + 1 for i, is_optional in enumerate(optional) if not is_optional), default=0)
@@ -183,7 +270,12 @@ def _names(
                 f"({', '.join(known)}). {_of_number(n, len(known)) or separate_x}".rstrip()
             )
     if n == 0:
-        raise ValueError("the model has no parameters to fit: expected model(x, a, b, ...).")
+        by_keyword = ", ".join(signature.keyword_only)
+        hint = f"Parameters are passed by position, but {by_keyword} can be passed by keyword only."
+        raise ValueError(
+            "the model has no parameters to fit: expected model(x, a, b, ...). "
+            f"{hint if by_keyword else ''}".rstrip()
+        )
     if param_names is not None:
         names = tuple(map(str, param_names))
         if len(names) != n:
@@ -200,7 +292,7 @@ def _names(
 def _of_number(n: int, n_known: int) -> str:
     """Return a hint on why p0 has too many values; empty if no reason is likely."""
     if n > _MISPLACED_RATIO * max(n_known, 1):
-        return _ORDER
+        return ORDER
     if n_known == 1 < n:
         names = ", ".join("abcd"[:n]) if n <= 4 else "a, b, ..."
         return (
@@ -221,147 +313,3 @@ def _separate_x(signature: _Signature, p0: Any, n_x: int, x_parts: str) -> str:
         f"as its first argument, so write `def model({', '.join(('x', *known[n_more:]))})`, and "
         f"begin its body with `{signature.x_name}, {separate} = {x_parts}`."
     )
-
-
-def _bounds(bounds: Any, names: tuple[str, ...]) -> tuple[Vector, Vector]:
-    n = len(names)
-    if bounds is None:
-        return np.full(n, -np.inf), np.full(n, np.inf)
-    if isinstance(bounds, Mapping):
-        _reject_unknown(bounds, names, "bounds")
-        for name, pair in bounds.items():
-            if not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
-                raise ValueError(f"bounds[{name!r}] must be (low, high); got {pair!r}.")
-        pairs = [bounds.get(name, (-np.inf, np.inf)) for name in names]
-        bounds = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    elif hasattr(bounds, "lb") and hasattr(bounds, "ub"):  # scipy.optimize.Bounds
-        bounds = (bounds.lb, bounds.ub)
-    if not isinstance(bounds, Sequence | np.ndarray):
-        raise ValueError(f"bounds must be (low, high) or a dict by name; got {bounds!r}.")
-    if n != 2 and len(bounds) == n and _are_pairs(bounds):  # a pair for each parameter
-        bounds = ([pair[0] for pair in bounds], [pair[1] for pair in bounds])
-    if len(bounds) != 2:
-        which = "" if _are_pairs(bounds) else ", not all of them pairs"
-        raise ValueError(
-            f"bounds must be (low, high), a pair for each of the {n} parameters, or a dict of "
-            f"pairs by name; got {len(bounds)} entries{which}."
-        )
-    if n == 2 and _are_pairs(bounds) and any(each is None for pair in bounds for each in pair):
-        raise ValueError(
-            f"bounds must be real numbers; got None. Write -np.inf or np.inf where there is no "
-            f"bound. {_both_spellings(bounds, names)}".rstrip()
-        )
-    low = _side(bounds[0], names, -np.inf, "lower bounds")
-    high = _side(bounds[1], names, np.inf, "upper bounds")
-    for name, a, b in zip(names, low, high, strict=True):
-        if not a < b:
-            raise ValueError(
-                f"the lower bound {a:g} of parameter {name!r} must be less than its upper bound "
-                f"{b:g}. {_both_spellings(bounds, names)}".rstrip()
-            )
-    return low, high
-
-
-def _are_pairs(bounds: Sequence[Any] | NDArray[Any]) -> bool:
-    """Whether each entry is a pair, as in the bounds of scipy.optimize.minimize."""
-    return all(isinstance(pair, Sequence | np.ndarray) and len(pair) == 2 for pair in bounds)
-
-
-def _both_spellings(bounds: Any, names: tuple[str, ...]) -> str:
-    """Return how to write the bounds of two parameters if they seem to be two pairs, else ""."""
-    if len(names) != 2 or not _are_pairs(bounds):
-        return ""
-    pairs = [
-        (-np.inf if low is None else low, np.inf if high is None else high) for low, high in bounds
-    ]
-    if not all(_is_real(low) and _is_real(high) and low < high for low, high in pairs):
-        return ""
-    lows, highs = (", ".join(map(_code, side)) for side in zip(*pairs, strict=True))
-    by_name = ", ".join(
-        f"{name!r}: ({_code(low)}, {_code(high)})"
-        for name, (low, high) in zip(names, pairs, strict=True)
-    )
-    return _OF_PAIRS.format(lows=lows, highs=highs, by_name=by_name)
-
-
-def _code(number: float) -> str:
-    return f"{number:g}".replace("inf", "np.inf")
-
-
-def _side(value: Any, names: tuple[str, ...], missing: float, what: str) -> Vector:
-    if isinstance(value, Mapping):
-        _reject_unknown(value, names, what)
-        value = [value.get(name, missing) for name in names]
-    no_bound = "-np.inf" if missing < 0 else "np.inf"
-    values = _vector(value, what, f"Write {no_bound} where there is no bound.", names)
-    if values.shape not in ((1,), (len(names),)):
-        raise ValueError(
-            f"the {what} have {len(values)} values for {len(names)} parameters. Pass one value for "
-            f"all parameters, or one per parameter."
-        )
-    return np.broadcast_to(values, (len(names),)).copy()
-
-
-def _vector(values: Any, what: str, instead_of_none: str = "", names: Sequence[str] = ()) -> Vector:
-    """Return ``values`` as a vector, or raise a ValueError if they are not real numbers.
-
-    Parameters
-    ----------
-    values : Any
-    what : str
-        Words for the values in messages, such as "lower bounds".
-    instead_of_none : str
-        Advice in the message if an entry is None.
-    names : sequence of str
-        Names of the parameters, with which messages refer to entries.
-    """
-    try:
-        array = np.asarray(values)
-    except ValueError as error:  # of lists in a list
-        raise ValueError(
-            f"{what} must be a sequence of real numbers; got {reprlib.repr(values)}."
-        ) from error
-    if array.ndim <= 1 and array.dtype.kind == "O":
-        _reject_first_not_real(array, what, instead_of_none, names)
-    array = np.atleast_1d(array)
-    if array.ndim != 1 or array.dtype.kind not in "biuf":
-        raise ValueError(
-            f"{what} must be a sequence of real numbers; got shape {array.shape} and dtype "
-            f"{array.dtype}. {_ORDER if what == 'p0' and array.ndim > 1 else ''}".rstrip()
-        )
-    return array.astype(np.float64)
-
-
-def _reject_first_not_real(
-    array: NDArray[Any], what: str, instead_of_none: str, names: Sequence[str]
-) -> None:
-    for i, entry in enumerate(array.reshape(-1)):
-        if not _is_real(entry):
-            where = f" as entry {i}" if array.ndim else ""
-            where = f" for parameter {names[i]!r}" if array.size == len(names) else where
-            advice = f" {instead_of_none}" if entry is None else ""
-            sentence = f"{what} must be real numbers; got {reprlib.repr(entry)}{where}.{advice}"
-            raise ValueError(sentence.rstrip())
-
-
-def _real(value: Any, what: str) -> float:
-    if not _is_real(value):
-        raise ValueError(f"{what} must be a real number; got {value!r}.")
-    return float(value)
-
-
-def _is_real(value: Any) -> bool:
-    try:
-        array = np.asarray(value)
-    except ValueError:  # of lists in a list
-        return False
-    return array.ndim == 0 and array.dtype.kind in "biuf"
-
-
-def _reject_unknown(given: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise ValueError(
-            f"unknown parameter names in {what}: {', '.join(map(repr, unknown))}. The parameters "
-            f"are {', '.join(names)}."
-        )

@@ -1,0 +1,1 @@
+"""The arguments of ``fit`` on parameters: names, p0, bounds, fixed and ties."""
