@@ -29,6 +29,8 @@ _SYNONYMS = {
         ("yerr", "y_err", "sigma_y", "y_sigma", "stddev", "uncertainty", "uncertainties"),
         "sigma",
     ),
+    **dict.fromkeys(("fix", "frozen", "fixed_params", "fixed_parameters"), "fixed"),
+    **dict.fromkeys(("tie", "tied"), "ties"),
     "seed": "random_seed",
 }
 
@@ -37,6 +39,10 @@ _SCALING = "Omit it: parameters are scaled automatically, by the column norms of
 _LINEAR_ALGEBRA = "Omit it: the normal equations are solved exactly, with p by p matrices."
 _EXTRA_ARGUMENTS = (
     "Set further arguments of the model with functools.partial, and pass the result as the model."
+)
+_CONSTRAINTS = (
+    "Use ties={'b': lambda p: 2 * p['a']} for a parameter that is a function of others, and bounds "
+    "for limits of single parameters; other constraints are not supported."
 )
 _WEIGHTS = (
     "Use sigma=1 / weights if the weights multiply residuals (as in lmfit, astropy and "
@@ -59,6 +65,8 @@ _UNSUPPORTED = {
     "method": "Omit it: the only method is Gauss-Newton with a trust region.",
     "check_finite": "Use nan_policy='raise' (the default) or nan_policy='omit' instead.",
     "workers": "Omit it: a fit runs on the active Dask client, or on the threads of this machine.",
+    "vary": "Use fixed=['b', ...] with the names of the parameters that do not vary.",
+    **dict.fromkeys(("constraints", "expr"), _CONSTRAINTS),
     "scale_covar": "Use absolute_sigma=True for scale_covar=False, and False for True.",
 }
 

@@ -203,6 +203,10 @@ def test_what_is_said_of_a_keyword_that_a_call_does_not_have(
         ("yerr", "Did you mean fit(..., sigma=...)?"),
         ("absolute_sigm", "Did you mean fit(..., absolute_sigma=...)?"),
         ("nanpolicy", "Did you mean fit(..., nan_policy=...)?"),
+        ("fix", "Did you mean fit(..., fixed=...)?"),
+        ("tied", "Did you mean fit(..., ties=...)?"),
+        ("vary", "Use fixed=['b', ...] with the names"),
+        ("constraints", "Use ties={'b': lambda p: 2 * p['a']}"),
         ("gauss_newton_iterations", "HybridStreamingConfig(..., gauss_newton_max_iterations=...)?"),
     ],
 )
