@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from nlsq_dask.model.model import Model
-from nlsq_dask.results import report
+from nlsq_dask.results import derived, report
 from nlsq_dask.results.plotting.methods import PlotMethods
 from nlsq_dask.results.predict import predict
 from nlsq_dask.results.saving import MissingModel, load, save
@@ -366,13 +365,36 @@ class FitResult(PlotMethods):
         ValueError
             If ``level`` is not between 0 and 1.
         """
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"level must be between 0 and 1; got {level!r}.")
-        tail = 0.5 * (1.0 + level)
-        is_normal = self.absolute_sigma or self.dof <= 0
-        quantile = stats.norm.ppf(tail) if is_normal else stats.t.ppf(tail, self.dof)
-        half = quantile * self.perr
-        return np.stack([self.x - half, self.x + half], axis=1)
+        return derived.conf_interval(self, level)
+
+    def derive(
+        self, function: Callable[[Mapping[str, Any]], Any], *, covariance: bool = False
+    ) -> tuple[Any, Any]:
+        """Return the value of a function of the parameters, and its standard error.
+
+        The error follows from pcov by the delta method, with derivatives by JAX.
+
+        Parameters
+        ----------
+        function : callable
+            ``function(p)``, written with jax.numpy, where p has all parameters by name. It returns
+            a number, an array, or a dict of them: ``lambda p: jnp.log(2) / p["rate"]``.
+        covariance : bool
+            If True, return the covariance matrix of all numbers in the value, in order, in place
+            of their standard errors.
+
+        Returns
+        -------
+        value, error : number, ndarray or dict of them
+            The error has the shape of the value, for a dict also its keys. It is infinite if the
+            value depends on a parameter with infinite error.
+
+        Raises
+        ------
+        ValueError
+            If the function fails, or if there is no covariance.
+        """
+        return derived.derive(self, function, covariance)
 
     def predict(self, x: Any, return_std: bool = False) -> Any:
         """Evaluate the model at the best-fit parameters.

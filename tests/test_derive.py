@@ -1,0 +1,89 @@
+"""``FitResult.derive``: functions of the parameters with errors by the delta method."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nlsq_dask as nd
+from tests import problems
+from tests.problems import NO_WARMUP, decay_data, exponential
+
+X, Y = decay_data(4_000)
+fit = functools.partial(problems.fit, exponential, X, Y, [1.0, 1.0, 0.0], **NO_WARMUP)
+
+
+@pytest.fixture(scope="module")
+def result() -> nd.FitResult:
+    return fit()
+
+
+def test_a_number(result: nd.FitResult) -> None:
+    rate, error = result.popt[1], result.perr[1]
+    value, std = result.derive(lambda p: jnp.log(2) / p["b"])
+    assert value == pytest.approx(np.log(2) / rate, rel=1e-14)
+    assert std == pytest.approx(np.log(2) / rate**2 * error, rel=1e-12)
+    assert np.ndim(value) == np.ndim(std) == 0
+    assert result.derive(lambda p: p["b"]) == (rate, pytest.approx(error, rel=1e-15))
+    assert result.derive(lambda p: 3) == (3.0, 0.0)
+
+
+def test_arrays_dicts_and_covariances(result: nd.FitResult, tmp_path: Path) -> None:
+    at = np.array([[0.0, 0.5, 1.0]])
+    curve = functools.partial(lambda p: exponential(at, **p))
+    values, stds = result.derive(curve)
+    expected = result.predict(at.ravel(), return_std=True)
+    np.testing.assert_allclose([values.ravel(), stds.ravel()], expected, rtol=1e-12)
+    assert values.shape == stds.shape == (1, 3)
+
+    def several(p: Any) -> dict[str, Any]:
+        return {"z": p["b"] * p["a"], "a": [p["a"], 2 * p["c"]]}
+
+    by_name, errors = result.derive(several)
+    assert list(by_name) == list(errors) == ["z", "a"]
+    jacobian = np.array([[*result.popt[1::-1], 0], [1, 0, 0], [0, 0, 2]])
+    assert result.pcov is not None
+    matrix = jacobian @ result.pcov @ jacobian.T
+    np.testing.assert_allclose(result.derive(several, covariance=True)[1], matrix, rtol=1e-12)
+    np.testing.assert_allclose([errors["z"], *errors["a"]], np.sqrt(np.diag(matrix)), rtol=1e-12)
+    result.save(tmp_path / "result")
+    loaded = nd.FitResult.load(tmp_path / "result")  # without its model
+    np.testing.assert_array_equal(loaded.derive(curve), result.derive(curve))
+
+
+def test_fixed_and_tied_parameters() -> None:
+    held = fit(fixed={"c": 0.5}, ties={"b": lambda p: p["a"] / 2})
+    value, error = held.derive(lambda p: p["a"] + 2 * p["b"] + p["c"])
+    assert value == pytest.approx(2 * held.popt[0] + 0.5)
+    assert error == pytest.approx(2 * held.perr[0])
+    assert held.derive(lambda p: p["c"] ** 2) == (0.25, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::scipy.optimize.OptimizeWarning")
+def test_an_infinite_covariance() -> None:
+    model = lambda x, a, b, c: (a + b) * x + c  # noqa: E731
+    flat = problems.fit(model, X, 2 * X, [1.0, 1.0, 0.5], fixed=["c"], **NO_WARMUP)
+    errors = flat.derive(lambda p: jnp.stack([p["a"] + p["b"], p["c"], 0 * p["a"]]))[1]
+    assert errors.tolist() == [np.inf, 0.0, 0.0]
+
+
+def test_what_is_refused(result: nd.FitResult) -> None:
+    for function, said in (
+        (lambda p: p["rate"], "uses 'rate', which is not a parameter. It can use a, b, c."),
+        (lambda p: np.exp(p["a"]), "Write it with jax.numpy instead of numpy or math"),
+        (lambda p: p.a, "raised AttributeError"),
+        (lambda p: p["a"] > 0, "must return real numbers; it returned dtype bool"),
+        (lambda p: {}, "returned an empty dict"),
+        (3.0, "derive needs a function of the parameters"),
+    ):
+        with pytest.raises(ValueError, match="derive") as caught:
+            result.derive(function)
+        assert said in str(caught.value)
+    many = fit(cg_param_threshold=2)
+    with pytest.raises(ValueError, match="derive requires a covariance"):
+        many.derive(lambda p: p["a"])
