@@ -98,7 +98,7 @@ def _expanded(
     varies: NDArray[np.bool_],
 ) -> Covariance:
     """Return the covariance of all parameters, with ``root`` padded to shape (p, p)."""
-    root, p = covariance.root, len(varies)
+    root, p, free = covariance.root, len(varies), np.flatnonzero(transform.is_free)
     if np.isfinite(root).all():
         root = transform.scatter(root, tied=rates @ root)
     else:
@@ -107,4 +107,5 @@ def _expanded(
         covariance,
         root=np.pad(root, ((0, 0), (0, p - root.shape[1]))),
         non_identifiable=transform.scatter(covariance.non_identifiable),
+        confounded=tuple(tuple(free[list(group)].tolist()) for group in covariance.confounded),
     )

@@ -18,6 +18,7 @@ from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.results.datasets import block_statistics, row_sample
+from nlsq_dask.results.report import confounded_sentence
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.solvers.covariance import infinite_covariance
 from nlsq_dask.status import Status
@@ -52,6 +53,7 @@ def build_result(
     covariance = outcome.covariance
     flags = outcome.non_identifiable if covariance is None else covariance.non_identifiable
     non_identifiable = [] if flags is None else _names(parameters, flags)
+    confounded = _confounded(outcome, parameters)
     at_bounds = _names(parameters, active != 0)
     is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
     outward = _names(parameters, is_outward)
@@ -69,6 +71,7 @@ def build_result(
         f"The cost would decrease beyond the bound of {_join(outward)}." if outward else "",
         f"There are fewer rows ({n_used}) than parameters ({n_free})." if has_few_rows else "",
         f"The data do not constrain: {_join(non_identifiable)}." if non_identifiable else "",
+        *map(confounded_sentence, confounded),
     ]
     return FitResult(
         x=outcome.params,
@@ -113,6 +116,7 @@ def build_result(
             "last_step_without_pass": outcome.stop is Status.LAST_STEP,
             "active_bounds": at_bounds,
             "undetermined": non_identifiable,
+            "confounded": confounded,
         },
         x_units=blocks.x_units,
         sample=None if outcome.sample is None else row_sample(*outcome.sample, blocks),
@@ -182,6 +186,16 @@ def _unknown_sums(n_params: int) -> Sums:
 
 def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
+
+
+def _confounded(outcome: Outcome, parameters: Parameters) -> list[list[str]]:
+    """Return the names of the parameters of each group that the data cannot tell apart."""
+    flags = outcome.non_identifiable
+    if outcome.covariance is not None:
+        groups = outcome.covariance.confounded
+    else:  # conjugate gradients find a single null direction
+        groups = () if flags is None or flags.sum() < 2 else (tuple(np.flatnonzero(flags)),)
+    return [[parameters.names[i] for i in group] for group in groups]
 
 
 def _join(names: list[str]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask import _html as html_parts
+from nlsq_dask._text import join_first
 
 if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
@@ -134,6 +135,16 @@ def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float
     return [(names[first[i]], names[second[i]], float(values[i])) for i in order]
 
 
+def confounded_sentence(names: list[str]) -> str:
+    """Return a sentence on parameters that the data cannot tell apart, and what to do."""
+    return (
+        f"The data cannot tell {join_first([*map(repr, names)])} apart: a change of one is made up "
+        f"for by changes of the others. Fix one of them (and another, if this is still reported), "
+        f"merge parameters that the model only combines, such as the factors of a product, or add "
+        f"data at which their effects differ."
+    )
+
+
 def fit_report(result: FitResult, min_correlation: float) -> str:
     """Return the report as text, in the layout of the package lmfit."""
     lines = ["[[Fit Statistics]]"]
@@ -147,6 +158,8 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
         + (f" ({note})" if note else "")
         for name, value, error, relative, note in variables
     ]
+    confounded = result.diagnostics.get("confounded") or []
+    lines += [f"    # {confounded_sentence(names)}" for names in confounded]
     correlations = _correlations(result, min_correlation)
     if correlations:
         lines.append(f"[[Correlations]] (unreported correlations are < {min_correlation:.3f})")

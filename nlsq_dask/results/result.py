@@ -129,7 +129,9 @@ class FitResult(PlotMethods):
         - ``parameters_at``: equal to x; ``sums_at``: parameters at which cost, grad and pcov were
           computed, which differ from x after a last step that took no pass.
         - ``active_bounds`` and ``undetermined``: names of the parameters at a bound, and of those
-          that the data do not constrain.
+          that the data do not constrain. ``confounded``: a list of names for each group of
+          parameters that the data cannot tell apart, such as the factors of a product; their
+          standard errors are infinite or exceed ten times their values.
         - ``warm_up``, ``sample`` and ``defense``: facts about the L-BFGS warm-up, the sample of
           rows, and the defense layers of the warm-up.
         - ``retries``: number of retried reads; ``left_out``: a dict per skipped block with

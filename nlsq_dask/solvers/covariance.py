@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers.identifiability import confounded_groups, in_null_directions
 from nlsq_dask.solvers.scaled_svd import ScaledSVD
 
 Matrix = NDArray[np.float64]
@@ -21,6 +22,8 @@ class Covariance:
     root: Matrix  # (p, p); the covariance is root @ root.T, which loses digits by squaring
     condition_number: float  # of the column-scaled Jacobian
     non_identifiable: NDArray[np.bool_]  # (p,), parameters that take part in a null direction
+    # Groups of parameters, by index, that the data cannot tell apart.
+    confounded: tuple[tuple[int, ...], ...]
 
     @property
     def pcov(self) -> Matrix:
@@ -39,7 +42,9 @@ def infinite_covariance(varies: NDArray[np.bool_]) -> Matrix:
     return np.where(np.outer(varies, varies), np.inf, 0.0)
 
 
-def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> Covariance:
+def covariance(
+    sums: NormalEquations, params: Vector, absolute_sigma: bool, epsilon: float
+) -> Covariance:
     """Return the inverse of ``J^T J``, times the residual variance unless ``absolute_sigma``.
 
     For accuracy, the columns of J are scaled to norm 1 first.
@@ -48,6 +53,8 @@ def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> C
     ----------
     sums : NormalEquations
         Sums at the solution.
+    params : ndarray, shape (p,)
+        The solution.
     absolute_sigma : bool
         As in ``scipy.optimize.curve_fit``.
     epsilon : float
@@ -58,15 +65,15 @@ def covariance(sums: NormalEquations, absolute_sigma: bool, epsilon: float) -> C
     norms = np.sqrt(np.diag(sums.jtj))
     columns = np.where(norms > 0.0, norms, 1.0)
     svd = ScaledSVD.of(sums, columns, epsilon)
-    is_null = svd.is_null
-    non_identifiable = np.asarray((np.abs(svd.vectors[:, is_null]) > 1e-3).any(axis=1))
-    if is_null.any() or (sums.n_used <= p and not absolute_sigma):
+    has_variance = absolute_sigma or sums.n_used > p
+    deviation = 1.0 if absolute_sigma else float(np.sqrt(sums.variance(p)))
+    if svd.is_null.any() or not has_variance:
         root = np.full((p, p), np.inf)
     else:
-        root = svd.inverse_root / columns[:, None]
-        if not absolute_sigma:
-            root = root * np.sqrt(sums.variance(p))
-    return Covariance(root, svd.condition, non_identifiable)
+        root = deviation * (svd.inverse_root / columns[:, None])
+    errors = deviation / columns if has_variance else np.full(p, np.nan)
+    confounded = tuple(confounded_groups(svd, errors, params))
+    return Covariance(root, svd.condition, in_null_directions(svd), confounded)
 
 
 def sandwich(covariance: Covariance, scores: Matrix, n_rows: int, cov_type: str) -> Covariance:
