@@ -42,9 +42,17 @@ class Status(Enum):
     )
     SLOW_PROGRESS = (
         -7,
-        "Not converged: slow progress; many short steps along a curved or flat valley barely "
-        "reduced the cost. Start closer to the solution, fix one of the parameters "
-        f"({FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
+        "Not converged: slow progress; each of many short steps along a curved or flat valley "
+        "reduced the cost a little, and more would do so. Raise `gauss_newton_max_iterations` "
+        "(the steps that are allowed without much progress increase with it), start closer to the "
+        f"solution, fix one of the parameters ({FIX_EXAMPLE}), or rewrite the model in less "
+        "correlated parameters.",
+    )
+    STUCK = (
+        -10,
+        "Not converged: no progress; many short steps along a curved or flat valley have left "
+        "the cost unchanged, and more of them would not help. Start elsewhere, fix one of the "
+        f"parameters ({FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
     )
     STALLED = (
         -1,
@@ -93,6 +101,7 @@ class Status(Enum):
         return self in (
             Status.ITERATION_LIMIT,
             Status.SLOW_PROGRESS,
+            Status.STUCK,
             Status.STALLED,
             Status.NO_SENSITIVITY,
         )

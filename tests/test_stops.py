@@ -54,6 +54,7 @@ MGH10_Y = np.array(
         [8261.0, 7030, 6005, 5147, 4427, 3820, 3307, 2872],
     ]
 ).ravel()
+ROWS = np.arange(float(N))
 BOX_BOD_X = np.array([1.0, 2, 3, 5, 7, 10])
 BOX_BOD_Y = np.array([109.0, 149, 149, 191, 213, 224])
 
@@ -64,6 +65,12 @@ def growth(x: Any, a: Any, b: Any) -> Any:
 
 def arrhenius(x: Any, a: Any, b: Any, c: Any) -> Any:
     return a * jnp.exp(b / (x + c))
+
+
+def freudenstein_roth(x: Any, a: Any, b: Any) -> Any:
+    """A function whose residuals are large at a local minimum; x is 0 or 1."""
+    first = -13 + a + ((5 - b) * b - 2) * b
+    return jnp.where(x == 0, first, -29 + a + ((b + 1) * b - 14) * b)
 
 
 Case = tuple[Status, Callable[..., Any], Any, Any, list[float], dict[str, Any]]
@@ -80,7 +87,15 @@ CASES: list[Case] = [
         [20, 0.1, 5],
         {**NO_SAMPLE, "gauss_newton_max_iterations": 1},
     ),
-    (Status.SLOW_PROGRESS, arrhenius, MGH10_X, MGH10_Y, [2, 400_000, 25_000], NO_SAMPLE),
+    (
+        Status.SLOW_PROGRESS,
+        arrhenius,
+        np.tile(MGH10_X, 10),
+        np.tile(MGH10_Y, 10),
+        [2, 400_000, 25_000],
+        NO_SAMPLE,
+    ),
+    (Status.STUCK, freudenstein_roth, ROWS % 2, np.zeros(N), [0.5, -2.0], NO_SAMPLE),
     (Status.STALLED, lambda x, a: wrong(a) * x, X, 3 * X + NOISE, [1], NO_WARMUP),
     (Status.NO_SENSITIVITY, exponential, X, Y, [1, 1e9, 1], {}),
     (
@@ -225,8 +240,58 @@ def test_a_start_of_enormous_cost_over_noisy_data() -> None:
     np.testing.assert_allclose(result.x, [offset, slope], rtol=1e-9)
 
 
-def test_a_kink_is_no_matter_of_resolution() -> None:
+@pytest.mark.parametrize("power", [0, 1])
+def test_a_kink_is_no_matter_of_resolution(power: int) -> None:
     x = np.linspace(0, 1, 50)
     y = np.sin(9 * x) + np.random.default_rng(0).normal(size=50)
-    result = fit(lambda x, a, b: b * jnp.abs(x - a), x, y, [0.3, 1.0])
+    result = fit(lambda x, a, b: b * jnp.abs(x - a) * x**power, x, y, [0.3, 1.0])
     assert result.status == Status.STALLED.code
+
+
+# --- minima that Gauss-Newton does not resolve
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+def test_a_minimum_of_large_residuals_and_a_singular_jacobian(loss: str) -> None:
+    """The second derivatives show that it is one."""
+    x = ROWS[:2]
+    result = fit(freudenstein_roth, x, np.zeros(2), [0.5, -2.0], loss=loss, f_scale=2.0)
+    assert result.success, result.message
+    factor = 2.0
+    losses = {"linear": lambda z: z, "soft_l1": lambda z: 2 * (jnp.sqrt(1 + z) - 1)}
+
+    def cost(p: Any) -> Any:
+        residual = freudenstein_roth(jnp.asarray(x), *p)
+        return 0.5 * factor**2 * losses[loss]((residual / factor) ** 2).sum()
+
+    with jax.enable_x64(True):
+        at = jnp.asarray(result.x)
+        gradient, hessian = np.asarray(jax.grad(cost)(at)), np.asarray(jax.hessian(cost)(at))
+    assert np.linalg.eigvalsh(hessian).min() > 0
+    step = np.linalg.solve(hessian, gradient)
+    assert np.abs(step).max() < 1e-7
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+def test_a_minimum_at_which_two_parameters_are_equal() -> None:
+    """Jennrich and Sampson's: both columns of the Jacobian are equal there."""
+    x = np.arange(1.0, 11.0)
+
+    def model(x: Any, a: Any, b: Any) -> Any:
+        return jnp.exp(a * x) + jnp.exp(b * x)
+
+    result = fit(model, x, 2 + 2 * x, [0.3, 0.4])
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, 0.25782521, rtol=1e-7)
+    assert result.cost == pytest.approx(0.5 * 124.36218236)
+    assert result.diagnostics["confounded"] == [["a", "b"]]
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+def test_a_saddle_is_no_minimum() -> None:
+    """Gauss-Newton does not leave it: the derivative by a vanishes at a = 0."""
+    x = np.linspace(0.1, 1, 50)
+    y = 1.0 + x + 0.01 * np.random.default_rng(0).normal(size=50)
+    result = fit(lambda x, a, b: b + (a**2) * x, x, y, [0.0, 1.0])
+    assert not result.success or result.x[0] != 0.0

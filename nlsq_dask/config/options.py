@@ -101,7 +101,8 @@ class HybridStreamingConfig(ValidatedOptions):
     max_warmup_step_size : a number > 0, default 0.1
         Layer 4: maximum L2 norm of a step of the warm-up, in the scaled parameters.
     gauss_newton_max_iterations : an integer >= 1, default 100
-        Maximum number of iterations over all rows. On the sample, 20 times as many are allowed.
+        Maximum number of iterations over all rows. On the sample, 20 times as many are allowed. The
+        number of iterations without much progress after which a fit ends increases with it.
     gauss_newton_tol : a number > 0 and < 1, default 1e-08
         Tolerance ``tol`` for convergence. The fit has converged if sqrt(predicted reduction of the
         cost / cost) is at most ``tol``, or if the step of each parameter p is at most

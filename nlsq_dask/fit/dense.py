@@ -28,6 +28,7 @@ from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
 from nlsq_dask.solvers.iterate import Iterate
+from nlsq_dask.solvers.newton import find_minimum
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
@@ -40,7 +41,12 @@ _WEAK_LENGTHS = (1e6, np.inf)  # a weak penalty, and none
 _MAX_DECREMENT = 1e-2  # relative decrement without the penalty at which it matters
 _CHANCE = 10.0  # times p / n: insignificant relative reduction of the cost
 _LESS_VARIANCE = 0.5  # ratio of variances at which the penalty is relaxed
-_FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS}
+_FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.STUCK}
+_UNSURE = {
+    Status.STALLED,
+    Status.STUCK,
+    Status.SLOW_PROGRESS,
+}  # a minimum may be there nevertheless
 _RACE_TOL, _RACE_PATIENCE = 1e-3, 150  # tolerance and patience for comparing starts
 _SAME_COST = 1e-4  # relative difference within which costs are equal
 
@@ -329,17 +335,36 @@ class DenseFit(FullFit[State, NormalEquations]):
         return start, first
 
     def _confirm(self, state: State) -> tuple[State, NDArray[np.bool_] | None]:
-        """Return the state, as converged if no step was better only for rounding errors."""
-        iterate, sample = state.iterate, self._sample
-        if state.stop is not Status.STALLED or sample is None or not sample.is_informative:
+        """Return the state, as converged if only rounding or second derivatives hide a minimum."""
+        sample = self._sample
+        if state.stop not in _UNSURE or sample is None or not sample.is_informative:
             return state, None
-        # Far away, where the model no longer depends on its parameters, anything is rounding.
-        if iterate.svd.is_null.any():
+        if state.stop is Status.STALLED and self._is_resolved(state, sample):
+            return replace(state, stop=state.iterate.verdict(Status.FLOOR)), None
+        if not sample.is_complete or state.iterate.has_insensitive_parameters:
             return state, None
+        minimum = find_minimum(sample.objective, state.iterate.params, self._settings)
+        return (state if minimum is None else self._moved(state, minimum)), None
+
+    def _is_resolved(self, state: State, sample: Sample) -> bool:
+        """Return whether rounding errors explain the cost that another step would remove."""
+        iterate = state.iterate
+        # Far away, where the model no longer depends on its parameters, anything is rounding, but
+        # the cost is not.
+        remaining = iterate.sums.cost if iterate.svd.is_null.any() else iterate.reduction
         resolution = sample.resolution(iterate.params, self._settings.epsilon)
-        if iterate.reduction <= 0.5 * iterate.sums.n_used * resolution < np.inf:
-            state = replace(state, stop=iterate.verdict(Status.FLOOR))
-        return state, None
+        return bool(remaining <= 0.5 * iterate.sums.n_used * resolution < np.inf)
+
+    def _moved(self, state: State, minimum: Vector) -> State:
+        """Return the state, ended as converged at a minimum near it, with a pass there."""
+        solver = self._solver
+        assert solver is not None
+        restarted = solver.restart(state, minimum)
+        sums = self._evaluate(solver.ask(restarted))
+        if sums is None or not sums.is_finite:
+            return state
+        self._blocks = self._new_blocks
+        return solver.end(solver.tell(restarted, sums), Status.REDUCTION)
 
     def _describe(self, state: State) -> dict[str, Any]:
         return {"solver": "normal" if state.sums.triangle is None else "qr"}

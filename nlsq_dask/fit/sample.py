@@ -68,6 +68,8 @@ class SampleProblem(Generic[R]):
         Function from parameters to the sums over all rows of the sample.
     objective_few : SampleObjective
         The same over fewer rows, for choosing between starting points.
+    is_complete : bool
+        Whether the sample has all rows of the data.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class SampleProblem(Generic[R]):
 
     def _set_rows(self, rows: Rows, usable: Rows) -> None:
         self._rows = usable
+        self.is_complete = len(rows) >= self._problem.blocks.n_rows
         few = usable.take(self._spread(min(self.n_used, _MAX_WARMUP_ROWS)))
         self.objective = self._make_objective(rows, self.y_reference)
         self.objective_few = self._make_objective(few, self.y_reference)
@@ -106,8 +109,8 @@ class SampleProblem(Generic[R]):
 
     @property
     def is_informative(self) -> bool:
-        """Whether there are more usable rows than parameters."""
-        return len(self._rows) > self._model.n_params
+        """Whether there are more usable rows than parameters, or no other rows."""
+        return len(self._rows) > (0 if self.is_complete else self._model.n_params)
 
     @property
     def rows(self) -> Rows:
@@ -128,7 +131,7 @@ class SampleProblem(Generic[R]):
         other rows 1 + p / n times. The factor is the ratio of both, with a margin for chance.
         """
         n_rows = max(self.n_used, 1)
-        fitted = self._model.n_params / n_rows if self.is_informative else 0.0
+        fitted = self._model.n_params / n_rows if n_rows > self._model.n_params else 0.0
         return (1.0 + _CHANCE * math.sqrt(2.0 / n_rows)) * (1.0 + fitted) / (1.0 - fitted)
 
     def max_expected(self, params: Vector) -> float:

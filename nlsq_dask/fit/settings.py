@@ -14,13 +14,14 @@ from nlsq_dask.warmup.defense_layers import StartSettings
 from nlsq_dask.warmup.lbfgs import WarmupSettings
 from nlsq_dask.warmup.multistart import MultistartSettings
 
-_PATIENCE = 15  # passes over all rows without progress
 # Multiple of the iteration limit of the warm-up if "max_iter" is not among the criteria.
 _UNLIMITED_FACTOR = 10
 # Iterations on the sample read no data: limits relative to those over all rows, for conjugate
-# gradients and for Gauss-Newton, and iterations of the latter without progress.
+# gradients and for Gauss-Newton.
 CG_SAMPLE_FACTOR, _SAMPLE_FACTOR = 10, 20
-_SAMPLE_PATIENCE = 500
+# Iterations without progress, relative to the limits: over all rows, at least 15; on the sample.
+_PATIENCE_SHARE, _MIN_PATIENCE = 0.15, 15
+_SAMPLE_PATIENCE_SHARE = 0.25
 
 
 def start_settings(config: HybridStreamingConfig) -> StartSettings:
@@ -74,7 +75,7 @@ def gauss_newton_settings(problem: FitProblem) -> Settings:
         high=parameters.high,
         tol=config.gauss_newton_tol,
         max_iterations=config.gauss_newton_max_iterations,
-        patience=_PATIENCE,
+        patience=_patience(problem),
         sizes=problem.normalizer.scales,
         regularization=config.regularization_factor,
         initial_radius=config.trust_region_initial,
@@ -83,13 +84,32 @@ def gauss_newton_settings(problem: FitProblem) -> Settings:
     )
 
 
+def _patience(problem: FitProblem) -> int:
+    """Return after how many iterations over all rows without progress a solve ends.
+
+    They may evaluate as many rows as the iterations on the sample that are allowed without
+    progress. If the sample has all rows, these have been used up.
+    """
+    limit = problem.config.gauss_newton_max_iterations
+    patience = max(_MIN_PATIENCE, round(_PATIENCE_SHARE * limit))
+    n_sample, n_rows = problem.sample_rows, problem.blocks.n_rows
+    if n_sample >= n_rows:
+        return patience
+    return max(patience, _sample_patience(limit) * n_sample // n_rows)
+
+
+def _sample_patience(max_iterations: int) -> int:
+    """Return after how many iterations on the sample without progress a solve ends."""
+    return round(_SAMPLE_PATIENCE_SHARE * _SAMPLE_FACTOR * max_iterations)
+
+
 def sample_settings(settings: Settings) -> Settings:
     """Return the settings of Gauss-Newton on the sample, given those over all rows."""
     return replace(
         settings,
         epsilon=float(np.finfo(np.float64).eps),
         max_iterations=_SAMPLE_FACTOR * settings.max_iterations,
-        patience=_SAMPLE_PATIENCE,
+        patience=_sample_patience(settings.max_iterations),
     )
 
 

@@ -48,7 +48,7 @@ class FitResult(PlotMethods):
         - -4: stopped by the callback
         - -5: the model is insensitive to a parameter
         - -6: ill-conditioned
-        - -7: slow progress
+        - -7, -10: slow progress (-7), or none (-10), along a curved or flat valley
         - -8, -9: stopped by ``max_walltime`` (-8) or SIGTERM (-9)
     message : str
         Reason why the fit ended, and advice if it did not converge.

@@ -30,6 +30,8 @@ _SCALE_MEMORY = 0.1  # a column's scale falls at most by this factor per iterati
 _FAST = 0.1  # contraction below which the error is extrapolated
 _STAGNATING = 0.9  # contraction above which full steps in a flat valley make no progress
 _COST_PROGRESS = 0.9  # ratio of costs that is progress
+# Ratios of costs, and of relative decrements, that are slow progress; larger ones are none.
+_SLOW_COST, _SLOW_DECREMENT = 0.999, 0.9
 _SHRINKING = 0.5  # contraction below which another step improves the iterate
 # Tolerated change of the covariance, relative to the variances, for a last step without a pass:
 _COVARIANCE_RTOL = 1e-7
@@ -40,7 +42,7 @@ _MAX_ERROR = 1e-6  # of a standard error, tolerated in addition to tol |p|
 # measured to be up to 5 times too small.
 _EXTRAPOLATION_FACTOR = 5.0
 # Status values that more accurate sums would not change.
-_ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.USER_STOP}
+_ENDED = {Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.STUCK, Status.USER_STOP}
 _FACTORS = (0.25, 0.0625, 0.015625), (2.0, 4.0, 8.0)  # of the step: shorter, longer
 
 
@@ -394,7 +396,12 @@ def _check_limits(state: State) -> State:
             state, progress=(state.iteration, iterate.sums.cost, iterate.relative_decrement)
         )
     elif state.iteration - since >= settings.patience:
-        return replace(state, stop=Status.SLOW_PROGRESS, solution=iterate.params)
+        is_slow = (
+            iterate.sums.cost <= _SLOW_COST * cost
+            or iterate.relative_decrement <= _SLOW_DECREMENT * decrement
+        )
+        stop = Status.SLOW_PROGRESS if is_slow else Status.STUCK
+        return replace(state, stop=stop, solution=iterate.params)
     if state.iteration < settings.max_iterations:
         return state
     return replace(state, stop=Status.ITERATION_LIMIT, solution=iterate.params)
