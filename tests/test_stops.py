@@ -224,6 +224,43 @@ def line(x: Any, a: Any, b: Any) -> Any:
     return a + b * x
 
 
+def parabola(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a + b * x + c * x**2
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e-25, 1e60])
+def test_an_affine_model_needs_no_start(scale: float) -> None:
+    x = np.linspace(0, 1, 50)
+    y = scale * (3 + 2 * x + 0.01 * np.random.default_rng(0).normal(size=50))
+    result = fit(line, x, y)
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, np.polyfit(x, y, 1)[::-1], rtol=1e-10)
+    bounds = {"a": (0.0, 2.9 * scale)}
+    bounded = fit(line, x, y, bounds=bounds)
+    assert bounded.success, bounded.message
+    slope = x @ (y - 2.9 * scale) / (x @ x)
+    np.testing.assert_allclose(bounded.x, [2.9 * scale, slope], rtol=1e-10)
+
+
+def test_an_affine_model_far_from_zero() -> None:
+    x = np.linspace(0, 1, 50)
+    y = 1e19 * (3 + 2 * x - x**2 + 0.01 * np.random.default_rng(0).normal(size=50))
+    result = fit(parabola, da.from_array(x, chunks=20), da.from_array(y, chunks=20), [0, 0, 0])
+    assert result.success, result.message
+    np.testing.assert_allclose(result.x, np.polyfit(x, y, 2)[::-1], rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize(("scale", "start"), [(1e19, [1, 3, 1]), (1.0, [1, 500, 10])])
+def test_a_start_without_effect_is_not_led_away(scale: float, start: list[float]) -> None:
+    """A peak is not affine in its parameters: its start must be close."""
+    x = np.linspace(0, 10, 50)
+    y = scale * 3 * np.exp(-0.5 * ((x - 5) / 0.7) ** 2)
+    result = fit(lambda x, h, m, w: pulse(x, h, m, w, 0.0), x, y, start)
+    assert result.status == Status.NO_SENSITIVITY.code
+    assert "p0 may be too small by orders of magnitude" in result.message
+
+
 def test_zero_data_are_fitted_exactly() -> None:
     result = fit(line, np.linspace(0, 1, 50), np.zeros(50), [1.0, 1.0])
     assert result.success, result.message

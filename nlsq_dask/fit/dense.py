@@ -25,6 +25,7 @@ from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.model.jacobian import with_other_mode
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
+from nlsq_dask.solvers.affine import affine_minimum
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
 from nlsq_dask.solvers.iterate import Iterate
@@ -267,7 +268,10 @@ class DenseFit(FullFit[State, NormalEquations]):
 
     def _solve_in_mode(self, sample: Sample, starts: list[Vector]) -> _SampleSolution:
         solver, report = self._sample_solver, self._build_report("sample", are_iterations=False)
-        start = solver.best_start(sample.objective_few, starts, report)
+        p0, settings = self.problem.parameters.start, solver.solver.settings
+        start = affine_minimum(sample.objective_few, p0, settings)
+        if start is None:
+            start = solver.best_start(sample.objective_few, starts, report)
         state = solver.solve(sample.objective, start, self._build_report("sample"))
         accumulation = sample.objective.accumulation
         if state.stop is Status.NON_FINITE_START:

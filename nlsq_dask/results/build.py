@@ -26,6 +26,7 @@ from nlsq_dask.status import Status
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
+_NO_EFFECT = 1e-8  # relative change of the model by all parameters that is too small for a fit
 _MULTISTART_HINT = (
     " If p0 may be far from the solution, pass finite bounds and use "
     "HybridStreamingConfig.with_multistart(n_starts=30, center_on_p0=False)."
@@ -69,6 +70,7 @@ def build_result(
         skipped,
         f"At a bound: {_join(at_bounds)}." if at_bounds else "",
         f"The cost would decrease beyond the bound of {_join(outward)}." if outward else "",
+        _no_effect_hint(outcome, problem),
         f"There are fewer rows ({n_used}) than parameters ({n_free})." if has_few_rows else "",
         f"The data do not constrain: {_join(non_identifiable)}." if non_identifiable else "",
         *map(confounded_sentence, confounded),
@@ -138,6 +140,22 @@ def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str
     if stop.is_interruption:
         return message + resume_hint(outcome.checkpoint)
     return message if stop.is_success else message + _date_hint(problem.blocks)
+
+
+def _no_effect_hint(outcome: Outcome, problem: FitProblem) -> str:
+    """Return a hint if all parameters are without effect, compared with y; otherwise ""."""
+    sums = outcome.sums
+    if outcome.stop is not Status.NO_SENSITIVITY or not isinstance(sums, NormalEquations):
+        return ""
+    sizes = np.maximum(np.abs(outcome.params), problem.normalizer.scales)
+    effects = np.sqrt(np.diag(sums.jtj)) * sizes / (np.sqrt(sums.signal) or 1.0)
+    if not effects.max() < _NO_EFFECT:
+        return ""
+    return (
+        f"No parameter changes the model by more than {effects.max():.1g} of y: p0 may be too "
+        f"small by orders of magnitude (an amplitude should be about as large as y), or so far "
+        f"away that the model vanishes."
+    )
 
 
 def _date_hint(blocks: RowBlocks) -> str:
