@@ -122,6 +122,8 @@ def test_reason(case: Case) -> None:
     message = reason.message
     if reason is Status.NON_FINITE_START:  # names the rows
         message = "Not converged: the model is not finite at the start at 193 of 1,000 rows"
+    if reason is Status.NON_FINITE_STEP:
+        message = "Not converged: the model is not finite at any trial point: at the last one, at"
     assert result.message.startswith(message), result.message
     assert result.status == reason.code
     assert result.success == (reason.code > 0)

@@ -165,6 +165,69 @@ def test_an_undefined_row_of_many_blocks_and_dimensions() -> None:
     assert "at 7 of 5,607 rows; the first is y_data[300, 1], with x=0." in result.message
 
 
+MATRIX_FREE = nd.HybridStreamingConfig(verbose=0, cg_param_threshold=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "first"),
+    [
+        (
+            lambda x, a, b: a * jnp.sqrt(b * x),
+            X,
+            "1 of 31 rows of block (0,); the first is y_data[0",
+        ),
+        (sinc, X, "1 of 31 rows of block (0,); the first is y_data[0], with x=0."),
+        (sinc, X[::-1], "1 of 30 rows of block (1,); the first is y_data[60], with x=0."),
+    ],
+    ids=["root", "guard", "second block"],
+)
+def test_no_finite_derivative_without_matrices(model: Any, x: Any, first: str) -> None:
+    """Conjugate gradients use reverse mode only."""
+    lazy = [da.from_array(v, chunks=31) for v in (x, x)]
+    result = fit(model, *lazy, [1.0, 1.0], MATRIX_FREE)
+    assert result.status == -2
+    assert f"the model is finite, but its derivative is not finite at {first}" in result.message
+    assert "If jnp.where selects another expression" in result.message
+
+
+@jax.custom_jvp
+def smooth_at_one(a: Any, x: Any) -> Any:
+    return a * x
+
+
+@smooth_at_one.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    a, x = primals
+    slope = jnp.where((a != 1.0) & (x > 4.5), jnp.nan, x)
+    return a * x, slope * tangents[0] + a * tangents[1]
+
+
+AT_TRIALS: list[tuple[Any, str]] = [
+    (
+        lambda x, a: smooth_at_one(a, x),
+        "the derivative of the model is not finite at 7 of 30 rows of block (1,); the first is "
+        "y_data[54], with x=4.50169.",
+    ),
+    (
+        lambda x, a: a * x + jnp.log(1 - 1e40 * (a - 1) ** 2 * (x > 2)),
+        "the model is not finite at any trial point: at the last one, at 37 of 61 rows; the first "
+        "is y_data[24], with x=2.01017. Set bounds",
+    ),
+]
+
+
+@undefined
+@pytest.mark.parametrize("config", [None, MATRIX_FREE], ids=["matrices", "conjugate gradients"])
+@pytest.mark.parametrize(("model", "sentence"), AT_TRIALS, ids=["derivative", "model"])
+def test_the_rows_that_forbid_all_trials_are_named(
+    model: Any, sentence: str, config: nd.HybridStreamingConfig | None
+) -> None:
+    lazy = [da.from_array(v, chunks=31) for v in (X, 3 * X)]
+    result = fit(model, *lazy, [1.0], config)
+    assert result.status == -3
+    assert sentence in result.message
+
+
 # --- models without derivative
 
 

@@ -148,8 +148,7 @@ def undefined_rows(
     block = read.block.take(np.arange(len(read.block)))
     index = block.usable_index()
     rows = block.take(index)
-    root = np.eye(len(params)) if kernel.with_std else None
-    values = kernel(rows.batches(kernel.batch_rows), params, root)
+    values = kernel(rows.batches(kernel.batch_rows), params)
     for i, row in enumerate(~np.isfinite(values)):
         if row.any():
             first = int(row.argmax())

@@ -103,8 +103,10 @@ class Driver:
                 starts = self._start_finder.find(sample, details)
             with self._phase(2) as details:
                 outcome = fit.solve(sample, starts, details)
-                if outcome.stop is Status.NON_FINITE_START:
-                    cause = explain_not_finite(outcome, fit.problem, self._data)
+                undefined = fit.undefined_point(outcome)
+                if undefined is not None:
+                    is_start = outcome.stop is Status.NON_FINITE_START
+                    cause = explain_not_finite(undefined, is_start, fit.problem, self._data)
                     outcome = replace(outcome, cause=cause)
             with self._phase(3) as details:
                 outcome = self._add_errors(fit, sample, outcome, details)

@@ -18,7 +18,7 @@ from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.events import ALL_ROWS, Observer
 from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.fit.loop import Report, iterate
-from nlsq_dask.fit.outcome import Outcome
+from nlsq_dask.fit.outcome import Outcome, UndefinedPoint
 from nlsq_dask.fit.passes import Passes, Reduced, RowsInUse
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
@@ -81,6 +81,7 @@ class FullFit(ABC, Generic[T, S]):
         self._sample: SampleProblem[Any] | None = None
         self._blocks: BlockSums | None = None
         self._new_blocks: BlockSums | None = None
+        self._undefined: UndefinedPoint | None = None  # the last such trial over all rows
 
     @abstractmethod
     def kernel(self, request: Request) -> Kernel[S]:
@@ -204,6 +205,18 @@ class FullFit(ABC, Generic[T, S]):
             restarted = self._solver.end(restarted, stop)
         return self._solve_on_all_rows(lambda: restarted, details)
 
+    def undefined_point(self, outcome: Outcome) -> UndefinedPoint | None:
+        """Return where the model or its derivative is not finite, if that ended the fit.
+
+        It is the start or the last trial; None if another reason ended the fit.
+        """
+        if outcome.stop is Status.NON_FINITE_STEP:
+            return self._undefined
+        params, sums = outcome.sums_at, outcome.sums
+        if outcome.stop is not Status.NON_FINITE_START or params is None or sums is None:
+            return None
+        return UndefinedPoint(params, sums, outcome.blocks)
+
     def current_outcome(self, stop: Status) -> Outcome | None:
         """Return the outcome at the last accepted point, with ``stop`` as status.
 
@@ -306,6 +319,8 @@ class FullFit(ABC, Generic[T, S]):
         if passes.n_skipped > before and not request.is_fresh:
             return None
         self._new_blocks = reduced.blocks
+        if not reduced.sums.is_finite:
+            self._undefined = UndefinedPoint(request.params, reduced.sums, reduced.blocks)
         return reduced.sums
 
     def _remember(self, state: T) -> None:

@@ -35,6 +35,15 @@ class ReadCounts:
 
 
 @dataclass(frozen=True)
+class UndefinedPoint:
+    """Parameters at which the model or its derivative is not finite, with the pass there."""
+
+    params: Vector
+    sums: Sums
+    blocks: BlockSums | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """State at the end of a fit. The solver sets the first fields, later phases the others."""
 

@@ -12,7 +12,7 @@ from nlsq_dask.engine.dataset import DataSet
 from nlsq_dask.engine.retries import SkippedBlock
 from nlsq_dask.engine.tasks import UndefinedRows
 from nlsq_dask.errors import BlockReadError, CheckpointError, DataError, NonFiniteDataError
-from nlsq_dask.fit.outcome import Outcome
+from nlsq_dask.fit.outcome import UndefinedPoint
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.prediction import PredictionKernel
@@ -22,6 +22,9 @@ _MAX_LISTED = 10  # blocks in a message
 _N_TRIALS, _SPREAD = 32, 3.0  # other parameters, and their distance from p0 in its scales
 
 _OTHER_START = "choose another p0, or bounds within which the model is defined."
+_BOUNDS = "set bounds within which the model is defined."
+_DERIVATIVE = "at the start the model is finite, but its derivative"
+_TRIAL_DERIVATIVE = "no step succeeds, because at the trial points the derivative of the model"
 _OMIT = "set y_data of such rows to NaN and use nan_policy='omit'"
 _NO_START = "It is not finite there with other parameters either"
 _DEFINE = (
@@ -115,13 +118,17 @@ def check_same(before: Rows, reread: Rows) -> None:
             )
 
 
-def explain_not_finite(outcome: Outcome, problem: FitProblem, data: DataSet) -> str:
+def explain_not_finite(
+    point: UndefinedPoint, is_start: bool, problem: FitProblem, data: DataSet
+) -> str:
     """Return a message with the rows at which the model or its derivative is not finite.
 
     Parameters
     ----------
-    outcome : Outcome
-        Outcome of a fit that ended with ``Status.NON_FINITE_START``.
+    point : UndefinedPoint
+        The parameters, and the sums over all rows there.
+    is_start : bool
+        Whether the fit ended at its start; otherwise at a trial, after all nearer ones failed, too.
     problem : FitProblem
         With the model as it was used.
     data : DataSet
@@ -132,42 +139,42 @@ def explain_not_finite(outcome: Outcome, problem: FitProblem, data: DataSet) -> 
     str
         Empty if there are no such rows, because the model overflows only when it is squared.
     """
-    blocks, params, sums = outcome.blocks, outcome.sums_at, outcome.sums
-    if blocks is None or params is None or sums is None:
+    if point.blocks is None:
         return ""
-    bad = blocks.index[~np.isfinite(blocks.chi2)]
+    bad = point.blocks.index[~np.isfinite(point.blocks.chi2)]
     if not len(bad):
         return ""
-    kernel = PredictionKernel.trace(
-        problem.model, STRIP_ROWS, with_std=not problem.is_without_matrices
-    )
-    block, rows = data.undefined_rows(int(bad.min()), kernel, params)
+    if problem.is_without_matrices:
+        kernel = PredictionKernel.trace_slopes(problem.model)
+    else:
+        kernel = PredictionKernel.trace(problem.model, STRIP_ROWS, with_std=True)
+    block, rows = data.undefined_rows(int(bad.min()), kernel, point.params)
     if rows is None:
         return ""
-    is_p0 = _is_finite_elsewhere(kernel, rows.first, problem)
+    can_move = not is_start or _is_finite_elsewhere(kernel, rows.first, problem)
+    advice = _OTHER_START if is_start else _BOUNDS
+    where = "at the start" if is_start else "at any trial point: at the last one,"
     first = f"the first is {_describe(rows, problem.model.layout)}"
     if rows.is_derivative:
         return (
-            f"Not converged: at the start the model is finite, but its derivative is not finite at "
+            f"Not converged: {_DERIVATIVE if is_start else _TRIAL_DERIVATIVE} is not finite at "
             f"{rows.n_rows:,} of {rows.n_used:,} rows of block {block}; {first}. {_GUARD} "
-            f"Otherwise, {_OTHER_START if is_p0 else f'{_OMIT}.'}"
+            f"Otherwise, {advice if can_move else f'{_OMIT}.'}"
         )
-    return (
-        f"Not converged: the model is not finite at the start at {sums.n_nonfinite:,} of "
-        f"{sums.n_used:,} rows; {first}. "
-        + (f"C{_OTHER_START[1:]}" if is_p0 else f"{_NO_START}: {_OMIT}, {_DEFINE}")
+    count = f"{point.sums.n_nonfinite:,} of {point.sums.n_used:,} rows"
+    return f"Not converged: the model is not finite {where} at {count}; {first}. " + (
+        f"{advice[0].upper()}{advice[1:]}" if can_move else f"{_NO_START}: {_OMIT}, {_DEFINE}"
     )
 
 
 def _is_finite_elsewhere(kernel: PredictionKernel, row: Rows, problem: FitProblem) -> bool:
     """Return whether the model and its derivative are finite at one row with other parameters."""
     parameters, scales = problem.parameters, problem.normalizer.scales
-    root = np.eye(len(scales)) if kernel.with_std else None
     batch = [(row.padded(kernel.batch_rows), 1)]
     random = np.random.default_rng(0)
     shifts = _SPREAD * scales * random.uniform(-1.0, 1.0, (_N_TRIALS, len(scales)))
     trials = np.clip(parameters.start + shifts, parameters.low, parameters.high)
-    return any(np.isfinite(kernel(batch, trial, root)).all() for trial in trials)
+    return any(np.isfinite(kernel(batch, trial)).all() for trial in trials)
 
 
 def _describe(rows: UndefinedRows, layout: Layout) -> str:

@@ -17,6 +17,8 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, has_custom_rules, traced_once
 from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
+_MAX_DERIVATIVES = 2**22  # that ``trace_slopes`` computes at once
+
 
 @dataclass(frozen=True)
 class PredictionKernel:
@@ -25,7 +27,8 @@ class PredictionKernel:
     program: Program
     layout: Layout
     batch_rows: int  # rows per call of the program
-    with_std: bool = False  # whether standard errors are computed as well
+    with_std: bool = False  # whether there is a second output: standard errors, or ``trace_slopes``
+    n_root: int = 0  # size of the argument ``root``
     # Whether the model has its own rules of differentiation, which its values do not identify.
     has_custom_rules: bool = False
 
@@ -59,7 +62,33 @@ class PredictionKernel:
 
         signature = (cls, model.layout, model.dtype, model.mode, p, batch_rows, with_std)
         program = traced_once(signature, jaxpr, trace)
-        return cls(program, model.layout, batch_rows, with_std, has_custom_rules(jaxpr))
+        n_root = p if with_std else 0
+        return cls(program, model.layout, batch_rows, with_std, n_root, has_custom_rules(jaxpr))
+
+    @classmethod
+    def trace_slopes(cls, model: Model) -> PredictionKernel:
+        """Trace the model, with the sum of its derivatives by all parameters in reverse mode.
+
+        The sum shows whether all of them are finite, without a matrix of derivatives of many rows.
+        """
+        p = model.n_params
+        batch_rows = max(min(_MAX_DERIVATIVES // p, STRIP_ROWS), 1)
+
+        def of_row(row: Any, params: Any) -> Any:
+            return model(tuple(leaf[None] for leaf in row), params)[0]
+
+        def values_and_slopes(x: Any, params: Any, root: Any) -> Any:
+            differentiated = jax.vmap(jax.value_and_grad(of_row, argnums=1), (0, None))
+            values, gradients = differentiated(x, params.astype(model.dtype))
+            return jnp.stack([values, gradients.sum(axis=1)])
+
+        program = Program.trace(
+            values_and_slopes,
+            model.x_specs(batch_rows),
+            jax.ShapeDtypeStruct((p,), np.dtype("f8")),
+            jax.ShapeDtypeStruct((0, 0), np.dtype("f8")),
+        )
+        return cls(program, model.layout, batch_rows, with_std=True)
 
     def __call__(
         self,
@@ -76,16 +105,16 @@ class PredictionKernel:
         params : ndarray, shape (p,)
             Parameters of the model.
         root : ndarray, shape (p, p), optional
-            Matrix for which ``root @ root.T`` is the covariance of the parameters; required if
-            ``with_std``.
+            Matrix for which ``root @ root.T`` is the covariance of the parameters, if there are
+            standard errors; by default the identity.
 
         Returns
         -------
         ndarray, shape (1, n) or (2, n)
-            Values at the n rows of all batches and, if ``with_std``, their standard errors.
+            Values at the n rows of all batches and, if ``with_std``, the second output.
         """
-        if not self.with_std:
-            root = np.empty((0, 0))
+        if root is None:
+            root = np.eye(self.n_root)
         results = [np.empty((1 + self.with_std, 0))]
         for rows, n_rows in batches:
             x = tuple(

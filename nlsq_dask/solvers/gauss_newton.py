@@ -327,7 +327,10 @@ def _reject(state: State, proposal: Proposal, sums: NormalEquations, if_exhauste
     )
     if radius <= iterate.settings.epsilon * size:
         return replace(state, stop=if_exhausted, solution=iterate.params)
-    return _check_limits(state)
+    state = _check_limits(state)
+    if state.stop is Status.STUCK and state.rejected >= iterate.settings.patience:
+        return replace(state, stop=if_exhausted)
+    return state
 
 
 def _accept(state: State, proposal: Proposal, new: Iterate, radius: float) -> State:

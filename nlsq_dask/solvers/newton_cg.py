@@ -265,7 +265,9 @@ class NewtonCg:
             >= _SHRINK_BELOW * state.predicted_reduction(factor * fraction)
             > 0.0
         ]
-        if acceptable:
+        # Only costs are known of the candidates: derivatives may not be finite there either.
+        is_hopeless = sums.lacks_derivatives and fraction < 1.0
+        if acceptable and not is_hopeless:
             return replace(state, fraction=max(acceptable) * fraction)
         damping = max(10.0 * state.damping, _FIRST_DAMPING)
         if damping > _MAX_DAMPING:
