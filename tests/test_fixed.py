@@ -541,3 +541,41 @@ def test_partial_and_keyword_only_parameters() -> None:
         return a * x + b
 
     assert message(by_keyword).endswith("but a, b can be passed by keyword only.")
+
+
+# --- what a fit says about the parameters that are left
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+def test_parameters_that_cannot_be_told_apart_keep_their_names() -> None:
+    """The names are those of all parameters, also behind a fixed one."""
+    x, y = decay_data()
+    result = problems.fit(
+        lambda x, c, a, b, k: c + a * b * jnp.exp(-k * x), x, y, fixed={"c": 0.5}, **NO_WARMUP
+    )
+    assert result.diagnostics["confounded"] == [["a", "b"]]
+    assert "The data cannot tell 'a', 'b' apart" in result.message
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+def test_a_start_without_effect_beside_a_fixed_parameter() -> None:
+    x, y = decay_data()
+    result = problems.fit(
+        lambda x, c, h, m, w: c + h * jnp.exp(-0.5 * ((x - m) / w) ** 2),
+        x,
+        y,
+        [0.0, 1.0, 500.0, 1.0],
+        fixed=["c"],
+        **NO_WARMUP,
+    )
+    assert not result.success
+    assert "No parameter changes the model" in result.message
+
+
+def test_rows_at_which_the_model_is_undefined_beside_a_fixed_parameter() -> None:
+    x, y = decay_data()
+    result = problems.fit(
+        lambda x, c, a, b: c + a * jnp.log(x - b), x, y, [0.0, 1.0, 1.0], fixed=["c"], **NO_WARMUP
+    )
+    assert not result.success
+    assert f"{np.count_nonzero(x <= 1.0)} of" in result.message

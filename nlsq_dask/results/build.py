@@ -147,7 +147,8 @@ def _no_effect_hint(outcome: Outcome, problem: FitProblem) -> str:
     sums = outcome.sums
     if outcome.stop is not Status.NO_SENSITIVITY or not isinstance(sums, NormalEquations):
         return ""
-    sizes = np.maximum(np.abs(outcome.params), problem.normalizer.scales)
+    free = outcome.params[problem.transform.is_free]
+    sizes = np.maximum(np.abs(free), problem.normalizer.scales)
     effects = np.sqrt(np.diag(sums.jtj)) * sizes / (np.sqrt(sums.signal) or 1.0)
     if not effects.max() < _NO_EFFECT:
         return ""
