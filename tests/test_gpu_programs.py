@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,25 +17,26 @@ import pytest
 
 import nlsq_dask as nd
 from nlsq_dask.data.sources import from_files
-from nlsq_dask.engine import block_group, cache_budget, reduction_tree
+from nlsq_dask.engine import block_group, cache_budget, dataset, reduction_tree, tasks
 from nlsq_dask.engine.cache_budget import cached_bytes
+from nlsq_dask.kernels import device_program
 from nlsq_dask.kernels import kernel as kernel_module
-from nlsq_dask.kernels import piece_program
 from nlsq_dask.kernels.dense_kernel import dense_kernel
 from nlsq_dask.kernels.dense_terms import Accumulation
+from nlsq_dask.kernels.device_program import DeviceProgram, device_batch_rows
 from nlsq_dask.kernels.gradient_kernel import gradient_kernel
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.kernels.piece_program import PieceProgram, piece_rows_for
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.rows import device_memory, device_rows
 from nlsq_dask.rows.device_rows import PlacedRows, to_device
 from nlsq_dask.rows.rows import Layout, Rows
+from tests import problems
 
 N_ROWS = 12_000
-PIECE = 5_000
+MOST = 5_000
 RNG = np.random.default_rng(3)
 X = RNG.uniform(0.1, 4.0, N_ROWS)
 Y = np.exp(-X) + 0.1 * RNG.normal(size=N_ROWS)
@@ -45,9 +49,9 @@ FULL = "RESOURCE_EXHAUSTED: Out of memory"
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process treat its CPU as a GPU, with pieces of few rows."""
+    """Let this process treat its CPU as a GPU, with batches of few rows."""
     monkeypatch.setattr(kernel_module, "_HOST_PLATFORMS", set())
-    monkeypatch.setattr(piece_program, "_MAX_ROWS", PIECE)
+    monkeypatch.setattr(device_program, "_MAX_ROWS", MOST)
     monkeypatch.setattr(device_rows, "_TRANSFER_BYTES", 10_000)
     monkeypatch.setattr(reduction_tree, "_MIN_GROUP_ROWS", 1)
     monkeypatch.setattr(from_files, "_BLOCK_ENTRIES", 2**14)
@@ -95,8 +99,8 @@ def both(trace: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel[Any], Kern
     with monkeypatch.context() as patch:
         patch.setattr(kernel_module, "_HOST_PLATFORMS", {"cpu"})
         cpu = trace()
-    assert gpu.places_rows
-    assert not cpu.places_rows
+    assert gpu.gpus
+    assert not cpu.gpus
     return gpu, cpu
 
 
@@ -111,14 +115,14 @@ def both(trace: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel[Any], Kern
         (3, Accumulation.SCORES, "huber"),
     ],
 )
-def test_sums_of_pieces_are_those_of_strips(
+def test_sums_of_batches_are_those_of_strips(
     n_params: int,
     accumulation: Accumulation,
     loss: str,
     gpu: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows in memory and rows on the device, in three pieces of which the last is padded."""
+    """Rows in memory and rows on the device, in three batches of which the last is padded."""
 
     def trace() -> Kernel[Any]:
         options = {"loss": Loss(loss, 0.3), "accumulation": accumulation}
@@ -130,7 +134,7 @@ def test_sums_of_pieces_are_those_of_strips(
     expected = on_cpu(rows, request)
     placed = on_gpu.placed(rows)
     assert placed is not None
-    assert [len(piece.arrays[0]) for piece in placed.pieces] == [4_000] * 3
+    assert [len(batch.arrays[0]) for batch in placed.batches] == [4_000] * 3
     assert placed.nbytes == on_gpu.placed_bytes(rows) + 3 * 8
     for source in (rows, placed):
         assert_same(on_gpu(source, request), expected, 1e-12)
@@ -202,13 +206,15 @@ def test_copies_in_parts_are_complete(n_rows: int, gpu: None) -> None:
     ("longest_block", "row_bytes", "n_rows"),
     [(1, 64, 1), (5_000_000, 64, 5_000_000), (2**25, 64, 2**24), (2**24 + 1, 64, 2**23 + 1)],
 )
-def test_pieces_are_equal_parts_of_a_block(longest_block: int, row_bytes: int, n_rows: int) -> None:
-    assert piece_rows_for(longest_block, row_bytes) == n_rows
+def test_batches_are_equal_parts_of_a_block(
+    longest_block: int, row_bytes: int, n_rows: int
+) -> None:
+    assert device_batch_rows(longest_block, row_bytes) == n_rows
 
 
-def test_pieces_are_shorter_for_many_parameters() -> None:
-    assert piece_rows_for(2**24, 8 * 503) == -(2**24 // -63)
-    assert piece_rows_for(2**24, 2**31) == 1
+def test_batches_are_shorter_for_many_parameters() -> None:
+    assert device_batch_rows(2**24, 8 * 503) == 2**19
+    assert device_batch_rows(2**24, 2**31) == 1
 
 
 # --- whole fits
@@ -293,10 +299,125 @@ def test_what_does_not_fit_the_device_is_copied_in_each_pass(
     gpu: None, on_cpu: nd.FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device with room for some blocks, and a process without a cache of its own."""
-    monkeypatch.setattr(cache_budget, "free_device_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(cache_budget, "free_device_bytes", lambda devices: 1_000_000)
     result = fit(True)
     assert_agrees(result, on_cpu)
     assert 0 < result.rows_cached < (result.n_passes - 1) * N_FITTED
+
+
+def test_arrays_that_dask_holds_stay_on_the_device(gpu: None, on_cpu: nd.FitResult) -> None:
+    arrays = (da.from_array(array, chunks=CHUNK) for array in data(True))
+    result = problems.fit(decay, *arrays, [2.0, 0.5, 0.3])
+    assert_agrees(result, on_cpu)
+    assert result.rows_cached == (result.n_passes - 1) * N_FITTED
+
+
+def test_rows_are_sampled_again_after_they_were_kept(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pass is repeated in the other mode of differentiation, with another sample."""
+    sampled: list[int] = []
+
+    def counted(group: Any, kernel: Any, request: Any, *inputs: Any) -> Any:
+        result = tasks.reduce_group(group, kernel, request, *inputs)
+        if request.sample_share:
+            sampled.append(0 if result.rows is None else len(result.rows))
+        return result
+
+    def guarded(x: Any, b: Any, c: Any) -> Any:
+        return jnp.where(x > 0, jnp.sqrt(b * x), 0.0) + jnp.sin(c * x)
+
+    monkeypatch.setattr(dataset, "reduce_group", counted)
+    x, y = data(True)
+    x[77_777] = 0.0
+    y = np.sqrt(2 * x) + np.sin(1.3 * x) + 0.05 * np.random.default_rng(1).normal(size=len(x))
+    x, y = (da.from_array(array, chunks=CHUNK).map_blocks(np.copy) for array in (x, y))
+    result = problems.fit(guarded, x, y, [1.9, 1.25])
+    assert result.success
+    assert len(sampled) == 2 * N_FITTED // CHUNK
+    assert min(sampled) > 0
+
+
+DEVICES = """
+import collections, sys
+import jax, jax.numpy as jnp, numpy as np
+import nlsq_dask as nd
+from nlsq_dask.data.sources import from_files
+from nlsq_dask.kernels import kernel, device_program
+
+def main():
+    kernel._HOST_PLATFORMS = set()
+    from_files._BLOCK_ENTRIES = 2**14
+    used, run = collections.Counter(), device_program._Numbers.run
+
+    def counted(self, programs, batch):
+        used[str(next(iter(batch.n_rows.devices())))] += 1
+        return run(self, programs, batch)
+
+    device_program._Numbers.run = counted
+    x = np.random.default_rng(0).uniform(0, 5, 160_000)
+    y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * np.random.default_rng(1).normal(size=len(x))
+    config = nd.HybridStreamingConfig(verbose=0, enable_multi_device=True)
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
+    result = optimizer.fit(lambda x, a, b, c: a * jnp.exp(-b * x) + c, x, y, [2.0, 0.5, 0.3])
+    print(result.success, len(used), min(used.values()), result.n_passes)
+
+main()
+"""
+
+
+def test_several_devices_share_blocks_of_one_batch() -> None:
+    flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", DEVICES]
+    done = subprocess.run(command, capture_output=True, text=True, env=flags, timeout=200)
+    assert done.returncode == 0, done.stderr
+    success, n_devices, fewest, n_passes = done.stdout.split()
+    assert (success, n_devices) == ("True", "2")
+    assert int(fewest) == int(n_passes) * 5  # half of the blocks
+
+
+def test_short_blocks_are_not_padded_to_the_longest(gpu: None) -> None:
+    kernel = dense_kernel(model_of(3), 4096, longest_block=N_ROWS)
+    few = slice(0, 100)
+    rows = Rows(Y[few], (X[few],), SIGMA[few], MASK[few])
+    placed = kernel.placed(rows)
+    assert placed is not None
+    assert [len(batch.arrays[0]) for batch in placed.batches] == [250]
+    assert kernel(placed, Request(np.ones(3))).n_used + MASK[few].sum() == 100
+
+
+def test_many_directions_take_no_more_memory(gpu: None) -> None:
+    """Their products are computed some at a time; see also the products above, for two."""
+
+    def temporary(n_directions: int) -> int:
+        options = {"longest_block": N_ROWS, "n_directions": n_directions}
+        kernel = gradient_kernel(model_of(8), 4096, **options)
+        program = kernel.programs["cpu"]._programs[0].sums
+        with x64():
+            return int(program._compile().memory_analysis().temp_size_in_bytes)
+
+    assert temporary(64) < 2 * temporary(8)
+
+
+def test_more_directions_than_are_computed_at_a_time(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace() -> Kernel[Any]:
+        return gradient_kernel(model_of(8), 4096, longest_block=N_ROWS, n_directions=11)
+
+    on_gpu, on_cpu = both(trace, monkeypatch)
+    request = Request(np.linspace(0.5, 1.5, 8), directions=RNG.normal(size=(11, 8)))
+    assert_same(on_gpu(rows_with_gaps(), request), on_cpu(rows_with_gaps(), request), 1e-11)
+
+
+def test_errors_of_a_copy_give_its_memory_back(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(DeviceProgram, "placed", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        fit(True)
+    assert cached_bytes() == 0
 
 
 def test_nothing_is_left_after_an_error(gpu: None) -> None:
@@ -346,19 +467,19 @@ def out_of_memory_in(
 ) -> list[int]:
     """Let programs for more rows than ``most_rows`` run out of memory; return the lengths tried."""
     tried: list[int] = []
-    run = piece_program._Numbers.run
+    run = device_program._Numbers.run
 
-    def limited(self: Any, programs: Any, piece: Any) -> Any:
+    def limited(self: Any, programs: Any, batch: Any) -> Any:
         tried.append(programs.n_rows)
         if programs.n_rows > most_rows:
             raise jax.errors.JaxRuntimeError(FULL)
-        return run(self, programs, piece)
+        return run(self, programs, batch)
 
-    monkeypatch.setattr(piece_program._Numbers, "run", limited)
+    monkeypatch.setattr(device_program._Numbers, "run", limited)
     return tried
 
 
-def test_pieces_get_shorter_when_memory_runs_out(
+def test_batches_get_shorter_when_memory_runs_out(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = dense_kernel(model_of(3), 4096, longest_block=N_ROWS)
@@ -372,22 +493,22 @@ def test_pieces_get_shorter_when_memory_runs_out(
     assert tried[49:] == [250] * 48  # it stays with the length that fits
     placed = kernel.placed(rows)
     assert placed is not None
-    assert len(placed.pieces) == 48
+    assert len(placed.batches) == 48
 
 
 def test_kept_rows_leave_a_device_that_has_become_too_full(
     gpu: None, on_cpu: nd.FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another program takes the memory after the first pass: rows are copied again, in less."""
-    placed, run = set[int](), piece_program._Numbers.run
+    placed, run = set[int](), device_program._Numbers.run
 
-    def limited(self: Any, programs: Any, piece: Any) -> Any:
+    def limited(self: Any, programs: Any, batch: Any) -> Any:
         if self._moments is None and programs.n_rows > 1_000:  # from the second pass on
             placed.add(programs.n_rows)
             raise jax.errors.JaxRuntimeError(FULL)
-        return run(self, programs, piece)
+        return run(self, programs, batch)
 
-    monkeypatch.setattr(piece_program._Numbers, "run", limited)
+    monkeypatch.setattr(device_program._Numbers, "run", limited)
     result = fit(True)
     assert_agrees(result, on_cpu)
     assert placed
@@ -397,7 +518,7 @@ def test_kept_rows_leave_a_device_that_has_become_too_full(
 def test_rows_that_find_no_room_are_streamed(
     gpu: None, on_cpu: nd.FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PieceProgram, "placed", lambda self, source, devices: None)
+    monkeypatch.setattr(DeviceProgram, "placed", lambda self, source, devices: None)
     result = fit(True)
     assert_agrees(result, on_cpu)
     assert result.rows_cached == 0
@@ -419,7 +540,7 @@ def test_other_errors_of_a_device_are_not_hidden(
     def broken(*args: Any) -> Iterator[Any]:
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(piece_program, "pieces", broken)
+    monkeypatch.setattr(device_program, "device_batches", broken)
     kernel = dense_kernel(model_of(3), 4096, longest_block=N_ROWS)
     for call in (
         lambda: kernel(rows_with_gaps(), Request(np.ones(3))),

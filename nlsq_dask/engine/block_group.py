@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -63,8 +63,8 @@ class BlockGroup:
         Size of all blocks.
     budget : CacheBudget
         Limits the size of cached blocks.
-    in_memory : bool
-        Whether the blocks are parts of arrays in memory.
+    is_held : bool
+        Whether the inputs of the reader are in memory, so that it costs nothing to get them again.
     is_large : bool
         If True, ``sizeof`` counts the blocks, so that the Dask scheduler does not move the group to
         another worker.
@@ -75,13 +75,13 @@ class BlockGroup:
         reader: GroupReader,
         n_bytes: int,
         budget: CacheBudget,
-        in_memory: bool,
+        is_held: bool,
         is_large: bool,
     ) -> None:
         self.reader = reader
         self._n_bytes = n_bytes
         self._budget = budget
-        self._in_memory = in_memory
+        self._is_held = is_held
         self._is_large = is_large
         self._at_last: Callable[[], None] | None = None
         self._prefetched: tuple[_Reading, frozenset[int], ReadAhead] | None = None
@@ -89,10 +89,10 @@ class BlockGroup:
         self._give_back: Callable[[], object] = lambda: None
         # Inputs from shared tasks would be read again in any case.
         self._may_cache = bool(reader.steps) and not reader.inputs
-        self._may_place = in_memory or not reader.inputs
+        self._may_place = is_held or not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = self._n_bytes, self._budget, self._in_memory, self._is_large
+        arguments = self._n_bytes, self._budget, self._is_held, self._is_large
         return type(self), (self.reader, *arguments)
 
     def read_ahead_of(
@@ -153,17 +153,22 @@ class BlockGroup:
 
     def _place(self, block: Rows | None, kernel: Kernel[Any]) -> PlacedRows | None:
         """Copy a block to the GPU, and return None if there is none or it has no room."""
-        if block is None or not kernel.places_rows:
+        gpus = [] if block is None else kernel.gpus
+        if block is None or not gpus:
             return None
         n_bytes = kernel.placed_bytes(block)
-        if not self._budget.reserve_on_device(n_bytes):
+        if not self._budget.reserve_on_device(n_bytes, gpus):
             return None
-        placed = kernel.placed(block)
+        placed = None
+        try:
+            placed = kernel.placed(block)
+        finally:
+            if placed is None:
+                self._budget.release_on_device(n_bytes)
         if placed is None:
-            self._budget.release_on_device(n_bytes)
             self._budget.close_device()
-            return None
-        weakref.finalize(placed, self._budget.release_on_device, n_bytes)
+        else:
+            weakref.finalize(placed, self._budget.release_on_device, n_bytes)
         return placed
 
     def __sizeof__(self) -> int:
@@ -171,7 +176,7 @@ class BlockGroup:
 
     def blocks(
         self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
-    ) -> Iterator[tuple[int, CachedBlock | None, ReadBlock | None]]:
+    ) -> Generator[tuple[int, CachedBlock | None, ReadBlock | None], None, None]:
         """Yield the flat index, the rows and the ``ReadBlock`` of each block.
 
         The rows are None if the block could not be read. The ``ReadBlock`` is None if the block was
@@ -186,12 +191,13 @@ class BlockGroup:
         kernel : Kernel
             Copies blocks to the GPU if it computes there.
         """
-        if self._cached is not None:
-            yield from ((index, rows, None) for index, rows in self._cached if index not in skipped)
+        cached = self._cached  # another thread may delete it
+        if cached is not None:
+            yield from ((index, rows, None) for index, rows in cached if index not in skipped)
             return
         wants = self._may_cache and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
-        cached: list[tuple[int, CachedBlock]] | None = []
+        cached = []
         try:
             reading, count = self._reading(inputs, skipped, kernel), self.reader.count(skipped)
             for read, placed in _ahead(reading, count, self._at_last):
@@ -217,25 +223,40 @@ class BlockGroup:
         self, read: ReadBlock, placed: PlacedRows | None, wants: bool
     ) -> CachedBlock | None:
         """Return what is cached of a block: rows on a GPU, otherwise in memory if ``wants``."""
-        if placed is not None and self._may_place and self._budget.may_keep_on_device():
+        n_bytes = 0 if placed is None else placed.nbytes
+        if placed is not None and self._may_place and self._budget.keep_on_device(n_bytes):
+            weakref.finalize(placed, self._budget.release_kept, n_bytes)
             return placed
         return read.block.compact() if wants and read.block is not None else None
 
     def _cache(self, cached: list[tuple[int, CachedBlock]], reserved: int) -> None:
         """Keep blocks, for which bytes in memory were reserved."""
-        if any(isinstance(rows, PlacedRows) for _, rows in cached):
-            with _lock:
-                _placed.add(self)
-        if all(isinstance(rows, PlacedRows) for _, rows in cached):
+        are_placed = [isinstance(rows, PlacedRows) for _, rows in cached]
+        if all(are_placed):
             self._budget.release(reserved)
             reserved = 0
-        self._give_back = weakref.finalize(self, self._budget.release, reserved)
-        self._cached = cached
+        with _lock:
+            if any(are_placed) and self._budget.is_device_closed:  # in the meantime
+                self._budget.release(reserved)
+                return
+            self._give_back = weakref.finalize(self, self._budget.release, reserved)
+            self._cached = cached
+            if any(are_placed):
+                _placed.add(self)
 
     def forget(self) -> None:
-        """Delete the cached blocks."""
-        self._cached = None
+        """Delete the cached blocks, and a block that was read ahead."""
+        with _lock:
+            prefetched, self._prefetched = self._prefetched, None
+            self._cached = None
         self._give_back()
+        if prefetched is not None:
+            prefetched[-1].free_place()
+
+    def read_again(self) -> None:
+        """Delete the cached blocks if any is on a GPU, where rows cannot be sampled."""
+        if any(isinstance(rows, PlacedRows) for _, rows in self._cached or ()):
+            self.forget()
 
     def leave_device(self) -> None:
         """Delete all blocks of this fit on the GPUs of this process, and let no more be kept."""
@@ -277,3 +298,4 @@ def _ahead(reading: _Reading, count: int, at_last: Callable[[], None] | None) ->
             elif at_last is not None:
                 at_last()
             yield item
+            del item

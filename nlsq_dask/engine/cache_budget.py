@@ -5,13 +5,19 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nlsq_dask.rows.device_memory import free_device_bytes
 
-_HOST, _DEVICE = "host", "device"
+if TYPE_CHECKING:
+    import jax
+
+_HOST, _DEVICE, _KEPT = "host", "GPU", "kept on GPU"
 # Shares of a GPU's free memory: of all rows there, and of those that stay for later passes. The
-# rest is for results of the computation, and for rows that are used once.
-_MAX_ON_DEVICE, _MAX_KEPT_ON_DEVICE = 0.8, 0.6
+# rest is for results of the computation.
+_MAX_ON_DEVICE, _MAX_KEPT = 0.8, 0.6
+
+_MAX_FITS = 256  # whose limits are remembered
 
 _bytes: Counter[tuple[str, str]] = Counter()  # reserved, by fit and place
 _released: deque[tuple[tuple[str, str], int]] = deque()  # not yet subtracted from _bytes
@@ -51,26 +57,43 @@ class CacheBudget:
         """
         _released.append(((self.fit, _HOST), n_bytes))
 
-    def reserve_on_device(self, n_bytes: int) -> bool:
+    def reserve_on_device(self, n_bytes: int, devices: list[jax.Device]) -> bool:
         """Reserve bytes on the GPUs of this process, or return False if fewer are free."""
-        return self._reserve(_DEVICE, n_bytes, int(_MAX_ON_DEVICE * self._free_on_device()))
+        if self.fit not in _device_limits:
+            free = free_device_bytes(devices) // self.device_processes
+            with _lock:
+                _device_limits.setdefault(self.fit, free)
+        return self._reserve(_DEVICE, n_bytes, int(_MAX_ON_DEVICE * _device_limits[self.fit]))
 
     def release_on_device(self, n_bytes: int) -> None:
         """Give reserved bytes of the GPUs back; as for ``release``, no lock is taken."""
         _released.append(((self.fit, _DEVICE), n_bytes))
 
-    def may_keep_on_device(self) -> bool:
-        """Return whether rows that are on a GPU now may stay there for later passes."""
-        most = int(_MAX_KEPT_ON_DEVICE * self._free_on_device())
+    def keep_on_device(self, n_bytes: int) -> bool:
+        """Return whether rows on a GPU may stay there for later passes, and count them if so.
+
+        ``release_kept`` gives these bytes back, in addition to ``release_on_device``.
+        """
+        most = int(_MAX_KEPT * _device_limits.get(self.fit, 0))
         if self.device_bytes is not None:
             most = min(most, self.device_bytes)
-        with _lock:
-            _settle()
-            return _bytes[self.fit, _DEVICE] <= most
+        return self._reserve(_KEPT, n_bytes, most)
+
+    def release_kept(self, n_bytes: int) -> None:
+        """Give bytes of rows that were kept on a GPU back; no lock is taken."""
+        _released.append(((self.fit, _KEPT), n_bytes))
 
     def close_device(self) -> None:
         """Let no more rows be copied to the GPUs of this process, which ran out of memory."""
-        _device_limits[self.fit] = 0
+        with _lock:
+            _device_limits[self.fit] = 0
+            while len(_device_limits) > _MAX_FITS:  # those of fits that ended long ago
+                del _device_limits[next(iter(_device_limits))]
+
+    @property
+    def is_device_closed(self) -> bool:
+        """Whether no more rows are copied to the GPUs."""
+        return _device_limits.get(self.fit) == 0
 
     def _reserve(self, place: str, n_bytes: int, most: int) -> bool:
         with _lock:
@@ -80,18 +103,12 @@ class CacheBudget:
             _bytes[self.fit, place] += n_bytes
             return True
 
-    def _free_on_device(self) -> int:
-        """Return the bytes of the GPUs of this process that were free at the first request."""
-        if self.fit not in _device_limits:
-            _device_limits[self.fit] = free_device_bytes() // self.device_processes
-        return _device_limits[self.fit]
-
 
 def cached_bytes() -> int:
     """Return the bytes of all blocks that are cached in this process, over all fits."""
     with _lock:
         _settle()
-        return _bytes.total()
+        return sum(n_bytes for (_, place), n_bytes in _bytes.items() if place != _KEPT)
 
 
 def _settle() -> None:

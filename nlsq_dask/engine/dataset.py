@@ -96,7 +96,13 @@ class DataSet:
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
         block_groups = [
-            BlockGroup(reader, n_bytes, self._budget, self.blocks.in_memory, self.memory.all_fits)
+            BlockGroup(
+                reader,
+                n_bytes,
+                self._budget,
+                self._source.is_held(reader.inputs),
+                self.memory.all_fits,
+            )
             for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
         ]
         self._groups = pin("group", block_groups, self._workers)
@@ -105,8 +111,9 @@ class DataSet:
         """Release all data on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
-        for group in self._groups:
-            if isinstance(group, BlockGroup):  # in this process; errors may hold a reference to it
+        if self._workers.shares_memory:  # errors may hold references, and tasks still run
+            self._budget.close_device()
+            for group in self._groups:
                 group.forget()
         self._groups, self._kernel, self._shared = [], None, {}
         del self._source

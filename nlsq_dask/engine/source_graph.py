@@ -217,6 +217,19 @@ class SourceGraph:
         tasks = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
         return readers, {**tasks, **self._futures}
 
+    def is_held(self, keys: Sequence[Key]) -> bool:
+        """Return whether the results of these tasks are in memory before a pass begins.
+
+        They are if they are arrays in the graph, or persisted on the cluster.
+        """
+        nodes = [self._nodes.get(key) for key in keys if key not in self._futures]
+        return all(node is not None and self._is_stored(node) for node in nodes)
+
+    def _is_stored(self, node: GraphNode) -> bool:
+        if isinstance(node, Alias):
+            return node.target in self._futures
+        return isinstance(node, DataNode)
+
     def arrays_needing(self, key: Key, block: Index) -> list[int]:
         """Return which arrays of a block depend on a task, given by its key.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Generic, TypeVar
@@ -56,10 +57,12 @@ def reduce_group(
     """
 
     def total() -> PassResult[S]:
-        blocks = group.blocks(inputs, request.skipped, kernel)
-        # Two results at a time, because each may hold a large matrix.
-        return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
+        with closing(group.blocks(inputs, request.skipped, kernel)) as blocks:
+            # Two results at a time, because each may hold a large matrix.
+            return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
 
+    if request.sample_share:
+        group.read_again()
     try:
         return total()
     except DeviceMemoryError:
@@ -80,7 +83,6 @@ def _reduce_block(
     sums = kernel(rows, request.sums, request.wants_moments)
     block = rows if read is None else read.block
     taken = subsample(len(rows), request.sample_share, request.seed, index)
-    # The sample comes from the first pass, whose blocks are not yet in the memory of a GPU.
     sample = block.take(taken) if isinstance(block, Rows) and len(taken) else None
     chi2 = np.nan if sums.lacks_derivatives else sums.chi2
     measured = BlockSums.of(index, chi2, sums.n_used, sums.largest)

@@ -24,8 +24,8 @@ _ASYNCHRONOUS = (
 )
 
 
-def _prepare(client_process: int) -> tuple[tuple[str, ...], str]:
-    """Return the JAX platforms of this process, and a name of its first GPU.
+def _prepare(client_process: int) -> tuple[tuple[str, ...], str, int]:
+    """Return the JAX platforms of this process, a name of its first GPU, and its ID.
 
     JAX's preallocation of GPU memory is turned off, except in the process of the client, given by
     its ID.
@@ -33,7 +33,7 @@ def _prepare(client_process: int) -> tuple[tuple[str, ...], str]:
     if os.getpid() != client_process:  # not in the caller's own process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    return local_platforms(), f"GPU {first or 0} of {socket.gethostname()}"
+    return local_platforms(), f"GPU {first or 0} of {socket.gethostname()}", os.getpid()
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Workers:
         now = self.client.scheduler_info(n_workers=-1)["workers"]
         return bool(now) and bool(self.threads) and not now.keys() & self.threads.keys()
 
-    def _answers(self) -> list[tuple[tuple[str, ...], str]]:
+    def _answers(self) -> list[tuple[tuple[str, ...], str, int]]:
         """Return what ``_prepare`` returns in each process."""
         if self.client is None:
-            return [(local_platforms(), "")]
+            return [(local_platforms(), "", os.getpid())]
         run = self.client.run(WithPackageImport(_prepare), os.getpid(), on_error="ignore")
         # Workers that leave in the meantime do not answer.
         return [answer for answer in run.values() if answer]
@@ -108,14 +108,14 @@ class Workers:
     @property
     def platforms(self) -> tuple[str, ...]:
         """The JAX platforms, such as "cpu" and "cuda", of all processes."""
-        platforms = {platform for answer, _ in self._answers() for platform in answer}
+        platforms = {platform for answer, *_ in self._answers() for platform in answer}
         return tuple(sorted(platforms)) or (CPU,)
 
     @property
     def processes_per_device(self) -> int:
         """Largest number of processes that share a GPU; 1 if there is none."""
-        devices = Counter(device for platforms, device in self._answers() if CUDA in platforms)
-        return max(devices.values(), default=1)
+        processes = {answer[1:] for answer in self._answers() if CUDA in answer[0]}
+        return max(Counter(device for device, _ in processes).values(), default=1)
 
     def assign(self, n_items: int) -> dict[str | None, list[int]]:
         """Distribute items over the processes in proportion to their threads.

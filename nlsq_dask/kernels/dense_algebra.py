@@ -1,4 +1,4 @@
-"""Products and QR factorizations of a tall matrix ``[J r]``, for a strip or for a piece of rows.
+"""Products and QR factorizations of a tall matrix ``[J r]``, for a strip or for a batch of rows.
 
 XLA compiles the same expression well on one of them and poorly on the other. On a CPU, the columns
 of a strip stay in a core's cache, and sums are vectorized only as partial sums of SIMD lanes. On a
@@ -81,8 +81,8 @@ class StripAlgebra:
 
 
 @dataclass(frozen=True)
-class PieceAlgebra:
-    """For a piece of some million rows on a GPU, in one expression without loops over rows."""
+class DeviceAlgebra:
+    """For a batch of some million rows on a GPU, in one expression without loops over rows."""
 
     is_stacked = False
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.dense_algebra import (
     MAX_SEPARATE_SUMS,
     Algebra,
-    PieceAlgebra,
+    DeviceAlgebra,
     StripAlgebra,
 )
 from nlsq_dask.kernels.dense_terms import Accumulation, DenseTerms, add_gram
@@ -84,12 +84,12 @@ class DenseReduction:
         return strip_rows_for(batch_rows)
 
     def row_bytes(self, n_params: int) -> int:
-        """Return about how many bytes of intermediate results a GPU stores per row of a piece."""
-        return 8 * (n_params + 3)
+        """Return about how many bytes of intermediate results a GPU stores per row of a batch."""
+        return 24 * (n_params + 1)
 
     def terms(self, model: Model, loss: str, strip_rows: int | None) -> MakeTerms:
         """Return ``DenseTerms`` with model and settings bound."""
-        algebra: Algebra = PieceAlgebra()
+        algebra: Algebra = DeviceAlgebra()
         if strip_rows is not None:
             algebra = StripAlgebra(panel_rows(model.n_params + 1, strip_rows))
         return partial(DenseTerms, model, loss, algebra, self.accumulation, self.mode)

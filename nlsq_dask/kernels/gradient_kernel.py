@@ -22,7 +22,8 @@ from nlsq_dask.kernels.sums import GradientSums
 from nlsq_dask.model.jax_scope import CPU
 from nlsq_dask.model.model import Model
 
-_STORED_VALUES = 32  # per row on a GPU: J v for some directions, and values of the model's graph
+# On a GPU, for millions of rows: products J v at a time, and values stored per row with them.
+_MAX_DIRECTIONS, _STORED_VALUES = 8, 128
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class GradientReduction:
         return min(max(strip_rows_for(batch_rows), enough), batch_rows)
 
     def row_bytes(self, n_params: int) -> int:
-        """Return about how many bytes of intermediate results a GPU stores per row of a piece."""
+        """Return about how many bytes of intermediate results a GPU stores per row of a batch."""
         return 8 * _STORED_VALUES
 
     def terms(self, model: Model, loss: str, strip_rows: int | None) -> MakeTerms:
         """Return ``GradientTerms`` or ``DiagonalTerms`` with model and settings bound."""
-        return partial(DiagonalTerms if self.is_diagonal else GradientTerms, model, loss)
+        max_directions = _MAX_DIRECTIONS if strip_rows is None else max(self.n_directions, 1)
+        kind = DiagonalTerms if self.is_diagonal else GradientTerms
+        return partial(kind, model, loss, max_directions)
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
         """Return the parameters, and the vectors v of the products ``J^T J v``.

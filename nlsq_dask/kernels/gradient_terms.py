@@ -14,6 +14,7 @@ from jax import lax
 
 from nlsq_dask.kernels.losses import LINEAR
 from nlsq_dask.kernels.row_terms import RowTerms, dot
+from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 _MAX_ENTRIES = 2**18  # of the per-row gradients in memory
@@ -28,7 +29,22 @@ class GradientTerms(RowTerms):
     """Terms of rows in ``J^T r`` and ``J^T J v``, sums of residuals and the largest r^2.
 
     ``point``, an argument of ``RowTerms``, consists of the parameters and an array of vectors v.
+
+    Parameters
+    ----------
+    model, loss
+        As for ``RowTerms``.
+    max_directions : int
+        Number of vectors v whose products are computed at the same time.
+    point, f_scale
+        As for ``RowTerms``.
     """
+
+    def __init__(
+        self, model: Model, loss: str, max_directions: int, point: Any, f_scale: Any
+    ) -> None:
+        super().__init__(model, loss, point, f_scale)
+        self._max_directions = max_directions
 
     def contribution(self, rows: Rows, target: Any, usable: Any) -> tuple[Any, Any]:
         """Return the model's values, and J^T r with J^T J v, rho and residuals of these rows."""
@@ -48,8 +64,15 @@ class GradientTerms(RowTerms):
             rho, jacobian_scale, residual_scale = self._robust(residual, jnp.ones(()))
             slope = residual * (jacobian_scale * residual_scale)
             curvature = jacobian_scale**2
-        changes = jax.vmap(push)(directions) * (weight**2 * curvature)
-        (vectors,) = jax.vmap(pull)(jnp.concatenate([(slope * weight)[None], changes]))
+        slope, curvature = slope * weight, weight**2 * curvature
+        if len(directions) <= self._max_directions:
+            changes = jax.vmap(push)(directions) * curvature
+            (vectors,) = jax.vmap(pull)(jnp.concatenate([slope[None], changes]))
+        else:
+            products = lax.map(
+                lambda v: pull(push(v) * curvature)[0], directions, batch_size=self._max_directions
+            )
+            vectors = jnp.concatenate([pull(slope)[0][None], products])
         if usable is not None:  # NaN if no row is usable
             vectors = jnp.where(usable.any(), vectors, 0)
         return values, (vectors, rho, residual)

@@ -10,8 +10,8 @@ from typing import Any, Generic, Self, TypeVar
 import jax
 import numpy as np
 
+from nlsq_dask.kernels.device_program import DeviceProgram
 from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.kernels.piece_program import PieceProgram
 from nlsq_dask.kernels.reduction import Evaluation, Reduction, RowProgram, RowSource
 from nlsq_dask.kernels.request import Request
 from nlsq_dask.kernels.strip_program import StripProgram
@@ -90,7 +90,7 @@ class Kernel(Generic[S]):
         def program(platform: str) -> RowProgram:
             if platform in _HOST_PLATFORMS:
                 return StripProgram.trace(reduction, model, loss.name, batch_rows, platform, once)
-            return PieceProgram.trace(reduction, model, loss.name, longest, platform, once)
+            return DeviceProgram.trace(reduction, model, loss.name, longest, platform, once)
 
         programs = {platform: program(platform) for platform in platforms}
         return cls(reduction, programs, model.n_params, batch_rows, loss, longest)
@@ -138,19 +138,20 @@ class Kernel(Generic[S]):
         )
 
     @property
-    def places_rows(self) -> bool:
-        """Whether this process computes on GPUs, to which rows are copied."""
-        return isinstance(self._on_devices()[1], PieceProgram)
+    def gpus(self) -> list[jax.Device]:
+        """GPUs of this process to which rows are copied; none if it computes on the CPU."""
+        devices, program = self._on_devices()
+        return devices if isinstance(program, DeviceProgram) else []
 
     def placed_bytes(self, source: RowSource) -> int:
         """Return the bytes of GPU memory that ``placed`` needs; 0 if there is no GPU."""
         _, program = self._on_devices()
-        return program.placed_bytes(source) if isinstance(program, PieceProgram) else 0
+        return program.placed_bytes(source) if isinstance(program, DeviceProgram) else 0
 
     def placed(self, source: RowSource) -> PlacedRows | None:
         """Copy rows to the GPUs; return None if they do not fit, or there is no GPU."""
         devices, program = self._on_devices()
-        return program.placed(source, devices) if isinstance(program, PieceProgram) else None
+        return program.placed(source, devices) if isinstance(program, DeviceProgram) else None
 
     def _on_devices(self) -> tuple[list[jax.Device], RowProgram]:
         """Return the JAX devices to use, and the program for them."""

@@ -74,13 +74,13 @@ class Reduction(Protocol[S_co]):
         """Return the number of rows that a CPU processes at a time."""
 
     def row_bytes(self, n_params: int) -> int:
-        """Return about how many bytes of intermediate results a GPU stores per row of a piece.
+        """Return about how many bytes of intermediate results a GPU stores per row of a batch.
 
-        It is equal for all reductions of one fit, so that pieces on a GPU serve all of them.
+        It is equal for all reductions of one fit, so that batches on a GPU serve all of them.
         """
 
     def terms(self, model: Model, loss: str, strip_rows: int | None) -> MakeTerms:
-        """Return the constructor of the terms of ``strip_rows`` rows, or of a piece if None."""
+        """Return the constructor of the terms of ``strip_rows`` rows, or of a batch if None."""
 
     def point(self, request: Request) -> tuple[NDArray[np.float64], ...]:
         """Return the parameters of the request, and other arrays on which the totals depend."""
@@ -125,8 +125,9 @@ class RowProgram(Protocol):
 def combine(reduction: Reduction[Sums], one: Carry, other: Carry) -> Carry:
     """Return the running sums over two sets of rows."""
     totals = zip(reduction.combine, one[0], other[0], strict=True)
-    counts, moments, costs = (a + b for a, b in zip(one[1:], other[1:], strict=True))
-    return tuple(function(a, b) for function, a, b in totals), counts, moments, costs
+    with np.errstate(invalid="ignore", over="ignore"):  # then the sums are not finite
+        counts, moments, costs = (a + b for a, b in zip(one[1:], other[1:], strict=True))
+        return tuple(function(a, b) for function, a, b in totals), counts, moments, costs
 
 
 def row_specs(model: Model, n_rows: int) -> tuple[Any, ...]:

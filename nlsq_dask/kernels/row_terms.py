@@ -1,7 +1,7 @@
 """``RowTerms``: JAX code for the terms that rows contribute to running sums.
 
-It has no loops: it serves the strips of rows that a CPU adds up one after the other, and the pieces
-of some million rows that a GPU adds up at once. Subclasses define which sums.
+It serves the strips of rows that a CPU adds up one after the other, and the batches of some million
+rows that a GPU adds up at once. Subclasses define which sums.
 """
 
 from __future__ import annotations

@@ -9,17 +9,21 @@ import jax
 _UNLIMITED = 2**63 - 1
 
 
-def free_device_bytes() -> int:
-    """Return the bytes that JAX can still take on a GPU of this process, the fullest of several.
+def free_device_bytes(devices: list[jax.Device]) -> int:
+    """Return the bytes that JAX can still take on devices that get equal parts of the rows.
 
     A device that does not say how much memory it has, such as a CPU, counts as unlimited.
     """
-    return min(map(_free_bytes, jax.local_devices()))
+    return len(devices) * min(map(_free_bytes, devices))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of JAX says that a device has too little free memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    text = str(error)
+    # The libraries that XLA calls take memory beside JAX's own.
+    return any(sign in text for sign in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory"))
 
 
 def _free_bytes(device: jax.Device) -> int:

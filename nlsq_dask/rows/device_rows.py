@@ -20,7 +20,7 @@ from nlsq_dask.rows.rows import Array, as_rows, fill_range
 _TRANSFER_BYTES = 8 * 2**20
 
 
-class Piece(NamedTuple):
+class DeviceBatch(NamedTuple):
     """A fixed number of rows in the memory of one device, the last ones of which are padding."""
 
     arrays: tuple[Any, ...]  # JAX arrays or None, in the order y, x..., sigma, mask
@@ -29,10 +29,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows in GPU memory, split into pieces; with several GPUs, each holds some pieces."""
+    """Rows in GPU memory, split into batches; with several GPUs, each holds some batches."""
 
     shape: tuple[int, ...]  # of y; its elements are the rows
-    pieces: tuple[Piece, ...]
+    batches: tuple[DeviceBatch, ...]
 
     def __len__(self) -> int:
         return math.prod(self.shape)
@@ -40,16 +40,16 @@ class PlacedRows:
     @property
     def nbytes(self) -> int:
         """Bytes of GPU memory."""
-        return sum(array.nbytes for piece in self.pieces for array in jax.tree.leaves(piece))
+        return sum(array.nbytes for batch in self.batches for array in jax.tree.leaves(batch))
 
 
-def pieces(
+def device_batches(
     arrays: tuple[Array | None, ...],
     shape: tuple[int, ...],
     n_rows: int,
-    devices: list[jax.Device],
-) -> Iterator[Piece]:
-    """Copy rows to the devices in turn, ``n_rows`` at a time; call it in ``x64()``.
+    devices: Iterator[jax.Device],
+) -> Iterator[DeviceBatch]:
+    """Copy rows to devices, ``n_rows`` at a time; call it in ``x64()``.
 
     Parameters
     ----------
@@ -58,17 +58,18 @@ def pieces(
     shape : tuple of int
         Shape of y, whose elements in C order are the rows.
     n_rows : int
-        Number of rows of a piece, with padding.
-    devices : list of Device
+        Number of rows of a batch, with padding.
+    devices : iterator of Device
+        The device of each batch.
     """
     total = math.prod(shape)
-    for turn, start in enumerate(range(0, total, n_rows)):
-        device, count = devices[turn % len(devices)], min(n_rows, total - start)
+    for start in range(0, total, n_rows):
+        device, count = next(devices), min(n_rows, total - start)
         parts = tuple(
             None if array is None else _part(array, shape, start, count, n_rows, device)
             for array in arrays
         )
-        yield Piece(parts, jax.device_put(np.int64(count), device))
+        yield DeviceBatch(parts, jax.device_put(np.int64(count), device))
 
 
 def _part(
@@ -92,7 +93,7 @@ def _part(
 
 
 def padded_bytes(arrays: tuple[Array | None, ...], shape: tuple[int, ...], n_rows: int) -> int:
-    """Return the bytes that ``pieces`` of these arrays need."""
+    """Return the bytes that ``device_batches`` of these arrays need."""
     row_bytes = sum(
         array.itemsize * math.prod(array.shape[len(shape) :])
         for array in arrays
@@ -111,7 +112,7 @@ def to_device(array: Array, device: jax.Device) -> Any:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _broadcast(array: Any, start: Any, shape: tuple[int, ...], n_rows: int) -> Any:
-    """Broadcast an array to the rows of a block, and return those of one piece."""
+    """Broadcast an array to the rows of a block, and return those of one batch."""
     features = array.shape[len(shape) :]
     rows = jnp.broadcast_to(array, shape + features).reshape(-1, *features)
     padded = jnp.pad(rows, ((0, -len(rows) % n_rows), *((0, 0) for _ in features)))

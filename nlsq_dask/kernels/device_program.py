@@ -1,4 +1,4 @@
-"""``PieceProgram``: sums over rows on a GPU, computed for some million rows at a time.
+"""``DeviceProgram``: sums over rows on a GPU, computed for some million rows at a time.
 
 A GPU adds up millions of rows at once as fast as it does few, but each turn of a loop in a program
 returns to the host. So these programs have no loops over rows, mask always, and contain only what
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import count, repeat
 from threading import BoundedSemaphore
 from typing import Any, Self
 
@@ -38,20 +39,23 @@ from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program
 from nlsq_dask.rows.device_memory import is_out_of_memory
-from nlsq_dask.rows.device_rows import Piece, PlacedRows, padded_bytes, pieces
+from nlsq_dask.rows.device_rows import DeviceBatch, PlacedRows, device_batches, padded_bytes
 from nlsq_dask.rows.rows import Rows
 
-_MAX_ROWS = 2**24  # per piece
-_MAX_BYTES = 2**30  # of intermediate results of a piece
-_FEWER = 16  # after running out of memory, pieces have this many times fewer rows
-_IN_FLIGHT = 2  # pieces per device: one is computed, one is copied
+_MAX_ROWS = 2**24  # per batch
+_MAX_BYTES = 2**31  # of a batch with its intermediate results
+_FEW_ROWS = 2**18  # up to this length, blocks of similar lengths share a program
+_FEWER = 16  # after running out of memory, batches have this many times fewer rows
+_IN_FLIGHT = 2  # batches per device: one is computed, one is copied
 # Threads of a process that compute and copy at the same time: enough for the full speed, and few
 # enough for the memory of the device.
-_computing, _copying = BoundedSemaphore(4), BoundedSemaphore(8)
+_computing, _copying = BoundedSemaphore(2), BoundedSemaphore(8)
 
 
-def piece_rows_for(longest_block: int, row_bytes: int) -> int:
-    """Return the number of rows of a piece: a block, or equal parts of it.
+def device_batch_rows(longest_block: int, row_bytes: int) -> int:
+    """Return the number of rows of a batch: a block, or equal parts of it.
+
+    For short blocks it is a power of two, so that not each length needs a program of its own.
 
     Parameters
     ----------
@@ -61,16 +65,18 @@ def piece_rows_for(longest_block: int, row_bytes: int) -> int:
         Bytes of a row and of its intermediate results.
     """
     most = min(_MAX_ROWS, max(_MAX_BYTES // row_bytes, 1))
-    n_pieces = math.ceil(longest_block / most)
-    return math.ceil(longest_block / n_pieces)
+    if longest_block <= min(most, _FEW_ROWS):
+        return min(1 << (longest_block - 1).bit_length(), most)
+    n_batches = math.ceil(longest_block / most)
+    return math.ceil(longest_block / n_batches)
 
 
 class _Functions:
-    """The functions that are compiled for pieces of one number of rows.
+    """The functions that are compiled for batches of one number of rows.
 
     Each of them takes a vector of float64 numbers, the number of rows that are not padding, and the
-    arrays of a ``Piece``, and returns a vector of float64 numbers: one copy to the device and one
-    back.
+    arrays of a ``DeviceBatch``, and returns a vector of float64 numbers: one copy to the device and
+    one back.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ def _no_room(device: jax.Device, n_rows: int) -> str:
 
 @dataclass(frozen=True)
 class _Programs:
-    """Programs for pieces of one number of rows."""
+    """Programs for batches of one number of rows."""
 
     n_rows: int
     sums: Program
@@ -168,22 +174,23 @@ class _Programs:
         )
 
 
-class PieceProgram:
-    """Programs that compute the sums of a piece of rows at once, for a GPU.
+class DeviceProgram:
+    """Programs that compute the sums of a batch of rows at once, for a GPU.
 
     Parameters
     ----------
     n_params : int
     programs : sequence of _Programs
-        For pieces of several sizes, the largest first. Smaller ones are used after the device has
+        For batches of several sizes, the largest first. Smaller ones are used after the device has
         run out of memory.
     """
 
     def __init__(self, n_params: int, programs: tuple[_Programs, ...]) -> None:
         self._n_params = n_params
         self._programs = programs
-        self._size = 0  # index in ``programs``
+        self._largest = 0  # index in ``programs`` of the largest batches that fit the device
         self._vectors = _Vectors()
+        self._turn = count()  # of the devices
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._n_params, self._programs)
@@ -200,7 +207,7 @@ class PieceProgram:
     ) -> Self:
         """Trace the programs for blocks of up to this length, or take them from the cache."""
         row_bytes = model.layout.row_bytes + reduction.row_bytes(model.n_params)
-        n_rows = piece_rows_for(longest_block, row_bytes)
+        n_rows = device_batch_rows(longest_block, row_bytes)
         sizes = dict.fromkeys((n_rows, -(n_rows // -_FEWER)))
         programs = (_Programs.trace(reduction, model, loss, n, platform, once) for n in sizes)
         return cls(model.n_params, tuple(programs))
@@ -222,23 +229,23 @@ class PieceProgram:
         Raises
         ------
         DeviceMemoryError
-            If a device has too little free memory, even for pieces of the smallest size.
+            If a device has too little free memory, even for batches of the smallest size.
         """
         while True:
-            programs = self._programs[self._size]
+            largest = self._largest
             try:
                 with _computing, x64(devices[0]):
-                    return self._accumulate(programs, reduction, source, evaluation, devices)
+                    return self._accumulate(reduction, source, evaluation, devices)
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if isinstance(source, PlacedRows) or programs is self._programs[-1]:
-                    raise DeviceMemoryError(_no_room(devices[0], programs.n_rows)) from error
-            self._size = self._programs.index(programs) + 1
+                if isinstance(source, PlacedRows) or largest + 1 == len(self._programs):
+                    n_rows = self._programs[largest].n_rows
+                    raise DeviceMemoryError(_no_room(devices[0], n_rows)) from error
+            self._largest = largest + 1
 
     def _accumulate(
         self,
-        programs: _Programs,
         reduction: Reduction[Sums],
         source: RowSource | PlacedRows,
         evaluation: Evaluation,
@@ -248,42 +255,49 @@ class PieceProgram:
         zero = reduction.zero(self._n_params, 1)
         in_flight: deque[list[Any]] = deque()
         carries: list[Carry] = []
-        for piece in self._pieces(source, programs.n_rows, devices):
-            in_flight.append(numbers.run(self._of(piece), piece))
+        placed = (
+            source.batches if isinstance(source, PlacedRows) else self._batches(source, devices)
+        )
+        for batch in placed:
+            in_flight.append(numbers.run(self._of(batch), batch))
             if len(in_flight) > _IN_FLIGHT * len(devices):
                 carries.append(numbers.carry(in_flight.popleft(), zero))
         carries += (numbers.carry(results, zero) for results in in_flight)
         nothing = zero, np.zeros(4, np.int64), np.zeros((3, 1)), np.zeros((numbers.n_costs, 1))
         return reduce(partial(combine, reduction), carries or [nothing])
 
-    def _of(self, piece: Piece) -> _Programs:
-        """Return the programs for a piece; those on the device may be larger than new ones."""
-        n_rows = len(piece.arrays[0])
+    def _of(self, batch: DeviceBatch) -> _Programs:
+        """Return the programs for a batch; those on the device may be larger than new ones."""
+        n_rows = len(batch.arrays[0])
         return next(programs for programs in self._programs if programs.n_rows == n_rows)
 
-    def _pieces(
-        self, source: RowSource | PlacedRows, n_rows: int, devices: list[jax.Device]
-    ) -> Iterable[Piece]:
-        if isinstance(source, PlacedRows):
-            return source.pieces
-        return pieces(source.arrays, source.shape, n_rows, devices)
+    def _batches(self, source: RowSource, devices: list[jax.Device]) -> Iterator[DeviceBatch]:
+        """Copy rows to the devices in turn; also between calls, as a block may be one batch."""
+        turns = (devices[next(self._turn) % len(devices)] for _ in repeat(None))
+        return device_batches(source.arrays, source.shape, self._batch_rows(source), turns)
+
+    def _batch_rows(self, source: RowSource) -> int:
+        """Return the number of rows of the batches, so that less than half of them is padding."""
+        total = math.prod(source.shape)
+        *sizes, smallest = (programs.n_rows for programs in self._programs[self._largest :])
+        padded = -(total // -smallest) * smallest
+        return next((n for n in sizes if -(total // -n) * n <= 2 * padded), smallest)
 
     def placed_bytes(self, source: RowSource) -> int:
         """Return the bytes of GPU memory that ``placed`` needs."""
-        return padded_bytes(source.arrays, source.shape, self._programs[self._size].n_rows)
+        return padded_bytes(source.arrays, source.shape, self._batch_rows(source))
 
     def placed(self, source: RowSource, devices: list[jax.Device]) -> PlacedRows | None:
         """Copy rows to the devices; return None if they have too little free memory."""
-        n_rows = self._programs[self._size].n_rows
         try:
             with _copying, x64(devices[0]):
-                found = tuple(pieces(source.arrays, source.shape, n_rows, devices))
-                jax.block_until_ready(found)
+                placed = tuple(self._batches(source, devices))
+                jax.block_until_ready(placed)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return PlacedRows(source.shape, found)
+        return PlacedRows(source.shape, placed)
 
 
 class _Vectors:
@@ -306,7 +320,7 @@ class _Vectors:
 
 
 class _Numbers:
-    """An evaluation as vectors on the devices of its pieces, and results as a ``Carry``."""
+    """An evaluation as vectors on the devices of its batches, and results as a ``Carry``."""
 
     def __init__(self, evaluation: Evaluation, vectors: _Vectors) -> None:
         self._vectors = vectors
@@ -319,9 +333,9 @@ class _Numbers:
             repeated = evaluation.candidates[np.arange(MAX_CANDIDATES) % n]
             self._costs = np.append(repeated, f_scale)
 
-    def run(self, programs: _Programs, piece: Piece) -> list[Any]:
-        """Start the computation of a piece on its device, and return what ``carry`` needs."""
-        (device,) = piece.n_rows.devices()
+    def run(self, programs: _Programs, batch: DeviceBatch) -> list[Any]:
+        """Start the computation of a batch on its device, and return what ``carry`` needs."""
+        (device,) = batch.n_rows.devices()
         calls = [(programs.sums, self._sums)]
         if self._moments is not None:
             calls.append((programs.moments, self._moments))
@@ -330,13 +344,13 @@ class _Numbers:
         results = []
         for program, vector in calls:
             vector_there = self._vectors.on(device, vector)
-            result = program(vector_there, piece.n_rows, piece.arrays, device=device)
+            result = program(vector_there, batch.n_rows, batch.arrays, device=device)
             result.copy_to_host_async()
             results.append(result)
         return results
 
     def carry(self, results: list[Any], zero: Any) -> Carry:
-        """Wait for the results of a piece, and return them as running sums."""
+        """Wait for the results of a batch, and return them as running sums."""
         sums, *others = map(np.asarray, results)
         *totals, counts = _split(sums, (*zero, np.zeros(4)))
         moments = others.pop(0)[:, None] if self._moments is not None else np.zeros((3, 1))
