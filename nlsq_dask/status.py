@@ -51,8 +51,9 @@ class Status(Enum):
     STUCK = (
         -10,
         "Not converged: no progress; many short steps along a curved or flat valley have left "
-        "the cost unchanged, and more of them would not help. Start elsewhere, fix one of the "
-        f"parameters ({FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
+        "five digits of the cost unchanged, and more of them would hardly help. Start elsewhere, "
+        f"fix one of the parameters ({FIX_EXAMPLE}), or rewrite the model in less correlated "
+        "parameters.",
     )
     STALLED = (
         -1,

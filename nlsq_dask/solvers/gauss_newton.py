@@ -31,7 +31,7 @@ _FAST = 0.1  # contraction below which the error is extrapolated
 _STAGNATING = 0.9  # contraction above which full steps in a flat valley make no progress
 _COST_PROGRESS = 0.9  # ratio of costs that is progress
 # Ratios of costs, and of relative decrements, that are slow progress; larger ones are none.
-_SLOW_COST, _SLOW_DECREMENT = 0.999, 0.9
+_SLOW_COST, _SLOW_DECREMENT = 1.0 - 1e-5, 0.9
 _SHRINKING = 0.5  # contraction below which another step improves the iterate
 # Tolerated change of the covariance, relative to the variances, for a last step without a pass:
 _COVARIANCE_RTOL = 1e-7

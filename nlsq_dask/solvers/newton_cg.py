@@ -43,6 +43,7 @@ MakePreconditioner = Callable[[Vector], Preconditioner]
 
 _ACCEPT = 1e-4  # minimum ratio of actual to predicted reduction of an accepted step
 _FRACTIONS = (0.25, 0.0625, 0.015625)  # of a step, evaluated if it may be too long
+_MIN_FRACTION = 1e-6  # of a step, below which a trial that is not finite ends the solve
 _LONG_STEP = 0.1  # relative to the residual; longer steps may leave the quadratic region
 _MAX_RTOL = 0.1  # maximum relative tolerance of the solve for a step
 _SHRINK_BELOW, _GROW_ABOVE = 0.25, 0.75  # ratios of the reduction that change the damping
@@ -265,9 +266,10 @@ class NewtonCg:
             >= _SHRINK_BELOW * state.predicted_reduction(factor * fraction)
             > 0.0
         ]
-        # Only costs are known of the candidates: derivatives may not be finite there either.
-        is_hopeless = sums.lacks_derivatives and fraction < 1.0
-        if acceptable and not is_hopeless:
+        if acceptable and not sums.is_finite and fraction < _MIN_FRACTION:
+            # Only costs are known of shorter steps: derivatives are not finite there either.
+            return state.ended(Status.NON_FINITE_STEP)
+        if acceptable:
             return replace(state, fraction=max(acceptable) * fraction)
         damping = max(10.0 * state.damping, _FIRST_DAMPING)
         if damping > _MAX_DAMPING:
