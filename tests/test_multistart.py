@@ -300,7 +300,7 @@ def test_models_with_one_kind_of_derivative() -> None:
 def test_a_sample_that_is_too_small() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=OptimizeWarning)
-        result = fit(x=X[:3], y=Y[:3], bounds=None)
+        result = fit(sample_rows=2)
     assert result.phase_history[1]["skipped"] == held(result)["skipped"]
     assert "too few" in held(result)["skipped"]
 

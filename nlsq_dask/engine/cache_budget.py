@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nlsq_dask.rows.device_memory import free_device_bytes
-
-if TYPE_CHECKING:
-    import jax
 
 _HOST, _DEVICE, _KEPT = "host", "GPU", "kept on GPU"
 # Shares of a GPU's free memory: of all rows there, and of those that stay for later passes. The
@@ -57,7 +55,7 @@ class CacheBudget:
         """
         _released.append(((self.fit, _HOST), n_bytes))
 
-    def reserve_on_device(self, n_bytes: int, devices: list[jax.Device]) -> bool:
+    def reserve_on_device(self, n_bytes: int, devices: Sequence[Any]) -> bool:
         """Reserve bytes on the GPUs of this process, or return False if fewer are free."""
         if self.fit not in _device_limits:
             free = free_device_bytes(devices) // self.device_processes

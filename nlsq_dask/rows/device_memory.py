@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import jax
 
 _UNLIMITED = 2**63 - 1
 
 
-def free_device_bytes(devices: list[jax.Device]) -> int:
+def free_device_bytes(devices: Sequence[jax.Device]) -> int:
     """Return the bytes that JAX can still take on devices that get equal parts of the rows.
 
     A device that does not say how much memory it has, such as a CPU, counts as unlimited.
