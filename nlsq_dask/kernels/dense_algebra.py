@@ -59,17 +59,19 @@ class StripAlgebra:
     def gram(self, columns: Any, residual: Any, n_lanes: int) -> Any:
         """Return the upper triangle of the product; see ``Algebra``."""
         n_rows = len(columns)
-        last_row = columns[-1] if residual is None else residual
         if n_lanes == 1:
             product = jnp.matmul(columns, columns.T, precision=lax.Precision.HIGHEST)[..., None]
+            last_row = columns[-1] if residual is None else residual
             return product.at[-1, 0, 0].set((last_row**2).max())
         slices = columns.reshape(n_rows, -1, n_lanes)
-        last = last_row.reshape(-1, n_lanes)
 
         def row(i: int) -> Any:
             return lane_sums(slices.shape[1], lambda k: slices[i:, k] * slices[i, k])
 
-        squares = (last[k] * last[k] for k in range(slices.shape[1]))
+        def last(k: int) -> Any:  # a slice of ``columns[-1]`` would not be fused
+            return slices[-1, k] if residual is None else residual.reshape(-1, n_lanes)[k]
+
+        squares = (last(k) * last(k) for k in range(slices.shape[1]))
         largest = reduce(lambda a, b: jnp.where(a > b, a, b), squares)
         rows = [jnp.pad(row(i), ((i, 0), (0, 0))) for i in range(n_rows - 1)]
         between = jnp.zeros((n_rows - 2, n_lanes), columns.dtype)

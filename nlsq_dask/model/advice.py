@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from jax import errors
 
-from nlsq_dask.status import FIX_EXAMPLE
-
 if TYPE_CHECKING:
     from nlsq_dask.model.model import Model
 
@@ -79,7 +77,8 @@ def derivative_hint(error: Exception, blamed: Sequence[str]) -> str:
         hint += ", or define its derivative with jax.custom_jvp"
     if not blamed:
         return f"{hint}."
-    return f"{hint}, or fix {' and '.join(map(repr, blamed))} ({FIX_EXAMPLE})."
+    example = ", ".join(f"{name!r}: 2.0" for name in blamed)
+    return f"{hint}, or fix {' and '.join(map(repr, blamed))} (such as fixed={{{example}}})."
 
 
 def error_hint(model: Model, error: Exception, x_labels: Sequence[str]) -> str:
