@@ -118,9 +118,9 @@ def curve_fit(
     message : str
         Only with ``full_output``: the reason for which the fit ended.
     ier : int
-        Only with ``full_output``: 1 to 4 if the fit converged; negative if the data do not
-        constrain all parameters, or if the callback, ``max_walltime`` or SIGTERM stopped the fit,
-        in which case the best parameters are returned.
+        Only with ``full_output``: 1 to 4 if the fit converged, also with an infinite ``pcov``;
+        negative if the model is insensitive to a parameter, or if the callback, ``max_walltime`` or
+        SIGTERM stopped the fit, in which case the best parameters are returned.
 
     Raises
     ------

@@ -87,3 +87,25 @@ def test_what_is_refused(result: nd.FitResult) -> None:
     many = fit(cg_param_threshold=2)
     with pytest.raises(ValueError, match="derive requires a covariance"):
         many.derive(lambda p: p["a"])
+
+
+def test_digits_of_strongly_correlated_parameters() -> None:
+    """The matrix pcov has lost them; its square root has not."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.5, 1.5, 2_000)
+    y = x + x * (1 + 1e-9 * x) + 0.1 * rng.normal(size=len(x))
+    result = problems.fit(lambda x, a, b: a * x + b * x * (1 + 1e-9 * x), x, y, [1.0, 1.0])
+    _, expected = result.predict(np.array([1.0]), return_std=True)
+    _, error = result.derive(lambda p: p["a"] + p["b"] * (1 + 1e-9))
+    assert error == pytest.approx(expected[0], rel=1e-3)
+
+
+def test_a_derivative_by_a_fixed_parameter_has_no_effect() -> None:
+    x, y = decay_data()
+    result = problems.fit(exponential, x, y - 0.5, [2.0, 0.7, 0.0], fixed=["c"])
+    values, matrix = result.derive(
+        lambda p: {"root": jnp.sqrt(p["c"]), "a": p["a"]}, covariance=True
+    )
+    assert values["root"] == 0.0
+    np.testing.assert_array_equal(matrix[0], [0.0, 0.0])
+    assert np.sqrt(matrix[1, 1]) == pytest.approx(result.perr[0], rel=1e-12)

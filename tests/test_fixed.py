@@ -511,8 +511,8 @@ def test_fixed_ties_and_bounds_that_exclude_each_other() -> None:
     free = "fixed['b'] is False, but the bounds of 'b' are equal, 1, which fixes it."
     assert message(fixed={"b": False}, bounds={"b": (1, 1)}).startswith(free)
     assert "outside its bounds [1, 1]" in message(fixed={"b": 2}, bounds={"b": (1, 1)})
-    assert "p0 of parameter 'b' is 2, outside its bounds [1, 1]" in (
-        message(p0=[1, 2, 0], bounds={"b": (1, 1)})
+    assert "p0 of parameter 'b' is 2, outside its bounds [0, 1]" in (
+        message(p0=[1, 2, 0], bounds={"b": (0, 1)})
     )
     assert "lower bound inf of parameter 'b'" in message(bounds={"b": (np.inf, np.inf)})
     assert "p0 of parameter 'a' is nan" in message(p0=[np.nan, np.nan, 0.0], ties=ties)
@@ -579,3 +579,53 @@ def test_rows_at_which_the_model_is_undefined_beside_a_fixed_parameter() -> None
     )
     assert not result.success
     assert f"{np.count_nonzero(x <= 1.0)} of" in result.message
+
+
+# --- ties whose derivative is not finite, and values of p0 that are not used
+
+
+def test_a_tie_without_a_finite_derivative_leaves_the_other_errors() -> None:
+    """rate ends at its bound 0, where the derivative of 1 / rate is infinite."""
+    x, noise = np.linspace(0.0, 1.0, 200), np.random.default_rng(3).normal(size=200)
+    y = 1.0 + 0.3 * x + 0.01 * noise
+
+    def growing(x: Any, a: Any, rate: Any, tau: Any) -> Any:
+        return a * jnp.exp(-rate * x)
+
+    bounds = {"rate": (0.0, np.inf)}
+    expected = problems.fit(lambda x, a, rate: a * jnp.exp(-rate * x), x, y, [1, 1], bounds)
+    with pytest.warns(optimize.OptimizeWarning, match=r"ties is not finite for 'tau'"):
+        result = problems.fit(
+            growing, x, y, [1.0, 1.0, 1.0], bounds, ties={"tau": lambda p: 1 / (p["rate"] + 0.0)}
+        )
+    np.testing.assert_allclose(result.perr[:2], expected.perr, rtol=1e-6)
+    assert np.isinf(result.perr[2])
+    assert result.derive(lambda p: p["a"])[1] == pytest.approx(expected.perr[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("p0", "arguments"),
+    [
+        ([2.0, np.nan, 0.3], {"fixed": {"b": 0.7}}),
+        ([2.0, 9.0, 0.3], {"fixed": {"b": 0.7}, "bounds": {"b": (0.5, 1.0)}}),
+        ([2.0, 9.0, 0.3], {"bounds": {"b": (0.7, 0.7)}}),
+    ],
+)
+def test_p0_of_a_parameter_that_has_a_value_is_not_used(
+    p0: list[float], arguments: dict[str, Any]
+) -> None:
+    x, y = decay_data()
+    expected = problems.fit(exponential, x, y, [2.0, 0.7, 0.3], fixed=["b"], **NO_WARMUP)
+    result = problems.fit(exponential, x, y, p0, **arguments, **NO_WARMUP)
+    np.testing.assert_array_equal(result.x, expected.x)
+
+
+@pytest.mark.parametrize("returned", [None, "k"])
+def test_ties_and_derive_that_return_no_number(returned: Any) -> None:
+    x, y = decay_data()
+    kind = type(returned).__name__
+    with pytest.raises(ValueError, match=f"one real number; it returned an object of type {kind}"):
+        problems.fit(exponential, x, y, [2.0, 0.7, 0.3], ties={"c": lambda p: returned})
+    result = problems.fit(exponential, x, y, [2.0, 0.7, 0.3], **NO_WARMUP)
+    with pytest.raises(ValueError, match=f"real numbers; it returned an object of type {kind}"):
+        result.derive(lambda p: returned)

@@ -35,7 +35,7 @@ def test_a_start_far_off_is_told_of_multistart() -> None:
 def test_a_flat_valley_says_how_to_fix_a_parameter() -> None:
     result = fit(exponential, p0=[-3.0, -2.0, 40.0])
     assert not result.success
-    assert "fix one of the parameters (such as fixed={'b': 2.0})" in (result.message)
+    assert "fix one of the parameters (such as fixed=['" in result.message
     assert MULTISTART in result.message
 
 

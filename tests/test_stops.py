@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nlsq_dask.kernels.sums import NormalEquations
+from nlsq_dask.solvers.iterate import Settings
+from nlsq_dask.solvers.newton import find_minimum
 from nlsq_dask.status import Status
 from tests.problems import exponential, fit
 
@@ -119,7 +122,7 @@ def test_reason(case: Case) -> None:
     lazy = [da.from_array(v, chunks=max(len(x) // 10, 4)) for v in (x, y)]
     callback = stopping_callback if reason is Status.USER_STOP else None
     result = fit(model, *lazy, start, callback=callback, **options)
-    message = reason.message
+    message = reason.message.partition(" (such as fixed")[0]  # with the name of a parameter
     if reason is Status.NON_FINITE_START:  # names the rows
         message = "Not converged: the model is not finite at the start at 193 of 1,000 rows"
     if reason is Status.NON_FINITE_STEP:
@@ -334,3 +337,39 @@ def test_a_saddle_is_no_minimum() -> None:
     y = 1.0 + x + 0.01 * np.random.default_rng(0).normal(size=50)
     result = fit(lambda x, a, b: b + (a**2) * x, x, y, [0.0, 1.0])
     assert not result.success or result.x[0] != 0.0
+
+
+def test_a_phase_is_not_affine_although_its_normal_matrix_is_constant() -> None:
+    x = 2 * np.pi * np.arange(64) / 64
+    result = fit(lambda x, phase: 1e7 * jnp.sin(x + phase), x, 1e7 * np.sin(x + 2.5), [1.0])
+    assert abs(np.sin(result.x[0] - 2.5)) < 1e-6
+
+
+def test_an_inflection_is_not_a_minimum() -> None:
+    def residuals(p: np.ndarray) -> NormalEquations:
+        """u + d^3 x - x, whose cost falls through d = 0 down to the minimum at d = 1."""
+        x = np.linspace(0.5, 1.5, 50)
+        jacobian = np.stack([np.ones_like(x), 3 * p[1] ** 2 * x], axis=1)
+        residual = p[0] + p[1] ** 3 * x - x
+        return NormalEquations(
+            jtj=jacobian.T @ jacobian,
+            jtr=jacobian.T @ residual,
+            cost=0.5 * residual @ residual,
+            chi2=residual @ residual,
+            n_used=len(x),
+        )
+
+    settings = Settings(
+        low=np.full(2, -np.inf),
+        high=np.full(2, np.inf),
+        tol=1e-8,
+        max_iterations=100,
+        patience=15,
+        sizes=np.array([0.5, 0.3]),
+        regularization=0.0,
+        initial_radius=1.0,
+        epsilon=2.0**-52,
+        recovers=False,
+    )
+    for d in (-0.3, -0.1, -0.01, -0.001):
+        assert find_minimum(residuals, np.array([0.5, d]), settings) is None

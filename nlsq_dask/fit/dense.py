@@ -387,8 +387,8 @@ class DenseFit(FullFit[State, NormalEquations]):
             return None
         sums, epsilon = state.sums_at_solution, self._settings.epsilon
         details["cov_type"] = cov_type
-        absolute_sigma = self.problem.absolute_sigma or not is_classical
-        result = covariance(sums, state.params, absolute_sigma, epsilon)
+        absolute_sigma = self.problem.absolute_sigma
+        result = covariance(sums, state.params, absolute_sigma, epsilon, is_scaled=is_classical)
         if not is_classical and np.isfinite(result.root).all():
             result = sandwich(result, self._scores(state), sums.n_used, cov_type)
         details["condition_number"] = result.condition_number

@@ -109,7 +109,11 @@ def _expanded(
     """Return the covariance of all parameters, with ``root`` padded to shape (p, p)."""
     root, p, free = covariance.root, len(varies), np.flatnonzero(transform.is_free)
     if np.isfinite(root).all():
-        root = transform.scatter(root, tied=rates @ root)
+        with np.errstate(invalid="ignore", over="ignore"):
+            tied = rates @ root
+        # Where the derivative of a tied parameter is not finite, its error is not either.
+        is_finite = np.isfinite(tied).all(axis=1, keepdims=True)
+        root = transform.scatter(root, tied=np.where(is_finite, tied, np.inf))
     else:
         root = np.where(varies[:, None], np.inf, np.zeros((p, len(root))))
     return replace(

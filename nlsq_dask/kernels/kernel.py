@@ -122,20 +122,21 @@ class Kernel(Generic[S]):
         totals, counts, moments, costs = carry
         weight, y_sum, y_square = map(float, moments.sum(axis=-1))
         n_used, n_nonfinite, n_masked, n_bad_sigma = map(int, counts)
-        return self.reduction.finish(
-            totals,
-            self.loss,
-            weight=weight,
-            y_sum=y_sum,
-            y_square=y_square,
-            signal=y_square + y0 * (2.0 * y_sum + y0 * weight),
-            n_used=n_used,
-            n_masked=n_masked,
-            n_bad=math.prod(source.shape) - n_masked - n_used,
-            n_nonfinite=n_nonfinite,
-            n_bad_sigma=n_bad_sigma,
-            candidate_costs=0.5 * f_scale**2 * costs.sum(axis=-1),
-        )
+        with np.errstate(invalid="ignore", over="ignore"):  # then the sums are not finite
+            return self.reduction.finish(
+                totals,
+                self.loss,
+                weight=weight,
+                y_sum=y_sum,
+                y_square=y_square,
+                signal=y_square + y0 * (2.0 * y_sum + y0 * weight),
+                n_used=n_used,
+                n_masked=n_masked,
+                n_bad=math.prod(source.shape) - n_masked - n_used,
+                n_nonfinite=n_nonfinite,
+                n_bad_sigma=n_bad_sigma,
+                candidate_costs=0.5 * f_scale**2 * costs.sum(axis=-1),
+            )
 
     @property
     def gpus(self) -> list[jax.Device]:

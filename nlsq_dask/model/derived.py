@@ -24,6 +24,7 @@ def derive(
     names: Sequence[str],
     params: Vector,
     pcov: Matrix,
+    root: Matrix | None = None,
 ) -> tuple[dict[Any, Any], dict[Any, Any], Matrix]:
     """Return values of a function of the parameters, their standard errors and covariance matrix.
 
@@ -36,6 +37,8 @@ def derive(
     params : ndarray, shape (p,)
     pcov : ndarray, shape (p, p)
         Covariance of the parameters, which may have infinite elements.
+    root : ndarray, shape (p, k), optional
+        Square root of ``pcov``, if it is known, which has more digits.
 
     Returns
     -------
@@ -47,8 +50,14 @@ def derive(
     """
     keys: list[Any] = []
 
+    # Derivatives by the others have no effect, and one that is infinite would spoil all of them.
+    varying = np.flatnonzero(np.diag(pcov) != 0.0)
+
     def of_vector(vector: Any) -> list[Any]:
-        named = NamedValues(dict(zip(names, vector, strict=True)), "The function of derive")
+        scalars: list[Any] = [jnp.asarray(value) for value in params]
+        for i, scalar in zip(varying, vector, strict=True):
+            scalars[i] = scalar
+        named = NamedValues(dict(zip(names, scalars, strict=True)), "The function of derive")
         result = named.call(function, _EXAMPLE)
         parts = result if isinstance(result, Mapping) else {None: result}
         if not parts:
@@ -59,14 +68,15 @@ def derive(
         return [_as_real(part) for part in parts.values()]
 
     with x64():
-        point = jnp.asarray(params)
+        point = jnp.asarray(params[varying])
         values = [np.asarray(part)[()] for part in of_vector(point)]
         try:
             rates = jax.jacfwd(of_vector)(point)
         except TypeError:  # a function with derivatives in reverse mode only
             rates = jax.jacrev(of_vector)(point)
-    rows = [np.reshape(part, (-1, len(names))) for part in rates]
-    covariance = _propagated(np.concatenate(rows), pcov)
+    rows = np.concatenate([np.reshape(part, (-1, len(varying))) for part in rates])
+    part_of = None if root is None else root[varying]
+    covariance = _propagated(rows, pcov[np.ix_(varying, varying)], part_of)
     ends = np.cumsum([np.size(value) for value in values])[:-1]
     parts = np.split(np.sqrt(np.diag(covariance)), ends)
     errors = [part.reshape(np.shape(value))[()] for part, value in zip(parts, values, strict=True)]
@@ -75,19 +85,32 @@ def derive(
 
 
 def _as_real(leaf: Any) -> Any:
-    array = jnp.asarray(leaf)
-    if array.dtype.kind not in "iuf":
+    try:
+        array = jnp.asarray(leaf)
+        what, is_real = f"dtype {array.dtype}", array.dtype.kind in "iuf"
+    except (TypeError, ValueError):  # None or text, for instance
+        what, is_real = f"an object of type {type(leaf).__name__}", False
+    if not is_real:
         raise ValueError(
-            f"The function of derive must return real numbers; it returned dtype {array.dtype}."
+            f"The function of derive must return real numbers; it returned {what}. Write it like "
+            f"{_EXAMPLE}."
         )
     return array.astype(np.float64)
 
 
-def _propagated(rates: Matrix, pcov: Matrix) -> Matrix:
-    """Return ``rates @ pcov @ rates.T``, where an infinite variance times zero is zero."""
-    is_infinite = ~np.isfinite(np.diag(pcov))
-    finite = np.where(is_infinite, 0.0, rates) @ np.where(np.isfinite(pcov), pcov, 0.0)
-    covariance = finite @ np.where(is_infinite, 0.0, rates).T
-    reach = (rates[:, is_infinite] != 0.0).any(axis=1)
+def _propagated(rates: Matrix, pcov: Matrix, root: Matrix | None) -> Matrix:
+    """Return ``rates @ pcov @ rates.T``, where an infinite variance times zero is zero.
+
+    A derivative that is not finite gives an infinite variance.
+    """
+    variances = np.diag(pcov)
+    reach = ((rates != 0.0) & ~np.isfinite(variances)).any(axis=1)
+    reach |= ~np.isfinite(rates).all(axis=1)
+    finite = np.where(np.isfinite(variances) & np.isfinite(rates), rates, 0.0)
+    if root is not None and np.isfinite(root).all():
+        change = finite @ root
+        covariance = change @ change.T
+    else:
+        covariance = finite @ np.where(np.isfinite(pcov), pcov, 0.0) @ finite.T
     covariance[np.outer(reach, reach)] = np.inf
-    return covariance
+    return np.asarray(covariance)

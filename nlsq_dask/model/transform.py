@@ -155,10 +155,16 @@ def _replaced(array: Any, indices: NDArray[np.int64], values: Any) -> Any:
 
 def _tied_value(tie: Tie, others: NamedValues, name: str, dtype: Any) -> Any:
     """Return the value of the parameter ``name``, a scalar of ``dtype``."""
-    value = jnp.asarray(others.call(tie, _EXAMPLE))
-    if value.ndim or value.dtype.kind not in "iuf":
+    returned = others.call(tie, _EXAMPLE)
+    try:
+        value = jnp.asarray(returned)
+        what = f"an array of shape {value.shape} and dtype {value.dtype}"
+        is_real = value.ndim == 0 and value.dtype.kind in "iuf"
+    except (TypeError, ValueError):  # None or text, for instance
+        what, is_real = f"an object of type {type(returned).__name__}", False
+    if not is_real:
         raise ValueError(
-            f"ties[{name!r}] must return one real number; it returned an array of shape "
-            f"{value.shape} and dtype {value.dtype}. Write it like {_EXAMPLE}."
+            f"ties[{name!r}] must return one real number; it returned {what}. It is called with a "
+            f"mapping of parameters by name. Write it like {_EXAMPLE}."
         )
     return value.astype(dtype)

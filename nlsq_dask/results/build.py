@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from nlsq_dask.results.datasets import block_statistics, row_sample
 from nlsq_dask.results.report import confounded_sentence
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.solvers.covariance import infinite_covariance
-from nlsq_dask.status import Status
+from nlsq_dask.status import FIX_EXAMPLE, Status
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -79,7 +80,12 @@ def build_result(
         x=outcome.params,
         success=outcome.stop.is_success,
         status=outcome.stop.code,
-        message=_message(outcome, problem, [text for text in sentences if text]),
+        message=_message(
+            outcome,
+            problem,
+            [*non_identifiable, *(name for group in confounded for name in group)],
+            [text for text in sentences if text],
+        ),
         cost=sums.cost,
         chi2=sums.chi2,
         grad=gradient,
@@ -130,10 +136,17 @@ def build_result(
     )
 
 
-def _message(outcome: Outcome, problem: FitProblem, sentences: list[str]) -> str:
-    """Return ``FitResult.message``: the status, the given sentences and a hint what to do next."""
-    stop = outcome.stop
+def _message(
+    outcome: Outcome, problem: FitProblem, blamed: Sequence[str], sentences: list[str]
+) -> str:
+    """Return ``FitResult.message``: the status, the given sentences and a hint what to do next.
+
+    ``blamed`` are the names of parameters that the data do not determine.
+    """
+    stop, names = outcome.stop, problem.all_parameters.names
     message = outcome.cause or stop.message
+    # An example with the name of a parameter that is in question, or of any.
+    message = message.replace(FIX_EXAMPLE, f"such as fixed=[{(*blamed, *names)[0]!r}]")
     if stop.suggests_another_start and _can_use_multistart(problem):
         message += _MULTISTART_HINT
     message = " ".join([message, *sentences])
@@ -232,7 +245,11 @@ def _warn_covariance(
     elif outcome.covariance is None or pcov is None or np.isfinite(pcov).all():
         return
     else:
-        if non_identifiable:
+        infinite, tied = ~np.isfinite(np.diag(pcov)), problem.transform.is_tied
+        if not (infinite & ~tied).any():
+            listed = _join(_names(problem.all_parameters, infinite))
+            reason = f"the derivative of the function in ties is not finite for {listed}"
+        elif non_identifiable:
             reason = f"the data do not constrain {names}"
         elif n_used > n_params:
             reason = "the model is insensitive to some parameters at this point"

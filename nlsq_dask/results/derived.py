@@ -40,7 +40,9 @@ def derive(
             f"derive requires a covariance, but there is no covariance of {len(result.x)} "
             f"parameters. Compute the value from result.popt, without its error."
         )
-    values, errors, matrix = derived.derive(function, result.param_names, result.x, result.pcov)
+    values, errors, matrix = derived.derive(
+        function, result.param_names, result.x, result.pcov, result._root
+    )
     if None in values:
         return values[None], matrix if covariance else errors[None]
     return values, matrix if covariance else errors

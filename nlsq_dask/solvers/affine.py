@@ -17,6 +17,7 @@ from nlsq_dask.solvers.trust_region import Vector
 Reduce = Callable[[Vector], NormalEquations]
 
 _FAR = 1e6  # length of a step that a trust region would delay, relative to the start
+_CONSTANT_COST = 1e-6  # tolerated error of the cost of the linear model, relative to the start's
 _CONSTANT = 1e-10  # tolerated change of elements of J^T J, relative to the norms of the columns
 
 
@@ -40,10 +41,15 @@ def affine_minimum(reduce: Reduce, start: Vector, settings: Settings) -> Vector 
     if np.linalg.norm(iterate.full_step) <= _FAR * np.linalg.norm(sizes):
         return None
     params = iterate.moved(iterate.full_step)
+    step = params - start
+    slope, curvature = float(sums.jtr @ step), float(step @ sums.jtj @ step)
     # Halfway as well: a model may be affine in each half of its parameters.
-    for point in (params, 0.5 * (start + params)):
-        new = reduce(point)
+    for share in (1.0, 0.5):
+        new = reduce(start + share * step)
         change = np.abs(new.jtj - sums.jtj) / np.outer(iterate.scale, iterate.scale)
-        if not (new.is_finite and (change <= _CONSTANT).all()):
+        expected = sums.cost + share * slope + 0.5 * share**2 * curvature
+        error = abs(new.cost - expected)
+        is_affine = (change <= _CONSTANT).all() and error <= _CONSTANT_COST * sums.cost
+        if not (new.is_finite and is_affine):
             return None
     return params

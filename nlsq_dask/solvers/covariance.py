@@ -31,10 +31,13 @@ class Covariance:
 
         Rows of zeros in the root, those of fixed parameters, remain zero.
         """
-        if not np.isfinite(self.root).all():
-            return infinite_covariance(np.asarray(~np.isfinite(self.root).all(axis=1)))
-        pcov = self.root @ self.root.T
-        return np.asarray((pcov + pcov.T) / 2)
+        is_finite = np.asarray(np.isfinite(self.root).all(axis=1))
+        root = np.where(is_finite[:, None], self.root, 0.0)
+        pcov = root @ root.T
+        varies = np.asarray(~is_finite | (root != 0.0).any(axis=1))
+        is_infinite = np.asarray(infinite_covariance(varies) > 0.0)
+        is_infinite[np.ix_(is_finite, is_finite)] = False
+        return np.where(is_infinite, np.inf, (pcov + pcov.T) / 2)
 
 
 def infinite_covariance(varies: NDArray[np.bool_]) -> Matrix:
@@ -43,9 +46,15 @@ def infinite_covariance(varies: NDArray[np.bool_]) -> Matrix:
 
 
 def covariance(
-    sums: NormalEquations, params: Vector, absolute_sigma: bool, epsilon: float
+    sums: NormalEquations,
+    params: Vector,
+    absolute_sigma: bool,
+    epsilon: float,
+    is_scaled: bool = True,
 ) -> Covariance:
     """Return the inverse of ``J^T J``, times the residual variance unless ``absolute_sigma``.
+
+    It is not multiplied by it either if not ``is_scaled``, for ``sandwich``.
 
     For accuracy, the columns of J are scaled to norm 1 first.
 
@@ -60,6 +69,7 @@ def covariance(
     epsilon : float
         Machine epsilon of the dtype in which the model is evaluated. It decides which singular
         values of J are rounding errors.
+    is_scaled : bool
     """
     p = len(sums.jtj)
     norms = np.sqrt(np.diag(sums.jtj))
@@ -67,10 +77,10 @@ def covariance(
     svd = ScaledSVD.of(sums, columns, epsilon)
     has_variance = absolute_sigma or sums.n_used > p
     deviation = 1.0 if absolute_sigma else float(np.sqrt(sums.variance(p)))
-    if svd.is_null.any() or not has_variance:
+    if svd.is_null.any() or (is_scaled and not has_variance):
         root = np.full((p, p), np.inf)
     else:
-        root = deviation * (svd.inverse_root / columns[:, None])
+        root = (deviation if is_scaled else 1.0) * (svd.inverse_root / columns[:, None])
     errors = deviation / columns if has_variance else np.full(p, np.nan)
     confounded = tuple(confounded_groups(svd, errors, params))
     return Covariance(root, svd.condition, in_null_directions(svd), confounded)

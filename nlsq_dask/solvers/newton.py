@@ -21,6 +21,7 @@ Reduce = Callable[[Vector], NormalEquations]
 _MAX_PARAMS, _MAX_ITERATIONS = 50, 30
 _STEP = 6e-6  # of the differences, relative to a natural length; the cube root of epsilon
 _LONGER, _SMOOTH = 8.0, 1e-2  # factor for a second step, and tolerated change of the Hessian
+_ASIDE = 1e-2  # distance at which the cost beside a minimum is compared, in natural lengths
 _FLAT = 1e-7  # eigenvalues of the scaled Hessian that are rounding errors, relative to the largest
 
 
@@ -59,7 +60,9 @@ def find_minimum(reduce: Reduce, start: Vector, settings: Settings) -> Vector | 
             return None
         if is_minimum:
             longer = _hessian(reduce, params, _LONGER * steps, is_free)
-            return moved if longer is not None and _are_close(hessian, longer) else None
+            is_smooth = longer is not None and _are_close(hessian, longer)
+            lies_low = is_smooth and _lies_low(reduce, moved, new, hessian, is_free, settings)
+            return moved if lies_low else None
         if new.cost > sums.cost + sums.cost_noise(settings.epsilon):
             return None
         params, sums = moved, new
@@ -108,6 +111,32 @@ def _newton_step(hessian: NDArray[np.float64], gradient: Vector) -> Vector | Non
         return None
     slopes = vectors.T @ (gradient / scale)
     return np.asarray(-(vectors @ (slopes / np.maximum(values, least))) / scale)
+
+
+def _lies_low(
+    reduce: Reduce,
+    params: Vector,
+    sums: NormalEquations,
+    hessian: NDArray[np.float64],
+    is_free: NDArray[np.bool_],
+    settings: Settings,
+) -> bool:
+    """Return whether the cost is not smaller on both sides along the flattest direction.
+
+    At an inflection, the Hessian has no negative eigenvalue either.
+    """
+    scale = np.sqrt(np.diag(hessian))
+    _, vectors = np.linalg.eigh(hessian / np.outer(scale, scale))
+    direction = np.zeros(len(params))
+    direction[is_free] = vectors[:, 0] / scale
+    lengths = np.sqrt(2.0 * sums.cost) / column_scale(sums.jtj)
+    lengths = np.minimum(np.maximum(np.abs(params), settings.sizes), lengths)
+    direction *= _ASIDE / np.max(np.abs(direction) / lengths, initial=np.finfo(float).tiny)
+    for sign in (1.0, -1.0):
+        aside = reduce(np.clip(params + sign * direction, settings.low, settings.high))
+        if aside.cost < sums.cost - sums.cost_noise(settings.epsilon):
+            return False
+    return True
 
 
 def _are_close(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:

@@ -93,6 +93,8 @@ def fixed_values(
                 f"model has one. Write fixed={{{name!r}: 0.5}}, or give it in p0."
             )
         number = starts[name] if value is None else float(value)
+        if not np.isfinite(number):
+            raise ValueError(f"p0 of parameter {name!r} is {number}; expected a finite number.")
         if not a <= number <= b:
             raise ValueError(
                 f"the fixed value {number:g} of parameter {name!r} is outside its bounds [{a:g}, "
@@ -137,8 +139,8 @@ def parse_ties(
         if np.isfinite(a) or np.isfinite(b):
             raise ValueError(
                 f"parameter {name!r} is tied and cannot have bounds; got [{a:g}, {b:g}]. Give "
-                f"bounds of the other parameters by name, bounds={{...}}, or write a function in "
-                f"ties whose values lie inside."
+                f"bounds of the other parameters by name, bounds={{...}}, or (-inf, inf) for "
+                f"{name!r}."
             )
     return dict(ties)
 

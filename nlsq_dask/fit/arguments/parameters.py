@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -155,9 +155,9 @@ def parse_parameters(
         given = dict(zip(names, vector(p0, "p0"), strict=True))
     given = {name: value for name, value in given.items() if name not in tied}
     start = np.array([given.get(name, defaults.get(name, 1.0)) for name in names])
-    _check_p0(start, given, names, low, high)
-    start = np.where([name in given for name in names], start, _inside(start, low, high))
     values = fixed_values(held, names, defaults | given, low, high)
+    _check_p0(start, given.keys() - values.keys(), names, low, high)
+    start = np.where([name in given for name in names], start, _inside(start, low, high))
     start = np.array([values.get(name, value) for name, value in zip(names, start, strict=True)])
     is_free = np.array([name not in values and name not in tied for name in names], bool)
     check_any_free(names, is_free)
@@ -168,11 +168,11 @@ def parse_parameters(
 
 
 def _check_p0(
-    start: Vector, given: Mapping[str, float], names: tuple[str, ...], low: Vector, high: Vector
+    start: Vector, given: Collection[str], names: tuple[str, ...], low: Vector, high: Vector
 ) -> None:
-    """Raise a ValueError if an initial value is not finite, or a given one outside its bounds."""
+    """Raise a ValueError if a given initial value is not finite, or outside its bounds."""
     for name, value, a, b in zip(names, start, low, high, strict=True):
-        if not np.isfinite(value):
+        if name in given and not np.isfinite(value):
             raise ValueError(f"p0 of parameter {name!r} is {value}; expected a finite number.")
         if name in given and not a <= value <= b:
             raise ValueError(
