@@ -1,4 +1,4 @@
-"""What a fit costs on a GPU, and whether it is right; says so and ends well where JAX sees none.
+"""What a fit costs on a GPU, and whether it is right; prints a message if JAX sees no GPU.
 
     python -m benchmarks.gpu
 

@@ -14,7 +14,6 @@ _HOST, _DEVICE, _KEPT = "host", "GPU", "kept on GPU"
 # Shares of a GPU's free memory: of all rows there, and of those that stay for later passes. The
 # rest is for results of the computation.
 _MAX_ON_DEVICE, _MAX_KEPT = 0.8, 0.6
-
 _MAX_FITS = 256  # whose limits are remembered
 
 _bytes: Counter[tuple[str, str]] = Counter()  # reserved, by fit and place
@@ -61,7 +60,8 @@ class CacheBudget:
             free = free_device_bytes(devices) // self.device_processes
             with _lock:
                 _device_limits.setdefault(self.fit, free)
-        return self._reserve(_DEVICE, n_bytes, int(_MAX_ON_DEVICE * _device_limits[self.fit]))
+        most = int(_MAX_ON_DEVICE * _device_limits.get(self.fit, 0))
+        return self._reserve(_DEVICE, n_bytes, most)
 
     def release_on_device(self, n_bytes: int) -> None:
         """Give reserved bytes of the GPUs back; as for ``release``, no lock is taken."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.model.named_values import NamedValues
+from nlsq_dask.model.named_values import NamedValues, as_real_array
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -85,12 +85,8 @@ def derive(
 
 
 def _as_real(leaf: Any) -> Any:
-    try:
-        array = jnp.asarray(leaf)
-        what, is_real = f"dtype {array.dtype}", array.dtype.kind in "iuf"
-    except (TypeError, ValueError):  # None or text, for instance
-        what, is_real = f"an object of type {type(leaf).__name__}", False
-    if not is_real:
+    array, what = as_real_array(leaf)
+    if array is None:
         raise ValueError(
             f"The function of derive must return real numbers; it returned {what}. Write it like "
             f"{_EXAMPLE}."

@@ -8,8 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from nlsq_dask._text import join_first
 from nlsq_dask.model.advice import tracing_hint
+
+
+def as_real_array(returned: Any) -> tuple[Any, str]:
+    """Return what a function returned as a JAX array, and words for it in messages.
+
+    The array is None if these are no real numbers.
+    """
+    try:
+        array = jnp.asarray(returned)
+    except (TypeError, ValueError):  # None or text, for instance
+        return None, f"an object of type {type(returned).__name__}"
+    words = f"{f'an array of shape {array.shape} and ' if array.ndim else ''}dtype {array.dtype}"
+    return (array if array.dtype.kind in "iuf" else None), words
 
 
 class _UnknownNameError(Exception):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.model.named_values import NamedValues
+from nlsq_dask.model.named_values import NamedValues, as_real_array
 
 Vector = NDArray[np.float64]
 
@@ -155,14 +155,8 @@ def _replaced(array: Any, indices: NDArray[np.int64], values: Any) -> Any:
 
 def _tied_value(tie: Tie, others: NamedValues, name: str, dtype: Any) -> Any:
     """Return the value of the parameter ``name``, a scalar of ``dtype``."""
-    returned = others.call(tie, _EXAMPLE)
-    try:
-        value = jnp.asarray(returned)
-        what = f"an array of shape {value.shape} and dtype {value.dtype}"
-        is_real = value.ndim == 0 and value.dtype.kind in "iuf"
-    except (TypeError, ValueError):  # None or text, for instance
-        what, is_real = f"an object of type {type(returned).__name__}", False
-    if not is_real:
+    value, what = as_real_array(others.call(tie, _EXAMPLE))
+    if value is None or value.ndim:
         raise ValueError(
             f"ties[{name!r}] must return one real number; it returned {what}. It is called with a "
             f"mapping of parameters by name. Write it like {_EXAMPLE}."

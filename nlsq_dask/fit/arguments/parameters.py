@@ -156,7 +156,8 @@ def parse_parameters(
     given = {name: value for name, value in given.items() if name not in tied}
     start = np.array([given.get(name, defaults.get(name, 1.0)) for name in names])
     values = fixed_values(held, names, defaults | given, low, high)
-    _check_p0(start, given.keys() - values.keys(), names, low, high)
+    unused = {*values, *tied}  # initial values that are not used
+    _check_p0(start, given.keys() - unused, unused, names, low, high)
     start = np.where([name in given for name in names], start, _inside(start, low, high))
     start = np.array([values.get(name, value) for name, value in zip(names, start, strict=True)])
     is_free = np.array([name not in values and name not in tied for name in names], bool)
@@ -168,11 +169,16 @@ def parse_parameters(
 
 
 def _check_p0(
-    start: Vector, given: Collection[str], names: tuple[str, ...], low: Vector, high: Vector
+    start: Vector,
+    given: Collection[str],
+    unused: Collection[str],
+    names: tuple[str, ...],
+    low: Vector,
+    high: Vector,
 ) -> None:
-    """Raise a ValueError if a given initial value is not finite, or outside its bounds."""
+    """Raise a ValueError if an initial value is not finite, or a given one outside its bounds."""
     for name, value, a, b in zip(names, start, low, high, strict=True):
-        if name in given and not np.isfinite(value):
+        if name not in unused and not np.isfinite(value):
             raise ValueError(f"p0 of parameter {name!r} is {value}; expected a finite number.")
         if name in given and not a <= value <= b:
             raise ValueError(
