@@ -50,7 +50,7 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
         widest = max(widest, size)
     if any(name.startswith("custom_vjp") for name in names):
         return Mode.REVERSE
-    if "while" in names or not _accepts_one_row(model):
+    if "while" in names or not accepts_one_row(model):
         return Mode.FORWARD
     is_narrow = widest <= TRACED_ROWS and not names & _EXPENSIVE_PRIMITIVES
     return Mode.FORWARD if is_narrow and model.n_params <= _MAX_FORWARD_PARAMS else Mode.REVERSE
@@ -96,7 +96,7 @@ def has_derivative(model: Model, i: int) -> bool:
     return derivative_error(alone) is None
 
 
-def _accepts_one_row(model: Model) -> bool:
+def accepts_one_row(model: Model) -> bool:
     """Return whether the model can be called with a single row, as reverse mode requires."""
     params = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
     try:

@@ -22,7 +22,7 @@ from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.model.program import compiled_once
-from nlsq_dask.solvers.batched_lm import FIRST_DAMPING, Candidate, Problem, improve_groups
+from nlsq_dask.solvers.candidates import FIRST_DAMPING, Candidate, Problem, improve_groups
 from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
 
 Vector = NDArray[np.float64]

@@ -1,0 +1,144 @@
+"""The program of a ``LaneSolver``: blocks of lanes, iterated one after the other, in JAX.
+
+A block is so small that the state of its lanes and a strip of their points fit a core's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nlsq_dask.kernels.lane_sums import LaneData, LaneSummation
+from nlsq_dask.model.model import Model
+from nlsq_dask.model.transform import ParameterTransform
+from nlsq_dask.solvers.lane_steps import ACTIVE, Problem, State, StepSettings, propose, update
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes of the arrays that a program takes."""
+
+    n_points: int  # with padding
+    block: int  # lanes that are iterated together
+    n_blocks: int  # per call
+    n_params: int
+    x_varies: tuple[bool, ...]
+    sigma: str  # "none", "shared" or "varies"
+    dtype: str
+
+    @property
+    def n_lanes(self) -> int:
+        """Lanes per call."""
+        return self.block * self.n_blocks
+
+    @property
+    def n_sums(self) -> int:
+        """Number of elements of the triangle in ``LaneSums``."""
+        return (self.n_params + 1) * (self.n_params + 2) // 2
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Number of rows of each field of a ``State``, then of the bounds, in a packed array."""
+        p = self.n_params
+        return [p, p, p, self.n_sums, *[1] * (len(State._fields) - 4), p, p]
+
+
+def pack(library: Any, state: State, low: Any, high: Any) -> Any:
+    """Return the state of c lanes and their bounds as one array, shape (rows, c).
+
+    ``library`` is ``numpy`` or ``jax.numpy``.
+    """
+    rows = [field if field.ndim == 2 else field[None] for field in (*state, low, high)]
+    return library.concatenate(rows)
+
+
+def unpack(packed: Any, shapes: Shapes) -> tuple[State, Any, Any]:
+    """Return the state and the bounds in the result of ``pack``."""
+    counts = shapes.row_counts
+    ends = np.cumsum(counts)
+    fields = [packed[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    *state, low, high = fields
+    return State(*state[:4], *(field[0] for field in state[4:])), low, high
+
+
+def solve_blocks(
+    summation: LaneSummation,
+    shapes: Shapes,
+    settings: StepSettings,
+    n_blocks: Any,
+    max_active: Any,
+    data: tuple[Any, Any, Any],
+    packed: Any,
+) -> tuple[Any, Any]:
+    """Iterate each of the first blocks until at most ``max_active`` of its lanes are active.
+
+    Returns the packed state, and per block the tied parameters with their derivatives.
+    """
+    y, x_arrays, sigmas = data
+    transform = summation.model.transform
+
+    def solve(b: Any, packed_blocks: Any) -> Any:
+        x = tuple(
+            leaf[b] if varies else leaf
+            for leaf, varies in zip(x_arrays, shapes.x_varies, strict=True)
+        )
+        sigma = sigmas[b] if shapes.sigma == "varies" else sigmas
+        block = LaneData(y[b], x, sigma)
+        state, low, high = unpack(packed_blocks[b], shapes)
+        weighted = block.y.astype(jnp.float64)
+        weighted = weighted if sigma is None else weighted / sigma
+        signal = jnp.where(jnp.isfinite(block.y), weighted**2, 0.0).sum(axis=0)
+        problem = Problem(low, high, jnp.isfinite(block.y).sum(axis=0), signal)
+
+        def iterate(state: State) -> State:
+            state = update(state, summation(block, state.trial), problem, settings)
+            return propose(state, problem, settings, shapes.dtype)
+
+        def repeats(state: State) -> Any:
+            return (state.status == ACTIVE).sum() > max_active
+
+        state = lax.while_loop(repeats, iterate, state)
+        return packed_blocks.at[b].set(pack(jnp, state, low, high))
+
+    packed = lax.fori_loop(0, n_blocks, solve, packed)
+    if transform is None or not transform.ties:
+        return packed, None
+    return packed, jax.vmap(partial(_tied, transform), 0)(packed[:, : shapes.n_params])
+
+
+def _tied(transform: ParameterTransform, params: Any) -> tuple[Any, Any]:
+    """Return tied parameters, shape (t, c), and their derivatives, (t, p, c)."""
+
+    def values(params: Any) -> Any:
+        every = transform([params[i] for i in range(transform.n_free)], params.dtype)
+        return jnp.stack([every[i] for i in np.flatnonzero(transform.is_tied)])
+
+    def jacobian(params: Any) -> Any:
+        try:
+            return jax.jacfwd(values)(params)
+        except TypeError:  # a function with derivatives in reverse mode only
+            return jax.jacrev(values)(params)
+
+    return jax.vmap(values, 1, 1)(params), jax.vmap(jacobian, 1, 2)(params)
+
+
+def argument_specs(model: Model, shapes: Shapes) -> Iterator[Any]:
+    """Yield the shapes of the arguments of the program."""
+    spec = partial(jax.ShapeDtypeStruct, dtype=np.dtype(shapes.dtype))
+    block = shapes.n_blocks, shapes.n_points, shapes.block
+    x = tuple(
+        spec(block) if varies else spec((shapes.n_points, *features))
+        for features, varies in zip(model.layout.x_features, shapes.x_varies, strict=True)
+    )
+    sigma = {"none": None, "shared": spec((shapes.n_points, 1)), "varies": spec(block)}
+    integer = jax.ShapeDtypeStruct((), np.dtype(np.int64))
+    rows = shapes.n_blocks, sum(shapes.row_counts), shapes.block
+    packed = jax.ShapeDtypeStruct(rows, np.dtype(np.float64))
+    yield from (integer, integer, (spec(block), x, sigma[shapes.sigma]), packed)

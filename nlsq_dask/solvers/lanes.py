@@ -1,0 +1,89 @@
+"""Records of many small fits that are solved at once: their data, options and results.
+
+A lane is one fit, for instance of one pixel of a map. Arrays have the points of a fit first and the
+lanes last, so that a SIMD instruction processes neighboring lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlsq_dask.kernels.losses import Loss
+
+Array = NDArray[Any]
+
+
+class LaneStatus(IntEnum):
+    """Why the fit of a lane ended; positive if it converged."""
+
+    CONVERGED = 1
+    AT_BOUND = 2  # converged, with a parameter at an active bound
+    SINGULAR = 3  # converged, but J^T J is rank-deficient
+    ITERATION_LIMIT = 0
+    NO_DATA = -1
+    TOO_FEW_POINTS = -2
+    NON_FINITE = -3
+    STALLED = -4  # no step reduces the cost, but the gradient is not zero
+    BAD_START = -5  # start or bounds are NaN, or low > high
+    NOT_READ = -6
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Data of m lanes with n points each. A point is used if its y is finite."""
+
+    y: Array  # (n, m)
+    # Each (n, m) if it varies over the lanes, else (n,) or, with k columns, (n, k).
+    x: tuple[Array, ...]
+    # (n, m), or (n,) or (n, 1) if all lanes share it. A lane in which it is not positive at a point
+    # in use ends as ``NON_FINITE``.
+    sigma: Array | None = None
+
+    x_varies: tuple[bool, ...] | None = None  # which x vary; None: those of shape (n, m)
+
+    def take(self, index: Any) -> Lanes:
+        """Return the lanes at ``index``."""
+        m = self.y.shape[1]
+
+        def varies(array: Array) -> bool:
+            return array.ndim == 2 and array.shape[1] == m
+
+        x_varies = self.x_varies or tuple(map(varies, self.x))
+        pairs = zip(self.x, x_varies, strict=True)
+        x = tuple(leaf[:, index] if is_varying else leaf for leaf, is_varying in pairs)
+        sigma = self.sigma
+        if sigma is not None and varies(sigma) and m > 1:
+            sigma = sigma[:, index]
+        return Lanes(self.y[:, index], x, sigma, x_varies)
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """Options of the fits, the same for all lanes."""
+
+    tolerance: float = 1e-8  # see ``gauss_newton_tol``
+    max_iterations: int = 100  # trial points per lane
+    loss: Loss = field(default_factory=Loss)
+    absolute_sigma: bool = False
+    covariance: Literal["errors", "full"] | None = "errors"
+    cov_type: Literal["nonrobust", "HC0", "HC1"] = "nonrobust"
+    min_points: int | None = None  # None: the number of free parameters of the lane
+
+
+@dataclass(frozen=True)
+class LaneFits:
+    """Results for m lanes and all P parameters of the function: free, fixed and tied ones."""
+
+    params: NDArray[np.float64]  # (P, m)
+    errors: NDArray[np.float64] | None  # standard errors, (P, m)
+    covariance: NDArray[np.float64] | None  # (P, P, m)
+    chi2: NDArray[np.float64]  # (m,), sum of squared weighted residuals, whatever the loss
+    cost: NDArray[np.float64]  # (m,), 1/2 sum f_scale^2 rho
+    n_points: NDArray[np.int32]  # (m,), points in use
+    n_iterations: NDArray[np.int16]  # (m,), trial points evaluated
+    status: NDArray[np.int8]  # (m,), a ``LaneStatus``
