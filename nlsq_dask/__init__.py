@@ -1,8 +1,10 @@
 """Nonlinear least squares over data larger than memory, on Dask and JAX."""
 
+from nlsq_dask import accessor as accessor  # registers ``.nlsq``
 from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curve_fit import curve_fit
+from nlsq_dask.curvefit import curvefit
 from nlsq_dask.errors import (
     BlockReadError,
     CheckpointError,
@@ -14,6 +16,7 @@ from nlsq_dask.errors import (
     MissingChunksWarning,
     ModelError,
     NonFiniteDataError,
+    PixelFitError,
     ResultFileError,
 )
 from nlsq_dask.observers.dashboard.metrics import metrics_collector
@@ -45,9 +48,11 @@ __all__ = [
     "NonFiniteDataError",
     "NormalizedModelWrapper",
     "ParameterNormalizer",
+    "PixelFitError",
     "Plan",
     "ResultFileError",
     "curve_fit",
+    "curvefit",
     "get_defense_telemetry",
     "metrics_collector",
     "reset_defense_telemetry",

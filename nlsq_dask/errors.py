@@ -80,6 +80,10 @@ class MissingChunksWarning(DataWarning):
     """Warning that a Zarr store lacks chunks, whose elements are read as the fill value."""
 
 
+class PixelFitError(RuntimeError):
+    """Fits of some pixels failed, and ``errors`` is "raise"."""
+
+
 class FitInProgressError(RuntimeError):
     """``fit`` was called on an optimizer that is already running a fit."""
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from nlsq_dask import _html as html
@@ -41,6 +42,8 @@ from nlsq_dask.events import (
 from nlsq_dask.fit.driver import Driver
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.problem import FitProblem, validate_arguments
+from nlsq_dask.maps.arguments import validate_map_arguments
+from nlsq_dask.maps.fit_map import fit_map
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.build import build_observers, validate_observers
 from nlsq_dask.observers.dashboard.observer import on_dashboard
@@ -316,6 +319,109 @@ class AdaptiveHybridStreamingOptimizer:
             Blocks too large for a worker are no error here; they are listed in ``Plan.problems``.
         """
         return build_plan(validate_arguments(self.config, *args, **kwargs))
+
+    @explain_keywords("fit_each")
+    @arguments_of(validate_map_arguments)
+    def fit_each(self, *args: Any, **kwargs: Any) -> xr.Dataset:
+        """Fit a model along some dimensions, for every position in the others.
+
+        Each position is a pixel with an independent fit. Many pixels are fitted at once, a pixel
+        per SIMD lane, in Dask tasks that read each chunk of the data once.
+
+        Parameters
+        ----------
+        model, x_data, param_names
+            As in ``fit``. An x array varies along ``dims``, and may also vary along the other
+            dimensions. Without dimension names, an x of the shape of the fitted axes is matched to
+            these.
+        y_data : array
+            Dependent variable, N-d. Its chunks define the tiles: all chunks of a tile along
+            ``dims`` are read by one task.
+        p0 : sequence, or dict by name, optional
+            Initial values. In a dict, a value may be a map, an array over the dimensions of the
+            map. Where all parameters have one, pixels start there. Otherwise, and if a fit fails,
+            the start is the fit of a random sample of the rows of the tile.
+        bounds : (low, high), or dict by name of (low, high), optional
+            Lower and upper bounds; in a dict, each may be a map. Starts are moved inside. Where
+            the bounds of a pixel are equal, the parameter is fixed.
+        dims : str, int, or sequence of them
+            Dimensions of ``y_data`` along which to fit; axes if it has no dimension names.
+        sigma : array or scalar, optional
+            Standard deviations of y; broadcast to the shape of y. A pixel with a value that is not
+            positive gets the status "non_finite".
+        absolute_sigma, loss, f_scale, ties
+            As in ``fit``.
+        nan_policy : {"omit", "raise"}
+            With "omit", points with NaN or infinity in y, x or sigma are omitted; with "raise",
+            they are an error. Masked points are omitted.
+        fixed : dict by name, or collection of names, optional
+            As in ``fit``. A map of numbers fixes the parameter at the value of the pixel, a map of
+            booleans tells where it is fixed at its initial value.
+        guess : callable, optional
+            Function ``guess(x, y)`` of the points of one pixel, written with jax.numpy, which
+            returns initial values: one per parameter, or a dict by name; p0 has the others.
+            Omitted points of y are NaN. A pixel whose guess is not finite starts as without p0.
+        min_points : int, optional
+            Minimum number of points of a fit; by default the number of free parameters.
+        covariance : {"errors", "full", None}
+            "errors" returns standard errors, "full" the covariance matrices as well, and None
+            neither.
+        errors : {"flag", "raise"}
+            With "raise", a fit that fails is an error, except for pixels without data and singular
+            fits. With "flag", only ``status`` tells.
+        verbose : int, optional
+            Overrides ``verbose`` of the configuration.
+
+        Returns
+        -------
+        xarray.Dataset
+            Lazy, unless all arrays are in memory. Its variables have the dimensions of the map:
+
+            - popt, perr (param): parameters and their standard errors.
+            - pcov (cov_i, cov_j): covariance matrix.
+            - chi2, reduced_chi2: sum of squared weighted residuals, and per degree of freedom.
+            - n_points, n_iterations: number of points and of iterations.
+            - status: 1 converged, 2 at_bound (converged with a parameter at a bound), 3 singular
+              (converged, but the data do not constrain all parameters; perr is infinite),
+              0 iteration_limit, -1 no_data, -2 too_few_points, -3 non_finite, -4 stalled,
+              -5 bad_start, -6 not_read.
+
+            Parameters and errors are NaN for the status -1, -2, -5 and -6. Pixels with the other
+            negative ones, and 0, have the best parameters that were found.
+
+        Raises
+        ------
+        DataError, ModelError, ValueError, TypeError
+            For invalid arguments, and for an option of the configuration that has no effect on a
+            fit for every pixel.
+        PixelFitError
+            If a fit failed and ``errors`` is "raise"; a lazy Dataset raises it when it is computed.
+
+        See Also
+        --------
+        fit : Fit one model to all rows.
+        curvefit : The interface of ``xarray.DataArray.curvefit``.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import xarray as xr
+        >>> def decay(t, height, rate):
+        ...     return height * jnp.exp(-rate * t)
+        >>> t = np.linspace(0, 4, 50)
+        >>> heights = np.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> cube = xr.DataArray(
+        ...     heights * np.exp(-0.7 * t)[:, None, None],
+        ...     dims=("t", "lat", "lon"),
+        ...     coords={"t": t},
+        ... )
+        >>> maps = AdaptiveHybridStreamingOptimizer().fit_each(decay, "t", cube, dims="t")
+        >>> maps.popt.sel(param="height").values.round(6)
+        array([[1., 2.],
+               [3., 4.]])
+        """
+        return fit_map(validate_map_arguments(self.config, *args, **kwargs))
 
     def _publish(self, problem: FitProblem) -> None:
         self.normalizer = problem.normalizer

@@ -23,18 +23,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "solvers"),
     ("warmup", "checkpoints"),
     ("fit", "observers"),
-    ("results", "plan"),
+    ("results", "plan", "maps"),
     ("optimizer", "scipy_call"),
-    ("curve_fit",),
+    ("curve_fit", "curvefit"),
+    ("accessor",),
 )
 # The rooms that import a library which is not for every room.
 USERS = {
     "jax": {"kernels", "model", "rows", "scipy_call", "solvers", "warmup"},
     "optax": {"warmup"},
-    "dask": {"data", "engine", "plan", "results"},
+    "dask": {"data", "engine", "maps", "plan", "results"},
     "distributed": {"engine", "observers"},
     "zarr": {"data", "engine"},
-    "xarray": {"data", "observers", "results"},
+    "xarray": {"accessor", "curvefit", "data", "maps", "observers", "optimizer", "results"},
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 PURE = ("rows", "model", "kernels", "solvers", "warmup")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ class RowBlocks:
     ----------
     y : dask.array.Array
     x : tuple of dask.array.Array
+        The x arrays, then those of ``layout.map_names``.
     sigma : dask.array.Array or None
     mask : dask.array.Array or None
         True for rows to be omitted; None if no array is masked.
@@ -171,6 +172,8 @@ def align(
     sigma: Any = None,
     group_weights: Sequence[float] | None = None,
     x_name: str = "x_data",
+    maps: Mapping[str, Any] | None = None,
+    allows_columns: bool = False,
 ) -> RowBlocks:
     """Convert x, y and sigma to Dask arrays with matching chunks, without reading data.
 
@@ -183,12 +186,19 @@ def align(
         Weights of groups of rows, by which sigma is divided; see ``weighted_sigma``.
     x_name : str
         Name of x in messages.
+    maps : mapping of str to array, optional
+        Further arrays by their name in messages. They follow the x arrays in the result, whose
+        ``layout.map_names`` lists them.
+    allows_columns : bool
+        Whether an x may have one dimension more than an N-d y, for its columns. For a 1-d y it
+        always may.
 
     Raises
     ------
     DataError
         If an array is of an unsupported kind or dtype, or does not match y.
     """
+    maps = maps or {}
     _check_kind("y_data", y_data)
     if sigma is not None:
         _check_kind("sigma", sigma)
@@ -196,8 +206,8 @@ def align(
     array_names = [name.replace("x_data", x_name, 1) for name in x_array_names(x_names)]
     for name, leaf in zip(array_names, leaves, strict=True):
         check_is_array(name, leaf)
-    named = [("y_data", y_data), *zip(array_names, leaves, strict=True)]
-    labels = tuple(label_of(value) for _, value in named)
+    named = [("y_data", y_data), *zip(array_names, leaves, strict=True), *maps.items()]
+    labels = tuple(label_of(value) for _, value in named[: 1 + len(leaves)])
     if sigma is not None:
         named.append(("sigma", sigma))
     notices = [text for name, value in named for text in attribute_notices(value, name)]
@@ -207,11 +217,12 @@ def align(
     first = _first_source(given[0], split_chunks)
     sources = [first]
     for (name, _), value in zip(named[1:], given[1:], strict=True):
-        sources.append(_match(value, name, first, split_chunks))
+        allows_features = name in array_names and (allows_columns or first.values.ndim == 1)
+        sources.append(_match(value, name, first, split_chunks, allows_features))
     by_position = [(s.name, s.given) for s in sources[1:] if not _are_named(s.given, first.given)]
     check_unambiguous(by_position, first.values.shape)
     after, mask = _unify(sources, first.values.ndim)
-    y, x = after[0], tuple(after[1 : 1 + len(leaves)])
+    y, x = after[0], tuple(after[1 : 1 + len(leaves) + len(maps)])
     deviation = None if sigma is None else after[-1]
     if group_weights is not None:
         deviation = weighted_sigma(x[0], y, deviation, mask, group_weights)
@@ -222,6 +233,7 @@ def align(
         _stored_dtype(y),
         None if deviation is None else _stored_dtype(deviation),
         mask is not None,
+        tuple(maps),
     )
     realigned, split_bytes = _split(sources, after)
     return RowBlocks(
@@ -326,13 +338,15 @@ def _are_named(value: Any, y: Any) -> bool:
     return is_xarray(value) and is_xarray(y)
 
 
-def _match(value: Any, name: str, first: _Source, split_chunks: bool) -> _Source:
+def _match(
+    value: Any, name: str, first: _Source, split_chunks: bool, allows_features: bool
+) -> _Source:
     """Match an x array or sigma to y: by dimension names if both have them, else by position.
 
-    ``first`` is y; ``split_chunks`` is that of ``as_dask``.
+    ``first`` is y; ``split_chunks`` is that of ``as_dask``. ``allows_features`` says whether the
+    array may have one dimension more than y.
     """
     y, given, units, notice = first.values, value, "", ""
-    allows_features = y.ndim == 1 and name != "sigma"
     both_named = _are_named(value, first.given)
     if name != "sigma":
         value, units = convert_date_objects(value, name, is_in_memory(value))

@@ -24,12 +24,13 @@ def rows_shape(shape: Shape, y_shape: Shape, allows_features: bool) -> Shape | N
     ----------
     shape, y_shape : tuple of int
     allows_features : bool
-        Whether the array is an x of a 1-d y, which has the shape (n,) or (n, k). Other arrays are
-        broadcast to y.
+        Whether the array is an x, which may have one dimension more than y. For a 1-d y its shape
+        is (n,) or (n, k); other arrays are broadcast to y.
     """
     if allows_features:
-        rows = shape[:1] if len(shape) == 2 else shape
-        return rows if rows == y_shape else None
+        shape = shape[:-1] if len(shape) == len(y_shape) + 1 else shape
+        if len(y_shape) == 1:
+            return shape if shape == y_shape else None
     is_broadcast = len(shape) <= len(y_shape) and all(
         size in (1, n) for size, n in zip(shape[::-1], y_shape[::-1], strict=False)
     )

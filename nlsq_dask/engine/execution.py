@@ -236,10 +236,15 @@ def _check(workers: Workers, partials: PartialResults, watch: Watch) -> None:
         raise WorkersReplacedError("all workers were replaced")
 
 
+def is_inside_task() -> bool:
+    """Return whether the calling thread runs a task of a distributed worker."""
+    return bool(getattr(thread_state, "key", False))
+
+
 @contextmanager
 def _secede() -> Iterator[None]:
     """Context in which the worker runs other tasks, if this fit itself runs inside a Dask task."""
-    inside = bool(getattr(thread_state, "key", False))
+    inside = is_inside_task()
     if inside:
         try:
             secede()

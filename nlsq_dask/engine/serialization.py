@@ -6,6 +6,7 @@ that read the caller's arrays. In an opaque graph it sees only keys, dependencie
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 from collections.abc import Mapping
@@ -47,6 +48,24 @@ def _to_opaque_task(key: Any, node: GraphNode, functions: dict[int, Task]) -> Ta
     needed = tuple(node.dependencies)
     step = Task(None, from_opaque, to_opaque(_Step(node, needed)))
     return Task(key, operator.call, step, *map(TaskRef, needed))
+
+
+@dataclass(frozen=True)
+class OpaqueWhenPickled:
+    """Function without arguments that returns a value, for graphs that the caller computes.
+
+    In this process it holds the value itself. Pickled, as part of a graph that is sent to a
+    scheduler, it becomes a function of other packages that restores the value from bytes.
+    """
+
+    value: Any
+
+    def __call__(self) -> Any:
+        """Return the value."""
+        return self.value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (from_opaque, to_opaque(self.value))
 
 
 @dataclass(frozen=True)

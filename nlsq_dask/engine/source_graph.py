@@ -177,7 +177,7 @@ class SourceGraph:
             key: value
             for array in blocks.arrays
             for key, value in array.__dask_graph__().items()
-            if key not in self._nodes and getattr(value, "key", None) == key
+            if not isinstance(value, GraphNode) and getattr(value, "key", None) == key
         }
 
     @property

@@ -12,7 +12,7 @@ from dask.base import get_scheduler
 from dask.local import get_sync
 from dask.system import CPU_COUNT
 from dask.threaded import get as get_threaded
-from distributed import Client
+from distributed import Client, get_worker
 from distributed.system import MEMORY_LIMIT
 
 from nlsq_dask.engine.serialization import WithPackageImport
@@ -132,3 +132,15 @@ class Workers:
         for i in range(n_items):
             shares[turns[i % len(turns)]].append(i)
         return shares
+
+
+def task_memory() -> int:
+    """Return the bytes of memory for one running task of this process."""
+    try:
+        worker = get_worker()
+    except ValueError:  # not a task of a distributed worker
+        pool = dask.config.get("pool", None)
+        count = dask.config.get("num_workers", None) or getattr(pool, "_max_workers", CPU_COUNT)
+        return int(MEMORY_LIMIT) // int(count)
+    limit = worker.memory_manager.memory_limit or MEMORY_LIMIT
+    return int(limit) // int(worker.state.nthreads)

@@ -135,7 +135,7 @@ def validate_arguments(
         raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     check_loss(loss, f_scale)
     config = config.validated_copy() if verbose is None else replace(config, verbose=verbose)
-    x_parts = _parts_of_x(x_data)
+    x_parts = parts_of_x(x_data)
     all_parameters = parse_parameters(
         model, p0, bounds, param_names, *x_parts, fixed=fixed, ties=ties
     )
@@ -194,7 +194,7 @@ def _check_callback(callback: Any) -> None:
         raise TypeError(f"callback must be callable(params, loss, iteration); got {callback!r}.")
 
 
-def _parts_of_x(x_data: Any) -> tuple[int, str]:
+def parts_of_x(x_data: Any) -> tuple[int, str]:
     """Return the number of arrays in x, and code that lists them, such as ``x['t'], x['u']``."""
     if isinstance(x_data, dict):
         return len(x_data), ", ".join(f"x[{key!r}]" for key in x_data)

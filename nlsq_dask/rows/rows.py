@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
@@ -46,6 +46,9 @@ class Layout:
         Stored NumPy dtypes; ``sigma_dtype`` is None without sigma.
     has_mask : bool
         Whether the data are masked arrays.
+    map_names : tuple of str
+        Names of the arrays after those of x that the model does not receive: the maps of start
+        values and bounds of a fit for every pixel.
     """
 
     x_names: int | tuple[str, ...] | None
@@ -54,6 +57,7 @@ class Layout:
     y_dtype: str
     sigma_dtype: str | None
     has_mask: bool
+    map_names: tuple[str, ...] = ()
 
     def assemble(self, x: Sequence[Any]) -> Any:
         """Return x as the model receives it: one array, a tuple, or a dict."""
@@ -68,13 +72,21 @@ class Layout:
         """Names of the present arrays for messages, in the order y, x, sigma, mask."""
         optional = {"sigma": self.sigma_dtype is not None, "the mask": self.has_mask}
         present = (name for name, is_present in optional.items() if is_present)
-        return ("y_data", *x_array_names(self.x_names), *present)
+        return ("y_data", *x_array_names(self.x_names), *self.map_names, *present)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Dtypes of the arrays, in the order of ``array_names``."""
         optional = self.sigma_dtype, "bool" if self.has_mask else None
         return (self.y_dtype, *self.x_dtypes, *filter(None, optional))
+
+    @property
+    def without_maps(self) -> Layout:
+        """The layout of what a model receives."""
+        n = len(self.x_dtypes) - len(self.map_names)
+        return replace(
+            self, x_features=self.x_features[:n], x_dtypes=self.x_dtypes[:n], map_names=()
+        )
 
     @property
     def row_bytes(self) -> int:

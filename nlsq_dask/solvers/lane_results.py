@@ -135,6 +135,7 @@ class LaneResults:
             chi2=self._chi2,
             cost=self._cost,
             n_points=self._n_points,
+            n_free=self._free.sum(axis=0, dtype=np.int32),
             n_iterations=self._iterations,
             status=self._status,
         )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.losses import Loss
 
 Array = NDArray[Any]
+SigmaKind = Literal["none", "shared", "varies"]  # whether there is a sigma, and varies over lanes
 
 
 class LaneStatus(IntEnum):
@@ -70,8 +71,8 @@ class LaneSettings:
     max_iterations: int = 100  # trial points per lane
     loss: Loss = field(default_factory=Loss)
     absolute_sigma: bool = False
-    covariance: Literal["errors", "full"] | None = "errors"
-    cov_type: Literal["nonrobust", "HC0", "HC1"] = "nonrobust"
+    covariance: str | None = "errors"  # "errors", "full" or None
+    cov_type: str = "nonrobust"  # "nonrobust", "HC0" or "HC1"
     min_points: int | None = None  # None: the number of free parameters of the lane
 
 
@@ -85,5 +86,6 @@ class LaneFits:
     chi2: NDArray[np.float64]  # (m,), sum of squared weighted residuals, whatever the loss
     cost: NDArray[np.float64]  # (m,), 1/2 sum f_scale^2 rho
     n_points: NDArray[np.int32]  # (m,), points in use
+    n_free: NDArray[np.int32]  # (m,), free parameters
     n_iterations: NDArray[np.int16]  # (m,), trial points evaluated
     status: NDArray[np.int8]  # (m,), a ``LaneStatus``

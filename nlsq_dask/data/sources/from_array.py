@@ -113,6 +113,11 @@ def _from_memory(value: Any, name: str, split_chunks: bool) -> da.Array:
     if split_chunks and value.size:
         sizes[:1] = [memory_block_rows(value.shape) for _ in value.shape[:1]]
     chunks = normalize_chunks(tuple(sizes), value.shape, dtype=value.dtype)
+    return chunked(value, chunks)
+
+
+def chunked(value: np.ndarray[Any, Any], chunks: tuple[tuple[int, ...], ...]) -> da.Array:
+    """Return an array in memory as a Dask array of views with the given chunks."""
     key = f"array-{uuid.uuid4().hex}"
     keys = product([key], *map(range, map(len, chunks)))
     # The graph of da.from_array, but of views: da.from_array copies, in case the caller modifies

@@ -1,0 +1,1 @@
+"""A fit for every pixel: many small independent fits, tile by tile."""

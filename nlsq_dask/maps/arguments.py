@@ -1,0 +1,342 @@
+"""``MapProblem``: the arguments of ``fit_each``, validated before any data are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.data.alignment import RowBlocks, align
+from nlsq_dask.data.sources.from_array import as_numpy, chunked, is_in_memory
+from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
+from nlsq_dask.data.sources.from_xarray import is_xarray, resolve_coordinates
+from nlsq_dask.errors import DataError, DataWarning, warn_caller
+from nlsq_dask.fit.arguments.parameters import Parameters, parse_parameters
+from nlsq_dask.fit.problem import parts_of_x
+from nlsq_dask.kernels.losses import Loss, check_loss
+from nlsq_dask.maps.parameter_maps import Maps, Separated, check_maps
+from nlsq_dask.maps.tiles import TileGrid, memory_chunks
+from nlsq_dask.model.check import check_derivative, check_trace
+from nlsq_dask.model.model import Model
+
+# Options that act on a fit for every pixel; docs/options.md lists them.
+OPTIONS = (
+    "precision",
+    "chunk_size",
+    "gauss_newton_tol",
+    "gauss_newton_max_iterations",
+    "random_seed",
+    "enable_fault_tolerance",
+    "max_retries_per_batch",
+    "min_success_rate",
+    "cov_type",
+    "verbose",
+)
+_CHOICES = {
+    "nan_policy": ("raise", "omit"),
+    "covariance": ("errors", "full", None),
+    "errors": ("flag", "raise"),
+}
+
+
+@dataclass(frozen=True)
+class MapProblem:
+    """Model, data and options of a fit for every pixel, after validation."""
+
+    config: HybridStreamingConfig
+    model: Model
+    parameters: Parameters  # all of them; where maps have values, those are not used
+    maps: Maps
+    blocks: RowBlocks
+    grid: TileGrid
+    template: xr.DataArray | None  # y, if it is an xarray object
+    dims: tuple[str, ...]  # of y
+    is_given: bool  # whether the caller gives the start of each parameter
+    in_memory: bool  # whether all arrays are in the memory of this process
+    loss: Loss
+    absolute_sigma: bool
+    nan_policy: str
+    covariance: str | None
+    errors: str
+    min_points: int | None
+    guess: Callable[..., Any] | None
+
+
+def validate_map_arguments(
+    config: HybridStreamingConfig,
+    model: Callable[..., Any],
+    x_data: Any,
+    y_data: Any,
+    p0: Any = None,
+    bounds: Any = None,
+    *,
+    dims: Any,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    loss: str = "linear",
+    f_scale: float = 1.0,
+    nan_policy: str = "omit",
+    fixed: Any = None,
+    ties: Any = None,
+    guess: Callable[..., Any] | None = None,
+    min_points: int | None = None,
+    covariance: str | None = "errors",
+    errors: str = "flag",
+    param_names: Sequence[str] | None = None,
+    verbose: int | None = None,
+) -> MapProblem:
+    """Validate the arguments of ``fit_each`` and return them as a ``MapProblem``.
+
+    Except for ``config``, signature and defaults are those of ``fit_each``.
+
+    Raises
+    ------
+    DataError, ModelError, ValueError, TypeError
+        If an argument is invalid. Values of the data are not checked, because no data are read.
+    """
+    given = {"nan_policy": nan_policy, "covariance": covariance, "errors": errors}
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            allowed = ", ".join(map(repr, _CHOICES[name]))
+            raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+    _check_min_points(min_points)
+    if guess is not None and not callable(guess):
+        raise TypeError(f"guess must be a function guess(x, y); got {guess!r}.")
+    if not isinstance(absolute_sigma, bool | np.bool_):
+        raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
+    check_loss(loss, f_scale)
+    config = config.validated_copy() if verbose is None else replace(config, verbose=verbose)
+    _check_options(config)
+    separated = Separated.of(p0, bounds, fixed)
+    parameters = parse_parameters(
+        model,
+        separated.p0,
+        separated.bounds,
+        param_names,
+        *parts_of_x(x_data),
+        fixed=_with_flags(separated, p0),
+        ties=ties,
+    )
+    maps = separated.maps
+    check_maps(maps, parameters)
+    y_data, axes, is_held = _as_map(y_data, dims)
+    x_data = resolve_coordinates(x_data, y_data)
+    in_memory = is_held and all(map(is_in_memory, [*_leaves(x_data, sigma), *maps.values()]))
+    blocks = _align(x_data, y_data, sigma, maps, axes)
+    transform = parameters.transform
+    traced = Model(
+        model,
+        transform.n_free,
+        blocks.layout.without_maps,
+        config.dtype,
+        transform=None if transform.is_identity else transform,
+    )
+    check_trace(traced, blocks.x_labels)
+    check_derivative(traced, parameters.free.names)
+    for notice in blocks.notices:
+        warn_caller(notice, DataWarning)
+    return MapProblem(
+        config=config,
+        model=traced,
+        parameters=parameters,
+        maps=maps,
+        blocks=blocks,
+        grid=TileGrid.of(blocks, axes),
+        template=y_data if is_xarray(y_data) else None,
+        dims=blocks.dims,
+        is_given=_is_given(p0, parameters),
+        in_memory=in_memory,
+        loss=Loss(loss, float(f_scale)),
+        absolute_sigma=bool(absolute_sigma),
+        nan_policy=nan_policy,
+        covariance=covariance,
+        errors=errors,
+        min_points=min_points,
+        guess=guess,
+    )
+
+
+def _check_min_points(min_points: Any) -> None:
+    is_valid = isinstance(min_points, int | np.integer) and not isinstance(min_points, bool)
+    if min_points is not None and not (is_valid and min_points >= 1):
+        raise ValueError(f"min_points must be a positive integer or None; got {min_points!r}.")
+
+
+def _check_options(config: HybridStreamingConfig) -> None:
+    """Raise a ValueError for an option that does not act on a fit for every pixel."""
+    changed = {name: v for name, v in config.changed().items() if name not in OPTIONS}
+    if changed:
+        listed = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        raise ValueError(
+            f"fit_each does not use {listed}. Leave {'it' if len(changed) == 1 else 'them'} at the "
+            f"default; the options that act on fit_each are {', '.join(OPTIONS)}."
+        )
+
+
+def _with_flags(separated: Separated, p0: Any) -> Any:
+    """Return ``fixed`` without maps; a map of flags requires a start."""
+    for role, value in separated.maps.items():
+        is_flag = role.kind == "fixed" and np.dtype(value.dtype).kind == "b"
+        if is_flag and isinstance(p0, Mapping | None) and role.name not in (p0 or {}):
+            raise ValueError(
+                f"{role.text} says where {role.name!r} is fixed, but p0 does not say at which "
+                f"value. Add it to p0, or pass a map of the values as {role.text}."
+            )
+    return separated.fixed
+
+
+def _is_given(p0: Any, parameters: Parameters) -> bool:
+    """Return whether p0 has a value of each free parameter."""
+    if p0 is None or not isinstance(p0, Mapping):
+        return p0 is not None
+    return all(name in p0 for name in parameters.free.names)
+
+
+def _as_map(y_data: Any, dims: Any) -> tuple[Any, tuple[int, ...], bool]:
+    """Return y, the axes along which fits run, and whether it is in memory.
+
+    In memory it is split into tiles.
+    """
+    if isinstance(y_data, list | tuple):
+        y_data = as_numpy(y_data, "y_data")
+    (y_data,) = pandas_to_numpy([("y_data", y_data)])
+    is_named = is_xarray(y_data)
+    if not hasattr(y_data, "shape") or not hasattr(y_data, "dtype"):
+        raise DataError(f"y_data must be an array; got {type(y_data).__name__}.")
+    names = tuple(map(str, y_data.dims)) if is_named else tuple(range(y_data.ndim))
+    axes = _axes(dims, names, y_data.ndim, is_named)
+    is_held = is_in_memory(y_data)
+    if is_held:
+        values = y_data.values if is_named else y_data
+        if np.ma.isMaskedArray(values):
+            values = np.ma.filled(values.astype(np.result_type(values.dtype, np.float32)), np.nan)
+        values = as_numpy(values, "y_data")
+        split = chunked(values, memory_chunks(values.shape, axes, values.dtype))
+        y_data = y_data.copy(data=split) if is_named else split
+    return y_data, axes, is_held
+
+
+def _axes(dims: Any, names: tuple[Any, ...], ndim: int, is_named: bool) -> tuple[int, ...]:
+    given = [dims] if isinstance(dims, str | int | np.integer) else list(dims)
+    what = "names of dimensions" if is_named else "axes"
+    if not given:
+        raise ValueError(f"dims is empty; expected {what} of y_data, along which to fit.")
+    axes = []
+    for dim in given:
+        if not is_named and isinstance(dim, int | np.integer) and -ndim <= dim < ndim:
+            dim = int(dim) % ndim
+        if dim not in names or isinstance(dim, bool):
+            raise ValueError(
+                f"dims has {dim!r}, but y_data has the {what} {', '.join(map(repr, names))}. Pass "
+                f"those along which to fit."
+            )
+        axes.append(names.index(dim))
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"dims names a dimension twice: {dims!r}.")
+    if len(axes) == ndim:
+        raise ValueError(
+            f"dims names all dimensions of y_data, {dims!r}, so there is a single fit. Use fit."
+        )
+    return tuple(sorted(axes))
+
+
+def _leaves(x_data: Any, sigma: Any) -> list[Any]:
+    leaves = list(x_data.values()) if isinstance(x_data, dict) else x_data
+    leaves = list(leaves) if isinstance(leaves, tuple) else [leaves]
+    return leaves if sigma is None else [*leaves, sigma]
+
+
+def _align(x_data: Any, y_data: Any, sigma: Any, maps: Maps, axes: tuple[int, ...]) -> RowBlocks:
+    """Return all arrays in blocks of y."""
+    dims = tuple(map(str, y_data.dims)) if is_xarray(y_data) else None
+    expand = _Expander(tuple(y_data.shape), axes, dims, y_data)
+    if isinstance(x_data, dict):
+        x_data = {name: expand.points(value) for name, value in x_data.items()}
+    elif isinstance(x_data, tuple):
+        x_data = tuple(map(expand.points, x_data))
+    else:
+        x_data = expand.points(x_data)
+    blocks = align(
+        x_data,
+        y_data,
+        None if sigma is None else expand.points(sigma),
+        maps={role.text: expand.pixels(value, role.text) for role, value in maps.items()},
+        allows_columns=len(axes) == 1,
+    )
+    for array, name in zip(blocks.x, blocks.layout.array_names[1:], strict=False):
+        is_wide = any(array.shape[a] > 1 for a in range(len(y_data.shape)) if a not in axes)
+        if array.ndim > len(y_data.shape) and is_wide:
+            raise DataError(
+                f"{name} has columns and varies over the map (shape {array.shape}). Pass its "
+                f"columns as a tuple of arrays."
+            )
+    return blocks
+
+
+@dataclass(frozen=True)
+class _Expander:
+    """Brings plain arrays of the shape of the points, or of the map, to the dimensions of y."""
+
+    shape: tuple[int, ...]  # of y
+    axes: tuple[int, ...]  # along which fits run
+    dims: tuple[str, ...] | None  # of y, if it is an xarray object
+    y: Any
+
+    def points(self, value: Any) -> Any:
+        """Return an x, or sigma, with the dimensions of y, in the chunks of y where it varies."""
+        if is_xarray(value):
+            return self._in_chunks_of_y(value)
+        return self._expanded(value, self.axes, allows_column=len(self.axes) == 1)
+
+    def pixels(self, value: Any, name: str) -> Any:
+        """Return a map with the dimensions of y."""
+        if is_xarray(value):
+            fitted = [] if self.dims is None else [self.dims[axis] for axis in self.axes]
+            along = [dim for dim in value.dims if dim in fitted]
+            if along:
+                raise DataError(
+                    f"{name} varies along {along[0]!r}, along which the fits run. Pass an array "
+                    f"with dimensions of the map."
+                )
+            return self._in_chunks_of_y(value)
+        others = tuple(axis for axis in range(len(self.shape)) if axis not in self.axes)
+        expected = tuple(self.shape[axis] for axis in others)
+        if np.shape(value) != expected:
+            raise DataError(
+                f"{name} has shape {np.shape(value)}, but the map has the shape {expected}."
+            )
+        return self._expanded(value, others)
+
+    def _expanded(self, value: Any, axes: tuple[int, ...], allows_column: bool = False) -> Any:
+        if isinstance(value, list):
+            value = as_numpy(value, "x_data")
+        shape = np.shape(value)
+        expected = tuple(self.shape[axis] for axis in axes)
+        is_column = allows_column and shape[:-1] == expected
+        if not shape or len(shape) == len(self.shape) or not (shape == expected or is_column):
+            return value
+        if not hasattr(value, "reshape"):
+            value = da.asarray(value)
+        whole = tuple(n if axis in axes else 1 for axis, n in enumerate(self.shape))
+        return value.reshape(whole + shape[len(axes) :])
+
+    def _in_chunks_of_y(self, value: xr.DataArray) -> xr.DataArray:
+        """Return a lazy array in the chunks of y, so that tiles follow from y alone."""
+        if value.chunks is None or not is_xarray(self.y) or self.y.chunks is None:
+            return value
+        chunks = {d: self.y.chunksizes[d] for d in value.dims if d in self.y.dims}
+        is_matched = all(value.sizes[d] == sum(sizes) for d, sizes in chunks.items())
+        return value.chunk(chunks) if is_matched else value
+
+
+def n_lanes_of(config: HybridStreamingConfig, n_points: int) -> int | None:
+    """Return the number of pixels per call of the kernel; None if ``chunk_size`` is "auto"."""
+    if isinstance(config.chunk_size, str):
+        return None
+    return max(math.floor(config.chunk_size / max(n_points, 1)), 1)
