@@ -320,7 +320,7 @@ class AdaptiveHybridStreamingOptimizer:
         """
         return build_plan(validate_arguments(self.config, *args, **kwargs))
 
-    @explain_keywords("fit_each")
+    @explain_keywords("fit_each", hinted=False)
     @arguments_of(validate_map_arguments)
     def fit_each(self, *args: Any, **kwargs: Any) -> xr.Dataset:
         """Fit a model along some dimensions, for every position in the others.
