@@ -19,6 +19,7 @@ from nlsq_dask.errors import (
     PixelFitError,
     ResultFileError,
 )
+from nlsq_dask.maps.plan import MapPlan
 from nlsq_dask.observers.dashboard.metrics import metrics_collector
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
@@ -43,6 +44,7 @@ __all__ = [
     "FitInProgressError",
     "FitResult",
     "HybridStreamingConfig",
+    "MapPlan",
     "MissingChunksWarning",
     "ModelError",
     "NonFiniteDataError",

@@ -58,6 +58,17 @@ def bullets(texts: Iterable[str]) -> str:
     return f"<ul style='margin:0.2em 0'>{items}</ul>" if items else ""
 
 
+def plan(problems: Sequence[str], lines: Iterable[tuple[str, str]]) -> str:
+    """Return the page of a plan: its problems, and one name and value per row."""
+    n = len(problems)
+    text = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
+    return page(
+        paragraph(badge(text, CAUTION if n else GOOD)),
+        bullets(problems),
+        facts(lines),
+    )
+
+
 def collapsed(title: str, body: str, is_open: bool = False) -> str:
     """Return an HTML section that shows or hides ``body`` when its title is clicked."""
     state = " open" if is_open else ""

@@ -106,7 +106,7 @@ def explain_keywords(call: str, hinted: bool = True) -> Callable[[Callable[P, R]
 
 
 def arguments_of(
-    source: Callable[Concatenate[First, P], Any],
+    source: Callable[Concatenate[First, P], Any], also: Callable[..., Any] | None = None
 ) -> Callable[[Callable[Concatenate[Owner, P], R]], Callable[Concatenate[Owner, P], R]]:
     """Return a decorator that gives a method the signature of another function.
 
@@ -116,6 +116,8 @@ def arguments_of(
     ----------
     source : callable
         Function with the signature; its first argument is replaced by ``self``.
+    also : callable, optional
+        Function whose further keywords the method accepts, with the default None.
     """
 
     def decorate(
@@ -124,6 +126,13 @@ def arguments_of(
         own, given = inspect.signature(method), inspect.signature(source)
         this, *_ = own.parameters.values()
         _, *arguments = given.parameters.values()
+        if also is not None:
+            others = inspect.signature(also).parameters.items()
+            arguments += [
+                argument.replace(default=None)
+                for name, argument in others
+                if name not in given.parameters
+            ]
         method.__signature__ = own.replace(parameters=[this, *arguments])  # type: ignore[attr-defined]
         return method
 

@@ -9,6 +9,7 @@ import xarray as xr
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curvefit import curvefit
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
+from nlsq_dask.maps.plan import MapPlan
 from nlsq_dask.plan import Plan
 from nlsq_dask.results.result import FitResult
 
@@ -97,7 +98,7 @@ class DataArrayAccessor(_Accessor):
         *,
         config: HybridStreamingConfig | None = None,
         **kwargs: Any,
-    ) -> Plan:
+    ) -> Plan | MapPlan:
         """Return size, tasks and memory of a fit, without reading data.
 
         Parameters
@@ -188,7 +189,7 @@ class DatasetAccessor(_Accessor):
         *,
         config: HybridStreamingConfig | None = None,
         **kwargs: Any,
-    ) -> Plan:
+    ) -> Plan | MapPlan:
         """Return size, tasks and memory of a fit of a variable, without reading data.
 
         Parameters

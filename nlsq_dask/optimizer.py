@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -44,6 +45,7 @@ from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.problem import FitProblem, validate_arguments
 from nlsq_dask.maps.arguments import validate_map_arguments
 from nlsq_dask.maps.fit_map import fit_map
+from nlsq_dask.maps.plan import MapPlan, build_map_plan
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.build import build_observers, validate_observers
 from nlsq_dask.observers.dashboard.observer import on_dashboard
@@ -295,8 +297,8 @@ class AdaptiveHybridStreamingOptimizer:
         return result
 
     @explain_keywords("plan", hinted=False)
-    @arguments_of(validate_arguments)
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    @arguments_of(validate_arguments, also=validate_map_arguments)
+    def plan(self, *args: Any, **kwargs: Any) -> Plan | MapPlan:
         """Return size, tasks and memory of a fit with these arguments, without reading data.
 
         Parameters
@@ -307,10 +309,12 @@ class AdaptiveHybridStreamingOptimizer:
             As in ``fit``.
         param_names, callback, verbose
             As in ``fit``.
+        dims, guess, min_points, covariance, errors
+            As in ``fit_each``. With ``dims``, the plan is that of ``fit_each``.
 
         Returns
         -------
-        Plan
+        Plan, or with ``dims`` MapPlan
 
         Raises
         ------
@@ -318,6 +322,15 @@ class AdaptiveHybridStreamingOptimizer:
             As in ``fit``, except for errors in values of the data or the model, or in a checkpoint.
             Blocks too large for a worker are no error here; they are listed in ``Plan.problems``.
         """
+        is_map = kwargs.get("dims") is not None
+        source = validate_map_arguments if is_map else validate_arguments
+        for name in kwargs.keys() - inspect.signature(source).parameters.keys():
+            if kwargs[name] is not None:
+                without = "of fit_each" if is_map else "of fit, which has no dims,"
+                raise TypeError(f"the plan {without} has no argument {name!r}.")
+            del kwargs[name]
+        if is_map:
+            return build_map_plan(validate_map_arguments(self.config, *args, **kwargs))
         return build_plan(validate_arguments(self.config, *args, **kwargs))
 
     @explain_keywords("fit_each", hinted=False)

@@ -101,13 +101,7 @@ class Plan:
         return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
 
     def _repr_html_(self) -> str:
-        n = len(self.problems)
-        badge = f"{n} problem{'s' if n > 1 else ''}" if n else "no problems"
-        return html.page(
-            html.paragraph(html.badge(badge, html.CAUTION if n else html.GOOD)),
-            html.bullets(self.problems),
-            html.facts(self._lines()[:-1]),
-        )
+        return html.plan(self.problems, self._lines()[:-1])
 
 
 def build_plan(problem: FitProblem) -> Plan:
@@ -152,12 +146,8 @@ def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> tupl
             f"{n_blocks:,} blocks of {format_bytes(mean)} on average: requesting them takes longer "
             f"than reading them. Use chunks of 10 to 100 MB"
         )
-    n_tasks, n_threads = len(memory.group_bytes), sum(workers.threads.values())
-    if n_tasks < n_threads:
-        problems.append(
-            f"{n_tasks} task{'s' if n_tasks > 1 else ''} for {n_threads} threads: some threads "
-            f"stay idle. Use smaller chunks"
-        )
+    if idle := workers.idle_problem(len(memory.group_bytes)):
+        problems.append(idle)
     matrix = 0 if problem.is_without_matrices else 8 * n_params**2
     if _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit:
         problems.append(

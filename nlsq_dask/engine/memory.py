@@ -12,10 +12,10 @@ from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 
 # Python with its libraries, compiled programs and overhead of the scheduler; measured.
-_BASE_BYTES = 350 * 2**20
+BASE_BYTES = 350 * 2**20
 # While a chunk is decoded, encoded and decoded bytes are in memory together.
 _COPIES = 2
-_MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
+MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
 _AUTO_CACHE = 0.2  # of a worker's memory
 
 
@@ -57,7 +57,7 @@ class MemoryPlan:
         read_bytes = max(at_once * int(block_bytes.max()), blocks.split_bytes)
         task_bytes = 0 if blocks.in_memory else _COPIES * read_bytes
         threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
-        free = int(_MAX_FILLED * limit) - _BASE_BYTES - threads * task_bytes
+        free = int(MAX_FILLED * limit) - BASE_BYTES - threads * task_bytes
         requested = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
         cache_bytes = max(min(int(requested), free), 0) if is_useful else 0
@@ -73,13 +73,13 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """Peak memory of a worker, with cached blocks."""
         cached = min(self.cache_bytes, self.bytes_per_pass)
-        return _BASE_BYTES + self.threads * self.task_bytes + cached
+        return BASE_BYTES + self.threads * self.task_bytes + cached
 
     @property
     def problem(self) -> str | None:
         """Sentence, without a full stop, on why a worker has too little memory; None if enough."""
-        needed = _BASE_BYTES + self.threads * self.task_bytes
-        if needed <= _MAX_FILLED * self.limit:
+        needed = BASE_BYTES + self.threads * self.task_bytes
+        if needed <= MAX_FILLED * self.limit:
             return None
         return (
             f"a worker needs {format_bytes(needed)} of memory and has {format_bytes(self.limit)}: "

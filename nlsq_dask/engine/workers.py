@@ -89,6 +89,16 @@ class Workers:
         """Largest number of threads in one process."""
         return max(self.threads.values(), default=1)
 
+    def idle_problem(self, n_tasks: int) -> str:
+        """Return a sentence, without a full stop, if there are too few tasks; else ""."""
+        n_threads = sum(self.threads.values())
+        if n_tasks >= n_threads:
+            return ""
+        return (
+            f"{n_tasks} task{'s' if n_tasks > 1 else ''} for {n_threads} threads: some threads "
+            f"stay idle. Use smaller chunks"
+        )
+
     @property
     def are_replaced(self) -> bool:
         """Whether the cluster has workers now, but none of those in ``threads``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +19,12 @@ from nlsq_dask.errors import DataError, DataWarning, warn_caller
 from nlsq_dask.fit.arguments.parameters import Parameters, parse_parameters
 from nlsq_dask.fit.problem import parts_of_x
 from nlsq_dask.kernels.losses import Loss, check_loss
+from nlsq_dask.maps.outputs import Outputs
 from nlsq_dask.maps.parameter_maps import Maps, Separated, check_maps
 from nlsq_dask.maps.tiles import TileGrid, memory_chunks
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.model import Model
+from nlsq_dask.solvers.batched_lm import choose_lanes
 
 # Options that act on a fit for every pixel; docs/options.md lists them.
 OPTIONS = (
@@ -66,6 +67,20 @@ class MapProblem:
     errors: str
     min_points: int | None
     guess: Callable[..., Any] | None
+
+    @property
+    def outputs(self) -> Outputs:
+        """The variables of the result."""
+        names = self.parameters.names
+        return Outputs(names, self.grid.map_axes, self.model.dtype, self.covariance)
+
+    @property
+    def n_lanes(self) -> int:
+        """Number of pixels that one call of the kernel processes."""
+        n_points, n_params = self.grid.n_points, self.model.n_params
+        if isinstance(self.config.chunk_size, str):
+            return choose_lanes(n_points, n_params, self.model.dtype, self.grid.largest)
+        return max(self.config.chunk_size // max(n_points, 1), 1)
 
 
 def validate_map_arguments(
@@ -333,10 +348,3 @@ class _Expander:
         chunks = {d: self.y.chunksizes[d] for d in value.dims if d in self.y.dims}
         is_matched = all(value.sizes[d] == sum(sizes) for d, sizes in chunks.items())
         return value.chunk(chunks) if is_matched else value
-
-
-def n_lanes_of(config: HybridStreamingConfig, n_points: int) -> int | None:
-    """Return the number of pixels per call of the kernel; None if ``chunk_size`` is "auto"."""
-    if isinstance(config.chunk_size, str):
-        return None
-    return max(math.floor(config.chunk_size / max(n_points, 1)), 1)

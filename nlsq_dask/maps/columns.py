@@ -20,7 +20,7 @@ Array = NDArray[Any]
 
 # Of the memory that a task may use, the share for the points of a tile: while they are put
 # together, the blocks are in memory, too, and later the arrays of the solver.
-_SHARE = 0.4
+SHARE = 0.4
 _MASK_BYTES = 2  # per point, of arrays that tell where y is finite
 
 
@@ -94,7 +94,7 @@ class ColumnReader:
     def max_pixels(self, tile: Tile) -> int:
         """Return how many pixels of a tile may be in memory at once."""
         points, _ = self._shape(tile)
-        return max(int(_SHARE * task_memory()) // max(self.pixel_bytes(math.prod(points)), 1), 1)
+        return max(int(SHARE * task_memory()) // max(self.pixel_bytes(math.prod(points)), 1), 1)
 
     def __call__(
         self,

@@ -18,14 +18,14 @@ from nlsq_dask.engine.retries import ReadPolicy
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.tile_graph import tile_graph
 from nlsq_dask.errors import DataError, MissingChunksWarning, PixelFitError, warn_caller
-from nlsq_dask.maps.arguments import MapProblem, n_lanes_of
+from nlsq_dask.maps.arguments import MapProblem
 from nlsq_dask.maps.columns import ColumnReader
 from nlsq_dask.maps.outputs import Outputs, failure_text
 from nlsq_dask.maps.parameter_maps import ParameterMaps
 from nlsq_dask.maps.starts import LaneFitter
 from nlsq_dask.maps.tile_task import TileTask
 from nlsq_dask.model.guess import GuessKernel
-from nlsq_dask.solvers.batched_lm import LaneSolver, choose_lanes
+from nlsq_dask.solvers.batched_lm import LaneSolver
 from nlsq_dask.solvers.lanes import LaneSettings, LaneStatus, SigmaKind
 
 
@@ -55,10 +55,7 @@ def tile_task(problem: MapProblem, raises: bool) -> TileTask:
         cov_type=config.cov_type,
         min_points=problem.min_points,
     )
-    n_points = grid.n_points
-    n_lanes = n_lanes_of(config, n_points)
-    if n_lanes is None:
-        n_lanes = choose_lanes(n_points, model.n_params, model.dtype, grid.largest)
+    n_points, n_lanes = grid.n_points, problem.n_lanes
     kinds: dict[bool | None, SigmaKind] = {None: "none", False: "shared", True: "varies"}
     solver = LaneSolver.trace(
         model,
@@ -72,13 +69,12 @@ def tile_task(problem: MapProblem, raises: bool) -> TileTask:
     names = problem.parameters.names
     if problem.guess is not None:
         guess = GuessKernel.trace(problem.guess, model, names, n_points, n_lanes, reader.x_varies)
-    dtype = "float32" if model.dtype == "float32" else "float64"
     return TileTask(
         reader=reader,
         parameters=ParameterMaps.of(problem.parameters, problem.maps),
         fitter=LaneFitter(solver, problem.parameters.transform.is_free),
         guess=guess,
-        outputs=Outputs(names, grid.map_axes, dtype, problem.covariance),
+        outputs=problem.outputs,
         is_given=problem.is_given,
         omits_nan=problem.nan_policy == "omit",
         raises=raises,

@@ -52,6 +52,13 @@ class Outputs:
         omitted = {None: ("perr", "pcov"), "errors": ("pcov",), "full": ()}[self.covariance]
         return {name: variable for name, variable in full.items() if name not in omitted}
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of all variables per pixel."""
+        n = len(self.names)
+        variables = self.variables.values()
+        return sum(np.dtype(v.dtype).itemsize * n ** len(v.dims) for v in variables)
+
     def of(self, fits: LaneFits, pixels: tuple[int, ...]) -> dict[str, Array]:
         """Return the arrays of a tile with the shape ``pixels``."""
         dof = fits.n_points.astype(np.float64) - fits.n_free

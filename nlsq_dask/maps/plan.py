@@ -1,0 +1,181 @@
+"""``MapPlan``: size, tasks and memory of a fit for every pixel, computed without reading data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dask.utils import format_bytes
+
+from nlsq_dask import _html as html
+from nlsq_dask.engine.memory import BASE_BYTES, MAX_FILLED
+from nlsq_dask.engine.source_graph import SourceGraph
+from nlsq_dask.engine.workers import Workers
+from nlsq_dask.maps.arguments import MapProblem
+from nlsq_dask.maps.columns import SHARE, ColumnReader
+from nlsq_dask.model.jacobian import choose_mode
+from nlsq_dask.model.jax_scope import x64
+
+_MANY_TILES = 1000
+_SMALL_TILE_PIXELS = 256  # starting a task takes longer than fitting so few pixels
+# Measured: what compiling the solver leaves behind, and what a task needs beside the arrays below.
+_COMPILED_BYTES = 180 * 2**20
+_TASK_BYTES = 96 * 2**20
+_SOLVER_COPIES = 3  # of the points of the pixels that one call of the kernel processes
+_STATE_VALUES = 8  # numbers of the solver per pixel and parameter
+
+
+@dataclass(frozen=True)
+class MapPlan:
+    """Size, tasks and memory of a fit for every pixel, computed without reading data.
+
+    Attributes
+    ----------
+    n_fits : int
+        Number of pixels, each of which is fitted.
+    n_points : int
+        Number of points of each fit.
+    grid : tuple of int
+        Number of tiles along each dimension of the map. A tile holds the pixels that one task fits.
+    n_tiles : int
+        Number of tiles.
+    n_tasks : int
+        Number of Dask tasks if all variables of the result are computed.
+    bytes_read : int
+        Bytes of all arrays in memory, decoded, that are read once.
+    reads_per_chunk : int
+        How often each chunk is read: once, if the points of all pixels of a tile fit in the memory
+        of a task. Otherwise some pixels at a time are fitted, and some more reads are needed to
+        choose starts and to repeat fits that fail.
+    n_workers, threads : int
+        Number of processes, and the maximum number of threads per process.
+    peak_memory : int
+        Maximum bytes per worker: Python with its libraries, and the running tasks. The result is
+        not included, which stays in memory if it is not written tile by tile.
+    memory_limit : int
+        Bytes of memory of the smallest worker.
+    jacobian : {"forward", "reverse"}
+        Mode of automatic differentiation for the Jacobian of the model.
+    realigned : tuple of str
+        One text per array whose chunks are split to match the chunks of the other arrays.
+    problems : tuple of str
+        Texts on whatever would stop the fit, slow it down, or may be unintended.
+    not_free : tuple of str
+        Texts on the parameters that are fixed or tied for all pixels; empty if there are none.
+    """
+
+    n_fits: int
+    n_points: int
+    grid: tuple[int, ...]
+    n_tiles: int
+    n_tasks: int
+    bytes_read: int
+    reads_per_chunk: int
+    n_workers: int
+    threads: int
+    peak_memory: int
+    memory_limit: int
+    jacobian: str
+    realigned: tuple[str, ...]
+    problems: tuple[str, ...]
+    not_free: tuple[str, ...] = ()
+
+    def _lines(self) -> list[tuple[str, str]]:
+        grid = " x ".join(map(str, self.grid))
+        return [
+            ("Fits", f"{self.n_fits:,}, of {self.n_points:,} points each"),
+            ("Tiles", f"{self.n_tiles:,} ({grid})"),
+            ("Tasks", f"{self.n_tasks:,}"),
+            ("Bytes read", format_bytes(self.bytes_read)),
+            ("Reads per chunk", f"{self.reads_per_chunk}"),
+            ("Workers", f"{self.n_workers}, with up to {self.threads} threads"),
+            (
+                "Peak memory per worker",
+                f"{format_bytes(self.peak_memory)} of {format_bytes(self.memory_limit)}",
+            ),
+            *([("Parameters", " ".join(self.not_free))] if self.not_free else []),
+            ("Jacobian", f"{self.jacobian} mode"),
+            ("Rechunked arrays", "; ".join(self.realigned) or "none"),
+            ("Problems", "; ".join(self.problems) or "none"),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
+
+    def _repr_html_(self) -> str:
+        return html.plan(self.problems, self._lines()[:-1])
+
+
+def build_map_plan(problem: MapProblem) -> MapPlan:
+    """Return the plan on the current Dask workers, or on threads if there are none."""
+    blocks, grid, model = problem.blocks, problem.grid, problem.model
+    workers = Workers.active()
+    tiles = list(grid)
+    _, shared = SourceGraph(blocks).readers([grid.blocks_of(tile) for tile in tiles])
+    threads = min(workers.max_threads, len(tiles))
+    task_bytes, n_parts = _task_memory(problem, workers)
+    peak = BASE_BYTES + _COMPILED_BYTES + threads * task_bytes
+    with x64():
+        mode = choose_mode(model, model.jaxpr())
+    return MapPlan(
+        n_fits=grid.n_pixels,
+        n_points=grid.n_points,
+        grid=grid.shape,
+        n_tiles=len(tiles),
+        n_tasks=len(tiles) * (1 + len(problem.outputs.variables)) + len(shared) + 1,
+        bytes_read=int(blocks.block_bytes().sum()),
+        # With several parts, once more for the pooled start and for fits that fail.
+        reads_per_chunk=1 if n_parts == 1 else n_parts + 2,
+        n_workers=workers.n_processes,
+        threads=threads,
+        peak_memory=peak,
+        memory_limit=workers.memory_limit,
+        jacobian=mode.value,
+        realigned=blocks.realigned,
+        problems=tuple(_problems(problem, workers, peak, n_parts)),
+        not_free=problem.parameters.not_free,
+    )
+
+
+def _task_memory(problem: MapProblem, workers: Workers) -> tuple[int, int]:
+    """Return the peak memory of a task, and the number of parts in which it fits its tile."""
+    blocks, grid, outputs = problem.blocks, problem.grid, problem.outputs
+    reader = ColumnReader.of(blocks, grid, problem.model.dtype)
+    pixel_bytes = max(reader.pixel_bytes(grid.n_points), 1)
+    budget = int(SHARE * workers.memory_limit / workers.max_threads)
+    at_once = max(min(budget // pixel_bytes, grid.largest), 1)
+    read = 0 if problem.in_memory else max(int(blocks.block_bytes().max()), blocks.split_bytes)
+    state = 8 * _STATE_VALUES * problem.model.n_params + outputs.pixel_bytes
+    solver = problem.n_lanes * grid.n_points * 8 * _SOLVER_COPIES
+    # A block is decoded, which needs its bytes twice, while earlier ones are in memory.
+    n_copies = 1 if all(len(blocks.y.chunks[axis]) == 1 for axis in grid.fitted) else 2
+    arrays = at_once * pixel_bytes + n_copies * read + grid.largest * state
+    task_bytes = _TASK_BYTES + arrays + solver
+    return task_bytes, -(-grid.largest // at_once)
+
+
+def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) -> Iterator[str]:
+    grid = problem.grid
+    if problem.parameters.notice:
+        yield problem.parameters.notice
+    if peak > MAX_FILLED * workers.memory_limit:
+        yield (
+            f"a worker needs {format_bytes(peak)} of memory and has "
+            f"{format_bytes(workers.memory_limit)}. Use smaller chunks, fewer threads per worker, "
+            f"or workers with more memory"
+        )
+    if n_parts > 1:
+        yield (
+            f"the points of all pixels of a tile do not fit in the memory of a task, so that each "
+            f"chunk is read {n_parts + 2} times. Use chunks that are smaller along the dimensions "
+            f"of the map"
+        )
+    n_tiles = math.prod(grid.shape)
+    if idle := workers.idle_problem(n_tiles):
+        yield idle
+    if n_tiles > _MANY_TILES and grid.largest < _SMALL_TILE_PIXELS:
+        yield (
+            f"{n_tiles:,} tiles of up to {grid.largest} pixels: starting a task takes longer than "
+            f"their fits. Use chunks that are larger along the dimensions of the map"
+        )
