@@ -8,8 +8,8 @@ import xarray as xr
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curvefit import curvefit
-from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.maps.plan import MapPlan
+from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.plan import Plan
 from nlsq_dask.results.result import FitResult
 
