@@ -27,8 +27,14 @@ _N_POOLED = 512  # pixels from which the rows of the pooled fit are drawn
 _N_ATTEMPTS = 4  # at finding pixels with data among them
 _N_DRAWS = 8  # pixels drawn for a point of the pooled fit, of which the first valid one is used
 
-# Statuses after which another start is tried.
-_RETRIED = (LaneStatus.ITERATION_LIMIT, LaneStatus.NON_FINITE, LaneStatus.STALLED)
+# Statuses after which another start is tried. A singular solution may be a plateau far away.
+_RETRIED = (
+    LaneStatus.ITERATION_LIMIT,
+    LaneStatus.NON_FINITE,
+    LaneStatus.STALLED,
+    LaneStatus.SINGULAR,
+)
+_SOLVED = (LaneStatus.CONVERGED, LaneStatus.AT_BOUND)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class LaneFitter:
         everything = np.arange(n_pixels)
         fits = _joined([self._first(load(part), pooled) for part in _split(everything, most)])
         failed = np.flatnonzero(np.isin(fits.status, _RETRIED))
-        solved = fits.params[self.is_free][:, fits.status > 0]
+        solved = fits.params[self.is_free][:, np.isin(fits.status, _SOLVED)]
         median = np.median(solved, axis=1) if solved.shape[1] else None
         for part in _split(failed, most) if len(failed) else []:
             again = self._again(load(part), _taken(fits, part), pooled, median)
@@ -136,7 +142,8 @@ class LaneFitter:
         some = part.take(index)
         again = self._solve(some.lanes, replace(some.bounded, start=start[:, None]))
         is_lower = np.isfinite(again.cost) & ~(again.cost >= fits.cost[index])
-        chosen = np.flatnonzero((again.status > 0) | is_lower)
+        was_failure = fits.status[index] <= 0
+        chosen = np.flatnonzero(is_lower | (was_failure & (again.status > 0)))
         return _replaced(fits, index[chosen], again, chosen)
 
     def _solve(self, lanes: Lanes, bounded: Bounded) -> LaneFits:
