@@ -99,7 +99,7 @@ def solve_blocks(
 
         def iterate(state: State) -> State:
             state = update(state, summation(block, state.trial), problem, settings)
-            return propose(state, problem, settings, shapes.dtype)
+            return propose(state, problem, settings)
 
         def repeats(state: State) -> Any:
             return (state.status == ACTIVE).sum() > max_active
