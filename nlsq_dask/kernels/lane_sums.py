@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.kernels.losses import LINEAR, Loss, robust
+from nlsq_dask.kernels.losses import Loss, robust
 from nlsq_dask.model.jacobian import accepts_one_row, residual_and_jacobian
 from nlsq_dask.model.model import Mode, Model
 
@@ -41,6 +41,15 @@ class LaneSums(NamedTuple):
     def is_finite(self) -> Any:
         """Which lanes have finite sums, (c,)."""
         return jnp.isfinite(self.gram).all(axis=0) & jnp.isfinite(self.cost)
+
+
+class LaneFactors(NamedTuple):
+    """QR factorization of the Jacobian of c lanes, with columns and rows scaled as the sums."""
+
+    triangle: Any  # R of [J r], (k, k, c), k = p + 1
+    scores: Any  # sum of r^2 q q^T over the rows q of Q, (p, p, c)
+    cost: Any  # (c,)
+    chi2: Any  # (c,)
 
 
 def strip_points(n_points: int) -> int:
@@ -75,22 +84,62 @@ class LaneSummation:
     def __call__(self, data: LaneData, params: Any) -> LaneSums:
         """Return the sums at ``params``, shape (p, c)."""
         n_points, n_lanes = data.y.shape
-        point_terms = self._point_terms()
-        q = [params[i].astype(self.model.dtype) for i in range(self.model.n_params)]
+        columns_of = self._columns_of(params)
 
         def add(i: Any, sums: Any) -> Any:
             strip = jax.tree.map(
                 lambda array: lax.dynamic_slice_in_dim(array, i * self.strip, self.strip), data
             )
-            columns = self._weighted(strip, point_terms(strip.x, strip.y, q))
-            return sums + self._products(columns).astype(jnp.float64)
+            columns, more = columns_of(strip)
+            pairs = [(a, b) for j, a in enumerate(columns) for b in columns[j:]]
+            new = jnp.stack([(a * b).sum(axis=0) for a, b in pairs] + [a.sum(axis=0) for a in more])
+            return sums + new.astype(jnp.float64)
 
-        k = len(q) + 1
+        k = len(params) + 1
         n_sums = k * (k + 1) // 2 + (0 if self.loss.is_linear else 2)
         sums = lax.fori_loop(0, n_points // self.strip, add, jnp.zeros((n_sums, n_lanes)))
         if self.loss.is_linear:
             return LaneSums(sums, 0.5 * sums[-1], sums[-1])
         return LaneSums(sums[:-2], 0.5 * self.loss.f_scale**2 * sums[-2], sums[-1])
+
+    def factors(self, data: LaneData, params: Any, free: Any) -> LaneFactors:
+        """Return the QR factorization at ``params``, shape (p, c).
+
+        Columns of parameters that are not ``free``, shape (p, c), are zero.
+        """
+        columns, more = self._columns_of(params)(data)
+        columns, more = jax.tree.map(lambda a: a.astype(jnp.float64), (columns, more))
+        jacobian = jnp.stack(columns[:-1]) * free[:, None]
+        residual = columns[-1]
+        basis, triangle = gram_schmidt(jnp.concatenate([jacobian, residual[None]]))
+        scores = basis[:-1] * residual
+        rows = [(score * scores).sum(axis=1) for score in scores]
+        square = (residual**2).sum(axis=0)
+        cost, chi2 = 0.5 * square, square
+        if more:
+            cost = 0.5 * self.loss.f_scale**2 * more[0].sum(axis=0)
+            chi2 = more[1].sum(axis=0)
+        return LaneFactors(triangle, jnp.stack(rows), cost, chi2)
+
+    def _columns_of(self, params: Any) -> Callable[[LaneData], tuple[list[Any], list[Any]]]:
+        """Return the function from data to weighted columns of [J r].
+
+        With a robust loss they are scaled, and rho and r^2 are returned, too.
+        """
+        point_terms = self._point_terms()
+        q = [params[i].astype(self.model.dtype) for i in range(self.model.n_params)]
+
+        def columns_of(data: LaneData) -> tuple[list[Any], list[Any]]:
+            columns = self._weighted(data, point_terms(data.x, data.y, q))
+            if self.loss.is_linear:
+                return columns, []
+            residual = columns[-1]
+            unit = jnp.asarray(1 / self.loss.f_scale, residual.dtype)
+            rho, jacobian_scale, residual_scale = robust(self.loss.name, (residual * unit) ** 2)
+            scaled = [column * jacobian_scale for column in columns[:-1]]
+            return [*scaled, residual * residual_scale], [rho, residual**2]
+
+        return columns_of
 
     def _point_terms(self) -> Callable[..., Any]:
         """Return the function of x, y and parameters of a strip to the columns of [J r].
@@ -126,15 +175,36 @@ class LaneSummation:
         # Masked after the computation, so that a NaN at a point that is not used does not spread.
         return [jnp.where(is_used, column, 0) for column in columns]
 
-    def _products(self, columns: list[Any]) -> Any:
-        """Return the sums over the points of a strip."""
-        more = []
-        if self.loss.name != LINEAR:
-            residual = columns[-1]
-            unit = jnp.asarray(1 / self.loss.f_scale, residual.dtype)
-            rho, jacobian_scale, residual_scale = robust(self.loss.name, (residual * unit) ** 2)
-            columns = [column * jacobian_scale for column in columns[:-1]]
-            columns.append(residual * residual_scale)
-            more = [rho.sum(axis=0), (residual**2).sum(axis=0)]
-        products = [(a * b).sum(axis=0) for i, a in enumerate(columns) for b in columns[i:]]
-        return jnp.stack(products + more)
+
+def gram_schmidt(columns: Any) -> tuple[Any, Any]:
+    """Return the QR factorization by modified Gram-Schmidt, of a matrix per lane.
+
+    Parameters
+    ----------
+    columns : array, shape (k, n, c)
+
+    Returns
+    -------
+    basis : array, shape (k, n, c)
+        Orthonormal columns; zero where a column depends on those before it.
+    triangle : array, shape (k, k, c)
+        The factor R.
+    """
+    k = len(columns)
+
+    def step(j: Any, carry: Any) -> Any:
+        columns, triangle = carry
+        column = columns[j]
+        # Scaled, so that squares neither overflow nor underflow.
+        largest = jnp.abs(column).max(axis=0)
+        unit = jnp.where(largest > 0, largest, 1.0)
+        norm = unit * jnp.sqrt(((column / unit) ** 2).sum(axis=0))
+        basis = column / jnp.where(norm > 0, norm, 1.0)
+        is_later = (jnp.arange(k) > j)[:, None]
+        row = jnp.where(is_later, (columns * basis).sum(axis=1), 0.0)
+        columns = (columns - basis * row[:, None]).at[j].set(basis)
+        return columns, triangle.at[j].set(row.at[j].set(norm))
+
+    start = columns, jnp.zeros((k, k, columns.shape[2]))
+    result: tuple[Any, Any] = lax.fori_loop(0, k, step, start)
+    return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -16,13 +16,22 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program
 from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.solvers.lane_batches import LaneBatches
-from nlsq_dask.solvers.lane_program import Shapes, argument_specs, solve_blocks
+from nlsq_dask.solvers.lane_program import (
+    INTEGER,
+    Shapes,
+    data_specs,
+    factor_blocks,
+    rows_spec,
+    solve_blocks,
+)
+from nlsq_dask.solvers.lane_refinement import LaneRefinement
 from nlsq_dask.solvers.lane_results import LaneResults
 from nlsq_dask.solvers.lane_steps import StepSettings
 from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings
 
 _BLOCK = 256  # lanes whose state and strips fit a core's cache
 _MAX_BLOCKS = 8  # blocks per call of the program
+_FACTORED_BLOCK, _MAX_FACTORED_BLOCKS = 64, 4  # in the factorization
 _CALL_BYTES = 1 << 24  # of the arguments of a call
 
 
@@ -49,6 +58,9 @@ class LaneSolver:
 
     program: Program
     shapes: Shapes
+    # Of the lanes in which J^T J loses digits, and for sandwich covariances.
+    factorization: Program
+    factorization_shapes: Shapes
     settings: LaneSettings
     transform: ParameterTransform | None  # that of the model, without the functions of ties
 
@@ -91,8 +103,15 @@ class LaneSolver:
         summation = LaneSummation(model, mode, settings.loss, x_varies, strip)
         steps = StepSettings(settings.tolerance, settings.max_iterations, model.dtype)
         solve = partial(solve_blocks, summation, shapes, steps)
-        program = Program.trace(solve, *argument_specs(model, shapes))
-        return cls(program, shapes, settings, _without_functions(model.transform))
+        rows = rows_spec(shapes, sum(shapes.row_counts))
+        program = Program.trace(solve, INTEGER, INTEGER, data_specs(model, shapes), rows)
+        block = min(_FACTORED_BLOCK, block)
+        few = replace(shapes, block=block, n_blocks=min(_MAX_FACTORED_BLOCKS, shapes.n_blocks))
+        factorize = partial(factor_blocks, summation, few)
+        rows = rows_spec(few, 2 * few.n_params)
+        factorization = Program.trace(factorize, INTEGER, data_specs(model, few), rows)
+        transform = _without_functions(model.transform)
+        return cls(program, shapes, factorization, few, settings, transform)
 
     def __call__(
         self, lanes: Lanes, start: NDArray[Any], low: NDArray[Any], high: NDArray[Any]
@@ -112,8 +131,15 @@ class LaneSolver:
         inside = np.clip(start, low, high)
         dtype = self.shapes.dtype
         results = LaneResults(lanes, inside, low, high, self.settings, self.transform, dtype)
-        batches = LaneBatches(self.program, self.shapes, lanes, inside, low, high)
-        batches.solve(results.missing, results.store)
+        batches = LaneBatches(self.program, self.shapes, inside, low, high)
+        batches.solve(lanes, results.missing, results.store)
+        unsure = results.unsure
+        if len(unsure):
+            refinement = LaneRefinement(
+                self.factorization, self.factorization_shapes, lanes, low, high
+            )
+            refined = refinement.solve(unsure, results.params(unsure), results.needs_steps(unsure))
+            results.refine(unsure, refined)
         return results.fits()
 
 

@@ -6,6 +6,7 @@ A lane that needs many iterations then does not make others wait.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,47 +27,71 @@ Store = Callable[[Index, State, list[Array] | None], None]
 _ACTIVE_SHARE = 0.4  # of a block's lanes; with fewer active ones it waits to be refilled
 
 
-class LaneBatches:
-    """Lanes to be solved, in batches with one call of the program each.
+class LaneBuffers:
+    """Buffers for the data of the lanes that take part in a call of a program.
 
     Parameters
     ----------
-    program : Program
-        That of ``solve_blocks``.
     shapes : Shapes
+        Those of the program.
     lanes : Lanes
-    start, low, high : ndarray, each of shape (p, m)
+        All lanes, from which those of a call are copied.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        shapes: Shapes,
-        lanes: Lanes,
-        start: Array,
-        low: Array,
-        high: Array,
-    ) -> None:
-        self._program, self._shapes = program, shapes
-        self._lanes, self._low, self._high, self._start = lanes, low, high, start
-        blocks, block, n = shapes.n_blocks, shapes.block, shapes.n_points
-        self._y = np.full((blocks, n, block), np.nan, shapes.dtype)
+    def __init__(self, shapes: Shapes, lanes: Lanes) -> None:
+        self._shapes, self._lanes = shapes, lanes
+        n, dtype = shapes.n_points, shapes.dtype
+        shape = shapes.n_blocks, n, shapes.block
+        self._y = np.full(shape, np.nan, dtype)
         self._x = tuple(
-            np.zeros((blocks, n, block), shapes.dtype)
-            if varies
-            else _padded(leaf.astype(shapes.dtype), n)
+            np.zeros(shape, dtype) if varies else _padded(leaf.astype(dtype), n)
             for leaf, varies in zip(lanes.x, shapes.x_varies, strict=True)
         )
         self._sigma: Array | None = None
         if shapes.sigma == "varies":
-            self._sigma = np.ones((blocks, n, block), shapes.dtype)
+            self._sigma = np.ones(shape, dtype)
         elif shapes.sigma == "shared" and lanes.sigma is not None:
-            self._sigma = _padded(lanes.sigma.astype(shapes.dtype).reshape(-1, 1), n)
-        self._packed = np.zeros((blocks, sum(shapes.row_counts), block))
+            self._sigma = _padded(lanes.sigma.astype(dtype).reshape(-1, 1), n)
 
-    def solve(self, index: Index, store: Store) -> None:
+    def call(
+        self, program: Callable[..., Any], index: Index, rows: Array
+    ) -> tuple[Array, list[Array] | None]:
+        """Run ``program(n_blocks, data, rows)`` and return its results for the lanes at ``index``.
+
+        ``rows``, shape (r, len(index)), are further rows of these lanes, which are spread evenly
+        over as few blocks as possible.
+        """
+        shapes = self._shapes
+        n_blocks = -(-len(index) // shapes.block)
+        edges = [len(index) * b // n_blocks for b in range(n_blocks + 1)]
+        blocks = np.zeros((shapes.n_blocks, len(rows), shapes.block))
+        for b, (begin, end) in enumerate(pairwise(edges)):
+            lanes = index[begin:end]
+            blocks[b, :, : len(lanes)] = rows[:, begin:end]
+            _fill(self._y[b], self._lanes.y, lanes)
+            for buffer, leaf, varies in zip(self._x, self._lanes.x, shapes.x_varies, strict=True):
+                if varies:
+                    _fill(buffer[b], leaf, lanes)
+            if shapes.sigma == "varies" and self._sigma is not None:
+                _fill(self._sigma[b], self._lanes.sigma, lanes)
+        results, tied = program(np.int64(n_blocks), (self._y, self._x, self._sigma), blocks)
+        join = partial(_joined, edges=edges)
+        return join(results), None if tied is None else [join(array) for array in tied]
+
+
+@dataclass(frozen=True)
+class LaneBatches:
+    """Lanes to be solved, in batches with one call of the program each."""
+
+    program: Program  # that of ``solve_blocks``
+    shapes: Shapes
+    start: Array  # (p, m)
+    low: Array  # (p, m)
+    high: Array  # (p, m)
+
+    def solve(self, lanes: Lanes, index: Index, store: Store) -> None:
         """Solve the lanes at ``index``, and pass their final states to ``store``."""
-        size = self._shapes.n_lanes
+        size, buffers = self.shapes.n_lanes, LaneBuffers(self.shapes, lanes)
         fresh = [index[begin : begin + size] for begin in range(0, len(index), size)]
         waiting = index[:0]
         states = self._initial(waiting)
@@ -77,9 +102,13 @@ class LaneBatches:
             else:
                 batch, waiting = waiting[:size], waiting[size:]
                 packed, states = states[:, :size], states[:, size:]
-            is_last = not fresh and not len(waiting) and len(batch) <= self._shapes.block
-            packed, tied = self._call(batch, packed, 0.0 if is_last else _ACTIVE_SHARE)
-            state = unpack(packed, self._shapes)[0]
+            is_last = not fresh and not len(waiting) and len(batch) <= self.shapes.block
+            # A block of a full call, or all lanes of one block.
+            per_block = min(len(batch), self.shapes.block)
+            limit = 0 if is_last else int(_ACTIVE_SHARE * per_block)
+            program = partial(self.program, np.int64(limit))
+            packed, tied = buffers.call(program, batch, packed)
+            state = unpack(packed, self.shapes)[0]
             is_active = state.status == ACTIVE
             done = np.flatnonzero(~is_active)
             ended = State(*(field[..., done] for field in state))
@@ -88,30 +117,9 @@ class LaneBatches:
             states = np.concatenate([states, packed[:, is_active]], axis=1)
 
     def _initial(self, index: Index) -> Array:
-        start, low, high = (array[:, index] for array in (self._start, self._low, self._high))
-        packed: Array = pack(np, initial_state(start, self._shapes.n_sums), low, high)
+        start, low, high = (array[:, index] for array in (self.start, self.low, self.high))
+        packed: Array = pack(np, initial_state(start, self.shapes.n_sums), low, high)
         return packed
-
-    def _call(self, index: Index, packed: Array, share: float) -> tuple[Array, list[Array] | None]:
-        """Run the program on these lanes, spread evenly over as few blocks as possible."""
-        shapes = self._shapes
-        n_blocks = -(-len(index) // shapes.block)
-        edges = [len(index) * b // n_blocks for b in range(n_blocks + 1)]
-        for b, (begin, end) in enumerate(pairwise(edges)):
-            lanes, count = index[begin:end], end - begin
-            _fill(self._y[b], self._lanes.y, lanes)
-            for buffer, leaf, varies in zip(self._x, self._lanes.x, shapes.x_varies, strict=True):
-                if varies:
-                    _fill(buffer[b], leaf, lanes)
-            if shapes.sigma == "varies" and self._sigma is not None:
-                _fill(self._sigma[b], self._lanes.sigma, lanes)
-            self._packed[b, :, :count] = packed[:, begin:end]
-            self._packed[b, :, count:] = 0.0  # of status 0, not active
-        limit = int(share * (edges[1] - edges[0]))
-        data = self._y, self._x, self._sigma
-        result, tied = self._program(np.int64(n_blocks), np.int64(limit), data, self._packed)
-        join = partial(_joined, edges=edges)
-        return join(result), None if tied is None else [join(array) for array in tied]
 
 
 def _fill(buffer: Array, source: Any, lanes: Index) -> None:

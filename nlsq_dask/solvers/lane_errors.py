@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,15 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class LaneCovariance:
+class LaneInverse:
     """Inverse of ``J^T J`` per lane."""
 
     matrix: Array  # (p, p, m), zero for fixed parameters
     is_singular: NDArray[np.bool_]  # (m,)
+    inflation: Array  # (m,), largest diagonal element after scaling of the columns
 
 
-def inverse_gram(gram: Array, free: NDArray[np.bool_], least_pivot: float) -> LaneCovariance:
+def inverse_gram(gram: Array, free: NDArray[np.bool_], least_pivot: float) -> LaneInverse:
     """Return the inverse of ``J^T J``, whose columns are scaled first.
 
     Parameters
@@ -32,16 +34,46 @@ def inverse_gram(gram: Array, free: NDArray[np.bool_], least_pivot: float) -> La
     least_pivot : float
         Smallest pivot of the scaled matrix that is not a rounding error.
     """
-    p = len(gram)
-    norms = np.sqrt(np.einsum("iim->im", gram))
-    scale = np.where(norms > 0.0, norms, 1.0)
+    scale = _nonzero(np.sqrt(np.einsum("iim->im", gram)))
     swept = gram / (scale[:, None] * scale)
     is_singular = np.zeros(gram.shape[2], bool)
-    for j in range(p):
+    for j in range(len(gram)):
         swept, is_good = sweep_once(np, swept, j, free, least_pivot)
         is_singular |= free[j] & ~is_good
     varies = free[:, None] & free
-    return LaneCovariance(np.where(varies, -swept, 0.0) / (scale[:, None] * scale), is_singular)
+    inverse = np.where(varies, -swept, 0.0)
+    inflation = np.einsum("iim->im", inverse).max(axis=0)
+    return LaneInverse(inverse / scale[:, None] / scale, is_singular, inflation)
+
+
+def inverse_triangle(
+    triangle: Array, free: NDArray[np.bool_], rounding: float
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Return the inverse of R of a QR factorization, and which lanes are singular.
+
+    Parameters
+    ----------
+    triangle : ndarray, shape (p, p, m)
+        Its columns of fixed parameters are zero, and so are their rows in the result.
+    free : ndarray of bool, shape (p, m)
+    rounding : float
+        Largest diagonal element, after scaling of the columns, that is a rounding error.
+    """
+    p = len(triangle)
+    scale = _nonzero(np.sqrt((triangle**2).sum(axis=0)))
+    scaled = triangle / scale
+    diagonal = np.einsum("iim->im", scaled)
+    is_singular = (free & (diagonal <= rounding)).any(axis=0)
+    inverse = np.zeros_like(scaled)
+    for i in reversed(range(p)):  # row i of R R^-1 = I
+        row = -np.einsum("km,kjm->jm", scaled[i], inverse)
+        row[i] += 1.0
+        inverse[i] = np.where(free[i], row / _nonzero(diagonal[i]), 0.0)
+    return inverse / scale[:, None], is_singular
+
+
+def _nonzero(array: Array) -> Array:
+    return np.where(array > 0.0, array, 1.0)
 
 
 def residual_variance(cost: Array, dof: NDArray[np.int64]) -> Array:
@@ -77,11 +109,11 @@ def expand_covariance(
     finite = np.where(np.isfinite(covariance), covariance, 0.0)
     full: Array = np.einsum("aim,ijm,bjm->abm", slopes, finite, slopes, optimize=True)
     is_infinite = np.isinf(np.einsum("iim->im", covariance))
-    depends = np.einsum("aim,im->am", slopes != 0.0, is_infinite) > 0
+    depends = ((slopes != 0.0) & is_infinite).any(axis=1)
     return np.where(depends[:, None] & depends, np.inf, full)
 
 
 def standard_errors(covariance: Array) -> Array:
     """Return the square roots of the diagonal, shape (p, m)."""
-    diagonal: Array = np.einsum("iim->im", covariance)
+    diagonal: Any = np.einsum("iim->im", covariance)
     return np.asarray(np.sqrt(np.maximum(diagonal, 0.0)))

@@ -1,11 +1,11 @@
-"""The program of a ``LaneSolver``: blocks of lanes, iterated one after the other, in JAX.
+"""The programs of a ``LaneSolver``, in JAX: blocks of lanes, processed one after the other.
 
-A block is so small that the state of its lanes and a strip of their points fit a core's cache.
+A block is so small that the state of its lanes and a strip of their points fit a core's cache. The
+arguments that vary over the lanes have the blocks first, then rows, then the lanes of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.kernels.lane_sums import LaneData, LaneSummation
+from nlsq_dask.kernels.lane_sums import LaneData, LaneFactors, LaneSummation
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.solvers.lane_steps import ACTIVE, Problem, State, StepSettings, propose, update
@@ -72,8 +72,8 @@ def solve_blocks(
     summation: LaneSummation,
     shapes: Shapes,
     settings: StepSettings,
-    n_blocks: Any,
     max_active: Any,
+    n_blocks: Any,
     data: tuple[Any, Any, Any],
     packed: Any,
 ) -> tuple[Any, Any]:
@@ -81,19 +81,12 @@ def solve_blocks(
 
     Returns the packed state, and per block the tied parameters with their derivatives.
     """
-    y, x_arrays, sigmas = data
-    transform = summation.model.transform
 
     def solve(b: Any, packed_blocks: Any) -> Any:
-        x = tuple(
-            leaf[b] if varies else leaf
-            for leaf, varies in zip(x_arrays, shapes.x_varies, strict=True)
-        )
-        sigma = sigmas[b] if shapes.sigma == "varies" else sigmas
-        block = LaneData(y[b], x, sigma)
+        block = _block(data, b, shapes)
         state, low, high = unpack(packed_blocks[b], shapes)
         weighted = block.y.astype(jnp.float64)
-        weighted = weighted if sigma is None else weighted / sigma
+        weighted = weighted if block.sigma is None else weighted / block.sigma
         signal = jnp.where(jnp.isfinite(block.y), weighted**2, 0.0).sum(axis=0)
         problem = Problem(low, high, jnp.isfinite(block.y).sum(axis=0), signal)
 
@@ -108,13 +101,55 @@ def solve_blocks(
         return packed_blocks.at[b].set(pack(jnp, state, low, high))
 
     packed = lax.fori_loop(0, n_blocks, solve, packed)
+    return packed, _tied(summation.model.transform, packed[:, : shapes.n_params])
+
+
+def factor_blocks(
+    summation: LaneSummation, shapes: Shapes, n_blocks: Any, data: tuple[Any, Any, Any], points: Any
+) -> tuple[Any, Any]:
+    """Compute the ``LaneFactors`` of the first blocks.
+
+    The rows of ``points`` are the parameters, then 1 for free and 0 for fixed ones. Returns the
+    rows of the factors one below the other, and the tied parameters as ``solve_blocks``.
+    """
+    p = shapes.n_params
+
+    def factor(b: Any, results: Any) -> Any:
+        params, free = points[b, :p], points[b, p:]
+        factors = summation.factors(_block(data, b, shapes), params, free)
+        rows = [field.reshape(-1, shapes.block) for field in factors]
+        return results.at[b].set(jnp.concatenate(rows))
+
+    n_rows = (p + 1) ** 2 + p**2 + 2
+    results = jnp.zeros((shapes.n_blocks, n_rows, shapes.block))
+    results = lax.fori_loop(0, n_blocks, factor, results)
+    return results, _tied(summation.model.transform, points[:, :p])
+
+
+def unpack_factors(packed: Any, n_params: int) -> LaneFactors:
+    """Return the factors in the result of ``factor_blocks``, shape (rows, c)."""
+    p, n_lanes = n_params, packed.shape[-1]
+    triangle, scores, rest = np.split(packed, np.cumsum([(p + 1) ** 2, p**2]))
+    return LaneFactors(
+        triangle.reshape(p + 1, p + 1, n_lanes), scores.reshape(p, p, n_lanes), *rest
+    )
+
+
+def _block(data: tuple[Any, Any, Any], b: Any, shapes: Shapes) -> LaneData:
+    y, x, sigma = data
+    pairs = zip(x, shapes.x_varies, strict=True)
+    x = tuple(leaf[b] if varies else leaf for leaf, varies in pairs)
+    return LaneData(y[b], x, sigma[b] if shapes.sigma == "varies" else sigma)
+
+
+def _tied(transform: ParameterTransform | None, params: Any) -> tuple[Any, Any] | None:
+    """Return tied parameters, shape (blocks, t, c), and their derivatives, (blocks, t, p, c)."""
     if transform is None or not transform.ties:
-        return packed, None
-    return packed, jax.vmap(partial(_tied, transform), 0)(packed[:, : shapes.n_params])
+        return None
+    return jax.vmap(partial(_tied_of_block, transform))(params)
 
 
-def _tied(transform: ParameterTransform, params: Any) -> tuple[Any, Any]:
-    """Return tied parameters, shape (t, c), and their derivatives, (t, p, c)."""
+def _tied_of_block(transform: ParameterTransform, params: Any) -> tuple[Any, Any]:
 
     def values(params: Any) -> Any:
         every = transform([params[i] for i in range(transform.n_free)], params.dtype)
@@ -129,8 +164,8 @@ def _tied(transform: ParameterTransform, params: Any) -> tuple[Any, Any]:
     return jax.vmap(values, 1, 1)(params), jax.vmap(jacobian, 1, 2)(params)
 
 
-def argument_specs(model: Model, shapes: Shapes) -> Iterator[Any]:
-    """Yield the shapes of the arguments of the program."""
+def data_specs(model: Model, shapes: Shapes) -> tuple[Any, Any, Any]:
+    """Return the shapes of y, x and sigma."""
     spec = partial(jax.ShapeDtypeStruct, dtype=np.dtype(shapes.dtype))
     block = shapes.n_blocks, shapes.n_points, shapes.block
     x = tuple(
@@ -138,7 +173,12 @@ def argument_specs(model: Model, shapes: Shapes) -> Iterator[Any]:
         for features, varies in zip(model.layout.x_features, shapes.x_varies, strict=True)
     )
     sigma = {"none": None, "shared": spec((shapes.n_points, 1)), "varies": spec(block)}
-    integer = jax.ShapeDtypeStruct((), np.dtype(np.int64))
-    rows = shapes.n_blocks, sum(shapes.row_counts), shapes.block
-    packed = jax.ShapeDtypeStruct(rows, np.dtype(np.float64))
-    yield from (integer, integer, (spec(block), x, sigma[shapes.sigma]), packed)
+    return spec(block), x, sigma[shapes.sigma]
+
+
+def rows_spec(shapes: Shapes, n_rows: int) -> Any:
+    """Return the shape of an array of float64 rows."""
+    return jax.ShapeDtypeStruct((shapes.n_blocks, n_rows, shapes.block), np.dtype(np.float64))
+
+
+INTEGER = jax.ShapeDtypeStruct((), np.dtype(np.int64))

@@ -16,12 +16,17 @@ from nlsq_dask.solvers.lane_errors import (
     scaled_covariance,
     standard_errors,
 )
+from nlsq_dask.solvers.lane_refinement import Refined
 from nlsq_dask.solvers.lane_steps import State
 from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings, LaneStatus
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
+# Largest diagonal element of the inverse of the scaled J^T J with which the errors have the digits
+# asked for, by dtype of the model.
+_MAX_INFLATION = {"float64": 1e9, "float32": 1e3}
+_NEGLIGIBLE = 1e-3  # of a standard error; a longer step does not start at a solution
 _WITHOUT_FIT = LaneStatus.NO_DATA, LaneStatus.TOO_FEW_POINTS, LaneStatus.BAD_START
 
 
@@ -62,6 +67,7 @@ class LaneResults:
         self._chi2, self._cost = np.full(m, np.nan), np.full(m, np.nan)
         self._n_points = np.isfinite(lanes.y).sum(axis=0, dtype=np.int32)
         self._iterations = np.zeros(m, np.int16)
+        self._is_unsure, self._needs_steps = np.zeros(m, bool), np.zeros(m, bool)
         self._status = self._first_status(lanes, start)
 
     def _first_status(self, lanes: Lanes, start: Array) -> NDArray[np.int8]:
@@ -86,39 +92,93 @@ class LaneResults:
 
         ``tied`` has the tied parameters and their derivatives by the free ones, or is None.
         """
-        low, high, free = (a[:, index] for a in (self._low, self._high, self._free))
-        status = state.status.astype(np.int8)
-        is_on_bound = free & ((state.params == low) | (state.params == high))
-        status[(status > 0) & is_on_bound.any(axis=0)] = LaneStatus.AT_BOUND
-        self._params[:, index] = state.params
         is_finite = np.isfinite(state.cost)  # infinite if the model is not finite at the start
         self._chi2[index] = np.where(is_finite, state.chi2, np.nan)
         self._cost[index] = np.where(is_finite, state.cost, np.nan)
         self._iterations[index] = np.maximum(state.iterations, 0)
-        if tied is not None:
-            self._tied[:, index] = tied[0]
-        if self._settings.covariance is not None:
-            is_singular = self._store_errors(index, state, None if tied is None else tied[1])
-            status[(status > 0) & is_singular] = LaneStatus.SINGULAR
-        self._status[index] = status
-
-    def _store_errors(self, index: Index, state: State, rates: Any) -> NDArray[np.bool_]:
-        """Compute the covariances and return which are singular."""
+        self._status[index] = state.status.astype(np.int8)
+        self._store_params(index, state.params, tied)
         p, free = len(state.params), self._free[:, index]
         gram = state.gram[triangle_indices(p + 1)[:p, :p]]
         inverse = inverse_gram(gram, free, 4.0 * float(np.finfo(self._dtype).eps))
-        variance = np.ones(len(index))
-        if not self._settings.absolute_sigma:
-            variance = residual_variance(state.cost, self._n_points[index] - free.sum(axis=0))
-        variance = np.where(inverse.is_singular, np.inf, variance)
-        covariance = scaled_covariance(inverse.matrix, variance, free)
+        self._store_covariance(index, inverse.matrix, inverse.is_singular, tied)
+        loses_digits = inverse.is_singular | (inverse.inflation > _MAX_INFLATION[self._dtype])
+        may_improve = self._status[index] >= LaneStatus.ITERATION_LIMIT
+        may_improve |= self._status[index] == LaneStatus.STALLED
+        self._needs_steps[index] = loses_digits & may_improve
+        is_sandwich = self._settings.cov_type != "nonrobust"
+        self._is_unsure[index] = is_finite & (loses_digits | is_sandwich)
+
+    @property
+    def unsure(self) -> Index:
+        """Indices of the lanes whose J^T J must be factorized."""
+        return np.flatnonzero(self._is_unsure)
+
+    def needs_steps(self, index: Index) -> NDArray[np.bool_]:
+        """Return which of these lanes end where J^T J has too few digits."""
+        return self._needs_steps[index]
+
+    def params(self, index: Index) -> Array:
+        """Return the free parameters of these lanes, shape (p, c)."""
+        return self._params[:, index]
+
+    def refine(self, index: Index, refined: Refined) -> None:
+        """Store what the QR factorization gives for these lanes."""
+        factors, inverse = refined.factors, refined.inverse
+        self._cost[index], self._chi2[index] = factors.cost, factors.chi2
+        is_stepped, status = self._needs_steps[index], self._status[index]
+        is_close = refined.is_exact | (refined.errors <= _NEGLIGIBLE)
+        is_solution = np.where(is_stepped & ~refined.is_singular, is_close, status > 0)
+        is_wrong = is_stepped & (status > 0) & ~is_solution
+        status = np.where(is_solution, LaneStatus.CONVERGED, status)
+        self._status[index] = np.where(is_wrong, LaneStatus.STALLED, status)
+        self._store_params(index, refined.params, refined.tied)
+        if self._settings.cov_type == "nonrobust":
+            covariance = np.einsum("ikm,jkm->ijm", inverse, inverse)
+        else:
+            middle = np.einsum("ikm,klm->ilm", inverse, factors.scores)
+            covariance = np.einsum("ilm,jlm->ijm", middle, inverse)
+        self._store_covariance(index, covariance, refined.is_singular, refined.tied)
+
+    def _store_params(self, index: Index, params: Array, tied: Any) -> None:
+        low, high, free = (a[:, index] for a in (self._low, self._high, self._free))
+        self._params[:, index] = params
+        if tied is not None:
+            self._tied[:, index] = tied[0]
+        is_on_bound = (free & ((params == low) | (params == high))).any(axis=0)
+        status = self._status[index]
+        self._status[index] = np.where((status > 0) & is_on_bound, LaneStatus.AT_BOUND, status)
+
+    def _store_covariance(
+        self, index: Index, inverse: Array, is_singular: NDArray[np.bool_], tied: Any
+    ) -> None:
+        """Store covariance and errors, and the status ``SINGULAR``.
+
+        ``inverse`` is that of ``J^T J``, or for a sandwich the product of its three matrices.
+        """
+        free, settings = self._free[:, index], self._settings
+        n_points = self._n_points[index]
+        dof = n_points - free.sum(axis=0)
+        factor = np.ones(len(index))
+        if settings.cov_type != "nonrobust":
+            correction = n_points / np.maximum(dof, 1) if settings.cov_type == "HC1" else factor
+            factor = np.where(dof > 0, correction, np.inf)
+        elif not settings.absolute_sigma:
+            factor = residual_variance(self._cost[index], dof)
+        factor = np.where(is_singular, np.inf, factor)
+        status = self._status[index]
+        self._status[index] = np.where((status > 0) & is_singular, LaneStatus.SINGULAR, status)
+        if settings.covariance is None:
+            return
+        covariance = scaled_covariance(inverse, factor, free)
         if self._transform is not None:
-            covariance = expand_covariance(covariance, self._transform, rates)
-        covariance[..., ~np.isfinite(state.cost)] = np.nan
+            covariance = expand_covariance(
+                covariance, self._transform, None if tied is None else tied[1]
+            )
+        covariance[..., ~np.isfinite(self._cost[index])] = np.nan
         self._errors[:, index] = standard_errors(covariance)
-        if self._settings.covariance == "full":
+        if settings.covariance == "full":
             self._covariance[:, :, index] = covariance
-        return inverse.is_singular
 
     def fits(self) -> LaneFits:
         """Return the results for all parameters of the function."""
