@@ -165,8 +165,10 @@ class LaneFitter:
         start, low, high = part.bounded.typical()
         if not len(valid):
             return start
-        settings = MultistartSettings(_N_CANDIDATES, "sobol", 1, 0.5, 1, True, _BOX, seed)
-        starts = draw_starts(start, low, high, settings).T
+        settings = MultistartSettings(_N_CANDIDATES // 2, "sobol", 1, 0.5, 1, True, _BOX, seed)
+        # The start of the caller may be far away, so other points are drawn around ones.
+        centers = (start, np.clip(np.ones_like(start), low, high))
+        starts = np.concatenate([draw_starts(each, low, high, settings) for each in centers]).T
         candidates = Bounded(starts, low[:, None], high[:, None])
         fits = self._solve(self._sampled(part.lanes.take(valid), rng), candidates)
         cost = np.where(np.isfinite(fits.cost), fits.cost, np.inf)
