@@ -347,9 +347,12 @@ def test_what_is_hardly_determined_is_not_doubted() -> None:
 def test_a_parameter_without_rows() -> None:
     problem = Local(9, 20_000)
     problem.x[problem.x[:, 0] == 7, 0] = 8
-    result = problem.fit(4_000)
+    with pytest.warns(OptimizeWarning, match="insensitive to 'p7', 'p16' at this point"):
+        result = problem.fit(4_000)
     assert not result.success
     assert "insensitive" in result.message
+    assert result.diagnostics["undetermined"] == ["p7", "p16"]
+    assert result.diagnostics["confounded"] == []
     assert result.x[7] == problem.start[7]
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
 
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.iterate import Settings
@@ -337,6 +338,55 @@ def test_a_saddle_is_no_minimum() -> None:
     y = 1.0 + x + 0.01 * np.random.default_rng(0).normal(size=50)
     result = fit(lambda x, a, b: b + (a**2) * x, x, y, [0.0, 1.0])
     assert not result.success or result.x[0] != 0.0
+
+
+def squares(x: Any, a: Any, b: Any, c: Any) -> Any:
+    return a + b**2 * x + c**2 * x * x
+
+
+T = np.linspace(0.0, 1.0, 101)
+HALF_LINE = ([-np.inf, 0.0, 0.0], np.inf)
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters", "ignore:The model is")
+@pytest.mark.parametrize(
+    ("y", "start", "arguments", "named"),
+    [
+        (T, [0.0, 0.0, 1.0], {"bounds": HALF_LINE}, "'b'"),
+        (T + T * T, [0.0, 0.0, 0.0], {"bounds": HALF_LINE}, "'b', 'c'"),
+        (T - T * T, [0.0, 0.0, 1.0], {"bounds": HALF_LINE, "fixed": {"a": 0.0}}, "'b'"),
+        (T, [0.0, 0.0, 0.0], {"bounds": ([-np.inf, -2.0, -2.0], [np.inf, 0.0, 0.0])}, "'b', 'c'"),
+        (T, [0.0, 0.0, 0.0], {"cg_param_threshold": 1}, "'b', 'c'"),
+    ],
+    ids=["one", "two", "beside a fixed one", "upper", "without matrices"],
+)
+def test_a_maximum_at_a_bound(
+    y: Any, start: list[float], arguments: dict[str, Any], named: str
+) -> None:
+    """The derivative by b or c vanishes at zero, although the cost decreases beside it."""
+    result = fit(squares, T, y, start, **NO_WARMUP, **arguments)
+    assert result.status == Status.NO_SENSITIVITY.code
+    assert f"The data do not constrain: {named}." in result.message
+    assert result.diagnostics["confounded"] == []
+
+
+@pytest.mark.filterwarnings("ignore:Covariance of the parameters")
+@pytest.mark.parametrize("y", [-T, 1.0 - T - T * T, 1.0 - T + 3 * T * T])
+def test_a_minimum_at_a_bound_without_a_slope(y: Any) -> None:
+    """The cost increases with b, by its second derivative only."""
+    result = fit(squares, T, y, [0.0, 1.0, 1.0], HALF_LINE, **NO_WARMUP)
+    assert result.success, result.message
+    # In place of squares, the model is linear, and its minimum with bounds is unique.
+    matrix = np.column_stack([np.ones_like(T), T, T * T])
+    expected = optimize.lsq_linear(matrix, y, HALF_LINE, method="bvls").x
+    np.testing.assert_allclose(result.x**2 * [0, 1, 1], expected * [0, 1, 1], atol=1e-6)
+
+
+def test_a_bound_that_the_gradient_holds() -> None:
+    result = fit(lambda x, a, b: a + b * x, T, 1.0 - T, [0.0, 1.0], ([-np.inf, 0.0], np.inf))
+    assert result.success, result.message
+    assert result.x[1] == 0.0
+    assert "The cost would decrease beyond the bound of 'b'." in result.message
 
 
 def test_a_phase_is_not_affine_although_its_normal_matrix_is_constant() -> None:

@@ -49,6 +49,7 @@ _UNSURE = {
     Status.SLOW_PROGRESS,
 }  # a minimum may be there nevertheless
 _RACE_TOL, _RACE_PATIENCE = 1e-3, 150  # tolerance and patience for comparing starts
+_ASIDE = 1e-2  # distance from bounds at which the cost beside them is compared, in typical sizes
 _SAME_COST = 1e-4  # relative difference within which costs are equal
 
 
@@ -339,13 +340,21 @@ class DenseFit(FullFit[State, NormalEquations]):
         return start, first
 
     def _confirm(self, state: State) -> tuple[State, NDArray[np.bool_] | None]:
-        """Return the state, as converged if only rounding or second derivatives hide a minimum."""
+        """Return the state, as converged if only rounding or second derivatives hide a minimum.
+
+        If the model is insensitive to parameters, the array is True for these.
+        """
         sample = self._sample
+        if state.stop is Status.NO_SENSITIVITY:
+            reason = state.iterate.converged()
+            if reason is not None and sample is not None and self._is_at_bounds(state, sample):
+                state = replace(state, stop=reason)
+            return state, state.iterate.is_insensitive
         if state.stop not in _UNSURE or sample is None or not sample.is_informative:
             return state, None
         if state.stop is Status.STALLED and self._is_resolved(state, sample):
             return replace(state, stop=state.iterate.verdict(Status.FLOOR)), None
-        if not sample.is_complete or state.iterate.has_insensitive_parameters:
+        if not sample.is_complete or state.iterate.is_insensitive.any():
             return state, None
         minimum = find_minimum(sample.objective, state.iterate.params, self._settings)
         return (state if minimum is None else self._moved(state, minimum)), None
@@ -358,6 +367,29 @@ class DenseFit(FullFit[State, NormalEquations]):
         remaining = iterate.sums.cost if iterate.svd.is_null.any() else iterate.reduction
         resolution = sample.resolution(iterate.params, self._settings.epsilon)
         return bool(remaining <= 0.5 * iterate.sums.n_used * resolution < np.inf)
+
+    def _is_at_bounds(self, state: State, sample: Sample) -> bool:
+        """Return whether bounds alone make a minimum of a point with insensitive parameters.
+
+        This is so if the cost increases from the bounds inward, along each of these parameters and
+        along all of them, and solves from there lead to no smaller cost. The sample must have all
+        rows.
+        """
+        iterate, s, solver = state.iterate, self._settings, self._sample_solver
+        params, which = iterate.params, iterate.is_insensitive
+        inward = np.where(params <= s.low, 1.0, np.where(params >= s.high, -1.0, 0.0)) * which
+        if not (sample.is_complete and inward[which].all()) or iterate.is_in_a_valley:
+            return False
+        inward *= _ASIDE * np.maximum(np.abs(params), s.sizes)
+        cost, noise, objective = iterate.sums.cost, iterate.cost_noise, sample.objective
+        for step in (*np.diag(inward)[which], inward):
+            start = np.clip(params + step, s.low, s.high)
+            if not objective(start).cost > cost + noise:
+                return False
+            end = solver.solve(objective, start, self._build_report("sample", False)).solution
+            if end is None or not objective(end).cost >= cost - noise:
+                return False
+        return True
 
     def _moved(self, state: State, minimum: Vector) -> State:
         """Return the state, ended as converged at a minimum near it, with a pass there."""

@@ -145,6 +145,9 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
         self._non_identifiable, n_skipped = None, self.context.passes.n_skipped
         if state.stop.is_success:
             state = self._with_sensitivity(state)
+            if state.stop is Status.NO_SENSITIVITY:
+                self._non_identifiable = ~state.sensitive
+                return state, self._non_identifiable
             if self.context.passes.n_skipped == n_skipped:
                 self._non_identifiable = self._without_effect(state)
         return state, self._non_identifiable

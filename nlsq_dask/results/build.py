@@ -53,8 +53,7 @@ def build_result(
     at_low, at_high = outcome.params <= parameters.low, outcome.params >= parameters.high
     active = np.where(transform.is_free, at_high.astype(np.int64) - at_low, 0)
     covariance = outcome.covariance
-    flags = outcome.non_identifiable if covariance is None else covariance.non_identifiable
-    non_identifiable = [] if flags is None else _names(parameters, flags)
+    non_identifiable = _non_identifiable(outcome, parameters)
     confounded = _confounded(outcome, parameters)
     at_bounds = _names(parameters, active != 0)
     is_outward = ((active < 0) & (gradient > 0)) | ((active > 0) & (gradient < 0))
@@ -220,13 +219,24 @@ def _names(parameters: Parameters, flags: NDArray[np.bool_]) -> list[str]:
     return [name for name, flag in zip(parameters.names, flags, strict=True) if flag]
 
 
+def _non_identifiable(outcome: Outcome, parameters: Parameters) -> list[str]:
+    """Return the names of the parameters that the data do not constrain."""
+    flags = np.zeros(len(parameters.names), bool)
+    for source in (outcome, outcome.covariance):
+        if source is not None and source.non_identifiable is not None:
+            flags |= source.non_identifiable
+    return _names(parameters, flags)
+
+
 def _confounded(outcome: Outcome, parameters: Parameters) -> list[list[str]]:
     """Return the names of the parameters of each group that the data cannot tell apart."""
     flags = outcome.non_identifiable
     if outcome.covariance is not None:
         groups = outcome.covariance.confounded
+    elif flags is None or flags.sum() < 2 or outcome.stop is Status.NO_SENSITIVITY:
+        groups = ()
     else:  # conjugate gradients find a single null direction
-        groups = () if flags is None or flags.sum() < 2 else (tuple(np.flatnonzero(flags)),)
+        groups = (tuple(np.flatnonzero(flags)),)
     return [[parameters.names[i] for i in group] for group in groups]
 
 
@@ -240,7 +250,9 @@ def _warn_covariance(
     """Warn if the data do not constrain some parameters, or if pcov is infinite."""
     names, n_params = _join(non_identifiable), problem.model.n_params
     n_used = 0 if outcome.sums is None else outcome.sums.n_used
-    if pcov is None and non_identifiable:
+    if pcov is None and outcome.stop is Status.NO_SENSITIVITY:
+        message = f"The model is insensitive to {names} at this point."
+    elif pcov is None and non_identifiable:
         message = f"The data do not constrain {names}: other values fit equally well."
     elif outcome.covariance is None or pcov is None or np.isfinite(pcov).all():
         return

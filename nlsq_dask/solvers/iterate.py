@@ -33,6 +33,11 @@ class Settings:
     epsilon: float  # machine epsilon of the dtype in which the model is evaluated
     recovers: bool  # retry with a shorter step after a non-finite trial
 
+    def is_held(self, params: Vector, gradient: Vector) -> NDArray[np.bool_]:
+        """Return which parameters are at a bound beyond which the cost would decrease."""
+        at_low, at_high = params <= self.low, params >= self.high
+        return np.asarray((at_low & (gradient > 0.0)) | (at_high & (gradient < 0.0)))
+
 
 def column_scale(jtj: NDArray[np.float64], least: Vector | None = None) -> Vector:
     """Return the column norms of J from J^T J, at least ``least``; 1 where a norm is 0."""
@@ -122,14 +127,18 @@ class Iterate:
         return 0.5 * (8 * self.settings.epsilon) ** 2 * self.sums.signal
 
     @property
-    def has_insensitive_parameters(self) -> bool:
-        """Whether a parameter that is not at a bound changes the model by rounding errors only."""
+    def is_insensitive(self) -> NDArray[np.bool_]:
+        """Which parameters change the model by rounding errors only, shape (p,).
+
+        Those at a bound that the gradient holds there are left out. A gradient of zero does not:
+        the cost may be a maximum along that parameter.
+        """
         s = self.settings
-        is_free = (s.low < self.params) & (self.params < s.high)
         norms = np.sqrt(np.diag(self.sums.jtj))
         rounding = s.epsilon * float(np.sqrt(self.sums.signal))
         is_hidden = norms * np.maximum(np.abs(self.params), s.sizes) <= rounding
-        return bool((is_free & ((norms == 0.0) | is_hidden)).any())
+        is_held = s.is_held(self.params, self.sums.jtr)
+        return np.asarray(~is_held & ((norms == 0.0) | is_hidden))
 
     @property
     def is_in_a_valley(self) -> bool:
@@ -150,7 +159,7 @@ class Iterate:
         Failures are an insensitive parameter, and a cost that still decreases along flat
         directions.
         """
-        if self.has_insensitive_parameters:
+        if self.is_insensitive.any():
             return Status.NO_SENSITIVITY
         return Status.ILL_CONDITIONED if self.is_in_a_valley else reason
 

@@ -42,7 +42,7 @@ def find_minimum(reduce: Reduce, start: Vector, settings: Settings) -> Vector | 
         return None
     params, sums = start, reduce(start)
     for _ in range(_MAX_ITERATIONS):
-        is_free = _free(params, sums, settings)
+        is_free = ~settings.is_held(params, sums.jtr)
         steps = _steps(params, sums, settings)
         hessian = _hessian(reduce, params, steps, is_free)
         if hessian is None:
@@ -67,14 +67,6 @@ def find_minimum(reduce: Reduce, start: Vector, settings: Settings) -> Vector | 
             return None
         params, sums = moved, new
     return None
-
-
-def _free(params: Vector, sums: NormalEquations, settings: Settings) -> NDArray[np.bool_]:
-    """Return which parameters no bound holds back."""
-    is_held = ((params <= settings.low) & (sums.jtr > 0.0)) | (
-        (params >= settings.high) & (sums.jtr < 0.0)
-    )
-    return np.asarray(~is_held)
 
 
 def _steps(params: Vector, sums: NormalEquations, settings: Settings) -> Vector:
