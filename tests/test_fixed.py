@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -601,6 +602,37 @@ def test_a_tie_without_a_finite_derivative_leaves_the_other_errors() -> None:
     np.testing.assert_allclose(result.perr[:2], expected.perr, rtol=1e-6)
     assert np.isinf(result.perr[2])
     assert result.derive(lambda p: p["a"])[1] == pytest.approx(expected.perr[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "tie", "start", "sentence"),
+    [
+        (
+            problems.line,
+            lambda p: jnp.where(p["a"] != 1.0, jnp.nan, p["a"]),
+            1.0,
+            r"ties\['b'\] is not finite at any trial point: at the last one, with a=\S+, it is nan",
+        ),
+        (
+            problems.line,
+            lambda p: jnp.sqrt(p["a"]),
+            0.0,
+            r"derivative of ties\['b'\] with respect to 'a' is not finite at the start, with a=0.0",
+        ),
+        (  # the tie is not at fault, although its derivative is infinite
+            lambda x, a, b: a + jnp.sqrt(x - 1.0) + 0.0 * jnp.maximum(b, 1.0),
+            lambda p: jnp.sqrt(p["a"]),
+            0.0,
+            r"the model is not finite at the start at \S+ of .* rows",
+        ),
+    ],
+    ids=["value", "derivative", "model"],
+)
+def test_what_is_not_finite_is_named(model: Any, tie: Any, start: float, sentence: str) -> None:
+    x = np.linspace(0.0, 2.0, 200)
+    result = problems.fit(model, x, 1.0 - 2.0 * x, [start, 1.0], ties={"b": tie}, **NO_WARMUP)
+    assert not result.success
+    assert re.search(sentence, result.message), result.message
 
 
 @pytest.mark.parametrize(

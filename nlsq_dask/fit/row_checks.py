@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from nlsq_dask.fit.outcome import UndefinedPoint
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.model.transform import ParameterTransform, Vector
 from nlsq_dask.rows.rows import STRIP_ROWS, Layout, Rows
 
 _MAX_LISTED = 10  # blocks in a message
@@ -123,6 +125,8 @@ def explain_not_finite(
 ) -> str:
     """Return a message with the rows at which the model or its derivative is not finite.
 
+    If a function in ``ties`` is the reason, the message names its parameter instead.
+
     Parameters
     ----------
     point : UndefinedPoint
@@ -151,6 +155,8 @@ def explain_not_finite(
     block, rows = data.undefined_rows(int(bad.min()), kernel, point.params)
     if rows is None:
         return ""
+    if problem.transform.ties and _is_finite_without_ties(rows.first, point.params, problem):
+        return _explain_tie(point.params, is_start, problem.transform)
     can_move = not is_start or _is_finite_elsewhere(kernel, rows.first, problem)
     advice = _OTHER_START if is_start else _BOUNDS
     where = "at the start" if is_start else "at any trial point: at the last one,"
@@ -164,6 +170,47 @@ def explain_not_finite(
     count = f"{point.sums.n_nonfinite:,} of {point.sums.n_used:,} rows"
     return f"Not converged: the model is not finite {where} at {count}; {first}. " + (
         f"{advice[0].upper()}{advice[1:]}" if can_move else f"{_NO_START}: {_OMIT}, {_DEFINE}"
+    )
+
+
+def _is_finite_without_ties(row: Rows, free: Vector, problem: FitProblem) -> bool:
+    """Return whether the model and its derivative are finite if tied parameters keep their p0."""
+    constant = problem.transform.with_constant_ties(problem.all_parameters.start)
+    model = replace(problem.model, transform=constant)
+    kernel = PredictionKernel.trace(model, STRIP_ROWS, with_std=True)
+    return bool(np.isfinite(kernel([(row.padded(kernel.batch_rows), 1)], free)).all())
+
+
+def _explain_tie(free: Vector, is_start: bool, transform: ParameterTransform) -> str:
+    """Return a message on the function in ``ties`` that is not finite, or whose derivative is not.
+
+    ``free`` are the values of the free parameters. The message is empty if all functions are
+    finite.
+    """
+    values, rates = transform.expand(free)[transform.is_tied], transform.rates(free)
+    lacks_value, lacks_rate = ~np.isfinite(values), ~np.isfinite(rates)
+    if not (lacks_value.any() or lacks_rate.any()):
+        return ""
+    tie = int(np.argmax(lacks_value if lacks_value.any() else lacks_rate.any(axis=1)))
+    names, free_names = np.array(transform.names), np.array(transform.names)[transform.is_free]
+    function = f"ties[{str(names[transform.is_tied][tie])!r}]"
+    is_used = rates[tie] != 0.0
+    used = is_used if is_used.any() else np.ones_like(is_used)
+    pairs = zip(free_names[used], free[used], strict=True)
+    where = join_first([f"{name}={float(value)!r}" for name, value in pairs])
+    point = "at the start" if is_start else "at any trial point: at the last one"
+    if lacks_value[tie]:
+        fault = f"{function} is not finite {point}, with {where}, it is {values[tie]:g}"
+    else:
+        listed = join_first([repr(str(name)) for name in free_names[lacks_rate[tie]]])
+        fault = (
+            f"the derivative of {function} with respect to {listed} is not finite {point}, with "
+            f"{where}"
+        )
+    advice = "Choose another p0, set bounds" if is_start else "Set bounds"
+    return (
+        f"Not converged: {fault}. {advice} within which the function and its derivative are "
+        f"finite, or write it so that they are."
     )
 
 

@@ -8,7 +8,7 @@ from the chain rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -44,6 +44,10 @@ class ParameterTransform:
         held = set(fixed)
         is_free = np.array([name not in held for name in names], bool)
         return cls(tuple(names), is_free, np.asarray(values, np.float64))
+
+    def with_constant_ties(self, values: Vector) -> Self:
+        """Return the transform that fixes tied parameters at their elements of ``values``."""
+        return replace(self, values=np.where(self.is_tied, values, self.values), ties={})
 
     @cached_property
     def is_identity(self) -> bool:
