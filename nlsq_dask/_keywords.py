@@ -31,6 +31,8 @@ _SYNONYMS = {
     ),
     **dict.fromkeys(("fix", "frozen", "fixed_params", "fixed_parameters"), "fixed"),
     **dict.fromkeys(("tie", "tied"), "ties"),
+    **dict.fromkeys(("x0", "beta0", "guess", "initial_guess", "initial_values"), "p0"),
+    "limits": "bounds",
     "seed": "random_seed",
 }
 
@@ -43,6 +45,14 @@ _EXTRA_ARGUMENTS = (
 _CONSTRAINTS = (
     "Use ties={'b': lambda p: 2 * p['a']} for a parameter that is a function of others, and bounds "
     "for limits of single parameters; other constraints are not supported."
+)
+_BOUNDS = (
+    "Use bounds={'a': (0, np.inf), ...} with lower and upper bounds by name, or "
+    "bounds=(lower, upper) for all parameters."
+)
+_PARAMETERS = (
+    "Use p0={'a': 1.0, ...} for initial values, bounds={'a': (0, np.inf), ...} for limits, fixed "
+    "for parameters that do not vary, and ties for those that are functions of others."
 )
 _WEIGHTS = (
     "Use sigma=1 / weights if the weights multiply residuals (as in lmfit, astropy and "
@@ -66,6 +76,8 @@ _UNSUPPORTED = {
     "check_finite": "Use nan_policy='raise' (the default) or nan_policy='omit' instead.",
     "workers": "Omit it: a fit runs on the active Dask client, or on the threads of this machine.",
     "vary": "Use fixed=['b', ...] with the names of the parameters that do not vary.",
+    **dict.fromkeys(("min", "max", "lower", "upper", "lb", "ub", "min_val", "max_val"), _BOUNDS),
+    **dict.fromkeys(("params", "parameters", "parinfo"), _PARAMETERS),
     **dict.fromkeys(("constraints", "expr"), _CONSTRAINTS),
     "scale_covar": "Use absolute_sigma=True for scale_covar=False, and False for True.",
 }
