@@ -9,15 +9,16 @@ FIX_EXAMPLE = "such as fixed={'b': 2.0}"
 
 
 class Status(Enum):
-    """Reason why a fit ended, with a status code (positive for success) and a message."""
+    """Reason why a fit ended, with a status code (positive for success) and sentences for it."""
 
-    message: str
+    cause: str  # what happened
+    remedy: str  # what to do about it, empty for a success
 
-    def __new__(cls, code: int, message: str) -> Self:
-        """Create a member of the enumeration; its value is the code, its message an attribute."""
+    def __new__(cls, code: int, cause: str, remedy: str = "") -> Self:
+        """Create a member of the enumeration; its value is the code."""
         member = object.__new__(cls)
         member._value_ = code
-        member.message = message
+        member.cause, member.remedy = cause, remedy
         return member
 
     REDUCTION = (
@@ -37,50 +38,52 @@ class Status(Enum):
     )
     ITERATION_LIMIT = (
         0,
-        "Not converged: `gauss_newton_max_iterations` was reached. Start closer to the solution or "
-        "raise the limit.",
+        "Not converged: `gauss_newton_max_iterations` was reached.",
+        "Start closer to the solution or raise the limit.",
     )
     SLOW_PROGRESS = (
         -7,
         "Not converged: slow progress; each of many short steps along a curved or flat valley "
-        "reduced the cost a little, and more would do so. Raise `gauss_newton_max_iterations` "
-        "(the steps that are allowed without much progress increase with it), start closer to the "
-        f"solution, fix one of the parameters ({FIX_EXAMPLE}), or rewrite the model in less "
-        "correlated parameters.",
+        "reduced the cost a little, and more would do so.",
+        "Raise `gauss_newton_max_iterations` (the steps that are allowed without much progress "
+        f"increase with it), start closer to the solution, fix one of the parameters "
+        f"({FIX_EXAMPLE}), or rewrite the model in less correlated parameters.",
     )
     STUCK = (
         -10,
         "Not converged: no progress; many short steps along a curved or flat valley have left "
-        "five digits of the cost unchanged, and more of them would hardly help. Start elsewhere, "
-        f"fix one of the parameters ({FIX_EXAMPLE}), or rewrite the model in less correlated "
-        "parameters.",
+        "five digits of the cost unchanged, and more of them would hardly help.",
+        f"Start elsewhere, fix one of the parameters ({FIX_EXAMPLE}), or rewrite the model in less "
+        "correlated parameters.",
     )
     STALLED = (
         -1,
-        "Not converged: no step reduces the cost although the gradient is not zero. Check that "
-        "the model is smooth and that the data constrain its parameters, or try another start.",
+        "Not converged: no step reduces the cost although the gradient is not zero.",
+        "Check that the model is smooth and that the data constrain its parameters, or try another "
+        "start.",
     )
     NO_SENSITIVITY = (
         -5,
         "Not converged: the model is insensitive to some of its parameters, so they cannot be "
-        "estimated. Start them closer to the solution, remove them or fix them "
-        f"({FIX_EXAMPLE}).",
+        "estimated.",
+        f"Start them closer to the solution, remove them or fix them ({FIX_EXAMPLE}).",
     )
     ILL_CONDITIONED = (
         -6,
         "Not converged: the problem is ill-conditioned; float64 cannot resolve the minimum along a "
-        "flat valley of the cost. Remove or fix one parameter that the data do not constrain "
-        f"({FIX_EXAMPLE}), or center and scale x.",
+        "flat valley of the cost.",
+        f"Remove or fix one parameter that the data do not constrain ({FIX_EXAMPLE}), or center "
+        "and scale x.",
     )
     NON_FINITE_START = (
         -2,
-        "Not converged: the model or its derivative is not finite at the start. Choose another "
-        "p0, or bounds within which the model is defined.",
+        "Not converged: the model or its derivative is not finite at the start.",
+        "Choose another p0, or bounds within which the model is defined.",
     )
     NON_FINITE_STEP = (
         -3,
-        "Not converged: the model or its derivative is not finite at any trial point. Set bounds "
-        "within which the model is defined.",
+        "Not converged: the model or its derivative is not finite at any trial point.",
+        "Set bounds within which the model is defined.",
     )
     WALLTIME = (-8, "Stopped: `max_walltime` was reached; the parameters are the best so far.")
     TERMINATED = (-9, "Stopped by SIGTERM; the parameters are the best so far.")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
+from nlsq_dask.status import Status
 from tests.problems import NO_WARMUP, decay_data, fit
 
 X, Y = decay_data()
@@ -104,6 +105,48 @@ def test_correlated_parameters_that_are_known_well() -> None:
         result = fit(lambda x, a, b: a + b * x, t, y, [1, 1], **NO_WARMUP)
         assert result.success
         assert result.diagnostics["confounded"] == []
+        correlation = -t.mean() / np.sqrt((t**2).mean())
+        assert f"Strongly correlated: 'a' and 'b' ({correlation:.7f})" in result.message
+
+
+def test_a_polynomial_has_no_strongly_correlated_parameters() -> None:
+    t = np.linspace(1, 2, 50)
+    y = 1 + t + 0.01 * np.random.default_rng(0).normal(size=50)
+    result = fit(
+        lambda x, a, b, c, d: a + b * x + c * x**2 + d * x**3, t, y, np.ones(4), **NO_WARMUP
+    )
+    assert result.success
+    assert "correlated" not in result.message
+
+
+@pytest.mark.filterwarnings(NO_COVARIANCE)
+def test_a_parameter_that_has_lost_its_effect_is_named() -> None:
+    """The decay ends before the second point, so that its rate is any large number."""
+    t = np.linspace(0, 1, 100)
+    y = 1 + (t == 0) + 0.01 * np.random.default_rng(0).normal(size=100)
+    result = fit(lambda x, a, b, k: a + b * jnp.exp(-k * x), t, y, [1, 1, 500], **NO_WARMUP)
+    assert not result.success
+    assert result.diagnostics["undetermined"] == ["k"]
+    assert "The data do not constrain: 'k'. Start them closer" in result.message
+
+
+def test_a_parameter_with_an_error_far_above_its_size_is_named() -> None:
+    t = np.linspace(-1, 1, 101)
+    y = 1 + 0.01 * np.cos(5 * t)  # even, so that the slope is 0
+    result = fit(lambda x, a, b: a + 1e-9 * b * x, t, y, [1, 1], **NO_WARMUP)
+    assert result.success
+    assert result.perr[1] == pytest.approx(np.sqrt(np.polyfit(t, y, 1, cov=True)[1][0, 0]) * 1e9)
+    assert "The standard error of 'b' is more than 1,000 times its value" in result.message
+
+
+@pytest.mark.filterwarnings(NO_COVARIANCE)
+def test_the_cause_comes_before_the_remedies() -> None:
+    one_step = {"gauss_newton_max_iterations": 1, "sample_rows": 1, **NO_WARMUP}
+    result = fit(lambda x, a, b, k: a * b * jnp.exp(-k * x), X, Y, [1, 1, 5], **one_step)
+    assert result.status == Status.ITERATION_LIMIT.code
+    parts = (Status.ITERATION_LIMIT.cause, "The data cannot tell", Status.ITERATION_LIMIT.remedy)
+    positions = [result.message.index(part) for part in parts]
+    assert positions == sorted(positions)
 
 
 def test_without_matrices() -> None:

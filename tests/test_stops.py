@@ -123,11 +123,14 @@ def test_reason(case: Case) -> None:
     lazy = [da.from_array(v, chunks=max(len(x) // 10, 4)) for v in (x, y)]
     callback = stopping_callback if reason is Status.USER_STOP else None
     result = fit(model, *lazy, start, callback=callback, **options)
-    message = reason.message.partition(" (such as fixed")[0]  # with the name of a parameter
+    message = reason.cause
     if reason is Status.NON_FINITE_START:  # names the rows
         message = "Not converged: the model is not finite at the start at 193 of 1,000 rows"
-    if reason is Status.NON_FINITE_STEP:
+    elif reason is Status.NON_FINITE_STEP:
         message = "Not converged: the model is not finite at any trial point: at the last one, at"
+    else:
+        remedy = reason.remedy.partition(" (such as fixed")[0]  # with the name of a parameter
+        assert remedy in result.message
     assert result.message.startswith(message), result.message
     assert result.status == reason.code
     assert result.success == (reason.code > 0)

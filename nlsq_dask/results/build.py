@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,15 @@ from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.kernels.sums import NormalEquations, Sums
 from nlsq_dask.results.datasets import block_statistics, row_sample
-from nlsq_dask.results.report import confounded_sentence
 from nlsq_dask.results.result import FitResult
+from nlsq_dask.results.uncertainty import (
+    MIN_CORRELATION,
+    are_uncertain,
+    confounded_sentence,
+    correlated_pairs,
+    correlated_sentence,
+    uncertain_sentence,
+)
 from nlsq_dask.solvers.covariance import infinite_covariance
 from nlsq_dask.status import FIX_EXAMPLE, Status
 
@@ -65,6 +73,8 @@ def build_result(
         _warn_skipped(skipped, outcome.diagnostics["left_out"])
     fixed = tuple(_names(parameters, transform.is_fixed))
     model = replace(problem.model, mode=outcome.mode)
+    uncertain = _uncertain(outcome, problem, pcov, {*non_identifiable, *chain(*confounded)})
+    correlated = _correlated(problem, pcov, confounded)
     has_few_rows = outcome.sums is not None and n_used < n_free
     sentences = [
         skipped,
@@ -74,6 +84,8 @@ def build_result(
         f"There are fewer rows ({n_used}) than parameters ({n_free})." if has_few_rows else "",
         f"The data do not constrain: {_join(non_identifiable)}." if non_identifiable else "",
         *map(confounded_sentence, confounded),
+        uncertain_sentence(uncertain) if uncertain else "",
+        correlated_sentence(correlated) if correlated else "",
     ]
     return FitResult(
         x=outcome.params,
@@ -82,7 +94,12 @@ def build_result(
         message=_message(
             outcome,
             problem,
-            [*non_identifiable, *(name for group in confounded for name in group)],
+            [
+                *non_identifiable,
+                *chain(*confounded),
+                *uncertain,
+                *(name for name, _, _ in correlated),
+            ],
             [text for text in sentences if text],
         ),
         cost=sums.cost,
@@ -138,17 +155,17 @@ def build_result(
 def _message(
     outcome: Outcome, problem: FitProblem, blamed: Sequence[str], sentences: list[str]
 ) -> str:
-    """Return ``FitResult.message``: the status, the given sentences and a hint what to do next.
+    """Return ``FitResult.message``: what happened, the given sentences, and what to do next.
 
     ``blamed`` are the names of parameters that the data do not determine.
     """
     stop, names = outcome.stop, problem.all_parameters.names
-    message = outcome.cause or stop.message
     # An example with the name of a parameter that is in question, or of any.
-    message = message.replace(FIX_EXAMPLE, f"such as fixed=[{(*blamed, *names)[0]!r}]")
+    example = f"such as fixed=[{(*blamed, *names)[0]!r}]"
+    remedy = "" if outcome.cause else stop.remedy.replace(FIX_EXAMPLE, example)
+    message = " ".join(filter(None, [outcome.cause or stop.cause, *sentences, remedy]))
     if stop.suggests_another_start and _can_use_multistart(problem):
         message += _MULTISTART_HINT
-    message = " ".join([message, *sentences])
     if stop.is_interruption:
         return message + resume_hint(outcome.checkpoint)
     return message if stop.is_success else message + _date_hint(problem.blocks)
@@ -240,6 +257,31 @@ def _confounded(outcome: Outcome, parameters: Parameters) -> list[list[str]]:
     return [[parameters.names[i] for i in group] for group in groups]
 
 
+def _uncertain(
+    outcome: Outcome, problem: FitProblem, pcov: Matrix | None, others: set[str]
+) -> list[str]:
+    """Return names of free parameters with errors far above their size, except ``others``."""
+    parameters, transform = problem.all_parameters, problem.transform
+    errors = outcome.errors if pcov is None else np.sqrt(np.diag(pcov))
+    if errors is None:
+        return []
+    sizes = transform.scatter(problem.normalizer.scales)
+    flags = transform.is_free & are_uncertain(outcome.params, errors, sizes)
+    return [name for name in _names(parameters, flags) if name not in others]
+
+
+def _correlated(
+    problem: FitProblem, pcov: Matrix | None, confounded: list[list[str]]
+) -> list[tuple[str, str, float]]:
+    """Return strongly correlated pairs of free parameters, except those of a confounded group."""
+    free = np.flatnonzero(problem.transform.is_free)
+    names = [problem.all_parameters.names[i] for i in free]
+    pairs = correlated_pairs(
+        names, None if pcov is None else pcov[np.ix_(free, free)], MIN_CORRELATION
+    )
+    return [pair for pair in pairs if not any({*pair[:2]} <= {*group} for group in confounded)]
+
+
 def _join(names: list[str]) -> str:
     return join_first([*map(repr, names)])
 
@@ -249,9 +291,10 @@ def _warn_covariance(
 ) -> None:
     """Warn if the data do not constrain some parameters, or if pcov is infinite."""
     names, n_params = _join(non_identifiable), problem.model.n_params
+    insensitive = f"model is insensitive to {names} at this point"
     n_used = 0 if outcome.sums is None else outcome.sums.n_used
     if pcov is None and outcome.stop is Status.NO_SENSITIVITY:
-        message = f"The model is insensitive to {names} at this point."
+        message = f"The {insensitive}."
     elif pcov is None and non_identifiable:
         message = f"The data do not constrain {names}: other values fit equally well."
     elif outcome.covariance is None or pcov is None or np.isfinite(pcov).all():
@@ -261,6 +304,8 @@ def _warn_covariance(
         if not (infinite & ~tied).any():
             listed = _join(_names(problem.all_parameters, infinite))
             reason = f"the derivative of the function in ties is not finite for {listed}"
+        elif outcome.stop is Status.NO_SENSITIVITY:
+            reason = f"the {insensitive}"
         elif non_identifiable:
             reason = f"the data do not constrain {names}"
         elif n_used > n_params:

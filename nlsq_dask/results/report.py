@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask import _html as html_parts
-from nlsq_dask._text import join_first
+from nlsq_dask.results.uncertainty import confounded_sentence, correlated_pairs
 
 if TYPE_CHECKING:
     from nlsq_dask.results.result import FitResult
@@ -122,27 +122,10 @@ def _error_scale(result: FitResult) -> str:
 
 
 def _correlations(result: FitResult, least: float) -> list[tuple[str, str, float]]:
-    """Return pairs of free parameters with their correlation, largest first, to ``least``."""
+    """Return the pairs of free parameters to list, with their correlation."""
     free = np.flatnonzero(result.free)
-    errors, pcov = result.perr[free], result.pcov
-    if pcov is None or not np.isfinite(errors).all() or not (errors > 0).all():
-        return []
-    matrix = pcov[np.ix_(free, free)] / np.outer(errors, errors)
-    first, second = np.nonzero(np.triu(np.abs(matrix) >= least, 1))
-    values = matrix[first, second]
-    order = np.argsort(-np.abs(values), kind="stable")[:_MAX_LISTED]
-    names = [result.param_names[i] for i in free]
-    return [(names[first[i]], names[second[i]], float(values[i])) for i in order]
-
-
-def confounded_sentence(names: list[str]) -> str:
-    """Return a sentence on parameters that the data cannot tell apart, and what to do."""
-    return (
-        f"The data cannot tell {join_first([*map(repr, names)])} apart: a change of one is made up "
-        f"for by changes of the others. Fix one of them (and another, if this is still reported), "
-        f"merge parameters that the model only combines, such as the factors of a product, or add "
-        f"data at which their effects differ."
-    )
+    pcov = None if result.pcov is None else result.pcov[np.ix_(free, free)]
+    return correlated_pairs([result.param_names[i] for i in free], pcov, least)[:_MAX_LISTED]
 
 
 def fit_report(result: FitResult, min_correlation: float) -> str:
