@@ -15,7 +15,7 @@ from tests import problems
 from tests.problems import NO_WARMUP, decay_data, exponential
 
 X, Y = decay_data(4_000)
-fit = functools.partial(problems.fit, exponential, X, Y, [1.0, 1.0, 0.0], **NO_WARMUP)
+fit = functools.partial(problems.fit, exponential, x=X, y=Y, p0=[1.0, 1.0, 0.0], **NO_WARMUP)
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +94,16 @@ def test_digits_of_strongly_correlated_parameters() -> None:
     rng = np.random.default_rng(0)
     x = rng.uniform(0.5, 1.5, 2_000)
     y = x + x * (1 + 1e-9 * x) + 0.1 * rng.normal(size=len(x))
-    result = problems.fit(lambda x, a, b: a * x + b * x * (1 + 1e-9 * x), x, y, [1.0, 1.0])
+    result = problems.fit(
+        lambda x, a, b: a * x + b * x * (1 + 1e-9 * x), x, y, [1.0, 1.0], **NO_WARMUP
+    )
     _, expected = result.predict(np.array([1.0]), return_std=True)
     _, error = result.derive(lambda p: p["a"] + p["b"] * (1 + 1e-9))
     assert error == pytest.approx(expected[0], rel=1e-3)
 
 
 def test_a_derivative_by_a_fixed_parameter_has_no_effect() -> None:
-    x, y = decay_data()
-    result = problems.fit(exponential, x, y - 0.5, [2.0, 0.7, 0.0], fixed=["c"])
+    result = fit(y=Y - 0.5, fixed=["c"])
     values, matrix = result.derive(
         lambda p: {"root": jnp.sqrt(p["c"]), "a": p["a"]}, covariance=True
     )

@@ -7,6 +7,7 @@ that few programs are compiled.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ import xarray as xr
 from scipy import optimize
 
 import nlsq_dask as nd
+from tests.problems import NO_WARMUP
 
 RNG = np.random.default_rng(42)
 M = 60
@@ -153,7 +155,12 @@ def precise(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return optimize.curve_fit(**arguments, **options)
 
 
-SCIPY, OURS = Calls(np, optimize.curve_fit), Calls(jnp, nd.curve_fit)
+# The warm-up takes longer to compile than all else; DEFAULTS has it.
+CONFIG = nd.HybridStreamingConfig(verbose=0, **NO_WARMUP)
+our_curve_fit = functools.partial(nd.curve_fit, config=CONFIG)
+
+SCIPY, OURS = Calls(np, optimize.curve_fit), Calls(jnp, our_curve_fit)
+DEFAULTS = Calls(jnp, nd.curve_fit)
 PRECISE = Calls(np, precise)
 
 
@@ -177,6 +184,14 @@ def test_the_result_is_scipys(name: str) -> None:
         assert ier in (1, 2, 3, 4)
 
 
+@pytest.mark.parametrize("name", ["data only", "bounds of lists", "meshgrid raveled"])
+def test_the_warm_up_changes_nothing(name: str) -> None:
+    popt, pcov = CALLS[name](DEFAULTS)
+    expected, covariance = CALLS[name](OURS)
+    np.testing.assert_allclose(popt, expected, rtol=1e-6)
+    np.testing.assert_allclose(pcov, covariance, rtol=1e-5)
+
+
 # --- limits, Jacobians, rank deficiency
 
 
@@ -196,7 +211,9 @@ def test_a_sufficient_limit_of_evaluations_changes_nothing() -> None:
         assert info["nfev"] <= limit
 
 
-@pytest.mark.parametrize("layout", ["one variable", "two variables"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("one variable", marks=pytest.mark.slow), "two variables"]
+)
 def test_the_jacobian_of_the_caller_is_used(layout: str) -> None:
     """The covariance is its inverse square: a Jacobian that is twice as large gives a quarter."""
     if layout == "one variable":
@@ -208,8 +225,8 @@ def test_the_jacobian_of_the_caller_is_used(layout: str) -> None:
         return 2 * jax.jacfwd(lambda p: model(x, *p))(jnp.stack(params))
 
     options = {"p0": [2, 1, 0.5], "sigma": ERRORS, "absolute_sigma": True}
-    _, pcov = nd.curve_fit(model, xdata, y, **options)
-    _, smaller = nd.curve_fit(model, xdata, y, jac=double, **options)
+    _, pcov = our_curve_fit(model, xdata, y, **options)
+    _, smaller = our_curve_fit(model, xdata, y, jac=double, **options)
     np.testing.assert_allclose(4 * smaller, pcov, rtol=1e-5)
 
 
@@ -262,11 +279,15 @@ def test_an_unusable_jacobian(jac: Any) -> None:
     ],
     ids=["sum", "unused", "product"],
 )
-@pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0, 10)], ids=["free", "bounded"])
+@pytest.mark.parametrize(
+    "bounds",
+    [(-np.inf, np.inf), pytest.param((0, 10), marks=pytest.mark.slow)],
+    ids=["free", "bounded"],
+)
 def test_rank_deficiency_warns_and_gives_infinity(model: Any, fitted: Any, bounds: Any) -> None:
     y = 2 * np.exp(-0.7 * X) + 0.01 * np.cos(9 * X)
     with pytest.warns(optimize.OptimizeWarning, match="^Covariance of the parameters could not"):
-        popt, pcov = nd.curve_fit(model, X, y, bounds=bounds)
+        popt, pcov = our_curve_fit(model, X, y, bounds=bounds)
     assert np.isinf(pcov).all()
     expected, _ = optimize.curve_fit(lambda x, a, c: a * np.exp(-c * x), X, y)
     np.testing.assert_allclose(fitted(popt), expected, rtol=1e-6)
@@ -289,7 +310,7 @@ def test_lazy_variables_of_several_dimensions() -> None:
     lazy = [da.from_array(array, chunks=(4, 5)) for array in (XX, YY, IMAGE)]
     expected, _ = OURS.curve_fit(OURS.spot, (XX, YY), IMAGE.ravel())
     for xdata in (tuple(lazy[:2]), da.stack(lazy[:2])):
-        popt, _, info, *_ = nd.curve_fit(OURS.spot, xdata, lazy[2].ravel(), full_output=True)
+        popt, _, info, *_ = our_curve_fit(OURS.spot, xdata, lazy[2].ravel(), full_output=True)
         np.testing.assert_allclose(popt, expected, rtol=1e-6)
         assert info["fvec"] is None  # the data are not in memory
 
@@ -298,11 +319,11 @@ def test_labeled_data_and_masks() -> None:
     expected, _ = OURS.curve_fit(OURS.decay, X, Y)
     y = xr.DataArray(Y, dims="t", coords={"t": X})
     for xdata in ("t", y.t):
-        popt, _, info, *_ = nd.curve_fit(OURS.decay, xdata, y, full_output=True)
+        popt, _, info, *_ = our_curve_fit(OURS.decay, xdata, y, full_output=True)
         np.testing.assert_allclose(popt, expected, rtol=1e-6)
         np.testing.assert_allclose(info["fvec"], OURS.decay(X, *popt) - Y, atol=1e-5)
     masked = np.ma.masked_where(np.isnan(GAPS), Y)
-    popt, _, info, *_ = nd.curve_fit(OURS.decay, X, masked, full_output=True)
+    popt, _, info, *_ = our_curve_fit(OURS.decay, X, masked, full_output=True)
     expected, _ = SCIPY.curve_fit(SCIPY.decay, X, GAPS, nan_policy="omit")
     np.testing.assert_allclose(popt, expected, rtol=1e-6)
     assert len(info["fvec"]) == masked.count()
@@ -310,7 +331,7 @@ def test_labeled_data_and_masks() -> None:
 
 def test_columns_of_a_frame() -> None:
     frame = pd.DataFrame({"t": X, "unused": Y})
-    popt, _ = nd.curve_fit(lambda d, a, b, c: OURS.decay(d["t"], a, b, c), dict(frame), Y)
+    popt, _ = our_curve_fit(lambda d, a, b, c: OURS.decay(d["t"], a, b, c), dict(frame), Y)
     np.testing.assert_allclose(popt, OURS.curve_fit(OURS.decay, X, Y)[0], rtol=1e-6)
 
 

@@ -111,7 +111,7 @@ def both(trace: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel[Any], Kern
         (8, Accumulation.GRAM, "huber"),
         (3, Accumulation.TRIANGLE, "linear"),
         (8, Accumulation.ROOT, "huber"),
-        (3, Accumulation.SCORES, "linear"),
+        pytest.param(3, Accumulation.SCORES, "linear", marks=pytest.mark.slow),
         (3, Accumulation.SCORES, "huber"),
     ],
 )
@@ -143,8 +143,15 @@ def test_sums_of_batches_are_those_of_strips(
     assert later.cost == pytest.approx(expected.cost, rel=1e-13)
 
 
-@pytest.mark.parametrize("mode", list(Mode))
-@pytest.mark.parametrize("n_params", [3, 8])
+@pytest.mark.parametrize(
+    ("n_params", "mode"),
+    [
+        (3, Mode.FORWARD),
+        pytest.param(3, Mode.REVERSE, marks=pytest.mark.slow),
+        pytest.param(8, Mode.FORWARD, marks=pytest.mark.slow),
+        (8, Mode.REVERSE),
+    ],
+)
 def test_float32_is_summed_in_float64(
     n_params: int, mode: Mode, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +163,7 @@ def test_float32_is_summed_in_float64(
     assert_same(on_gpu(rows_with_gaps(), request), on_cpu(rows_with_gaps(), request), 3e-6)
 
 
-@pytest.mark.parametrize("loss", ["linear", "cauchy"])
+@pytest.mark.parametrize("loss", [pytest.param("linear", marks=pytest.mark.slow), "cauchy"])
 def test_products_for_conjugate_gradients(
     loss: str, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +245,7 @@ def decay(x: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def fit(in_memory: bool = False, **options: Any) -> nd.FitResult:
-    config = nd.HybridStreamingConfig(verbose=0, **options)
+    config = nd.HybridStreamingConfig(verbose=0, **problems.NO_WARMUP, **options)
     x, y = data(in_memory)
     return nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, x, y, [2.0, 0.5, 0.3])
 
@@ -256,10 +263,18 @@ def assert_agrees(result: nd.FitResult, expected: nd.FitResult, tolerance: float
     assert cached_bytes() == 0  # nothing is left on the device
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"gauss_newton_solver": "qr"}, {"cov_type": "HC1"}, {"enable_multi_device": True}],
+    ("options", "in_memory"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"gauss_newton_solver": "qr"}, False),
+        ({"cov_type": "HC1"}, True),
+        ({"enable_multi_device": True}, False),
+        pytest.param({"gauss_newton_solver": "qr"}, True, marks=pytest.mark.slow),
+        pytest.param({"cov_type": "HC1"}, False, marks=pytest.mark.slow),
+        pytest.param({"enable_multi_device": True}, True, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_fits_agree_and_keep_their_rows_on_the_device(
@@ -307,7 +322,7 @@ def test_what_does_not_fit_the_device_is_copied_in_each_pass(
 
 def test_arrays_that_dask_holds_stay_on_the_device(gpu: None, on_cpu: nd.FitResult) -> None:
     arrays = (da.from_array(array, chunks=CHUNK) for array in data(True))
-    result = problems.fit(decay, *arrays, [2.0, 0.5, 0.3])
+    result = problems.fit(decay, *arrays, [2.0, 0.5, 0.3], **problems.NO_WARMUP)
     assert_agrees(result, on_cpu)
     assert result.rows_cached == (result.n_passes - 1) * N_FITTED
 
@@ -332,7 +347,7 @@ def test_rows_are_sampled_again_after_they_were_kept(
     x[77_777] = 0.0
     y = np.sqrt(2 * x) + np.sin(1.3 * x) + 0.05 * np.random.default_rng(1).normal(size=len(x))
     x, y = (da.from_array(array, chunks=CHUNK).map_blocks(np.copy) for array in (x, y))
-    result = problems.fit(guarded, x, y, [1.9, 1.25])
+    result = problems.fit(guarded, x, y, [1.9, 1.25], **problems.NO_WARMUP)
     assert result.success
     assert len(sampled) == 2 * N_FITTED // CHUNK
     assert min(sampled) > 0
@@ -357,7 +372,7 @@ def main():
     device_program._Numbers.run = counted
     x = np.random.default_rng(0).uniform(0, 5, 160_000)
     y = 2.5 * np.exp(-1.3 * x) + 0.5 + 0.05 * np.random.default_rng(1).normal(size=len(x))
-    config = nd.HybridStreamingConfig(verbose=0, enable_multi_device=True)
+    config = nd.HybridStreamingConfig(verbose=0, enable_multi_device=True, max_warmup_iterations=0)
     optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
     result = optimizer.fit(lambda x, a, b, c: a * jnp.exp(-b * x) + c, x, y, [2.0, 0.5, 0.3])
     print(result.success, len(used), min(used.values()), result.n_passes)
@@ -425,7 +440,7 @@ def test_nothing_is_left_after_an_error(gpu: None) -> None:
         raise RuntimeError("enough")
 
     x, y = data(False)
-    config = nd.HybridStreamingConfig(verbose=0, callback_frequency=1)
+    config = nd.HybridStreamingConfig(verbose=0, callback_frequency=1, **problems.NO_WARMUP)
     with pytest.raises(RuntimeError, match="enough"):
         nd.AdaptiveHybridStreamingOptimizer(config).fit(
             decay, x, y, [2.0, 0.5, 0.3], callback=enough

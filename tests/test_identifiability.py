@@ -26,7 +26,11 @@ NO_COVARIANCE = "ignore:Covariance of the parameters"
     [
         (lambda x, a, b, k: a * b * jnp.exp(-k * x), [["a", "b"]]),
         (lambda x, a, k, x0: a * jnp.exp(-k * (x - x0)), [["a", "x0"]]),
-        (lambda x, a, b, c, k: a * b / c * jnp.exp(-k * x), [["a", "b", "c"]]),
+        pytest.param(
+            lambda x, a, b, c, k: a * b / c * jnp.exp(-k * x),
+            [["a", "b", "c"]],
+            marks=pytest.mark.slow,
+        ),
         (lambda x, a, b, c, d: (a + b) * jnp.exp(-c * d * x), [["a", "b"], ["c", "d"]]),
     ],
     ids=["product", "origin", "quotient", "two groups"],
@@ -59,7 +63,7 @@ def binding_data(low: float, high: float) -> tuple[tuple[np.ndarray, np.ndarray]
 
 def test_binding_curves_far_below_saturation(tmp_path: Path) -> None:
     """Only the ratios of the levels to the constant are known; no singular value is zero."""
-    result = fit(binding, *binding_data(-5, -3), [1, 1, 1])
+    result = fit(binding, *binding_data(-5, -3), [1, 1, 1], **NO_WARMUP)
     assert result.diagnostics["confounded"] == [["top1", "top2", "kd"]]
     assert (result.perr > 10 * np.abs(result.x)).all()
     sentence = "The data cannot tell 'top1', 'top2', 'kd' apart"
@@ -69,7 +73,7 @@ def test_binding_curves_far_below_saturation(tmp_path: Path) -> None:
 
 
 def test_binding_curves_that_saturate() -> None:
-    result = fit(binding, *binding_data(-2, 2), [1, 1, 1])
+    result = fit(binding, *binding_data(-2, 2), [1, 1, 1], **NO_WARMUP)
     assert result.success
     assert result.diagnostics["confounded"] == []
     assert "apart" not in result.message
@@ -84,7 +88,7 @@ def test_one_of_two_curves_is_far_below_saturation() -> None:
         is_first = x[1] < 0.5
         return jnp.where(is_first, top1, top2) * x[0] / (jnp.where(is_first, kd1, kd2) + x[0])
 
-    result = fit(separate, (ligand, number), y, [1, 1, 1, 1])
+    result = fit(separate, (ligand, number), y, [1, 1, 1, 1], **NO_WARMUP)
     assert result.diagnostics["confounded"] == [["top2", "kd2"]]
     assert result.diagnostics["undetermined"] == []
     np.testing.assert_allclose(result.x[:2], [2.0, 1.5], rtol=0.05)
@@ -154,6 +158,6 @@ def test_without_matrices() -> None:
         return (a + b) * jnp.exp(-k * x)
 
     with pytest.warns(match="do not constrain 'a', 'b'"):
-        result = fit(model, X, Y, [1, 1, 1], cg_param_threshold=1)
+        result = fit(model, X, Y, [1, 1, 1], cg_param_threshold=1, **NO_WARMUP)
     assert result.diagnostics["confounded"] == [["a", "b"]]
     assert "The data cannot tell 'a', 'b' apart" in result.message
