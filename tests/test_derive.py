@@ -1,4 +1,7 @@
-"""``FitResult.derive``: functions of the parameters with errors by the delta method."""
+"""``FitResult.derive``: functions of the parameters with errors by the delta method.
+
+Those of fixed and tied parameters, and with an infinite covariance: ``test_fixed.py``.
+"""
 
 from __future__ import annotations
 
@@ -54,22 +57,6 @@ def test_arrays_dicts_and_covariances(result: nd.FitResult, tmp_path: Path) -> N
     result.save(tmp_path / "result")
     loaded = nd.FitResult.load(tmp_path / "result")  # without its model
     np.testing.assert_array_equal(loaded.derive(curve), result.derive(curve))
-
-
-def test_fixed_and_tied_parameters() -> None:
-    held = fit(fixed={"c": 0.5}, ties={"b": lambda p: p["a"] / 2})
-    value, error = held.derive(lambda p: p["a"] + 2 * p["b"] + p["c"])
-    assert value == pytest.approx(2 * held.popt[0] + 0.5)
-    assert error == pytest.approx(2 * held.perr[0])
-    assert held.derive(lambda p: p["c"] ** 2) == (0.25, 0.0)
-
-
-@pytest.mark.filterwarnings("ignore::scipy.optimize.OptimizeWarning")
-def test_an_infinite_covariance() -> None:
-    model = lambda x, a, b, c: (a + b) * x + c  # noqa: E731
-    flat = problems.fit(model, X, 2 * X, [1.0, 1.0, 0.5], fixed=["c"], **NO_WARMUP)
-    errors = flat.derive(lambda p: jnp.stack([p["a"] + p["b"], p["c"], 0 * p["a"]]))[1]
-    assert errors.tolist() == [np.inf, 0.0, 0.0]
 
 
 def test_what_is_refused(result: nd.FitResult) -> None:

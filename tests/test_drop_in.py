@@ -184,7 +184,7 @@ def test_the_result_is_scipys(name: str) -> None:
         assert ier in (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("name", ["data only", "bounds of lists", "meshgrid raveled"])
+@pytest.mark.parametrize("name", ["data only", "meshgrid raveled"])
 def test_the_warm_up_changes_nothing(name: str) -> None:
     popt, pcov = CALLS[name](DEFAULTS)
     expected, covariance = CALLS[name](OURS)
@@ -275,7 +275,11 @@ def test_an_unusable_jacobian(jac: Any) -> None:
     [
         (lambda x, a, b, c: (a + b) * jnp.exp(-c * x), lambda p: (p[0] + p[1], p[2])),
         (lambda x, a, b, c: a * jnp.exp(-b * x) + 0 * c, lambda p: (p[0], p[1])),
-        (lambda x, a, b, c: a * b * jnp.exp(-c * x), lambda p: (p[0] * p[1], p[2])),
+        pytest.param(
+            lambda x, a, b, c: a * b * jnp.exp(-c * x),
+            lambda p: (p[0] * p[1], p[2]),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sum", "unused", "product"],
 )

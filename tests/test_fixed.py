@@ -86,7 +86,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = ("qr", "loss")  # which the transform of the model does not see
+SLOW = ("qr", "loss", "multistart")  # which the transform of the model does not see
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,10 @@ def test_fixed_and_tied_at_once_and_ties_of_fixed_parameters() -> None:
     assert result.success
     assert result.free.tolist() == [False, True, True, False]
     assert result.perr[3] == pytest.approx(0.5 * result.perr[1] / np.sqrt(result.popt[1]))
+    value, error = result.derive(lambda p: p["w1"] + p["w2"] + p["h1"])
+    assert value == pytest.approx(result.popt[1] + result.popt[3] + 0.4)
+    assert error == pytest.approx(result.perr[1] + result.perr[3])
+    assert result.derive(lambda p: p["h1"] ** 2) == (pytest.approx(0.16), 0.0)
     constant = fit_peaks(fixed={"h1": 0.4}, ties={"w2": lambda p: 2 * p["h1"]}, **NO_WARMUP)
     assert constant.popt[3] == 0.8
     assert constant.perr[3] == 0.0
@@ -245,6 +249,8 @@ def test_an_infinite_covariance_keeps_the_zeros_of_fixed_parameters() -> None:
     expected[np.ix_([1, 2, 4], [1, 2, 4])] = np.inf
     np.testing.assert_array_equal(result.pcov, expected)
     assert result.perr.tolist() == [0.0, np.inf, np.inf, 0.0, np.inf]
+    errors = result.derive(lambda p: jnp.stack([p["a"] + p["b"], p["c"], 0 * p["a"]]))[1]
+    assert errors.tolist() == [np.inf, 0.0, 0.0]
     assert result.diagnostics["undetermined"] == ["a", "b"]
     assert result.diagnostics["confounded"] == [["a", "b"]]
     assert "The data cannot tell 'a', 'b' apart" in result.message

@@ -108,7 +108,7 @@ def both(trace: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel[Any], Kern
     ("n_params", "accumulation", "loss"),
     [
         (3, Accumulation.GRAM, "linear"),
-        (8, Accumulation.GRAM, "huber"),
+        pytest.param(8, Accumulation.GRAM, "huber", marks=pytest.mark.slow),
         (3, Accumulation.TRIANGLE, "linear"),
         (8, Accumulation.ROOT, "huber"),
         pytest.param(3, Accumulation.SCORES, "linear", marks=pytest.mark.slow),

@@ -25,7 +25,9 @@ NO_COVARIANCE = "ignore:Covariance of the parameters"
     ("model", "groups"),
     [
         (lambda x, a, b, k: a * b * jnp.exp(-k * x), [["a", "b"]]),
-        (lambda x, a, k, x0: a * jnp.exp(-k * (x - x0)), [["a", "x0"]]),
+        pytest.param(
+            lambda x, a, k, x0: a * jnp.exp(-k * (x - x0)), [["a", "x0"]], marks=pytest.mark.slow
+        ),
         pytest.param(
             lambda x, a, b, c, k: a * b / c * jnp.exp(-k * x),
             [["a", "b", "c"]],

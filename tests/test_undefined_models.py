@@ -218,8 +218,17 @@ AT_TRIALS: list[tuple[Any, str]] = [
 
 
 @undefined
-@pytest.mark.parametrize("config", [None, MATRIX_FREE], ids=["matrices", "conjugate gradients"])
-@pytest.mark.parametrize(("model", "sentence"), AT_TRIALS, ids=["derivative", "model"])
+@pytest.mark.parametrize(
+    ("model", "sentence", "config"),
+    [
+        pytest.param(*AT_TRIALS[0], None, id="derivative"),
+        pytest.param(*AT_TRIALS[0], MATRIX_FREE, id="derivative without matrices"),
+        pytest.param(*AT_TRIALS[1], None, id="model"),
+        pytest.param(
+            *AT_TRIALS[1], MATRIX_FREE, id="model without matrices", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_the_rows_that_forbid_all_trials_are_named(
     model: Any, sentence: str, config: nd.HybridStreamingConfig | None
 ) -> None:
