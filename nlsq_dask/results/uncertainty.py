@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask._text import join_first
 
-MIN_CORRELATION = 0.9999  # of a pair that is named; polynomials of x near 0 remain below 0.9985
+MIN_CORRELATION = 0.9999  # of a pair that is named; polynomials of x near 0 remain below 0.9997
 _MIN_ERROR = 1e3  # standard error, relative to the parameter and to its typical size
 _MAX_PAIRS = 3  # in a sentence
 
