@@ -29,6 +29,8 @@ from nlsq_dask.solvers.lane_results import LaneResults
 from nlsq_dask.solvers.lane_steps import StepSettings
 from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings
 
+Array = NDArray[Any]
+
 _BLOCK = 256  # lanes whose state and strips fit a core's cache
 _MAX_BLOCKS = 8  # blocks per call of the program
 _FACTORED_BLOCK, _MAX_FACTORED_BLOCKS = 64, 4  # in the factorization
@@ -113,9 +115,7 @@ class LaneSolver:
         transform = _without_functions(model.transform)
         return cls(program, shapes, factorization, few, settings, transform)
 
-    def __call__(
-        self, lanes: Lanes, start: NDArray[Any], low: NDArray[Any], high: NDArray[Any]
-    ) -> LaneFits:
+    def __call__(self, lanes: Lanes, start: Array, low: Array, high: Array) -> LaneFits:
         """Fit all lanes, any number m of them.
 
         Parameters
@@ -128,10 +128,13 @@ class LaneSolver:
         start, low, high = (
             np.broadcast_to(np.asarray(array, np.float64), shape) for array in (start, low, high)
         )
-        inside = np.clip(start, low, high)
+        with np.errstate(all="ignore"):  # what is not finite shows in the status
+            return self._fit(lanes, np.clip(start, low, high), low, high)
+
+    def _fit(self, lanes: Lanes, start: Array, low: Array, high: Array) -> LaneFits:
         dtype = self.shapes.dtype
-        results = LaneResults(lanes, inside, low, high, self.settings, self.transform, dtype)
-        batches = LaneBatches(self.program, self.shapes, inside, low, high)
+        results = LaneResults(lanes, start, low, high, self.settings, self.transform, dtype)
+        batches = LaneBatches(self.program, self.shapes, start, low, high)
         batches.solve(lanes, results.missing, results.store)
         unsure = results.unsure
         if len(unsure):

@@ -86,10 +86,9 @@ def scaled_covariance(covariance: Array, factor: Array, varies: NDArray[np.bool_
 
     ``varies`` are the parameters that are not fixed, shape (p, m).
     """
-    is_infinite = ~np.isfinite(factor)
-    scaled = covariance * np.where(is_infinite, 0.0, factor)
-    both = varies[:, None] & varies
-    result: Array = np.where(both & is_infinite, np.inf, scaled)
+    is_finite = np.isfinite(factor)
+    scaled = np.where(is_finite, covariance, 0.0) * np.where(is_finite, factor, 0.0)
+    result: Array = np.where(varies[:, None] & varies & ~is_finite, np.inf, scaled)
     return result
 
 

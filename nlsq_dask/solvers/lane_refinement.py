@@ -69,17 +69,10 @@ class LaneRefinement:
         if (moved != params).any():
             factors, tied = self._factors(index, moved, free)
         inverse, is_singular = self._inverse(factors, free)
-        is_exact = factors.chi2 <= (8 * np.finfo(self.shapes.dtype).eps) ** 2 * self._signal(index)
+        is_exact = factors.chi2 <= (8 * np.finfo(self.shapes.dtype).eps) ** 2 * self.lanes.signal(
+            index
+        )
         return Refined(moved, is_exact, errors, factors, inverse, is_singular, tied)
-
-    def _signal(self, index: Index) -> Array:
-        """Return the sum of (y / sigma)^2 of each lane."""
-        y, sigma = self.lanes.y[:, index].astype(np.float64), self.lanes.sigma
-        if sigma is not None:
-            varies = self.shapes.sigma == "varies"
-            y = y / (sigma[:, index] if varies else sigma.reshape(-1, 1))
-        signal: Array = (np.where(np.isfinite(y), y, 0.0) ** 2).sum(axis=0)
-        return signal
 
     def _iterate(
         self, index: Index, params: Array, low: Array, high: Array, root: Array

@@ -26,6 +26,7 @@ Index = NDArray[np.int64]
 # Largest diagonal element of the inverse of the scaled J^T J with which the errors have the digits
 # asked for, by dtype of the model.
 _MAX_INFLATION = {"float64": 1e9, "float32": 1e3}
+_HARDLY_ANY = 1e-8  # effect of a parameter, relative to that of others, that may be rounding
 _NEGLIGIBLE = 1e-3  # of a standard error; a longer step does not start at a solution
 _WITHOUT_FIT = LaneStatus.NO_DATA, LaneStatus.TOO_FEW_POINTS, LaneStatus.BAD_START
 
@@ -60,6 +61,7 @@ class LaneResults:
         n_tied = 0 if transform is None else len(transform.ties)
         self._settings, self._transform, self._dtype = settings, transform, dtype
         self._low, self._high, self._free = low, high, low < high
+        self._lanes, self._start = lanes, start
         self._params, self._tied = start.copy(), np.full((n_tied, m), np.nan)
         self._errors = np.full((n_all, m), np.nan)
         n_full = n_all if settings.covariance == "full" else 0
@@ -67,6 +69,7 @@ class LaneResults:
         self._chi2, self._cost = np.full(m, np.nan), np.full(m, np.nan)
         self._n_points = np.isfinite(lanes.y).sum(axis=0, dtype=np.int32)
         self._iterations = np.zeros(m, np.int16)
+        self._has_hidden = np.zeros(m, bool)
         self._is_unsure, self._needs_steps = np.zeros(m, bool), np.zeros(m, bool)
         self._status = self._first_status(lanes, start)
 
@@ -101,6 +104,7 @@ class LaneResults:
         p, free = len(state.params), self._free[:, index]
         gram = state.gram[triangle_indices(p + 1)[:p, :p]]
         inverse = inverse_gram(gram, free, 4.0 * float(np.finfo(self._dtype).eps))
+        self._has_hidden[index] = self._find_hidden(index, np.sqrt(np.einsum("iim->im", gram)))
         self._store_covariance(index, inverse.matrix, inverse.is_singular, tied)
         loses_digits = inverse.is_singular | (inverse.inflation > _MAX_INFLATION[self._dtype])
         may_improve = self._status[index] >= LaneStatus.ITERATION_LIMIT
@@ -108,6 +112,24 @@ class LaneResults:
         self._needs_steps[index] = loses_digits & may_improve
         is_sandwich = self._settings.cov_type != "nonrobust"
         self._is_unsure[index] = is_finite & (loses_digits | is_sandwich)
+
+    def _find_hidden(self, index: Index, norms: Array) -> NDArray[np.bool_]:
+        """Return in which lanes a parameter changes the model by rounding errors only, (c,).
+
+        ``norms`` are those of the columns of J, shape (p, c). At a bound, or fixed, a parameter
+        does not count.
+        """
+        params, start = self._params[:, index], self._start[:, index]
+        is_inside = (self._low[:, index] < params) & (params < self._high[:, index])
+        size = np.maximum(np.abs(params), np.abs(start))
+        effect = np.where(is_inside & (size > 0), norms * size, np.inf)
+        largest = np.where(np.isfinite(effect), effect, 0.0).max(axis=0)
+        at = np.flatnonzero((effect <= _HARDLY_ANY * largest).any(axis=0))
+        has_hidden = np.zeros(len(index), bool)
+        if len(at):
+            rounding = np.finfo(self._dtype).eps * np.sqrt(self._lanes.signal(index[at]))
+            has_hidden[at] = (effect[:, at] <= rounding).any(axis=0)
+        return has_hidden
 
     @property
     def unsure(self) -> Index:
@@ -165,6 +187,7 @@ class LaneResults:
             factor = np.where(dof > 0, correction, np.inf)
         elif not settings.absolute_sigma:
             factor = residual_variance(self._cost[index], dof)
+        is_singular = is_singular | self._has_hidden[index]
         factor = np.where(is_singular, np.inf, factor)
         status = self._status[index]
         self._status[index] = np.where((status > 0) & is_singular, LaneStatus.SINGULAR, status)

@@ -49,18 +49,26 @@ class Lanes:
 
     def take(self, index: Any) -> Lanes:
         """Return the lanes at ``index``."""
-        m = self.y.shape[1]
-
-        def varies(array: Array) -> bool:
-            return array.ndim == 2 and array.shape[1] == m
-
-        x_varies = self.x_varies or tuple(map(varies, self.x))
+        x_varies = self.x_varies or tuple(map(self._varies, self.x))
         pairs = zip(self.x, x_varies, strict=True)
-        x = tuple(leaf[:, index] if is_varying else leaf for leaf, is_varying in pairs)
-        sigma = self.sigma
-        if sigma is not None and varies(sigma) and m > 1:
-            sigma = sigma[:, index]
-        return Lanes(self.y[:, index], x, sigma, x_varies)
+        x = tuple(leaf[:, index] if varies else leaf for leaf, varies in pairs)
+        return Lanes(self.y[:, index], x, self._sigma_of(index), x_varies)
+
+    def signal(self, index: Any) -> NDArray[np.float64]:
+        """Return the sum of ``(y / sigma)^2`` over the points in use, per lane at ``index``."""
+        y, sigma = self.y[:, index].astype(np.float64), self._sigma_of(index)
+        if sigma is not None:
+            y = y / sigma.reshape(len(y), -1)
+        signal: Array = (np.where(np.isfinite(y), y, 0.0) ** 2).sum(axis=0)
+        return signal
+
+    def _sigma_of(self, index: Any) -> Array | None:
+        if self.sigma is None or not self._varies(self.sigma):
+            return self.sigma
+        return self.sigma[:, index]
+
+    def _varies(self, array: Array) -> bool:
+        return array.ndim == 2 and array.shape[1] == self.y.shape[1] > 1
 
 
 @dataclass(frozen=True)
