@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import xarray as xr
 
@@ -13,6 +15,36 @@ from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.plan import Plan
 from nlsq_dask.results.result import FitResult
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+Accessor = TypeVar("Accessor", bound=type)
+
+
+def _documented(source: Callable[..., Any], omitted: str = "") -> Callable[[Method], Method]:
+    """Return a decorator that gives a method the signature of a function, and its own config."""
+
+    def decorate(method: Method) -> Method:
+        own = inspect.signature(method)
+        arguments = dict(inspect.signature(source).parameters)
+        arguments.pop(omitted, None)
+        arguments |= {name: each for name, each in own.parameters.items() if name == "config"}
+        method.__signature__ = own.replace(parameters=[*arguments.values()])  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
+def _registered(kind: type) -> Callable[[Accessor], Accessor]:
+    """Return a decorator that registers an accessor, instead of one of an earlier import."""
+
+    def decorate(accessor: Accessor) -> Accessor:
+        if getattr(getattr(kind, "nlsq", None), "__module__", None) == __name__:
+            delattr(kind, "nlsq")
+        is_array = kind is xr.DataArray
+        register = xr.register_dataarray_accessor if is_array else xr.register_dataset_accessor
+        return register("nlsq")(accessor)  # type: ignore[no-any-return, no-untyped-call]
+
+    return decorate
+
 
 class _Accessor:
     """Methods that both accessors have."""
@@ -20,25 +52,46 @@ class _Accessor:
     def __init__(self, obj: Any) -> None:
         self._obj = obj
 
+    @_documented(curvefit)
     def curvefit(self, *args: Any, **kwargs: Any) -> xr.Dataset:
-        """Fit a function along dimensions, for every position in the others.
+        """Fit a function along dimensions, for every position in the others, as xarray's method.
 
         Parameters
         ----------
-        *args, **kwargs
-            As in ``nlsq_dask.curvefit``, without ``obj``.
+        coords, func, reduce_dims, skipna, p0, bounds, param_names, errors, kwargs, **options
+            As in ``nlsq_dask.curvefit``.
 
         Returns
         -------
         Dataset
+
+        See Also
+        --------
+        nlsq_dask.curvefit : The same as a function, with the description of all arguments.
         """
         return curvefit(self._obj, *args, **kwargs)
 
 
-@xr.register_dataarray_accessor("nlsq")  # type: ignore[no-untyped-call]
+@_registered(xr.DataArray)
 class DataArrayAccessor(_Accessor):
-    """Fits with a DataArray as the dependent variable: ``da.nlsq.fit(model, "time")``."""
+    """Fits with a DataArray as the dependent variable: ``da.nlsq.fit(model, "time")``.
 
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import xarray as xr
+    >>> time = np.linspace(0, 4, 50)
+    >>> da = xr.DataArray([2 * np.exp(-0.7 * time)], dims=("x", "time"), coords={"time": time})
+    >>> def decay(t, height, rate):
+    ...     return height * jnp.exp(-rate * t)
+    >>> da.nlsq.fit_each(decay, "time", dims="time").popt.values.round(6)
+    array([[2. , 0.7]])
+    >>> da.nlsq.curvefit("time", decay).curvefit_coefficients.values.round(6)
+    array([[2. , 0.7]])
+    """
+
+    @_documented(AdaptiveHybridStreamingOptimizer.fit, omitted="y_data")
     def fit(
         self,
         model: Any,
@@ -56,6 +109,7 @@ class DataArrayAccessor(_Accessor):
         model, x_data, p0, bounds, **kwargs
             As in ``AdaptiveHybridStreamingOptimizer.fit``.
         config : HybridStreamingConfig, optional
+            Options of the fit.
 
         Returns
         -------
@@ -64,6 +118,7 @@ class DataArrayAccessor(_Accessor):
         optimizer = AdaptiveHybridStreamingOptimizer(config)
         return optimizer.fit(model, x_data, self._obj, p0, bounds, **kwargs)
 
+    @_documented(AdaptiveHybridStreamingOptimizer.fit_each, omitted="y_data")
     def fit_each(
         self,
         model: Any,
@@ -81,6 +136,7 @@ class DataArrayAccessor(_Accessor):
         model, x_data, p0, bounds, **kwargs
             As in ``AdaptiveHybridStreamingOptimizer.fit_each``.
         config : HybridStreamingConfig, optional
+            Options of the fits.
 
         Returns
         -------
@@ -89,6 +145,7 @@ class DataArrayAccessor(_Accessor):
         optimizer = AdaptiveHybridStreamingOptimizer(config)
         return optimizer.fit_each(model, x_data, self._obj, p0, bounds, **kwargs)
 
+    @_documented(AdaptiveHybridStreamingOptimizer.plan, omitted="y_data")
     def plan(
         self,
         model: Any,
@@ -106,6 +163,7 @@ class DataArrayAccessor(_Accessor):
         model, x_data, p0, bounds, **kwargs
             As in ``AdaptiveHybridStreamingOptimizer.plan``.
         config : HybridStreamingConfig, optional
+            Options of the fit.
 
         Returns
         -------
@@ -115,13 +173,28 @@ class DataArrayAccessor(_Accessor):
         return optimizer.plan(model, x_data, self._obj, p0, bounds, **kwargs)
 
 
-@xr.register_dataset_accessor("nlsq")  # type: ignore[no-untyped-call]
+@_registered(xr.Dataset)
 class DatasetAccessor(_Accessor):
     """Fits of a variable of a Dataset: ``ds.nlsq.fit(model, "time", "signal", sigma="error")``.
 
     Names of variables stand for these in ``x_data``, ``y_data`` and ``sigma``.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import xarray as xr
+    >>> time = np.linspace(0, 4, 50)
+    >>> variables = {"signal": (("x", "time"), [2 * np.exp(-0.7 * time)]), "error": 0.1}
+    >>> ds = xr.Dataset(variables, coords={"time": time})
+    >>> def decay(t, height, rate):
+    ...     return height * jnp.exp(-rate * t)
+    >>> fits = ds.nlsq.fit_each(decay, "time", "signal", sigma="error", dims="time")
+    >>> fits.popt.values.round(6)
+    array([[2. , 0.7]])
     """
 
+    @_documented(AdaptiveHybridStreamingOptimizer.fit)
     def fit(
         self,
         model: Any,
@@ -142,6 +215,7 @@ class DatasetAccessor(_Accessor):
         y_data : str
             Name of the variable.
         config : HybridStreamingConfig, optional
+            Options of the fit.
 
         Returns
         -------
@@ -150,6 +224,7 @@ class DatasetAccessor(_Accessor):
         optimizer = AdaptiveHybridStreamingOptimizer(config)
         return optimizer.fit(model, *self._arrays(x_data, y_data, kwargs), p0, bounds, **kwargs)
 
+    @_documented(AdaptiveHybridStreamingOptimizer.fit_each)
     def fit_each(
         self,
         model: Any,
@@ -170,6 +245,7 @@ class DatasetAccessor(_Accessor):
         y_data : str
             Name of the variable.
         config : HybridStreamingConfig, optional
+            Options of the fits.
 
         Returns
         -------
@@ -179,6 +255,7 @@ class DatasetAccessor(_Accessor):
         arrays = self._arrays(x_data, y_data, kwargs)
         return optimizer.fit_each(model, *arrays, p0, bounds, **kwargs)
 
+    @_documented(AdaptiveHybridStreamingOptimizer.plan)
     def plan(
         self,
         model: Any,
@@ -199,6 +276,7 @@ class DatasetAccessor(_Accessor):
         y_data : str
             Name of the variable.
         config : HybridStreamingConfig, optional
+            Options of the fit.
 
         Returns
         -------
@@ -213,8 +291,8 @@ class DatasetAccessor(_Accessor):
             kwargs["sigma"] = self._variable("sigma", kwargs["sigma"])
         if isinstance(x_data, dict):
             x_data = {key: self._named("x_data", each) for key, each in x_data.items()}
-        elif isinstance(x_data, tuple | list):
-            x_data = type(x_data)(self._named("x_data", each) for each in x_data)
+        elif isinstance(x_data, tuple | list) and any(isinstance(each, str) for each in x_data):
+            x_data = tuple(self._named("x_data", each) for each in x_data)
         else:
             x_data = self._named("x_data", x_data)
         return x_data, self._variable("y_data", y_data)
@@ -226,7 +304,7 @@ class DatasetAccessor(_Accessor):
         if isinstance(name, xr.DataArray):
             return name
         if name not in self._obj.variables:
-            known = ", ".join(map(repr, self._obj.variables))
+            known = ", ".join(map(repr, [*self._obj.data_vars, *self._obj.coords]))
             raise ValueError(f"{argument}={name!r} is no variable of the Dataset; it has {known}.")
         array: xr.DataArray = self._obj[name]
         return array

@@ -227,7 +227,7 @@ def _as_map(y_data: Any, dims: Any) -> tuple[Any, tuple[int, ...], bool]:
     names = tuple(map(str, y_data.dims)) if is_named else tuple(range(y_data.ndim))
     axes = _axes(dims, names, y_data.ndim, is_named)
     is_held = is_in_memory(y_data)
-    if is_held:
+    if is_held and y_data.size:
         values = y_data.values if is_named else y_data
         if np.ma.isMaskedArray(values):
             values = np.ma.filled(values.astype(np.result_type(values.dtype, np.float32)), np.nan)

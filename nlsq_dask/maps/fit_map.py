@@ -26,7 +26,7 @@ from nlsq_dask.maps.starts import LaneFitter
 from nlsq_dask.maps.tile_task import TileTask
 from nlsq_dask.model.guess import GuessKernel
 from nlsq_dask.solvers.batched_lm import LaneSolver
-from nlsq_dask.solvers.lanes import LaneSettings, LaneStatus, SigmaKind
+from nlsq_dask.solvers.lanes import LaneSettings, SigmaKind
 
 
 def fit_map(problem: MapProblem) -> xr.Dataset:
@@ -38,7 +38,9 @@ def fit_map(problem: MapProblem) -> xr.Dataset:
     options = {"scheduler": "sync"} if is_inside_task() else {}
     computed: xr.Dataset = dataset.compute(**options)
     if problem.errors == "raise" and (text := failure_text(computed["status"].values)):
-        raise PixelFitError(f"{text}. Use errors='flag' to keep the others.")
+        raise PixelFitError(
+            f"{text}. Use errors='flag' (in curvefit, errors='ignore') to keep the others."
+        )
     return computed
 
 
@@ -112,20 +114,9 @@ def lazy_dataset(problem: MapProblem, raises: bool) -> xr.Dataset:
         chunks = (*grid.map_chunks, *((len(names),) for _ in spec.dims))
         whole = HighLevelGraph({**graph.layers, own: layer}, {**graph.dependencies, own: {name}})
         array = da.Array(whole, own, chunks, dtype=np.dtype(spec.dtype))
-        attrs: dict[str, Any] = {"long_name": spec.long_name}
-        if variable == "status":
-            attrs |= _flags()
+        attrs = task.outputs.attrs_of(variable)
         variables[variable] = ((*map_dims, *spec.dims), array, attrs)
     return xr.Dataset(variables, _coordinates(problem, map_dims, task.outputs), _attrs(problem))
-
-
-def _flags() -> dict[str, Any]:
-    """Return the CF attributes that explain the numbers of the status."""
-    statuses = sorted(LaneStatus)
-    return {
-        "flag_values": np.array([int(status) for status in statuses], np.int8),
-        "flag_meanings": " ".join(status.name.lower() for status in statuses),
-    }
 
 
 def _coordinates(

@@ -59,6 +59,15 @@ class Outputs:
         variables = self.variables.values()
         return sum(np.dtype(v.dtype).itemsize * n ** len(v.dims) for v in variables)
 
+    def attrs_of(self, name: str) -> dict[str, Any]:
+        """Return the attributes of a variable; those of the status explain its numbers."""
+        attrs: dict[str, Any] = {"long_name": self.variables[name].long_name}
+        if name == "status":
+            statuses = sorted(LaneStatus)
+            attrs["flag_values"] = np.array([int(status) for status in statuses], np.int8)
+            attrs["flag_meanings"] = " ".join(status.name.lower() for status in statuses)
+        return attrs
+
     def of(self, fits: LaneFits, pixels: tuple[int, ...]) -> dict[str, Array]:
         """Return the arrays of a tile with the shape ``pixels``."""
         dof = fits.n_points.astype(np.float64) - fits.n_free

@@ -69,7 +69,8 @@ class TileTask:
         if data.n_bad and not self.omits_nan:
             raise NonFiniteDataError(
                 f"{data.n_bad:,} points of the tile that begins at {tile.origin} have NaN or "
-                f"infinity in y, x or sigma. Use nan_policy='omit' to omit them.",
+                f"infinity in y, x or sigma. Use nan_policy='omit' (in curvefit, skipna=True) to "
+                f"omit them.",
                 data.n_bad,
                 tile.origin,
             )
