@@ -331,6 +331,33 @@ def test_pixels_with_too_few_points() -> None:
     assert np.isfinite(result.curvefit_coefficients[3]).all()
 
 
+# Models
+
+ACROSS_POINTS: dict[str, Function] = {
+    "first point": lambda t, a, tau: a * jnp.exp(-(t - t[0]) / tau),
+    "largest": lambda t, a, b: a + b * t / t.max(),
+    "sum so far": lambda t, a, b: a + b * jnp.cumsum(t),
+    "position": lambda t, a, b: a + b * jnp.arange(len(t)),
+}
+
+
+@pytest.mark.parametrize("chunks", [None, {"t": 5}], ids=["in memory", "lazy"])
+@pytest.mark.parametrize("name", ACROSS_POINTS)
+def test_a_model_that_depends_on_other_points_is_refused(name: str, chunks: Any) -> None:
+    # xarray passes all points of a fit at once. Here a model sees some of them at a time.
+    late = CUBE.t.drop_vars("t") + 5.0
+    late = late if chunks is None else late.chunk(chunks)
+    with pytest.raises(nd.ModelError, match="is not row-wise"):
+        CUBE.nlsq.curvefit(late, ACROSS_POINTS[name], reduce_dims="t")
+    with pytest.raises(nd.ModelError, match="is not row-wise"):
+        CUBE.nlsq.fit_each(ACROSS_POINTS[name], late, dims="t")
+
+
+def test_a_model_written_with_numpy() -> None:
+    with pytest.raises(nd.ModelError, match=r"jnp\.exp for np\.exp"):
+        CUBE.nlsq.curvefit("t", NUMPY)
+
+
 # Wrong arguments: (arguments, class of error, text)
 
 Q = xr.DataArray([1.0, 2.0], dims="q")

@@ -21,6 +21,7 @@ from nlsq_dask.fit.problem import parts_of_x
 from nlsq_dask.kernels.losses import Loss, check_loss
 from nlsq_dask.maps.outputs import Outputs
 from nlsq_dask.maps.parameter_maps import Maps, Separated, check_maps
+from nlsq_dask.maps.row_wise import check_points
 from nlsq_dask.maps.tiles import TileGrid, memory_chunks
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.model import Model
@@ -154,6 +155,8 @@ def validate_map_arguments(
     )
     check_trace(traced, blocks.x_labels)
     check_derivative(traced, parameters.free.names)
+    is_held_x = [is_in_memory(leaf) for leaf in _leaves(x_data, None)]
+    check_points(traced, parameters.free.start, blocks, axes, is_held_x)
     for notice in blocks.notices:
         warn_caller(notice, DataWarning)
     return MapProblem(
@@ -262,7 +265,7 @@ def _axes(dims: Any, names: tuple[Any, ...], ndim: int, is_named: bool) -> tuple
 
 
 def _leaves(x_data: Any, sigma: Any) -> list[Any]:
-    leaves = list(x_data.values()) if isinstance(x_data, dict) else x_data
+    leaves = tuple(x_data.values()) if isinstance(x_data, dict) else x_data
     leaves = list(leaves) if isinstance(leaves, tuple) else [leaves]
     return leaves if sigma is None else [*leaves, sigma]
 
