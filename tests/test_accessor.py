@@ -73,6 +73,15 @@ def test_names_of_variables() -> None:
         xr.testing.assert_identical(each, several[0])
 
 
+def test_a_dict_of_lazy_arrays_gives_a_lazy_result() -> None:
+    lazy = CUBE.chunk(x=2)
+    line = lambda x, a, b: a * x["u"] + b * x["v"]  # noqa: E731
+    arrays = {"u": CUBE.t, "v": CUBE.age.chunk(t=5)}
+    fits = CUBE.nlsq.fit_each(line, arrays, dims="t")
+    assert fits.popt.chunks is not None
+    assert lazy.nlsq.fit_each(line, {"u": "t", "v": "age"}, dims="t").popt.chunks is not None
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [
