@@ -87,8 +87,6 @@ class DataArrayAccessor(_Accessor):
     ...     return height * jnp.exp(-rate * t)
     >>> da.nlsq.fit_each(decay, "time", dims="time").popt.values.round(6)
     array([[2. , 0.7]])
-    >>> da.nlsq.curvefit("time", decay).curvefit_coefficients.values.round(6)
-    array([[2. , 0.7]])
     """
 
     @_documented(AdaptiveHybridStreamingOptimizer.fit, omitted="y_data")

@@ -121,6 +121,9 @@ def curvefit(
         raise TypeError(f"obj must be a DataArray or Dataset; got {type(obj).__name__}.")
     if not callable(func):
         raise TypeError(f"func must be a function func(x, *params); got {func!r}.")
+    for name, argument in (("p0", p0), ("bounds", bounds)):
+        if not isinstance(argument, Mapping | None):
+            raise TypeError(f"{name} must be a dict by name of parameter; got {argument!r}.")
     given = _merged(kwargs, options)
     coordinates = _coordinates(obj, coords)
     call = _Call(
@@ -138,7 +141,7 @@ def curvefit(
     if isinstance(obj, xr.DataArray):
         result, attrs = call.fit(obj, ""), {}
     else:
-        parts = [call.fit(each, f"{name}_") for name, each in obj.data_vars.items()]
+        parts = [call.fit_variable(obj, name) for name in obj.data_vars]
         result, attrs = xr.merge(parts, compat="override", join="exact"), dict(obj.attrs)
     dates = {name: text for name, text in result.attrs.items() if name == "dates"}
     result.attrs = attrs | dates
@@ -271,6 +274,14 @@ class _Call:
         if _SINGLE in fits.dims:
             fits = fits.isel({_SINGLE: 0}, drop=True)
         return _renamed(fits, prefix, self.errors, _kept_attrs(y))
+
+    def fit_variable(self, obj: xr.Dataset, name: Hashable) -> xr.Dataset:
+        """Return the result for one variable of a Dataset."""
+        try:
+            return self.fit(obj[name], f"{name}_")
+        except Exception as error:
+            error.add_note(f"The error is in the fit of the variable {name!r}.")
+            raise
 
     def _with_all_dims(self, y: xr.DataArray) -> xr.DataArray:
         """Return y with the dimensions of the map that only coordinates and maps have."""

@@ -122,6 +122,7 @@ CALLS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "p0 of any kind": (CUBE, "t", {"p0": {"n0": CUBE.max(), "tau": np.float32(2)}}),
     "maps of bounds": (CUBE, "t", {"bounds": {"n0": (MAP, 10.0), "tau": (0.1, MAP)}}),
     "lazy map": (CUBE, "t", {"p0": {"n0": MAP.chunk(x=3)}}),
+    "lazy number": (CUBE, "t", {"p0": {"n0": CUBE.chunk(x=3).max()}}),
     "gaps": (with_gaps(), "t", {}),
     "gaps, checked": (with_gaps(), "t", {"kwargs": {**TIGHT, "check_finite": True}}),
     "another coordinate": (CUBE, "age", {"reduce_dims": "t"}),
@@ -398,12 +399,17 @@ def test_wrong_arguments(case: str) -> None:
 def test_wrong_arguments_that_xarray_ignores() -> None:
     with pytest.raises(ValueError, match="unknown parameter names in p0: 'taw'"):
         CUBE.nlsq.curvefit("t", JAX, p0={"taw": 1})
+    with pytest.raises(TypeError, match="p0 must be a dict by name of parameter; got"):
+        CUBE.nlsq.curvefit("t", JAX, p0=[1, 2])
     with pytest.raises(TypeError, match="coords must be a name"):
         CUBE.nlsq.curvefit(3, JAX)
     with pytest.raises(TypeError, match="'sigma' twice"):
         CUBE.nlsq.curvefit("t", JAX, kwargs={"sigma": 1}, sigma=2)
     with pytest.raises(ValueError, match="'mean' does not have the dimension 't'"):
         xr.Dataset({"mean": CUBE.mean("t"), "cube": CUBE}).nlsq.curvefit("t", JAX)
+    with pytest.raises(ValueError, match="expected real numbers") as caught:
+        xr.Dataset({"text": CUBE.astype(str)}).nlsq.curvefit("t", JAX)
+    assert caught.value.__notes__ == ["The error is in the fit of the variable 'text'."]
     with pytest.raises(TypeError, match="obj must be a DataArray or Dataset"):
         nd.curvefit(CUBE.values, "t", JAX)  # type: ignore[arg-type]
 

@@ -96,7 +96,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, xr.DataArray) else value
+    return value.values.item() if isinstance(value, xr.DataArray) else value
 
 
 def check_maps(maps: Maps, parameters: Parameters) -> None:
