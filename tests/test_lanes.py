@@ -15,6 +15,7 @@ import pytest
 from scipy import optimize
 
 from nlsq_dask.kernels.losses import Loss
+from nlsq_dask.kernels.trigonometry import vectorized
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import compile_count
 from nlsq_dask.model.transform import ParameterTransform
@@ -451,3 +452,19 @@ def test_lanes_of_a_call() -> None:
     assert choose_lanes(100, 3, "float64", 10**6) == 2048
     assert choose_lanes(100, 3, "float64", 10) == 256
     assert choose_lanes(10**6, 3, "float64", 10**6) == 256
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sines(dtype: str) -> None:
+    rng, rounding = np.random.default_rng(0), np.finfo(dtype).eps
+    for scale in (1, 1e3, 9e4, 1e7):
+        x = np.append(rng.uniform(-scale, scale, 1_000), np.pi / 2 * np.arange(100)).astype(dtype)
+        with jax.enable_x64(True):
+            results = vectorized(lambda x: (jnp.sin(x), jax.jit(jnp.cos)(x), -x))(x)
+        wide = x.astype(np.float64)
+        for result, expected in zip(results, (np.sin(wide), np.cos(wide), -wide), strict=True):
+            assert result.dtype == dtype
+            np.testing.assert_allclose(result, expected, rtol=2 * rounding, atol=rounding)
+    with jax.enable_x64(True):
+        undefined = vectorized(jnp.sin)(np.array([np.inf, np.nan, 1.0], dtype))[:2]
+    assert np.isnan(undefined).all()

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from nlsq_dask.kernels.losses import Loss, robust
+from nlsq_dask.kernels.trigonometry import vectorized
 from nlsq_dask.model.jacobian import accepts_one_row, residual_and_jacobian
 from nlsq_dask.model.model import Mode, Model
 
@@ -126,7 +127,7 @@ class LaneSummation:
 
         With a robust loss they are scaled, and rho and r^2 are returned, too.
         """
-        point_terms = self._point_terms()
+        point_terms = vectorized(self._point_terms())
         q = [params[i].astype(self.model.dtype) for i in range(self.model.n_params)]
 
         def columns_of(data: LaneData) -> tuple[list[Any], list[Any]]:
