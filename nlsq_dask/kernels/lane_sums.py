@@ -20,6 +20,7 @@ from nlsq_dask.kernels.trigonometry import vectorized
 from nlsq_dask.model.jacobian import accepts_one_row, residual_and_jacobian
 from nlsq_dask.model.model import Mode, Model
 
+_MAX_SEPARATE = 7  # columns of [J r] with separate products; with more, they are stacked first
 _MIN_STRIP, _MAX_STRIP = 5, 10  # points that are processed at a time
 
 
@@ -92,9 +93,7 @@ class LaneSummation:
                 lambda array: lax.dynamic_slice_in_dim(array, i * self.strip, self.strip), data
             )
             columns, more = columns_of(strip)
-            pairs = [(a, b) for j, a in enumerate(columns) for b in columns[j:]]
-            new = jnp.stack([(a * b).sum(axis=0) for a, b in pairs] + [a.sum(axis=0) for a in more])
-            return sums + new.astype(jnp.float64)
+            return sums + _products(columns, more)
 
         k = len(params) + 1
         n_sums = k * (k + 1) // 2 + (0 if self.loss.is_linear else 2)
@@ -175,6 +174,17 @@ class LaneSummation:
             columns = [column * weight for column in columns]
         # Masked after the computation, so that a NaN at a point that is not used does not spread.
         return [jnp.where(is_used, column, 0) for column in columns]
+
+
+def _products(columns: list[Any], more: list[Any]) -> Any:
+    """Return the upper triangle of a Gram matrix, and sums of ``more``, each below the other."""
+    k, others = len(columns), [array.sum(axis=0) for array in more]
+    if k <= _MAX_SEPARATE:
+        products = [(a * b).sum(axis=0) for i, a in enumerate(columns) for b in columns[i:]]
+        return jnp.stack(products + others).astype(jnp.float64)
+    stacked = jnp.stack(columns).astype(jnp.float64)
+    rows = [(stacked[i:] * stacked[i]).sum(axis=1) for i in range(k)]
+    return jnp.concatenate([*rows, *(array[None].astype(jnp.float64) for array in others)])
 
 
 def gram_schmidt(columns: Any) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from jax import lax
 from nlsq_dask.solvers.lane_algebra import sweep
 
 _TOO_LONG = 1.2  # length of a step over the radius that is not accepted
-_MAX_ROUNDS = 6  # in addition to one for each parameter that may reach a bound
-_LEAST_DAMPING = 1e-12
+_MAX_ROUNDS = 10  # steps that are tried; the last one is cut to the region
+_LEAST_DAMPING = 1e-3  # relative to the largest damping that may be needed
 
 
 class Quadratic(NamedTuple):
@@ -119,6 +119,8 @@ def restricted_step(
     J. J. More, "The Levenberg-Marquardt algorithm: implementation and theory", Numerical Analysis,
     Lecture Notes in Mathematics 630, 105-116 (1978).
     """
+    slope = jnp.sqrt(jnp.where(quadratic.free, quadratic.gradient**2, 0.0).sum(axis=0))
+    least_damping = _LEAST_DAMPING * slope / radius
 
     def judged(number: Any, damping: Any, free: Any, fixed: Any, step: Any, inverse: Any) -> _Round:
         square = (step**2).sum(axis=0)
@@ -126,7 +128,7 @@ def restricted_step(
         is_long = excess > _TOO_LONG
         curvature = (step * (inverse * step).sum(axis=1)).sum(axis=0)
         more = (excess - 1) * square / jnp.where(curvature > 0, curvature, 1.0)
-        damping = jnp.where(is_long, jnp.maximum(damping + more, _LEAST_DAMPING), damping)
+        damping = jnp.where(is_long, jnp.maximum(damping + more, least_damping), damping)
         inside = jnp.clip(step, low, high)
         crosses = free & (inside != step) & ~is_long
         repeats = is_active & (is_long | crosses.any(axis=0))
@@ -138,13 +140,12 @@ def restricted_step(
         step, inverse = _minimum(quadratic.matrix, free, fixed, damping, least_pivot)
         return judged(number, damping, free, fixed, step, inverse)
 
-    n_rounds = len(low) + _MAX_ROUNDS
     zeros = jnp.zeros_like(radius)
     first = judged(
         0, zeros, quadratic.free, jnp.zeros_like(low), quadratic.full_step, quadratic.inverse
     )
     last = lax.while_loop(
-        lambda state: (state.number < n_rounds) & state.repeats.any(), repeat, first
+        lambda state: (state.number < _MAX_ROUNDS) & state.repeats.any(), repeat, first
     )
     length = jnp.sqrt((last.step**2).sum(axis=0))
     factor = jnp.minimum(1.0, _TOO_LONG * radius / jnp.where(length > 0, length, 1.0))
