@@ -13,7 +13,7 @@ from nlsq_dask.kernels.lane_sums import LaneSummation, padded_points, strip_poin
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
-from nlsq_dask.model.program import Program
+from nlsq_dask.model.program import Program, traced_once
 from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.solvers.lane_batches import LaneBatches
 from nlsq_dask.solvers.lane_program import (
@@ -90,7 +90,8 @@ class LaneSolver:
             Whether there is a sigma, and whether it varies over the lanes.
         """
         with x64():
-            mode = choose_mode(model, model.jaxpr())
+            jaxpr = model.jaxpr()
+            mode = choose_mode(model, jaxpr)
         block = min(_BLOCK, n_lanes)
         shapes = Shapes(
             padded_points(n_points),
@@ -104,16 +105,23 @@ class LaneSolver:
         strip = strip_points(n_points)
         summation = LaneSummation(model, mode, settings.loss, x_varies, strip)
         steps = StepSettings(settings.tolerance, settings.max_iterations, model.dtype)
-        solve = partial(solve_blocks, summation, shapes, steps)
-        rows = rows_spec(shapes, sum(shapes.row_counts))
-        program = Program.trace(solve, INTEGER, INTEGER, data_specs(model, shapes), rows)
         block = min(_FACTORED_BLOCK, block)
         few = replace(shapes, block=block, n_blocks=min(_MAX_FACTORED_BLOCKS, shapes.n_blocks))
-        factorize = partial(factor_blocks, summation, few)
-        rows = rows_spec(few, 2 * few.n_params)
-        factorization = Program.trace(factorize, INTEGER, data_specs(model, few), rows)
+
+        def trace() -> tuple[Program, Program]:
+            data, rows = data_specs(model, shapes), rows_spec(shapes, sum(shapes.row_counts))
+            solve = partial(solve_blocks, summation, shapes, steps)
+            program = Program.trace(solve, INTEGER, INTEGER, data, rows)
+            data, rows = data_specs(model, few), rows_spec(few, 2 * few.n_params)
+            factorize = partial(factor_blocks, summation, few)
+            return program, Program.trace(factorize, INTEGER, data, rows)
+
+        has_ties = model.transform is not None and bool(model.transform.ties)
+        signature = (cls, model.layout, mode, shapes, few, strip, steps, settings.loss)
+        # The values of the model, which the jaxpr has, do not identify the functions of ties.
+        programs = trace() if has_ties else traced_once(signature, jaxpr, trace)
         transform = _without_functions(model.transform)
-        return cls(program, shapes, factorization, few, settings, transform)
+        return cls(programs[0], shapes, programs[1], few, settings, transform)
 
     def __call__(self, lanes: Lanes, start: Array, low: Array, high: Array) -> LaneFits:
         """Fit all lanes, any number m of them.
