@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 import sys
-from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 import dask.array as da
 import jax.numpy as jnp
@@ -24,12 +20,9 @@ import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
 from tests import problems
 from tests.problems import NO_WARMUP, decay_data, exponential
-
-Test = TypeVar("Test", bound=Callable[..., None])
+from tests.shown import Shown, assert_is_there
 
 # --- which test shows which option
-
-SHOWN_HERE: list[tuple[str, str]] = []
 
 COVERED_ELSEWHERE = {
     "enable_multi_device": "tests/test_engine.py::test_several_devices_share_the_work",
@@ -63,41 +56,22 @@ COVERED_ELSEWHERE = {
 }
 NOT_YET: dict[str, str] = {}
 
-
-def shows(*names: str) -> Callable[[Test], Test]:
-    """Record that a test shows what these options do."""
-
-    def record(test: Test) -> Test:
-        SHOWN_HERE.extend((name, f"tests/test_every_option.py::{test.__name__}") for name in names)
-        return test
-
-    return record
-
-
-def table() -> tuple[list[tuple[str, str]], list[str]]:
-    """Return all options, each with its test or the reason for none, and those that have neither.
-
-    An option that is listed twice or does not exist is among the latter, too.
-    """
-    entries = [*SHOWN_HERE, *COVERED_ELSEWHERE.items()]
-    entries += [(name, f"NOT YET: {reason}") for name, reason in NOT_YET.items()]
-    found, counts = dict(entries), Counter(name for name, _ in entries)
-    names = [option.name for option in fields(Config)]
-    wrong = [name for name in names if counts[name] != 1]
-    wrong += [name for name in counts if name not in names]
-    return [(name, found.get(name, "NO TEST")) for name in names], wrong
+SHOWN = Shown(
+    "tests/test_every_option.py",
+    (option.name for option in fields(Config)),
+    COVERED_ELSEWHERE,
+    NOT_YET,
+)
+shows = SHOWN.shows
 
 
 def test_no_option_is_without_a_test() -> None:
-    assert table()[1] == []
+    assert SHOWN.table()[1] == []
 
 
 @pytest.mark.parametrize("name", COVERED_ELSEWHERE)
 def test_tests_elsewhere_are_there(name: str) -> None:
-    path, test = COVERED_ELSEWHERE[name].split("::")
-    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    assert callable(getattr(module, test))
-    assert name in inspect.getsource(module)
+    assert_is_there(name, COVERED_ELSEWHERE[name])
 
 
 # --- one small problem
@@ -710,7 +684,7 @@ def test_defense_disabled_disables_all_four() -> None:
 
 
 if __name__ == "__main__":
-    listed, without = table()
+    listed, without = SHOWN.table()
     for option, test in listed:
         print(f"{option:<38}{test}")
     if without:
