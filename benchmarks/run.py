@@ -35,6 +35,7 @@ LIMITS = {
     "many_parameters": 400,
     "checkpoints": 200,
     "watching": 300,
+    "maps": 900,
     "gpu": 300,
 }
 
