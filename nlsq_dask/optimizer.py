@@ -383,7 +383,8 @@ class AdaptiveHybridStreamingOptimizer:
             With "raise", a fit that fails is an error, except for pixels without data and singular
             fits. With "flag", only ``status`` tells.
         verbose : int, optional
-            Overrides ``verbose`` of the configuration.
+            Overrides ``verbose`` of the configuration. With 2 or more, the number of pixels by
+            status is printed if all arrays are in memory.
 
         Returns
         -------

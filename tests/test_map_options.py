@@ -46,7 +46,7 @@ COVERED_ELSEWHERE = {
     "ties": f"{_MAPS}::test_a_tied_parameter_has_the_error_of_its_function",
     "guess": f"{_MAPS}::test_a_guess_replaces_the_start",
 }
-NOT_YET = {"verbose": "a fit for every pixel prints nothing"}
+NOT_YET: dict[str, str] = {}
 
 SHOWN = Shown(
     "tests/test_map_options.py", sorted({*ARGUMENTS, *OPTIONS}), COVERED_ELSEWHERE, NOT_YET
@@ -102,6 +102,16 @@ def distance(one: xr.Dataset, other: xr.Dataset) -> float:
 
 
 # --- arguments
+
+
+@shows("verbose")
+def test_the_summary_that_is_printed(
+    cube: xr.DataArray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_each(cube)
+    assert not capsys.readouterr().out
+    fit_each(cube, verbose=2)
+    assert ": 23 converged, 1 no_data\n" in capsys.readouterr().out
 
 
 @shows("covariance")
@@ -225,7 +235,7 @@ def test_how_often_reading_is_tried(cube: xr.DataArray, fitted: xr.Dataset) -> N
         assert flaky.reads == {True: 3, False: 1}
         for options in ({"max_retries_per_batch": 1}, {"enable_fault_tolerance": False}):
             flaky, ds = from_flaky(cube, failures=2, **options)
-            with pytest.raises(Exception, match="the store does not answer"):
+            with pytest.raises(nd.BlockReadError, match="y_data could not .* the store does not answer"):
                 ds.compute()
             assert flaky.reads[True] == (2 if "max_retries_per_batch" in options else 1)
 

@@ -122,6 +122,15 @@ class GroupReader:
             yield ReadBlock(index, block, read_error, retries)
             retries = {}
 
+    def needing(self, key: Key) -> tuple[int, list[str]]:
+        """Return the first block that depends on a step, and the names of its arrays that do."""
+        for index, keys, _ in self.blocks:
+            pairs = zip(self.layout.array_names, keys, strict=True)
+            names = [name for name, own in pairs if key in _needed_keys([own], self.steps)]
+            if names:
+                return index, names
+        raise KeyError(key)
+
     def _describe(self, index: int) -> str:
         position = tuple(map(int, np.unravel_index(index, self.grid)))
         return f"block {position} of the grid {self.grid}"

@@ -12,6 +12,7 @@ import xarray as xr
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.alignment import RowBlocks, align
+from nlsq_dask.data.shapes import rows_shape
 from nlsq_dask.data.sources.from_array import as_numpy, chunked, is_in_memory
 from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray, resolve_coordinates
@@ -275,15 +276,15 @@ def _align(x_data: Any, y_data: Any, sigma: Any, maps: Maps, axes: tuple[int, ..
     dims = tuple(map(str, y_data.dims)) if is_xarray(y_data) else None
     expand = _Expander(tuple(y_data.shape), axes, dims, y_data)
     if isinstance(x_data, dict):
-        x_data = {name: expand.points(value) for name, value in x_data.items()}
+        x_data = {key: expand.points(v, f"x_data[{key!r}]") for key, v in x_data.items()}
     elif isinstance(x_data, tuple):
-        x_data = tuple(map(expand.points, x_data))
+        x_data = tuple(expand.points(v, f"x_data[{i}]") for i, v in enumerate(x_data))
     else:
-        x_data = expand.points(x_data)
+        x_data = expand.points(x_data, "x_data")
     blocks = align(
         x_data,
         y_data,
-        None if sigma is None else expand.points(sigma),
+        None if sigma is None else expand.points(sigma, "sigma"),
         maps={role.text: expand.pixels(value, role.text) for role, value in maps.items()},
         allows_columns=len(axes) == 1,
     )
@@ -306,11 +307,22 @@ class _Expander:
     dims: tuple[str, ...] | None  # of y, if it is an xarray object
     y: Any
 
-    def points(self, value: Any) -> Any:
+    def points(self, value: Any, name: str) -> Any:
         """Return an x, or sigma, with the dimensions of y, in the chunks of y where it varies."""
         if is_xarray(value):
             return self._in_chunks_of_y(value)
-        return self._expanded(value, self.axes, allows_column=len(self.axes) == 1)
+        if isinstance(value, list):
+            value = as_numpy(value, name)
+        whole = self._expanded(value, self.axes, allows_column=len(self.axes) == 1)
+        shape, expected = np.shape(whole), tuple(self.shape[axis] for axis in self.axes)
+        is_short = 0 < len(shape) < len(self.shape)
+        if is_short and rows_shape(shape, self.shape, allows_features=False) is None:
+            raise DataError(
+                f"{name} has shape {shape}, but the fits run along {expected} points of y_data "
+                f"with shape {self.shape}. Pass an array of shape {expected}, or one that "
+                f"broadcasts against y_data."
+            )
+        return whole
 
     def pixels(self, value: Any, name: str) -> Any:
         """Return a map with the dimensions of y."""
@@ -332,8 +344,6 @@ class _Expander:
         return self._expanded(value, others)
 
     def _expanded(self, value: Any, axes: tuple[int, ...], allows_column: bool = False) -> Any:
-        if isinstance(value, list):
-            value = as_numpy(value, "x_data")
         shape = np.shape(value)
         expected = tuple(self.shape[axis] for axis in axes)
         is_column = allows_column and shape[:-1] == expected

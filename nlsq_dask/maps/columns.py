@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.engine.source_graph import GroupReader
+from nlsq_dask.engine.retries import ReadFailedError, SkippedBlock
+from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.engine.workers import task_memory
+from nlsq_dask.errors import BlockReadError
 from nlsq_dask.maps.tiles import Index, Tile, TileGrid
 from nlsq_dask.solvers.lanes import Lanes
 
@@ -114,7 +116,7 @@ class ColumnReader:
         numbers = np.arange(math.prod(pixels)).reshape(pixels)
         chosen = pixels if index is None else (len(index),)
         whole: list[Array] = []
-        for read in reader.read(inputs):
+        for read in _read(reader, inputs, tile):
             if read.block is None:
                 raise NotReadError
             arrays = [array for array in read.block.arrays if array is not None]
@@ -165,6 +167,35 @@ class ColumnReader:
             y[is_bad] = np.nan
         at_pixels = tuple(np.broadcast_to(array[0], y.shape[1:]) for array in maps)
         return TileData(Lanes(y, tuple(x), sigma, self.x_varies), at_pixels, n_bad)
+
+
+def _read(reader: GroupReader, inputs: Sequence[Any], tile: Tile) -> Iterator[ReadBlock]:
+    """Yield the blocks of a tile; raise a BlockReadError for one that cannot be read."""
+    try:
+        yield from reader.read(inputs)
+    except ReadFailedError as failed:
+        error = failed.read_error
+        index, names = reader.needing(error.key)
+        block = tuple(map(int, np.unravel_index(index, reader.grid)))
+        where = zip(tile.slices[index], tile.origin, strict=True)
+        bad = SkippedBlock(
+            block=block,
+            grid=reader.grid,
+            rows=math.prod(s.stop - s.start for s in tile.slices[index]),
+            slices=tuple((s.start + first, s.stop + first) for s, first in where),
+            array=" and ".join(names),
+            chunk=error.chunk,
+            error=error.error,
+            attempts=error.attempts,
+        )
+        raise BlockReadError(
+            f"{bad.sentence}. Repair the stored data, or pass "
+            f"HybridStreamingConfig(min_success_rate=...) below 1, so that these pixels get the "
+            f"status 'not_read'.",
+            bad.array,
+            bad.block,
+            bad.chunk,
+        ) from failed.cause
 
 
 def _empty(block: Array, kind: _Kind, points: Index, pixels: Index) -> Array:

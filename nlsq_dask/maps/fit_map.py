@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 import uuid
 from typing import Any
 
@@ -22,6 +23,7 @@ from nlsq_dask.maps.arguments import MapProblem
 from nlsq_dask.maps.columns import ColumnReader
 from nlsq_dask.maps.outputs import Outputs, failure_text
 from nlsq_dask.maps.parameter_maps import ParameterMaps
+from nlsq_dask.maps.progress import show_summary
 from nlsq_dask.maps.starts import LaneFitter
 from nlsq_dask.maps.tile_task import TileTask
 from nlsq_dask.model.guess import GuessKernel
@@ -36,7 +38,10 @@ def fit_map(problem: MapProblem) -> xr.Dataset:
         return dataset
     # Inside a task of a cluster, other tasks could only wait for this one.
     options = {"scheduler": "sync"} if is_inside_task() else {}
+    started = time.perf_counter()
     computed: xr.Dataset = dataset.compute(**options)
+    if problem.config.verbose >= 2 and not is_inside_task():
+        show_summary(computed["status"].values, time.perf_counter() - started)
     if problem.errors == "raise" and (text := failure_text(computed["status"].values)):
         raise PixelFitError(
             f"{text}. Use errors='flag' (in curvefit, errors='ignore') to keep the others."
@@ -122,7 +127,8 @@ def lazy_dataset(problem: MapProblem, raises: bool) -> xr.Dataset:
 def _coordinates(
     problem: MapProblem, map_dims: tuple[str, ...], outputs: Outputs
 ) -> dict[str, Any]:
-    names = list(problem.parameters.names)
+    # As objects, because Zarr has no stable format for strings of a fixed length.
+    names = np.array(problem.parameters.names, object)
     own: dict[Any, Any] = {dim: names for spec in outputs.variables.values() for dim in spec.dims}
     taken = [dim for dim in own if dim in map_dims]
     if taken:

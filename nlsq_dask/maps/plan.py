@@ -172,7 +172,9 @@ def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) ->
             f"of the map"
         )
     n_tiles = math.prod(grid.shape)
-    if idle := workers.idle_problem(n_tiles):
+    # Smaller chunks would be merged again.
+    is_merged = grid.largest > math.prod(max(grid.chunks[axis]) for axis in grid.map_axes)
+    if not is_merged and (idle := workers.idle_problem(n_tiles)):
         yield idle
     if n_tiles > _MANY_TILES and grid.largest < _SMALL_TILE_PIXELS:
         yield (

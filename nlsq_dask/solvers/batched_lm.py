@@ -31,6 +31,7 @@ from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings
 
 Array = NDArray[Any]
 
+_MIN_BLOCK = 8  # lanes that SIMD instructions process together
 _BLOCK = 256  # lanes whose state and strips fit a core's cache
 _MAX_BLOCKS = 8  # blocks per call of the program
 _FACTORED_BLOCK, _MAX_FACTORED_BLOCKS = 64, 4  # in the factorization
@@ -50,6 +51,8 @@ def choose_lanes(n_points: int, n_params: int, dtype: str, max_pixels: int) -> i
         Largest number of lanes that a caller will pass.
     """
     lane_bytes = n_points * np.dtype(dtype).itemsize + 4 * (n_params + 4) ** 2
+    if max_pixels < _BLOCK:
+        return max(1 << (max_pixels - 1).bit_length(), _MIN_BLOCK)
     n_blocks = min(_MAX_BLOCKS, _CALL_BYTES // (lane_bytes * _BLOCK), -(-max_pixels // _BLOCK))
     return _BLOCK * max(n_blocks, 1)
 
