@@ -36,6 +36,7 @@ LIMITS = {
     "checkpoints": 200,
     "watching": 300,
     "maps": 900,
+    "lanes": 120,
     "gpu": 300,
 }
 

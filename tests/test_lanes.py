@@ -265,12 +265,16 @@ def test_ties_and_fixed_parameters() -> None:
 def test_float32() -> None:
     cube = Cube("exponential", 400)
     lanes = Lanes(cube.y, (cube.x,))
-    single, double = (cube.solver(dtype)(lanes, cube.start, -INF, INF) for dtype in DTYPES)
-    assert (single.status == double.status).all()
-    assert double.errors is not None
-    assert single.errors is not None
-    assert (np.abs(single.params - double.params) / double.errors).max() < 0.02
-    np.testing.assert_allclose(single.errors, double.errors, rtol=1e-3)
+    single, double = (cube.solver(dtype) for dtype in DTYPES)
+    middle = cube.truth.mean(axis=1, keepdims=True)
+    for low, high in ((-INF, INF), (0.95 * middle, 1.5 * middle)):
+        ours, exact = (solver(lanes, cube.start, low, high) for solver in (single, double))
+        assert (ours.status == exact.status).all()
+        assert (LaneStatus.AT_BOUND in exact.status) == np.isfinite(low).all()
+        assert exact.errors is not None
+        assert ours.errors is not None
+        assert (np.abs(ours.params - exact.params) / exact.errors).max() < 0.02
+        np.testing.assert_allclose(ours.errors, exact.errors, rtol=1e-3)
 
 
 DTYPES = "float32", "float64"

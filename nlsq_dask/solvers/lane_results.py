@@ -27,6 +27,7 @@ Index = NDArray[np.int64]
 # asked for, by dtype of the model.
 _MAX_INFLATION = {"float64": 1e9, "float32": 1e3}
 _HARDLY_ANY = 1e-8  # effect of a parameter, relative to that of others, that may be rounding
+_MAX_SLOPE = 1e-4  # of the scaled gradient at a solution
 _NEGLIGIBLE = 1e-3  # of a standard error; a longer step does not start at a solution
 _WITHOUT_FIT = LaneStatus.NO_DATA, LaneStatus.TOO_FEW_POINTS, LaneStatus.BAD_START
 
@@ -111,7 +112,7 @@ class LaneResults:
         may_improve |= self._status[index] == LaneStatus.STALLED
         self._needs_steps[index] = loses_digits & may_improve
         is_sandwich = self._settings.cov_type != "nonrobust"
-        self._is_unsure[index] = is_finite & (loses_digits | is_sandwich)
+        self._is_unsure[index] = is_finite & (loses_digits | is_sandwich | self._has_hidden[index])
 
     def _find_hidden(self, index: Index, norms: Array) -> NDArray[np.bool_]:
         """Return in which lanes a parameter changes the model by rounding errors only, (c,).
@@ -152,6 +153,8 @@ class LaneResults:
         is_close = refined.is_exact | (refined.errors <= _NEGLIGIBLE)
         is_solution = np.where(is_stepped & ~refined.is_singular, is_close, status > 0)
         is_wrong = is_stepped & (status > 0) & ~is_solution
+        is_sloped = self._largest_slope(index, refined) > _MAX_SLOPE
+        is_wrong |= (status > 0) & is_sloped & ~refined.is_exact
         status = np.where(is_solution, LaneStatus.CONVERGED, status)
         self._status[index] = np.where(is_wrong, LaneStatus.STALLED, status)
         self._store_params(index, refined.params, refined.tied)
@@ -161,6 +164,22 @@ class LaneResults:
             middle = np.einsum("ikm,klm->ilm", inverse, factors.scores)
             covariance = np.einsum("ilm,jlm->ijm", middle, inverse)
         self._store_covariance(index, covariance, refined.is_singular, refined.tied)
+
+    def _largest_slope(self, index: Index, refined: Refined) -> Array:
+        """Return the largest ``|J_j^T r| / (|J_j| |r|)``, (c,), of parameters that may move.
+
+        Columns may be so small that their squares are zero.
+        """
+        p, params = len(refined.params), refined.params
+        triangle, target = refined.factors.triangle[:p, :p], refined.factors.triangle[:p, p]
+        largest = np.abs(triangle).max(axis=0)
+        unit = triangle / np.where(largest > 0, largest, 1.0)
+        norms = np.sqrt((unit**2).sum(axis=0) * 2 * refined.factors.cost)
+        slopes = np.einsum("ijm,im->jm", unit, target) / np.where(norms > 0, norms, 1.0)
+        low, high = self._low[:, index], self._high[:, index]
+        is_held = ((params <= low) & (slopes > 0)) | ((params >= high) & (slopes < 0))
+        result: Array = np.where(is_held, 0.0, np.abs(slopes)).max(axis=0)
+        return result
 
     def _store_params(self, index: Index, params: Array, tied: Any) -> None:
         low, high, free = (a[:, index] for a in (self._low, self._high, self._free))

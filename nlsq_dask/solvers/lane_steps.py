@@ -161,14 +161,20 @@ def update(state: State, sums: LaneSums, problem: Problem, settings: StepSetting
 
 
 def _largest_slope(gram: Any, cost: Any, params: Any, problem: Problem) -> Any:
-    """Return the largest ``|J_j^T r| / (|J_j| |r|)``, (c,), of parameters not at a bound."""
+    """Return the largest ``|J_j^T r| / (|J_j| |r|)``, (c,), of parameters that may move."""
     p = len(params)
     where = triangle_indices(p + 1)
     norms = jnp.sqrt(jnp.stack([gram[where[i, i]] for i in range(p)]))
-    slopes = jnp.abs(gram[where[p, :p]]) / jnp.where(norms > 0, norms, 1.0)
-    is_inside = (problem.low < params) & (params < problem.high)
-    largest = jnp.where(is_inside, slopes, 0.0).max(axis=0)
+    slopes = gram[where[p, :p]] / jnp.where(norms > 0, norms, 1.0)
+    free = ~_is_held(params, slopes, problem)
+    largest = jnp.where(free, jnp.abs(slopes), 0.0).max(axis=0)
     return largest / jnp.where(cost > 0, jnp.sqrt(2 * cost), 1.0)
+
+
+def _is_held(params: Any, gradient: Any, problem: Problem) -> Any:
+    """Return which parameters are fixed, or would move out of an active bound, (p, c)."""
+    at_low, at_high = params <= problem.low, params >= problem.high
+    return (at_low & (gradient >= 0)) | (at_high & (gradient <= 0)) | (at_low & at_high)
 
 
 def _next_radius(state: State, gain: Any, accepts: Any, is_noisy: Any) -> Any:
@@ -192,9 +198,10 @@ def propose(state: State, problem: Problem, settings: StepSettings) -> State:
     radius = jnp.where(jnp.isfinite(state.radius), state.radius, size)
     room = (low - params) * scale, (high - params) * scale
     step, is_full = restricted_step(quadratic, *room, radius, is_active, settings.least_pivot)
-    trial = jnp.clip(params + step / scale, low, high)
+    trial = (params + step / scale).astype(settings.dtype).astype(jnp.float64)
+    trial = jnp.clip(trial, low, high)
+    # A parameter that reaches a bound is on it, whatever rounding does.
     trial = jnp.where(step <= room[0], low, jnp.where(step >= room[1], high, trial))
-    trial = jnp.clip(trial.astype(settings.dtype).astype(jnp.float64), low, high)
     trial = jnp.where(jnp.isfinite(trial).all(axis=0), trial, params)
     step = (trial - params) * scale
     reduction = jnp.maximum(quadratic.reduction(quadratic.full_step), 0.0)
@@ -252,10 +259,7 @@ def _quadratic(state: State, problem: Problem, least_pivot: float) -> Quadratic:
     inverse = jnp.concatenate([1 / scale, jnp.ones_like(scale[:1])])
     matrix = gram * inverse[:, None] * inverse
     gradient = matrix[:p, p]
-    is_held = ((state.params <= problem.low) & (gradient >= 0)) | (
-        (state.params >= problem.high) & (gradient <= 0)
-    )
-    free = ~is_held & (problem.low < problem.high)
+    free = ~_is_held(state.params, gradient, problem)
     return Quadratic.of(matrix, scale, free, least_pivot)
 
 
