@@ -235,7 +235,9 @@ def test_how_often_reading_is_tried(cube: xr.DataArray, fitted: xr.Dataset) -> N
         assert flaky.reads == {True: 3, False: 1}
         for options in ({"max_retries_per_batch": 1}, {"enable_fault_tolerance": False}):
             flaky, ds = from_flaky(cube, failures=2, **options)
-            with pytest.raises(nd.BlockReadError, match="y_data could not .* the store does not answer"):
+            with pytest.raises(
+                nd.BlockReadError, match=r"y_data could not .* the store does not answer"
+            ):
                 ds.compute()
             assert flaky.reads[True] == (2 if "max_retries_per_batch" in options else 1)
 

@@ -23,7 +23,7 @@ from nlsq_dask import (
     NonFiniteDataError,
     PixelFitError,
 )
-from nlsq_dask.maps import columns
+from nlsq_dask.maps import tile_task
 from nlsq_dask.model.program import compile_count
 from tests.cubes import Cube, cubes
 
@@ -267,8 +267,7 @@ def test_a_column_larger_than_memory_is_read_in_parts(
 ) -> None:
     lazy = cube.chunk(t=20)
     expected = fit_each(y=lazy).compute()
-    pixel_bytes = 60 * (8 + 2)
-    monkeypatch.setattr(columns, "task_memory", lambda: 10 * pixel_bytes / columns.SHARE)
+    monkeypatch.setattr(tile_task, "process_memory", lambda: (0, 1))  # in 20 parts
     xr.testing.assert_identical(fit_each(y=lazy).compute(), expected)
 
 

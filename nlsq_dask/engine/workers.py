@@ -144,13 +144,13 @@ class Workers:
         return shares
 
 
-def task_memory() -> int:
-    """Return the bytes of memory for one running task of this process."""
+def process_memory() -> tuple[int, int]:
+    """Return the memory limit of this process in bytes, and its number of threads for tasks."""
     try:
         worker = get_worker()
     except ValueError:  # not a task of a distributed worker
         pool = dask.config.get("pool", None)
         count = dask.config.get("num_workers", None) or getattr(pool, "_max_workers", CPU_COUNT)
-        return int(MEMORY_LIMIT) // int(count)
+        return int(MEMORY_LIMIT), int(count)
     limit = worker.memory_manager.memory_limit or MEMORY_LIMIT
-    return int(limit) // int(worker.state.nthreads)
+    return int(limit), int(worker.state.nthreads)

@@ -20,6 +20,8 @@ from nlsq_dask.errors import DataError, DataWarning, warn_caller
 from nlsq_dask.fit.arguments.parameters import Parameters, parse_parameters
 from nlsq_dask.fit.problem import parts_of_x
 from nlsq_dask.kernels.losses import Loss, check_loss
+from nlsq_dask.maps.columns import ColumnReader
+from nlsq_dask.maps.memory import TileMemory
 from nlsq_dask.maps.outputs import Outputs
 from nlsq_dask.maps.parameter_maps import Maps, Separated, check_maps
 from nlsq_dask.maps.row_wise import check_points
@@ -75,6 +77,24 @@ class MapProblem:
         """The variables of the result."""
         names = self.parameters.names
         return Outputs(names, self.grid.map_axes, self.model.dtype, self.covariance)
+
+    @property
+    def memory(self) -> TileMemory:
+        """The memory of the task of a tile."""
+        blocks, grid, model = self.blocks, self.grid, self.model
+        reader = ColumnReader.of(blocks, grid, model.dtype)
+        block_bytes = 0
+        if not self.in_memory:
+            # A block is decoded, which needs its bytes twice, while earlier ones are in memory.
+            n_copies = 1 if all(len(blocks.y.chunks[axis]) == 1 for axis in grid.fitted) else 2
+            block_bytes = n_copies * max(int(blocks.block_bytes().max()), blocks.split_bytes)
+        return TileMemory.of(
+            reader.point_bytes(grid.n_points),
+            self.outputs.pixel_bytes,
+            block_bytes,
+            model.n_params,
+            self.n_lanes * grid.n_points,
+        )
 
     @property
     def n_lanes(self) -> int:

@@ -13,16 +13,12 @@ from numpy.typing import NDArray
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.engine.retries import ReadFailedError, SkippedBlock
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
-from nlsq_dask.engine.workers import task_memory
 from nlsq_dask.errors import BlockReadError
 from nlsq_dask.maps.tiles import Index, Tile, TileGrid
 from nlsq_dask.solvers.lanes import Lanes
 
 Array = NDArray[Any]
 
-# Of the memory that a task may use, the share for the points of a tile: while they are put
-# together, the blocks are in memory, too, and later the arrays of the solver.
-SHARE = 0.4
 _MASK_BYTES = 2  # per point, of arrays that tell where y is finite
 
 
@@ -88,15 +84,10 @@ class ColumnReader:
         """Whether sigma varies over the map; None without sigma."""
         return self.kinds[1 + self.n_x + self.n_maps].over_pixels if self.has_sigma else None
 
-    def pixel_bytes(self, n_points: int) -> int:
-        """Return the bytes of memory per pixel."""
+    def point_bytes(self, n_points: int) -> int:
+        """Return the bytes of the points of a pixel, with masks."""
         sizes = [kind.itemsize for kind in self.kinds if kind.over_pixels and kind.over_points]
         return n_points * (sum(sizes) + _MASK_BYTES)
-
-    def max_pixels(self, tile: Tile) -> int:
-        """Return how many pixels of a tile may be in memory at once."""
-        points, _ = self._shape(tile)
-        return max(int(SHARE * task_memory()) // max(self.pixel_bytes(math.prod(points)), 1), 1)
 
     def __call__(
         self,

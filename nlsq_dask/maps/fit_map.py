@@ -82,6 +82,7 @@ def tile_task(problem: MapProblem, raises: bool) -> TileTask:
         fitter=LaneFitter(solver, problem.parameters.transform.is_free),
         guess=guess,
         outputs=problem.outputs,
+        memory=problem.memory,
         is_given=problem.is_given,
         omits_nan=problem.nan_policy == "omit",
         raises=raises,

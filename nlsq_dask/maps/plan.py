@@ -13,17 +13,12 @@ from nlsq_dask.engine.memory import BASE_BYTES, MAX_FILLED
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.columns import SHARE, ColumnReader
+from nlsq_dask.maps.memory import COMPILED_BYTES, task_share
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
 _MANY_TILES = 1000
 _SMALL_TILE_PIXELS = 256  # starting a task takes longer than fitting so few pixels
-# Measured: what compiling the solver leaves behind, and what a task needs beside the arrays below.
-_COMPILED_BYTES = 180 * 2**20
-_TASK_BYTES = 96 * 2**20
-_SOLVER_COPIES = 3  # of the points of the pixels that one call of the kernel processes
-_STATE_VALUES = 8  # numbers of the solver per pixel and parameter
 
 
 @dataclass(frozen=True)
@@ -114,8 +109,9 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     tiles = list(grid)
     _, shared = SourceGraph(blocks).readers([grid.blocks_of(tile) for tile in tiles])
     threads = min(workers.max_threads, len(tiles))
-    task_bytes, n_parts = _task_memory(problem, workers)
-    peak = BASE_BYTES + _COMPILED_BYTES + threads * task_bytes
+    share = task_share(workers.memory_limit, workers.max_threads)
+    peak = BASE_BYTES + COMPILED_BYTES + threads * problem.memory.peak(grid.largest, share)
+    n_parts = -(-grid.largest // problem.memory.max_pixels(grid.largest, share))
     with x64():
         mode = choose_mode(model, model.jaxpr())
     return MapPlan(
@@ -136,23 +132,6 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
         problems=tuple(_problems(problem, workers, peak, n_parts)),
         not_free=problem.parameters.not_free,
     )
-
-
-def _task_memory(problem: MapProblem, workers: Workers) -> tuple[int, int]:
-    """Return the peak memory of a task, and the number of parts in which it fits its tile."""
-    blocks, grid, outputs = problem.blocks, problem.grid, problem.outputs
-    reader = ColumnReader.of(blocks, grid, problem.model.dtype)
-    pixel_bytes = max(reader.pixel_bytes(grid.n_points), 1)
-    budget = int(SHARE * workers.memory_limit / workers.max_threads)
-    at_once = max(min(budget // pixel_bytes, grid.largest), 1)
-    read = 0 if problem.in_memory else max(int(blocks.block_bytes().max()), blocks.split_bytes)
-    state = 8 * _STATE_VALUES * problem.model.n_params + outputs.pixel_bytes
-    solver = problem.n_lanes * grid.n_points * 8 * _SOLVER_COPIES
-    # A block is decoded, which needs its bytes twice, while earlier ones are in memory.
-    n_copies = 1 if all(len(blocks.y.chunks[axis]) == 1 for axis in grid.fitted) else 2
-    arrays = at_once * pixel_bytes + n_copies * read + grid.largest * state
-    task_bytes = _TASK_BYTES + arrays + solver
-    return task_bytes, -(-grid.largest // at_once)
 
 
 def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) -> Iterator[str]:

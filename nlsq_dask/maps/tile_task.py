@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.source_graph import GroupReader
+from nlsq_dask.engine.workers import process_memory
 from nlsq_dask.errors import NonFiniteDataError, PixelFitError
 from nlsq_dask.maps.columns import ColumnReader, NotReadError
+from nlsq_dask.maps.memory import TileMemory, task_share
 from nlsq_dask.maps.outputs import Outputs, failure_text
 from nlsq_dask.maps.parameter_maps import ParameterMaps
 from nlsq_dask.maps.starts import Bounded, Index, LaneFitter, TilePart, tile_seed
@@ -32,6 +34,7 @@ class TileTask:
     fitter: LaneFitter
     guess: GuessKernel | None
     outputs: Outputs
+    memory: TileMemory
     is_given: bool  # whether the caller gives the start of each parameter
     omits_nan: bool  # the nan_policy
     raises: bool  # whether a fit that fails is an error
@@ -42,7 +45,7 @@ class TileTask:
         reader, tile = own
         pixels = tuple(tile.shape[axis] for axis in self.outputs.map_axes)
         n_pixels = math.prod(pixels)
-        most = self.reader.max_pixels(tile)
+        most = self.memory.max_pixels(n_pixels, task_share(*process_memory()))
         whole: TilePart | None = None
 
         def load(index: Index) -> TilePart:
