@@ -152,7 +152,9 @@ def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) ->
         )
     n_tiles = math.prod(grid.shape)
     # Smaller chunks would be merged again.
-    is_merged = grid.largest > math.prod(max(grid.chunks[axis]) for axis in grid.map_axes)
+    is_merged = problem.in_memory or grid.largest > math.prod(
+        max(grid.chunks[axis]) for axis in grid.map_axes
+    )
     if not is_merged and (idle := workers.idle_problem(n_tiles)):
         yield idle
     if n_tiles > _MANY_TILES and grid.largest < _SMALL_TILE_PIXELS:

@@ -5,7 +5,7 @@ No start comes from a neighbor in order, so the order of the pixels changes noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,7 +25,10 @@ _N_CANDIDATES = 32  # starting points of the pooled fit
 _BOX = 3.0  # half-width of the box of these points, relative to the start
 _N_POOLED = 512  # pixels from which the rows of the pooled fit are drawn
 _N_ATTEMPTS = 4  # at finding pixels with data among them
-_N_DRAWS = 8  # pixels drawn for a point of the pooled fit, of which the first valid one is used
+# Pixels drawn for a point of the pooled fit, of which the one with the median of y is used, so that
+# some saturated or dead pixels do not spoil the start of all others.
+_N_DRAWS = 9
+_N_SCATTERED = 8  # further starts of pixels that still fail
 
 # Statuses after which another start is tried. A singular solution may be a plateau far away.
 _RETRIED = (
@@ -108,7 +111,7 @@ class LaneFitter:
         pooled = _Once(lambda: self._pooled_start(load, n_pixels, seed))
         everything = np.arange(n_pixels)
         fits = _joined([self._first(load(part), pooled) for part in _split(everything, most)])
-        failed = np.flatnonzero(np.isin(fits.status, _RETRIED))
+        failed = _failed(fits)
         solved = fits.params[self.is_free][:, np.isin(fits.status, _SOLVED)]
         median = np.median(solved, axis=1) if solved.shape[1] else None
         for part in _split(failed, most) if len(failed) else []:
@@ -129,18 +132,29 @@ class LaneFitter:
     ) -> LaneFits:
         """Return the fits of pixels that failed, replaced where another start is better."""
         given = np.broadcast_to(part.is_given, part.lanes.y.shape[1])
-        if given.any():
-            fits = self._from(pooled(), part, fits, np.flatnonzero(given))
+        # Pixels without a start of the caller began at the pooled one.
+        fits = self._from(pooled()[:, None], part, fits, np.flatnonzero(given))
+        fits = self._from(None, part, fits, np.flatnonzero(~given))
         if median is not None:
-            failed = np.flatnonzero(np.isin(fits.status, _RETRIED))
-            fits = self._from(median, part, fits, failed)
+            fits = self._from(median[:, None], part, fits, _failed(fits))
+        varies = np.nanmax(part.lanes.y, axis=0) > np.nanmin(part.lanes.y, axis=0)
+        for start in self._scattered(part, median):
+            failed = _failed(fits)
+            fits = self._from(start[:, None], part, fits, failed[varies[failed]])
         return fits
 
-    def _from(self, start: Vector, part: TilePart, fits: LaneFits, index: Index) -> LaneFits:
+    def _scattered(self, part: TilePart, center: Vector | None) -> Matrix:
+        """Return starts around a point, by default the typical start, and around ones."""
+        start, low, high = part.bounded.typical()
+        return _around([start if center is None else center, np.ones_like(start)], low, high)
+
+    def _from(self, start: Matrix | None, part: TilePart, fits: LaneFits, index: Index) -> LaneFits:
+        """Fit some pixels again, by default from ``part.bounded.start``."""
         if not len(index):
             return fits
         some = part.take(index)
-        again = self._solve(some.lanes, replace(some.bounded, start=start[:, None]))
+        bounded = some.bounded if start is None else replace(some.bounded, start=start)
+        again = self._solve(some.lanes, bounded)
         is_lower = np.isfinite(again.cost) & ~(again.cost >= fits.cost[index])
         was_failure = fits.status[index] <= 0
         chosen = np.flatnonzero(is_lower | (was_failure & (again.status > 0)))
@@ -165,10 +179,8 @@ class LaneFitter:
         start, low, high = part.bounded.typical()
         if not len(valid):
             return start
-        settings = MultistartSettings(_N_CANDIDATES // 2, "sobol", 1, 0.5, 1, True, _BOX, seed)
         # The start of the caller may be far away, so other points are drawn around ones.
-        centers = (start, np.clip(np.ones_like(start), low, high))
-        starts = np.concatenate([draw_starts(each, low, high, settings) for each in centers]).T
+        starts = _around([start, np.ones_like(start)], low, high, _N_CANDIDATES, seed).T
         candidates = Bounded(starts, low[:, None], high[:, None])
         fits = self._solve(self._sampled(part.lanes.take(valid), rng), candidates)
         cost = np.where(np.isfinite(fits.cost), fits.cost, np.inf)
@@ -178,12 +190,14 @@ class LaneFitter:
         return params if np.isfinite(params).all() else start
 
     def _sampled(self, lanes: Lanes, rng: np.random.Generator) -> Lanes:
-        """Return a random pixel for each point, repeated for each candidate."""
+        """Return the median of some random pixels for each point, repeated for each candidate."""
         n, m = lanes.y.shape
         points = np.arange(n)
         draws = rng.integers(0, m, (_N_DRAWS, n))
-        is_valid = np.isfinite(lanes.y[points, draws])
-        pixels = draws[is_valid.argmax(axis=0), points]
+        y = lanes.y[points, draws]
+        order = np.argsort(y, axis=0)  # NaN comes last
+        middle = np.maximum(np.isfinite(y).sum(axis=0) - 1, 0) // 2
+        pixels = draws[order[middle, points], points]
 
         def repeated(array: Array) -> Array:
             return np.broadcast_to(array[points, pixels][:, None], (n, _N_CANDIDATES))
@@ -196,6 +210,15 @@ class LaneFitter:
         if sigma is not None and sigma.shape == lanes.y.shape:
             sigma = repeated(sigma)
         return Lanes(repeated(lanes.y), tuple(x), sigma, lanes.x_varies)
+
+
+def _around(
+    centers: Sequence[Vector], low: Vector, high: Vector, n: int = _N_SCATTERED, seed: int = 0
+) -> Matrix:
+    """Return n points within the bounds, shape (n, p), the same number around each center."""
+    settings = MultistartSettings(n // len(centers), "sobol", 1, 0.5, 1, True, _BOX, seed)
+    inside = (np.clip(center, low, high) for center in centers)
+    return np.concatenate([draw_starts(center, low, high, settings) for center in inside])
 
 
 class _Once:
@@ -213,6 +236,10 @@ class _Once:
 
 def _split(index: Index, most: int) -> list[Index]:
     return np.array_split(index, -(-len(index) // most)) if len(index) else [index]
+
+
+def _failed(fits: LaneFits) -> Index:
+    return np.flatnonzero(np.isin(fits.status, _RETRIED))
 
 
 def _taken(fits: LaneFits, index: Index) -> LaneFits:

@@ -60,6 +60,10 @@ class TileTask:
         try:
             fits = self.fitter(load, n_pixels, most, tile_seed(self.seed, tile.index))
         except NotReadError:
+            if self.raises:
+                raise PixelFitError(
+                    f"{n_pixels:,} fits failed (not_read) in the tile that begins at {tile.origin}."
+                ) from None
             return self.outputs.failed(pixels, LaneStatus.NOT_READ)
         if self.raises and (text := failure_text(fits.status)):
             raise PixelFitError(f"{text} in the tile that begins at {tile.origin}.")

@@ -23,7 +23,7 @@ Slices = tuple[slice, ...]
 # columns of chunks with fewer pixels, and fewer bytes, share a tile.
 _MIN_PIXELS = 1024
 _MIN_BYTES = 2**22
-_MEMORY_TILE_BYTES = 2**24  # of y in memory, which is split so that threads share the work
+_MEMORY_TILE_BYTES = 2**22  # of y in memory, which is split so that threads share the work
 
 
 @dataclass(frozen=True)
