@@ -79,6 +79,9 @@ _UNSUPPORTED = {
     **dict.fromkeys(("min", "max", "lower", "upper", "lb", "ub", "min_val", "max_val"), _BOUNDS),
     **dict.fromkeys(("params", "parameters", "parinfo"), _PARAMETERS),
     **dict.fromkeys(("constraints", "expr"), _CONSTRAINTS),
+    "dims": "For an independent fit at every position of the other dimensions, use "
+    "fit_each(..., dims=...); in curvefit, reduce_dims has further dimensions along which to fit.",
+    "reduce_dims": "Use dims=(...) with all dimensions along which to fit.",
     "scale_covar": "Use absolute_sigma=True for scale_covar=False, and False for True.",
 }
 

@@ -8,7 +8,7 @@ from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.memory import MemoryPlan
+from nlsq_dask.engine.memory import MemoryPlan, small_blocks
 from nlsq_dask.engine.reduction_tree import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.fit.problem import FitProblem
@@ -16,8 +16,6 @@ from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
-_SMALL_BLOCK_BYTES = 2**16  # requesting a smaller block takes longer than reading it
-_MANY_BLOCKS = 1000
 _CONCURRENT_SUMS = 40  # partial sums in a worker before they are combined
 _LARGE_FRACTION = 0.2  # of a worker's memory; more for partial sums is reported as a problem
 
@@ -139,13 +137,8 @@ def build_plan(problem: FitProblem) -> Plan:
 def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> tuple[str, ...]:
     blocks, n_params = problem.blocks, problem.model.n_params
     problems = [text for text in (problem.all_parameters.notice, memory.problem) if text]
-    n_blocks = int(blocks.block_rows().size)
-    mean = memory.bytes_per_pass // n_blocks
-    if n_blocks > _MANY_BLOCKS and mean < _SMALL_BLOCK_BYTES and not blocks.in_memory:
-        problems.append(
-            f"{n_blocks:,} blocks of {format_bytes(mean)} on average: requesting them takes longer "
-            f"than reading them. Use chunks of 10 to 100 MB"
-        )
+    if small := small_blocks(blocks):
+        problems.append(small)
     if idle := workers.idle_problem(len(memory.group_bytes)):
         problems.append(idle)
     matrix = 0 if problem.is_without_matrices else 8 * n_params**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,20 @@ BASE_BYTES = 350 * 2**20
 _COPIES = 2
 MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
 _AUTO_CACHE = 0.2  # of a worker's memory
+_SMALL_BLOCK_BYTES = 2**16  # requesting a smaller block takes longer than reading it
+_MANY_BLOCKS = 1000
+
+
+def small_blocks(blocks: RowBlocks) -> str:
+    """Return a sentence, without a full stop, if there are many small blocks; else ""."""
+    n_blocks = math.prod(blocks.grid)
+    mean = int(blocks.block_bytes().sum()) // n_blocks
+    if n_blocks <= _MANY_BLOCKS or mean >= _SMALL_BLOCK_BYTES or blocks.in_memory:
+        return ""
+    return (
+        f"{n_blocks:,} blocks of {format_bytes(mean)} on average: requesting them takes longer "
+        f"than reading them. Use chunks of 10 to 100 MB"
+    )
 
 
 @dataclass(frozen=True)

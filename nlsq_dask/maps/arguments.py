@@ -308,6 +308,14 @@ def _align(x_data: Any, y_data: Any, sigma: Any, maps: Maps, axes: tuple[int, ..
         maps={role.text: expand.pixels(value, role.text) for role, value in maps.items()},
         allows_columns=len(axes) == 1,
     )
+    n_x = len(blocks.x) - len(maps)
+    is_constant = not any(array.shape[axis] > 1 for array in blocks.x[:n_x] for axis in axes)
+    if is_constant and any(y_data.shape[axis] > 1 for axis in axes):
+        warn_caller(
+            "x_data does not vary along the dimensions of the fits, so that the model is the same "
+            "at all points of a fit. Pass x_data that varies along dims.",
+            DataWarning,
+        )
     for array, name in zip(blocks.x, blocks.layout.array_names[1:], strict=False):
         is_wide = any(array.shape[a] > 1 for a in range(len(y_data.shape)) if a not in axes)
         if array.ndim > len(y_data.shape) and is_wide:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
-from nlsq_dask.engine.memory import BASE_BYTES, MAX_FILLED
+from nlsq_dask.engine.memory import BASE_BYTES, MAX_FILLED, small_blocks
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.maps.arguments import MapProblem
@@ -150,6 +150,8 @@ def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) ->
             f"chunk is read {n_parts + 2} times. Use chunks that are smaller along the dimensions "
             f"of the map"
         )
+    if not problem.in_memory and (small := small_blocks(problem.blocks)):
+        yield small
     n_tiles = math.prod(grid.shape)
     # Smaller chunks would be merged again.
     is_merged = problem.in_memory or grid.largest > math.prod(
