@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
-from nlsq_dask.model.named_values import as_real_array
+from nlsq_dask.model.named_values import as_real_array, call_traced
 from nlsq_dask.model.program import Program
 
 Array = NDArray[Any]
 
+_CALLED = "as guess(x, y) with the points of one pixel"
 _EXAMPLE = "guess=lambda x, y: {{{name!r}: jnp.nanmax(y)}}"
 
 
@@ -47,14 +48,15 @@ class GuessKernel:
         Raises
         ------
         ValueError
-            If the function returns something else.
+            If the function raises an error or returns something else.
         """
         layout, dtype = model.layout, np.dtype(model.dtype)
         transform = model.transform
         is_free = [True] * len(names) if transform is None else transform.is_free.tolist()
 
         def of_pixel(x: Any, y: Any, start: Any) -> Any:
-            values = _by_name(guess(layout.assemble(x), y), names)
+            returned = call_traced(guess, (layout.assemble(x), y), "guess", _CALLED)
+            values = _by_name(returned, names)
             free = (name for name, is_one in zip(names, is_free, strict=True) if is_one)
             return jnp.stack([values.get(n, start[i]).astype(dtype) for i, n in enumerate(free)])
 

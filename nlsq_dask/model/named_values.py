@@ -27,6 +27,23 @@ def as_real_array(returned: Any) -> tuple[Any, str]:
     return (array if array.dtype.kind in "iuf" else None), words
 
 
+def call_traced(
+    function: Callable[..., Any], arguments: tuple[Any, ...], what: str, called: str
+) -> Any:
+    """Return ``function(*arguments)``; raise a ValueError that says how it is called if it fails.
+
+    ``what`` is the function in messages, and ``called`` says with which arguments.
+    """
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        text = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
+        raise ValueError(
+            f"{what} raised {type(error).__name__}: {text}. It is called {called}. "
+            f"{tracing_hint(error)}".rstrip()
+        ) from error
+
+
 class _UnknownNameError(Exception):
     """A function uses a name that it cannot use."""
 
@@ -72,14 +89,8 @@ class NamedValues(Mapping[str, Any]):
 
     def call(self, function: Callable[[Mapping[str, Any]], Any], example: str) -> Any:
         """Return ``function(self)``; raise a ValueError with an example if it fails."""
+        called = f"with a mapping of parameters by name, such as {example}"
         try:
-            return function(self)
+            return call_traced(function, (self,), self._what, called)
         except _UnknownNameError as error:
             raise ValueError(str(error)) from None
-        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-            hint = tracing_hint(error)
-            text = str(error).partition("\n")[0].rstrip(".")  # JAX appends help texts
-            raise ValueError(
-                f"{self._what} raised {type(error).__name__}: {text}. It is called with a mapping "
-                f"of parameters by name, such as {example}. {hint}".rstrip()
-            ) from error
