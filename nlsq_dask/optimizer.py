@@ -345,15 +345,15 @@ class AdaptiveHybridStreamingOptimizer:
         ----------
         model, x_data, param_names
             As in ``fit``. An x array varies along ``dims``, and may also vary along the other
-            dimensions. Without dimension names, an x of the shape of the fitted axes is matched to
-            these.
+            dimensions. Without dimension names, an x of the shape of the fitted axes, in the order
+            of y_data, is matched to these.
         y_data : array
             Dependent variable, N-d. Its chunks define the tiles: all chunks of a tile along
             ``dims`` are read by one task.
         p0 : sequence, or dict by name, optional
             Initial values. In a dict, a value may be a map, an array over the dimensions of the
-            map. Where all parameters have one, pixels start there. Otherwise, and if a fit fails,
-            the start is the fit of a random sample of the rows of the tile.
+            map. Where all free parameters have one, pixels start there. Otherwise, and if a fit
+            fails, the start is the fit of a random sample of the rows of the tile.
         bounds : (low, high), or dict by name of (low, high), optional
             Lower and upper bounds; in a dict, each may be a map. Starts are moved inside. Where
             the bounds of a pixel are equal, the parameter is fixed.

@@ -23,7 +23,7 @@ from nlsq_dask import (
     NonFiniteDataError,
     PixelFitError,
 )
-from nlsq_dask.maps import tile_task
+from nlsq_dask.maps import starts, tile_task
 from nlsq_dask.model.program import compile_count
 from tests.cubes import Cube, cubes
 
@@ -313,6 +313,24 @@ def test_parameters_are_fixed_by_numbers_and_by_maps(
     assert_same_fits(fitted.isel(col=slice(3, None)), partly.isel(col=slice(3, None)))
 
 
+def test_a_value_fixed_outside_the_bounds_is_a_bad_start(cube: xr.DataArray) -> None:
+    values = xr.where(cube.col < 30, 0.3, 0.7).drop_vars("site")
+    ds = fit_each(y=cube, p0=P0, fixed={"c": values}, bounds={"c": (0.0, 0.5)})
+    assert (ds.status.isel(col=slice(3, None)) == -5).all()
+    assert ds.popt.isel(col=slice(3, None)).isnull().all()
+    assert (ds.status.isel(col=0) == 1).all()
+
+
+def test_p0_may_leave_out_a_parameter_that_a_map_fixes(
+    cube: xr.DataArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = xr.full_like(cube[0], 0.5).drop_vars("t")
+    expected = fit_each(y=cube, p0=P0, fixed={"c": values})
+    monkeypatch.delattr(starts.LaneFitter, "_pooled_start")
+    some = {name: P0[name] for name in "ab"}
+    xr.testing.assert_identical(fit_each(y=cube, p0=some, fixed={"c": values}), expected)
+
+
 def test_a_tied_parameter_has_the_error_of_its_function(cube: xr.DataArray) -> None:
     ds = fit_each(y=cube, p0=P0, ties={"c": lambda p: 0.2 * p["a"]}, covariance="full")
     np.testing.assert_allclose(ds.popt.sel(param="c"), 0.2 * ds.popt.sel(param="a"))
@@ -330,6 +348,8 @@ def test_a_guess_replaces_the_start(cube: xr.DataArray, fitted: xr.Dataset) -> N
         fit_each(y=cube, guess=lambda t, y: [1.0, 2.0])
     with pytest.raises(ValueError, match=r"guess returned values of \['q'\]"):
         fit_each(y=cube, guess=lambda t, y: {"q": 1.0})
+    with pytest.raises(ValueError, match=r"guess raised Tracer.* Write it with jax\.numpy"):
+        fit_each(y=cube, guess=lambda t, y: {"a": np.nanmax(y)})
 
 
 def test_without_start_values_the_pooled_start_is_used(
@@ -443,7 +463,9 @@ def test_failed_pixels_raise_if_asked_for(cube: xr.DataArray) -> None:
     ("change", "message"),
     [
         ({"dims": "time"}, "dims has 'time', but y_data has the names of dimensions 't'"),
+        ({"sigma": np.ones((60, 7))}, r"sigma has shape \(60, 7\), but the fits run along"),
         ({"dims": []}, "dims is empty"),
+        ({"dims": None}, "dims must be names of dimensions of y_data"),
         ({"dims": ["t", "row", "col"]}, "so there is a single fit. Use fit"),
         ({"dims": ["t", "t"]}, "dims names a dimension twice"),
         ({"covariance": "all"}, "covariance must be one of 'errors', 'full', None; got 'all'"),
@@ -451,6 +473,7 @@ def test_failed_pixels_raise_if_asked_for(cube: xr.DataArray) -> None:
         ({"nan_policy": "skip"}, "nan_policy must be one of"),
         ({"min_points": 0}, "min_points must be a positive integer"),
         ({"p0": {"q": np.ones((5, 7))}}, "'q'"),
+        ({"p0": {"a": np.ma.ones((5, 7))}}, r"p0\['a'\] is a masked array"),
         (
             {"p0": {"a": np.ones((4, 7))}},
             r"p0\['a'\] has shape \(4, 7\), but the map has the shape",
@@ -462,8 +485,22 @@ def test_failed_pixels_raise_if_asked_for(cube: xr.DataArray) -> None:
     ],
 )
 def test_invalid_arguments(cube: xr.DataArray, change: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, DataError), match=message):
+    with pytest.raises((TypeError, ValueError, DataError), match=message):
         fit_each(y=cube, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.astype(object), "y_data has dtype object"),
+        (lambda y: y.rename(row="param"), "which the result uses for the parameters"),
+        (lambda y: y.rename(site="status"), "'status', which is also a variable of the result"),
+        (lambda y: y.drop_vars("row").rename(row="chi2"), "'chi2', which is also a variable"),
+    ],
+)
+def test_invalid_data(cube: xr.DataArray, change: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        fit_each(y=change(cube), p0=P0)
 
 
 def test_the_plan_of_a_map(cube: xr.DataArray) -> None:

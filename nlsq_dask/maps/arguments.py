@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from nlsq_dask.kernels.losses import Loss, check_loss
 from nlsq_dask.maps.columns import ColumnReader
 from nlsq_dask.maps.memory import TileMemory
 from nlsq_dask.maps.outputs import Outputs
-from nlsq_dask.maps.parameter_maps import Maps, Separated, check_maps
+from nlsq_dask.maps.parameter_maps import Maps, Role, Separated, check_maps
 from nlsq_dask.maps.row_wise import check_points
 from nlsq_dask.maps.tiles import TileGrid, memory_chunks
 from nlsq_dask.model.check import check_derivative, check_trace
@@ -189,7 +189,7 @@ def validate_map_arguments(
         grid=TileGrid.of(blocks, axes),
         template=y_data if is_xarray(y_data) else None,
         dims=blocks.dims,
-        is_given=_is_given(p0, parameters),
+        is_given=_is_given(p0, parameters, maps),
         in_memory=in_memory,
         loss=Loss(loss, float(f_scale)),
         absolute_sigma=bool(absolute_sigma),
@@ -230,11 +230,11 @@ def _with_flags(separated: Separated, p0: Any) -> Any:
     return separated.fixed
 
 
-def _is_given(p0: Any, parameters: Parameters) -> bool:
-    """Return whether p0 has a value of each free parameter."""
+def _is_given(p0: Any, parameters: Parameters, maps: Maps) -> bool:
+    """Return whether p0 has a value of each parameter that is not fixed."""
     if p0 is None or not isinstance(p0, Mapping):
         return p0 is not None
-    return all(name in p0 for name in parameters.free.names)
+    return all(name in p0 or Role("fixed", name) in maps for name in parameters.free.names)
 
 
 def _as_map(y_data: Any, dims: Any) -> tuple[Any, tuple[int, ...], bool]:
@@ -251,7 +251,7 @@ def _as_map(y_data: Any, dims: Any) -> tuple[Any, tuple[int, ...], bool]:
     names = tuple(map(str, y_data.dims)) if is_named else tuple(range(y_data.ndim))
     axes = _axes(dims, names, y_data.ndim, is_named)
     is_held = is_in_memory(y_data)
-    if is_held and y_data.size:
+    if is_held and y_data.size and y_data.dtype.kind != "O":  # objects are refused later
         values = y_data.values if is_named else y_data
         if np.ma.isMaskedArray(values):
             values = np.ma.filled(values.astype(np.result_type(values.dtype, np.float32)), np.nan)
@@ -262,8 +262,11 @@ def _as_map(y_data: Any, dims: Any) -> tuple[Any, tuple[int, ...], bool]:
 
 
 def _axes(dims: Any, names: tuple[Any, ...], ndim: int, is_named: bool) -> tuple[int, ...]:
-    given = [dims] if isinstance(dims, str | int | np.integer) else list(dims)
     what = "names of dimensions" if is_named else "axes"
+    is_one = isinstance(dims, str | int | np.integer)
+    if not is_one and not isinstance(dims, Iterable):
+        raise TypeError(f"dims must be {what} of y_data, along which to fit; got {dims!r}.")
+    given = [dims] if is_one else list(dims)
     if not given:
         raise ValueError(f"dims is empty; expected {what} of y_data, along which to fit.")
     axes = []
@@ -304,7 +307,7 @@ def _align(x_data: Any, y_data: Any, sigma: Any, maps: Maps, axes: tuple[int, ..
     blocks = align(
         x_data,
         y_data,
-        None if sigma is None else expand.points(sigma, "sigma"),
+        None if sigma is None else expand.points(sigma, "sigma", may_have_columns=False),
         maps={role.text: expand.pixels(value, role.text) for role, value in maps.items()},
         allows_columns=len(axes) == 1,
     )
@@ -335,13 +338,13 @@ class _Expander:
     dims: tuple[str, ...] | None  # of y, if it is an xarray object
     y: Any
 
-    def points(self, value: Any, name: str) -> Any:
+    def points(self, value: Any, name: str, may_have_columns: bool = True) -> Any:
         """Return an x, or sigma, with the dimensions of y, in the chunks of y where it varies."""
         if is_xarray(value):
             return self._in_chunks_of_y(value)
         if isinstance(value, list):
             value = as_numpy(value, name)
-        whole = self._expanded(value, self.axes, allows_column=len(self.axes) == 1)
+        whole = self._expanded(value, self.axes, may_have_columns and len(self.axes) == 1)
         shape, expected = np.shape(whole), tuple(self.shape[axis] for axis in self.axes)
         is_short = 0 < len(shape) < len(self.shape)
         if is_short and rows_shape(shape, self.shape, allows_features=False) is None:
@@ -354,6 +357,12 @@ class _Expander:
 
     def pixels(self, value: Any, name: str) -> Any:
         """Return a map with the dimensions of y."""
+        array = value.data if is_xarray(value) else value
+        if np.ma.isMaskedArray(getattr(array, "_meta", array)):
+            raise DataError(
+                f"{name} is a masked array, but each pixel needs a value. Fill it, such as with "
+                f"array.filled(np.nan), with which a pixel gets the status 'bad_start'."
+            )
         if is_xarray(value):
             fitted = [] if self.dims is None else [self.dims[axis] for axis in self.axes]
             along = [dim for dim in value.dims if dim in fitted]

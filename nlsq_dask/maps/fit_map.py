@@ -144,6 +144,12 @@ def _coordinates(
         for name, coordinate in problem.template.coords.items()
         if set(map(str, coordinate.dims)) <= set(map_dims) and name not in own
     }
+    taken = [name for name in (*of_map, *map_dims) if name in outputs.variables]
+    if taken:
+        raise DataError(
+            f"y_data has the coordinate or dimension {taken[0]!r}, which is also a variable of the "
+            f"result. Rename it, such as y_data.rename({taken[0]}='{taken[0]}_0')."
+        )
     return {**of_map, **own}
 
 

@@ -138,7 +138,8 @@ class ParameterMaps:
     def at_pixels(self, maps: Sequence[Array]) -> tuple[Matrix, Matrix, Matrix]:
         """Return start, lower and upper bounds of m pixels, each of shape (p, m) or (p, 1).
 
-        A parameter is fixed where its bounds are equal. ``maps`` have shape (m,), in the order of
+        A parameter is fixed where its bounds are equal. Where its fixed value is outside its
+        bounds, the lower one exceeds the upper one. ``maps`` have shape (m,), in the order of
         ``roles``.
         """
         by_role = dict(zip(self.roles, maps, strict=True))
@@ -155,8 +156,8 @@ class ParameterMaps:
             is_fixed = array if is_flag else np.ones(array.shape, bool)
             value = np.broadcast_to(start[i], array.shape) if is_flag else array
             start = _with_row(start, i, np.where(is_fixed, value, start[i]))
-            low = _with_row(low, i, np.where(is_fixed, value, low[i]))
-            high = _with_row(high, i, np.where(is_fixed, value, high[i]))
+            low = _with_row(low, i, np.where(is_fixed, np.maximum(value, low[i]), low[i]))
+            high = _with_row(high, i, np.where(is_fixed, np.minimum(value, high[i]), high[i]))
         return start, low, high
 
 
