@@ -73,8 +73,18 @@ def assert_same_fits(one: xr.Dataset, other: xr.Dataset, tolerance: float = 1e-5
 # --- numbers
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("name", CUBES)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "float64") for name in CUBES),
+        ("exponential", "float32"),
+        *(
+            pytest.param(name, "float32", marks=pytest.mark.slow)
+            for name in CUBES
+            if name != "exponential"
+        ),
+    ],
+)
 def test_each_pixel_is_fitted_as_by_scipy(name: str, precision: str) -> None:
     cube: Cube = CUBES[name]
     ds = fit_each(
