@@ -474,6 +474,10 @@ def test_failed_pixels_raise_if_asked_for(cube: xr.DataArray) -> None:
     [
         ({"dims": "time"}, "dims has 'time', but y_data has the names of dimensions 't'"),
         ({"sigma": np.ones((60, 7))}, r"sigma has shape \(60, 7\), but the fits run along"),
+        (
+            {"sigma": da.ones((60, 5, 7)).map_blocks(abs, chunks=((np.nan,), 5, 7))},
+            "sigma has unknown chunk sizes",
+        ),
         ({"dims": []}, "dims is empty"),
         ({"dims": None}, "dims must be names of dimensions of y_data"),
         ({"dims": ["t", "row", "col"]}, "so there is a single fit. Use fit"),
@@ -526,3 +530,15 @@ def test_the_plan_of_a_map(cube: xr.DataArray) -> None:
         optimizer.plan(decay, "t", cube, P0, guess=lambda t, y: y)
     with pytest.raises(TypeError, match="has no argument 'callback'"):
         optimizer.plan(decay, "t", cube, P0, dims="t", callback=print)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_tiles_follow_from_the_chunks_of_y_alone(is_named: bool) -> None:
+    y, sigma = (da.ones((60, 512, 512), chunks=c) for c in [(60, 128, 256), (10, 512, 100)])
+    arguments: dict[str, Any] = {"dims": 0, "sigma": sigma}
+    if is_named:
+        y = xr.DataArray(y, dims=("t", "row", "col"))
+        arguments = {"dims": "t", "sigma": xr.DataArray(sigma, dims=y.dims)}
+    plan = AdaptiveHybridStreamingOptimizer().plan(decay, T, y, P0, **arguments)
+    assert plan.grid == (4, 2)
+    assert plan.realigned == ("sigma: 6 x 1 x 6 blocks become 1 x 4 x 2 blocks",)

@@ -293,17 +293,20 @@ def _split(sources: Sequence[_Source], after: Sequence[da.Array]) -> tuple[tuple
         Bytes of the largest chunk that was split.
     """
     split = [
-        (source, new)
+        (source, text)
         for source, new in zip(sources, after, strict=True)
-        if source.values.numblocks != new.numblocks
-        and not is_in_memory(source.given)
-        and _chunk_bytes(source.values) > _SMALL_CHUNK
+        if not is_in_memory(source.given)
+        and (text := realigned_text(source.name, source.values, new))
     ]
-    realigned = tuple(
-        f"{source.name}: {_blocks_text(source.values)} become {_blocks_text(new)}"
-        for source, new in split
-    )
+    realigned = tuple(text for _, text in split)
     return realigned, max((_chunk_bytes(source.values) for source, _ in split), default=0)
+
+
+def realigned_text(name: str, before: da.Array, after: da.Array) -> str:
+    """Return how the blocks of an array change; "" if they do not, or are small."""
+    if before.numblocks == after.numblocks or _chunk_bytes(before) <= _SMALL_CHUNK:
+        return ""
+    return f"{name}: {_blocks_text(before)} become {_blocks_text(after)}"
 
 
 def _dims(y_data: Any, ndim: int) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dask.array as da
@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.data.alignment import RowBlocks, align
+from nlsq_dask.data.alignment import RowBlocks, align, realigned_text
 from nlsq_dask.data.shapes import rows_shape
 from nlsq_dask.data.sources.from_array import as_numpy, chunked, is_in_memory
 from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
@@ -288,6 +288,13 @@ def _axes(dims: Any, names: tuple[Any, ...], ndim: int, is_named: bool) -> tuple
     return tuple(sorted(axes))
 
 
+def _dask_array(value: Any) -> da.Array | None:
+    """Return the Dask array that a value is, or has; None for others, which are not read."""
+    if is_xarray(value):
+        value = None if value.chunks is None else value.data
+    return value if isinstance(value, da.Array) else None
+
+
 def _leaves(x_data: Any, sigma: Any) -> list[Any]:
     leaves = tuple(x_data.values()) if isinstance(x_data, dict) else x_data
     leaves = list(leaves) if isinstance(leaves, tuple) else [leaves]
@@ -326,22 +333,23 @@ def _align(x_data: Any, y_data: Any, sigma: Any, maps: Maps, axes: tuple[int, ..
                 f"{name} has columns and varies over the map (shape {array.shape}). Pass its "
                 f"columns as a tuple of arrays."
             )
-    return blocks
+    return replace(blocks, realigned=(*expand.rechunked, *blocks.realigned))
 
 
 @dataclass(frozen=True)
 class _Expander:
-    """Brings plain arrays of the shape of the points, or of the map, to the dimensions of y."""
+    """Brings arrays to the chunks of y, and plain ones of points or pixels to its dimensions."""
 
     shape: tuple[int, ...]  # of y
     axes: tuple[int, ...]  # along which fits run
     dims: tuple[str, ...] | None  # of y, if it is an xarray object
     y: Any
+    rechunked: list[str] = field(default_factory=list)  # texts on arrays that got the chunks of y
 
     def points(self, value: Any, name: str, may_have_columns: bool = True) -> Any:
         """Return an x, or sigma, with the dimensions of y, in the chunks of y where it varies."""
         if is_xarray(value):
-            return self._in_chunks_of_y(value)
+            return self._in_chunks_of_y(value, name)
         if isinstance(value, list):
             value = as_numpy(value, name)
         whole = self._expanded(value, self.axes, may_have_columns and len(self.axes) == 1)
@@ -353,12 +361,12 @@ class _Expander:
                 f"with shape {self.shape}. Pass an array of shape {expected}, or one that "
                 f"broadcasts against y_data."
             )
-        return whole
+        return self._in_chunks_of_y(whole, name)
 
     def pixels(self, value: Any, name: str) -> Any:
         """Return a map with the dimensions of y."""
-        array = value.data if is_xarray(value) else value
-        if np.ma.isMaskedArray(getattr(array, "_meta", array)):
+        array = _dask_array(value)
+        if np.ma.isMaskedArray(value if array is None else array._meta):
             raise DataError(
                 f"{name} is a masked array, but each pixel needs a value. Fill it, such as with "
                 f"array.filled(np.nan), with which a pixel gets the status 'bad_start'."
@@ -371,14 +379,14 @@ class _Expander:
                     f"{name} varies along {along[0]!r}, along which the fits run. Pass an array "
                     f"with dimensions of the map."
                 )
-            return self._in_chunks_of_y(value)
+            return self._in_chunks_of_y(value, name)
         others = tuple(axis for axis in range(len(self.shape)) if axis not in self.axes)
         expected = tuple(self.shape[axis] for axis in others)
         if np.shape(value) != expected:
             raise DataError(
                 f"{name} has shape {np.shape(value)}, but the map has the shape {expected}."
             )
-        return self._expanded(value, others)
+        return self._in_chunks_of_y(self._expanded(value, others), name)
 
     def _expanded(self, value: Any, axes: tuple[int, ...], allows_column: bool = False) -> Any:
         shape = np.shape(value)
@@ -391,10 +399,23 @@ class _Expander:
         whole = tuple(n if axis in axes else 1 for axis, n in enumerate(self.shape))
         return value.reshape(whole + shape[len(axes) :])
 
-    def _in_chunks_of_y(self, value: xr.DataArray) -> xr.DataArray:
+    def _in_chunks_of_y(self, value: Any, name: str) -> Any:
         """Return a lazy array in the chunks of y, so that tiles follow from y alone."""
-        if value.chunks is None or not is_xarray(self.y) or self.y.chunks is None:
+        array, y = _dask_array(value), _dask_array(self.y)
+        if array is None or y is None or np.isnan(array.shape).any():  # refused later
             return value
-        chunks = {d: self.y.chunksizes[d] for d in value.dims if d in self.y.dims}
-        is_matched = all(value.sizes[d] == sum(sizes) for d, sizes in chunks.items())
-        return value.chunk(chunks) if is_matched else value
+        if is_xarray(value):
+            dims = self.dims or ()
+            axes = [dims.index(dim) if dim in dims else None for dim in value.dims]
+        else:  # columns are last, and other dimensions are broadcast
+            first = max(len(self.shape) - array.ndim, 0)
+            axes = [*range(first, len(self.shape)), None][: array.ndim]
+        own = {
+            i: y.chunks[axis]
+            for i, axis in enumerate(axes)
+            if axis is not None and array.shape[i] == self.shape[axis]
+        }
+        new = array.rechunk(own)
+        if text := realigned_text(name, array, new):
+            self.rechunked.append(text)
+        return value.copy(data=new) if is_xarray(value) else new
