@@ -281,6 +281,23 @@ def test_a_column_larger_than_memory_is_read_in_parts(
     xr.testing.assert_identical(fit_each(y=lazy).compute(), expected)
 
 
+def test_the_pooled_start_of_long_fits_loads_few_pixels(
+    cube: xr.DataArray, fitted: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    load = tile_task.TileTask._part
+
+    def counting(self: Any, reader: Any, inputs: Any, tile: Any, index: Any) -> Any:
+        sizes.append(len(index))
+        return load(self, reader, inputs, tile, index)
+
+    monkeypatch.setattr(tile_task.TileTask, "_part", counting)
+    monkeypatch.setattr(tile_task, "process_memory", lambda: (0, 1))  # in 20 parts
+    monkeypatch.setattr(starts, "_POOLED_POINTS", 1)
+    assert_same_fits(fitted, fit_each(y=cube.chunk(t=20)).compute())
+    assert max(sizes) == starts._MIN_POOLED
+
+
 # --- starts, bounds, fixed parameters
 
 

@@ -23,7 +23,9 @@ Matrix = NDArray[np.float64]
 
 _N_CANDIDATES = 32  # starting points of the pooled fit
 _BOX = 3.0  # half-width of the box of these points, relative to the start
-_N_POOLED = 512  # pixels from which the rows of the pooled fit are drawn
+_N_POOLED = 512  # pixels from which the rows of the pooled fit are drawn, at most
+_MIN_POOLED = 16  # the same, at least
+_POOLED_POINTS = 2**22  # of these pixels, which are in memory at once, between the two
 _N_ATTEMPTS = 4  # at finding pixels with data among them
 # Pixels drawn for a point of the pooled fit, of which the one with the median of y is used, so that
 # some saturated or dead pixels do not spoil the start of all others.
@@ -170,8 +172,10 @@ class LaneFitter:
         The sample has a row for each point, from a random pixel. Its fits start from many points.
         """
         rng = np.random.default_rng(seed)
+        most = max(_POOLED_POINTS // self.solver.shapes.n_points, _MIN_POOLED)
+        n_pooled = min(n_pixels, most, _N_POOLED)
         for _ in range(_N_ATTEMPTS):
-            pixels = np.sort(rng.choice(n_pixels, min(n_pixels, _N_POOLED), replace=False))
+            pixels = np.sort(rng.choice(n_pixels, n_pooled, replace=False))
             part = load(pixels)
             valid = np.flatnonzero(np.isfinite(part.lanes.y).any(axis=0))
             if len(valid):
