@@ -1,17 +1,21 @@
-"""``vectorized``: a function whose sines and cosines are computed with SIMD instructions.
+"""``vectorized``: a function with sines and cosines by SIMD instructions, equal operations once.
 
 XLA on a CPU calls a scalar library for each sine, which takes ten times as long as a vectorized
-exponential, and computes the same sine again in each loop that needs it.
+exponential. Inside a loop it does not recognize that operations are equal once it has moved what
+they share out of the loop: the exponential of a decay, which the model and two of its derivatives
+contain, was computed three times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import factorial, pi
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _LARGEST = 1e5  # beyond, the argument cannot be reduced by pi / 2 in three parts
@@ -26,9 +30,7 @@ def vectorized(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        if not _has_sines(closed.jaxpr):
-            return function(*args)
-        results = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        results = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), {})
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return call
@@ -41,20 +43,13 @@ def _inner(equation: Any) -> Any:
     return None
 
 
-def _has_sines(jaxpr: Any) -> bool:
-    def is_sine(equation: Any) -> bool:
-        inner = _inner(equation)
-        return equation.primitive in (lax.sin_p, lax.cos_p) or (
-            inner is not None and _has_sines(inner.jaxpr)
-        )
+def _evaluate(jaxpr: Any, constants: Any, args: Any, known: dict[Any, Any]) -> list[Any]:
+    """Evaluate a jaxpr, each operation once for the same inputs.
 
-    return any(map(is_sine, jaxpr.eqns))
-
-
-def _evaluate(jaxpr: Any, constants: Any, args: Any) -> list[Any]:
-    """Evaluate a jaxpr, with sine and cosine of a variable computed together."""
+    ``known`` has the inputs and the outputs of operations, by what the operation is; they are kept,
+    so that no other array gets the identity of one of them.
+    """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *args], strict=True))
-    pairs: dict[Any, tuple[Any, Any]] = {}
 
     def read(atom: Any) -> Any:
         return atom.val if hasattr(atom, "val") else values[atom]
@@ -62,19 +57,43 @@ def _evaluate(jaxpr: Any, constants: Any, args: Any) -> list[Any]:
     for equation in jaxpr.eqns:
         inputs, inner = [read(atom) for atom in equation.invars], _inner(equation)
         if inner is not None:
-            outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
-        elif equation.primitive in (lax.sin_p, lax.cos_p) and _is_suitable(inputs[0]):
-            variable = equation.invars[0]
-            if variable not in pairs:
-                pairs[variable] = _sine_and_cosine(inputs[0])
-            outputs = [pairs[variable][equation.primitive is lax.cos_p]]
+            outputs = _evaluate(inner.jaxpr, inner.consts, inputs, known)
         else:
-            outputs = _apply(jaxpr, equation, inputs)
+            is_sine = equation.primitive in (lax.sin_p, lax.cos_p) and _is_suitable(inputs[0])
+            key = _key(equation, inputs, is_sine)
+            if key not in known:
+                compute = _sine_and_cosine if is_sine else partial(_apply, jaxpr, equation)
+                known[key] = inputs, compute(*inputs)
+            _, outputs = known[key]
+            if is_sine:
+                outputs = [outputs[equation.primitive is lax.cos_p]]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(jaxpr: Any, equation: Any, inputs: list[Any]) -> list[Any]:
+def _key(equation: Any, inputs: list[Any], is_sine: bool) -> Any:
+    """Return what identifies the result of an equation: its operation and its inputs."""
+    pairs = zip(equation.invars, inputs, strict=True)
+    atoms = tuple(
+        (str(atom.aval), np.asarray(value).tobytes()) if hasattr(atom, "val") else id(value)
+        for atom, value in pairs
+    )
+    if is_sine:
+        return "sine and cosine", atoms
+    params = tuple((name, str(value)) for name, value in sorted(equation.params.items()))
+    # Values of these may differ although they are written alike.
+    is_plain = not equation.effects and all(_is_plain(v) for v in equation.params.values())
+    return equation.primitive, atoms, params, None if is_plain else id(equation)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a parameter of an operation is known from how it is written."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, np.integer, np.dtype))
+
+
+def _apply(jaxpr: Any, equation: Any, *inputs: Any) -> list[Any]:
     """Evaluate one equation of a jaxpr."""
     pairs = zip(equation.invars, inputs, strict=True)
     values = {atom: value for atom, value in pairs if not hasattr(atom, "val")}
