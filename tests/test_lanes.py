@@ -103,8 +103,8 @@ class Scipy:
     """``least_squares`` with the exact Jacobian, lane by lane; the covariance of ``curve_fit``."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        def residual(p: Any, x: Any, y: Any, sigma: Any) -> Any:
-            return (function(x, *p) - y) / sigma
+        def residual(p: Any, x: Any, y: Any, weight: Any) -> Any:
+            return (function(x, *p) - y) * weight
 
         self._residual, self._jacobian = jax.jit(residual), jax.jit(jax.jacfwd(residual))
 
@@ -121,7 +121,8 @@ class Scipy:
     ) -> tuple[np.ndarray, np.ndarray, Any]:
         """Return parameters, covariance and SciPy's result; equal bounds fix a parameter."""
         use = np.isfinite(y)
-        data = x[use], y[use], np.broadcast_to(sigma, y.shape)[use]
+        # A weight of zero in place of an omitted point: one shape, compiled once.
+        data = x, np.where(use, y, 0.0), np.where(use, 1 / np.broadcast_to(sigma, y.shape), 0.0)
         low, high = np.broadcast_to(low, start.shape), np.broadcast_to(high, start.shape)
         free = low < high
 
@@ -173,7 +174,7 @@ def some_slow(*names: str, slow: tuple[str, ...]) -> list[Any]:
     return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
 
 
-@pytest.mark.parametrize("name", some_slow(*CUBES, slow=("logistic", "power law")))
+@pytest.mark.parametrize("name", some_slow(*CUBES, slow=("damped sine", "logistic", "power law")))
 def test_scipy_on_each_lane(name: str) -> None:
     cube = Cube(name)
     y = np.where(cube.rng.random(cube.y.shape) < 0.1, np.nan, cube.y)
@@ -195,7 +196,7 @@ def test_scipy_on_each_lane(name: str) -> None:
         assert fits.n_points[i] == np.isfinite(y[:, i]).sum()
 
 
-LOSSES = some_slow("soft_l1", "huber", "cauchy", "arctan", slow=("soft_l1", "arctan"))
+LOSSES = some_slow("soft_l1", "huber", "cauchy", "arctan", slow=("soft_l1", "huber", "arctan"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -218,14 +219,14 @@ def test_losses(loss: str) -> None:
         np.testing.assert_allclose(fits.chi2[i], (residual**2).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cov_type", some_slow("HC0", "HC1", slow=("HC0",)))
+@pytest.mark.parametrize("cov_type", ["HC0", "HC1"])
 def test_sandwich(cov_type: Any) -> None:
     cube = Cube("exponential", 20)
-    solver = cube.solver(cov_type=cov_type, sigma="shared")
-    fits = solver(Lanes(cube.y, (cube.x,), cube.sigma[:, :1]), cube.start, -INF, INF)
+    solver = cube.solver(cov_type=cov_type, sigma="varies")
+    fits = solver(Lanes(cube.y, (cube.x,), cube.sigma), cube.start, -INF, INF)
     scipy, n, p = Scipy(cube.function), cube.n_points, cube.n_params
     for i in range(0, 20, 4):
-        _, _, result = scipy(cube.x, cube.y[:, i], cube.start[:, 0], sigma=cube.sigma[:, 0])
+        _, _, result = scipy(cube.x, cube.y[:, i], cube.start[:, 0], sigma=cube.sigma[:, i])
         bread = np.linalg.inv(result.jac.T @ result.jac)
         scores = result.fun[:, None] * result.jac
         covariance = bread @ scores.T @ scores @ bread * (n / (n - p) if cov_type == "HC1" else 1)
@@ -364,6 +365,29 @@ def test_hostile_lanes() -> None:
         assert fits.cost[13] > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_data(dtype: str) -> None:
+    cube = Cube("exponential", 12)
+    with jax.enable_x64(True):
+        y = np.asarray(cube.function(cube.x[:, None], *map(jnp.asarray, cube.truth)))
+    # Of constants, only a + c or c is determined.
+    constants = 3.0, 0.0, 1e5, -2.7, 1 / 3, 1e-8
+    y = np.concatenate([y, np.broadcast_to(constants, (len(y), 6))], axis=1)
+    lanes, names = Lanes(y, (cube.x,)), ("errors", None)
+    for start in (cube.start, np.array([[-3.0], [0.2], [1.0]])):
+        fits, without = (
+            cube.solver(dtype, covariance=name)(lanes, start, -INF, INF) for name in names
+        )
+        assert (fits.status[12:] == LaneStatus.SINGULAR).all()
+        assert fits.errors is not None
+        assert np.isinf(fits.errors[:, 12:]).all()
+        np.testing.assert_array_equal(without.status, fits.status)
+    fits = cube.solver(dtype)(lanes, cube.start, -INF, INF)
+    assert (fits.status[:12] == LaneStatus.CONVERGED).all()
+    rtol = 1e-12 if dtype == "float64" else 1e-4
+    np.testing.assert_allclose(fits.params[:, :12], cube.truth, rtol=rtol)
+
+
 def test_points_as_many_as_parameters() -> None:
     cube = Cube("exponential", 4)
     y = cube.y.copy()
@@ -400,11 +424,12 @@ def test_x_that_varies() -> None:
     cube = Cube("exponential", 20)
     shift = cube.rng.uniform(0.9, 1.1, 20)
     x = cube.x[:, None] * shift
-    solver = make_solver(cube.function, 3, cube.n_points, x_varies=True)
-    fits = solver(Lanes(cube.y, (x,), x_varies=(True,)), cube.start, -INF, INF)
+    solver = make_solver(cube.function, 3, cube.n_points, sigma="shared", x_varies=True)
+    sigma = cube.sigma[:, :1]
+    fits = solver(Lanes(cube.y, (x,), sigma, (True,)), cube.start, -INF, INF)
     scipy = Scipy(cube.function)
     for i in range(0, 20, 5):
-        check(fits, i, scipy(x[:, i], cube.y[:, i], cube.start[:, 0]))
+        check(fits, i, scipy(x[:, i], cube.y[:, i], cube.start[:, 0], sigma=sigma[:, 0]))
 
 
 def test_ill_conditioned_lanes() -> None:
@@ -454,7 +479,7 @@ def test_saddle_points_and_redundant_parameters() -> None:
 
 def test_lanes_of_a_call() -> None:
     assert choose_lanes(100, 3, "float64", 10**6) == 2048
-    assert choose_lanes(100, 3, "float64", 10) == 256
+    assert choose_lanes(100, 3, "float64", 10) == 16
     assert choose_lanes(10**6, 3, "float64", 10**6) == 256
 
 
@@ -472,3 +497,17 @@ def test_sines(dtype: str) -> None:
     with jax.enable_x64(True):
         undefined = vectorized(jnp.sin)(np.array([np.inf, np.nan, 1.0], dtype))[:2]
     assert np.isnan(undefined).all()
+
+
+def test_equal_operations_are_computed_once() -> None:
+    def both(x: Any, b: Any) -> Any:
+        return jnp.exp(-b * x), jax.jit(lambda x: jnp.exp(-b * x))(x) + jnp.exp(b * x)
+
+    args = np.linspace(0, 1, 5), 2.0
+    with jax.enable_x64(True):
+        jaxpr = jax.make_jaxpr(vectorized(both))(*args)
+        results = vectorized(both)(*args)
+    assert [equation.primitive.name for equation in jaxpr.eqns].count("exp") == 2
+    expected = np.exp(-2 * args[0]), np.exp(-2 * args[0]) + np.exp(2 * args[0])
+    for result, each in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, each, rtol=1e-15)

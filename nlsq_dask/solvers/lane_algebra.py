@@ -19,8 +19,9 @@ _UNROLLED = 6  # matrices of up to this many parameters are solved without a loo
 def sweep_once(library: Any, matrix: Any, j: Any, pivots: Any, least: float) -> tuple[Any, Any]:
     """Sweep a symmetric matrix on its diagonal element j, in the lanes where that is possible.
 
-    With ``[[A, g], [g^T, c]]`` swept on all of A, the result is ``[[-A^-1, A^-1 g], [...]]``. Rows
-    and columns that are not swept remain as if their parameter were not in the model.
+    With ``[[A, g], [g^T, c]]`` swept on all of A, the result is ``[[A^-1, A^-1 g], [...]]``. Rows
+    and columns that are not swept remain as if their parameter were not in the model; in swept
+    columns, other rows have the other sign.
 
     Parameters
     ----------
@@ -42,11 +43,10 @@ def sweep_once(library: Any, matrix: Any, j: Any, pivots: Any, least: float) -> 
     pivot = matrix[j, j]
     is_good = pivots[j] & (pivot > least)
     is_j = (np.arange(len(matrix)) == j)[:, None]
-    # With the pivot reduced by 1 in the column, the update of rank one is also right in row j.
-    column = library.where(is_good, matrix[j] - is_j, 0.0)
-    inverse = 1 / library.where(is_good, pivot, 1.0)
-    is_pivot = (is_j & is_j.T)[..., None] & is_good
-    return matrix - column[:, None] * (column * inverse) - 2.0 * is_pivot, is_good
+    # With the pivot changed by 1, the update of rank one is also right in row and column j.
+    column = library.where(is_good, matrix[:, j] - is_j, 0.0)
+    row = (matrix[j] + is_j) * (1 / library.where(is_good, pivot, 1.0))
+    return matrix - column[:, None] * row, is_good
 
 
 def sweep(matrix: Any, pivots: Any, least: float) -> tuple[Any, Any]:

@@ -108,10 +108,9 @@ class LaneBatches:
             limit = 0 if is_last else int(_ACTIVE_SHARE * per_block)
             program = partial(self.program, np.int64(limit))
             packed, tied = buffers.call(program, batch, packed)
-            state = unpack(packed, self.shapes)[0]
-            is_active = state.status == ACTIVE
+            is_active = unpack(packed, self.shapes)[0].status == ACTIVE
             done = np.flatnonzero(~is_active)
-            ended = State(*(field[..., done] for field in state))
+            ended = unpack(packed.take(done, axis=1), self.shapes)[0]
             store(batch[done], ended, tied and [array[..., done] for array in tied])
             waiting = np.concatenate([waiting, batch[is_active]])
             states = np.concatenate([states, packed[:, is_active]], axis=1)

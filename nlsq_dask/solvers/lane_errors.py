@@ -34,16 +34,15 @@ def inverse_gram(gram: Array, free: NDArray[np.bool_], least_pivot: float) -> La
     least_pivot : float
         Smallest pivot of the scaled matrix that is not a rounding error.
     """
-    scale = _nonzero(np.sqrt(np.einsum("iim->im", gram)))
+    scale = _nonzero(np.sqrt(diagonals(gram)))
     swept = gram / (scale[:, None] * scale)
     is_singular = np.zeros(gram.shape[2], bool)
     for j in range(len(gram)):
         swept, is_good = sweep_once(np, swept, j, free, least_pivot)
         is_singular |= free[j] & ~is_good
-    varies = free[:, None] & free
-    inverse = np.where(varies, -swept, 0.0)
-    inflation = np.einsum("iim->im", inverse).max(axis=0)
-    return LaneInverse(inverse / scale[:, None] / scale, is_singular, inflation)
+    swept[~(free[:, None] & free)] = 0.0
+    inflation = diagonals(swept).max(axis=0)
+    return LaneInverse(swept / (scale[:, None] * scale), is_singular, inflation)
 
 
 def inverse_triangle(
@@ -84,12 +83,20 @@ def residual_variance(cost: Array, dof: NDArray[np.int64]) -> Array:
 def scaled_covariance(covariance: Array, factor: Array, varies: NDArray[np.bool_]) -> Array:
     """Return the covariance times a factor per lane, which may be infinite; zero stays zero.
 
-    ``varies`` are the parameters that are not fixed, shape (p, m).
+    Parameters
+    ----------
+    covariance : ndarray, shape (p, p, m) or (p, m)
+        With two dimensions, its diagonals.
+    factor : ndarray, shape (m,)
+    varies : ndarray of bool, shape (p, m)
+        Parameters that are not fixed.
     """
     is_finite = np.isfinite(factor)
-    scaled = np.where(is_finite, covariance, 0.0) * np.where(is_finite, factor, 0.0)
-    result: Array = np.where(varies[:, None] & varies & ~is_finite, np.inf, scaled)
-    return result
+    scaled = covariance * np.where(is_finite, factor, 0.0)
+    if not is_finite.all():
+        both = varies if covariance.ndim == 2 else varies[:, None] & varies
+        scaled[..., ~is_finite] = np.where(both[..., ~is_finite], np.inf, 0.0)
+    return scaled
 
 
 def expand_covariance(
@@ -107,12 +114,12 @@ def expand_covariance(
         slopes[np.flatnonzero(transform.is_tied)] = rates
     finite = np.where(np.isfinite(covariance), covariance, 0.0)
     full: Array = np.einsum("aim,ijm,bjm->abm", slopes, finite, slopes, optimize=True)
-    is_infinite = np.isinf(np.einsum("iim->im", covariance))
+    is_infinite = np.isinf(diagonals(covariance))
     depends = ((slopes != 0.0) & is_infinite).any(axis=1)
     return np.where(depends[:, None] & depends, np.inf, full)
 
 
-def standard_errors(covariance: Array) -> Array:
-    """Return the square roots of the diagonal, shape (p, m)."""
-    diagonal: Any = np.einsum("iim->im", covariance)
-    return np.asarray(np.sqrt(np.maximum(diagonal, 0.0)))
+def diagonals(matrices: Array) -> Array:
+    """Return the diagonal of each matrix, shape (p, m)."""
+    diagonal: Any = np.einsum("iim->im", matrices)
+    return np.asarray(diagonal)

@@ -17,7 +17,7 @@ from nlsq_dask.model.program import Program
 from nlsq_dask.solvers.lane_batches import Index, LaneBuffers
 from nlsq_dask.solvers.lane_errors import inverse_triangle
 from nlsq_dask.solvers.lane_program import Shapes, unpack_factors
-from nlsq_dask.solvers.lanes import Lanes
+from nlsq_dask.solvers.lanes import Lanes, rounding_chi2
 
 Array = NDArray[np.float64]
 _MAX_ROUNDS = 30
@@ -28,12 +28,17 @@ class Refined(NamedTuple):
     """Lanes after the refinement."""
 
     params: Array  # (p, m)
-    is_exact: NDArray[np.bool_]  # (m,), whether residuals are rounding errors
+    rounding: Array  # (m,), see ``rounding_chi2``
     errors: Array  # (m,), length of the next full step in standard errors
     factors: LaneFactors  # at ``params``, of all parameters that are not fixed
     inverse: Array  # of R, (p, p, m)
     is_singular: NDArray[np.bool_]  # (m,)
     tied: list[Array] | None  # see ``LaneResults.store``
+
+    @property
+    def is_exact(self) -> NDArray[np.bool_]:
+        """Whether the residuals of a lane are rounding errors, (m,)."""
+        return np.asarray(self.factors.chi2 <= self.rounding)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,8 @@ class LaneRefinement:
         if (moved != params).any():
             factors, tied = self._factors(index, moved, free)
         inverse, is_singular = self._inverse(factors, free)
-        is_exact = factors.chi2 <= (8 * np.finfo(self.shapes.dtype).eps) ** 2 * self.lanes.signal(
-            index
-        )
-        return Refined(moved, is_exact, errors, factors, inverse, is_singular, tied)
+        rounding = rounding_chi2(self.lanes.signal(index), n_used, self.shapes.dtype)
+        return Refined(moved, rounding, errors, factors, inverse, is_singular, tied)
 
     def _iterate(
         self, index: Index, params: Array, low: Array, high: Array, root: Array

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.lane_sums import triangle_indices
 from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.solvers.lane_errors import (
+    diagonals,
     expand_covariance,
     inverse_gram,
     residual_variance,
     scaled_covariance,
-    standard_errors,
 )
 from nlsq_dask.solvers.lane_refinement import Refined
 from nlsq_dask.solvers.lane_steps import State
@@ -112,7 +112,9 @@ class LaneResults:
         may_improve |= self._status[index] == LaneStatus.STALLED
         self._needs_steps[index] = loses_digits & may_improve
         is_sandwich = self._settings.cov_type != "nonrobust"
-        self._is_unsure[index] = is_finite & (loses_digits | is_sandwich | self._has_hidden[index])
+        # Where the fit is exact, errors do not show which parameters it does not determine.
+        is_unsure = loses_digits | is_sandwich | (state.is_exact > 0) | self._has_hidden[index]
+        self._is_unsure[index] = is_finite & is_unsure
 
     def _find_hidden(self, index: Index, norms: Array) -> NDArray[np.bool_]:
         """Return in which lanes a parameter changes the model by rounding errors only, (c,).
@@ -158,12 +160,22 @@ class LaneResults:
         status = np.where(is_solution, LaneStatus.CONVERGED, status)
         self._status[index] = np.where(is_wrong, LaneStatus.STALLED, status)
         self._store_params(index, refined.params, refined.tied)
+        self._has_hidden[index] |= self._is_undetermined(index, refined)
         if self._settings.cov_type == "nonrobust":
             covariance = np.einsum("ikm,jkm->ijm", inverse, inverse)
         else:
             middle = np.einsum("ikm,klm->ilm", inverse, factors.scores)
             covariance = np.einsum("ilm,jlm->ijm", middle, inverse)
         self._store_covariance(index, covariance, refined.is_singular, refined.tied)
+
+    def _is_undetermined(self, index: Index, refined: Refined) -> NDArray[np.bool_]:
+        """Return in which lanes rounding of exact data leaves a parameter of any size, (c,)."""
+        params, inverse = refined.params, refined.inverse
+        is_inside = (self._low[:, index] < params) & (params < self._high[:, index])
+        size = np.maximum(np.abs(params), np.abs(self._start[:, index]))
+        errors = np.sqrt((inverse**2).sum(axis=1) * refined.rounding)
+        is_lost = is_inside & (size > 0) & (errors >= size)
+        return np.asarray(refined.is_exact & is_lost.any(axis=0))
 
     def _largest_slope(self, index: Index, refined: Refined) -> Array:
         """Return the largest ``|J_j^T r| / (|J_j| |r|)``, (c,), of parameters that may move.
@@ -212,13 +224,16 @@ class LaneResults:
         self._status[index] = np.where((status > 0) & is_singular, LaneStatus.SINGULAR, status)
         if settings.covariance is None:
             return
+        if settings.covariance == "errors" and self._transform is None:
+            inverse = diagonals(inverse)
         covariance = scaled_covariance(inverse, factor, free)
         if self._transform is not None:
             covariance = expand_covariance(
                 covariance, self._transform, None if tied is None else tied[1]
             )
         covariance[..., ~np.isfinite(self._cost[index])] = np.nan
-        self._errors[:, index] = standard_errors(covariance)
+        variance = covariance if covariance.ndim == 2 else diagonals(covariance)
+        self._errors[:, index] = np.sqrt(np.maximum(variance, 0.0))
         if settings.covariance == "full":
             self._covariance[:, :, index] = covariance
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from nlsq_dask.kernels.lane_sums import LaneSums, triangle_indices
 from nlsq_dask.solvers.lane_trust_region import Quadratic, restricted_step
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes import LaneStatus, rounding_chi2
 
 ACTIVE = 9  # status of a lane that has not ended
 _ACCEPT = 1e-4  # minimum ratio of actual to predicted reduction of an accepted step
@@ -24,7 +25,8 @@ _SCALE_MEMORY = 0.1  # a column's scale falls at most by this factor per iterati
 _FAST = 0.1  # contraction below which a last step is taken without evaluating it
 _SHRINKING = 0.5  # contraction that is progress where rounding hides that of the cost
 _NEGLIGIBLE = 1e-3  # of a standard error; shorter steps do not matter
-_LAST_STEP = 1e-5  # standard errors; the covariance is that before the last step
+# Standard errors; the covariance is that before the last step.
+_LAST_STEP = {"float64": 1e-5, "float32": 1e-3}
 _MAX_TOLERANCE = 1e-5  # of the relative decrement at a solution
 _MAX_SLOPE = 5e-5  # of the scaled gradient where rounding hides further progress
 _EPSILON = float(np.finfo(np.float64).eps)  # of sums
@@ -51,6 +53,7 @@ class State(NamedTuple):
     gram: Any  # as in ``LaneSums``
     cost: Any  # (c,), infinite before the first evaluation
     chi2: Any  # (c,)
+    slope: Any  # (c,), the largest scaled gradient at ``params``, see ``_largest_slope``
     radius: Any  # (c,), of the trust region; infinite before the first step
     length: Any  # (c,), of the step to ``trial``
     predicted: Any  # (c,), reduction of the cost at ``trial``
@@ -58,6 +61,7 @@ class State(NamedTuple):
     decrement: Any  # (c,), relative change of the residuals by a full step from ``params``
     step_kind: Any  # (c,), see ``_FULL`` and ``_NOISY``
     probe: Any  # (c,), number of the probe that ``trial`` is; 0 if it is none
+    is_exact: Any  # (c,), whether the residuals at ``params`` are rounding errors
     iterations: Any  # (c,), trial points evaluated; -1 before the first evaluation
     status: Any  # (c,), a ``LaneStatus`` or ``ACTIVE``
 
@@ -101,6 +105,7 @@ def initial_state(params: Any, n_sums: int) -> State:
         gram=np.zeros((n_sums, n_lanes)),
         cost=infinite,
         chi2=zeros,
+        slope=infinite,
         radius=infinite,
         length=zeros,
         predicted=zeros,
@@ -108,6 +113,7 @@ def initial_state(params: Any, n_sums: int) -> State:
         decrement=infinite,
         step_kind=zeros,
         probe=zeros,
+        is_exact=zeros,
         iterations=np.full(n_lanes, -1.0),
         status=np.full(n_lanes, float(ACTIVE)),
     )
@@ -129,15 +135,9 @@ def update(state: State, sums: LaneSums, problem: Problem, settings: StepSetting
     reduces = state.predicted > 0  # not so where bounds leave no step
     is_noisy = reduces & (state.predicted <= noise) & (gain >= -2 * noise) & is_finite
     # Where rounding hides the change of the cost, the gradient has to fall.
-    slope, slope_before = (
-        _largest_slope(gram, cost, params, problem)
-        for gram, cost, params in (
-            (sums.gram, sums.cost, state.trial),
-            (state.gram, state.cost, state.params),
-        )
-    )
+    slope = _largest_slope(sums, state.trial, problem)
     is_better = jnp.where(
-        is_noisy, slope < slope_before, reduces & (gain >= _ACCEPT * state.predicted)
+        is_noisy, slope < state.slope, reduces & (gain >= _ACCEPT * state.predicted)
     )
     is_probe = state.probe > 0
     accepts = is_finite & (is_first | is_better | (is_probe & (gain > 2 * noise)))
@@ -146,6 +146,7 @@ def update(state: State, sums: LaneSums, problem: Problem, settings: StepSetting
         gram=sums.gram,
         cost=sums.cost,
         chi2=sums.chi2,
+        slope=slope,
         step_kind=jnp.where(is_first | (state.is_full == 0), _OTHER, _FULL),
     )
     fails = is_first & ~is_finite
@@ -160,9 +161,9 @@ def update(state: State, sums: LaneSums, problem: Problem, settings: StepSetting
     return _where(state.status == ACTIVE, new, state)
 
 
-def _largest_slope(gram: Any, cost: Any, params: Any, problem: Problem) -> Any:
+def _largest_slope(sums: LaneSums, params: Any, problem: Problem) -> Any:
     """Return the largest ``|J_j^T r| / (|J_j| |r|)``, (c,), of parameters that may move."""
-    p = len(params)
+    p, gram, cost = len(params), sums.gram, sums.cost
     where = triangle_indices(p + 1)
     norms = jnp.sqrt(jnp.stack([gram[where[i, i]] for i in range(p)]))
     slopes = gram[where[p, :p]] / jnp.where(norms > 0, norms, 1.0)
@@ -198,7 +199,7 @@ def propose(state: State, problem: Problem, settings: StepSettings) -> State:
     radius = jnp.where(jnp.isfinite(state.radius), state.radius, size)
     room = (low - params) * scale, (high - params) * scale
     step, is_full = restricted_step(quadratic, *room, radius, is_active, settings.least_pivot)
-    trial = (params + step / scale).astype(settings.dtype).astype(jnp.float64)
+    trial = (params + step * quadratic.unit).astype(settings.dtype).astype(jnp.float64)
     trial = jnp.clip(trial, low, high)
     # A parameter that reaches a bound is on it, whatever rounding does.
     trial = jnp.where(step <= room[0], low, jnp.where(step >= room[1], high, trial))
@@ -207,7 +208,9 @@ def propose(state: State, problem: Problem, settings: StepSettings) -> State:
     reduction = jnp.maximum(quadratic.reduction(quadratic.full_step), 0.0)
     decrement = jnp.sqrt(reduction / jnp.where(state.cost > 0, state.cost, 1.0))
     is_stuck = radius <= settings.epsilon * size
-    status, takes_step = _verdict(state, problem, quadratic, decrement, is_stuck, settings)
+    status, takes_step, is_exact = _verdict(
+        state, problem, quadratic, decrement, is_stuck, settings
+    )
     length = _norm(step)
     # Where bounds leave no step, a shorter one may be possible.
     length = jnp.where(length > 0, length, jnp.minimum(radius, _norm(quadratic.full_step)))
@@ -219,20 +222,26 @@ def propose(state: State, problem: Problem, settings: StepSettings) -> State:
         predicted=quadratic.reduction(step),
         is_full=is_full,
         decrement=decrement,
+        is_exact=is_exact,
         status=status,
     )
-    last = jnp.clip(params + quadratic.full_step / scale, low, high)
-    ended = proposed._replace(params=jnp.where(takes_step, last, params))
-    is_unsure = (status == LaneStatus.CONVERGED) & quadratic.is_singular
+    is_unsure = is_active & (status == LaneStatus.CONVERGED) & quadratic.is_singular
     is_unsure &= state.probe < len(_PROBES)
-    probing = _probing(proposed, quadratic, problem)
-    proposed = _where(is_unsure, probing, _where(status == ACTIVE, proposed, ended))
-    return _where(is_active, proposed, state)
+    last = jnp.clip(params + quadratic.full_step * quadratic.unit, low, high)
+    ended = proposed._replace(params=jnp.where(takes_step & ~is_unsure, last, params))
+    result = _where(is_active, _where(status == ACTIVE, proposed, ended), state)
+
+    def probes() -> State:
+        return _where(is_unsure, _probing(result, quadratic, problem), result)
+
+    # Hardly ever needed.
+    chosen: State = lax.cond(is_unsure.any(), probes, lambda: result)
+    return chosen
 
 
 def _probing(state: State, quadratic: Quadratic, problem: Problem) -> State:
     """Return the state with the next probe as trial point."""
-    direction = quadratic.null_vector / quadratic.scale
+    direction = quadratic.null_vector * quadratic.unit
     # Relative to the parameter that the others compensate, which has the largest share.
     share = jnp.abs(direction) / jnp.where(state.params != 0, jnp.abs(state.params), 1.0)
     unit = direction / jnp.maximum(share.max(axis=0), np.finfo(np.float64).tiny)
@@ -256,11 +265,12 @@ def _quadratic(state: State, problem: Problem, least_pivot: float) -> Quadratic:
     norms = jnp.sqrt(jnp.stack([gram[i, i] for i in range(p)]))
     scale = jnp.maximum(norms, _SCALE_MEMORY * state.scale)
     scale = jnp.where(scale > 0, scale, 1.0)
-    inverse = jnp.concatenate([1 / scale, jnp.ones_like(scale[:1])])
-    matrix = gram * inverse[:, None] * inverse
+    unit = 1 / scale
+    factors = jnp.concatenate([unit, jnp.ones_like(unit[:1])])
+    matrix = gram * factors[:, None] * factors
     gradient = matrix[:p, p]
     free = ~_is_held(state.params, gradient, problem)
-    return Quadratic.of(matrix, scale, free, least_pivot)
+    return Quadratic.of(matrix, scale, unit, free, least_pivot)
 
 
 def _verdict(
@@ -270,31 +280,32 @@ def _verdict(
     decrement: Any,
     is_stuck: Any,
     settings: StepSettings,
-) -> tuple[Any, Any]:
-    """Return the status of each lane, and which lanes end with a last step."""
+) -> tuple[Any, Any, Any]:
+    """Return the status of each lane, which lanes end with a last step, and which fits are exact.
+
+    The residuals of an exact fit are rounding errors.
+    """
     epsilon, norm = settings.epsilon, jnp.sqrt(2 * state.cost)
     n_free = (problem.low < problem.high).sum(axis=0)
     dof = jnp.maximum(problem.n_points - n_free, 1)
     errors = decrement * jnp.sqrt(dof)  # length of the full step in standard errors
     noise = epsilon * (1 + jnp.sqrt(problem.signal) / jnp.where(norm > 0, norm, 1.0))
     tolerance = jnp.minimum(jnp.maximum(settings.tolerance, 4 * noise), _MAX_TOLERANCE)
-    rounding = 0.5 * (8 * epsilon) ** 2 * problem.signal
+    rounding = 0.5 * rounding_chi2(problem.signal, problem.n_points, settings.dtype)
     is_exact = state.cost <= rounding
     is_small = (errors <= _NEGLIGIBLE) | is_exact
-    is_flat = quadratic.null_slope <= _MAX_TOLERANCE * norm
+    is_flat = (quadratic.null_slope <= _MAX_TOLERANCE * norm) | is_exact
     contraction = jnp.where(state.step_kind > 0, decrement / state.decrement, jnp.inf)
-    is_last = (
-        (contraction <= _FAST) & (contraction * decrement <= tolerance) & (errors <= _LAST_STEP)
-    )
+    is_last = (contraction <= _FAST) & (contraction * decrement <= tolerance)
+    is_last &= errors <= _LAST_STEP[settings.dtype]
     is_rounding = decrement**2 * state.cost * problem.n_points <= rounding * len(state.params)
     converged = is_flat & ((decrement <= tolerance) | is_last | (is_rounding & is_small))
     # Where rounding hides the changes of the cost, further steps may not be progress.
-    slope = _largest_slope(state.gram, state.cost, state.params, problem)
-    is_solution = is_flat & is_small & ((slope <= _MAX_SLOPE) | is_exact)
+    is_solution = is_flat & is_small & ((state.slope <= _MAX_SLOPE) | is_exact)
     is_over = is_stuck | ((state.step_kind == _NOISY) & (contraction > _SHRINKING) & is_solution)
     status = jnp.where(is_stuck, float(LaneStatus.STALLED), float(ACTIVE))
     is_at_limit = state.iterations >= settings.max_iterations
     status = jnp.where((status == ACTIVE) & is_at_limit, float(LaneStatus.ITERATION_LIMIT), status)
     ends_well = converged | (is_over & is_solution)
     status = jnp.where(ends_well, float(LaneStatus.CONVERGED), status)
-    return status, converged & ~is_over
+    return status, converged & ~is_over, is_exact

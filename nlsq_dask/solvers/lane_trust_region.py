@@ -22,6 +22,7 @@ class Quadratic(NamedTuple):
 
     matrix: Any  # [[A, g], [g^T, c]] with A = J^T J and the gradient g, (k, k, c)
     scale: Any  # (p, c)
+    unit: Any  # 1 / scale
     free: Any  # (p, c), parameters that are not fixed, and not held by an active bound
     full_step: Any  # (p, c), to the minimum over the free parameters
     inverse: Any  # inverse of A for the free parameters, zero for others, (p, p, c)
@@ -30,7 +31,7 @@ class Quadratic(NamedTuple):
     null_slope: Any  # (c,)
 
     @classmethod
-    def of(cls, matrix: Any, scale: Any, free: Any, least_pivot: float) -> Quadratic:
+    def of(cls, matrix: Any, scale: Any, unit: Any, free: Any, least_pivot: float) -> Quadratic:
         """Solve the normal equations; smaller pivots than ``least_pivot`` are rounding errors."""
         p = len(scale)
         swept, is_swept = sweep(matrix, free, least_pivot)
@@ -39,6 +40,7 @@ class Quadratic(NamedTuple):
         return cls(
             matrix,
             scale,
+            unit,
             free,
             *_solution(swept, is_swept, jnp.zeros_like(scale)),
             jnp.where(is_swept, -coefficients, is_left_out),
@@ -76,7 +78,7 @@ def _solution(swept: Any, is_swept: Any, fixed: Any) -> tuple[Any, Any]:
     """Return a step, shape (p, c), and the inverse matrix, (p, p, c), from a swept matrix."""
     p = len(is_swept)
     both = is_swept[:, None] & is_swept
-    return jnp.where(is_swept, -swept[:p, p], fixed), jnp.where(both, -swept[:p, :p], 0.0)
+    return jnp.where(is_swept, -swept[:p, p], fixed), jnp.where(both, swept[:p, :p], 0.0)
 
 
 class _Round(NamedTuple):

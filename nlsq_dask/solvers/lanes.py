@@ -71,6 +71,22 @@ class Lanes:
         return array.ndim == 2 and array.shape[1] == self.y.shape[1] > 1
 
 
+def rounding_chi2(signal: Any, n_points: Any, dtype: str) -> Any:
+    """Return the ``chi2`` that rounding leaves where the model fits the data exactly, per lane.
+
+    Parameters
+    ----------
+    signal : array, shape (m,)
+        Sum of ``(y / sigma)^2``.
+    n_points : array, shape (m,)
+        Points in use.
+    dtype : str
+        That of the model.
+    """
+    info = np.finfo(dtype)
+    return (8.0 * float(info.eps)) ** 2 * signal + n_points * (8.0 * float(info.tiny)) ** 2
+
+
 @dataclass(frozen=True)
 class LaneSettings:
     """Options of the fits, the same for all lanes."""
