@@ -174,7 +174,11 @@ def some_slow(*names: str, slow: tuple[str, ...]) -> list[Any]:
     return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
 
 
-@pytest.mark.parametrize("name", some_slow(*CUBES, slow=("damped sine", "logistic", "power law")))
+# ``test_maps.py`` compares such models, too.
+IN_MAPS = "Gaussian", "damped sine", "logistic", "power law"
+
+
+@pytest.mark.parametrize("name", some_slow(*CUBES, slow=IN_MAPS))
 def test_scipy_on_each_lane(name: str) -> None:
     cube = Cube(name)
     y = np.where(cube.rng.random(cube.y.shape) < 0.1, np.nan, cube.y)
@@ -201,7 +205,7 @@ LOSSES = some_slow("soft_l1", "huber", "cauchy", "arctan", slow=("soft_l1", "hub
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses(loss: str) -> None:
-    cube = Cube("logistic", 40)
+    cube = Cube("power law", 40)
     y = cube.y + (cube.rng.random(cube.y.shape) < 0.1) * cube.rng.uniform(0.2, 1, cube.y.shape)
     solver = cube.solver(loss=Loss(loss, 0.1), covariance="full", absolute_sigma=True)
     fits = solver(Lanes(y, (cube.x,)), cube.truth, -INF, INF)

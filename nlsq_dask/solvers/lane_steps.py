@@ -214,7 +214,11 @@ def propose(state: State, problem: Problem, settings: StepSettings) -> State:
     length = _norm(step)
     # Where bounds leave no step, a shorter one may be possible.
     length = jnp.where(length > 0, length, jnp.minimum(radius, _norm(quadratic.full_step)))
+    is_unsure = is_active & (status == LaneStatus.CONVERGED) & quadratic.is_singular
+    is_unsure &= state.probe < len(_PROBES)
+    last = jnp.clip(params + quadratic.full_step * quadratic.unit, low, high)
     proposed = state._replace(
+        params=jnp.where(takes_step & ~is_unsure, last, params),
         trial=trial,
         scale=scale,
         radius=radius,
@@ -225,18 +229,14 @@ def propose(state: State, problem: Problem, settings: StepSettings) -> State:
         is_exact=is_exact,
         status=status,
     )
-    is_unsure = is_active & (status == LaneStatus.CONVERGED) & quadratic.is_singular
-    is_unsure &= state.probe < len(_PROBES)
-    last = jnp.clip(params + quadratic.full_step * quadratic.unit, low, high)
-    ended = proposed._replace(params=jnp.where(takes_step & ~is_unsure, last, params))
-    result = _where(is_active, _where(status == ACTIVE, proposed, ended), state)
+    proposed = _where(is_active, proposed, state)
 
     def probes() -> State:
-        return _where(is_unsure, _probing(result, quadratic, problem), result)
+        return _where(is_unsure, _probing(proposed, quadratic, problem), proposed)
 
     # Hardly ever needed.
-    chosen: State = lax.cond(is_unsure.any(), probes, lambda: result)
-    return chosen
+    result: State = lax.cond(is_unsure.any(), probes, lambda: proposed)
+    return result
 
 
 def _probing(state: State, quadratic: Quadratic, problem: Problem) -> State:
