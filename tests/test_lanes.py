@@ -386,10 +386,13 @@ def test_exact_data(dtype: str) -> None:
         assert fits.errors is not None
         assert np.isinf(fits.errors[:, 12:]).all()
         np.testing.assert_array_equal(without.status, fits.status)
-    fits = cube.solver(dtype)(lanes, cube.start, -INF, INF)
-    assert (fits.status[:12] == LaneStatus.CONVERGED).all()
     rtol = 1e-12 if dtype == "float64" else 1e-4
-    np.testing.assert_allclose(fits.params[:, :12], cube.truth, rtol=rtol)
+    zero = np.array([[0.0], [0.0], [1.0]])
+    for offset, start in ((0, cube.start), (cube.truth[2], cube.start * (1 - zero))):
+        fits = cube.solver(dtype)(Lanes(y[:, :12] - offset, (cube.x,)), start, -INF, INF)
+        assert (fits.status == LaneStatus.CONVERGED).all()
+        expected = cube.truth - zero * offset
+        np.testing.assert_allclose(fits.params, expected, rtol=rtol, atol=rtol)
 
 
 def test_points_as_many_as_parameters() -> None:

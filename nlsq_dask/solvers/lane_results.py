@@ -119,13 +119,9 @@ class LaneResults:
     def _find_hidden(self, index: Index, norms: Array) -> NDArray[np.bool_]:
         """Return in which lanes a parameter changes the model by rounding errors only, (c,).
 
-        ``norms`` are those of the columns of J, shape (p, c). At a bound, or fixed, a parameter
-        does not count.
+        ``norms`` are those of the columns of J, shape (p, c).
         """
-        params, start = self._params[:, index], self._start[:, index]
-        is_inside = (self._low[:, index] < params) & (params < self._high[:, index])
-        size = np.maximum(np.abs(params), np.abs(start))
-        effect = np.where(is_inside & (size > 0), norms * size, np.inf)
+        effect = norms * self._sizes(index, self._params[:, index])
         largest = np.where(np.isfinite(effect), effect, 0.0).max(axis=0)
         at = np.flatnonzero((effect <= _HARDLY_ANY * largest).any(axis=0))
         has_hidden = np.zeros(len(index), bool)
@@ -170,12 +166,20 @@ class LaneResults:
 
     def _is_undetermined(self, index: Index, refined: Refined) -> NDArray[np.bool_]:
         """Return in which lanes rounding of exact data leaves a parameter of any size, (c,)."""
-        params, inverse = refined.params, refined.inverse
-        is_inside = (self._low[:, index] < params) & (params < self._high[:, index])
-        size = np.maximum(np.abs(params), np.abs(self._start[:, index]))
-        errors = np.sqrt((inverse**2).sum(axis=1) * refined.rounding)
-        is_lost = is_inside & (size > 0) & (errors >= size)
+        errors = np.sqrt((refined.inverse**2).sum(axis=1) * refined.rounding)
+        is_lost = errors > self._sizes(index, refined.params)
         return np.asarray(refined.is_exact & is_lost.any(axis=0))
+
+    def _sizes(self, index: Index, params: Array) -> Array:
+        """Return by how much each parameter may be wrong before it is undetermined, (p, c).
+
+        That is its size at the start, 1 for 0, or at the end. It is infinite for parameters that
+        are fixed or at a bound, which do not count.
+        """
+        start = np.abs(self._start[:, index])
+        size = np.maximum(np.abs(params), np.where(start > 0, start, 1.0))
+        is_inside = (self._low[:, index] < params) & (params < self._high[:, index])
+        return np.where(is_inside, size, np.inf)
 
     def _largest_slope(self, index: Index, refined: Refined) -> Array:
         """Return the largest ``|J_j^T r| / (|J_j| |r|)``, (c,), of parameters that may move.
