@@ -175,7 +175,7 @@ def some_slow(*names: str, slow: tuple[str, ...]) -> list[Any]:
 
 
 # ``test_maps.py`` compares such models, too.
-IN_MAPS = "Gaussian", "damped sine", "logistic", "power law"
+IN_MAPS = "Gaussian", "damped sine", "logistic", "power law", "bi-exponential"
 
 
 @pytest.mark.parametrize("name", some_slow(*CUBES, slow=IN_MAPS))
@@ -200,7 +200,9 @@ def test_scipy_on_each_lane(name: str) -> None:
         assert fits.n_points[i] == np.isfinite(y[:, i]).sum()
 
 
-LOSSES = some_slow("soft_l1", "huber", "cauchy", "arctan", slow=("soft_l1", "huber", "arctan"))
+LOSSES = some_slow(
+    "soft_l1", "huber", "cauchy", "arctan", slow=("soft_l1", "huber", "cauchy", "arctan")
+)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -312,7 +312,7 @@ class Shared(Local):
     "options",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        dict(cg_error_probes=4),
+        pytest.param(dict(cg_error_probes=4), marks=pytest.mark.slow),
         pytest.param(dict(loss="huber"), marks=pytest.mark.slow),
     ],
 )
