@@ -8,7 +8,7 @@ from nlsq_dask.engine.memory import BASE_BYTES
 
 # Measured: what compiling the solver leaves behind, and what a task needs beside its arrays.
 COMPILED_BYTES = 180 * 2**20
-_TASK_BYTES = 96 * 2**20
+_TASK_BYTES = 128 * 2**20
 _FILLED = 0.75  # of a worker's memory, below the share at which distributed pauses it
 _SOLVER_COPIES = 3  # of the points of the pixels that one call of the kernel processes
 _STATE_VALUES = 8  # numbers of the solver per pixel and parameter
