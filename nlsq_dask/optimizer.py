@@ -353,7 +353,7 @@ class AdaptiveHybridStreamingOptimizer:
         p0 : sequence, or dict by name, optional
             Initial values. In a dict, a value may be a map, an array over the dimensions of the
             map. Where all free parameters have one, pixels start there. Otherwise, and if a fit
-            fails, the start is the fit of a random sample of the rows of the tile.
+            fails, the start is a fit of the median of random pixels of the tile.
         bounds : (low, high), or dict by name of (low, high), optional
             Lower and upper bounds; in a dict, each may be a map. Starts are moved inside. Where
             the bounds of a pixel are equal, the parameter is fixed.

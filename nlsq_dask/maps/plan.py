@@ -110,8 +110,9 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     _, shared = SourceGraph(blocks).readers([grid.blocks_of(tile) for tile in tiles])
     threads = min(workers.max_threads, len(tiles))
     share = task_share(workers.memory_limit, workers.max_threads)
-    peak = BASE_BYTES + COMPILED_BYTES + threads * problem.memory.peak(grid.largest, share)
-    n_parts = -(-grid.largest // problem.memory.max_pixels(grid.largest, share))
+    memory = problem.memory
+    peak = BASE_BYTES + COMPILED_BYTES + threads * memory.peak(grid.largest, share)
+    n_parts = -(-grid.largest // memory.max_pixels(grid.largest, share))
     with x64():
         mode = choose_mode(model, model.jaxpr())
     return MapPlan(

@@ -23,7 +23,7 @@ Matrix = NDArray[np.float64]
 
 _N_CANDIDATES = 32  # starting points of the pooled fit
 _BOX = 3.0  # half-width of the box of these points, relative to the start
-_N_POOLED = 512  # pixels from which the rows of the pooled fit are drawn, at most
+_N_POOLED = 512  # pixels from which those of the pooled fit are drawn, at most
 _MIN_POOLED = 16  # the same, at least
 _POOLED_POINTS = 2**22  # of these pixels, which are in memory at once, between the two
 _N_ATTEMPTS = 4  # at finding pixels with data among them
@@ -108,7 +108,7 @@ class LaneFitter:
         most : int
             Number of pixels that are loaded at once, at most; the starts do not depend on it.
         seed : int
-            Of the rows for the pooled start.
+            Of the pixels for the pooled start.
         """
         pooled = _Once(lambda: self._pooled_start(load, n_pixels, seed))
         everything = np.arange(n_pixels)
@@ -167,9 +167,9 @@ class LaneFitter:
         return self.solver(lanes, start, bounded.low, bounded.high)
 
     def _pooled_start(self, load: Load, n_pixels: int, seed: int) -> Vector:
-        """Return the parameters that fit a random sample of the rows of a tile best.
+        """Return the parameters that fit a typical pixel of a tile best.
 
-        The sample has a row for each point, from a random pixel. Its fits start from many points.
+        At each point it has the median of random pixels. Its fits start from many points.
         """
         rng = np.random.default_rng(seed)
         most = max(_POOLED_POINTS // self.solver.shapes.n_points, _MIN_POOLED)
