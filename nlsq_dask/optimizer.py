@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,6 @@ from nlsq_dask.events import (
     PHASES,
     BlocksSkipped,
     Event,
-    FitAborted,
     FitEnded,
     IterationFinished,
     Observer,
@@ -47,8 +46,7 @@ from nlsq_dask.maps.arguments import validate_map_arguments
 from nlsq_dask.maps.fit_map import fit_map
 from nlsq_dask.maps.plan import MapPlan, build_map_plan
 from nlsq_dask.model.prediction import PredictionKernel
-from nlsq_dask.observers.build import build_observers, validate_observers
-from nlsq_dask.observers.dashboard.observer import on_dashboard
+from nlsq_dask.observers.build import open_observers, report_abort, send, validate_observers
 from nlsq_dask.observers.history import History
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry, get_defense_telemetry
 from nlsq_dask.plan import Plan, build_plan
@@ -256,7 +254,7 @@ class AdaptiveHybridStreamingOptimizer:
         own, history = DefenseLayerTelemetry(), History()
         remembering: list[Observer] = [self._observe, own, history]
         observers: list[Observer] = [*remembering, get_defense_telemetry()]
-        emit, remember = partial(_send, observers), partial(_send, remembering)
+        emit, remember = partial(send, observers), partial(send, remembering)
 
         def describe() -> FitFingerprint:
             kernel = PredictionKernel.trace(replace(problem.model, dtype="float64"), STRIP_ROWS)
@@ -264,14 +262,11 @@ class AdaptiveHybridStreamingOptimizer:
             return FitFingerprint.of(model, problem.blocks, problem.arguments, config)
 
         with ExitStack() as stack:
-            observers += [
-                stack.enter_context(watch) for watch in build_observers(config, self.observers)
-            ]
-            page = stack.enter_context(on_dashboard(config.dashboard))
+            opened, page = open_observers(stack, config, self.observers)
+            observers += opened
             if page is not None:
-                observers.append(page)
                 remembering.append(page.remember)
-            stack.enter_context(_report_abort(emit))
+            stack.enter_context(report_abort(emit))
             journal = open_journal(config, describe, emit, remember)
             observers.append(journal.observe)
             if config.stop_on_sigterm:
@@ -435,7 +430,7 @@ class AdaptiveHybridStreamingOptimizer:
         array([[1., 2.],
                [3., 4.]])
         """
-        return fit_map(validate_map_arguments(self.config, *args, **kwargs))
+        return fit_map(validate_map_arguments(self.config, *args, **kwargs), self.observers)
 
     def _publish(self, problem: FitProblem) -> None:
         self.normalizer = problem.normalizer
@@ -463,18 +458,3 @@ class AdaptiveHybridStreamingOptimizer:
                     self.best_params_global, self.best_cost_global = event.params, event.cost
             case IterationFinished() if not np.isfinite(self.best_cost_global):
                 self.best_params_global = event.params
-
-
-def _send(observers: Iterable[Observer], event: Event) -> None:
-    for observer in observers:
-        observer(event)
-
-
-@contextmanager
-def _report_abort(emit: Observer) -> Iterator[None]:
-    """Emit the event ``FitAborted`` if the code in this context raises an exception."""
-    try:
-        yield
-    except BaseException as error:
-        emit(FitAborted(f"{type(error).__name__}: {error}"))
-        raise

@@ -512,7 +512,10 @@ def test_failed_pixels_raise_if_asked_for(cube: xr.DataArray) -> None:
         ({"p0": {"a": xr.DataArray(T, dims="t")}}, "varies along 't', along which the fits run"),
         ({"fixed": {"a": np.ones((5, 7), bool)}}, "p0 does not say at which value"),
         ({"config": HybridStreamingConfig(n_starts=3)}, "fit_each does not use n_starts=3"),
-        ({"config": HybridStreamingConfig(max_walltime=3)}, "does not use max_walltime=3"),
+        (
+            {"config": HybridStreamingConfig(cg_max_iterations=3)},
+            "does not use cg_max_iterations=3",
+        ),
     ],
 )
 def test_invalid_arguments(cube: xr.DataArray, change: dict[str, Any], message: str) -> None:

@@ -20,6 +20,7 @@ import pytest
 from distributed import Client
 
 import nlsq_dask as nd
+from nlsq_dask import events
 from nlsq_dask.events import (
     EVENTS,
     BlocksFinished,
@@ -275,7 +276,7 @@ def test_the_documentation_lists_every_event() -> None:
     for kind in EVENTS.values():
         assert f".. autoclass:: {kind.__name__}\n" in page
         assert kind.__doc__
-        assert kind.__module__ == "nlsq_dask.events"
+        assert getattr(events, kind.__name__) is kind
 
 
 def test_on_a_cluster_blocks_are_counted(process_client: Client) -> None:

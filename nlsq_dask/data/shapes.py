@@ -145,3 +145,12 @@ def _index_expression(value: Any, name: str, axes: Shape, ndim: int) -> str:
 def _dimension_text(axes: Shape) -> str:
     numbers = " and ".join(map(str, axes))
     return f"dimension {numbers}" if len(axes) == 1 else f"dimensions {numbers}"
+
+
+def longest_axes(shape: Shape) -> Shape:
+    """Return the indices of the two longest axes, in ascending order, for a picture of an array.
+
+    Only the longest one is returned if all others have length 1.
+    """
+    by_length = sorted(range(len(shape)), key=lambda axis: -shape[axis])
+    return tuple(sorted(axis for axis in by_length[:2] if shape[axis] > 1) or by_length[:1])

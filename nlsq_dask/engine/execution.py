@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -170,12 +170,94 @@ def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch
             partials.add(tree.nodes[key], result)
             watch(partials)
 
-    options: dict[str, Any] = {}
-    get = get_scheduler()
+    options = _callback_options(get_scheduler(), finished)
+    return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
+
+
+def execute_each(
+    tasks: Mapping[Any, Any],
+    keys: Sequence[Any],
+    workers: Workers,
+    finished: Callable[[Any, Any], None],
+    check: Callable[[], None],
+) -> None:
+    """Compute independent tasks on the active Dask scheduler, and return each result at once.
+
+    Within a task of a cluster, they are computed one after another in the same thread, because
+    other tasks could only wait for that one.
+
+    Parameters
+    ----------
+    tasks : mapping
+        The graph.
+    keys : sequence
+        Keys of the tasks.
+    workers : Workers
+        The processes of the active scheduler.
+    finished : callable
+        Called with key and result of each task when it is done, in this thread. An exception that
+        it raises ends the computation.
+    check : callable
+        Called without arguments after each of them, and every second on a cluster. An exception
+        that it raises ends the computation.
+    """
+    if workers.client is not None and not is_inside_task():
+        _each_on_cluster(tasks, keys, workers.client, finished, check)
+        return
+    missing = set(keys)
+
+    def done(key: Any, result: Any, *_: Any) -> None:
+        if key in missing:
+            missing.remove(key)
+            finished(key, result)
+            check()
+
+    get = get_sync if is_inside_task() else get_scheduler() or get_threaded
+    results = get(tasks, list(keys), **_callback_options(get, done))
+    for key, result in zip(keys, results, strict=True):  # of a scheduler without callbacks
+        done(key, result)
+
+
+def _callback_options(get: Any, finished: Callable[..., None]) -> dict[str, Any]:
+    """Return the options for a local scheduler that let it call ``finished`` after each task."""
     if get in _LOCAL or (isinstance(get, partial) and get.func is get_async):  # of an executor
         # As an argument, because concurrent fits share the global set of callbacks.
-        options["callbacks"] = [*Callback.active, (None, None, None, finished, None)]
-    return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
+        return {"callbacks": [*Callback.active, (None, None, None, finished, None)]}
+    return {}
+
+
+def _each_on_cluster(
+    tasks: Mapping[Any, Any],
+    keys: Sequence[Any],
+    client: Client,
+    finished: Callable[[Any, Any], None],
+    check: Callable[[], None],
+) -> None:
+    futures: list[Future[Any]] = client.get(dict(tasks), list(keys), sync=False)
+    try:
+        results = as_completed(futures, with_results=True, raise_errors=False)
+        for _ in futures:
+            future, result = _next_finished(results, check)
+            if future.status != "finished":
+                future.result()  # raises
+            finished(future.key, result)
+            check()
+            future.release()
+    finally:
+        for future in futures:
+            future.release()
+
+
+def _next_finished(results: as_completed, check: Callable[[], None]) -> Any:
+    """Return the next of some futures that is done; meanwhile, call ``check`` every second."""
+    checked = time.monotonic()
+    while not results.has_ready():
+        with results.thread_condition:
+            results.thread_condition.wait(timeout=0.1)
+        if time.monotonic() - checked > 1.0:
+            check()
+            checked = time.monotonic()
+    return next(results)
 
 
 def _run_on_cluster(
@@ -185,16 +267,10 @@ def _run_on_cluster(
         to_opaque_graph(tree.tasks), list(tree.nodes), sync=False
     )
     finished = as_completed(futures)
+    check = partial(_check, workers, partials, watch)
     try:
         while True:
-            watched = time.monotonic()
-            while not finished.has_ready():
-                with finished.thread_condition:
-                    finished.thread_condition.wait(timeout=0.1)
-                if time.monotonic() - watched > 1.0:
-                    _check(workers, partials, watch)
-                    watched = time.monotonic()
-            future: Future[Any] = next(finished)
+            future: Future[Any] = _next_finished(finished, check)
             if future.status != "finished":
                 future.result()  # raises
             partials.add(tree.nodes[future.key], future)

@@ -41,8 +41,15 @@ OPTIONS = (
     "max_retries_per_batch",
     "min_success_rate",
     "cov_type",
+    "max_walltime",
+    "stop_on_sigterm",
     "verbose",
+    "log_frequency",
+    "log_file",
+    "dashboard",
 )
+# Those that act only while fits run within the call.
+_EAGER_OPTIONS = ("max_walltime", "stop_on_sigterm", "log_file")
 _CHOICES = {
     "nan_policy": ("raise", "omit"),
     "covariance": ("errors", "full", None),
@@ -71,6 +78,11 @@ class MapProblem:
     errors: str
     min_points: int | None
     guess: Callable[..., Any] | None
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether the fits run now: for arrays in memory."""
+        return self.in_memory
 
     @property
     def outputs(self) -> Outputs:
@@ -165,6 +177,8 @@ def validate_map_arguments(
     y_data, axes, is_held = _as_map(y_data, dims)
     x_data = resolve_coordinates(x_data, y_data)
     in_memory = is_held and all(map(is_in_memory, [*_leaves(x_data, sigma), *maps.values()]))
+    if not in_memory:
+        _check_lazy(config)
     blocks = _align(x_data, y_data, sigma, maps, axes)
     transform = parameters.transform
     traced = Model(
@@ -215,6 +229,16 @@ def _check_options(config: HybridStreamingConfig) -> None:
         raise ValueError(
             f"fit_each does not use {listed}. Leave {'it' if len(changed) == 1 else 'them'} at the "
             f"default; the options that act on fit_each are {', '.join(OPTIONS)}."
+        )
+
+
+def _check_lazy(config: HybridStreamingConfig) -> None:
+    """Raise a ValueError for an option without effect on fits that the caller computes later."""
+    changed = [name for name in _EAGER_OPTIONS if name in config.changed()]
+    if changed:
+        raise ValueError(
+            f"{changed[0]} has no effect on a lazy result, whose fits run when you compute it. "
+            f"Load the data into memory, or leave {changed[0]} at the default."
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.engine.retries import ReadFailedError, SkippedBlock
+from nlsq_dask.engine.retries import ReadError, ReadFailedError, SkippedBlock
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.errors import BlockReadError
 from nlsq_dask.maps.tiles import Index, Tile, TileGrid
@@ -23,7 +23,11 @@ _MASK_BYTES = 2  # per point, of arrays that tell where y is finite
 
 
 class NotReadError(Exception):
-    """A block of a tile cannot be read, and the policy is to go on without it."""
+    """A block of a tile cannot be read, and the policy is to continue without the tile."""
+
+    def __init__(self, block: SkippedBlock) -> None:
+        super().__init__(block.sentence)
+        self.block = block
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class ColumnReader:
         whole: list[Array] = []
         for read in _read(reader, inputs, tile):
             if read.block is None:
-                raise NotReadError
+                assert read.read_error is not None
+                raise NotReadError(_skipped_block(reader, tile, read.read_error))
             arrays = [array for array in read.block.arrays if array is not None]
             blocks = [
                 array.transpose(*self.order, *range(len(self.order), array.ndim))
@@ -165,20 +170,7 @@ def _read(reader: GroupReader, inputs: Sequence[Any], tile: Tile) -> Iterator[Re
     try:
         yield from reader.read(inputs)
     except ReadFailedError as failed:
-        error = failed.read_error
-        index, names = reader.needing(error.key)
-        block = tuple(map(int, np.unravel_index(index, reader.grid)))
-        where = zip(tile.slices[index], tile.origin, strict=True)
-        bad = SkippedBlock(
-            block=block,
-            grid=reader.grid,
-            rows=math.prod(s.stop - s.start for s in tile.slices[index]),
-            slices=tuple((s.start + first, s.stop + first) for s, first in where),
-            array=" and ".join(names),
-            chunk=error.chunk,
-            error=error.error,
-            attempts=error.attempts,
-        )
+        bad = _skipped_block(reader, tile, failed.read_error)
         raise BlockReadError(
             f"{bad.sentence}. Repair the stored data, or pass "
             f"HybridStreamingConfig(min_success_rate=...) below 1, so that these pixels get the "
@@ -187,6 +179,22 @@ def _read(reader: GroupReader, inputs: Sequence[Any], tile: Tile) -> Iterator[Re
             bad.block,
             bad.chunk,
         ) from failed.cause
+
+
+def _skipped_block(reader: GroupReader, tile: Tile, read_error: ReadError) -> SkippedBlock:
+    """Return the facts for a message on the block of a tile that needs what could not be read."""
+    index, names = reader.needing(read_error.key)
+    where = zip(tile.slices[index], tile.origin, strict=True)
+    return SkippedBlock(
+        block=tuple(map(int, np.unravel_index(index, reader.grid))),
+        grid=reader.grid,
+        rows=math.prod(s.stop - s.start for s in tile.slices[index]),
+        slices=tuple((s.start + first, s.stop + first) for s, first in where),
+        array=" and ".join(names),
+        chunk=read_error.chunk,
+        error=read_error.error,
+        attempts=read_error.attempts,
+    )
 
 
 def _empty(block: Array, kind: _Kind, points: Index, pixels: Index) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from nlsq_dask.solvers.lanes import LaneFits, LaneStatus
 
 Array = NDArray[Any]
 
-# Statuses that are no error: a pixel without data, and a solution that is not unique.
-_NO_FAILURE = (LaneStatus.NO_DATA, LaneStatus.SINGULAR)
+# Statuses that are no error: no data, a solution that is not unique, and a fit still to be made.
+_NO_FAILURE = (LaneStatus.NO_DATA, LaneStatus.SINGULAR, LaneStatus.NOT_FITTED)
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,16 @@ class Outputs:
         return arrays
 
 
-def counted(statuses: Sequence[int] | Array) -> dict[LaneStatus, int]:
+def counted(statuses: Array) -> dict[LaneStatus, int]:
     """Return the number of pixels by status."""
-    values, counts = np.unique(np.asarray(statuses), return_counts=True)
+    values, counts = np.unique(statuses, return_counts=True)
     return {LaneStatus(v): int(n) for v, n in zip(values.tolist(), counts.tolist(), strict=True)}
 
 
-def failure_text(statuses: Array) -> str:
+def failure_text(counts: Mapping[LaneStatus, int]) -> str:
     """Return how many fits failed, by status; "" if none did."""
-    counts = counted(statuses)
-    failed = {s: n for s, n in counts.items() if s <= 0 and s not in _NO_FAILURE}
+    failed = {s: n for s, n in sorted(counts.items()) if s <= 0 and s not in _NO_FAILURE}
     if not failed:
         return ""
     listed = join_first([f"{n:,} {status.name.lower()}" for status, n in failed.items()])
-    return f"{sum(failed.values()):,} of {np.size(statuses):,} fits failed ({listed})"
+    return f"{sum(failed.values()):,} of {sum(counts.values()):,} fits failed ({listed})"

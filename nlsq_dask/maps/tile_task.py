@@ -15,7 +15,7 @@ from nlsq_dask.engine.workers import process_memory
 from nlsq_dask.errors import NonFiniteDataError, PixelFitError
 from nlsq_dask.maps.columns import ColumnReader, NotReadError
 from nlsq_dask.maps.memory import TileMemory, task_share
-from nlsq_dask.maps.outputs import Outputs, failure_text
+from nlsq_dask.maps.outputs import Outputs, counted, failure_text
 from nlsq_dask.maps.parameter_maps import ParameterMaps
 from nlsq_dask.maps.starts import Bounded, Index, LaneFitter, TilePart, tile_seed
 from nlsq_dask.maps.tiles import Tile
@@ -42,9 +42,31 @@ class TileTask:
 
     def __call__(self, own: tuple[GroupReader, Tile], *inputs: Any) -> dict[str, Array]:
         """Return the arrays of a tile, by name of the variable of the Dataset."""
+        try:
+            return self.fit(own, inputs)
+        except NotReadError as error:
+            tile = own[1]
+            if self.raises:
+                raise PixelFitError(
+                    f"{math.prod(self.pixels(tile)):,} fits failed (not_read) in the tile that "
+                    f"begins at {tile.origin}: {error}."
+                ) from None
+            return self.outputs.failed(self.pixels(tile), LaneStatus.NOT_READ)
+
+    def pixels(self, tile: Tile) -> tuple[int, ...]:
+        """Return the number of pixels of a tile along each dimension of the map."""
+        return tuple(tile.shape[axis] for axis in self.outputs.map_axes)
+
+    def fit(self, own: tuple[GroupReader, Tile], inputs: Sequence[Any]) -> dict[str, Array]:
+        """Return the arrays of a tile.
+
+        Raises
+        ------
+        NotReadError
+            If one of the blocks cannot be read.
+        """
         reader, tile = own
-        pixels = tuple(tile.shape[axis] for axis in self.outputs.map_axes)
-        n_pixels = math.prod(pixels)
+        n_pixels = math.prod(self.pixels(tile))
         most = self.memory.max_pixels(n_pixels, task_share(*process_memory()))
         whole: TilePart | None = None
 
@@ -57,17 +79,10 @@ class TileTask:
             is_all = len(index) == n_pixels
             return whole if is_all else whole.take(index)
 
-        try:
-            fits = self.fitter(load, n_pixels, most, tile_seed(self.seed, tile.index))
-        except NotReadError:
-            if self.raises:
-                raise PixelFitError(
-                    f"{n_pixels:,} fits failed (not_read) in the tile that begins at {tile.origin}."
-                ) from None
-            return self.outputs.failed(pixels, LaneStatus.NOT_READ)
-        if self.raises and (text := failure_text(fits.status)):
+        fits = self.fitter(load, n_pixels, most, tile_seed(self.seed, tile.index))
+        if self.raises and (text := failure_text(counted(fits.status))):
             raise PixelFitError(f"{text} in the tile that begins at {tile.origin}.")
-        return self.outputs.of(fits, pixels)
+        return self.outputs.of(fits, self.pixels(tile))
 
     def _part(
         self, reader: GroupReader, inputs: Sequence[Any], tile: Tile, index: Index | None

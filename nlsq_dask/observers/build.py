@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import warn_caller
-from nlsq_dask.events import Event, Observer
+from nlsq_dask.events import Event, FitAborted, Observer
+from nlsq_dask.observers.dashboard.observer import Page, on_dashboard
 from nlsq_dask.observers.logs import LOGGER, JsonLines, LogRecords
 from nlsq_dask.observers.progress import Progress
 
@@ -27,6 +28,34 @@ def build_observers(
         yield closing(JsonLines(config.log_file))
     for observer in observers:
         yield nullcontext(GuardedObserver(observer))
+
+
+def open_observers(
+    stack: ExitStack, config: HybridStreamingConfig, observers: Iterable[Observer]
+) -> tuple[list[Observer], Page | None]:
+    """Return built-in observers, the caller's and the dashboard page, and the page by itself.
+
+    ``stack`` closes them. There is no page without a cluster.
+    """
+    opened = [stack.enter_context(observer) for observer in build_observers(config, observers)]
+    page = stack.enter_context(on_dashboard(config.dashboard))
+    return [*opened, *([] if page is None else [page])], page
+
+
+def send(observers: Iterable[Observer], event: Event) -> None:
+    """Call each observer with an event."""
+    for observer in observers:
+        observer(event)
+
+
+@contextmanager
+def report_abort(emit: Observer) -> Iterator[None]:
+    """Emit the event ``FitAborted`` if the code in this context raises an exception."""
+    try:
+        yield
+    except BaseException as error:
+        emit(FitAborted(f"{type(error).__name__}: {error}"))
+        raise
 
 
 def validate_observers(observers: Any) -> tuple[Observer, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nlsq_dask.data.shapes import longest_axes
 from nlsq_dask.events import (
     BlocksFinished,
     BlocksMeasured,
@@ -90,7 +91,7 @@ class Messages:
         values = np.full(math.prod(self._grid), np.nan)
         used = event.n_used > 0
         values[event.index[used]] = event.chi2[used] / event.n_used[used]
-        kept = _longest_axes(self._grid)
+        kept = longest_axes(self._grid)
         dropped = [axis for axis in range(len(self._grid)) if axis not in kept]
         table = np.fmax.reduce(values.reshape(self._grid), axis=tuple(dropped))
         size = list(table.shape)
@@ -106,15 +107,6 @@ class Messages:
             "largest_over": [str(self._dims[axis]) for axis in dropped if self._grid[axis] > 1],
             "values": table.astype(np.float32).tobytes(),
         }
-
-
-def _longest_axes(shape: tuple[int, ...]) -> list[int]:
-    """Return the indices of the two longest axes, in ascending order.
-
-    Only the longest one is returned if all others have length 1.
-    """
-    by_length = sorted(range(len(shape)), key=lambda axis: -shape[axis])
-    return sorted(axis for axis in by_length[:2] if shape[axis] > 1) or by_length[:1]
 
 
 def _numbers(event: Event, names: list[str]) -> Message:

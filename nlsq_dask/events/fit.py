@@ -1,41 +1,18 @@
-"""Events of a fit: what happened, as objects that are passed to observers.
-
-An observer is a function of one argument, an ``Event``. It is called with each event in order, in
-the thread that called ``fit``, and cannot change the fit.
-"""
+"""Events of ``fit``: one fit to all rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.events.base import Event
+
 PHASES = ("normalization", "L-BFGS warm-up", "Gauss-Newton", "covariance")  # by number
 ALL_ROWS = "all rows"  # the stage in which each iteration takes a pass over the data
-
-
-@dataclass(frozen=True)
-class Event:
-    """Base class of all events; arrays in an event are read-only.
-
-    Attributes
-    ----------
-    is_transient : bool
-        True if the event is not saved in checkpoints, because it matters only while a fit runs.
-    """
-
-    is_transient: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
-                read_only = value.view()
-                read_only.flags.writeable = False
-                object.__setattr__(self, name, read_only)
 
 
 @dataclass(frozen=True)
@@ -441,9 +418,3 @@ def without_many_params(event: Event) -> Event:
     if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event
-
-
-Observer = Callable[[Event], None]
-
-# Event classes by name, to decode them.
-EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}

@@ -1,0 +1,76 @@
+"""The Dask graph of a fit for every pixel: a task per tile, with the traced programs."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nlsq_dask.engine.retries import ReadPolicy
+from nlsq_dask.engine.source_graph import SourceGraph
+from nlsq_dask.engine.tile_graph import tile_graph
+from nlsq_dask.errors import MissingChunksWarning, warn_caller
+from nlsq_dask.maps.arguments import MapProblem
+from nlsq_dask.maps.columns import ColumnReader
+from nlsq_dask.maps.parameter_maps import ParameterMaps
+from nlsq_dask.maps.starts import LaneFitter
+from nlsq_dask.maps.tile_task import TileTask
+from nlsq_dask.maps.tiles import Tile
+from nlsq_dask.model.guess import GuessKernel
+from nlsq_dask.solvers.batched_lm import LaneSolver
+from nlsq_dask.solvers.lanes import LaneSettings, SigmaKind
+
+
+def trace_tile_task(problem: MapProblem, raises: bool) -> TileTask:
+    """Return the function of the tasks, with the traced programs."""
+    config, grid, model = problem.config, problem.grid, problem.model
+    reader = ColumnReader.of(problem.blocks, grid, model.dtype)
+    settings = LaneSettings(
+        tolerance=config.gauss_newton_tol,
+        max_iterations=config.gauss_newton_max_iterations,
+        loss=problem.loss,
+        absolute_sigma=problem.absolute_sigma,
+        covariance=problem.covariance,
+        cov_type=config.cov_type,
+        min_points=problem.min_points,
+    )
+    n_points, n_lanes = grid.n_points, problem.n_lanes
+    kinds: dict[bool | None, SigmaKind] = {None: "none", False: "shared", True: "varies"}
+    solver = LaneSolver.trace(
+        model,
+        n_points,
+        n_lanes,
+        settings,
+        x_varies=reader.x_varies,
+        sigma=kinds[reader.sigma_varies],
+    )
+    guess = None
+    names = problem.parameters.names
+    if problem.guess is not None:
+        guess = GuessKernel.trace(problem.guess, model, names, n_points, n_lanes, reader.x_varies)
+    return TileTask(
+        reader=reader,
+        parameters=ParameterMaps.of(problem.parameters, problem.maps),
+        fitter=LaneFitter(solver, problem.parameters.transform.is_free),
+        guess=guess,
+        outputs=problem.outputs,
+        memory=problem.memory,
+        is_given=problem.is_given,
+        omits_nan=problem.nan_policy == "omit",
+        raises=raises,
+        seed=config.random_seed,
+    )
+
+
+def build_graph(
+    problem: MapProblem, function: Callable[..., Any], tiles: Sequence[Tile]
+) -> tuple[dict[Any, Any], list[Any]]:
+    """Return a graph with a task per tile, which calls a ``TileTask`` or the like, and its keys."""
+    blocks, grid, config = problem.blocks, problem.grid, problem.config
+    source = SourceGraph(blocks, ReadPolicy(config.read_retries, config.min_success_rate < 1.0))
+    for sentence in source.missing_chunks():
+        warn_caller(sentence, MissingChunksWarning)
+    token = uuid.uuid4().hex
+    keys: list[Any] = [(f"nlsq-tile-{token}", *tile.index) for tile in tiles]
+    groups = [grid.blocks_of(tile) for tile in tiles]
+    return tile_graph(source, groups, keys, function, tiles, token), keys
