@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 from dask._task_spec import TaskRef
-from distributed import KilledWorker
-from distributed.client import FutureCancelledError, FuturesCancelledError
 from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.block_group import BlockGroup, ReadAhead
 from nlsq_dask.engine.cache_budget import CacheBudget
-from nlsq_dask.engine.execution import PartialResults, Watch, WorkersReplacedError, execute
+from nlsq_dask.engine.execution import LOST_WORKERS, PartialResults, Watch, execute, lost_message
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
 from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
@@ -41,7 +39,6 @@ from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.prediction import PredictionKernel
 
 _MAX_ATTEMPTS = 4  # at a pass, if workers are lost
-_LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, WorkersReplacedError)
 
 
 class DataSet:
@@ -182,7 +179,7 @@ class DataSet:
                 return execute(make_tree(), self._workers, partials, watch)
             except ReadFailedError as failed:
                 raise self._read_failure(failed.read_error) from failed.cause
-            except _LOST_WORKERS as error:
+            except LOST_WORKERS as error:
                 self._recover(error, attempt)
                 partials.drop_missing()
             attempt += 1
@@ -194,17 +191,9 @@ class DataSet:
         client has sent to them.
         """
         client = self._workers.client
-        if client is None or client.status != "running":
-            raise ClusterLostError(
-                "the connection to the Dask scheduler was lost while the data were read. Start a "
-                "new cluster and client, then fit again."
-            ) from error
-        if attempt == _MAX_ATTEMPTS:
-            raise ClusterLostError(
-                f"workers were lost in each of {_MAX_ATTEMPTS} attempts to read the data "
-                f"({error}). See the workers' logs for the reason. If they ran out of memory, use "
-                f"smaller chunks or workers with more memory."
-            ) from error
+        is_connected = client is not None and client.status == "running"
+        if not is_connected or attempt == _MAX_ATTEMPTS:
+            raise ClusterLostError(lost_message(client, error, _MAX_ATTEMPTS)) from error
         self._workers = Workers.active()
         self._kernel = None
         try:

@@ -22,13 +22,15 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed
 from dask.local import get_async, get_sync
 from dask.threaded import get as get_threaded
-from distributed import Client, Future, as_completed, rejoin, secede
+from distributed import Client, Future, KilledWorker, as_completed, rejoin, secede
+from distributed.client import FutureCancelledError, FuturesCancelledError
 from distributed.utils import thread_state  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
 from nlsq_dask.engine.serialization import to_opaque_graph
 from nlsq_dask.engine.workers import Workers
+from nlsq_dask.errors import ClusterLostError
 
 _PATIENCE = 5.0  # seconds until a transfer is checked, doubled each time
 _GATHER_INTERVAL = 1.0  # seconds between checks that gathered results still exist
@@ -147,6 +149,32 @@ class WorkersReplacedError(Exception):
     """All workers that held the data of a fit are gone, and new workers have joined."""
 
 
+LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, WorkersReplacedError)
+
+
+def lost_message(client: Client | None, error: Exception, attempts: int = 0) -> str:
+    """Return the text of a ClusterLostError.
+
+    Parameters
+    ----------
+    client : Client or None
+    error : Exception
+        The error of distributed.
+    attempts : int
+        Number of attempts to compute with other workers; 0 if the scheduler made them.
+    """
+    if client is None or client.status != "running":
+        return (
+            "the connection to the Dask scheduler was lost while the data were read. Start a new "
+            "cluster and client, then fit again."
+        )
+    tried = f"in each of {attempts} attempts to read the data" if attempts else "repeatedly"
+    return (
+        f"workers were lost {tried} ({error}). See the workers' logs for the reason. If they ran "
+        f"out of memory, use smaller chunks or workers with more memory."
+    )
+
+
 def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch) -> Any:
     """Compute a tree on the active Dask scheduler and return the result of its root.
 
@@ -200,9 +228,17 @@ def execute_each(
     check : callable
         Called without arguments after each of them, and every second on a cluster. An exception
         that it raises ends the computation.
+
+    Raises
+    ------
+    ClusterLostError
+        If the connection to the scheduler is lost, or a task has repeatedly lost its worker.
     """
     if workers.client is not None and not is_inside_task():
-        _each_on_cluster(tasks, keys, workers.client, finished, check)
+        try:
+            _each_on_cluster(tasks, keys, workers.client, finished, check)
+        except LOST_WORKERS as error:
+            raise ClusterLostError(lost_message(workers.client, error)) from error
         return
     missing = set(keys)
 

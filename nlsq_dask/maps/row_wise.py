@@ -1,4 +1,4 @@
-"""The check that a model is row-wise, on a few points, before any data are read."""
+"""A few points of x, by which a model is checked before any data are read."""
 
 from __future__ import annotations
 
@@ -17,20 +17,11 @@ from nlsq_dask.rows.rows import Rows
 _N_POINTS = 8
 
 
-def check_points(
-    model: Model,
-    start: NDArray[np.float64],
-    blocks: RowBlocks,
-    fitted: Sequence[int],
-    is_held: Sequence[bool],
-) -> None:
-    """Raise a ModelError if the value of the model at a point depends on other points.
+def sample_points(blocks: RowBlocks, fitted: Sequence[int], is_held: Sequence[bool]) -> Rows:
+    """Return the x of some points from the first to the last one; y is zero.
 
     Parameters
     ----------
-    model : Model
-    start : ndarray, shape (p,)
-        Initial values of the free parameters.
     blocks : RowBlocks
     fitted : sequence of int
         Axes of y along which the fits run.
@@ -51,6 +42,12 @@ def check_points(
         points = array.vindex[(*index, *[slice(None)] * (array.ndim - len(shape)))]
         return np.asarray(points.compute(scheduler="sync"))
 
-    x = tuple(map(points_of, blocks.x, is_held))
-    rows = Rows(np.zeros(_N_POINTS), x)
-    check_row_wise(model, PredictionKernel.trace(model, _N_POINTS), rows, start)
+    return Rows(np.zeros(_N_POINTS), tuple(map(points_of, blocks.x, is_held)))
+
+
+def check_points(model: Model, start: NDArray[np.float64], rows: Rows) -> None:
+    """Raise a ModelError if the value of the model at a point depends on other points.
+
+    ``start`` has the initial values of the free parameters.
+    """
+    check_row_wise(model, PredictionKernel.trace(model, len(rows)), rows, start)
