@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,17 +20,21 @@ from nlsq_dask.model.program import TRACED_BY
 
 _PACKAGES = (*TRACED_BY, "numpy", "scipy", "optax")
 _MAX_TEXT = 200  # characters of a value in a message
+_FIT_OPTIONS = tuple(o.name for o in fields(HybridStreamingConfig) if o.metadata["changes_fit"])
 
 
 @dataclass(frozen=True)
 class FitFingerprint:
     """Texts that describe what a fit computes; they are compared when the fit is resumed."""
 
-    model: str  # digest of the model as JAX compiles it
+    model: str  # digest of the model as JAX compiles it, and of other functions of the caller
     data: dict[str, str]  # shape, dtype and chunks of arrays, with metadata of Zarr arrays
     arguments: dict[str, str]  # start, bounds, loss, ...
     options: dict[str, str]  # options that change the result
     versions: dict[str, str]  # packages and processor
+    # Summaries of the values of some blocks. Only those that two fingerprints both have are
+    # compared, because a block may be unreadable at one time.
+    values: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -39,33 +43,43 @@ class FitFingerprint:
         blocks: RowBlocks,
         arguments: Mapping[str, Any],
         config: HybridStreamingConfig,
+        options: Collection[str] = _FIT_OPTIONS,
     ) -> Self:
         """Compute the fingerprint of a fit.
 
         Parameters
         ----------
         model : str
-            Fingerprint of the model.
+            Fingerprint of the model; with ``guess``, both separated by a space.
         blocks : RowBlocks
         arguments : mapping of str to value
             Arguments of the fit that change its result, such as p0 and bounds.
         config : HybridStreamingConfig
+        options : collection of str
+            Names of the options that change the result.
         """
         named_arrays = zip(blocks.layout.array_names, blocks.arrays, strict=True)
         return cls(
             model=model,
             data={name: describe_array(array) for name, array in named_arrays},
             arguments={name: _text(value) for name, value in arguments.items()},
-            options={
-                option.name: _text(getattr(config, option.name))
-                for option in fields(config)
-                if option.metadata["changes_fit"]
-            },
+            options={name: _text(getattr(config, name)) for name in options},
             versions={name: version_of(name) for name in _PACKAGES} | {"processor": _processor()},
         )
 
-    def check(self, now: Self) -> list[str]:
+    def check(
+        self,
+        now: Self,
+        subject: str = "The checkpoint",
+        remedy: str = "omit resume_from_checkpoint",
+    ) -> list[str]:
         """Compare this fingerprint, of a checkpoint, with that of the fit that resumes it, ``now``.
+
+        Parameters
+        ----------
+        now : FitFingerprint
+        subject, remedy : str
+            Words of the message: what has this fingerprint, and how to start a new fit instead.
 
         Returns
         -------
@@ -79,18 +93,27 @@ class FitFingerprint:
         """
         # Options and arguments newer than the checkpoint had their defaults when it was written.
         options = {o.name: _text(default_of(o)) for o in fields(HybridStreamingConfig)}
+        common = self.values.keys() & now.values.keys()
+        then_read, now_read = ({name: d.values[name] for name in common} for d in (self, now))
         differences = [
             *_differences("data", self.data, now.data),
+            *_differences("values of", then_read, now_read),
             *_differences("argument", self.arguments, now.arguments, unknown=repr(None)),
             *_differences("option", {**options, **self.options}, {**options, **now.options}),
         ]
         traced_alike = all(self.versions.get(name) == now.versions.get(name) for name in TRACED_BY)
-        if traced_alike and self.model != now.model:
-            differences.append("the model computes a different function")
+        if traced_alike:
+            # Without guess, there is one digest; whether there is a guess is an argument.
+            pairs = zip(self.model.split(), now.model.split(), strict=False)
+            differences += [
+                f"{what} computes a different function"
+                for what, (one, other) in zip(("the model", "guess"), pairs, strict=False)
+                if one != other
+            ]
         if differences:
             raise CheckpointError(
-                f"The checkpoint is of a different fit: {'; '.join(differences)}. Pass the same "
-                f"values as before, or omit resume_from_checkpoint to start a new fit."
+                f"{subject} is of a different fit: {'; '.join(differences)}. Pass the same values "
+                f"as before, or {remedy} to start a new fit."
             )
         return [
             f"{text}: the result may differ in its last digits"

@@ -83,16 +83,8 @@ class FitProblem:
 
         Model, data and options are compared separately.
         """
-        parameters, transform = self.all_parameters, self.transform
-        fixed = zip(parameters.names, parameters.start, transform.is_fixed, strict=True)
         return {
-            "p0": parameters.start,
-            "lower bounds": parameters.low,
-            "upper bounds": parameters.high,
-            "param_names": parameters.names,
-            # None, as in checkpoints that are older than the arguments.
-            "fixed": [(name, value) for name, value, is_one in fixed if is_one] or None,
-            "ties": list(transform.ties) or None,
+            **self.all_parameters.arguments,
             "nan_policy": self.nan_policy,
             "absolute_sigma": self.absolute_sigma,
             "loss": self.loss.name,

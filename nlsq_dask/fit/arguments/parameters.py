@@ -69,6 +69,20 @@ class Parameters:
         )
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that must be equal when a fit is resumed."""
+        fixed = zip(self.names, self.start, self.transform.is_fixed, strict=True)
+        return {
+            "p0": self.start,
+            "lower bounds": self.low,
+            "upper bounds": self.high,
+            "param_names": self.names,
+            # None, as in checkpoints that are older than the arguments.
+            "fixed": [(name, value) for name, value, is_one in fixed if is_one] or None,
+            "ties": list(self.transform.ties) or None,
+        }
+
+    @property
     def free(self) -> Parameters:
         """The free parameters only."""
         if self.transform.is_identity:
