@@ -35,6 +35,12 @@ class Folder(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless it exists, and return whether it was written.
+
+        Some object stores overwrite a file that another process creates at the same time.
+        """
+
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
 
@@ -51,7 +57,7 @@ class _LocalFolder:
                 unfinished.unlink(missing_ok=True)
         probe = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have prepared the folder, too
 
     def names(self) -> list[str]:
         return [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
@@ -72,6 +78,14 @@ class _LocalFolder:
             unfinished.unlink(missing_ok=True)
             raise
         self._synchronize_folder()
+
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            with (self._folder / name).open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
 
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
@@ -113,6 +127,20 @@ class _RemoteFolder:
 
     def write(self, name: str, data: bytes) -> None:
         self._fs.pipe_file(f"{self._folder}/{name}", data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = f"{self._folder}/{name}"
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except Exception:
+            # A file system that does not know the mode, or reports an existing file in its own way.
+            self._fs.invalidate_cache()
+            if self._fs.exists(path):
+                return False
+            self._fs.pipe_file(path, data)
+        return True
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
