@@ -34,7 +34,7 @@ USERS = {
     "optax": {"warmup"},
     "dask": {"data", "engine", "maps", "plan", "results"},
     "distributed": {"engine", "observers"},
-    "zarr": {"data", "engine"},
+    "zarr": {"data", "engine", "maps"},
     "xarray": {"accessor", "curvefit", "data", "maps", "observers", "optimizer", "results"},
 }
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -32,7 +32,7 @@ class LaneStatus(IntEnum):
     STALLED = -4  # no step reduces the cost, but the gradient is not zero
     BAD_START = -5  # start or bounds are NaN, or low > high
     NOT_READ = -6
-    NOT_FITTED = -7  # not yet
+    NOT_FITTED = -7  # its tile has not been fitted yet
 
 
 @dataclass(frozen=True)
