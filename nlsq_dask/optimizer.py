@@ -304,7 +304,7 @@ class AdaptiveHybridStreamingOptimizer:
             As in ``fit``.
         param_names, callback, verbose
             As in ``fit``.
-        dims, guess, min_points, covariance, errors
+        dims, guess, min_points, covariance, errors, store
             As in ``fit_each``. With ``dims``, the plan is that of ``fit_each``.
 
         Returns
@@ -377,14 +377,18 @@ class AdaptiveHybridStreamingOptimizer:
         errors : {"flag", "raise"}
             With "raise", a fit that fails is an error, except for pixels without data and singular
             fits. With "flag", only ``status`` tells.
+        store : path or URL, optional
+            Zarr store to which each tile is written when it is done. The fits run at once, and the
+            same call continues them after an interruption of any kind: tiles in the store are
+            verified, and not fitted again.
         verbose : int, optional
-            Overrides ``verbose`` of the configuration. With 2 or more, the number of pixels by
-            status is printed if all arrays are in memory.
+            Overrides ``verbose`` of the configuration.
 
         Returns
         -------
         xarray.Dataset
-            Lazy, unless all arrays are in memory. Its variables have the dimensions of the map:
+            Computed if all arrays are in memory, the opened store with ``store``, else lazy. Its
+            variables have the dimensions of the map:
 
             - popt, perr (param): parameters and their standard errors.
             - pcov (cov_i, cov_j): covariance matrix.
@@ -393,9 +397,9 @@ class AdaptiveHybridStreamingOptimizer:
             - status: 1 converged, 2 at_bound (converged with a parameter at a bound), 3 singular
               (converged, but the data do not constrain all parameters; perr is infinite),
               0 iteration_limit, -1 no_data, -2 too_few_points, -3 non_finite, -4 stalled,
-              -5 bad_start, -6 not_read.
+              -5 bad_start, -6 not_read, -7 not_fitted (after an early end).
 
-            Parameters and errors are NaN for the status -1, -2, -5 and -6. Pixels with the other
+            Parameters and errors are NaN for the status -1, -2 and -5 to -7. Pixels with the other
             negative ones, and 0, have the best parameters that were found.
 
         Raises
@@ -403,6 +407,12 @@ class AdaptiveHybridStreamingOptimizer:
         DataError, ModelError, ValueError, TypeError
             For invalid arguments, and for an option of the configuration that has no effect on a
             fit for every pixel.
+        CheckpointError
+            If ``store`` is something else, the result of another fit, or in use by another process.
+        BlockReadError
+            If data could not be read, or fewer pixels than ``min_success_rate`` requires.
+        ClusterLostError
+            If the cluster is lost.
         PixelFitError
             If a fit failed and ``errors`` is "raise"; a lazy Dataset raises it when it is computed.
 

@@ -45,6 +45,7 @@ COVERED_ELSEWHERE = {
     "fixed": f"{_MAPS}::test_parameters_are_fixed_by_numbers_and_by_maps",
     "ties": f"{_MAPS}::test_a_tied_parameter_has_the_error_of_its_function",
     "guess": f"{_MAPS}::test_a_guess_replaces_the_start",
+    "store": "tests/test_map_resume.py::test_a_store_is_the_result",
 }
 NOT_YET: dict[str, str] = {}
 

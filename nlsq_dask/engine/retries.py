@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -106,8 +106,27 @@ def run_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> 
                 if policy.skips_unreadable and not is_program:
                     return read_error, retries
                 raise ReadFailedError(read_error, error) from error
-        time.sleep(min(_FIRST_PAUSE * _GROWTH**retries, _LONGEST_PAUSE))
+        _pause(retries)
         retries += 1
+
+
+def write_with_retries(write: Callable[[], None], n_retries: int) -> None:
+    """Call a function that writes to a store, and repeat it if it fails."""
+    for retry in range(n_retries + 1):
+        try:
+            write()
+            return
+        except _PROGRAM_ERRORS:
+            raise
+        except Exception:
+            if retry == n_retries:
+                raise
+        _pause(retry)
+
+
+def _pause(n_before: int) -> None:
+    """Wait before the next attempt, given the number of retries before it."""
+    time.sleep(min(_FIRST_PAUSE * _GROWTH**n_before, _LONGEST_PAUSE))
 
 
 def _text(error: Exception) -> str:

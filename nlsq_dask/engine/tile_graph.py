@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from dask._task_spec import GraphNode, Task, TaskRef
@@ -43,20 +44,36 @@ def tile_graph(
     """
     readers, shared = source.readers(groups)
     # Other names than in the caller's own graph, in which these tasks have no retries.
-    renamed = {
+    renamed: dict[Key, Key] = {
         key: (f"nlsq-input-{token}", i)
         for i, (key, node) in enumerate(shared.items())
         if isinstance(node, GraphNode)
     }
-    graph: dict[Key, Any] = {
-        renamed.get(key, key): _renamed(node, renamed) for key, node in shared.items()
+    names: list[list[Any]] = [[renamed.get(k, k) for k in reader.inputs] for reader in readers]
+    inputs = [[TaskRef(name) for name in own] for own in names]
+    pairs = list(zip(readers, arguments, strict=True))
+    return {
+        **{renamed.get(key, key): _renamed(node, renamed) for key, node in shared.items()},
+        **calls(function, keys, pairs, token, inputs),
     }
+
+
+def calls(
+    function: Callable[..., Any],
+    keys: Sequence[Key],
+    arguments: Sequence[Any],
+    token: str,
+    inputs: Sequence[Sequence[TaskRef]] = (),
+) -> dict[Key, Any]:
+    """Return a graph with a task per key: ``function(argument, *inputs)``.
+
+    A scheduler that receives it needs neither this package nor JAX. The parameters are those of
+    ``tile_graph``; ``inputs`` has references to other tasks for each key.
+    """
     common = f"nlsq-fit-each-{token}"
-    graph[common] = Task(common, operator.call, OpaqueWhenPickled(function))
-    for key, *own in zip(keys, readers, arguments, strict=True):
-        reader, _ = own
-        inputs = (TaskRef(renamed.get(name, name)) for name in reader.inputs)
-        graph[key] = Task(key, operator.call, TaskRef(common), _opaque(tuple(own)), *inputs)
+    graph: dict[Key, Any] = {common: Task(common, operator.call, OpaqueWhenPickled(function))}
+    for key, argument, own in zip_longest(keys, arguments, inputs, fillvalue=()):
+        graph[key] = Task(key, operator.call, TaskRef(common), _opaque(argument), *own)
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from nlsq_dask.maps.tiles import TileGrid, memory_chunks
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.model import Model
 from nlsq_dask.solvers.batched_lm import choose_lanes
+from nlsq_dask.storage.backends import normalize_path
 
 # Options that act on a fit for every pixel; docs/options.md lists them.
 OPTIONS = (
@@ -78,11 +80,12 @@ class MapProblem:
     errors: str
     min_points: int | None
     guess: Callable[..., Any] | None
+    store: str | None = None  # path or URL
 
     @property
     def is_eager(self) -> bool:
-        """Whether the fits run now: for arrays in memory."""
-        return self.in_memory
+        """Whether the fits run now: for arrays in memory, and with a store."""
+        return self.in_memory or self.store is not None
 
     @property
     def outputs(self) -> Outputs:
@@ -137,6 +140,7 @@ def validate_map_arguments(
     min_points: int | None = None,
     covariance: str | None = "errors",
     errors: str = "flag",
+    store: str | os.PathLike[str] | None = None,
     param_names: Sequence[str] | None = None,
     verbose: int | None = None,
 ) -> MapProblem:
@@ -157,6 +161,8 @@ def validate_map_arguments(
     _check_min_points(min_points)
     if guess is not None and not callable(guess):
         raise TypeError(f"guess must be a function guess(x, y); got {guess!r}.")
+    if store is not None and not isinstance(store, str | os.PathLike):
+        raise TypeError(f"store must be a path or a URL, or None; got {store!r}.")
     if not isinstance(absolute_sigma, bool | np.bool_):
         raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     check_loss(loss, f_scale)
@@ -177,7 +183,7 @@ def validate_map_arguments(
     y_data, axes, is_held = _as_map(y_data, dims)
     x_data = resolve_coordinates(x_data, y_data)
     in_memory = is_held and all(map(is_in_memory, [*leaves(x_data, sigma), *maps.values()]))
-    if not in_memory:
+    if not in_memory and store is None:
         _check_lazy(config)
     blocks = align_map(x_data, y_data, sigma, maps, axes)
     transform = parameters.transform
@@ -213,6 +219,7 @@ def validate_map_arguments(
         errors=errors,
         min_points=min_points,
         guess=guess,
+        store=None if store is None else normalize_path(store),
     )
 
 
@@ -239,7 +246,7 @@ def _check_lazy(config: HybridStreamingConfig) -> None:
     if changed:
         raise ValueError(
             f"{changed[0]} has no effect on a lazy result, whose fits run when you compute it. "
-            f"Load the data into memory, or leave {changed[0]} at the default."
+            f"Pass store=, with which they run at once, or leave {changed[0]} at the default."
         )
 
 

@@ -36,7 +36,7 @@ class MapPlan:
     n_tiles : int
         Number of tiles.
     n_tasks : int
-        Number of Dask tasks if all variables of the result are computed.
+        Number of Dask tasks; of a lazy result, if all its variables are computed.
     bytes_read : int
         Bytes of all arrays in memory, decoded, that are read once.
     reads_per_chunk : int
@@ -113,6 +113,8 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     memory = problem.memory
     peak = BASE_BYTES + COMPILED_BYTES + threads * memory.peak(grid.largest, share)
     n_parts = -(-grid.largest // memory.max_pixels(grid.largest, share))
+    # Of a lazy result, each variable has a task of its own, which takes it out of the tile's.
+    tasks_per_tile = 1 if problem.is_eager else 1 + len(problem.outputs.variables)
     with x64():
         mode = choose_mode(model, model.jaxpr())
     return MapPlan(
@@ -120,7 +122,7 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
         n_points=grid.n_points,
         grid=grid.shape,
         n_tiles=len(tiles),
-        n_tasks=len(tiles) * (1 + len(problem.outputs.variables)) + len(shared) + 1,
+        n_tasks=len(tiles) * tasks_per_tile + len(shared) + 1,
         bytes_read=int(blocks.block_bytes().sum()),
         # With several parts, once more for the pooled start and for fits that fail.
         reads_per_chunk=1 if n_parts == 1 else n_parts + 2,
