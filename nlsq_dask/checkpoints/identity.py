@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from nlsq_dask._text import join_first
 from nlsq_dask._version import version_of
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.config.validation import default_of
@@ -19,6 +20,7 @@ from nlsq_dask.errors import CheckpointError
 from nlsq_dask.model.program import TRACED_BY
 
 _PACKAGES = (*TRACED_BY, "numpy", "scipy", "optax")
+_MAX_DIFFERENCES = 5  # in a message
 _MAX_TEXT = 200  # characters of a value in a message
 _FIT_OPTIONS = tuple(o.name for o in fields(HybridStreamingConfig) if o.metadata["changes_fit"])
 
@@ -97,7 +99,9 @@ class FitFingerprint:
         then_read, now_read = ({name: d.values[name] for name in common} for d in (self, now))
         differences = [
             *_differences("data", self.data, now.data),
-            *_differences("values of", then_read, now_read),
+            *list(
+                _differences("values of", *({k: d.values[k] for k in common} for d in (self, now)))
+            )[:1],
             *_differences("argument", self.arguments, now.arguments, unknown=repr(None)),
             *_differences("option", {**options, **self.options}, {**options, **now.options}),
         ]
@@ -111,8 +115,9 @@ class FitFingerprint:
                 if one != other
             ]
         if differences:
+            listed = join_first(differences, _MAX_DIFFERENCES, "; ", "differences")
             raise CheckpointError(
-                f"{subject} is of a different fit: {'; '.join(differences)}. Pass the same values "
+                f"{subject} is of a different fit: {listed}. Pass the same values "
                 f"as before, or {remedy} to start a new fit."
             )
         return [

@@ -66,8 +66,14 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
             run = _Run(problem, emit, interruption.check)
             run.fit()
             return run.result(as_dataset(problem, run.arrays))
-        lease = stack.enter_context(Lease(problem.store))
-        store = _open_store(problem, problem.store)
+        try:
+            lease = stack.enter_context(Lease(problem.store))
+            store = _open_store(problem, problem.store)
+        except OSError as error:
+            raise CheckpointError(
+                f"store={problem.store!r} cannot be read or written: {error}. Pass a path or URL "
+                f"to which this process and all workers can write."
+            ) from error
 
         def check() -> None:
             interruption.check()
