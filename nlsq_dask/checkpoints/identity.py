@@ -99,9 +99,7 @@ class FitFingerprint:
         then_read, now_read = ({name: d.values[name] for name in common} for d in (self, now))
         differences = [
             *_differences("data", self.data, now.data),
-            *list(
-                _differences("values of", *({k: d.values[k] for k in common} for d in (self, now)))
-            )[:1],
+            *list(_differences("values of", then_read, now_read))[:1],
             *_differences("argument", self.arguments, now.arguments, unknown=repr(None)),
             *_differences("option", {**options, **self.options}, {**options, **now.options}),
         ]
