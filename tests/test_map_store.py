@@ -645,3 +645,10 @@ def test_a_file_system_without_exclusive_creation(monkeypatch: pytest.MonkeyPatc
         Lease("memory://bare/map.zarr").__enter__()
     assert not file_system.exists("/bare/map.zarr.lock")
     assert not lease._active
+
+
+def test_a_worker_that_does_not_see_the_store(tmp_path: Path, small: xr.Dataset) -> None:
+    own = MapStore.create_or_open(tmp_path / "maps.zarr", TILES, small, FINGERPRINT)
+    elsewhere = replace(own, path=str(tmp_path / "unmounted" / "maps.zarr"))
+    with pytest.raises(CheckpointError, match=r"does not exist on .*, where a worker runs\. Pass"):
+        elsewhere.write((0, 0), {})

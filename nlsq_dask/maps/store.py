@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -334,8 +335,20 @@ def _remove_partial_files(path: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _arrays(path: str, uid: str) -> dict[str, zarr.Array[Any]]:
-    """Return the arrays of the variables, opened once per process; ``uid`` is that of the store."""
-    group = zarr.open_group(path, mode="r+")
+    """Return the arrays of the variables, opened once per process; ``uid`` is that of the store.
+
+    Raises
+    ------
+    CheckpointError
+        If the store is not visible from this machine.
+    """
+    try:
+        group = zarr.open_group(path, mode="r+")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The store {path} does not exist on {socket.gethostname()}, where a worker runs. Pass "
+            f"a path on a file system that all machines of the cluster share, or a URL."
+        ) from error
     # Chunks that hold only the fill value are written, too.
     # Without ``with_config``, which the oldest supported Zarr lacks.
     config: Any = {"write_empty_chunks": True}
