@@ -633,6 +633,19 @@ def test_a_lease_is_renewed_and_a_lost_one_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_bucket_that_exists_is_not_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    file_system = fsspec.filesystem("memory")
+    file_system.makedirs("/bucket", exist_ok=True)
+
+    def makedirs(self: Any, path: str, exist_ok: bool = False) -> None:
+        raise PermissionError("this user must not create buckets")
+
+    monkeypatch.setattr(type(file_system), "makedirs", makedirs)
+    with Lease("memory://bucket/map.zarr"):
+        assert file_system.exists("/bucket/map.zarr.lock")
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_file_system_without_exclusive_creation(monkeypatch: pytest.MonkeyPatch) -> None:
     file_system = fsspec.filesystem("memory")
     original = type(file_system).pipe_file

@@ -112,9 +112,12 @@ class Lease:
 
     def __init__(self, store: str | os.PathLike[str], period: float = _PERIOD) -> None:
         self._store = normalize_path(store).rstrip("/")
-        parent, _, name = self._store.rpartition("/")
-        self._folder, self._name = open_folder(parent or "/"), f"{name}.lock"
         self._is_remote = "://" in self._store
+        if self._is_remote:
+            parent, _, name = self._store.rpartition("/")
+        else:
+            parent, name = os.path.split(self._store)
+        self._folder, self._name = open_folder(parent), f"{name}.lock"
         self._own = Holder.of_this_process(period)
         self._taken_by: Holder | None = None
         self._ended = threading.Event()

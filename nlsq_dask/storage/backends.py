@@ -114,7 +114,9 @@ class _RemoteFolder:
 
     def prepare(self, fit: str) -> None:
         """Create the folder if the store has folders; writing is not checked."""
-        self._fs.makedirs(self._folder, exist_ok=True)
+        # Not for a bucket that exists, which few users may create.
+        if not self._fs.exists(self._folder):
+            self._fs.makedirs(self._folder, exist_ok=True)
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
