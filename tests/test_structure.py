@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # The rooms of the package, floor by floor: imports go down, never up and never sideways.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "events", "status", "_keywords", "_html", "_text", "_version"),
+    ("errors", "events", "status", "_keywords", "_figures", "_html", "_text", "_version"),
     ("config", "rows", "storage"),
     ("data", "model"),
     ("kernels",),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.results.plotting.figures import FIT, MEAN, QUIET, label, prepare_figure
+from nlsq_dask._figures import FIT, MEAN, QUIET, label, prepare_figure
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.results.plotting.figures import (
+from nlsq_dask._figures import (
     DATES,
     FIT,
     MEAN,

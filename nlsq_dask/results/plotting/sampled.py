@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask._figures import label
 from nlsq_dask._text import join_first
-from nlsq_dask.results.plotting.figures import label
 
 if TYPE_CHECKING:
     import xarray as xr
