@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,18 +14,18 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from nlsq_dask.data.alignment import RowBlocks, align
+from nlsq_dask.data.alignment import align
 from nlsq_dask.data.sources.from_array import as_numpy, is_in_memory, split_mask
 from nlsq_dask.data.sources.from_pandas import pandas_to_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.data.sources.objects import check_is_array
+from nlsq_dask.data.templates import named_template
+from nlsq_dask.engine.evaluation import evaluate
 from nlsq_dask.errors import DataError
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
-from nlsq_dask.rows.declared import as_declared
 from nlsq_dask.rows.rows import Rows, x_array_names
 
-_MAX_EAGER_VALUES = 2**24  # values on the grid of named coordinates; more are computed lazily
 _X = "x"  # name of the argument in messages
 
 
@@ -78,7 +77,8 @@ def predict(
     kernel = PredictionKernel.trace(replace(model, layout=layout), with_std=root is not None)
     if root is not None and not np.isfinite(root).all():
         root = np.full_like(root, np.nan)
-    values = _lazy_values(blocks, kernel, params, root, names)
+    function = _Prediction(kernel, params, root)
+    values = evaluate(blocks, names, function, 1 + kernel.with_std)
     if blocks.mask is not None:
         values = da.where(blocks.mask, np.nan, values)
     if not is_lazy:  # in this process: no transfer to a cluster, which may be busy
@@ -202,111 +202,26 @@ def _list_shapes(names: Sequence[str], leaves: Sequence[Any]) -> str:
 def _named_template(
     leaves: list[xr.DataArray], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> xr.DataArray:
-    """Return a DataArray broadcast by dimension name; lazy if any x is lazy or if it is large."""
-    sizes: dict[Any, int] = {}
-    chunks: dict[Any, Any] = {}
-    coords: dict[Any, Any] = {}
-    for leaf, name, shape in zip(leaves, names, shapes, strict=True):
-        for dim in leaf.dims[: len(shape)]:
-            if sizes.setdefault(dim, leaf.sizes[dim]) != leaf.sizes[dim]:
-                raise DataError(
-                    f"{name} has size {leaf.sizes[dim]} along {dim!r}, but another array of x has "
-                    f"{sizes[dim]}: {_list_shapes(names, leaves)}."
-                )
-            if leaf.chunks is not None and not isinstance(chunks.get(dim), tuple):
-                chunks[dim] = leaf.chunksizes[dim]
-            if dim in leaf.indexes and not leaf.indexes[dim].equals(
-                coords.get(dim, leaf.coords[dim]).to_index()
-            ):
-                raise DataError(
-                    f"the labels of {name} along {dim!r} differ from the labels of another array "
-                    f"of x. Align them, for instance with xarray.align(..., join='inner')."
-                )
-            if dim in leaf.coords:
-                coords.setdefault(dim, leaf.coords[dim])
-    values: Any
-    if chunks or math.prod(sizes.values()) > _MAX_EAGER_VALUES:
-        by_dim = tuple(chunks.get(dim, "auto") for dim in sizes)
-        values = da.zeros(tuple(sizes.values()), chunks=by_dim, dtype=float)
-    else:
-        values = np.zeros(tuple(sizes.values()))
-    return xr.DataArray(values, coords=coords, dims=list(sizes))
+    """Return a DataArray with the labels of the x arrays, without their columns."""
+    dims = [leaf.dims[: len(shape)] for leaf, shape in zip(leaves, shapes, strict=True)]
+    labels = {
+        dim: leaf.coords[dim]
+        for leaf, own in zip(leaves[::-1], dims[::-1], strict=True)
+        for dim in own
+        if dim in leaf.coords
+    }
+    return named_template(leaves, names, dims).assign_coords(labels)
 
 
 @dataclass(frozen=True)
-class _Declared:
-    """What the Dask array of an x array declares for its blocks."""
+class _Prediction:
+    """Evaluates the model at the rows of a block."""
 
-    name: str  # in messages
-    dtype: str
-    varies: tuple[bool, ...]  # along each dimension of the result, whether it has more than 1 value
-    features: tuple[int, ...]  # shape of one row
+    kernel: PredictionKernel
+    params: NDArray[np.float64]
+    root: NDArray[np.float64] | None
 
-    def checked(self, block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return a block, checked; ``shape`` is that of the block of the result."""
-        rows = tuple(n if varies else 1 for n, varies in zip(shape, self.varies, strict=True))
-        return as_declared(self.name, block, self.dtype, rows + self.features)
-
-
-def _lazy_values(
-    blocks: RowBlocks,
-    kernel: PredictionKernel,
-    params: NDArray[np.float64],
-    root: NDArray[np.float64] | None,
-    names: Sequence[str],
-) -> da.Array:
-    """Return values, and their standard errors if a root is given, along a new first axis.
-
-    ``names`` are those of the x arrays, for messages.
-    """
-    rows = tuple(range(blocks.y.ndim))
-    arguments: list[Any] = [blocks.y, rows]
-    declared = []
-    for i, array in enumerate(blocks.x):
-        dtype, features = blocks.layout.x_dtypes[i], blocks.layout.x_features[i]
-        varies = tuple(n == m for n, m in zip(array.shape, blocks.y.shape, strict=False))
-        declared.append(_Declared(names[i], dtype, varies, features))
-        axes = [
-            axis if array.shape[axis] == blocks.y.shape[axis] else blocks.y.ndim + axis
-            for axis in rows
-        ]
-        columns = [2 * blocks.y.ndim + i] * len(features)
-        arguments += [array, (*axes, *columns)]
-    first = max(i for index in arguments[1::2] for i in index) + 1
-    values: da.Array = da.blockwise(
-        _predict_block,
-        (first, *rows),
-        *arguments,
-        new_axes={first: 1 + kernel.with_std},
-        kernel=kernel,
-        params=params,
-        root=root,
-        declared=declared,
-        concatenate=True,
-        align_arrays=False,
-        dtype=np.float64,
-        meta=np.empty((0,) * (1 + blocks.y.ndim)),
-    )
-    return values
-
-
-def _predict_block(
-    y: NDArray[Any],
-    *x: NDArray[Any],
-    kernel: PredictionKernel,
-    params: NDArray[np.float64],
-    root: NDArray[np.float64] | None,
-    declared: Sequence[_Declared],
-) -> NDArray[np.float64]:
-    """Return the values for a block of the result, NaN where a block of x is masked."""
-    arrays, mask = [], np.zeros(y.shape, bool)
-    for block, array in zip(x, declared, strict=True):
-        arrays.append(array.checked(np.ma.getdata(block), y.shape))
-        if np.ma.is_masked(block):
-            columns = tuple(range(y.ndim, block.ndim))
-            mask |= np.ma.getmaskarray(block).any(axis=columns)
-    rows = Rows(np.empty(y.shape, bool), tuple(arrays))
-    values = kernel(rows.batches(kernel.batch_rows), params, root).reshape(-1, *y.shape)
-    if mask.any():
-        values[:, mask] = np.nan
-    return values
+    def __call__(self, shape: tuple[int, ...], x: list[NDArray[Any]]) -> NDArray[np.float64]:
+        rows = Rows(np.empty(shape, bool), tuple(x))
+        batches = rows.batches(self.kernel.batch_rows)
+        return self.kernel(batches, self.params, self.root).reshape(-1, *shape)
