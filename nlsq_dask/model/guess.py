@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.model.lane_function import LaneFunction
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.named_values import as_real_array, call_traced
-from nlsq_dask.model.program import Program
 
 Array = NDArray[Any]
 
@@ -26,10 +24,7 @@ _EXAMPLE = "guess=lambda x, y: {{{name!r}: jnp.nanmax(y)}}"
 class GuessKernel:
     """Program that evaluates ``guess(x, y)`` for many pixels."""
 
-    program: Program
-    dtype: str
-    n_lanes: int  # pixels per call
-    x_varies: tuple[bool, ...]  # which x arrays vary over the map
+    function: LaneFunction
 
     @classmethod
     def trace(
@@ -60,17 +55,8 @@ class GuessKernel:
             free = (name for name, is_one in zip(names, is_free, strict=True) if is_one)
             return jnp.stack([values.get(n, start[i]).astype(dtype) for i, n in enumerate(free)])
 
-        x_axes = tuple(1 if varies else None for varies in x_varies)
-        of_pixels = jax.vmap(of_pixel, in_axes=(x_axes, 1, 1), out_axes=1)
-        x = tuple(
-            jax.ShapeDtypeStruct((n_points, n_lanes) if varies else (n_points, *features), dtype)
-            for features, varies in zip(layout.x_features, x_varies, strict=True)
-        )
-        y = jax.ShapeDtypeStruct((n_points, n_lanes), dtype)
-        start = jax.ShapeDtypeStruct((model.n_params, n_lanes), dtype)
-        with x64():
-            program = Program.trace(of_pixels, x, y, start)
-        return cls(program, model.dtype, n_lanes, tuple(x_varies))
+        sizes = n_points, model.n_params
+        return cls(LaneFunction.trace(of_pixel, model, n_points, n_lanes, x_varies, sizes))
 
     def __call__(self, x: Sequence[Array], y: Array, start: Array) -> Array:
         """Return the starts of m pixels, shape (p, m).
@@ -83,22 +69,8 @@ class GuessKernel:
         start : ndarray, shape (p, m) or (p, 1)
             Values of parameters for which the function returns none.
         """
-        m = y.shape[1]
-        whole = np.broadcast_to(start, (len(start), m))
-        parts = [np.empty((len(start), 0))]
-        for first in range(0, m, self.n_lanes):
-            index = np.minimum(np.arange(first, first + self.n_lanes), m - 1)
-            some = tuple(
-                np.asarray(leaf[:, index] if varies else leaf, self.dtype)
-                for leaf, varies in zip(x, self.x_varies, strict=True)
-            )
-            values = self.program(
-                some,
-                np.asarray(y[:, index], self.dtype),
-                np.asarray(whole[:, index], self.dtype),
-            )
-            parts.append(np.asarray(values, np.float64)[:, : m - first])
-        return np.concatenate(parts, axis=1)
+        whole = np.broadcast_to(start, (len(start), y.shape[1]))
+        return self.function(x, y, whole).astype(np.float64) if whole.size else whole
 
 
 def _by_name(values: Any, names: Sequence[str]) -> dict[str, Any]:
