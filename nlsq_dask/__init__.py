@@ -20,6 +20,7 @@ from nlsq_dask.errors import (
     ResultFileError,
 )
 from nlsq_dask.maps.plan import MapPlan
+from nlsq_dask.maps.predict import predict_each
 from nlsq_dask.observers.dashboard.metrics import metrics_collector
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
@@ -57,5 +58,6 @@ __all__ = [
     "curvefit",
     "get_defense_telemetry",
     "metrics_collector",
+    "predict_each",
     "reset_defense_telemetry",
 ]

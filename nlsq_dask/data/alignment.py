@@ -202,7 +202,7 @@ def align(
     _check_kind("y_data", y_data)
     if sigma is not None:
         _check_kind("sigma", sigma)
-    x_names, leaves = _leaves(resolve_coordinates(x_data, y_data))
+    x_names, leaves = x_leaves(resolve_coordinates(x_data, y_data))
     array_names = [name.replace("x_data", x_name, 1) for name in x_array_names(x_names)]
     for name, leaf in zip(array_names, leaves, strict=True):
         check_is_array(name, leaf)
@@ -323,7 +323,8 @@ def _blocks_text(array: da.Array) -> str:
     return f"{' x '.join(map(str, array.numblocks))} blocks"
 
 
-def _leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
+def x_leaves(x_data: Any) -> tuple[int | tuple[str, ...] | None, list[Any]]:
+    """Return the structure of x, as in ``Layout.x_names``, and its arrays."""
     if isinstance(x_data, tuple | dict) and not x_data:
         kind = type(x_data).__name__
         raise DataError(f"x_data is an empty {kind}; expected at least one array.")

@@ -61,7 +61,8 @@ def evaluate(
         columns = [2 * blocks.y.ndim + i] * len(features)
         arguments += [array, (*axes, *columns)]
     first = max(i for index in arguments[1::2] for i in index) + 1
-    key = f"nlsq-evaluate-{uuid.uuid4().hex}"
+    token = uuid.uuid4().hex
+    key = f"nlsq-model-{token}"
     of_block = OpaqueWhenPickled(_OfBlock(function, tuple(declared)))
     values: da.Array = da.blockwise(
         operator.call,
@@ -69,6 +70,7 @@ def evaluate(
         Delayed(key, {key: Task(key, of_block)}),
         None,
         *arguments,
+        name=f"nlsq-predict-{token}",
         new_axes={first: n_outputs},
         concatenate=True,
         align_arrays=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,14 +56,20 @@ def align_map(x_data: Any, y_data: Any, sigma: Any, maps: Maps, axes: tuple[int,
             "at all points of a fit. Pass x_data that varies along dims.",
             DataWarning,
         )
+    check_columns(blocks, axes)
+    return replace(blocks, realigned=(*expand.rechunked, *blocks.realigned))
+
+
+def check_columns(blocks: RowBlocks, axes: Sequence[int]) -> None:
+    """Raise a DataError for an x with columns that varies over the map; fits run along ``axes``."""
+    ndim = blocks.y.ndim
     for array, name in zip(blocks.x, blocks.layout.array_names[1:], strict=False):
-        is_wide = any(array.shape[a] > 1 for a in range(len(y_data.shape)) if a not in axes)
-        if array.ndim > len(y_data.shape) and is_wide:
+        is_wide = any(array.shape[axis] > 1 for axis in range(ndim) if axis not in axes)
+        if array.ndim > ndim and is_wide:
             raise DataError(
                 f"{name} has columns and varies over the map (shape {array.shape}). Pass its "
                 f"columns as a tuple of arrays."
             )
-    return replace(blocks, realigned=(*expand.rechunked, *blocks.realigned))
 
 
 @dataclass(frozen=True)

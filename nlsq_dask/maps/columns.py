@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,7 +41,7 @@ class TileData:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class ArrayKind:
     """How an array varies over y."""
 
     varies: tuple[bool, ...]  # along each axis of y, fitted axes first
@@ -49,6 +50,27 @@ class _Kind:
     n_more: int  # number of axes after those of y: 1 for an x with columns
     itemsize: int
 
+    @classmethod
+    def of(cls, array: da.Array, y: da.Array, order: Index, n_fitted: int) -> ArrayKind:
+        """Return it for axes of y in this order, the fitted ones first."""
+        varies = tuple(array is y or 1 < y.shape[axis] == array.shape[axis] for axis in order)
+        over_points, over_pixels = any(varies[:n_fitted]), any(varies[n_fitted:])
+        return cls(varies, over_points, over_pixels, array.ndim - y.ndim, array.itemsize)
+
+    def flat(self, array: Array, points: Index, pixels: Index) -> Array:
+        """Return an array of shape (n, m) if it varies over pixels, else (n,) or (n, k)."""
+        n_points = math.prod(points)
+        if not self.over_pixels:
+            columns = array.shape[array.ndim - self.n_more :] if self.n_more else ()
+            whole = array.reshape((*array.shape[: len(points)], *columns))
+            return np.broadcast_to(whole, (*points, *columns)).reshape(n_points, *columns)
+        if self.over_points:
+            is_whole = array.shape == (*points, *pixels)  # y is, and may be written to
+            whole = array if is_whole else np.broadcast_to(array, (*points, *pixels))
+            return whole.reshape(n_points, -1)
+        one = np.broadcast_to(array, (*(1 for _ in points), *pixels)).reshape(1, -1)
+        return np.broadcast_to(one, (n_points, one.shape[1]))
+
 
 @dataclass(frozen=True)
 class ColumnReader:
@@ -56,7 +78,7 @@ class ColumnReader:
 
     order: Index  # axes of y, fitted ones first
     n_fitted: int
-    kinds: tuple[_Kind, ...]  # of the arrays: y, x, maps, sigma and mask, those that there are
+    kinds: tuple[ArrayKind, ...]  # of the arrays: y, x, maps, sigma and mask, those that there are
     n_x: int
     n_maps: int
     has_sigma: bool
@@ -65,15 +87,8 @@ class ColumnReader:
     @classmethod
     def of(cls, blocks: RowBlocks, grid: TileGrid, dtype: str) -> ColumnReader:
         """Return the reader for these arrays."""
-        order = (*grid.fitted, *grid.map_axes)
-        n_fitted, shape = len(grid.fitted), blocks.y.shape
-        kinds = []
-        for array in blocks.arrays:
-            is_y = array is blocks.y
-            varies = tuple(is_y or 1 < shape[axis] == array.shape[axis] for axis in order)
-            over_points, over_pixels = any(varies[:n_fitted]), any(varies[n_fitted:])
-            n_more = array.ndim - len(shape)
-            kinds.append(_Kind(varies, over_points, over_pixels, n_more, array.itemsize))
+        order, n_fitted = (*grid.fitted, *grid.map_axes), len(grid.fitted)
+        kinds = (ArrayKind.of(array, blocks.y, order, n_fitted) for array in blocks.arrays)
         n_maps, has_sigma = len(blocks.layout.map_names), blocks.sigma is not None
         n_x = len(blocks.x) - n_maps
         return cls(order, n_fitted, tuple(kinds), n_x, n_maps, has_sigma, dtype)
@@ -141,7 +156,8 @@ class ColumnReader:
 
     def _data(self, whole: Sequence[Array], points: Index, pixels: Index) -> TileData:
         kinds = self.kinds
-        flat = [_flat(*each, points, pixels) for each in zip(whole, kinds, strict=True)]
+        pairs = zip(whole, kinds, strict=True)
+        flat = [kind.flat(array, points, pixels) for array, kind in pairs]
         end_x = 1 + self.n_x
         end_maps = end_x + self.n_maps
         y, x, maps, rest = flat[0], flat[1:end_x], flat[end_x:end_maps], flat[end_maps:]
@@ -197,7 +213,7 @@ def _skipped_block(reader: GroupReader, tile: Tile, read_error: ReadError) -> Sk
     )
 
 
-def _empty(block: Array, kind: _Kind, points: Index, pixels: Index) -> Array:
+def _empty(block: Array, kind: ArrayKind, points: Index, pixels: Index) -> Array:
     """Return an empty array for all blocks, of size 1 along axes on which it does not vary."""
     sizes = [n if own else 1 for n, own in zip(points, kind.varies, strict=False)]
     if len(pixels) == len(kind.varies) - len(points):
@@ -208,7 +224,7 @@ def _empty(block: Array, kind: _Kind, points: Index, pixels: Index) -> Array:
     return np.empty([*sizes, *block.shape[len(kind.varies) :]], block.dtype)
 
 
-def _place(kind: _Kind, where: tuple[slice, ...]) -> tuple[slice, ...]:
+def _place(kind: ArrayKind, where: tuple[slice, ...]) -> tuple[slice, ...]:
     pairs = zip(where, kind.varies, strict=True)
     return tuple(own if varies else slice(None) for own, varies in pairs)
 
@@ -228,22 +244,7 @@ def _insert_some(
     array[(*points, at[is_there])] = whole.reshape(*block.shape[:n_fitted], -1)[..., is_there]
 
 
-def _flat(array: Array, kind: _Kind, points: Index, pixels: Index) -> Array:
-    """Return an array of shape (n, m) if it varies over pixels, else (n,) or (n, k)."""
-    n_points = math.prod(points)
-    if not kind.over_pixels:
-        columns = array.shape[array.ndim - kind.n_more :] if kind.n_more else ()
-        whole = array.reshape(*array.shape[: len(points)], *columns)
-        return np.broadcast_to(whole, (*points, *columns)).reshape(n_points, *columns)
-    if kind.over_points:
-        is_whole = array.shape == (*points, *pixels)  # y is, and may be written to
-        whole = array if is_whole else np.broadcast_to(array, (*points, *pixels))
-        return whole.reshape(n_points, -1)
-    one = np.broadcast_to(array, (*(1 for _ in points), *pixels)).reshape(1, -1)
-    return np.broadcast_to(one, (n_points, one.shape[1]))
-
-
-def _all_finite(array: Array, kind: _Kind, shape: Index) -> Array:
+def _all_finite(array: Array, kind: ArrayKind, shape: Index) -> Array:
     """Return where x or sigma is finite, broadcast to points and pixels."""
     is_finite: Array = np.isfinite(array)
     if kind.n_more:

@@ -182,6 +182,46 @@ def parse_parameters(
     return Parameters(names, _with_ties(start, transform), low, high, transform, not_given)
 
 
+def order_names(
+    model: Callable[..., Any], names: Sequence[str], param_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the names of parameters of an earlier fit in the order of the model's arguments.
+
+    Parameters
+    ----------
+    model : callable
+        ``model(x, *params)``.
+    names : sequence of str
+        Names of all parameters of the fit, in any order.
+    param_names : sequence of str, optional
+        As in ``parse_parameters``.
+
+    Raises
+    ------
+    ValueError
+        If the model takes other parameters.
+    """
+    signature = _read_signature(model)
+    known, n = signature.names, len(names)
+    n_required = sum(name not in signature.defaults for name in known)
+    own = known[:n]
+    if signature.is_open:
+        own += tuple(name for name in names if name not in own)
+    if param_names is not None:
+        own = tuple(map(str, param_names))
+    is_callable = n >= n_required and (signature.is_open or n <= len(known))
+    if not is_callable or sorted(own) != sorted(names):
+        listed = ", ".join(map(repr, known if param_names is None else own))
+        source = "the model takes" if param_names is None else "param_names has"
+        raise ValueError(
+            f"{source} the parameters {listed or 'none'}, but those of the fit are "
+            f"{', '.join(map(repr, names)) or 'none'}. Pass the model of the fit and all of its "
+            f"parameters. If it was fitted with param_names, pass these as well, in the order of "
+            f"the model's arguments."
+        )
+    return own
+
+
 def _check_p0(
     start: Vector,
     given: Collection[str],
