@@ -21,6 +21,7 @@ from nlsq_dask.errors import (
 )
 from nlsq_dask.maps.plan import MapPlan
 from nlsq_dask.maps.predict import predict_each
+from nlsq_dask.maps.statuses import status_table
 from nlsq_dask.observers.dashboard.metrics import metrics_collector
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,
@@ -60,4 +61,5 @@ __all__ = [
     "metrics_collector",
     "predict_each",
     "reset_defense_telemetry",
+    "status_table",
 ]

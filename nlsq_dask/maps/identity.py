@@ -75,7 +75,7 @@ def _programs(problem: MapProblem) -> Iterator[str]:
         varies = ColumnReader.of(problem.blocks, grid, exact.dtype).x_varies
         names = problem.parameters.names
         kernel = GuessKernel.trace(problem.guess, exact, names, grid.n_points, _GUESS_LANES, varies)
-        yield kernel.program.fingerprint
+        yield kernel.function.program.fingerprint
 
 
 def _arguments(problem: MapProblem) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""``status_table``: how many pixels of a map have which status, and what it means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from nlsq_dask.maps.variables import variable_of
+from nlsq_dask.solvers.lanes import LaneStatus
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# By flag. The table in docs/howto_maps.md has the same sentences, which a test compares.
+MEANINGS = {
+    "converged": "The fit converged.",
+    "at_bound": "The fit converged with a parameter at a bound.",
+    "singular": "The fit converged, but the data do not determine all parameters.",
+    "iteration_limit": "`gauss_newton_max_iterations` was reached.",
+    "no_data": "The pixel has no valid point.",
+    "too_few_points": "There are fewer points than free parameters, or than `min_points`.",
+    "non_finite": "The model is not finite at the start, or sigma is not positive.",
+    "stalled": "No step improves the fit, but it did not converge.",
+    "bad_start": "A start, bound or fixed value is NaN, or they contradict each other.",
+    "not_read": "The data could not be read, and `min_success_rate` is below 1.",
+    "not_fitted": "The tile of the pixel has not been fitted yet.",
+}
+
+
+def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
+    """Count the pixels of a map by status.
+
+    Parameters
+    ----------
+    ds : Dataset or DataArray
+        Result of ``fit_each`` or ``curvefit``, or its variable ``status``. A lazy one is computed
+        chunk by chunk.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per status that occurs, those of success first. The index has the flags, such as
+        "converged"; the columns are
+
+        - status: number in ``ds.status``, positive for success
+        - pixels: number of pixels with this status
+        - share: fraction of all pixels
+        - meaning: one sentence
+
+        The sum of ``pixels`` is the number of all pixels. Pixels without a status (NaN, as after
+        ``ds.where``) are not counted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``ds`` is no such result, or has a status that its attributes do not name.
+
+    See Also
+    --------
+    plot_map : Draws where the pixels are.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> import xarray as xr
+    >>> import nlsq_dask
+    >>> time = np.linspace(0, 4, 50)
+    >>> y = np.stack([2 * np.exp(-0.7 * time), np.full(50, np.nan), 3 * np.exp(-time)])
+    >>> da = xr.DataArray(y, dims=("x", "time"), coords={"time": time})
+    >>> def decay(t, height, rate):
+    ...     return height * jnp.exp(-rate * t)
+    >>> fits = da.nlsq.fit_each(decay, "time", dims="time")
+    >>> nlsq_dask.status_table(fits).pixels
+    flag
+    converged    2
+    no_data      1
+    Name: pixels, dtype: int64
+    """
+    import pandas as pd
+
+    status = ds if isinstance(ds, xr.DataArray) else variable_of(ds, "status")
+    counts = count_statuses(status)
+    n = sum(counts.values())
+    names = flags_of(status)
+    rows = [
+        (names[value], value, count, count / n, MEANINGS.get(names[value], ""))
+        for value, count in counts.items()
+    ]
+    columns = ["flag", "status", "pixels", "share", "meaning"]
+    return pd.DataFrame(rows, columns=columns).set_index("flag")
+
+
+def flags_of(status: xr.DataArray) -> dict[int, str]:
+    """Return the flags by number, from the CF attributes if there are any."""
+    attrs = status.attrs
+    if "flag_values" not in attrs or "flag_meanings" not in attrs:
+        return {int(each): each.name.lower() for each in LaneStatus}
+    values = np.atleast_1d(attrs["flag_values"]).tolist()
+    return dict(zip(map(int, values), str(attrs["flag_meanings"]).split(), strict=True))
+
+
+def count_statuses(status: xr.DataArray) -> dict[int, int]:
+    """Return the number of pixels by status, for those that occur, successes first.
+
+    Raises
+    ------
+    ValueError
+        For a value that is no status.
+    """
+    flags = flags_of(status)
+    order = sorted(flags, key=lambda value: (value <= 0, abs(value)))
+    lazy: dict[Any, Any] = {value: (status == value).sum() for value in order}
+    computed = xr.Dataset(lazy | {"all": status.notnull().sum()}, coords={}).compute()
+    counts = {value: int(computed[value]) for value in order}
+    n_unknown = int(computed["all"]) - sum(counts.values())
+    if n_unknown:
+        raise ValueError(
+            f"the status of {n_unknown:,} pixels is none of {', '.join(map(str, order))}, the "
+            f"flag_values of a result of fit_each. Pass the variable 'status' as it was returned."
+        )
+    return {value: count for value, count in counts.items() if count}
