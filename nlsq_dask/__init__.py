@@ -20,6 +20,7 @@ from nlsq_dask.errors import (
     ResultFileError,
 )
 from nlsq_dask.maps.plan import MapPlan
+from nlsq_dask.maps.plotting import plot_map
 from nlsq_dask.maps.predict import predict_each
 from nlsq_dask.maps.statuses import status_table
 from nlsq_dask.observers.dashboard.metrics import metrics_collector
@@ -59,6 +60,7 @@ __all__ = [
     "curvefit",
     "get_defense_telemetry",
     "metrics_collector",
+    "plot_map",
     "predict_each",
     "reset_defense_telemetry",
     "status_table",
