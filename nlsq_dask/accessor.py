@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xarray as xr
 
+from nlsq_dask import _html as html
+from nlsq_dask._text import join_first
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curvefit import curvefit
+from nlsq_dask.maps import plotting, predict, statuses
 from nlsq_dask.maps.plan import MapPlan
+from nlsq_dask.maps.summary import Summary, is_result
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.plan import Plan
 from nlsq_dask.results.result import FitResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure, SubFigure
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Accessor = TypeVar("Accessor", bound=type)
@@ -175,7 +184,9 @@ class DataArrayAccessor(_Accessor):
 class DatasetAccessor(_Accessor):
     """Fits of a variable of a Dataset: ``ds.nlsq.fit(model, "time", "signal", sigma="error")``.
 
-    Names of variables stand for these in ``x_data``, ``y_data`` and ``sigma``.
+    Names of variables stand for these in ``x_data``, ``y_data`` and ``sigma``. A Dataset that
+    ``fit_each`` has returned is shown with the number of pixels by status and the range of each
+    parameter, and has the methods ``predict_each``, ``status_table`` and ``plot_map``.
 
     Examples
     --------
@@ -282,6 +293,63 @@ class DatasetAccessor(_Accessor):
         """
         optimizer = AdaptiveHybridStreamingOptimizer(config)
         return optimizer.plan(model, *self._arrays(x_data, y_data, kwargs), p0, bounds, **kwargs)
+
+    def predict_each(
+        self, model: Callable[..., Any], x_data: Any, *, param_names: Sequence[str] | None = None
+    ) -> xr.DataArray:
+        """Evaluate the model at every position of a map, with the parameters of each.
+
+        Parameters
+        ----------
+        model, x_data, param_names
+            As in ``nlsq_dask.predict_each``.
+
+        Returns
+        -------
+        DataArray
+
+        See Also
+        --------
+        nlsq_dask.predict_each : The same as a function, with the description of all arguments.
+        """
+        return predict.predict_each(model, self._obj, x_data, param_names=param_names)
+
+    def status_table(self) -> pd.DataFrame:
+        """Count the pixels of a map by status, as ``nlsq_dask.status_table``.
+
+        Returns
+        -------
+        pandas.DataFrame
+        """
+        return statuses.status_table(self._obj)
+
+    def plot_map(self, name: str, *, figure: Figure | SubFigure | None = None) -> Any:
+        """Plot a parameter of a map, its standard error and the status, side by side.
+
+        Parameters
+        ----------
+        name, figure
+            As in ``nlsq_dask.plot_map``.
+
+        Returns
+        -------
+        matplotlib Figure or SubFigure
+        """
+        return plotting.plot_map(self._obj, name, figure=figure)
+
+    def __repr__(self) -> str:
+        if is_result(self._obj):
+            return str(Summary.of(self._obj))
+        names = join_first([repr(str(name)) for name in self._obj.data_vars], noun="variables")
+        return (
+            f"Accessor of a Dataset with {names or 'no variables'}: .nlsq.fit, .nlsq.fit_each, "
+            f".nlsq.curvefit, .nlsq.plan"
+        )
+
+    def _repr_html_(self) -> str:
+        if is_result(self._obj):
+            return Summary.of(self._obj).html()
+        return html.page(html.paragraph(escape(repr(self))))
 
     def _arrays(self, x_data: Any, y_data: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Return x and y, and replace the name of sigma in the other arguments by its array."""
