@@ -269,7 +269,7 @@ def test_maps_from_files(cube: xr.DataArray, fits: xr.Dataset, tmp_path: Path) -
             assert dask.is_dask_collection(values)
             np.testing.assert_array_equal(values, expected)
             pd.testing.assert_frame_equal(nd.status_table(stored), table)
-            assert "not computed" in repr(stored.nlsq)
+            assert "not in memory" in repr(stored.nlsq)
     with xr.open_dataset(tmp_path / "fits.nc", engine="scipy") as stored:
         np.testing.assert_array_equal(nd.predict_each(decay, stored.load(), T), expected)
         pd.testing.assert_frame_equal(nd.status_table(stored), table)
@@ -524,8 +524,8 @@ def test_summary(cube: xr.DataArray, fits: xr.Dataset, monkeypatch: pytest.Monke
     assert MEANINGS["too_few_points"].replace("`", "`") in page
     for lazy in (fits.chunk(), fits.assign(perr=fits.perr.chunk())):
         with dask.config.set(scheduler="none"):  # nothing is computed
-            assert "not computed" in repr(lazy.nlsq)
-            assert "not computed" in lazy.nlsq._repr_html_()
+            assert "not in memory" in repr(lazy.nlsq)
+            assert "not in memory" in lazy.nlsq._repr_html_()
     few = fits.drop_vars("perr").isel(lat=0, lon=1)
     assert re.search(r"rate\nbackground", repr(few.nlsq))
     monkeypatch.setattr("nlsq_dask.maps.summary._MAX_PIXELS", 4)

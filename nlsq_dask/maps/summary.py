@@ -14,7 +14,7 @@ from nlsq_dask.maps.variables import every_kth, has_variable, parameter_names, v
 
 _MAX_PIXELS = 2**20  # whose parameters are sorted
 _HEADER = ("parameter", "median", "quartiles", "relative error", "")
-_LAZY = "not computed; call .compute(), or store the result with .to_zarr(...)"
+_LAZY = "not in memory; .compute() loads or computes them"
 
 
 @dataclass(frozen=True)
