@@ -94,7 +94,7 @@ class DataArrayAccessor(_Accessor):
     >>> da = xr.DataArray([2 * np.exp(-0.7 * time)], dims=("x", "time"), coords={"time": time})
     >>> def decay(t, height, rate):
     ...     return height * jnp.exp(-rate * t)
-    >>> da.nlsq.fit_each(decay, "time", dims="time").popt.values.round(6)
+    >>> da.nlsq.fit_each(decay, "time", dims="time", verbose=0).popt.values.round(6)
     array([[2. , 0.7]])
     """
 
@@ -198,7 +198,8 @@ class DatasetAccessor(_Accessor):
     >>> ds = xr.Dataset(variables, coords={"time": time})
     >>> def decay(t, height, rate):
     ...     return height * jnp.exp(-rate * t)
-    >>> fits = ds.nlsq.fit_each(decay, "time", "signal", sigma="error", dims="time")
+    >>> arguments = {"sigma": "error", "dims": "time", "verbose": 0}
+    >>> fits = ds.nlsq.fit_each(decay, "time", "signal", **arguments)
     >>> fits.popt.values.round(6)
     array([[2. , 0.7]])
     """

@@ -83,7 +83,8 @@ def curvefit(
         Arguments of ``curve_fit``: sigma, absolute_sigma, maxfev, method, loss, ... An array sigma
         has the shape of the points of a fit, or is a DataArray, which may vary over the map.
     **options
-        The same, and ``config``, fixed, ties, guess and min_points of ``fit_each``.
+        The same, and ``config``, fixed, ties, guess and min_points of ``fit_each``. Without
+        ``config``, nothing is printed.
 
     Returns
     -------
@@ -320,7 +321,7 @@ class _Call:
         scipy_options.check_method(given.get("method"), parameters, None)
         scipy_options.check_loss(given.get("loss"))
         limits = {name: given[name] for name in scipy_options.OPTIONS if name in given}
-        config = given.get("config") or HybridStreamingConfig()
+        config = given.get("config") or HybridStreamingConfig(verbose=0)
         config = scipy_options.configured(config, limits, len(parameters.names), is_in_memory=False)
         policy = scipy_options.fit_nan_policy(given.get("nan_policy"), given.get("check_finite"))
         coords = [_as_numbers(each) for each in self.coords]

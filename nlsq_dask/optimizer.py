@@ -65,9 +65,9 @@ class AdaptiveHybridStreamingOptimizer:
     config : HybridStreamingConfig, optional
     observers : sequence of callable
         Functions that are called with every event of a fit, an object of a class in
-        ``nlsq_dask.events``, in the thread that called ``fit``. They cannot change the fit: an
-        observer that raises an exception is disabled with a warning. A resumed fit begins with the
-        event ``FitResumed``; earlier events are not repeated.
+        ``nlsq_dask.events``, in the thread that called ``fit`` or ``fit_each``. They cannot change
+        the fit: an observer that raises an exception is disabled with a warning. A resumed fit
+        begins with the event ``FitResumed``; earlier events are not repeated.
 
     Attributes
     ----------
@@ -382,7 +382,9 @@ class AdaptiveHybridStreamingOptimizer:
             same call continues them after an interruption of any kind: tiles in the store are
             verified, and not fitted again.
         verbose : int, optional
-            Overrides ``verbose`` of the configuration.
+            Overrides ``verbose`` of the configuration. With 1, progress and the number of pixels
+            by status are printed while fits run in this call, not for a lazy result; with 2, also
+            a line every ``log_frequency`` tiles; with 0, nothing.
 
         Returns
         -------
@@ -405,8 +407,8 @@ class AdaptiveHybridStreamingOptimizer:
         Raises
         ------
         DataError, ModelError, ValueError, TypeError
-            For invalid arguments, and for an option of the configuration that has no effect on a
-            fit for every pixel.
+            For invalid arguments, and for an option of the configuration, or observers, without
+            effect on the result.
         CheckpointError
             If ``store`` is something else, the result of another fit, or in use by another process.
         BlockReadError
@@ -435,7 +437,8 @@ class AdaptiveHybridStreamingOptimizer:
         ...     dims=("t", "lat", "lon"),
         ...     coords={"t": t},
         ... )
-        >>> maps = AdaptiveHybridStreamingOptimizer().fit_each(decay, "t", cube, dims="t")
+        >>> optimizer = AdaptiveHybridStreamingOptimizer()
+        >>> maps = optimizer.fit_each(decay, "t", cube, dims="t", verbose=0)
         >>> maps.popt.sel(param="height").values.round(6)
         array([[1., 2.],
                [3., 4.]])

@@ -99,7 +99,7 @@ def test_the_callback_is_called_where_reports_pass_over_its_multiples(
 ) -> None:
     seen: list[int] = []
     iterations = Iterations(
-        Progress(log_frequency=10, shows_sample=True),
+        Progress(log_frequency=10, shows_details=True),
         lambda p, loss, i: seen.append(i),
         10,
         Interruption(),

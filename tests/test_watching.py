@@ -31,6 +31,7 @@ from nlsq_dask.events import (
     FitResumed,
     FitStarted,
     IterationFinished,
+    MapDrawn,
     PassFinished,
     PhaseEnded,
     PhaseStarted,
@@ -355,7 +356,7 @@ def test_a_warmup_that_is_skipped(
 
 
 def test_events_without_text() -> None:
-    assert set(EVENTS.values()) - set(TEXTS) == {PhaseEnded, BlocksMeasured}
+    assert set(EVENTS.values()) - set(TEXTS) == {PhaseEnded, BlocksMeasured, MapDrawn}
 
 
 def test_layers_that_acted_are_named() -> None:

@@ -403,11 +403,20 @@ class FitEnded(Event):
 
 @dataclass(frozen=True)
 class FitAborted(Event):
-    """The fit ended with an exception; ``error`` holds the type and the message of it."""
+    """The fit ended with an exception.
+
+    Attributes
+    ----------
+    error : str
+        Type and message of the exception.
+    is_map : bool
+        True for ``fit_each``.
+    """
 
     is_transient: ClassVar[bool] = True
 
     error: str
+    is_map: bool = False
 
 
 _MANY = 1000  # parameters; more are not recorded at every iteration, to save memory

@@ -58,17 +58,21 @@ class MapResumed(Event):
 
     Attributes
     ----------
-    n_tiles, n_pixels : int
-        Number of tiles and pixels in the store.
-    counts : dict of str to int
-        Number of these pixels by name of the status.
+    tiles, n_tiles : int
+        Number of tiles in the store, and of all tiles.
+    pixels, n_pixels : int
+        Number of pixels in these tiles, and of all pixels.
+    totals : dict of str to int
+        Number of pixels in the store by name of the status.
     n_damaged : int
         Number of tiles whose chunks are damaged; they are fitted again.
     """
 
+    tiles: int
     n_tiles: int
+    pixels: int
     n_pixels: int
-    counts: dict[str, int]
+    totals: dict[str, int]
     n_damaged: int = 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import dask.array as da
@@ -20,13 +20,23 @@ from nlsq_dask.maps.graph import build_graph, trace_tile_task
 from nlsq_dask.maps.run import run_map
 
 
-def fit_map(problem: MapProblem, observers: Iterable[Observer] = ()) -> xr.Dataset:
+def fit_map(problem: MapProblem, observers: Sequence[Observer] = ()) -> xr.Dataset:
     """Return the Dataset of a fit for every pixel.
 
     It is computed, which ``observers`` watch, if all arrays are in memory or there is a store.
+
+    Raises
+    ------
+    ValueError
+        If there are observers, but the result is lazy.
     """
     if problem.is_eager:
         return run_map(problem, observers)
+    if observers:
+        raise ValueError(
+            "observers have no effect on a lazy result, whose fits run when you compute it. Load "
+            "the data into memory, or use an optimizer without observers."
+        )
     return lazy_dataset(problem)
 
 

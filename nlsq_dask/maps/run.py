@@ -59,7 +59,7 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
     with ExitStack() as stack:
         opened, _ = open_observers(stack, config, observers)
         emit = partial(send, [get_defense_telemetry(), *opened])
-        stack.enter_context(report_abort(emit))
+        stack.enter_context(report_abort(emit, is_map=True))
         if config.stop_on_sigterm:
             stack.enter_context(interruption.heeding_sigterm())
         if problem.store is None:

@@ -23,7 +23,7 @@ def build_observers(
     """
     yield nullcontext(LogRecords())
     if config.verbose:
-        yield closing(Progress(config.log_frequency, shows_sample=config.verbose > 1))
+        yield closing(Progress(config.log_frequency, shows_details=config.verbose > 1))
     if config.log_file is not None:
         yield closing(JsonLines(config.log_file))
     for observer in observers:
@@ -49,12 +49,15 @@ def send(observers: Iterable[Observer], event: Event) -> None:
 
 
 @contextmanager
-def report_abort(emit: Observer) -> Iterator[None]:
-    """Emit the event ``FitAborted`` if the code in this context raises an exception."""
+def report_abort(emit: Observer, is_map: bool = False) -> Iterator[None]:
+    """Emit the event ``FitAborted`` if the code in this context raises an exception.
+
+    ``is_map`` says that the code runs ``fit_each``.
+    """
     try:
         yield
     except BaseException as error:
-        emit(FitAborted(f"{type(error).__name__}: {error}"))
+        emit(FitAborted(f"{type(error).__name__}: {error}", is_map))
         raise
 
 

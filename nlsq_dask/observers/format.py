@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nlsq_dask._text import join_first
@@ -17,11 +17,15 @@ from nlsq_dask.events import (
     FitStarted,
     HalvingRound,
     IterationFinished,
+    MapEnded,
+    MapResumed,
+    MapStarted,
     NonFiniteTrial,
     PassFinished,
     PhaseStarted,
     SampleRead,
     SampleSolved,
+    TileFinished,
     WarmupEnded,
     WarmupStarted,
 )
@@ -43,10 +47,37 @@ def format_rate(rate: float) -> str:
     return f"{rate:,.0f}"
 
 
+def format_fit_rate(event: TileFinished | MapEnded) -> str:
+    """Return the number of pixels that this run fits per second, such as "510 fits/s"."""
+    return f"{format_rate(event.fitted / max(event.seconds, 1e-9))} fits/s"
+
+
+def format_totals(totals: Mapping[str, int], most: int = 20) -> str:
+    """Return the first ``most`` numbers of pixels by status, as "510 converged, 2 stalled"."""
+    return join_first([f"{n:,} {status}" for status, n in totals.items()], most, noun="statuses")
+
+
+def format_tiles(event: TileFinished) -> str:
+    """Return how much of a map is complete, at which rate, and how much time remains."""
+    remaining = event.seconds * (event.n_pixels - event.pixels) / max(event.fitted, 1)
+    return (
+        f"{event.pixels:,} of {_count(event.n_pixels, 'pixel')}, {event.tiles:,} of "
+        f"{_count(event.n_tiles, 'tile')}, {format_fit_rate(event)}, {remaining:,.0f} s remaining"
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def _fit_started(event: FitStarted) -> str:
     names = join_first(event.param_names, noun="parameters")
     first = f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
-    return "\n".join([first, *(f"  {note}" for note in event.notes)])
+    return _with_notes(first, event.notes)
+
+
+def _with_notes(first: str, notes: tuple[str, ...]) -> str:
+    return "\n".join([first, *(f"  {note}" for note in notes)])
 
 
 def _fit_resumed(event: FitResumed) -> str:
@@ -109,6 +140,29 @@ def _pass(event: PassFinished) -> str:
     )
 
 
+def _map_started(event: MapStarted) -> str:
+    names = join_first(event.param_names, noun="parameters")
+    pixels, points = _count(event.n_pixels, "pixel"), _count(event.n_points, "point")
+    first = f"Fitting {names} to {pixels} of {points} in {_count(event.n_tiles, 'tile')}"
+    return _with_notes(first, event.notes)
+
+
+def _map_resumed(event: MapResumed) -> str:
+    text = f"Resuming: {event.tiles:,} of {_count(event.n_tiles, 'tile')} are in the store"
+    return f"{text}; {event.n_damaged:,} are damaged" if event.n_damaged else text
+
+
+def _map_ended(event: MapEnded) -> str:
+    pixels = _count(event.n_pixels, "pixel")
+    if not event.is_complete:
+        pixels = f"Stopped, {event.message}: {event.pixels:,} of {pixels}"
+    if event.fitted < event.pixels:  # others were in the store
+        pixels += f" complete, {event.fitted:,} of them"
+    rate = f" ({format_fit_rate(event)})" if event.fitted else ""
+    totals = f": {format_totals(event.totals)}" if event.totals else ""
+    return f"{pixels} fitted in {event.seconds:.2f} s{rate}{totals}"
+
+
 # By event: a template in which {0} is the event, or a function of it.
 TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     FitStarted: _fit_started,
@@ -126,6 +180,10 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     PassFinished: _pass,
     BlocksSkipped: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
     CheckpointWritten: "  checkpoint {0.path} written in {0.seconds:.2f} s",
+    MapStarted: _map_started,
+    MapResumed: _map_resumed,
+    TileFinished: lambda event: f"  {format_tiles(event)}; {format_totals(event.totals)}",
+    MapEnded: _map_ended,
     FitEnded: "{0.message}",
     FitAborted: "{0.error}",
 }

@@ -24,7 +24,10 @@ from nlsq_dask.events import (
     FitAborted,
     FitEnded,
     IterationFinished,
+    MapDrawn,
+    MapEnded,
     NonFiniteTrial,
+    TileFinished,
     without_many_params,
 )
 from nlsq_dask.observers.format import format_event
@@ -32,11 +35,11 @@ from nlsq_dask.observers.format import format_event
 LOGGER = logging.getLogger("nlsq_dask")
 LOGGER.addHandler(logging.NullHandler())  # print nothing unless configured
 
-_INTERVAL = 10.0  # seconds between records of a running pass
+_INTERVAL = 10.0  # seconds between records of a running pass or map
 
 
 class _RateLimit:
-    """Limits how often the progress of a running pass is logged."""
+    """Limits how often the progress of a running pass or map is logged."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -44,12 +47,12 @@ class _RateLimit:
     def allows(self, event: Event) -> bool:
         """Return whether to log an event.
 
-        Block statistics are never logged, and progress only ten seconds after the last that was
-        logged.
+        Block statistics and pictures are never logged, and progress only ten seconds after the
+        last that was logged.
         """
-        if isinstance(event, BlocksMeasured):
+        if isinstance(event, BlocksMeasured | MapDrawn):
             return False
-        if not isinstance(event, BlocksFinished):
+        if not isinstance(event, BlocksFinished | TileFinished):
             return True
         now = time.monotonic()
         if now - self._last < _INTERVAL:
@@ -61,9 +64,9 @@ class _RateLimit:
 class LogRecords:
     """Observer that logs events to the logger "nlsq_dask".
 
-    The level is ERROR if the fit ends in an exception; WARNING for skipped blocks and a fit that
-    ends without success; DEBUG for checkpoints, progress within a pass, and iterations of the
-    warm-up and on the sample; INFO for all other events.
+    The level is ERROR if the fit ends in an exception; WARNING for skipped blocks, a fit that ends
+    without success, and a map that is not complete; DEBUG for checkpoints, progress within a pass
+    or a map, and iterations of the warm-up and on the sample; INFO for all other events.
     """
 
     def __init__(self) -> None:
@@ -82,11 +85,11 @@ def _level(event: Event) -> int:
     match event:
         case FitAborted():
             return logging.ERROR
-        case BlocksSkipped() | FitEnded(success=False):
+        case BlocksSkipped() | FitEnded(success=False) | MapEnded(is_complete=False):
             return logging.WARNING
         case IterationFinished() | NonFiniteTrial() if event.stage != ALL_ROWS:
             return logging.DEBUG
-        case CheckpointWritten() | BlocksFinished():
+        case CheckpointWritten() | BlocksFinished() | TileFinished():
             return logging.DEBUG
     return logging.INFO
 
@@ -95,8 +98,8 @@ class JsonLines:
     """Observer that appends one JSON line per event to a file.
 
     A line has the time, an ID of the fit, the name of the event's class, and the event's fields.
-    The progress of a running pass is written every ten seconds. Non-finite numbers become null, and
-    parameters are omitted if there are more than 1,000.
+    The progress of a running pass or map is written every ten seconds, pictures are not.
+    Non-finite numbers become null, and parameters are omitted if there are more than 1,000.
 
     Parameters
     ----------

@@ -1,10 +1,11 @@
-"""``Progress``: the observer that prints events and shows a progress bar for each pass."""
+"""``Progress``: the observer that prints events and shows progress bars of passes and maps."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -18,16 +19,21 @@ from nlsq_dask.events import (
     FitAborted,
     FitEnded,
     IterationFinished,
+    MapEnded,
+    MapResumed,
+    MapStarted,
     NonFiniteTrial,
     PassFinished,
     SampleRead,
+    TileFinished,
 )
-from nlsq_dask.observers.format import format_event, format_rate
+from nlsq_dask.observers.format import format_event, format_fit_rate, format_rate, format_totals
 from nlsq_dask.observers.logs import LOGGER
 
 _BAR_DELAY = 0.5  # seconds until a bar is shown
-_LINE_INTERVAL = 30.0  # seconds between lines of a pass without a bar
-_COUNTS = "{n_fmt}/{total_fmt} blocks [{elapsed}<{remaining}{postfix}]"
+_LINE_INTERVAL = 30.0  # seconds between lines of a pass or map without a bar
+_MAX_STATUSES = 3  # in a bar
+_COUNTS = "{n:,}/{total:,} {unit} [{elapsed}<{remaining}{postfix}]"
 _FORMAT = f"  {{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS}"
 
 
@@ -52,37 +58,93 @@ def _shows_bars(stream: Any) -> bool:
     return bool(is_terminal and is_terminal()) or "ipykernel" in type(stream).__module__
 
 
+class _Meter:
+    """Progress of a pass or a map: a bar in terminals and notebooks, elsewhere a line now and then.
+
+    Parameters
+    ----------
+    stream : file-like
+    desc, unit : str
+        What is measured, and in which unit.
+    total, done : int
+        Number of units, and of those that were complete before. Rates do not include the latter.
+    smoothing : float
+        Weight of recent units in the rate from which the remaining time follows; 0 for their mean.
+    """
+
+    def __init__(
+        self, stream: Any, desc: str, unit: str, total: int, done: int, smoothing: float = 0.3
+    ) -> None:
+        self._stream, self._total = stream, total
+        self._line_at = time.monotonic()
+        self._bar: Any = None
+        if _shows_bars(stream):
+            self._bar = _bar_class()(
+                total=total,
+                initial=done,
+                desc=desc,
+                unit=unit,
+                smoothing=smoothing,
+                file=stream,
+                leave=False,
+                delay=_BAR_DELAY,
+                dynamic_ncols=True,
+                bar_format=_FORMAT,
+            )
+
+    def move(self, done: int, postfix: str, line: Callable[[], str | None]) -> None:
+        """Show how much is done: the bar with ``postfix``, or ``line`` if it is time for one."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif done < self._total and time.monotonic() - self._line_at >= _LINE_INTERVAL:
+            self.print(line())
+
+    def print(self, line: str | None) -> None:
+        """Print a line, above the bar."""
+        self._line_at = time.monotonic()
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._bar.write(line, file=self._stream)
+
+    def close(self) -> None:
+        """Remove the bar from the screen."""
+        if self._bar is not None:
+            with suppress(OSError, ValueError):  # of a stream that is closed
+                self._bar.close()
+
+
 class Progress:
     """Observer that prints events as text.
 
-    The progress of a pass over the data is shown as a bar in terminals and notebooks, and as a
-    line every 30 seconds elsewhere.
+    The progress of a pass over the data, or of a map, is shown as a bar in terminals and notebooks,
+    and as a line every 30 seconds elsewhere.
 
     Parameters
     ----------
     log_frequency : int
-        Number of iterations between printed lines.
-    shows_sample : bool
+        Number of iterations, or of tiles, between printed lines.
+    shows_details : bool
         Whether to print also the reading of the sample, iterations of the warm-up and on the
-        sample, and checkpoints.
+        sample, checkpoints, and tiles.
     stream : file-like, optional
         Stream to print to; standard output by default.
     """
 
     def __init__(
-        self, log_frequency: int = 1, shows_sample: bool = False, stream: TextIO | None = None
+        self, log_frequency: int = 1, shows_details: bool = False, stream: TextIO | None = None
     ) -> None:
         self._log_frequency = log_frequency
-        self._shows_sample = shows_sample
+        self._shows_details = shows_details
         self._stream = stream or sys.stdout  # None in a process without standard output
         self._is_on = self._stream is not None
-        self._bar: Any = None
-        self._pass_line_at = 0.0
+        self._meter: _Meter | None = None
 
     def __call__(self, event: Event) -> None:
         """Print the text of an event, or move the progress bar.
 
-        Events that ``log_frequency`` or ``shows_sample`` excludes are ignored.
+        Events that ``log_frequency`` or ``shows_details`` excludes are ignored.
         """
         if not self._is_on:
             return
@@ -94,65 +156,62 @@ class Progress:
             LOGGER.warning("Could not print progress: %s. Printing is disabled.", error)
 
     def _show(self, event: Event) -> None:
-        if isinstance(event, BlocksFinished):
-            self._move(event)
-            return
-        if isinstance(event, PassFinished | FitEnded | FitAborted):
+        if isinstance(event, PassFinished | MapEnded | FitEnded | FitAborted):
             self.close()
-        line = format_event(event) if self._is_shown(event) else None
-        if line is not None:
+        if self._is_shown(event) and (line := format_event(event)) is not None:
             self._print(line)
+        match event:
+            case BlocksFinished():
+                self._move_pass(event)
+            case MapStarted():
+                self._begin_map(event.n_pixels, 0)
+            case MapResumed():
+                self._begin_map(event.n_pixels, event.pixels)
+            case TileFinished():
+                self._move_map(event)
 
     def close(self) -> None:
         """Remove the progress bar from the screen."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            with suppress(OSError, ValueError):  # of a stream that is closed
-                bar.close()
+        meter, self._meter = self._meter, None
+        if meter is not None:
+            meter.close()
 
     def _print(self, line: str) -> None:
-        if self._bar is None:
+        if self._meter is None:
             print(line, file=self._stream, flush=True)
         else:
-            self._bar.write(line, file=self._stream)
+            self._meter.print(line)
 
-    def _move(self, event: BlocksFinished) -> None:
-        if not _shows_bars(self._stream):
-            self._print_now_and_then(event)
-            return
-        if self._bar is None:
-            self._bar = _bar_class()(
-                total=event.n_blocks,
-                initial=event.blocks,
-                desc=f"pass {event.number}",
-                file=self._stream,
-                leave=False,
-                delay=_BAR_DELAY,
-                dynamic_ncols=True,
-                bar_format=_FORMAT,
-            )
+    def _move_pass(self, event: BlocksFinished) -> None:
+        if self._meter is None:
+            desc = f"pass {event.number}"
+            self._meter = _Meter(self._stream, desc, "blocks", event.n_blocks, event.blocks)
+        rate = ""
         if event.seconds > 0.0:
-            rate = format_rate(event.rows / event.seconds)
-            self._bar.set_postfix_str(f"{rate} rows/s", refresh=False)
-        self._bar.update(event.blocks - self._bar.n)
+            rate = f"{format_rate(event.rows / event.seconds)} rows/s"
+        self._meter.move(event.blocks, rate, lambda: format_event(event))
 
-    def _print_now_and_then(self, event: BlocksFinished) -> None:
-        now = time.monotonic()
-        if not event.blocks or event.blocks == event.n_blocks:
-            self._pass_line_at = now
-        elif now - self._pass_line_at >= _LINE_INTERVAL:
-            self._pass_line_at = now
-            self._print(str(format_event(event)))
+    def _begin_map(self, n_pixels: int, done: int) -> None:
+        self.close()
+        self._meter = _Meter(self._stream, "map", "pixels", n_pixels, done, smoothing=0.0)
+
+    def _move_map(self, event: TileFinished) -> None:
+        if self._meter is not None:
+            totals = format_totals(event.totals, _MAX_STATUSES)
+            postfix = f"{format_fit_rate(event)}, {totals}"
+            self._meter.move(event.pixels, postfix, lambda: format_event(event))
 
     def _is_shown(self, event: Event) -> bool:
         match event:
             case IterationFinished():
-                is_visible = self._shows_sample or event.stage == ALL_ROWS
+                is_visible = self._shows_details or event.stage == ALL_ROWS
                 return is_visible and event.reaches_multiple(self._log_frequency)
             case NonFiniteTrial():
-                return self._shows_sample or event.stage != "sample"
+                return self._shows_details or event.stage != "sample"
             case SampleRead() | CheckpointWritten():
-                return self._shows_sample
-            case FitAborted():  # the error is raised
+                return self._shows_details
+            case TileFinished():
+                return self._shows_details and event.tiles % self._log_frequency == 0
+            case BlocksFinished() | FitAborted():  # shown by the meter; the error is raised
                 return False
         return True

@@ -19,14 +19,18 @@ from nlsq_dask.events import (
     FitAborted,
     FitEnded,
     IterationFinished,
+    MapEnded,
     PassFinished,
     SampleRead,
+    TileFinished,
     WarmupEnded,
     WarmupStarted,
 )
+from nlsq_dask.solvers.lanes import LaneStatus
 
 _FIXED = "fixed"  # the mode where layer 2 is off
 _MAX_EVENTS = 1000
+_PIXEL_STATUSES = [s.name.lower() for s in LaneStatus if s is not LaneStatus.NOT_FITTED]
 
 
 def _counter(doc: str, metric: str, rate: str = "", first: Any = 0) -> Any:
@@ -41,15 +45,15 @@ def _counter(doc: str, metric: str, rate: str = "", first: Any = 0) -> Any:
     rate : str
         Name of the counter in ``get_trigger_rates``; empty if it is not part of them.
     first : int, float or dict of str to int
-        Value before anything is counted. A dict has one count per mode of the warm-up, and the
-        mode replaces the ``*`` in ``metric`` and ``rate``.
+        Value before anything is counted. A dict has one count per key, such as the mode of a
+        warm-up or the status of a pixel, and the key replaces the ``*`` in ``metric`` and ``rate``.
     """
     return field(metadata={"doc": doc, "metric": metric, "rate": rate, "first": first})
 
 
 @dataclass(init=False, eq=False, repr=False)
 class DefenseLayerTelemetry:
-    """Counters of fits: triggers of the defense layers, iterations, passes, and data read.
+    """Counters of fits: triggers of the defense layers, iterations, passes, data read, and pixels.
 
     The defense layers keep the L-BFGS warm-up from moving away from a good start: (1) it is skipped
     if the start already fits, (2) its first step is smaller the better the start fits, (3) it ends
@@ -101,6 +105,12 @@ class DefenseLayerTelemetry:
         "Rows read from the source, for samples and for passes.", "nlsq_rows_read_total"
     )
     total_bytes_read: int = _counter("Bytes read from the source.", "nlsq_bytes_read_total")
+    total_maps: int = _counter("Calls of ``fit_each`` that ended.", "nlsq_maps_total")
+    pixel_status_counts: dict[str, int] = _counter(
+        "Pixels that ``fit_each`` fitted, by status. Lazy results are not counted.",
+        "nlsq_pixels_*_total",
+        first=dict.fromkeys(_PIXEL_STATUSES, 0),
+    )
     last_loss: float = _counter(
         "Loss at the latest iteration; NaN before the first one.", "nlsq_last_loss", first=math.nan
     )
@@ -132,6 +142,11 @@ class DefenseLayerTelemetry:
                     self._count_read(event.rows, event.bytes)
                 case SampleRead():
                     self._count_read(event.rows_read, event.bytes)
+                case TileFinished():
+                    for status, count in event.counts.items():
+                        self.pixel_status_counts[status] += count
+                case MapEnded() | FitAborted(is_map=True):
+                    self.total_maps += 1
                 case FitEnded() | FitAborted():
                     self.total_fits += 1
 
@@ -168,15 +183,15 @@ class DefenseLayerTelemetry:
         self._events.append({"type": kind, "timestamp": time.time(), "data": data})
 
     def _counts(self, kind: str) -> Iterator[tuple[str, str, float]]:
-        """Yield the name, mode and count of each counter.
+        """Yield the name, key and count of each counter.
 
-        The name is the counter's "metric" or "rate", as ``kind`` says. A counter of modes yields
-        one count per mode; for all other counters the mode is an empty string.
+        The name is the counter's "metric" or "rate", as ``kind`` says. A dict of counts yields one
+        count per key; for all other counters the key is an empty string.
         """
         for counter in fields(self):
             value = getattr(self, counter.name)
-            for mode, count in (value if isinstance(value, dict) else {"": value}).items():
-                yield counter.metadata[kind].replace("*", mode), mode, count
+            for key, count in (value if isinstance(value, dict) else {"": value}).items():
+                yield counter.metadata[kind].replace("*", key), key, count
 
     def _percent(self, count: float) -> float:
         return 100.0 * count / max(self.total_warmup_calls, 1)
@@ -254,7 +269,7 @@ _process_telemetry = DefenseLayerTelemetry()
 
 
 def get_defense_telemetry() -> DefenseLayerTelemetry:
-    """Return the counters of all fits in this process.
+    """Return the counters of all fits in this process, those of pixels included.
 
     Returns
     -------
