@@ -29,11 +29,12 @@ from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
 from nlsq_dask.observers.dashboard.on_scheduler.fits import MAX_FITS, MAX_RUNNING, Fit, Fits
 from nlsq_dask.observers.dashboard.on_scheduler.page import View
-from nlsq_dask.observers.dashboard.on_scheduler.plots import COLORS, Map
+from nlsq_dask.observers.dashboard.on_scheduler.pictures import Map
+from nlsq_dask.observers.dashboard.on_scheduler.plots import COLORS
 from nlsq_dask.observers.dashboard.on_scheduler.plugin import PLUGIN
 from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     bars_of_phases,
-    describe_pass,
+    describe_progress,
     image,
     profile,
     rates,
@@ -321,7 +322,7 @@ def test_bytes_a_second_are_those_gone_through() -> None:
     at = {"kind": "progress", "time": 1.0, "pass": 2, "blocks": 3, "n_blocks": 9, "seconds": 2.0}
     fits.take(batch("a", {**at, "bytes": 30_000_000}))
     (fit,) = fits.recent.values()
-    assert describe_pass(fit) == ("pass 2: 3 of 9 blocks, 15 MB/s, 4 s remaining")
+    assert describe_progress(fit) == ("pass 2: 3 of 9 blocks, 15 MB/s, 4 s remaining")
     titles = [root.title.text for root in View(fits).roots if root.name == "rate"]
     assert titles == ["Data processed per second"]
 

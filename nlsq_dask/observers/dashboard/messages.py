@@ -23,14 +23,19 @@ from nlsq_dask.events import (
     FitStarted,
     HalvingRound,
     IterationFinished,
+    MapDrawn,
+    MapEnded,
+    MapResumed,
+    MapStarted,
     NonFiniteTrial,
     PassFinished,
     PhaseEnded,
     PhaseStarted,
+    TileFinished,
     WarmupEnded,
     WarmupStarted,
 )
-from nlsq_dask.observers.format import format_event
+from nlsq_dask.observers.format import format_event, format_tiles, format_totals
 
 Message = dict[str, Any]
 
@@ -47,8 +52,12 @@ _FIELDS: dict[type[Event], tuple[str, str]] = {
     IterationFinished: ("iteration", "iteration stage loss gradient_norm trust_radius accepted"),
     BlocksFinished: ("progress", "number blocks n_blocks bytes seconds"),
     PassFinished: ("pass", "number"),
+    TileFinished: ("tiles", "pixels n_pixels fitted seconds"),
 }
 _KEYS = {"number": "pass", "start_time": "start"}  # keys that are not the names of their fields
+
+# Kinds of messages of which only the last one matters; it replaces those that are not sent yet.
+REPLACED = {"progress", "tiles", "picture"}
 
 # Events that the page shows as lines of text.
 _TEXT_EVENTS = (
@@ -58,6 +67,7 @@ _TEXT_EVENTS = (
     WarmupEnded,
     NonFiniteTrial,
     BlocksSkipped,
+    MapResumed,
 )
 
 
@@ -81,10 +91,18 @@ class Messages:
                 return [{"kind": "ended", "state": state, "text": event.message[:_MAX_TEXT]}]
             case FitAborted():
                 return [{"kind": "ended", "state": "aborted", "text": event.error[:_MAX_TEXT]}]
+            case MapStarted():
+                return [_map_started(event)]
+            case MapDrawn():
+                return [_picture(event)]
+            case MapEnded():
+                state = "finished" if event.is_complete else "stopped"
+                return [{"kind": "ended", "state": state, "text": format_event(event)}]
         now = time.time()
         if type(event) in _FIELDS:
             kind, names = _FIELDS[type(event)]
-            return [{"kind": kind, "time": now, **_numbers(event, names.split())}]
+            message = {"kind": kind, "time": now, **_numbers(event, names.split())}
+            return [message | (_texts(event) if isinstance(event, TileFinished) else {})]
         return [{"kind": "note", "time": now, "text": t[:_MAX_TEXT]} for t in _notes(event)]
 
     def _map(self, event: BlocksMeasured) -> Message:
@@ -115,14 +133,39 @@ def _numbers(event: Event, names: list[str]) -> Message:
     return {_KEYS.get(name, name): value for name, value in values.items()}
 
 
-def _started(event: FitStarted) -> Message:
+def _model(event: FitStarted | MapStarted) -> Message:
     return {
         "kind": "started",
         "model": event.model[:80],
         "names": [str(name)[:40] for name in event.param_names[:_MAX_NAMES]],
         "n_params": len(event.param_names),
-        "n_rows": int(event.n_rows),
         "grid": [int(n) for n in event.grid],
+    }
+
+
+def _started(event: FitStarted) -> Message:
+    return {**_model(event), "n_rows": int(event.n_rows)}
+
+
+def _map_started(event: MapStarted) -> Message:
+    return {**_model(event), "n_pixels": int(event.n_pixels), "n_points": int(event.n_points)}
+
+
+def _texts(event: TileFinished) -> Message:
+    return {"text": format_tiles(event), "totals": format_totals(event.totals)}
+
+
+def _picture(event: MapDrawn) -> Message:
+    return {
+        "kind": "picture",
+        "parameter": event.parameter[:40],
+        "shape": list(event.status.shape),
+        "dims": list(event.dims),
+        "size": list(event.size),
+        "step": list(event.step),
+        "over": list(event.over),
+        "status": event.status.astype(np.int8).tobytes(),
+        "values": event.values.astype(np.float32).tobytes(),
     }
 
 

@@ -11,14 +11,15 @@ from weakref import WeakSet
 
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.events import (
-    BlocksFinished,
     Event,
     FitAborted,
     FitEnded,
     FitStarted,
+    MapEnded,
+    MapStarted,
     PhaseStarted,
 )
-from nlsq_dask.observers.dashboard.messages import Message, Messages
+from nlsq_dask.observers.dashboard.messages import REPLACED, Message, Messages
 from nlsq_dask.observers.dashboard.on_scheduler.plugin import HANDLER, PAGE
 from nlsq_dask.observers.dashboard.shipping import ShippedPlugin, why_not_to_ship
 from nlsq_dask.observers.logs import LOGGER
@@ -77,14 +78,15 @@ class Page:
 
     def _take(self, event: Event) -> None:
         new = self._messages.of(event)
-        if isinstance(event, BlocksFinished):  # replaces earlier progress that was not sent yet
-            self._waiting = [m for m in self._waiting if m["kind"] != "progress"]
+        replaced = REPLACED.intersection(message["kind"] for message in new)
+        if replaced:
+            self._waiting = [m for m in self._waiting if m["kind"] not in replaced]
         self._waiting += new
         if self._is_time(event):
             self._send()
 
     def _is_time(self, event: Event) -> bool:
-        if isinstance(event, FitStarted | FitEnded | FitAborted):
+        if isinstance(event, FitStarted | MapStarted | FitEnded | MapEnded | FitAborted):
             return True
         waited = time.monotonic() - self._sent
         return waited >= (_SHORTER if isinstance(event, PhaseStarted) else _INTERVAL)

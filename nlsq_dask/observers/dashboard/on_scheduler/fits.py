@@ -14,6 +14,8 @@ _MAX_ITERATIONS = 5000
 _MAX_RATES = 2000
 _MAX_NOTES = 200
 _RATE_INTERVAL = 0.4  # minimum seconds over which a rate is measured
+# In a message about a pass and about a map: complete units, all units, and what a rate counts.
+_AMOUNTS = (("blocks", "n_blocks", "bytes"), ("pixels", "n_pixels", "fitted"))
 
 
 class Fit:
@@ -23,18 +25,22 @@ class Fit:
         self.number = number  # 1 for the first fit on this scheduler
         self.client = client  # ID of the Dask client
         self.ahead = ahead  # seconds by which the scheduler's clock is ahead of the client's
-        self.state = "running"  # or "finished", "no success", "aborted", "lost"
+        self.state = "running"  # or "finished", "no success", "stopped", "aborted", "lost"
+        self.is_map = False  # whether it is a fit for every pixel
         self.text = ""  # message of the result or of the error, after the end
         self.began = self.heard = time.time()  # start of the fit, and time of the last message
-        # Messages of the kinds "started", "phase", "iteration", "progress", "pass", "map", "note".
+        # Messages of the kinds "started", "phase", "iteration", "progress" or "tiles", "pass",
+        # "map", "picture", "note".
         self.about: dict[str, Any] = {}
         self.phases: list[dict[str, Any]] = []
         self.iterations: deque[dict[str, Any]] = deque(maxlen=_MAX_ITERATIONS)
-        self.progress: dict[str, Any] = {}  # empty between passes
+        self.progress: dict[str, Any] = {}  # empty between passes, and before the first tile
         self.last_pass: dict[str, Any] = {}
-        self.map: dict[str, Any] = {}
+        self.map: dict[str, Any] = {}  # of the blocks of the data
+        self.picture: dict[str, Any] = {}  # of the pixels of fit_each
         self.notes: deque[tuple[float, str]] = deque(maxlen=_MAX_NOTES)  # time and text
-        self.rates: deque[tuple[float, float]] = deque(maxlen=_MAX_RATES)  # time, bytes per second
+        # Time, and bytes or pixels per second.
+        self.rates: deque[tuple[float, float]] = deque(maxlen=_MAX_RATES)
         self.metrics: dict[str, int] = {}  # counters by their names in Prometheus
         self._rated: dict[str, Any] = {}  # the progress up to which rates were measured
 
@@ -42,6 +48,13 @@ class Fit:
     def is_running(self) -> bool:
         """True until the fit ends or its client disconnects."""
         return self.state == "running"
+
+    @property
+    def share(self) -> float:
+        """Complete share of the running pass, or of the map."""
+        done, total = _AMOUNTS[self.is_map][:2]
+        now = self.progress
+        return float(now[done] / max(now[total], 1)) if now else 0.0
 
     @property
     def title(self) -> str:
@@ -53,6 +66,7 @@ class Fit:
         for key in ("time", "start"):
             if key in message:
                 message = {**message, key: message[key] + self.ahead}
+        self.is_map |= "n_pixels" in message
         match message.get("kind"):
             case "started":
                 self.about = message
@@ -64,13 +78,15 @@ class Fit:
                     self.phases[-1].update(message)
             case "iteration":
                 self.iterations.append(message)
-            case "progress":
+            case "progress" | "tiles":
                 self._rate(message)
                 self.progress = message
             case "pass":
                 self.last_pass, self.progress = message, {}
             case "map":
                 self.map = message
+            case "picture":
+                self.picture = message
             case "note":
                 self.notes.append((message["time"], message["text"]))
             case "ended":
@@ -78,17 +94,21 @@ class Fit:
 
     def end(self, state: str, text: str) -> None:
         """Record that the fit ended, in which state, and with which message."""
-        self.state, self.text, self.progress = state, text, {}
+        self.state, self.text = state, text
+        if not self.is_map:  # no pass is running
+            self.progress = {}
 
     def _rate(self, new: dict[str, Any]) -> None:
-        old = self._rated
-        if old and old["pass"] == new["pass"] and new["blocks"]:
-            if new["blocks"] == old["blocks"]:
+        done, total, amount = _AMOUNTS[self.is_map]
+        # A map begins when its tiles do, a pass with a message.
+        old = self._rated or ({done: 0, amount: 0, "seconds": 0.0} if self.is_map else {})
+        if old and old.get("pass") == new.get("pass") and new[done]:
+            if new[done] == old[done]:
                 return  # blocks finish in groups
             seconds = new["seconds"] - old["seconds"]
-            if seconds < _RATE_INTERVAL and new["blocks"] < new["n_blocks"]:
+            if seconds < _RATE_INTERVAL and new[done] < new[total]:
                 return
-            rate = (new["bytes"] - old["bytes"]) / max(seconds, 1e-3)
+            rate = (new[amount] - old[amount]) / max(seconds, 1e-3)
             self.rates.append((new["time"], rate))
         self._rated = new
 

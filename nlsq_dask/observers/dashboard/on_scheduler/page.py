@@ -7,28 +7,40 @@ import time
 from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit, Fits
+from nlsq_dask.observers.dashboard.on_scheduler.pictures import (
+    Map,
+    ParameterMap,
+    Profile,
+    StatusMap,
+)
 from nlsq_dask.observers.dashboard.on_scheduler.plots import (
     COLORS,
     SLOTS,
+    Completed,
     Curves,
-    Map,
+    MapCurves,
     Phases,
-    Profile,
-    RunningPass,
+    Plot,
 )
-from nlsq_dask.observers.dashboard.on_scheduler.tables import CURVES, describe_pass
+from nlsq_dask.observers.dashboard.on_scheduler.tables import (
+    CURVES,
+    MAP_CURVES,
+    describe_progress,
+)
 
 _PERIOD = 500  # milliseconds
 _STATES = {
     "running": "#0072B2",
     "finished": "#1a7f37",
     "no success": "#b35900",
+    "stopped": "#b35900",
     "aborted": "#b00020",
     "lost": "#b00020",
 }
 _ALL = "all"
 
-# The menu is sticky, because a fixed one of two lines covers the page.
+# The menu is sticky, because a fixed one of two lines covers the page. The roots themselves are the
+# elements of the grid, so that one that is hidden takes no place.
 _TEMPLATE = """
 {% extends "base.html" %}
 {% block extra_resources %}
@@ -37,16 +49,13 @@ _TEMPLATE = """
   .navbar { position: sticky; margin: 0 -10px 0.6rem; z-index: 5; }
   .nlsq { display: grid; gap: 14px; max-width: 2000px; }
   .nlsq { grid-template-columns: repeat(auto-fit, minmax(560px, 1fr)); }
-  .nlsq > .wide { grid-column: 1 / -1; }
   @media (max-width: 620px) { .nlsq { grid-template-columns: 100%; } }
 </style>
 {% endblock %}
 {% block content %}
 <div class="nlsq">
   {% for root in roots %}
-  <div class="{{ 'wide' if root.name.startswith('wide') else '' }}" style="min-width: 0">
-    <div id="{{ root.elementid }}" data-root-id="{{ root.id }}" style="display: contents"></div>
-  </div>
+  <div id="{{ root.elementid }}" data-root-id="{{ root.id }}" style="display: contents"></div>
   {% endfor %}
 </div>
 {{ plot_script }}
@@ -73,23 +82,25 @@ class View:
     """The page in one browser session; ``roots`` are its Bokeh models from top to bottom."""
 
     def __init__(self, fits: Fits) -> None:
-        from bokeh.layouts import column
         from bokeh.models import Div, Select
 
         self._fits = fits
         self._seen: tuple[Any, ...] = ()
         self._choice = Select(
-            value=_ALL, options=[(_ALL, "all fits")], width=260, name="wide choice"
+            value=_ALL, options=[(_ALL, "all fits")], width=260, name="choice", styles=_WIDE
         )
         self._choice.on_change("value", lambda attribute, old, new: self.update())
-        self._head = Div(sizing_mode="stretch_width", name="wide head", stylesheets=[_FULL_WIDTH])
+        self._head = Div(
+            sizing_mode="stretch_width", name="head", stylesheets=[_FULL_WIDTH], styles=_WIDE
+        )
         self._notes = Div(sizing_mode="stretch_width", name="notes", stylesheets=[_FULL_WIDTH])
         curves = [Curves(name, *about) for name, about in CURVES.items()]
-        self._plots: list[Any] = [RunningPass(), Phases(), *curves, Map(), Profile()]
-        self._figures = [plot.figure for plot in self._plots]
-        # Only one of the last two, the map and the profile, is visible.
-        blocks = column(*self._figures[-2:], sizing_mode="stretch_width", name="blocks")
-        self.roots = [self._choice, self._head, *self._figures[:-2], blocks, self._notes]
+        rates = [MapCurves(name, *about) for name, about in MAP_CURVES.items()]
+        # Only one of the first two pictures, the map of blocks and their profile, is visible.
+        pictures = [Map(), Profile(), StatusMap(), ParameterMap()]
+        self._plots: list[Plot] = [Completed(), *rates, Phases(), *curves, *pictures]
+        figures = [plot.figure for plot in self._plots]
+        self.roots = [self._choice, self._head, *figures, self._notes]
 
     def update(self) -> None:
         """Update the page if a fit is running or a message has arrived."""
@@ -102,14 +113,13 @@ class View:
         self._offer(every)
         chosen = [fit for fit in every if str(fit.number) == self._choice.value]
         shown = chosen or every[-SLOTS:]
-        for model in (*self._figures, self._notes):
-            model.visible = bool(shown)
+        self._notes.visible = bool(shown)
+        for plot in self._plots:
+            plot.update(shown)
         if not shown:
             self._head.text = _NOTHING
             return
         self._head.text = "".join(map(_fit_html, reversed(shown)))
-        for plot in self._plots:
-            plot.show(shown)
         self._notes.text = _notes_html(shown)
 
     def _offer(self, every: list[Fit]) -> None:
@@ -123,6 +133,7 @@ class View:
             self._choice.value = _ALL
 
 
+_WIDE = {"grid-column": "1 / -1"}  # of the grid of all roots
 _FULL_WIDTH = ".bk-clearfix { width: 100%; }"
 _NOTHING = (
     '<div style="font-size: 15px; color: #555; padding: 2rem 0.5rem">'
@@ -139,16 +150,21 @@ def _fit_html(fit: Fit) -> str:
         more = about["n_params"] - len(about["names"])
         names += f" and {more:,} more parameters" if more else ""
         grid = " x ".join(f"{n:,}" for n in about["grid"])
-        words = [names, f"{about['n_rows']:,} rows", f"blocks: {grid}"]
+        if fit.is_map:
+            sizes = [f"{about['n_pixels']:,} pixels of {about['n_points']:,} points"]
+            words = [names, *sizes, f"tiles: {grid}"]
+        else:
+            words = [names, f"{about['n_rows']:,} rows", f"blocks: {grid}"]
     words += [f"loss {entry['loss']:.6g}" for entry in list(fit.iterations)[-1:]]
     started = time.strftime("%H:%M:%S", time.localtime(fit.began))
     text = " &middot; ".join(html.escape(word) for word in [f"since {started}", *words])
     color = COLORS[fit.number % SLOTS]
-    end = html.escape(describe_pass(fit) or fit.text)
+    end = html.escape(describe_progress(fit) or fit.text)
+    totals = html.escape(fit.progress.get("totals", "")) if fit.is_running else ""
     return (
         f'<div style="margin: 2px 0 6px; font-size: 14px; border-left: 5px solid {color}; '
         f'padding-left: 8px"><b>{html.escape(fit.title)}</b>: {state} '
-        f'<span style="color: #555">{text}</span><br>{end}</div>'
+        f'<span style="color: #555">{text}</span><br>{end}{totals and f"; {totals}"}</div>'
     )
 
 

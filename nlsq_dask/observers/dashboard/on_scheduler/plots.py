@@ -1,4 +1,4 @@
-"""Plots of the dashboard page."""
+"""Curves and bars of the dashboard page."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit
 from nlsq_dask.observers.dashboard.on_scheduler.tables import (
-    Image,
-    Line,
-    bars_of_pass,
     bars_of_phases,
+    bars_of_progress,
     curve,
-    image,
-    profile,
 )
 
 SLOTS = 6  # number of fits that are shown together; a fit's number modulo it gives its color
@@ -24,7 +20,11 @@ _PHASES = ("#999999", "#E69F00", "#0072B2", "#009E73")  # by number
 _PHASE_NAMES = ("normalization", "warm-up", "Gauss-Newton", "covariance")
 
 
-def _figure(title: str, **options: Any) -> Any:
+_UNITS = ("blocks of the running pass", "pixels of the map")  # of a fit, and of fit_each
+
+
+def new_figure(title: str, **options: Any) -> Any:
+    """Return an empty figure in the style of the page."""
     from bokeh.plotting import figure
 
     settings = {
@@ -46,7 +46,7 @@ def _figure(title: str, **options: Any) -> Any:
     return made
 
 
-def _above(figure: Any, legend: Any) -> Any:
+def place_above(figure: Any, legend: Any) -> Any:
     """Place the legend above the figure and return the legend."""
     legend.orientation = "horizontal"
     legend.label_text_font_size = "9pt"
@@ -57,13 +57,31 @@ def _above(figure: Any, legend: Any) -> Any:
     return legend
 
 
-class Curves:
+class Plot:
+    """Part of the page: a figure that shows fits to all rows, fits for every pixel, or both."""
+
+    figure: Any
+    of_fits, of_maps = True, False
+
+    def update(self, fits: list[Fit]) -> None:
+        """Show those of the fits to which the plot applies; hide it if there are none."""
+        own = [fit for fit in fits if (self.of_maps if fit.is_map else self.of_fits)]
+        self.figure.visible = bool(own)
+        if own:
+            self.show(own)
+
+    def show(self, fits: list[Fit]) -> None:
+        """Show only these fits."""
+        raise NotImplementedError
+
+
+class Curves(Plot):
     """Figure with one curve per fit; ``name`` and the other arguments are as in ``CURVES``."""
 
     def __init__(self, name: str, title: str, x: str, y: str, is_log: bool = False) -> None:
         from bokeh.models import ColumnDataSource, Legend, LegendItem
 
-        self.figure = _figure(
+        self.figure = new_figure(
             title,
             name=name,
             x_axis_label=x,
@@ -80,7 +98,7 @@ class Curves:
             )
             self._tables.append(table)
             self._items.append(LegendItem(label="", renderers=[line, points], visible=False))
-        self._legend = _above(self.figure, Legend(items=self._items, click_policy="hide"))
+        self._legend = place_above(self.figure, Legend(items=self._items, click_policy="hide"))
 
     def show(self, fits: list[Fit]) -> None:
         """Show only these fits."""
@@ -97,7 +115,13 @@ class Curves:
         self._legend.visible = len(fits) > 1
 
 
-class Bars:
+class MapCurves(Curves):
+    """Figure with one curve per map; the arguments are as in ``MAP_CURVES``."""
+
+    of_fits, of_maps = False, True
+
+
+class Bars(Plot):
     """Figure with a row of bars per fit.
 
     ``data`` is a function that takes fits and returns the bars as a dict of columns.
@@ -114,7 +138,7 @@ class Bars:
 
         self._data = data
         self._rows = FactorRange()
-        self.figure = _figure(title, name=name, y_range=self._rows, **options)
+        self.figure = new_figure(title, name=name, y_range=self._rows, **options)
         self.figure.ygrid.grid_line_color = None
         self._table = ColumnDataSource(data([]))
 
@@ -159,7 +183,7 @@ class Phases(Bars):
         ]
         named = zip(_PHASE_NAMES, squares, strict=True)
         items = [LegendItem(label=name, renderers=[square]) for name, square in named]
-        _above(self.figure, Legend(items=items))
+        place_above(self.figure, Legend(items=items))
 
     def show(self, fits: list[Fit]) -> None:
         """Show these fits, on an axis that starts at 0 seconds."""
@@ -167,126 +191,26 @@ class Phases(Bars):
         self.figure.x_range.start = 0
 
 
-class RunningPass(Bars):
-    """Progress bar of each fit: the share of the blocks that its current pass has completed."""
+class Completed(Bars):
+    """Progress bar of each fit: the complete share of its current pass or of its map."""
+
+    of_maps = True
 
     def __init__(self) -> None:
         super().__init__(
             "Completed blocks of the running pass",
             "pass",
-            lambda fits: bars_of_pass(fits, COLORS),
+            lambda fits: bars_of_progress(fits, COLORS),
             x_range=(0, 100),
-            x_axis_label="% of the blocks",
             tools="",
         )
         self._add_bars(left=0, right=100, color="#eeeeee")
         self._add_bars(left=0, right="share", color="color", alpha=0.45)
         self._add_labels(x=0, x_offset=6, text_color="#222222")
 
-
-# Text of the tooltip: the block, or range of blocks, at the pointer.
-_WHICH = """
-const {blocks, size} = about.data
-const first = Math.floor(value / blocks[axis]) * blocks[axis]
-const last = Math.min(first + blocks[axis], size[axis]) - 1
-return last > first ? `${first} to ${last}` : `${first}`
-"""
-_BLOCKS = "Reduced chi-square of each block"
-
-
-class BlockPlot:
-    """Figure of the reduced chi-square of each block of data, for one fit.
-
-    ``data`` returns what is drawn for a fit, or None if its blocks need another kind of figure.
-    """
-
-    def __init__(self, name: str, data: Callable[[Fit], Any], **options: Any) -> None:
-        self._data = data
-        self.figure = _figure(_BLOCKS, name=name, height=330, visible=False, **options)
-
     def show(self, fits: list[Fit]) -> None:
-        """Show the first running fit for which ``data`` is not None, otherwise the last such fit.
-
-        The figure is hidden if there is none.
-        """
-        measured = [fit for fit in fits if fit.map]
-        running = [fit for fit in measured if fit.is_running]
-        fit = next(iter(running or reversed(measured)), None)
-        data = None if fit is None else self._data(fit)
-        self.figure.visible = data is not None
-        if fit is not None and data is not None:
-            self._draw(data)
-            self.figure.title.text = f"{_BLOCKS}: {fit.title}, pass {fit.map['pass']}{data.note}"
-
-    def _draw(self, data: Any) -> None:
-        raise NotImplementedError
-
-
-class Map(BlockPlot):
-    """Heat map of the blocks, for data that are divided along two or more dimensions."""
-
-    def __init__(self) -> None:
-        from bokeh.models import (
-            BasicTicker,
-            ColorBar,
-            ColumnDataSource,
-            CustomJSHover,
-            HoverTool,
-            LinearColorMapper,
-            Range1d,
-        )
-
-        super().__init__("map", image, x_range=Range1d(), y_range=Range1d())
-        self._table = ColumnDataSource({"image": [], "w": [], "h": []})
-        self._about = ColumnDataSource({"blocks": [1, 1], "size": [0, 0]})
-        self._mapper = LinearColorMapper(palette="Viridis256", nan_color="#dddddd", low=0, high=1)
-        picture = self.figure.image(
-            "image", x=0, y=0, dw="w", dh="h", source=self._table, color_mapper=self._mapper
-        )
-        bar = ColorBar(
-            color_mapper=self._mapper, title="reduced chi-square of each block", width=12,
-            title_text_font_size="9pt", title_text_font_style="normal", padding=6,
-        )  # fmt: skip
-        self.figure.add_layout(bar, "right")
-        self.figure.grid.visible = False
-        self.figure.axis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-        # The block's indices in the order of the data's dimensions: down, then across.
-        tips = [("block", "$y{custom}, $x{custom}"), ("reduced chi-square", "@image{0.0000}")]
-        which = {
-            name: CustomJSHover(args={"about": self._about, "axis": axis}, code=_WHICH)
-            for axis, name in enumerate(("$x", "$y"))
-        }
-        self.figure.add_tools(HoverTool(renderers=[picture], tooltips=tips, formatters=which))
-
-    def _draw(self, block_map: Image) -> None:
-        width, height = block_map.drawn
-        self._table.data = {"image": [block_map.table], "w": [width], "h": [height]}
-        about = {"blocks": block_map.blocks, "size": list(block_map.size)}
-        if about != dict(self._about.data):  # otherwise keep the zoom of the user
-            self._about.data = about
-            _fix(self.figure.x_range, 0, block_map.size[0])
-            _fix(self.figure.y_range, block_map.size[1], 0)
-        self._mapper.low, self._mapper.high = block_map.low, block_map.high
-        self.figure.xaxis.axis_label, self.figure.yaxis.axis_label = block_map.axes
-
-
-def _fix(axis: Any, start: int, end: int) -> None:
-    """Set the visible range of an axis, and the limits for panning, to the same interval."""
-    axis.bounds = None  # a browser clips the new range to the old bounds
-    axis.update(start=start, end=end, reset_start=start, reset_end=end)
-    axis.bounds = (min(start, end), max(start, end))
-
-
-class Profile(BlockPlot):
-    """Step plot of the blocks, for data that are divided along one dimension."""
-
-    def __init__(self) -> None:
-        from bokeh.models import ColumnDataSource
-
-        super().__init__("profile", profile, y_axis_label="reduced chi-square")
-        self._table = ColumnDataSource({"x": [], "y": []})
-        self.figure.step("x", "y", source=self._table, mode="after", color=COLORS[0], width=1.5)
-
-    def _draw(self, line: Line) -> None:
-        self._table.data = {"x": line.x, "y": line.y}
-        self.figure.xaxis.axis_label = line.axis
+        """Show these fits, and say what is counted."""
+        super().show(fits)
+        units = [_UNITS[is_map] for is_map in sorted({fit.is_map for fit in fits})]
+        self.figure.title.text = f"Completed {' and '.join(units)}"
+        self.figure.xaxis.axis_label = f"% of the {' or '.join(u.split()[0] for u in units)}"
