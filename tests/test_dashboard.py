@@ -20,11 +20,13 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 from distributed import Client, LocalCluster, get_client
 from prometheus_client.parser import text_string_to_metric_families
 
 import nlsq_dask as nd
-from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted
+from nlsq_dask import HybridStreamingConfig
+from nlsq_dask.events import BlocksFinished, BlocksMeasured, Event, FitStarted, TileFinished
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
 from nlsq_dask.observers.dashboard.on_scheduler.fits import MAX_FITS, MAX_RUNNING, Fit, Fits
@@ -91,7 +93,8 @@ def pages(client: Client) -> list[dict[str, Any]]:
 
     def look(dask_scheduler: Any) -> list[dict[str, Any]]:
         known = dask_scheduler.plugins["nlsq-dask"].fits.recent.values()
-        names = ("number", "state", "text", "about", "map", "metrics", "client")
+        names = ("number", "state", "text", "about", "map", "picture", "progress", "metrics")
+        names += ("client",)
         return [
             {name: getattr(fit, name) for name in names}
             | {"iterations": list(fit.iterations), "phases": list(fit.phases)}
@@ -393,6 +396,45 @@ def test_metrics_agree_with_the_results(as_default: Client) -> None:
     assert grown["nlsq_defense_warmup_calls_total"] == calls
     assert after["nlsq_last_loss"] == float(results[1].history.loss[-1])
     assert set(after) == set(nd.get_defense_telemetry().export_metrics())
+
+
+def film(n_pixels: int = 1024, n_points: int = 20) -> xr.DataArray:
+    """Return decays in two tiles at least, in memory; the first pixel has no data."""
+    t = np.linspace(0, 4, n_points)
+    height = np.linspace(1, 3, 2 * n_pixels).reshape(2, n_pixels)
+    y = height * np.exp(-0.7 * t[:, None, None]) + 0.3 + 0.01 * np.sin(1e6 * t[:, None, None])
+    y[:, 0, 0] = np.nan
+    return xr.DataArray(y, {"t": t}, dims=("t", "row", "col"))
+
+
+def fit_each(y: xr.DataArray, **options: Any) -> xr.Dataset:
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(HybridStreamingConfig(verbose=0, **options))
+    ds: xr.Dataset = optimizer.fit_each(exponential, "t", y, [1.0, 1.0, 0.1], dims="t")
+    return ds
+
+
+def test_a_map_on_the_page_and_in_the_metrics(as_default: Client) -> None:
+    fit_each(film())
+    url = address(as_default) + "/metrics"
+    before = counted(url)
+    ds = fit_each(film())
+    *_, known = pages(as_default)
+    assert known["state"] == "finished"
+    assert known["about"]["n_pixels"] == 2048
+    assert known["text"].endswith(": 2,047 converged, 1 no_data")
+    assert known["progress"]["pixels"] == 2048
+    picture = known["picture"]
+    lowest = np.frombuffer(picture["status"], np.int8).reshape(picture["shape"])
+    _, step = picture["step"]
+    columns = np.arange(0, 1024, step)
+    np.testing.assert_array_equal(lowest, np.minimum.reduceat(ds.status.values, columns, axis=1))
+    fit_each(film(), dashboard=False)
+    assert pages(as_default)[-1]["number"] == known["number"]
+    after = counted(url)
+    grown = {name: after[name] - before[name] for name in after if after[name] > before[name]}
+    assert grown == {
+        "nlsq_maps_total": 1, "nlsq_pixels_converged_total": 2047, "nlsq_pixels_no_data_total": 1,
+    }  # fmt: skip
 
 
 def test_two_fits_at_once_from_two_clients(as_default: Client) -> None:
@@ -716,6 +758,52 @@ def test_a_map_of_another_grid_is_seen_whole(tmp_path: Path) -> None:
         for down, across in [(6, 4), (2, 9)]:
             fit_grid(down, across)
             browser.wait_for(f"[{ends}].join() == '0,{across},{down},0'", 20)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_a_browser_sees_a_map_that_fills(tmp_path: Path) -> None:
+    """One of two tiles first, while an observer of the other one waits; then all pixels."""
+    seen, goes_on = threading.Event(), threading.Event()
+
+    def wait(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.tiles == 2:
+            seen.set()
+            goes_on.wait(60)
+
+    def run() -> None:
+        optimizer = nd.AdaptiveHybridStreamingOptimizer(observers=[wait])
+        y = film(n_points=400)
+        optimizer.fit_each(exponential, "t", y, [1.0, 1.0, 0.1], dims="t", verbose=0)
+
+    status = "Bokeh.documents[0].get_model_by_name('status')"
+    visible = "Bokeh.documents[0].roots().filter(r => r.visible).map(r => r.name).join()"
+    cells = f"{status}.renderers[0].data_source.data.image[0]"
+    with scheduler(tmp_path) as client, Browser(tmp_path / "browser") as browser:
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            assert seen.wait(60)
+            browser.open(f"{address(client)}/nlsq")
+            browser.wait_for(f"window.Bokeh && Bokeh.documents.length == 1 && {status} !== null")
+            assert browser.wait_for(visible) == "head,pass,fit rate,status,parameter,notes"
+            empty = browser.wait_for(f"{cells}.filter(Number.isNaN).length")
+        finally:
+            goes_on.set()
+            thread.join()
+        browser.wait_for(f"{cells}.filter(Number.isNaN).length == 0")
+        assert empty > 50
+        plot = f"Bokeh.index.find_one({status})"
+        x, y = (
+            browser.evaluate(
+                f"{plot}.frame.{axis}_scale.compute(0.5) + "
+                f"{plot}.canvas_view.el.getBoundingClientRect().{side}"
+            )
+            for axis, side in (("x", "left"), ("y", "top"))
+        )
+        browser.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        browser.wait_for(f"{TOOLTIP}.includes('0 0 to 10 no_data')", 10)
 
 
 def test_metrics_come_back_after_another_scheduler_in_the_process(as_default: Client) -> None:

@@ -113,8 +113,9 @@ class _Run:
         check: Callable[[], None],
         store: MapStore | None = None,
     ) -> None:
-        self._problem, self._emit, self._check, self._store = problem, emit, check, store
-        self._began = time.monotonic()
+        self._problem, self._emit, self._store = problem, emit, store
+        self._check_end = check  # raises if the fits must end
+        self._began = self._fits_began = time.monotonic()
         grid, names = problem.grid, problem.parameters.names
         self._started = MapStarted(
             model=problem.model.name,
@@ -132,6 +133,7 @@ class _Run:
         )
         self._picture = Picture(self._reporter.picture)
         self._drawn_at = self._began
+        self._n_drawn = 0  # tiles in the last picture
         self._totals: Counter[LaneStatus] = Counter()  # pixels by status
         self._n_earlier = 0  # pixels of an earlier run
         self._n_tiles = 0
@@ -175,6 +177,7 @@ class _Run:
             if report is not None:
                 self._take(by_key[key], report)
 
+        self._fits_began = time.monotonic()
         try:
             self._check()
             execute_each(graph, keys, Workers.active(), take, self._check)
@@ -206,7 +209,16 @@ class _Run:
         graph = calls(VerifyingTask(store, self._reporter), keys, present, token)
         execute_each(graph, keys, Workers.active(), take, self._check)
         self._n_earlier = self._totals.total()
-        self._emit(MapResumed(self._n_tiles, self._n_earlier, _by_name(self._totals), n_damaged))
+        self._emit(
+            MapResumed(
+                tiles=self._n_tiles,
+                n_tiles=self._started.n_tiles,
+                pixels=self._n_earlier,
+                n_pixels=self._started.n_pixels,
+                totals=_by_name(self._totals),
+                n_damaged=n_damaged,
+            )
+        )
         self._draw()
         return sorted(missing, key=lambda tile: tile.index)
 
@@ -232,14 +244,19 @@ class _Run:
                 n_pixels=self._started.n_pixels,
                 fitted=self._totals.total() - self._n_earlier,
                 totals=_by_name(self._totals),
-                seconds=time.monotonic() - self._began,
+                seconds=time.monotonic() - self._fits_began,
             )
         )
-        if time.monotonic() - self._drawn_at >= _DRAW_INTERVAL:
+
+    def _check(self) -> None:
+        """Draw the map if it is time to, also while no tile finishes; end the fits if they must."""
+        is_time = time.monotonic() - self._drawn_at >= _DRAW_INTERVAL
+        if is_time and self._n_tiles > self._n_drawn:
             self._draw()
+        self._check_end()
 
     def _draw(self) -> None:
-        self._drawn_at = time.monotonic()
+        self._drawn_at, self._n_drawn = time.monotonic(), self._n_tiles
         grid, dims = self._reporter.picture, self._started.dims
         others = [axis for axis in range(len(dims)) if axis not in grid.axes]
         self._emit(

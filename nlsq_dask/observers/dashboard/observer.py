@@ -15,9 +15,11 @@ from nlsq_dask.events import (
     FitAborted,
     FitEnded,
     FitStarted,
+    MapDrawn,
     MapEnded,
     MapStarted,
     PhaseStarted,
+    TileFinished,
 )
 from nlsq_dask.observers.dashboard.messages import REPLACED, Message, Messages
 from nlsq_dask.observers.dashboard.on_scheduler.plugin import HANDLER, PAGE
@@ -88,6 +90,8 @@ class Page:
     def _is_time(self, event: Event) -> bool:
         if isinstance(event, FitStarted | MapStarted | FitEnded | MapEnded | FitAborted):
             return True
+        if isinstance(event, TileFinished | MapDrawn):  # a picture follows tiles, now and then
+            return isinstance(event, MapDrawn)
         waited = time.monotonic() - self._sent
         return waited >= (_SHORTER if isinstance(event, PhaseStarted) else _INTERVAL)
 
