@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 import sys
 from collections import Counter
 from dataclasses import fields
@@ -23,6 +24,7 @@ from scipy.optimize import curve_fit
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
+from nlsq_dask.events import Event, TileFinished
 from nlsq_dask.maps.arguments import OPTIONS, validate_map_arguments
 from tests.shown import Shown, assert_is_there
 
@@ -46,6 +48,10 @@ COVERED_ELSEWHERE = {
     "ties": f"{_MAPS}::test_a_tied_parameter_has_the_error_of_its_function",
     "guess": f"{_MAPS}::test_a_guess_replaces_the_start",
     "store": "tests/test_map_resume.py::test_a_store_is_the_result",
+    "log_file": "tests/test_map_watching.py::test_lines_of_json",
+    "log_frequency": "tests/test_map_watching.py::test_lines_in_a_file",
+    "max_walltime": "tests/test_map_resume.py::test_max_walltime_in_the_middle",
+    "dashboard": "tests/test_dashboard.py::test_a_map_on_the_page_and_in_the_metrics",
 }
 NOT_YET: dict[str, str] = {}
 
@@ -106,13 +112,16 @@ def distance(one: xr.Dataset, other: xr.Dataset) -> float:
 
 
 @shows("verbose")
-def test_the_summary_that_is_printed(
-    cube: xr.DataArray, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fit_each(cube)
+def test_what_is_printed(cube: xr.DataArray, capsys: pytest.CaptureFixture[str]) -> None:
+    fit_each(cube, verbose=0)
+    fit_each(cube.chunk())
     assert not capsys.readouterr().out
+    fit_each(cube)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "Fitting a, b to 24 pixels of 40 points in 1 tile"
+    assert last.endswith(": 23 converged, 1 no_data")
     fit_each(cube, verbose=2)
-    assert ": 23 converged, 1 no_data\n" in capsys.readouterr().out
+    assert "  24 of 24 pixels, 1 of 1 tile, " in capsys.readouterr().out
 
 
 @shows("covariance")
@@ -253,6 +262,32 @@ def test_pixels_that_cannot_be_read(cube: xr.DataArray, fitted: xr.Dataset) -> N
     assert distance(ds[["popt", "status"]].isel(row=[2, 3]), fitted.isel(row=[2, 3])) < 1e-6
 
 
+# --- an option that ends an eager call early
+
+
+@shows("stop_on_sigterm")
+def test_sigterm_ends_the_call(cube: xr.DataArray, fitted: xr.Dataset) -> None:
+    """After the first of two tiles."""
+
+    def observe(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            signal.raise_signal(signal.SIGTERM)
+
+    optimizer = nd.AdaptiveHybridStreamingOptimizer(
+        Config(stop_on_sigterm=True), observers=[observe]
+    )
+    with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
+        patch.setattr("nlsq_dask.maps.tiles._MIN_PIXELS", 1)
+        patch.setattr("nlsq_dask.maps.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.tiles._MEMORY_TILE_BYTES", 12 * T.nbytes)
+        with pytest.warns(UserWarning, match="stopped because SIGTERM was received"):
+            ds = optimizer.fit_each(decay, "t", cube, P0, dims="t")
+    is_done = ds.status != -7
+    assert 0 < int(is_done.sum()) < 24
+    assert distance(ds.where(is_done), fitted.where(is_done)) < 1e-6
+    assert ds.popt.where(~is_done).isnull().all()
+
+
 # --- the page of options
 
 
@@ -283,8 +318,6 @@ CHANGED = {
     "cache": 0,
     "checkpoint_dir": "unused",
     "resume_from_checkpoint": "unused",
-    "max_walltime": 1.0,
-    "log_file": "unused",
     "multistart_sampler": "sobol",
     "sample_rows": 10,
 }

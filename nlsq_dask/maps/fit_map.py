@@ -34,8 +34,8 @@ def fit_map(problem: MapProblem, observers: Sequence[Observer] = ()) -> xr.Datas
         return run_map(problem, observers)
     if observers:
         raise ValueError(
-            "observers have no effect on a lazy result, whose fits run when you compute it. Load "
-            "the data into memory, or use an optimizer without observers."
+            "observers have no effect on a lazy result, whose fits run when you compute it. Pass "
+            "store=..., load the data into memory, or use an optimizer without observers."
         )
     return lazy_dataset(problem)
 
