@@ -109,8 +109,8 @@ def test_a_killed_process_is_continued(data: Path, whole: xr.Dataset, tmp_path: 
     result = fit(data, store, str(log), observers=[seen.append])
     xr.testing.assert_identical(result.compute(), whole)
     resumed = next(event for event in seen if isinstance(event, MapResumed))
-    assert (resumed.n_tiles, resumed.n_damaged) == (N_TILES - n_left, 0)
-    assert resumed.counts["converged"] >= 120 * resumed.n_tiles - 1
+    assert (resumed.tiles, resumed.n_damaged) == (N_TILES - n_left, 0)
+    assert resumed.totals["converged"] >= 120 * resumed.tiles - 1
     assert names(seen)["TileFinished"] == n_left
     last = seen[-1]
     assert isinstance(last, MapEnded)

@@ -82,7 +82,7 @@ def plot_map(ds: xr.Dataset, name: str, *, figure: Figure | SubFigure | None = N
     >>> da = xr.DataArray(y, dims=("time", "lat", "lon"), coords={"time": time})
     >>> def decay(t, height, rate):
     ...     return height * jnp.exp(-rate * t)
-    >>> fits = da.nlsq.fit_each(decay, "time", dims="time")
+    >>> fits = da.nlsq.fit_each(decay, "time", dims="time", verbose=0)
     >>> figure = nlsq_dask.plot_map(fits, "rate")  # doctest: +SKIP
     >>> figure.savefig("rate.png")  # doctest: +SKIP
     """

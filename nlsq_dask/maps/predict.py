@@ -108,7 +108,7 @@ def predict_each(
     >>> da = xr.DataArray(y, dims=("x", "time"), coords={"time": time})
     >>> def decay(t, height, rate):
     ...     return height * jnp.exp(-rate * t)
-    >>> fits = da.nlsq.fit_each(decay, "time", dims="time")
+    >>> fits = da.nlsq.fit_each(decay, "time", dims="time", verbose=0)
     >>> bool(abs(da - nlsq_dask.predict_each(decay, fits, da.time)).max() < 1e-6)
     True
     >>> nlsq_dask.predict_each(decay, fits, 0.0).values.round(6)

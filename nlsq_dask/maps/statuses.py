@@ -72,7 +72,7 @@ def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
     >>> da = xr.DataArray(y, dims=("x", "time"), coords={"time": time})
     >>> def decay(t, height, rate):
     ...     return height * jnp.exp(-rate * t)
-    >>> fits = da.nlsq.fit_each(decay, "time", dims="time")
+    >>> fits = da.nlsq.fit_each(decay, "time", dims="time", verbose=0)
     >>> nlsq_dask.status_table(fits).pixels
     flag
     converged    2
