@@ -24,8 +24,8 @@ from nlsq_dask.kernels.losses import Loss
 from nlsq_dask.model.jacobian import Mode
 from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Layout
-from nlsq_dask.solvers.batched_lm import LaneSolver, choose_lanes
-from nlsq_dask.solvers.lanes import Lanes, LaneSettings
+from nlsq_dask.solvers.lanes.batched_lm import LaneSolver, choose_lanes
+from nlsq_dask.solvers.lanes.records import Lanes, LaneSettings
 
 N_POINTS = 100
 _BLOCK = 256  # lanes of an evaluation, as in the solver

@@ -41,7 +41,7 @@ from benchmarks.memory import memory_mb
 from nlsq_dask import AdaptiveHybridStreamingOptimizer, HybridStreamingConfig
 from nlsq_dask.kernels.lane_sums import LaneData, LaneSummation, padded_points, strip_points
 from nlsq_dask.kernels.losses import Loss
-from nlsq_dask.maps.arguments import validate_map_arguments
+from nlsq_dask.maps.problem.arguments import validate_map_arguments
 from nlsq_dask.model.jacobian import choose_mode
 
 N_POINTS, TILE, BLOCK = 100, 100, 256

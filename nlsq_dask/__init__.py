@@ -19,10 +19,10 @@ from nlsq_dask.errors import (
     PixelFitError,
     ResultFileError,
 )
-from nlsq_dask.maps.plan import MapPlan
-from nlsq_dask.maps.plotting import plot_map
-from nlsq_dask.maps.predict import predict_each
-from nlsq_dask.maps.statuses import status_table
+from nlsq_dask.maps.problem.plan import MapPlan
+from nlsq_dask.maps.results.plotting import plot_map
+from nlsq_dask.maps.results.predict import predict_each
+from nlsq_dask.maps.results.statuses import status_table
 from nlsq_dask.observers.dashboard.metrics import metrics_collector
 from nlsq_dask.observers.telemetry import (
     DefenseLayerTelemetry,

@@ -13,9 +13,9 @@ from nlsq_dask import _html as html
 from nlsq_dask._text import join_first
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.curvefit import curvefit
-from nlsq_dask.maps import plotting, predict, statuses
-from nlsq_dask.maps.plan import MapPlan
-from nlsq_dask.maps.summary import Summary, is_result
+from nlsq_dask.maps.problem.plan import MapPlan
+from nlsq_dask.maps.results import plotting, predict, statuses
+from nlsq_dask.maps.results.summary import Summary, is_result
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.plan import Plan
 from nlsq_dask.results.result import FitResult

@@ -16,14 +16,14 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.data.sources.from_array import is_in_memory
 from nlsq_dask.data.sources.from_xarray import lazy_data
 from nlsq_dask.fit.arguments.parameters import Parameters, parse_parameters
-from nlsq_dask.maps.arguments import validate_map_arguments
 from nlsq_dask.maps.fit_map import fit_map
-from nlsq_dask.maps.outputs import Outputs
-from nlsq_dask.maps.parameter_maps import Role, Separated
+from nlsq_dask.maps.problem.arguments import validate_map_arguments
+from nlsq_dask.maps.problem.parameter_maps import Role, Separated
+from nlsq_dask.maps.tasks.outputs import Outputs
 from nlsq_dask.model.call import is_option, positional_arguments
 from nlsq_dask.scipy_call import options as scipy_options
 from nlsq_dask.scipy_call.model import row_model
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 _SINGLE = "_single"  # dimension of a map of one pixel
 # Arguments of SciPy's curve_fit that ``kwargs`` may have, and those that fit_each takes.

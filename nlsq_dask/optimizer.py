@@ -42,9 +42,9 @@ from nlsq_dask.events import (
 from nlsq_dask.fit.driver import Driver
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.problem import FitProblem, validate_arguments
-from nlsq_dask.maps.arguments import validate_map_arguments
 from nlsq_dask.maps.fit_map import fit_map
-from nlsq_dask.maps.plan import MapPlan, build_map_plan
+from nlsq_dask.maps.problem.arguments import validate_map_arguments
+from nlsq_dask.maps.problem.plan import MapPlan, build_map_plan
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.observers.build import open_observers, report_abort, send, validate_observers
 from nlsq_dask.observers.history import History

@@ -73,7 +73,7 @@ def fit(
 
 
 if __name__ == "__main__":
-    from nlsq_dask.maps import tiles
+    from nlsq_dask.maps.problem import tiles
 
     tiles._MIN_PIXELS, tiles._MIN_BYTES = 1, 1
     data, store, log = sys.argv[1:]

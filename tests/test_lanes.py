@@ -20,8 +20,8 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import compile_count
 from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.rows.rows import Layout
-from nlsq_dask.solvers.batched_lm import LaneSolver, choose_lanes
-from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings, LaneStatus
+from nlsq_dask.solvers.lanes.batched_lm import LaneSolver, choose_lanes
+from nlsq_dask.solvers.lanes.records import LaneFits, Lanes, LaneSettings, LaneStatus
 
 INF = np.array([[np.inf]])
 

@@ -25,7 +25,7 @@ from scipy.optimize import curve_fit
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
 from nlsq_dask.events import Event, TileFinished
-from nlsq_dask.maps.arguments import OPTIONS, validate_map_arguments
+from nlsq_dask.maps.problem.arguments import OPTIONS, validate_map_arguments
 from tests.shown import Shown, assert_is_there
 
 OPTIONS_PAGE = Path(__file__).parents[1] / "docs" / "options.md"
@@ -229,8 +229,8 @@ def from_flaky(cube: xr.DataArray, failures: int, **options: Any) -> tuple[Flaky
     """Return the array, and the fits of its two tiles."""
     flaky = Flaky(cube.values, failures)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nlsq_dask.maps.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
         chunks = (40, 2, 6)
         lazy = da.from_array(flaky, chunks, name=False, meta=np.empty(0), asarray=False)
         ds = fit_each(cube.copy(data=lazy), config=Config(**options))
@@ -277,9 +277,9 @@ def test_sigterm_ends_the_call(cube: xr.DataArray, fitted: xr.Dataset) -> None:
         Config(stop_on_sigterm=True), observers=[observe]
     )
     with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
-        patch.setattr("nlsq_dask.maps.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.tiles._MIN_BYTES", 1)
-        patch.setattr("nlsq_dask.maps.tiles._MEMORY_TILE_BYTES", 12 * T.nbytes)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MEMORY_TILE_BYTES", 12 * T.nbytes)
         with pytest.warns(UserWarning, match="stopped because SIGTERM was received"):
             ds = optimizer.fit_each(decay, "t", cube, P0, dims="t")
     is_done = ds.status != -7

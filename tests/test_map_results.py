@@ -22,9 +22,9 @@ import zarr
 from matplotlib import pyplot as plt
 
 import nlsq_dask as nd
-from nlsq_dask.maps.statuses import MEANINGS
-from nlsq_dask.maps.tile_task import TileTask
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.maps.results.statuses import MEANINGS
+from nlsq_dask.maps.tasks.tile_task import TileTask
+from nlsq_dask.solvers.lanes.records import LaneStatus
 from tests.test_accessor import _WITHOUT_PACKAGE
 
 T = np.linspace(0.0, 5.0, 41)[:-1]  # days, in whole hours
@@ -66,8 +66,8 @@ def lazy(cube: xr.DataArray) -> xr.Dataset:
     """The fits, in two tiles."""
     small = cube.chunk(lat=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nlsq_dask.maps.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
         return small.nlsq.fit_each(decay, "time", TRUTH, dims="time")
 
 
@@ -195,8 +195,8 @@ def test_many_points_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     a = rng.normal(size=(9, 11))
     ds = made({"a": a.astype(np.float32)}, ("row", "col"), "t")
     x = np.linspace(0, 1, 23)
-    monkeypatch.setattr("nlsq_dask.maps.predict._CALL_POINTS", 10)
-    monkeypatch.setattr("nlsq_dask.maps.predict._CALL_VALUES", 70)
+    monkeypatch.setattr("nlsq_dask.maps.results.predict._CALL_POINTS", 10)
+    monkeypatch.setattr("nlsq_dask.maps.results.predict._CALL_VALUES", 70)
     values = nd.predict_each(lambda x, a: jnp.where(x > 0.5, a, 1.0), ds, x)
     expected = np.where(x[:, None, None] > 0.5, a.astype(np.float32), np.float32(1.0))
     np.testing.assert_array_equal(values, expected)
@@ -478,7 +478,7 @@ def test_plot_of_a_line(fits: xr.Dataset) -> None:
 
 
 def test_plot_of_a_large_map(fits: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nlsq_dask.maps.plotting._MAX_PIXELS", 4)
+    monkeypatch.setattr("nlsq_dask.maps.results.plotting._MAX_PIXELS", 4)
     figure = nd.plot_map(fits.chunk(lat=2), "rate")
     drawn = figure.axes[0].collections[0].get_array()
     np.testing.assert_array_equal(drawn.filled(np.nan), fits.popt.sel(param="rate")[::2, ::2])
@@ -528,7 +528,7 @@ def test_summary(cube: xr.DataArray, fits: xr.Dataset, monkeypatch: pytest.Monke
             assert "not in memory" in lazy.nlsq._repr_html_()
     few = fits.drop_vars("perr").isel(lat=0, lon=1)
     assert re.search(r"rate\nbackground", repr(few.nlsq))
-    monkeypatch.setattr("nlsq_dask.maps.summary._MAX_PIXELS", 4)
+    monkeypatch.setattr("nlsq_dask.maps.results.summary._MAX_PIXELS", 4)
     assert "k = 2" in repr(fits.nlsq)
     other = cube.rename("<b>").to_dataset()
     assert repr(other.nlsq).startswith("Accessor of a Dataset with '<b>'")

@@ -22,8 +22,8 @@ from distributed import Client
 
 import nlsq_dask as nd
 from nlsq_dask.events import Event, MapEnded, MapResumed, MapStarted, TileFinished
-from nlsq_dask.maps import tiles
-from nlsq_dask.maps.store import MapStore
+from nlsq_dask.maps.problem import tiles
+from nlsq_dask.maps.stores.store import MapStore
 from tests import surviving_map
 from tests.surviving_map import N_TILES, decay, fit
 

@@ -27,8 +27,8 @@ from nlsq_dask.events import (
     MapStarted,
     TileFinished,
 )
-from nlsq_dask.maps import arguments, tiles
-from nlsq_dask.maps.picture import Picture, PictureGrid
+from nlsq_dask.maps.problem import arguments, tiles
+from nlsq_dask.maps.tasks.picture import Picture, PictureGrid
 
 T = np.linspace(0.0, 3.0, 20)
 N_TILES = 6

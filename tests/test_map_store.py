@@ -28,13 +28,13 @@ import zarr
 
 from nlsq_dask import CheckpointError, DataError, HybridStreamingConfig
 from nlsq_dask.checkpoints.identity import FitFingerprint
-from nlsq_dask.maps import lease, store
-from nlsq_dask.maps.arguments import validate_map_arguments
-from nlsq_dask.maps.identity import map_fingerprint, summary
-from nlsq_dask.maps.lease import Holder, Lease
-from nlsq_dask.maps.outputs import Outputs
-from nlsq_dask.maps.store import MapStore, store_chunks
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.maps.problem.arguments import validate_map_arguments
+from nlsq_dask.maps.stores import lease, store
+from nlsq_dask.maps.stores.identity import map_fingerprint, summary
+from nlsq_dask.maps.stores.lease import Holder, Lease
+from nlsq_dask.maps.stores.store import MapStore, store_chunks
+from nlsq_dask.maps.tasks.outputs import Outputs
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 SHAPE = (5, 7)
 TILES = ((2, 2, 1), (3, 3, 1))

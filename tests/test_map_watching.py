@@ -47,7 +47,7 @@ from nlsq_dask.observers.dashboard.on_scheduler.tables import (
 from nlsq_dask.observers.format import format_event
 from nlsq_dask.observers.progress import Progress
 from nlsq_dask.observers.telemetry import DefenseLayerTelemetry
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 T = np.linspace(0.0, 3.0, 20)
 COUNTS = {"converged": 34, "no_data": 1, "too_few_points": 1}
@@ -70,9 +70,9 @@ def cube() -> xr.DataArray:
 @pytest.fixture(autouse=True)
 def _tiles_of_few_pixels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Divide the cube into 2 x 2 tiles."""
-    monkeypatch.setattr("nlsq_dask.maps.tiles._MIN_PIXELS", 1)
-    monkeypatch.setattr("nlsq_dask.maps.tiles._MIN_BYTES", 1)
-    monkeypatch.setattr("nlsq_dask.maps.tiles._MEMORY_TILE_BYTES", 9 * T.nbytes)
+    monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+    monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
+    monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MEMORY_TILE_BYTES", 9 * T.nbytes)
     with dask.config.set(scheduler="sync"):
         yield
 

@@ -23,7 +23,7 @@ from nlsq_dask import (
     NonFiniteDataError,
     PixelFitError,
 )
-from nlsq_dask.maps import starts, tile_task
+from nlsq_dask.maps.tasks import starts, tile_task
 from nlsq_dask.model.program import compile_count
 from tests.cubes import Cube, cubes
 
@@ -247,8 +247,8 @@ def test_each_chunk_is_read_once_and_a_tile_is_one_task(cube: xr.DataArray) -> N
     chunks = ((20, 20, 20), (3, 2), (4, 3))
     y = da.from_array(Counting(), chunks, name="counting", meta=np.empty(0), asarray=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nlsq_dask.maps.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
         ds = fit_each(x=T, y=y, dims=0)
     (popt,) = dask.optimize(ds.popt.data)
     graph = dict(popt.__dask_graph__())

@@ -71,7 +71,7 @@ def test_imports_go_down(room: str, path: Path) -> None:
 
 
 def test_the_mathematics_knows_no_dask_files_or_clocks() -> None:
-    for path in [path for room in PURE for path in (PACKAGE / room).glob("*.py")]:
+    for path in [path for room in PURE for path in (PACKAGE / room).rglob("*.py")]:
         found = {name.removeprefix("nlsq_dask.").split(".")[0] for name in imports(path)}
         assert not found & IMPURE, path
 

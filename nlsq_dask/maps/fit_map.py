@@ -14,10 +14,10 @@ from dask._task_spec import Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph
 
 from nlsq_dask.events import Observer
-from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.dataset import as_dataset
-from nlsq_dask.maps.graph import build_graph, trace_tile_task
+from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.results.dataset import as_dataset
 from nlsq_dask.maps.run import run_map
+from nlsq_dask.maps.tasks.graph import build_graph, trace_tile_task
 
 
 def fit_map(problem: MapProblem, observers: Sequence[Observer] = ()) -> xr.Dataset:

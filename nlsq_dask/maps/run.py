@@ -30,19 +30,19 @@ from nlsq_dask.events import (
     TileFinished,
 )
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
-from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.dataset import as_dataset, map_dims
-from nlsq_dask.maps.graph import build_graph, trace_tile_task
-from nlsq_dask.maps.identity import map_fingerprint
-from nlsq_dask.maps.lease import Lease
-from nlsq_dask.maps.outputs import failure_text
-from nlsq_dask.maps.picture import Picture, PictureGrid
-from nlsq_dask.maps.reports import Reporter, ReportingTask, TileReport, VerifyingTask
-from nlsq_dask.maps.store import MapStore
-from nlsq_dask.maps.tiles import Tile
+from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.problem.tiles import Tile
+from nlsq_dask.maps.results.dataset import as_dataset, map_dims
+from nlsq_dask.maps.stores.identity import map_fingerprint
+from nlsq_dask.maps.stores.lease import Lease
+from nlsq_dask.maps.stores.store import MapStore
+from nlsq_dask.maps.tasks.graph import build_graph, trace_tile_task
+from nlsq_dask.maps.tasks.outputs import failure_text
+from nlsq_dask.maps.tasks.picture import Picture, PictureGrid
+from nlsq_dask.maps.tasks.reports import Reporter, ReportingTask, TileReport, VerifyingTask
 from nlsq_dask.observers.build import open_observers, report_abort, send
 from nlsq_dask.observers.telemetry import get_defense_telemetry
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneStatus
 from nlsq_dask.status import Status
 
 _DRAW_INTERVAL = 0.5  # seconds between pictures of the map

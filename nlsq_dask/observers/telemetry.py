@@ -26,7 +26,7 @@ from nlsq_dask.events import (
     WarmupEnded,
     WarmupStarted,
 )
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 _FIXED = "fixed"  # the mode where layer 2 is off
 _MAX_EVENTS = 1000

@@ -10,8 +10,8 @@ import xarray as xr
 
 from nlsq_dask._version import __version__
 from nlsq_dask.errors import DataError
-from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.outputs import Outputs
+from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.tasks.outputs import Outputs
 
 
 def map_dims(problem: MapProblem) -> tuple[str, ...]:

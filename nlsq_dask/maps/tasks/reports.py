@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from nlsq_dask.engine.retries import SkippedBlock, write_with_retries
 from nlsq_dask.engine.source_graph import GroupReader
-from nlsq_dask.maps.columns import NotReadError
-from nlsq_dask.maps.outputs import counted
-from nlsq_dask.maps.picture import Cells, PictureGrid
-from nlsq_dask.maps.store import MapStore
-from nlsq_dask.maps.tile_task import TileTask
-from nlsq_dask.maps.tiles import Tile
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.maps.problem.tiles import Tile
+from nlsq_dask.maps.stores.store import MapStore
+from nlsq_dask.maps.tasks.columns import NotReadError
+from nlsq_dask.maps.tasks.outputs import counted
+from nlsq_dask.maps.tasks.picture import Cells, PictureGrid
+from nlsq_dask.maps.tasks.tile_task import TileTask
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 Array = NDArray[Any]
 

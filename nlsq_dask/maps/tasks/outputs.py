@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask._text import join_first
-from nlsq_dask.solvers.lanes import LaneFits, LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneFits, LaneStatus
 
 Array = NDArray[Any]
 

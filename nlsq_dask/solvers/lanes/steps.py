@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from nlsq_dask.kernels.lane_sums import LaneSums, triangle_indices
-from nlsq_dask.solvers.lane_trust_region import Quadratic, restricted_step
-from nlsq_dask.solvers.lanes import LaneStatus, rounding_chi2
+from nlsq_dask.solvers.lanes.records import LaneStatus, rounding_chi2
+from nlsq_dask.solvers.lanes.trust_region import Quadratic, restricted_step
 
 ACTIVE = 9  # status of a lane that has not ended
 _ACCEPT = 1e-4  # minimum ratio of actual to predicted reduction of an accepted step

@@ -10,15 +10,15 @@ from nlsq_dask.engine.retries import ReadPolicy
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.tile_graph import tile_graph
 from nlsq_dask.errors import MissingChunksWarning, warn_caller
-from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.columns import ColumnReader
-from nlsq_dask.maps.parameter_maps import ParameterMaps
-from nlsq_dask.maps.starts import LaneFitter
-from nlsq_dask.maps.tile_task import TileTask
-from nlsq_dask.maps.tiles import Tile
+from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.problem.parameter_maps import ParameterMaps
+from nlsq_dask.maps.problem.tiles import Tile
+from nlsq_dask.maps.tasks.columns import ColumnReader
+from nlsq_dask.maps.tasks.starts import LaneFitter
+from nlsq_dask.maps.tasks.tile_task import TileTask
 from nlsq_dask.model.guess import GuessKernel
-from nlsq_dask.solvers.batched_lm import LaneSolver
-from nlsq_dask.solvers.lanes import LaneSettings, SigmaKind
+from nlsq_dask.solvers.lanes.batched_lm import LaneSolver
+from nlsq_dask.solvers.lanes.records import LaneSettings, SigmaKind
 
 
 def trace_tile_task(problem: MapProblem, raises: bool) -> TileTask:

@@ -33,7 +33,7 @@ from zarr.storage import MemoryStore
 
 from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.errors import CheckpointError, DataError, warn_caller
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneStatus
 from nlsq_dask.storage.backends import normalize_path, open_folder
 
 Array = NDArray[Any]

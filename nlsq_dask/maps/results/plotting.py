@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask._figures import FIT, label, prepare_figure
-from nlsq_dask.maps.statuses import count_statuses, flags_of
-from nlsq_dask.maps.variables import every_kth, has_variable, parameter_names, variable_of
+from nlsq_dask.maps.results.statuses import count_statuses, flags_of
+from nlsq_dask.maps.results.variables import every_kth, has_variable, parameter_names, variable_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

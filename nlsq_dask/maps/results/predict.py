@@ -25,10 +25,10 @@ from nlsq_dask.engine.evaluation import evaluate
 from nlsq_dask.engine.execution import is_inside_task
 from nlsq_dask.errors import DataError, DataWarning, warn_caller
 from nlsq_dask.fit.arguments.parameters import order_names
-from nlsq_dask.maps.alignment import check_columns
-from nlsq_dask.maps.columns import ArrayKind
-from nlsq_dask.maps.tiles import memory_chunks
-from nlsq_dask.maps.variables import parameter_names, variable_of
+from nlsq_dask.maps.problem.alignment import check_columns
+from nlsq_dask.maps.problem.tiles import memory_chunks
+from nlsq_dask.maps.results.variables import parameter_names, variable_of
+from nlsq_dask.maps.tasks.columns import ArrayKind
 from nlsq_dask.model.check import check_trace
 from nlsq_dask.model.lane_function import LaneFunction
 from nlsq_dask.model.model import Model

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from nlsq_dask.kernels.lane_sums import LaneFactors
 from nlsq_dask.model.program import Program
-from nlsq_dask.solvers.lane_batches import Index, LaneBuffers
-from nlsq_dask.solvers.lane_errors import inverse_triangle
-from nlsq_dask.solvers.lane_program import Shapes, unpack_factors
-from nlsq_dask.solvers.lanes import Lanes, rounding_chi2
+from nlsq_dask.solvers.lanes.batches import Index, LaneBuffers
+from nlsq_dask.solvers.lanes.errors import inverse_triangle
+from nlsq_dask.solvers.lanes.program import Shapes, unpack_factors
+from nlsq_dask.solvers.lanes.records import Lanes, rounding_chi2
 
 Array = NDArray[np.float64]
 _MAX_ROUNDS = 30

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.model.transform import ParameterTransform
-from nlsq_dask.solvers.lane_algebra import sweep_once
+from nlsq_dask.solvers.lanes.algebra import sweep_once
 
 Array = NDArray[np.float64]
 

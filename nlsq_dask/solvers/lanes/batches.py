@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.model.program import Program
-from nlsq_dask.solvers.lane_program import Shapes, pack, unpack
-from nlsq_dask.solvers.lane_steps import ACTIVE, State, initial_state
-from nlsq_dask.solvers.lanes import Lanes
+from nlsq_dask.solvers.lanes.program import Shapes, pack, unpack
+from nlsq_dask.solvers.lanes.records import Lanes
+from nlsq_dask.solvers.lanes.steps import ACTIVE, State, initial_state
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]

@@ -9,8 +9,8 @@ import xarray as xr
 
 from nlsq_dask import _html as html
 from nlsq_dask.data.sources.from_array import is_in_memory
-from nlsq_dask.maps.statuses import status_table
-from nlsq_dask.maps.variables import every_kth, has_variable, parameter_names, variable_of
+from nlsq_dask.maps.results.statuses import status_table
+from nlsq_dask.maps.results.variables import every_kth, has_variable, parameter_names, variable_of
 
 _MAX_PIXELS = 2**20  # whose parameters are sorted
 _HEADER = ("parameter", "median", "quartiles", "relative error", "")

@@ -18,7 +18,7 @@ from jax import lax
 from nlsq_dask.kernels.lane_sums import LaneData, LaneFactors, LaneSummation
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.transform import ParameterTransform
-from nlsq_dask.solvers.lane_steps import ACTIVE, Problem, State, StepSettings, propose, update
+from nlsq_dask.solvers.lanes.steps import ACTIVE, Problem, State, StepSettings, propose, update
 
 
 @dataclass(frozen=True)

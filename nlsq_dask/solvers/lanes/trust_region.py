@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask.solvers.lane_algebra import sweep
+from nlsq_dask.solvers.lanes.algebra import sweep
 
 _TOO_LONG = 1.2  # length of a step over the radius that is not accepted
 _MAX_ROUNDS = 10  # steps that are tried; the last one is cut to the region

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 from nlsq_dask.kernels.lane_sums import triangle_indices
 from nlsq_dask.model.transform import ParameterTransform
-from nlsq_dask.solvers.lane_errors import (
+from nlsq_dask.solvers.lanes.errors import (
     diagonals,
     expand_covariance,
     inverse_gram,
     residual_variance,
     scaled_covariance,
 )
-from nlsq_dask.solvers.lane_refinement import Refined
-from nlsq_dask.solvers.lane_steps import State
-from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings, LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneFits, Lanes, LaneSettings, LaneStatus
+from nlsq_dask.solvers.lanes.refinement import Refined
+from nlsq_dask.solvers.lanes.steps import State
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]

@@ -14,7 +14,7 @@ from nlsq_dask.data.shapes import rows_shape
 from nlsq_dask.data.sources.from_array import as_numpy
 from nlsq_dask.data.sources.from_xarray import is_xarray
 from nlsq_dask.errors import DataError, DataWarning, warn_caller
-from nlsq_dask.maps.parameter_maps import Maps
+from nlsq_dask.maps.problem.parameter_maps import Maps
 
 
 def _dask_array(value: Any) -> da.Array | None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from nlsq_dask.maps.variables import variable_of
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.maps.results.variables import variable_of
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,8 +12,8 @@ from nlsq_dask import _html as html
 from nlsq_dask.engine.memory import BASE_BYTES, MAX_FILLED, small_blocks
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
-from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.memory import COMPILED_BYTES, task_share
+from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.problem.memory import COMPILED_BYTES, task_share
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from nlsq_dask.engine.source_graph import GroupReader
 from nlsq_dask.engine.workers import process_memory
 from nlsq_dask.errors import NonFiniteDataError, PixelFitError
-from nlsq_dask.maps.columns import ColumnReader, NotReadError
-from nlsq_dask.maps.memory import TileMemory, task_share
-from nlsq_dask.maps.outputs import Outputs, counted, failure_text
-from nlsq_dask.maps.parameter_maps import ParameterMaps
-from nlsq_dask.maps.starts import Bounded, Index, LaneFitter, TilePart, tile_seed
-from nlsq_dask.maps.tiles import Tile
+from nlsq_dask.maps.problem.memory import TileMemory, task_share
+from nlsq_dask.maps.problem.parameter_maps import ParameterMaps
+from nlsq_dask.maps.problem.tiles import Tile
+from nlsq_dask.maps.tasks.columns import ColumnReader, NotReadError
+from nlsq_dask.maps.tasks.outputs import Outputs, counted, failure_text
+from nlsq_dask.maps.tasks.starts import Bounded, Index, LaneFitter, TilePart, tile_seed
 from nlsq_dask.model.guess import GuessKernel
-from nlsq_dask.solvers.lanes import LaneStatus
+from nlsq_dask.solvers.lanes.records import LaneStatus
 
 Array = NDArray[Any]
 

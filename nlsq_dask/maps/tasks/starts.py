@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.solvers.batched_lm import LaneSolver
-from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneStatus
+from nlsq_dask.solvers.lanes.batched_lm import LaneSolver
+from nlsq_dask.solvers.lanes.records import LaneFits, Lanes, LaneStatus
 from nlsq_dask.warmup.multistart import MultistartSettings, draw_starts
 
 Array = NDArray[Any]

@@ -15,8 +15,8 @@ from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.program import Program, traced_once
 from nlsq_dask.model.transform import ParameterTransform
-from nlsq_dask.solvers.lane_batches import LaneBatches
-from nlsq_dask.solvers.lane_program import (
+from nlsq_dask.solvers.lanes.batches import LaneBatches
+from nlsq_dask.solvers.lanes.program import (
     INTEGER,
     Shapes,
     data_specs,
@@ -24,10 +24,10 @@ from nlsq_dask.solvers.lane_program import (
     rows_spec,
     solve_blocks,
 )
-from nlsq_dask.solvers.lane_refinement import LaneRefinement
-from nlsq_dask.solvers.lane_results import LaneResults
-from nlsq_dask.solvers.lane_steps import StepSettings
-from nlsq_dask.solvers.lanes import LaneFits, Lanes, LaneSettings
+from nlsq_dask.solvers.lanes.records import LaneFits, Lanes, LaneSettings
+from nlsq_dask.solvers.lanes.refinement import LaneRefinement
+from nlsq_dask.solvers.lanes.results import LaneResults
+from nlsq_dask.solvers.lanes.steps import StepSettings
 
 Array = NDArray[Any]
 

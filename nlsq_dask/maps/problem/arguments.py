@@ -20,16 +20,16 @@ from nlsq_dask.errors import DataError, DataWarning, warn_caller
 from nlsq_dask.fit.arguments.parameters import Parameters, parse_parameters
 from nlsq_dask.fit.problem import parts_of_x
 from nlsq_dask.kernels.losses import Loss, check_loss
-from nlsq_dask.maps.alignment import align_map, leaves
-from nlsq_dask.maps.columns import ColumnReader
-from nlsq_dask.maps.memory import TileMemory
-from nlsq_dask.maps.outputs import Outputs
-from nlsq_dask.maps.parameter_maps import Maps, Role, Separated, check_maps
-from nlsq_dask.maps.row_wise import check_points, sample_points
-from nlsq_dask.maps.tiles import TileGrid, memory_chunks
+from nlsq_dask.maps.problem.alignment import align_map, leaves
+from nlsq_dask.maps.problem.memory import TileMemory
+from nlsq_dask.maps.problem.parameter_maps import Maps, Role, Separated, check_maps
+from nlsq_dask.maps.problem.row_wise import check_points, sample_points
+from nlsq_dask.maps.problem.tiles import TileGrid, memory_chunks
+from nlsq_dask.maps.tasks.columns import ColumnReader
+from nlsq_dask.maps.tasks.outputs import Outputs
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.model import Model
-from nlsq_dask.solvers.batched_lm import choose_lanes
+from nlsq_dask.solvers.lanes.batched_lm import choose_lanes
 from nlsq_dask.storage.backends import normalize_path
 
 # Options that act on a fit for every pixel; docs/options.md lists them.

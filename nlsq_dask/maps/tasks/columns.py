@@ -15,8 +15,8 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.engine.retries import ReadError, ReadFailedError, SkippedBlock
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.errors import BlockReadError
-from nlsq_dask.maps.tiles import Index, Tile, TileGrid
-from nlsq_dask.solvers.lanes import Lanes
+from nlsq_dask.maps.problem.tiles import Index, Tile, TileGrid
+from nlsq_dask.solvers.lanes.records import Lanes
 
 Array = NDArray[Any]
 

@@ -20,8 +20,8 @@ from nlsq_dask.engine.retries import ReadFailedError, ReadPolicy
 from nlsq_dask.engine.source_graph import GroupReader, Index, SourceGraph
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
-from nlsq_dask.maps.arguments import MapProblem
-from nlsq_dask.maps.columns import ColumnReader
+from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.tasks.columns import ColumnReader
 from nlsq_dask.model.guess import GuessKernel
 from nlsq_dask.model.prediction import PredictionKernel
 from nlsq_dask.rows.rows import STRIP_ROWS

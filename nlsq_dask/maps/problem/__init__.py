@@ -1,0 +1,1 @@
+"""What is fitted at every pixel: arguments, tiles, memory and plan."""

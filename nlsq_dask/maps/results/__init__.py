@@ -1,0 +1,1 @@
+"""The Dataset of a map, and what is made of it."""

@@ -1,0 +1,1 @@
+"""What the Dask tasks of tiles do."""
