@@ -32,12 +32,13 @@ from nlsq_dask.events import (
     MapStarted,
     TileFinished,
 )
+from nlsq_dask.maps import plotting
 from nlsq_dask.observers import logs, progress
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
 from nlsq_dask.observers.dashboard.on_scheduler.fits import Fit, Fits
 from nlsq_dask.observers.dashboard.on_scheduler.page import View
-from nlsq_dask.observers.dashboard.on_scheduler.pictures import StatusMap
+from nlsq_dask.observers.dashboard.on_scheduler.pictures import STATUS_COLORS, StatusMap
 from nlsq_dask.observers.dashboard.on_scheduler.tables import (
     STATUSES,
     rates,
@@ -413,7 +414,9 @@ def test_colors_of_a_parameter_ignore_outliers() -> None:
     assert (value.drawn, value.size) == ((100, 100), (100, 99))
 
 
-def test_the_page_has_all_statuses() -> None:
+def test_the_page_has_the_statuses_and_colors_of_plot_map() -> None:
     expected = {int(status): status.name.lower() for status in LaneStatus}
     del expected[LaneStatus.NOT_FITTED]
     assert expected == STATUSES
+    colors = {STATUSES[code]: color for code, color in STATUS_COLORS.items()}
+    assert {**colors, "not_fitted": "#FFFFFF"} == plotting._COLORS

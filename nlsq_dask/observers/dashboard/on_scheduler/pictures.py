@@ -27,19 +27,19 @@ return last > first ? `${first} to ${last}` : `${first}`
 _NAME = "return names[value - lowest] ?? 'not fitted yet'"
 _NUMBER = "return Number.isFinite(value) ? `${Number(value.toPrecision(5))}` : 'none'"
 _BLOCKS = "Reduced chi-square of each block"
-_EMPTY = "#e8e8e8"
-# By status, from the palette of Okabe and Ito; successes are green and blue.
-_STATUS_COLORS = {
+_NO_VALUE, _NOT_FITTED = "#dddddd", "#FFFFFF"  # colors of cells
+# Colors by status, those of plot_map.
+STATUS_COLORS = {
     3: "#0072B2",
     2: "#56B4E9",
     1: "#009E73",
-    0: "#E69F00",
-    -1: "#a0a0a0",
-    -2: "#666666",
-    -3: "#CC79A7",
-    -4: "#D55E00",
-    -5: "#882255",
-    -6: "#000000",
+    0: "#F0E442",
+    -1: "#E0E0E0",
+    -2: "#A6A6A6",
+    -3: "#D55E00",
+    -4: "#E69F00",
+    -5: "#CC79A7",
+    -6: "#7A0019",
 }
 
 
@@ -160,7 +160,7 @@ def _fix(axis: Any, start: int, end: int) -> None:
 def _continuous() -> Any:
     from bokeh.models import LinearColorMapper
 
-    return LinearColorMapper(palette="Viridis256", nan_color=_EMPTY, low=0, high=1)
+    return LinearColorMapper(palette="Viridis256", nan_color=_NO_VALUE, low=0, high=1)
 
 
 class Map(HeatMap):
@@ -218,8 +218,8 @@ class StatusMap(PixelMap):
 
         codes = sorted(STATUSES)
         mapper = LinearColorMapper(
-            palette=[_STATUS_COLORS[code] for code in codes],
-            low=codes[0] - 0.5, high=codes[-1] + 0.5, nan_color=_EMPTY,
+            palette=[STATUS_COLORS[code] for code in codes],
+            low=codes[0] - 0.5, high=codes[-1] + 0.5, nan_color=_NOT_FITTED,
         )  # fmt: skip
         names = [STATUSES[code] for code in codes]
         super().__init__("status", status_image, mapper, _NAME, names=names, lowest=codes[0])
@@ -229,7 +229,7 @@ class StatusMap(PixelMap):
                 label=STATUSES[code],
                 renderers=[
                     self.figure.scatter(
-                        nowhere, nowhere, marker="square", color=_STATUS_COLORS[code], size=10
+                        nowhere, nowhere, marker="square", color=STATUS_COLORS[code], size=10
                     )
                 ],
                 visible=False,
