@@ -7,8 +7,9 @@ xarray's ``curvefit`` fit some of the same pixels from the same start, in turns 
 map is also put next to its mean number of iterations times one evaluation of ``J^T J``, ``J^T r``
 and cost for all pixels, compiled by itself: the rest is algebra, copying and starts.
 
-A store has the fitted dimension in 1 or 20 chunks. Memory is the peak of a process that fits a
-store and writes the result, as ``benchmarks.memory`` measures it.
+A store has the fitted dimension in 1 or 20 chunks. Maps from a store to a store are made by one
+and by two workers, in turns. Memory is the peak of a process that fits a store and writes the
+result to one, as ``benchmarks.memory`` measures it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ if "--one" in sys.argv and "speed" in sys.argv:
     os.environ.setdefault("NPROC", "1")  # XLA's threads; read when JAX first needs the CPU
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 import zarr
+from distributed import Client
 from jax import lax
 from scipy import optimize
 
@@ -198,6 +203,34 @@ def store(side: int, later: int) -> dict[str, Any]:
     return found
 
 
+def workers(side: int, later: int) -> dict[str, Any]:
+    """Time maps from a store to a store, with 1 and 2 workers of one thread, in turns."""
+    found: dict[str, Any] = {"n_pixels": side**2}
+    for n_chunks in (1, 20):
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            write_cube(Path(folder), side, n_chunks)
+            cube = zarr.open_array(f"{folder}/cube.zarr", mode="r")
+            calls = {}
+            for n_workers in (1, 2):
+                client = stack.enter_context(common.on_processes(n_workers))
+                calls[f"{n_chunks} chunks, {n_workers} workers"] = partial(
+                    _to_store, cube, Path(folder) / "maps.zarr", client
+                )
+            timings = common.compare(calls, later)
+        found |= {name: timing.record() for name, timing in timings.items()}
+    return found
+
+
+def _to_store(cube: zarr.Array, path: Path, client: Client | None = None) -> None:
+    """Write a new store, on threads if there is no client."""
+    shutil.rmtree(path, ignore_errors=True)
+    times = np.linspace(*common.X_RANGE, N_POINTS)
+    optimizer = AdaptiveHybridStreamingOptimizer(HybridStreamingConfig(verbose=0))
+    scheduler = common.on_threads() if client is None else client.as_current()
+    with scheduler, dask.config.set(scheduler="threads" if client is None else "dask.distributed"):
+        optimizer.fit_each(common.exponential, times, cube, P0, dims=0, store=path)
+
+
 def memory(folder: Path) -> dict[str, Any]:
     """Fit a store once and write the result; the process must be new."""
     imported = memory_mb("VmRSS")
@@ -206,8 +239,7 @@ def memory(folder: Path) -> dict[str, Any]:
     with common.on_threads():
         optimizer = AdaptiveHybridStreamingOptimizer()
         planned = optimizer.plan(common.exponential, times, cube, P0, dims=0).peak_memory
-        ds = _lazy(cube).assign_coords(param=np.array(list(P0), dtype=object))
-        ds.to_zarr(folder / "maps.zarr", consolidated=False)
+    _to_store(cube, folder / "maps.zarr")
     peak = memory_mb("VmHWM")
     return {
         "imported_mb": imported,
@@ -230,7 +262,8 @@ def main() -> None:
         if what == "memory":
             json.dump(memory(Path(sizes[0])), sys.stdout)
         else:
-            json.dump({"speed": speed, "store": store}[what](*map(int, sizes)), sys.stdout)
+            measured = {"speed": speed, "store": store, "workers": workers}[what]
+            json.dump(measured(*map(int, sizes)), sys.stdout)
         return
     n_pixels, n_scipy, later = (2_048, 20, 1) if args.quick else (102_400, 1_000, 5)
     sides = (100, 200) if args.quick else (1_000, 2_000)
@@ -241,6 +274,7 @@ def main() -> None:
     found = {
         "speed": measure("speed", n_pixels, n_scipy, later),
         "store": measure("store", sides[0] // 2, later),
+        "workers": measure("workers", sides[0], min(later, 3)),
     }
     if Path("/proc/self/status").exists():
         for side in sides:
@@ -291,6 +325,18 @@ def headlines(found: dict[str, Any]) -> list[tuple[str, str]]:
     )
     ratios = [f"{one['map']['median']:.1f} s" for one in found["store"].values()]
     listed.append(("a map from Zarr, its points in 1 / 20 chunks", " / ".join(ratios)))
+    for n_chunks in (1, 20):
+        one, two = (
+            found["workers"][f"{n_chunks} chunks, {n_workers} workers"]["median"]
+            for n_workers in (1, 2)
+        )
+        rate = found["workers"]["n_pixels"] / two
+        listed.append(
+            (
+                f"from Zarr to a store, points in {n_chunks} chunks, two workers",
+                f"{rate:,.0f} fits/s, {one / two:.2f} x one worker",
+            )
+        )
     for key, one in found.items():
         if key.startswith("memory"):
             what = f"{key} above the import, written to Zarr"
@@ -311,6 +357,11 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
         for name, one in calls.items():
             what = f"{name}, Zarr, {n_chunks} chunks along the points"
             table.append([what, f"{one['median']:.3f}", f"{one['first']:.2f}", ""])
+    for name, one in found["workers"].items():
+        if name == "n_pixels":
+            continue
+        timing = [f"{one['median']:.3f}", f"{one['first']:.2f}"]
+        table.append([f"from Zarr to a store, {name}", *timing, ""])
     for key, one in found.items():
         if key.startswith("memory"):
             peak = f"{one['peak_mb']:.0f} MB, planned {one['planned_mb']:.0f} MB"
