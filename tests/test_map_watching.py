@@ -32,7 +32,7 @@ from nlsq_dask.events import (
     MapStarted,
     TileFinished,
 )
-from nlsq_dask.maps import plotting
+from nlsq_dask.maps.results import plotting
 from nlsq_dask.observers import logs, progress
 from nlsq_dask.observers.dashboard.messages import Messages
 from nlsq_dask.observers.dashboard.observer import Page
