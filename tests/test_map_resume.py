@@ -121,8 +121,9 @@ def test_a_killed_process_is_continued(data: Path, whole: xr.Dataset, tmp_path: 
 def test_twenty_kills_at_random_moments(data: Path, whole: xr.Dataset, tmp_path: Path) -> None:
     rng = random.Random(0)
     store, log = tmp_path / "maps.zarr", tmp_path / "log"
-    n_kills = 0
+    n_kills = n_runs = 0
     while n_kills < 20:
+        n_runs += 1
         process = start(data, store, log)
         try:
             process.wait(timeout=rng.uniform(0.2, 6.0))
@@ -132,7 +133,7 @@ def test_twenty_kills_at_random_moments(data: Path, whole: xr.Dataset, tmp_path:
         process.communicate()
         if process.returncode == 0:  # begin again
             xr.testing.assert_identical(fit(data, store).compute(), whole)
-            store.rename(tmp_path / f"done-{n_kills}")
+            store.rename(tmp_path / f"done-{n_runs}")
     xr.testing.assert_identical(fit(data, store).compute(), whole)
 
 
