@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
+from dask._task_spec import Task
+from distributed import KilledWorker
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
-from nlsq_dask.engine.execution import execute_each
-from nlsq_dask.engine.workers import Workers
+from nlsq_dask.engine.independent_tasks import execute_each
 from nlsq_dask.events import (
     Event,
     FitAborted,
@@ -197,16 +198,40 @@ def test_results_of_a_scheduler_without_callbacks() -> None:
     taken: list[tuple[str, int]] = []
     checked: list[int] = []
     with dask.config.set(scheduler=get):
-        workers = Workers(None, {"local": 1}, 10**9, True)
         execute_each(
-            {"a": 1, "b": 2},
-            ["a", "b"],
-            workers,
+            lambda client: ({"a": 1, "b": 2}, ["a", "b"]),
             lambda key, value: taken.append((key, value)),
             lambda: checked.append(len(taken)),
         )
     assert taken == [("a", 1), ("b", 2)]
     assert checked == [1, 2]
+
+
+def test_tasks_are_made_again_if_workers_are_lost(process_client: Any) -> None:
+    attempts: list[list[int]] = []
+    taken: list[int] = []
+
+    def make_tasks(client: Any) -> Any:
+        left = [i for i in range(4) if i not in taken]
+        attempts.append(left)
+        return {i: Task(i, abs, -i) for i in left}, left
+
+    def take(key: int, value: int) -> None:
+        taken.append(value)
+        if len(taken) == 2:
+            raise KilledWorker("task", None, 3)
+
+    with process_client.as_current(), dask.config.set(scheduler="dask.distributed"):
+        execute_each(make_tasks, take, lambda: None)
+        assert sorted(taken) == [0, 1, 2, 3]
+        assert [len(left) for left in attempts] == [4, 2]
+
+        def lose(key: int, value: int) -> None:
+            raise KilledWorker("task", None, 3)
+
+        taken.clear()
+        with pytest.raises(nd.ClusterLostError, match="lost in each of 4 attempts"):
+            execute_each(make_tasks, lose, lambda: None)
 
 
 @pytest.mark.parametrize("shape", [(7,), (250, 130), (3, 1, 205), (1, 1)])

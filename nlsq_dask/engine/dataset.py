@@ -16,7 +16,15 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.block_group import BlockGroup, ReadAhead
 from nlsq_dask.engine.cache_budget import CacheBudget
-from nlsq_dask.engine.execution import LOST_WORKERS, PartialResults, Watch, execute, lost_message
+from nlsq_dask.engine.execution import (
+    LOST_WORKERS,
+    MAX_ATTEMPTS,
+    PartialResults,
+    Watch,
+    execute,
+    is_connected,
+    lost_message,
+)
 from nlsq_dask.engine.memory import MemoryPlan
 from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
 from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
@@ -37,8 +45,6 @@ from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.prediction import PredictionKernel
-
-_MAX_ATTEMPTS = 4  # at a pass, if workers are lost
 
 
 class DataSet:
@@ -169,7 +175,7 @@ class DataSet:
         """Return the result of the tree that ``make_tree`` builds.
 
         If workers are lost, the data are sent again and the tree is rebuilt, up to
-        ``_MAX_ATTEMPTS`` times. Results that are still in ``partials`` are not computed again.
+        ``MAX_ATTEMPTS`` times. Results that are still in ``partials`` are not computed again.
         """
         if partials is None:  # of a tree with a single node
             partials = PartialResults(np.zeros((1, 3), np.int64))
@@ -191,9 +197,8 @@ class DataSet:
         client has sent to them.
         """
         client = self._workers.client
-        is_connected = client is not None and client.status == "running"
-        if not is_connected or attempt == _MAX_ATTEMPTS:
-            raise ClusterLostError(lost_message(client, error, _MAX_ATTEMPTS)) from error
+        if not is_connected(client) or attempt == MAX_ATTEMPTS:
+            raise ClusterLostError(lost_message(client, error)) from error
         self._workers = Workers.active()
         self._kernel = None
         try:

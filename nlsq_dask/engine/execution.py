@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
 from nlsq_dask.engine.serialization import to_opaque_graph
 from nlsq_dask.engine.workers import Workers
-from nlsq_dask.errors import ClusterLostError
 
 _PATIENCE = 5.0  # seconds until a transfer is checked, doubled each time
 _GATHER_INTERVAL = 1.0  # seconds between checks that gathered results still exist
@@ -152,27 +151,26 @@ class WorkersReplacedError(Exception):
 LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, WorkersReplacedError)
 
 
-def lost_message(client: Client | None, error: Exception, attempts: int = 0) -> str:
-    """Return the text of a ClusterLostError.
+MAX_ATTEMPTS = 4  # to compute with other workers, if some are lost
 
-    Parameters
-    ----------
-    client : Client or None
-    error : Exception
-        The error of distributed.
-    attempts : int
-        Number of attempts to compute with other workers; 0 if the scheduler made them.
-    """
-    if client is None or client.status != "running":
+
+def lost_message(client: Client | None, error: Exception) -> str:
+    """Return the text of a ClusterLostError, given the error of distributed."""
+    if not is_connected(client):
         return (
             "the connection to the Dask scheduler was lost while the data were read. Start a new "
             "cluster and client, then fit again."
         )
-    tried = f"in each of {attempts} attempts to read the data" if attempts else "repeatedly"
     return (
-        f"workers were lost {tried} ({error}). See the workers' logs for the reason. If they ran "
-        f"out of memory, use smaller chunks or workers with more memory."
+        f"workers were lost in each of {MAX_ATTEMPTS} attempts to read the data ({error}). See the "
+        f"workers' logs for the reason. If they ran out of memory, use smaller chunks or workers "
+        f"with more memory."
     )
+
+
+def is_connected(client: Client | None) -> bool:
+    """Return whether there is a client with a scheduler."""
+    return client is not None and client.status == "running"
 
 
 def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch) -> Any:
@@ -198,63 +196,11 @@ def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch
             partials.add(tree.nodes[key], result)
             watch(partials)
 
-    options = _callback_options(get_scheduler(), finished)
+    options = callback_options(get_scheduler(), finished)
     return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
 
 
-def execute_each(
-    tasks: Mapping[Any, Any],
-    keys: Sequence[Any],
-    workers: Workers,
-    finished: Callable[[Any, Any], None],
-    check: Callable[[], None],
-) -> None:
-    """Compute independent tasks on the active Dask scheduler, and return each result at once.
-
-    Within a task of a cluster, they are computed one after another in the same thread, because
-    other tasks could only wait for that one.
-
-    Parameters
-    ----------
-    tasks : mapping
-        The graph.
-    keys : sequence
-        Keys of the tasks.
-    workers : Workers
-        The processes of the active scheduler.
-    finished : callable
-        Called with key and result of each task when it is done, in this thread. An exception that
-        it raises ends the computation.
-    check : callable
-        Called without arguments after each of them, and every second on a cluster. An exception
-        that it raises ends the computation.
-
-    Raises
-    ------
-    ClusterLostError
-        If the connection to the scheduler is lost, or a task has repeatedly lost its worker.
-    """
-    if workers.client is not None and not is_inside_task():
-        try:
-            _each_on_cluster(tasks, keys, workers.client, finished, check)
-        except LOST_WORKERS as error:
-            raise ClusterLostError(lost_message(workers.client, error)) from error
-        return
-    missing = set(keys)
-
-    def done(key: Any, result: Any, *_: Any) -> None:
-        if key in missing:
-            missing.remove(key)
-            finished(key, result)
-            check()
-
-    get = get_sync if is_inside_task() else get_scheduler() or get_threaded
-    results = get(tasks, list(keys), **_callback_options(get, done))
-    for key, result in zip(keys, results, strict=True):  # of a scheduler without callbacks
-        done(key, result)
-
-
-def _callback_options(get: Any, finished: Callable[..., None]) -> dict[str, Any]:
+def callback_options(get: Any, finished: Callable[..., None]) -> dict[str, Any]:
     """Return the options for a local scheduler that let it call ``finished`` after each task."""
     if get in _LOCAL or (isinstance(get, partial) and get.func is get_async):  # of an executor
         # As an argument, because concurrent fits share the global set of callbacks.
@@ -262,29 +208,7 @@ def _callback_options(get: Any, finished: Callable[..., None]) -> dict[str, Any]
     return {}
 
 
-def _each_on_cluster(
-    tasks: Mapping[Any, Any],
-    keys: Sequence[Any],
-    client: Client,
-    finished: Callable[[Any, Any], None],
-    check: Callable[[], None],
-) -> None:
-    futures: list[Future[Any]] = client.get(dict(tasks), list(keys), sync=False)
-    try:
-        results = as_completed(futures, with_results=True, raise_errors=False)
-        for _ in futures:
-            future, result = _next_finished(results, check)
-            if future.status != "finished":
-                future.result()  # raises
-            finished(future.key, result)
-            check()
-            future.release()
-    finally:
-        for future in futures:
-            future.release()
-
-
-def _next_finished(results: as_completed, check: Callable[[], None]) -> Any:
+def next_finished(results: as_completed, check: Callable[[], None]) -> Any:
     """Return the next of some futures that is done; meanwhile, call ``check`` every second."""
     checked = time.monotonic()
     while not results.has_ready():
@@ -306,7 +230,7 @@ def _run_on_cluster(
     check = partial(_check, workers, partials, watch)
     try:
         while True:
-            future: Future[Any] = _next_finished(finished, check)
+            future: Future[Any] = next_finished(finished, check)
             if future.status != "finished":
                 future.result()  # raises
             partials.add(tree.nodes[future.key], future)

@@ -15,10 +15,10 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask._text import join_first
-from nlsq_dask.engine.execution import execute_each, is_inside_task
+from nlsq_dask.engine.execution import is_inside_task
+from nlsq_dask.engine.independent_tasks import execute_each
 from nlsq_dask.engine.retries import SkippedBlock
 from nlsq_dask.engine.tile_graph import calls
-from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import BlockReadError, CheckpointError, PixelFitError, warn_caller
 from nlsq_dask.events import (
     BlocksSkipped,
@@ -170,19 +170,39 @@ class _Run:
             self._store,
             problem.config.read_retries,
         )
-        graph, keys = build_graph(problem, task, tiles)
-        by_key = dict(zip(keys, tiles, strict=True))
 
-        def take(key: Any, report: TileReport | None) -> None:
+        def take(tile: Tile, report: TileReport | None) -> None:
             if report is not None:
-                self._take(by_key[key], report)
+                self._take(tile, report)
 
         self._fits_began = time.monotonic()
         try:
             self._check()
-            execute_each(graph, keys, Workers.active(), take, self._check)
+            self._execute(tiles, partial(build_graph, problem, task), take)
         finally:
             task.gate.close()
+
+    def _execute(
+        self,
+        tiles: Sequence[Tile],
+        make_graph: Callable[[list[Tile], Any], tuple[dict[Any, Any], list[Any]]],
+        take: Callable[[Tile, TileReport | None], None],
+    ) -> None:
+        """Compute a task per tile; ``make_graph`` takes the tiles that are left, and a client."""
+        remaining = {tile.index: tile for tile in tiles}
+        by_key: dict[Any, Tile] = {}
+
+        def make_tasks(client: Any) -> tuple[dict[Any, Any], list[Any]]:
+            graph, keys = make_graph(list(remaining.values()), client)
+            by_key.update(zip(keys, remaining.values(), strict=True))
+            return graph, keys
+
+        def finished(key: Any, report: TileReport | None) -> None:
+            tile = by_key[key]
+            del remaining[tile.index]
+            take(tile, report)
+
+        execute_each(make_tasks, finished, self._check)
 
     def _missing(self, tiles: Sequence[Tile], store: MapStore) -> list[Tile]:
         """Return the tiles that are not in the store; those that are there are verified."""
@@ -190,24 +210,27 @@ class _Run:
         present = [tile for tile in tiles if tile.index in written]
         if not present:
             return list(tiles)
-        token = uuid.uuid4().hex
-        keys = [(f"nlsq-verify-{token}", *tile.index) for tile in present]
-        by_key = dict(zip(keys, present, strict=True))
         missing = [tile for tile in tiles if tile.index not in written]
         n_damaged = 0
 
-        def take(key: Any, report: TileReport | None) -> None:
+        def take(tile: Tile, report: TileReport | None) -> None:
             nonlocal n_damaged
             n_damaged += report is None
             if report is None or report.counts.keys() == {LaneStatus.NOT_READ}:
-                missing.append(by_key[key])
+                missing.append(tile)
             else:
                 self._n_tiles += 1
                 self._totals.update(report.counts)
                 self._picture.add(report.cells)
 
-        graph = calls(VerifyingTask(store, self._reporter), keys, present, token)
-        execute_each(graph, keys, Workers.active(), take, self._check)
+        verify = VerifyingTask(store, self._reporter)
+
+        def make_graph(tiles: list[Tile], client: Any) -> tuple[dict[Any, Any], list[Any]]:
+            token = uuid.uuid4().hex
+            keys = [(f"nlsq-verify-{token}", *tile.index) for tile in tiles]
+            return calls(verify, keys, tiles, token), keys
+
+        self._execute(present, make_graph, take)
         self._n_earlier = self._totals.total()
         self._emit(
             MapResumed(

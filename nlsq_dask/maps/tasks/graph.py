@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nlsq_dask.engine.reduction_tree import broadcast
 from nlsq_dask.engine.retries import ReadPolicy
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.tile_graph import tile_graph
@@ -19,6 +20,8 @@ from nlsq_dask.maps.tasks.tile_task import TileTask
 from nlsq_dask.model.guess import GuessKernel
 from nlsq_dask.solvers.lanes.batched_lm import LaneSolver
 from nlsq_dask.solvers.lanes.records import LaneSettings, SigmaKind
+
+_MAX_GRAPH_BYTES = 2**22  # of arrays, which a scheduler should hold
 
 
 def trace_tile_task(problem: MapProblem, raises: bool) -> TileTask:
@@ -63,13 +66,23 @@ def trace_tile_task(problem: MapProblem, raises: bool) -> TileTask:
 
 
 def build_graph(
-    problem: MapProblem, function: Callable[..., Any], tiles: Sequence[Tile]
+    problem: MapProblem,
+    function: Callable[..., Any],
+    tiles: Sequence[Tile],
+    client: Any = None,
 ) -> tuple[dict[Any, Any], list[Any]]:
-    """Return a graph with a task per tile, which calls a ``TileTask`` or the like, and its keys."""
+    """Return a graph with a task per tile, which calls a ``TileTask`` or the like, and its keys.
+
+    Large arrays in memory are sent to the workers of a ``client`` if there is one; otherwise they
+    are in the graph.
+    """
     blocks, grid, config = problem.blocks, problem.grid, problem.config
     source = SourceGraph(blocks, ReadPolicy(config.read_retries, config.min_success_rate < 1.0))
     for sentence in source.missing_chunks():
         warn_caller(sentence, MissingChunksWarning)
+    literals = source.large_literals
+    if sum(array.nbytes for array in literals.values()) > _MAX_GRAPH_BYTES:
+        source.replace(broadcast(literals, client))
     token = uuid.uuid4().hex
     keys: list[Any] = [(f"nlsq-tile-{token}", *tile.index) for tile in tiles]
     groups = [grid.blocks_of(tile) for tile in tiles]

@@ -1,0 +1,110 @@
+"""``execute_each``: compute tasks on Dask, and hand over each result when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dask.base import get_scheduler
+from dask.local import get_sync
+from dask.threaded import get as get_threaded
+from distributed import Client, Future, as_completed
+
+from nlsq_dask.engine.execution import (
+    LOST_WORKERS,
+    MAX_ATTEMPTS,
+    callback_options,
+    is_connected,
+    is_inside_task,
+    lost_message,
+    next_finished,
+)
+from nlsq_dask.engine.workers import Workers
+from nlsq_dask.errors import ClusterLostError
+
+Key = Any
+Tasks = tuple[Mapping[Key, Any], Sequence[Key]]  # a graph, and the keys to compute
+
+
+def execute_each(
+    make_tasks: Callable[[Client | None], Tasks],
+    finished: Callable[[Key, Any], None],
+    check: Callable[[], None],
+) -> None:
+    """Compute independent tasks on the active Dask scheduler.
+
+    Within a task of a cluster, they are computed one after another in the same thread, because
+    other tasks could only wait for that one.
+
+    Parameters
+    ----------
+    make_tasks : callable
+        Returns a graph and the keys of the tasks that are not finished, given the client of the
+        cluster, or None. It is called again if workers are lost with data that were sent to them.
+    finished : callable
+        Called with key and result of each task when it is done, in this thread. An exception that
+        it raises ends the computation.
+    check : callable
+        Called without arguments after each of them, and every second on a cluster. An exception
+        that it raises ends the computation.
+
+    Raises
+    ------
+    ClusterLostError
+        If the connection to the scheduler is lost, or workers are lost repeatedly.
+    """
+    client = None if is_inside_task() else Workers.active().client
+    if client is None:
+        _each_here(*make_tasks(None), finished, check)
+        return
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            _each_on_cluster(*make_tasks(client), client, finished, check)
+        except LOST_WORKERS as error:
+            if not is_connected(client) or attempt == MAX_ATTEMPTS:
+                raise ClusterLostError(lost_message(client, error)) from error
+        else:
+            return
+
+
+def _each_here(
+    tasks: Mapping[Key, Any],
+    keys: Sequence[Key],
+    finished: Callable[[Key, Any], None],
+    check: Callable[[], None],
+) -> None:
+    """Compute tasks on a scheduler of this machine."""
+    missing = set(keys)
+
+    def done(key: Key, result: Any, *_: Any) -> None:
+        if key in missing:
+            missing.remove(key)
+            finished(key, result)
+            check()
+
+    get = get_sync if is_inside_task() else get_scheduler() or get_threaded
+    results = get(tasks, list(keys), **callback_options(get, done))
+    for key, result in zip(keys, results, strict=True):  # of a scheduler without callbacks
+        done(key, result)
+
+
+def _each_on_cluster(
+    tasks: Mapping[Key, Any],
+    keys: Sequence[Key],
+    client: Client,
+    finished: Callable[[Key, Any], None],
+    check: Callable[[], None],
+) -> None:
+    futures: list[Future[Any]] = client.get(dict(tasks), list(keys), sync=False)
+    try:
+        results = as_completed(futures, with_results=True, raise_errors=False)
+        for _ in futures:
+            future, result = next_finished(results, check)
+            if future.status != "finished":
+                future.result()  # raises
+            finished(future.key, result)
+            check()
+            future.release()
+    finally:
+        for future in futures:
+            future.release()
