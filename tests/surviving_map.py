@@ -75,7 +75,7 @@ def fit(
 if __name__ == "__main__":
     from nlsq_dask.maps.problem import tiles
 
-    tiles._MIN_PIXELS, tiles._MIN_BYTES = 1, 1
+    tiles._MIN_PIXELS, tiles._MIN_POINTS = 1, 1
     data, store, log = sys.argv[1:]
     print("ready", flush=True)
     with dask.config.set(scheduler="threads", num_workers=2):

@@ -230,7 +230,7 @@ def from_flaky(cube: xr.DataArray, failures: int, **options: Any) -> tuple[Flaky
     flaky = Flaky(cube.values, failures)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_POINTS", 1)
         chunks = (40, 2, 6)
         lazy = da.from_array(flaky, chunks, name=False, meta=np.empty(0), asarray=False)
         ds = fit_each(cube.copy(data=lazy), config=Config(**options))
@@ -278,8 +278,8 @@ def test_sigterm_ends_the_call(cube: xr.DataArray, fitted: xr.Dataset) -> None:
     )
     with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
         patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
-        patch.setattr("nlsq_dask.maps.problem.tiles._MEMORY_TILE_BYTES", 12 * T.nbytes)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_POINTS", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MEMORY_TILE_POINTS", 12 * T.size)
         with pytest.warns(UserWarning, match="stopped because SIGTERM was received"):
             ds = optimizer.fit_each(decay, "t", cube, P0, dims="t")
     is_done = ds.status != -7

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from dask._task_spec import Task
-from distributed import KilledWorker
+from distributed.client import FutureCancelledError
 
 import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
@@ -43,7 +43,7 @@ def decay(t: Any, a: Any, b: Any) -> Any:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tiles have 2 rows."""
     monkeypatch.setattr(tiles, "_MIN_PIXELS", 1)
-    monkeypatch.setattr(tiles, "_MIN_BYTES", 1)
+    monkeypatch.setattr(tiles, "_MIN_POINTS", 1)
     monkeypatch.setattr(arguments, "memory_chunks", lambda *_: ((20,), (2,) * N_TILES, (10,)))
 
 
@@ -70,7 +70,7 @@ def fitted(cube: xr.DataArray) -> xr.Dataset:
     """The fits, computed as a lazy Dataset."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "_MIN_PIXELS", 1)
-        patch.setattr(tiles, "_MIN_BYTES", 1)
+        patch.setattr(tiles, "_MIN_POINTS", 1)
         lazy = fit_each(cube.chunk(row=2, col=10))
     computed: xr.Dataset = lazy.compute(scheduler="threads")
     return computed
@@ -219,7 +219,7 @@ def test_tasks_are_made_again_if_workers_are_lost(process_client: Any) -> None:
     def take(key: int, value: int) -> None:
         taken.append(value)
         if len(taken) == 2:
-            raise KilledWorker("task", None, 3)
+            raise FutureCancelledError("task", "lost dependencies")
 
     with process_client.as_current(), dask.config.set(scheduler="dask.distributed"):
         execute_each(make_tasks, take, lambda: None)
@@ -227,7 +227,7 @@ def test_tasks_are_made_again_if_workers_are_lost(process_client: Any) -> None:
         assert [len(left) for left in attempts] == [4, 2]
 
         def lose(key: int, value: int) -> None:
-            raise KilledWorker("task", None, 3)
+            raise FutureCancelledError("task", "lost dependencies")
 
         taken.clear()
         with pytest.raises(nd.ClusterLostError, match="lost in each of 4 attempts"):

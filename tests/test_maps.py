@@ -248,7 +248,7 @@ def test_each_chunk_is_read_once_and_a_tile_is_one_task(cube: xr.DataArray) -> N
     y = da.from_array(Counting(), chunks, name="counting", meta=np.empty(0), asarray=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
-        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_BYTES", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_POINTS", 1)
         ds = fit_each(x=T, y=y, dims=0)
     (popt,) = dask.optimize(ds.popt.data)
     graph = dict(popt.__dask_graph__())

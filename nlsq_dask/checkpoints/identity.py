@@ -98,8 +98,6 @@ class FitFingerprint:
         common = self.values.keys() & now.values.keys()
         then_read, now_read = ({name: d.values[name] for name in common} for d in (self, now))
         differences = [
-            *_differences("data", self.data, now.data),
-            *list(_differences("values of", then_read, now_read))[:1],
             *_differences("argument", self.arguments, now.arguments, unknown=repr(None)),
             *_differences("option", {**options, **self.options}, {**options, **now.options}),
         ]
@@ -112,6 +110,8 @@ class FitFingerprint:
                 for what, (one, other) in zip(("the model", "guess"), pairs, strict=False)
                 if one != other
             ]
+        differences += _differences("data", self.data, now.data)
+        differences += list(_differences("values of", then_read, now_read))[:1]
         if differences:
             listed = join_first(differences, _MAX_DIFFERENCES, "; ", "differences")
             raise CheckpointError(

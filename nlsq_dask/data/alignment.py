@@ -112,6 +112,17 @@ class RowBlocks:
             if name in self.x_units
         ]
 
+    @property
+    def date_hint(self) -> str:
+        """Hint to shift dates, whose numbers are far from zero; empty without dates."""
+        notices = self.date_notices()
+        if not notices:
+            return ""
+        return (
+            f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data: in "
+            f"the model, subtract a date near the data from x."
+        )
+
     def block_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the number of rows of each block, as an array of shape ``grid``."""
         return _chunk_sizes(self.y.chunks)

@@ -19,7 +19,13 @@ from nlsq_dask.engine.execution import is_inside_task
 from nlsq_dask.engine.independent_tasks import execute_each
 from nlsq_dask.engine.retries import SkippedBlock
 from nlsq_dask.engine.tile_graph import calls
-from nlsq_dask.errors import BlockReadError, CheckpointError, PixelFitError, warn_caller
+from nlsq_dask.errors import (
+    BlockReadError,
+    CheckpointError,
+    DataWarning,
+    PixelFitError,
+    warn_caller,
+)
 from nlsq_dask.events import (
     BlocksSkipped,
     MapDrawn,
@@ -31,6 +37,7 @@ from nlsq_dask.events import (
 )
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
 from nlsq_dask.maps.problem.arguments import MapProblem
+from nlsq_dask.maps.problem.plan import SINGLE_TILE
 from nlsq_dask.maps.problem.tiles import Tile
 from nlsq_dask.maps.results.dataset import as_dataset, map_dims
 from nlsq_dask.maps.stores.identity import map_fingerprint
@@ -74,6 +81,9 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
                 f"store={problem.store!r} cannot be read or written: {error}. Pass a path or URL "
                 f"to which this process and all workers can write."
             ) from error
+
+        if problem.is_single_tile:
+            warn_caller(f"{SINGLE_TILE[0].upper()}{SINGLE_TILE[1:]}.", DataWarning)
 
         def check() -> None:
             interruption.check()
@@ -340,12 +350,24 @@ class _Run:
                 f"of {self._started.n_pixels:,} pixels are fitted, the others have the status "
                 f"not_fitted. {remedy}"
             )
+        self._warn_of_dates()
         if self._problem.errors == "raise" and (text := failure_text(self._totals)):
             kept = f"All fits are in {self._store.path}. " if self._store else ""
             raise PixelFitError(
                 f"{text}. {kept}Use errors='flag' (in curvefit, errors='ignore') to return all."
             )
         return dataset
+
+    def _warn_of_dates(self) -> None:
+        """Warn if most fits have no good solution, and x holds dates."""
+        totals = self._totals
+        n_fits = totals.total() - totals[LaneStatus.NO_DATA] - totals[LaneStatus.NOT_READ]
+        n_solved = totals[LaneStatus.CONVERGED] + totals[LaneStatus.AT_BOUND]
+        if (hint := self._problem.blocks.date_hint) and 2 * n_solved < n_fits:
+            warn_caller(
+                f"{n_fits - n_solved:,} of {n_fits:,} fits failed or are singular.{hint}",
+                DataWarning,
+            )
 
 
 def _check_visible(store: MapStore, n_tiles: int) -> None:

@@ -148,7 +148,8 @@ def _map_started(event: MapStarted) -> str:
 
 
 def _map_resumed(event: MapResumed) -> str:
-    text = f"Resuming: {event.tiles:,} of {_count(event.n_tiles, 'tile')} are in the store"
+    verb = "is" if event.tiles == 1 else "are"
+    text = f"Resuming: {event.tiles:,} of {_count(event.n_tiles, 'tile')} {verb} in the store"
     return f"{text}; {event.n_damaged:,} are damaged" if event.n_damaged else text
 
 

@@ -168,7 +168,7 @@ def _message(
         message += _MULTISTART_HINT
     if stop.is_interruption:
         return message + resume_hint(outcome.checkpoint)
-    return message if stop.is_success else message + _date_hint(problem.blocks)
+    return message if stop.is_success else message + problem.blocks.date_hint
 
 
 def _no_effect_hint(outcome: Outcome, problem: FitProblem) -> str:
@@ -185,17 +185,6 @@ def _no_effect_hint(outcome: Outcome, problem: FitProblem) -> str:
         f"No parameter changes the model by more than {effects.max():.1g} of y: p0 may be too "
         f"small by orders of magnitude (an amplitude should be about as large as y), or so far "
         f"away that the model vanishes."
-    )
-
-
-def _date_hint(blocks: RowBlocks) -> str:
-    """Return a hint to shift dates, whose numbers are far from zero; empty without dates."""
-    notices = blocks.date_notices()
-    if not notices:
-        return ""
-    return (
-        f" Note that {'; '.join(notices)}. A decay or growth needs an origin near the data: in the "
-        f"model, subtract a date near the data from x."
     )
 
 

@@ -42,10 +42,14 @@ class Parameters:
     @property
     def notice(self) -> str:
         """Message on the parameters missing in p0; empty if none is missing."""
+        return self.missing_notice(self.not_given)
+
+    def missing_notice(self, missing: Collection[str]) -> str:
+        """Return a message on parameters that p0 does not have; empty if there are none."""
         starts = [
             f"{name} = {value:g}"
             for name, value in zip(self.names, self.start, strict=True)
-            if name in self.not_given
+            if name in missing
         ]
         return f"Parameters missing in p0 start at: {join_first(starts)}" if starts else ""
 

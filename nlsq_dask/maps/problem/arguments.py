@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,18 @@ class MapProblem:
     def is_eager(self) -> bool:
         """Whether the fits run now: for arrays in memory, and with a store."""
         return self.in_memory or self.store is not None
+
+    @property
+    def has_merged_tiles(self) -> bool:
+        """Whether tiles have several columns of chunks; smaller chunks would be merged, too."""
+        grid = self.grid
+        return grid.largest > math.prod(max(grid.chunks[axis]) for axis in grid.map_axes)
+
+    @property
+    def is_single_tile(self) -> bool:
+        """Whether the map is a single tile because of the chunks of lazy data."""
+        is_one = math.prod(self.grid.shape) == 1 and not self.in_memory
+        return is_one and not self.has_merged_tiles and self.grid.can_be_split
 
     @property
     def outputs(self) -> Outputs:

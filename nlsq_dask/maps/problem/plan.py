@@ -14,9 +14,14 @@ from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.maps.problem.arguments import MapProblem
 from nlsq_dask.maps.problem.memory import COMPILED_BYTES, task_share
+from nlsq_dask.maps.problem.parameter_maps import Role
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
+SINGLE_TILE = (
+    "the map is a single tile, because the chunks of y_data span it: one thread fits it, and "
+    "nothing is done before its end. Use chunks that are smaller along the dimensions of the map"
+)
 _MANY_TILES = 1000
 _SMALL_TILE_PIXELS = 256  # starting a task takes longer than fitting so few pixels
 
@@ -139,8 +144,10 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
 
 def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) -> Iterator[str]:
     grid = problem.grid
-    if problem.parameters.notice:
-        yield problem.parameters.notice
+    parameters = problem.parameters
+    missing = [n for n in parameters.not_given if Role("start", n) not in problem.maps]
+    if notice := parameters.missing_notice(missing):
+        yield notice
     if peak > MAX_FILLED * workers.memory_limit:
         yield (
             f"a worker needs {format_bytes(peak)} of memory and has "
@@ -156,12 +163,11 @@ def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) ->
     if not problem.in_memory and (small := small_blocks(problem.blocks)):
         yield small
     n_tiles = math.prod(grid.shape)
-    # Smaller chunks would be merged again.
-    is_merged = problem.in_memory or grid.largest > math.prod(
-        max(grid.chunks[axis]) for axis in grid.map_axes
-    )
-    if not is_merged and (idle := workers.idle_problem(n_tiles)):
-        yield idle
+    is_merged = problem.in_memory or problem.has_merged_tiles
+    if problem.is_single_tile:
+        yield SINGLE_TILE
+    elif not is_merged and (idle := workers.idle_problem(n_tiles)):
+        yield f"{idle} along the dimensions of the map"
     if n_tiles > _MANY_TILES and grid.largest < _SMALL_TILE_PIXELS:
         yield (
             f"{n_tiles:,} tiles of up to {grid.largest} pixels: starting a task takes longer than "

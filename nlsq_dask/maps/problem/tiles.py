@@ -20,10 +20,10 @@ Index = tuple[int, ...]
 Slices = tuple[slice, ...]
 
 # A task costs a scheduler about a millisecond and a tile has a start of its own, so neighboring
-# columns of chunks with fewer pixels, and fewer bytes, share a tile.
+# columns of chunks with fewer pixels, or fewer points of all pixels together, share a tile.
 _MIN_PIXELS = 1024
-_MIN_BYTES = 2**22
-_MEMORY_TILE_BYTES = 2**22  # of y in memory, which is split so that threads share the work
+_MIN_POINTS = 2**19
+_MEMORY_TILE_POINTS = 2**18  # of y in memory, which is split so that threads share the work
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TileGrid:
         """Return the tiles: columns of blocks along the fitted axes, small ones merged."""
         chunks = blocks.y.chunks
         n_points = math.prod(blocks.y.shape[axis] for axis in fitted)
-        needed = max(_MIN_PIXELS, -(-_MIN_BYTES // max(n_points * blocks.y.itemsize, 1)))
+        needed = _fewest_pixels(n_points)
         pixels = math.prod(max(c) for axis, c in enumerate(chunks) if axis not in fitted)
         edges = []
         for axis in reversed(range(len(chunks))):
@@ -95,6 +95,11 @@ class TileGrid:
         """Number of pixels of the largest tile."""
         return math.prod(map(max, self.map_chunks))
 
+    @property
+    def can_be_split(self) -> bool:
+        """Whether smaller chunks would make more tiles."""
+        return self.n_pixels > 2 * _fewest_pixels(self.n_points)
+
     def __iter__(self) -> Iterator[Tile]:
         return map(self._tile, np.ndindex(self.shape))
 
@@ -120,6 +125,11 @@ class TileGrid:
         return Tile(index, shape, tuple(starts), slices)
 
 
+def _fewest_pixels(n_points: int) -> int:
+    """Return the number of pixels up to which columns of chunks share a tile."""
+    return max(_MIN_PIXELS, -(-_MIN_POINTS // max(n_points, 1)))
+
+
 def _slices(first: int, sizes: Sequence[int]) -> list[tuple[int, slice]]:
     """Return the number of each block along an axis, and where it lies in the tile."""
     stops = np.cumsum(sizes).tolist()
@@ -130,7 +140,7 @@ def _slices(first: int, sizes: Sequence[int]) -> list[tuple[int, slice]]:
 def memory_chunks(shape: Index, fitted: Index, dtype: np.dtype[np.generic]) -> tuple[Index, ...]:
     """Return the chunks into which y in memory is split: all points, and some pixels."""
     n_points = math.prod(shape[axis] for axis in fitted)
-    limit = max(_MEMORY_TILE_BYTES, _MIN_PIXELS * n_points * dtype.itemsize)
+    limit = max(_MEMORY_TILE_POINTS, _MIN_PIXELS * n_points) * dtype.itemsize
     sizes = tuple(-1 if axis in fitted else "auto" for axis in range(len(shape)))
     chunks: tuple[Index, ...] = normalize_chunks(sizes, shape, limit=limit, dtype=dtype)
     return chunks

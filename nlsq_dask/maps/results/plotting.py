@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask._figures import FIT, label, prepare_figure
-from nlsq_dask.maps.results.statuses import count_statuses, flags_of
+from nlsq_dask.maps.results.statuses import count_statuses, flags_of, is_determined
 from nlsq_dask.maps.results.variables import every_kth, has_variable, parameter_names, variable_of
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ _OTHER_COLOR = "#000000"
 def plot_map(ds: xr.Dataset, name: str, *, figure: Figure | SubFigure | None = None) -> Any:
     """Plot a parameter of a map, its standard error and the status, side by side.
 
-    Colors vary between the 2nd and the 98th percentile of the pixels whose fit succeeded; the
-    others are gray. A map with one dimension is drawn as a line with a band of one standard error,
-    above a strip with the status. Of more than a million pixels, every k-th along each dimension
-    is drawn.
+    Colors vary between the 2nd and the 98th percentile of the pixels with a solution that the data
+    determine (status 1 and 2); the others are gray. A map with one dimension is drawn as a line
+    with a band of one standard error, above a strip with the status. Of more than a million pixels,
+    every k-th along each dimension is drawn.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def plot_map(ds: xr.Dataset, name: str, *, figure: Figure | SubFigure | None = N
 
 @dataclass(frozen=True)
 class _Panels:
-    """What is drawn, in memory; NaN where the fit of a pixel failed."""
+    """What is drawn, in memory; NaN where the data determine no solution."""
 
     value: xr.DataArray
     error: xr.DataArray | None
@@ -133,7 +133,7 @@ class _Panels:
         data = xr.Dataset(arrays).squeeze(drop=True)
         some, k = every_kth(data, tuple(long), _MAX_PIXELS)
         drawn = _with_drawable_coordinates(some.compute(), long)
-        status, is_solved = drawn["status"], drawn["status"] > 0
+        status, is_solved = drawn["status"], is_determined(drawn["status"])
         counts = count_statuses(status)
         names, total = flags_of(status), sum(counts.values())
         codes = xr.full_like(status, np.nan, float)

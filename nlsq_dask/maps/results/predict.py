@@ -399,5 +399,6 @@ def _in_order_of_y(dims: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
 
 
 def _attrs(ds: xr.Dataset) -> dict[str, str]:
-    attrs = {"long_name": "model at the best-fit parameters", "units": ds.attrs.get("data_units")}
-    return {name: text for name, text in attrs.items() if text}
+    # No long_name: xarray would pass it on to residuals.
+    units = ds.attrs.get("data_units")
+    return {"units": units} if units else {}

@@ -13,19 +13,19 @@ from nlsq_dask.solvers.lanes.records import LaneStatus
 if TYPE_CHECKING:
     import pandas as pd
 
-# By flag. The table in docs/howto_maps.md has the same sentences, which a test compares.
+# By flag, short enough for a table in a terminal; docs/howto_maps.md has them, too.
 MEANINGS = {
-    "converged": "The fit converged.",
-    "at_bound": "The fit converged with a parameter at a bound.",
-    "singular": "The fit converged, but the data do not determine all parameters.",
-    "iteration_limit": "`gauss_newton_max_iterations` was reached.",
-    "no_data": "The pixel has no valid point.",
-    "too_few_points": "There are fewer points than free parameters, or than `min_points`.",
-    "non_finite": "The model is not finite at the start, or sigma is not positive.",
-    "stalled": "No step improves the fit, but it did not converge.",
-    "bad_start": "A start, bound or fixed value is NaN, or they contradict each other.",
-    "not_read": "The data could not be read, and `min_success_rate` is below 1.",
-    "not_fitted": "The tile of the pixel has not been fitted yet.",
+    "converged": "a solution",
+    "at_bound": "a solution, parameter at bound",
+    "singular": "parameters not determined",
+    "iteration_limit": "too many iterations",
+    "no_data": "no valid point",
+    "too_few_points": "fewer points than needed",
+    "non_finite": "model not finite, or bad sigma",
+    "stalled": "no step improves the fit",
+    "bad_start": "start or bounds not valid",
+    "not_read": "data could not be read",
+    "not_fitted": "not fitted yet",
 }
 
 
@@ -47,7 +47,7 @@ def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
         - status: number in ``ds.status``, positive for success
         - pixels: number of pixels with this status
         - share: fraction of all pixels
-        - meaning: one sentence
+        - meaning: a few words on it
 
         The sum of ``pixels`` is the number of all pixels. Pixels without a status (NaN, as after
         ``ds.where``) are not counted.
@@ -91,6 +91,11 @@ def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
     ]
     columns = ["flag", "status", "pixels", "share", "meaning"]
     return pd.DataFrame(rows, columns=columns).set_index("flag")
+
+
+def is_determined(status: xr.DataArray) -> xr.DataArray:
+    """Return where the fits have a solution that the data determine."""
+    return status.isin([int(LaneStatus.CONVERGED), int(LaneStatus.AT_BOUND)])
 
 
 def flags_of(status: xr.DataArray) -> dict[int, str]:

@@ -9,7 +9,7 @@ import xarray as xr
 
 from nlsq_dask import _html as html
 from nlsq_dask.data.sources.from_array import is_in_memory
-from nlsq_dask.maps.results.statuses import status_table
+from nlsq_dask.maps.results.statuses import is_determined, status_table
 from nlsq_dask.maps.results.variables import every_kth, has_variable, parameter_names, variable_of
 
 _MAX_PIXELS = 2**20  # whose parameters are sorted
@@ -51,7 +51,7 @@ class Summary:
             for row in table.itertuples()
         ]
         some, k = every_kth(xr.Dataset(arrays), status.dims, _MAX_PIXELS)
-        n_solved = int(table.pixels[table.status > 0].sum())
+        n_solved = int(is_determined(status).sum())
         return cls(_listed(facts), rows, _parameters(some, names), status.size, n_solved, k)
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Summary:
         if not self.statuses:
             return html.page(html.facts(self.facts))
         all_solved = self.n_solved == self.n_pixels
-        text = f"{self.n_solved:,} of {self.n_pixels:,} fits succeeded"
+        text = f"{self.n_solved:,} of {self.n_pixels:,} pixels have the status 1 or 2"
         return html.page(
             html.paragraph(html.badge(text, html.GOOD if all_solved else html.CAUTION)),
             html.facts(self.facts),
@@ -78,7 +78,7 @@ class Summary:
     @property
     def _notes(self) -> list[str]:
         of = "" if self.k == 1 else f", every k-th along each dimension, k = {self.k}"
-        return [f"Parameters of the pixels whose fit succeeded{of}."]
+        return [f"Parameters of the pixels with status 1 or 2{of}."]
 
 
 def is_result(ds: xr.Dataset) -> bool:
@@ -93,7 +93,7 @@ def _listed(facts: dict[str, str]) -> list[tuple[str, str]]:
 def _parameters(some: xr.Dataset, names: list[str]) -> list[tuple[str, str, str, str, str]]:
     """Return median, quartiles and median relative error of each parameter."""
     status = some["status"]
-    is_solved = (status > 0).values
+    is_solved = is_determined(status).values
     rows = []
     for i, name in enumerate(names):
         each = some.isel(param=i) if "param" in some.dims else some
