@@ -330,3 +330,19 @@ def test_failed_fits_can_raise_at_the_end(data: Path, tmp_path: Path) -> None:
         fit(data, tmp_path / "maps.zarr", p0=[9, 9], errors="raise", options=options)
     kept = fit(data, tmp_path / "maps.zarr", p0=[9, 9], options=options)
     assert (kept.status == 0).any()
+
+
+def test_a_map_of_one_tile_cannot_be_continued(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_MIN_PIXELS", 100)
+
+    def whole_frames(y: xr.DataArray) -> xr.DataArray:
+        return y.chunk(t=5, row=-1, col=-1)
+
+    optimizer = nd.AdaptiveHybridStreamingOptimizer()
+    cube = whole_frames(xr.open_zarr(data, consolidated=False).signal)
+    (problem,) = optimizer.plan(decay, "t", cube, dims="t").problems
+    assert problem.startswith("the map is a single tile, because the chunks of y_data span it")
+    with pytest.warns(nd.DataWarning, match="The map is a single tile"):
+        fit(data, tmp_path / "maps.zarr", change=whole_frames)

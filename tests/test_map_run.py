@@ -255,3 +255,9 @@ def test_the_picture_of_tiles_is_that_of_the_map(shape: tuple[int, ...]) -> None
         solved = (status[:3, :2] > 0) & np.isfinite(values[:3, :2])
         np.testing.assert_allclose(whole.values[0, 0], values[:3, :2][solved].mean(), rtol=1e-6)
         assert whole.status[0, 0] == status[:3, :2].min()
+
+
+def test_most_fits_that_fail_with_dates_are_a_warning(cube: xr.DataArray) -> None:
+    dated = cube.assign_coords(t=np.datetime64("2020-01-01", "ns") + T.astype("m8[D]"))
+    with pytest.warns(nd.DataWarning, match=r"of 117 fits failed or are singular\. .* an origin"):
+        fit_each(dated)
