@@ -162,9 +162,10 @@ def test_max_walltime_in_the_middle(data: Path, whole: xr.Dataset, tmp_path: Pat
     limit = {"max_walltime": 1e3}
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.warns(UserWarning, match="The same call fits the others"),
+        pytest.warns(UserWarning, match="The same call fits the others") as warned,
     ):
         cut = fit(data, tmp_path / "maps.zarr", observers=[expire], options=limit)
+    assert f": {N_TILES * 120 - int((cut.status == -7).sum()):,} of" in str(warned[0].message)
     cut = cut.load()
     n_left = int((cut.status == -7).sum())
     assert 0 < n_left <= (N_TILES - 3) * 120
@@ -253,8 +254,13 @@ def test_other_data_at_the_path_are_kept(data: Path, tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "other.zarr", shape=(3,), dtype=float)
     with pytest.raises(nd.CheckpointError, match="that nlsq_dask has not written"):
         fit(data, tmp_path / "other.zarr")
-    with pytest.raises(TypeError, match="store must be a path or a URL, or None; got 3"):
-        fit(data, 3)  # type: ignore[arg-type]
+    for wrong in (3, ""):
+        with pytest.raises(
+            TypeError, match=f"store must be a path or a URL, or None; got {wrong!r}"
+        ):
+            fit(data, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"store='unknown://a/b' cannot be used: "):
+        fit(data, "unknown://a/b")  # type: ignore[arg-type]
 
 
 def test_unreadable_chunks_are_tried_again_by_the_next_call(
@@ -346,3 +352,21 @@ def test_a_map_of_one_tile_cannot_be_continued(
     assert problem.startswith("the map is a single tile, because the chunks of y_data span it")
     with pytest.warns(nd.DataWarning, match="The map is a single tile"):
         fit(data, tmp_path / "maps.zarr", change=whole_frames)
+
+
+def test_walltime_while_a_store_is_verified(data: Path, stored: Path) -> None:
+    limit = {"max_walltime": 1e-9}
+    with pytest.warns(UserWarning, match="while it verified the tiles in the store"):
+        result = fit(data, stored, options=limit)
+    assert (result.status != -7).all()
+
+
+def test_chunks_of_very_different_sizes_are_refused_before_anything_is_read(
+    data: Path, tmp_path: Path
+) -> None:
+    def months(y: xr.DataArray) -> xr.DataArray:
+        return y.chunk(col=(31, 28, 31, 30))
+
+    with pytest.raises(nd.DataError, match="have sizes from 28 to 31 along 'col'"):
+        fit(data, tmp_path / "maps.zarr", str(tmp_path / "log"), change=months)
+    assert not list(tmp_path.iterdir())

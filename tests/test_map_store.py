@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -35,6 +36,8 @@ from nlsq_dask.maps.stores.lease import Holder, Lease
 from nlsq_dask.maps.stores.store import MapStore, store_chunks
 from nlsq_dask.maps.tasks.outputs import Outputs
 from nlsq_dask.solvers.lanes.records import LaneStatus
+from nlsq_dask.storage import backends
+from nlsq_dask.storage.backends import open_parent
 
 SHAPE = (5, 7)
 TILES = ((2, 2, 1), (3, 3, 1))
@@ -217,7 +220,7 @@ def test_a_file_of_a_killed_write_is_ignored_and_removed(tmp_path: Path, small: 
 
 @pytest.mark.parametrize(
     ("sizes", "chunk"),
-    [((30, 30, 20), 30), ((30, 50, 20), 10), ((30, 50, 21), 10), ((5, 100), 5), ((9,), 9)],
+    [((30, 30, 20), 30), ((30, 50, 20), 10), ((30, 50, 21), 10), ((5, 60), 5), ((9,), 9)],
 )
 def test_no_two_tiles_share_a_chunk(sizes: tuple[int, ...], chunk: int) -> None:
     assert store_chunks((sizes, (4, 4, 1))) == (chunk, 4)
@@ -259,11 +262,14 @@ def test_a_half_made_store_is_made_again(
     path: str, small: xr.Dataset, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
     with monkeypatch.context() as patch:
-        function = "_prepared" if killed == "at first" else "_with_record"
+        # That after the mark is written, and that before it is removed.
+        function = "_file_system" if killed == "at first" else "_with_record"
         original: Callable[..., Any] = getattr(store, function)
+        calls: list[Any] = []
 
         def kill(*args: Any) -> Any:
-            if function == "_with_record" and args[1].fingerprint is None:
+            calls.append(args)
+            if len(calls) == 1:
                 return original(*args)
             raise KeyboardInterrupt
 
@@ -663,5 +669,62 @@ def test_a_file_system_without_exclusive_creation(monkeypatch: pytest.MonkeyPatc
 def test_a_worker_that_does_not_see_the_store(tmp_path: Path, small: xr.Dataset) -> None:
     own = MapStore.create_or_open(tmp_path / "maps.zarr", TILES, small, FINGERPRINT)
     elsewhere = replace(own, path=str(tmp_path / "unmounted" / "maps.zarr"))
-    with pytest.raises(CheckpointError, match=r"does not exist on .*, where a worker runs\. Pass"):
+    with pytest.raises(CheckpointError, match=r"does not exist on .*, where a task writes"):
         elsewhere.write((0, 0), {})
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_a_task_of_an_earlier_call_cannot_write_to_the_next_store(
+    tmp_path: Path, small: xr.Dataset
+) -> None:
+    path = tmp_path / "maps.zarr"
+    earlier = MapStore.create_or_open(path, TILES, small, FINGERPRINT)
+    arrays = {name: variable.values[:2, :3] for name, variable in small.data_vars.items()}
+    earlier.write((0, 0), arrays)
+    shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        earlier.write((0, 1), arrays)
+    assert not path.exists()
+    later = MapStore.create_or_open(path, TILES, small, FINGERPRINT)
+    with pytest.raises(CheckpointError, match="was replaced while it was written to"):
+        earlier.write((0, 1), arrays)
+    assert not later.finished()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "memory://", "memory:///"])
+def test_a_bucket_is_no_store(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "url_to_fs", lambda path: (None, path.partition("://")[2]))
+    with pytest.raises(ValueError, match=r"is a bucket\. Pass a path in it"):
+        open_parent(url)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_lock_of_a_store_at_the_root_of_a_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Lease("memory://root.zarr"):
+        assert fsspec.filesystem("memory").exists("/root.zarr.lock")
+        with pytest.raises(CheckpointError, match="is being written by another fit"):
+            Lease("memory://root.zarr").__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("scale_factor", 2.0), ("units", "days since 2000-01-01"), ("_FillValue", 3.0)],
+)
+def test_attributes_that_xarray_would_decode(
+    attribute: str, value: Any, tmp_path: Path, small: xr.Dataset
+) -> None:
+    small = small.assign_coords(q=("lat", np.arange(float(small.sizes["lat"]))))
+    small.q.attrs[attribute] = value
+    with pytest.raises(DataError, match=f"The coordinate 'q' .* attribute '{attribute}', by which"):
+        MapStore.create_or_open(tmp_path / "maps.zarr", TILES, small, FINGERPRINT)
+    assert not (tmp_path / "maps.zarr").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_summaries_notice_an_offset_to_large_values(dtype: str) -> None:
+    y = (1e6 if dtype == "float32" else 1e10) + np.random.default_rng(0).random(1000)
+    assert summary(y.astype(dtype)) != summary((y + 1).astype(dtype))

@@ -159,7 +159,7 @@ def test_lines_in_a_file(cube: xr.DataArray, capsys: pytest.CaptureFixture[str])
 def test_texts_of_a_resumed_map(seen: list[Event]) -> None:
     assert format_event(seen[1]) == "Resuming: 8 of 20 tiles are in the store"
     assert format_event(MapResumed(8, 20, 800, 2000, {}, 2)) == (
-        "Resuming: 8 of 20 tiles are in the store; 2 are damaged"
+        "Resuming: 8 of 20 tiles are in the store; damaged: 2"
     )
     # 100 pixels were fitted in half a second, and 1,100 are left.
     assert format_event(seen[2]) == (

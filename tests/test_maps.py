@@ -528,8 +528,8 @@ def test_invalid_arguments(cube: xr.DataArray, change: dict[str, Any], message: 
     [
         (lambda y: y.astype(object), "y_data has dtype object"),
         (lambda y: y.rename(row="param"), "which the result uses for the parameters"),
-        (lambda y: y.rename(site="status"), "'status', which is also a variable of the result"),
-        (lambda y: y.drop_vars("row").rename(row="chi2"), "'chi2', which is also a variable"),
+        (lambda y: y.rename(site="status"), "'status', which the result has, too"),
+        (lambda y: y.drop_vars("row").rename(row="chi2"), "'chi2', which the result has"),
     ],
 )
 def test_invalid_data(cube: xr.DataArray, change: Any, message: str) -> None:

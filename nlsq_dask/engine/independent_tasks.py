@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from dask.base import get_scheduler
 from dask.local import get_sync
@@ -22,8 +23,54 @@ from nlsq_dask.engine.execution import (
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import ClusterLostError
 
+T = TypeVar("T")
 Key = Any
 Tasks = tuple[Mapping[Key, Any], Sequence[Key]]  # a graph, and the keys to compute
+
+
+class Gate:
+    """Lets tasks of this process begin; once closed, none begins and those that run are awaited.
+
+    A copy in another process stays open: its scheduler cancels tasks itself.
+    """
+
+    def __init__(self, is_copy: bool = False) -> None:
+        self._is_copy = is_copy
+        self._changed = threading.Condition()
+        self._n_running = 0
+        self._is_open = True
+        self._results: dict[Any, Any] = {}  # that were not taken, by name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Gate, (True,)
+
+    def run(self, name: Any, task: Callable[[], T]) -> T | None:
+        """Return what ``task`` returns; None if the gate is closed."""
+        if self._is_copy:
+            return task()
+        with self._changed:
+            if not self._is_open:
+                return None
+            self._n_running += 1
+        try:
+            result = self._results[name] = task()
+            return result
+        finally:
+            with self._changed:
+                self._n_running -= 1
+                self._changed.notify_all()
+
+    def take(self, name: Any) -> None:
+        """Forget the result of a task, which the caller has."""
+        self._results.pop(name, None)
+
+    def close(self) -> dict[Any, Any]:
+        """Let no further task begin, wait for the running ones, and return what was not taken."""
+        with self._changed:
+            self._is_open = False
+            self._changed.wait_for(lambda: not self._n_running)
+        results, self._results = self._results, {}
+        return results
 
 
 def execute_each(

@@ -1,4 +1,4 @@
-"""Retries of failed reads, and records of data that remain unreadable."""
+"""Retries of failed reads and writes, and records of data that remain unreadable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from dask._task_spec import GraphNode, Task, TaskRef
 
 from nlsq_dask.data.sources.from_zarr import failing_chunk
-from nlsq_dask.errors import DataError
+from nlsq_dask.errors import CheckpointError, DataError
 
 Key = Any
 
@@ -116,7 +116,7 @@ def write_with_retries(write: Callable[[], None], n_retries: int) -> None:
         try:
             write()
             return
-        except _PROGRAM_ERRORS:
+        except (*_PROGRAM_ERRORS, CheckpointError):
             raise
         except Exception:
             if retry == n_retries:

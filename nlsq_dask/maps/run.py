@@ -73,9 +73,13 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
             run = _Run(problem, emit, interruption.check)
             run.fit()
             return run.result(as_dataset(problem, run.arrays))
+        template = _template(problem)
+        fingerprint = map_fingerprint(problem, template.coords)
         try:
             lease = stack.enter_context(Lease(problem.store))
-            store = _open_store(problem, problem.store)
+            store = MapStore.create_or_open(
+                problem.store, problem.grid.map_chunks, template, fingerprint
+            )
         except OSError as error:
             raise CheckpointError(
                 f"store={problem.store!r} cannot be read or written: {error}. Pass a path or URL "
@@ -93,24 +97,23 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
         try:
             run.fit()
         except BaseException as error:
-            error.add_note(f"Finished tiles are in {store.path}. The same call fits the others.")
+            if run.n_tiles:
+                error.add_note(
+                    f"Finished tiles are in {store.path}. The same call fits the others."
+                )
             raise
     return run.result(store.open())
 
 
-def _open_store(problem: MapProblem, path: str) -> MapStore:
-    """Return the store, which is created if it does not exist."""
+def _template(problem: MapProblem) -> xr.Dataset:
+    """Return a Dataset with the coordinates, attributes and types of the result, but no values."""
     outputs, shape = problem.outputs, tuple(map(sum, problem.grid.map_chunks))
     n_params = len(problem.parameters.names)
-    template = as_dataset(
-        problem,
-        {  # without memory
-            name: np.broadcast_to(np.zeros((), v.dtype), (*shape, *(n_params for _ in v.dims)))
-            for name, v in outputs.variables.items()
-        },
-    )
-    fingerprint = map_fingerprint(problem, template.coords)
-    return MapStore.create_or_open(path, problem.grid.map_chunks, template, fingerprint)
+    arrays = {
+        name: np.broadcast_to(np.zeros((), v.dtype), (*shape, *(n_params for _ in v.dims)))
+        for name, v in outputs.variables.items()
+    }
+    return as_dataset(problem, arrays)
 
 
 class _Run:
@@ -146,9 +149,10 @@ class _Run:
         self._n_drawn = 0  # tiles in the last picture
         self._totals: Counter[LaneStatus] = Counter()  # pixels by status
         self._n_earlier = 0  # pixels of an earlier run
-        self._n_tiles = 0
+        self.n_tiles = 0
         self._not_read: list[SkippedBlock] = []
         self._stopped_by: Status | None = None
+        self._is_verifying = False  # whether the tiles in the store are being read
         self.arrays = {}
         if store is None:
             self.arrays = problem.outputs.failed(self._started.shape, LaneStatus.NOT_FITTED)
@@ -165,12 +169,12 @@ class _Run:
             if tiles:
                 self._fit(tiles)
         except FitInterruptedError as error:
-            if self._n_tiles < self._started.n_tiles:
+            if self.n_tiles < self._started.n_tiles:
                 self._stopped_by = error.reason
-        self._draw()
-        self._emit(self._ended())
         if store is not None and self._stopped_by is None:
             _check_visible(store, self._started.n_tiles)
+        self._draw()
+        self._emit(self._ended())
 
     def _fit(self, tiles: Sequence[Tile]) -> None:
         problem = self._problem
@@ -182,6 +186,7 @@ class _Run:
         )
 
         def take(tile: Tile, report: TileReport | None) -> None:
+            task.gate.take(tile.index)
             if report is not None:
                 self._take(tile, report)
 
@@ -189,6 +194,11 @@ class _Run:
         try:
             self._check()
             self._execute(tiles, partial(build_graph, problem, task), take)
+        except FitInterruptedError:
+            by_index = {tile.index: tile for tile in tiles}
+            for index, report in task.gate.close().items():  # of tiles that were running
+                take(by_index[index], report)
+            raise
         finally:
             task.gate.close()
 
@@ -229,7 +239,7 @@ class _Run:
             if report is None or report.counts.keys() == {LaneStatus.NOT_READ}:
                 missing.append(tile)
             else:
-                self._n_tiles += 1
+                self.n_tiles += 1
                 self._totals.update(report.counts)
                 self._picture.add(report.cells)
 
@@ -240,11 +250,13 @@ class _Run:
             keys = [(f"nlsq-verify-{token}", *tile.index) for tile in tiles]
             return calls(verify, keys, tiles, token), keys
 
+        self._is_verifying = True
         self._execute(present, make_graph, take)
+        self._is_verifying = False
         self._n_earlier = self._totals.total()
         self._emit(
             MapResumed(
-                tiles=self._n_tiles,
+                tiles=self.n_tiles,
                 n_tiles=self._started.n_tiles,
                 pixels=self._n_earlier,
                 n_pixels=self._started.n_pixels,
@@ -256,7 +268,7 @@ class _Run:
         return sorted(missing, key=lambda tile: tile.index)
 
     def _take(self, tile: Tile, report: TileReport) -> None:
-        self._n_tiles += 1
+        self.n_tiles += 1
         self._totals.update(report.counts)
         self._picture.add(report.cells)
         for name, array in (report.arrays or {}).items():
@@ -265,13 +277,15 @@ class _Run:
                 for axis in self._reporter.map_axes
             )
             self.arrays[name][where] = array
+        if report.arrays:
+            report.arrays.clear()  # local schedulers keep reports until the end
         if report.not_read is not None:
             self._skip(report.not_read)
         self._emit(
             TileFinished(
                 index=tile.index,
                 counts=_by_name(report.counts),
-                tiles=self._n_tiles,
+                tiles=self.n_tiles,
                 n_tiles=self._started.n_tiles,
                 pixels=self._totals.total(),
                 n_pixels=self._started.n_pixels,
@@ -284,12 +298,12 @@ class _Run:
     def _check(self) -> None:
         """Draw the map if it is time to, also while no tile finishes; end the fits if they must."""
         is_time = time.monotonic() - self._drawn_at >= _DRAW_INTERVAL
-        if is_time and self._n_tiles > self._n_drawn:
+        if is_time and self.n_tiles > self._n_drawn:
             self._draw()
         self._check_end()
 
     def _draw(self) -> None:
-        self._drawn_at, self._n_drawn = time.monotonic(), self._n_tiles
+        self._drawn_at, self._n_drawn = time.monotonic(), self.n_tiles
         grid, dims = self._reporter.picture, self._started.dims
         others = [axis for axis in range(len(dims)) if axis not in grid.axes]
         self._emit(
@@ -343,13 +357,7 @@ class _Run:
             If fits failed and failed fits are errors.
         """
         if self._stopped_by is not None:
-            without = "" if self._store else "Pass store=, with which the "
-            remedy = f"{without or 'The '}same call fits the others."
-            warn_caller(
-                f"fit_each stopped because {_CAUSES[self._stopped_by]}: {self._totals.total():,} "
-                f"of {self._started.n_pixels:,} pixels are fitted, the others have the status "
-                f"not_fitted. {remedy}"
-            )
+            warn_caller(self._early_end(_CAUSES[self._stopped_by]))
         self._warn_of_dates()
         if self._problem.errors == "raise" and (text := failure_text(self._totals)):
             kept = f"All fits are in {self._store.path}. " if self._store else ""
@@ -357,6 +365,19 @@ class _Run:
                 f"{text}. {kept}Use errors='flag' (in curvefit, errors='ignore') to return all."
             )
         return dataset
+
+    def _early_end(self, cause: str) -> str:
+        if self._is_verifying:
+            return (
+                f"fit_each stopped because {cause}, while it verified the tiles in the store. The "
+                f"same call continues."
+            )
+        remedy = "The same call" if self._store else "Pass store=, with which the same call"
+        return (
+            f"fit_each stopped because {cause}: {self._totals.total():,} of "
+            f"{self._started.n_pixels:,} pixels are fitted, the others have the status not_fitted. "
+            f"{remedy} fits the others."
+        )
 
     def _warn_of_dates(self) -> None:
         """Warn if most fits have no good solution, and x holds dates."""

@@ -150,7 +150,7 @@ def _map_started(event: MapStarted) -> str:
 def _map_resumed(event: MapResumed) -> str:
     verb = "is" if event.tiles == 1 else "are"
     text = f"Resuming: {event.tiles:,} of {_count(event.n_tiles, 'tile')} {verb} in the store"
-    return f"{text}; {event.n_damaged:,} are damaged" if event.n_damaged else text
+    return f"{text}; damaged: {event.n_damaged:,}" if event.n_damaged else text
 
 
 def _map_ended(event: MapEnded) -> str:

@@ -157,6 +157,23 @@ def normalize_path(path: str | os.PathLike[str]) -> str:
     return text if "://" in text else str(Path(text).expanduser().absolute())
 
 
+def open_parent(path: str) -> tuple[Folder, str]:
+    """Return the folder that contains a path or fsspec URL, and the name in it.
+
+    Raises
+    ------
+    ValueError
+        If the URL is a bucket, or the root of a file system.
+    """
+    if "://" not in path:
+        return _LocalFolder(Path(path).parent), Path(path).name
+    file_system, inner = url_to_fs(path)
+    parent, slash, name = inner.rstrip("/").rpartition("/")
+    if not name or not slash:
+        raise ValueError(f"{path!r} is a bucket. Pass a path in it, such as {path}/name.")
+    return _RemoteFolder(file_system, parent), name
+
+
 def open_folder(folder: str) -> Folder:
     """Return the folder at a path or fsspec URL, which need not exist yet."""
     if "://" not in folder:

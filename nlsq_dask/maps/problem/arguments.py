@@ -26,12 +26,13 @@ from nlsq_dask.maps.problem.memory import TileMemory
 from nlsq_dask.maps.problem.parameter_maps import Maps, Role, Separated, check_maps
 from nlsq_dask.maps.problem.row_wise import check_points, sample_points
 from nlsq_dask.maps.problem.tiles import TileGrid, memory_chunks
+from nlsq_dask.maps.stores.store import store_chunks
 from nlsq_dask.maps.tasks.columns import ColumnReader
 from nlsq_dask.maps.tasks.outputs import Outputs
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.model import Model
 from nlsq_dask.solvers.lanes.batched_lm import choose_lanes
-from nlsq_dask.storage.backends import normalize_path
+from nlsq_dask.storage.backends import normalize_path, open_parent
 
 # Options that act on a fit for every pixel; docs/options.md lists them.
 OPTIONS = (
@@ -174,8 +175,7 @@ def validate_map_arguments(
     _check_min_points(min_points)
     if guess is not None and not callable(guess):
         raise TypeError(f"guess must be a function guess(x, y); got {guess!r}.")
-    if store is not None and not isinstance(store, str | os.PathLike):
-        raise TypeError(f"store must be a path or a URL, or None; got {store!r}.")
+    store = _checked_store(store)
     if not isinstance(absolute_sigma, bool | np.bool_):
         raise TypeError(f"absolute_sigma must be True or False; got {absolute_sigma!r}.")
     check_loss(loss, f_scale)
@@ -212,6 +212,9 @@ def validate_map_arguments(
     is_held_x = [is_in_memory(leaf) for leaf in leaves(x_data, None)]
     points = sample_points(blocks, axes, is_held_x)
     check_points(traced, parameters.free.start, points)
+    grid = TileGrid.of(blocks, axes)
+    if store is not None:
+        store_chunks(grid.map_chunks, tuple(blocks.dims[axis] for axis in grid.map_axes))
     for notice in (*blocks.notices, *rounding_notices(blocks, traced.dtype, points)):
         warn_caller(notice, DataWarning)
     return MapProblem(
@@ -220,7 +223,7 @@ def validate_map_arguments(
         parameters=parameters,
         maps=maps,
         blocks=blocks,
-        grid=TileGrid.of(blocks, axes),
+        grid=grid,
         template=y_data if is_xarray(y_data) else None,
         dims=blocks.dims,
         is_given=_is_given(p0, parameters, maps),
@@ -232,8 +235,22 @@ def validate_map_arguments(
         errors=errors,
         min_points=min_points,
         guess=guess,
-        store=None if store is None else normalize_path(store),
+        store=store,
     )
+
+
+def _checked_store(store: Any) -> str | None:
+    """Return the path or URL of a store."""
+    if store is None:
+        return None
+    if not isinstance(store, str | os.PathLike) or not os.fspath(store):
+        raise TypeError(f"store must be a path or a URL, or None; got {store!r}.")
+    path = normalize_path(store)
+    try:
+        open_parent(path)
+    except (ValueError, ImportError) as error:  # an unknown protocol, or one without its library
+        raise type(error)(f"store={path!r} cannot be used: {error}") from error
+    return path
 
 
 def _check_min_points(min_points: Any) -> None:

@@ -44,13 +44,13 @@ def _coordinates(problem: MapProblem, dims: tuple[str, ...], outputs: Outputs) -
     of_map = {
         name: coordinate
         for name, coordinate in problem.template.coords.items()
-        if set(map(str, coordinate.dims)) <= set(dims) and name not in own
+        if set(map(str, coordinate.dims)) <= set(dims)
     }
-    taken = [name for name in (*of_map, *dims) if name in outputs.variables]
+    taken = [name for name in (*of_map, *dims) if name in outputs.variables or name in own]
     if taken:
         raise DataError(
-            f"y_data has the coordinate or dimension {taken[0]!r}, which is also a variable of the "
-            f"result. Rename it, such as y_data.rename({taken[0]}='{taken[0]}_0')."
+            f"y_data has the coordinate or dimension {taken[0]!r}, which the result has, too. "
+            f"Rename it, such as y_data.rename({taken[0]}='{taken[0]}_0')."
         )
     return {**of_map, **own}
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from dask.base import compute
+from dask.delayed import delayed
 
 from nlsq_dask.maps.results.variables import variable_of
 from nlsq_dask.solvers.lanes.records import LaneStatus
@@ -66,6 +72,8 @@ def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
     >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> import xarray as xr
+    from dask.base import compute
+    from dask.delayed import delayed
     >>> import nlsq_dask
     >>> time = np.linspace(0, 4, 50)
     >>> y = np.stack([2 * np.exp(-0.7 * time), np.full(50, np.nan), 3 * np.exp(-time)])
@@ -116,14 +124,23 @@ def count_statuses(status: xr.DataArray) -> dict[int, int]:
         For a value that is no status.
     """
     flags = flags_of(status)
+    found: Counter[float] = Counter()
+    for values, numbers in _unique(status):
+        found.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    n_unknown = sum(n for value, n in found.items() if value not in flags and not math.isnan(value))
     order = sorted(flags, key=lambda value: (value <= 0, abs(value)))
-    lazy: dict[Any, Any] = {value: (status == value).sum() for value in order}
-    computed = xr.Dataset(lazy | {"all": status.notnull().sum()}, coords={}).compute()
-    counts = {value: int(computed[value]) for value in order}
-    n_unknown = int(computed["all"]) - sum(counts.values())
     if n_unknown:
         raise ValueError(
             f"the status of {n_unknown:,} pixels is none of {', '.join(map(str, order))}, the "
             f"flag_values of a result of fit_each. Pass the variable 'status' as it was returned."
         )
-    return {value: count for value, count in counts.items() if count}
+    return {value: found[value] for value in order if found[value]}
+
+
+def _unique(status: xr.DataArray) -> Sequence[tuple[Any, Any]]:
+    """Return the values that occur, and their numbers, for each chunk."""
+    if status.chunks is None:
+        return [np.unique(status.values, return_counts=True)]
+    count = delayed(partial(np.unique, return_counts=True))
+    computed: tuple[Any, ...] = compute(*map(count, status.data.to_delayed().ravel()))
+    return computed

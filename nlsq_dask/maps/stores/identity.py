@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.data.fingerprints import digest
-from nlsq_dask.engine.execution import PartialResults, execute
+from nlsq_dask.engine.independent_tasks import execute_each
 from nlsq_dask.engine.reduction_tree import TaskGraph
 from nlsq_dask.engine.retries import ReadFailedError, ReadPolicy
+from nlsq_dask.engine.serialization import to_opaque_graph
 from nlsq_dask.engine.source_graph import GroupReader, Index, SourceGraph
-from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 from nlsq_dask.maps.problem.arguments import MapProblem
 from nlsq_dask.maps.tasks.columns import ColumnReader
@@ -39,7 +39,7 @@ _GUESS_LANES = 8  # any number, the same for all values of chunk_size
 _BLOCKS_AT_ONCE, _MAX_BLOCKS = 3, 12  # whose values are read
 _PIECE = 2**16  # elements
 _NOTHING = "no finite value"
-_DIGITS = {2: 3, 4: 6, 8: 9}  # that are compared, by size of a float
+_DIGITS = {2: 3, 4: 7, 8: 12}  # that are compared, by size of a float
 
 Array = NDArray[Any]
 Values = dict[str, str]
@@ -133,9 +133,13 @@ def _values_of(source: SourceGraph, group: Sequence[Index]) -> Values:
     ((reader,), shared) = source.readers([group])
     graph = TaskGraph(shared)
     task = graph.task("summarize", 0, _summaries, reader, inputs=reader.inputs)
-    whole = PartialResults(np.zeros((1, 3), np.int64))
+    values: Values = {}
     try:
-        values: Values = execute(graph.of_one(task), Workers.active(), whole, lambda partials: None)
+        execute_each(
+            lambda client: (to_opaque_graph(graph.of_one(task).tasks), [task.key]),
+            lambda key, summaries: values.update(summaries),
+            lambda: None,
+        )
     except (ReadFailedError, DataError):  # which the fit reports, with the block
         return {}
     return values

@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.storage.backends import normalize_path, open_folder
+from nlsq_dask.storage.backends import normalize_path, open_parent
 
 _PERIOD = 10.0  # seconds between two renewals
 _PATIENCE = 3  # periods without renewal after which a lease on another machine has ended
@@ -113,11 +113,8 @@ class Lease:
     def __init__(self, store: str | os.PathLike[str], period: float = _PERIOD) -> None:
         self._store = normalize_path(store).rstrip("/")
         self._is_remote = "://" in self._store
-        if self._is_remote:
-            parent, _, name = self._store.rpartition("/")
-        else:
-            parent, name = os.path.split(self._store)
-        self._folder, self._name = open_folder(parent), f"{name}.lock"
+        self._folder, name = open_parent(self._store)
+        self._name = f"{name}.lock"
         self._own = Holder.of_this_process(period)
         self._taken_by: Holder | None = None
         self._ended = threading.Event()
@@ -221,6 +218,8 @@ class Lease:
                     return
                 holder = replace(holder, n_renewals=holder.n_renewals + 1)
                 self._folder.write(self._name, msgspec.json.encode(holder))
+                if self._ended.is_set():  # while a slow file system wrote
+                    self._release()
 
     def _release(self) -> None:
         _active.discard(self._own.token)

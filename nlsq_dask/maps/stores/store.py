@@ -15,6 +15,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -44,7 +45,7 @@ _ATTRIBUTE = "nlsq_dask"  # of the group; a text, because netCDF has no nested a
 _FORMAT = 1
 _ROOT = "zarr.json"
 _STATUS = "status"
-_MAX_CHUNKS_PER_TILE = 64
+_MAX_CHUNKS_PER_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,34 @@ class MapStore:
             Position in the grid of tiles.
         arrays : mapping of str to ndarray
             All variables, each of the shape of the tile and its own dimensions, as of ``Outputs``.
+
+        Raises
+        ------
+        CheckpointError
+            If the store is not there, or another one is.
         """
+        # A task of a call that has ended may still run, when its store has been replaced.
+        self._check_uid()
         stored, where = _arrays(self.path, self.uid), self._where(tile)
-        for name in sorted(self.names, key=lambda name: name == _STATUS):  # the status last
-            stored[name][where] = arrays[name]
+        for name in self.names:
+            if name != _STATUS:
+                stored[name][where] = arrays[name]
+        self._check_uid()
+        stored[_STATUS][where] = arrays[_STATUS]  # last, as it says that the tile is complete
+
+    def _check_uid(self) -> None:
+        """Raise a CheckpointError if this store is no longer at its path."""
+        uid = None
+        with suppress(FileNotFoundError):
+            uid = _record_in(open_folder(self.path).read(_ROOT)).uid
+        if uid is None:
+            raise CheckpointError(
+                f"The store {self.path} does not exist on {socket.gethostname()}, where a task "
+                f"writes to it. If it was not deleted: pass a path on a file system that all "
+                f"machines of the cluster share, or a URL."
+            )
+        if uid != self.uid:
+            raise CheckpointError(f"The store {self.path} was replaced while it was written to.")
 
     def read(self, tile: Index) -> dict[str, Array] | None:
         """Return the arrays of a tile; None if a chunk is missing or damaged."""
@@ -164,7 +189,7 @@ class MapStore:
         """Return the store as a lazy Dataset; tiles that are not written are ``not_fitted``."""
         dataset: xr.Dataset = xr.open_zarr(self.path)
         del dataset.attrs[_ATTRIBUTE]  # for users of the file, not a part of the result
-        return dataset
+        return dataset[list(self.names)]
 
     def _where(self, tile: Index) -> tuple[slice, ...]:
         pairs = [(sum(own[:i]), own[i]) for own, i in zip(self.tiles, tile, strict=True)]
@@ -224,8 +249,7 @@ def _existing(path: str) -> _Record | None:
             raise _foreign(path, "a Zarr store that nlsq_dask has not written")
         raise _foreign(path, f"a folder with other files ({', '.join(names[:3])})")
     try:
-        attributes = json.loads(folder.read(_ROOT))["attributes"]
-        record = msgspec.json.decode(attributes[_ATTRIBUTE], type=_Record)
+        record = _record_in(folder.read(_ROOT))
     except (ValueError, KeyError, TypeError, msgspec.MsgspecError):
         raise _foreign(path, "a Zarr store that nlsq_dask has not written") from None
     if record.format != _FORMAT:
@@ -234,6 +258,11 @@ def _existing(path: str) -> _Record | None:
             f"{_FORMAT}. Pass another path as store, or use the version that began it."
         )
     return record
+
+
+def _record_in(root: bytes) -> _Record:
+    """Return the record in the metadata of a group."""
+    return msgspec.json.decode(json.loads(root)["attributes"][_ATTRIBUTE], type=_Record)
 
 
 def _foreign(path: str, what: str) -> CheckpointError:
@@ -245,6 +274,9 @@ def _foreign(path: str, what: str) -> CheckpointError:
 
 def _create(path: str, dataset: xr.Dataset, chunks: tuple[int, ...], record: _Record) -> None:
     """Write all metadata and coordinates; the store is valid when the last file is written."""
+    by_dim = dict(zip(dataset[_STATUS].dims, chunks, strict=True))
+    prepared = _prepared(dataset, by_dim)
+    files = _skeleton(prepared, by_dim)
     folder = open_folder(path)
     folder.prepare("")
     root = {"zarr_format": 3, "node_type": "group", "attributes": {}}
@@ -254,9 +286,6 @@ def _create(path: str, dataset: xr.Dataset, chunks: tuple[int, ...], record: _Re
     file_system.invalidate_cache()
     for name in set(folder.names()) - {_ROOT, ""}:  # of a process that was killed
         file_system.rm(f"{folder_path}/{name}", recursive=True)
-    by_dim = dict(zip(dataset[_STATUS].dims, chunks, strict=True))
-    prepared = _prepared(dataset, by_dim)
-    files = _skeleton(prepared, by_dim)
     root = json.loads(files.pop(_ROOT))
     file_system.pipe({f"{folder_path}/{key}": data for key, data in files.items()})
     lazy = [name for name, coordinate in prepared.coords.items() if coordinate.chunks is not None]
@@ -322,7 +351,7 @@ def _skeleton(dataset: xr.Dataset, chunks: Mapping[Any, int]) -> dict[str, bytes
             f"A coordinate of y_data cannot be stored in Zarr: {error} Remove it with "
             f"y_data.drop_vars, or replace it; of a MultiIndex, with y_data.reset_index."
         ) from error
-
+    _check_decoded(dataset, xr.open_zarr(store, consolidated=False))
     return {key: buffer.to_bytes() for key, buffer in files.items()}
 
 
@@ -333,22 +362,24 @@ def _remove_partial_files(path: str) -> None:
             file.unlink(missing_ok=True)
 
 
+def _check_decoded(dataset: xr.Dataset, opened: xr.Dataset) -> None:
+    """Raise a DataError for a coordinate that xarray would change when it opens the store."""
+    for name, coordinate in dataset.coords.items():
+        kept = opened[name].attrs
+        lost = [key for key in coordinate.attrs if key not in kept]
+        if lost:
+            raise DataError(
+                f"The coordinate {name!r} of y_data has the attribute {lost[0]!r}, by which xarray "
+                f"would change its values when it opens the store. Decode y_data, such as with "
+                f"xarray.decode_cf, or delete the attribute: del y_data[{name!r}]"
+                f".attrs[{lost[0]!r}]."
+            )
+
+
 @functools.lru_cache(maxsize=16)
 def _arrays(path: str, uid: str) -> dict[str, zarr.Array[Any]]:
-    """Return the arrays of the variables, opened once per process; ``uid`` is that of the store.
-
-    Raises
-    ------
-    CheckpointError
-        If the store is not visible from this machine.
-    """
-    try:
-        group = zarr.open_group(path, mode="r+")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"The store {path} does not exist on {socket.gethostname()}, where a worker runs. Pass "
-            f"a path on a file system that all machines of the cluster share, or a URL."
-        ) from error
+    """Return the arrays of the variables, opened once per process; ``uid`` is that of the store."""
+    group = zarr.open_group(path, mode="r+")
     # Chunks that hold only the fill value are written, too.
     # Without ``with_config``, which the oldest supported Zarr lacks.
     config: Any = {"write_empty_chunks": True}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nlsq_dask.engine.independent_tasks import Gate
 from nlsq_dask.engine.retries import SkippedBlock, write_with_retries
 from nlsq_dask.engine.source_graph import GroupReader
 from nlsq_dask.maps.problem.tiles import Tile
@@ -23,40 +21,6 @@ from nlsq_dask.maps.tasks.tile_task import TileTask
 from nlsq_dask.solvers.lanes.records import LaneStatus
 
 Array = NDArray[Any]
-
-
-class Gate:
-    """Lets tasks of this process begin; once closed, none begins and those that run are awaited.
-
-    A copy in another process stays open: its scheduler cancels tasks itself.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._n_running = 0
-        self._is_open = True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Gate, ()
-
-    @contextmanager
-    def passing(self) -> Iterator[bool]:
-        """Count a task while it runs; yield whether it may."""
-        with self._changed:
-            is_open = self._is_open
-            self._n_running += is_open
-        try:
-            yield is_open
-        finally:
-            with self._changed:
-                self._n_running -= is_open
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let no further task begin, and wait for the running ones."""
-        with self._changed:
-            self._is_open = False
-            self._changed.wait_for(lambda: not self._n_running)
 
 
 @dataclass(frozen=True)
@@ -98,8 +62,7 @@ class ReportingTask:
 
     def __call__(self, own: tuple[GroupReader, Tile], *inputs: Any) -> TileReport | None:
         """Return the report on a tile; None if the computation has ended meanwhile."""
-        with self.gate.passing() as is_open:
-            return self._fit(own, inputs) if is_open else None
+        return self.gate.run(own[1].index, lambda: self._fit(own, inputs))
 
     def _fit(self, own: tuple[GroupReader, Tile], inputs: tuple[Any, ...]) -> TileReport:
         tile, not_read = own[1], None
