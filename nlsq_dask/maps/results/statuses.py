@@ -72,8 +72,6 @@ def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
     >>> import jax.numpy as jnp
     >>> import numpy as np
     >>> import xarray as xr
-    from dask.base import compute
-    from dask.delayed import delayed
     >>> import nlsq_dask
     >>> time = np.linspace(0, 4, 50)
     >>> y = np.stack([2 * np.exp(-0.7 * time), np.full(50, np.nan), 3 * np.exp(-time)])
