@@ -182,11 +182,15 @@ def on_threads(n_threads: int = 2) -> Iterator[None]:
 
 
 @contextmanager
-def on_processes(n_workers: int = 2) -> Iterator[Client]:
-    """Use a cluster of processes with one thread each."""
+def on_processes(n_workers: int = 2, env: dict[str, str] | None = None) -> Iterator[Client]:
+    """Use a cluster of processes with one thread each, and ``env`` in their environment."""
     with (
         LocalCluster(
-            n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=":0"
+            n_workers=n_workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0",
+            env=env or {},
         ) as cluster,
         Client(cluster) as client,
     ):

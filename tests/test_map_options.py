@@ -277,9 +277,8 @@ def test_sigterm_ends_the_call(cube: xr.DataArray, fitted: xr.Dataset) -> None:
         Config(stop_on_sigterm=True), observers=[observe]
     )
     with pytest.MonkeyPatch.context() as patch, dask.config.set(scheduler="synchronous"):
-        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+        patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 12)
         patch.setattr("nlsq_dask.maps.problem.tiles._MIN_POINTS", 1)
-        patch.setattr("nlsq_dask.maps.problem.tiles._MEMORY_TILE_POINTS", 12 * T.size)
         with pytest.warns(UserWarning, match="stopped because SIGTERM was received"):
             ds = optimizer.fit_each(decay, "t", cube, P0, dims="t")
     is_done = ds.status != -7

@@ -71,9 +71,8 @@ def cube() -> xr.DataArray:
 @pytest.fixture(autouse=True)
 def _tiles_of_few_pixels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Divide the cube into 2 x 2 tiles."""
-    monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
+    monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 9)
     monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MIN_POINTS", 1)
-    monkeypatch.setattr("nlsq_dask.maps.problem.tiles._MEMORY_TILE_POINTS", 9 * T.size)
     with dask.config.set(scheduler="sync"):
         yield
 

@@ -19,11 +19,12 @@ from nlsq_dask.data.alignment import RowBlocks
 Index = tuple[int, ...]
 Slices = tuple[slice, ...]
 
-# A task costs a scheduler about a millisecond and a tile has a start of its own, so neighboring
-# columns of chunks with fewer pixels, or fewer points of all pixels together, share a tile.
+# A task costs a scheduler about a millisecond, a tile has a start of its own, and its last fits
+# leave lanes idle. So neighboring columns of chunks share a tile until it has so many pixels, and
+# so many points or an eighth of all. Arrays in memory are split into such tiles.
 _MIN_PIXELS = 1024
-_MIN_POINTS = 2**19
-_MEMORY_TILE_POINTS = 2**18  # of y in memory, which is split so that threads share the work
+_MIN_POINTS = 2**20
+_MIN_TILES = 8  # so that threads share the work on small maps
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class TileGrid:
         """Return the tiles: columns of blocks along the fitted axes, small ones merged."""
         chunks = blocks.y.chunks
         n_points = math.prod(blocks.y.shape[axis] for axis in fitted)
-        needed = _fewest_pixels(n_points)
+        n_pixels = math.prod(n for axis, n in enumerate(blocks.y.shape) if axis not in fitted)
+        needed = _fewest_pixels(n_points, n_pixels)
         pixels = math.prod(max(c) for axis, c in enumerate(chunks) if axis not in fitted)
         edges = []
         for axis in reversed(range(len(chunks))):
@@ -98,7 +100,7 @@ class TileGrid:
     @property
     def can_be_split(self) -> bool:
         """Whether smaller chunks would make more tiles."""
-        return self.n_pixels > 2 * _fewest_pixels(self.n_points)
+        return self.n_pixels > 2 * _fewest_pixels(self.n_points, self.n_pixels)
 
     def __iter__(self) -> Iterator[Tile]:
         return map(self._tile, np.ndindex(self.shape))
@@ -125,9 +127,10 @@ class TileGrid:
         return Tile(index, shape, tuple(starts), slices)
 
 
-def _fewest_pixels(n_points: int) -> int:
+def _fewest_pixels(n_points: int, n_pixels: int) -> int:
     """Return the number of pixels up to which columns of chunks share a tile."""
-    return max(_MIN_PIXELS, -(-_MIN_POINTS // max(n_points, 1)))
+    wanted = min(-(-_MIN_POINTS // max(n_points, 1)), -(-n_pixels // _MIN_TILES))
+    return max(_MIN_PIXELS, wanted)
 
 
 def _slices(first: int, sizes: Sequence[int]) -> list[tuple[int, slice]]:
@@ -140,7 +143,8 @@ def _slices(first: int, sizes: Sequence[int]) -> list[tuple[int, slice]]:
 def memory_chunks(shape: Index, fitted: Index, dtype: np.dtype[np.generic]) -> tuple[Index, ...]:
     """Return the chunks into which y in memory is split: all points, and some pixels."""
     n_points = math.prod(shape[axis] for axis in fitted)
-    limit = max(_MEMORY_TILE_POINTS, _MIN_PIXELS * n_points) * dtype.itemsize
+    n_pixels = math.prod(n for axis, n in enumerate(shape) if axis not in fitted)
+    limit = _fewest_pixels(n_points, n_pixels) * max(n_points, 1) * dtype.itemsize
     sizes = tuple(-1 if axis in fitted else "auto" for axis in range(len(shape)))
     chunks: tuple[Index, ...] = normalize_chunks(sizes, shape, limit=limit, dtype=dtype)
     return chunks
