@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -28,6 +29,7 @@ from nlsq_dask.events import (
     MapStarted,
     TileFinished,
 )
+from nlsq_dask.fit import interruption
 from nlsq_dask.maps.problem import arguments, tiles
 from nlsq_dask.maps.tasks.picture import Picture, PictureGrid
 
@@ -124,7 +126,7 @@ def test_an_early_end_keeps_the_tiles_that_are_done(
 
     def act() -> None:
         if is_limit:
-            patch.setattr(time, "monotonic", lambda: clock() + 100.0)
+            patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: clock() + 100.0))
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -151,7 +153,7 @@ def test_a_limit_that_passes_with_the_last_tile_is_no_early_end(cube: xr.DataArr
 
     def observe(event: Event) -> None:
         if isinstance(event, TileFinished) and event.tiles == event.n_tiles:
-            patch.setattr(time, "monotonic", lambda: clock() + 100.0)
+            patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: clock() + 100.0))
 
     with pytest.MonkeyPatch.context() as patch:
         result = fit_each(cube, [observe], Config(verbose=0, max_walltime=60.0))
