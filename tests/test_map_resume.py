@@ -32,7 +32,7 @@ from tests.surviving_map import N_TILES, decay, fit
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_MIN_PIXELS", 1)
+    monkeypatch.setattr(tiles, "_MIN_PIXELS", 120)
     monkeypatch.setattr(tiles, "_MIN_POINTS", 1)
 
 
