@@ -82,7 +82,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Declared:
-    """What the Dask array of an x array declares for its blocks."""
+    """Declared properties of the blocks of an x array."""
 
     name: str  # in messages
     dtype: str

@@ -296,7 +296,7 @@ class _Run:
         )
 
     def _check(self) -> None:
-        """Draw the map if it is time to, also while no tile finishes; end the fits if they must."""
+        """Draw the map if it is time to, and raise if the fits must end."""
         is_time = time.monotonic() - self._drawn_at >= _DRAW_INTERVAL
         if is_time and self.n_tiles > self._n_drawn:
             self._draw()

@@ -1,1 +1,1 @@
-"""What is fitted at every pixel: arguments, tiles, memory and plan."""
+"""Arguments, tiles, memory and plan of a fit for every pixel."""

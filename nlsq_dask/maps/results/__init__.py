@@ -1,1 +1,1 @@
-"""The Dataset of a map, and what is made of it."""
+"""The Dataset of a map, with predictions, counts and plots of it."""

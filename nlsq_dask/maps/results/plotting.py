@@ -99,7 +99,7 @@ def plot_map(ds: xr.Dataset, name: str, *, figure: Figure | SubFigure | None = N
 
 @dataclass(frozen=True)
 class _Panels:
-    """What is drawn, in memory; NaN where the data determine no solution."""
+    """Arrays of the panels, in memory; NaN where the data determine no solution."""
 
     value: xr.DataArray
     error: xr.DataArray | None

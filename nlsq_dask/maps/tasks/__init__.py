@@ -1,1 +1,1 @@
-"""What the Dask tasks of tiles do."""
+"""Functions of the Dask tasks of tiles."""

@@ -1,4 +1,4 @@
-"""``TileReport``: what the tasks of tiles return to the process that called ``fit_each``."""
+"""``TileReport``: result of the task of a tile, for the process that called ``fit_each``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class TileReport:
-    """What is known of a tile that is done."""
+    """Counts, picture and arrays of a finished tile."""
 
     counts: dict[LaneStatus, int]  # pixels by status
     cells: Cells
