@@ -164,6 +164,21 @@ def test_persisted_and_derived_arrays(process_client: Client, expected: np.ndarr
         assert float(x.sum().compute()) == pytest.approx(X.sum())
 
 
+def test_blocks_that_compute_dask_arrays_themselves(
+    process_client: Client, expected: np.ndarray
+) -> None:
+    # Workers have one thread; it must be free for the arrays that the read of a block computes.
+    def read(block: np.ndarray) -> np.ndarray:
+        return np.asarray(da.from_array(block, chunks=5_000) + 0.0)
+
+    y = da.from_array(Y, chunks=9_999).map_blocks(read, dtype=float, meta=np.empty(0))
+    with process_client.as_current():
+        options = NO_WARMUP | {"max_walltime": 60.0}
+        result = problems.fit(exponential, da.from_array(X, chunks=9_999), y, START, **options)
+    assert result.success
+    np.testing.assert_allclose(result.popt, expected, rtol=1e-9)
+
+
 def test_large_arrays_in_memory_are_sent_once(process_client: Client) -> None:
     # distributed warns of a large graph, and warnings are errors here.
     n = 1_000_000

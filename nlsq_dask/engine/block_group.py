@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
@@ -19,6 +19,7 @@ from nlsq_dask.rows.rows import Rows
 
 CachedBlock = Rows | PlacedRows
 _Read = tuple[ReadBlock, PlacedRows | None]  # a block, and its copy on the GPU
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _placed: weakref.WeakSet[BlockGroup] = weakref.WeakSet()  # groups with blocks on GPUs
@@ -104,7 +105,7 @@ class BlockGroup:
     ) -> None:
         """Arrange to read the first block of another group while the last one of this is in use.
 
-        It is called before ``blocks``. Both groups must be in this process.
+        It is called before ``map_blocks``. Both groups must be in this process.
 
         Parameters
         ----------
@@ -115,7 +116,7 @@ class BlockGroup:
         skipped : frozenset of int
             Flat indices of blocks that are not read.
         kernel : Kernel
-            As for ``blocks``.
+            As for ``map_blocks``.
         """
         self._at_last = None
         if following is not None:
@@ -174,43 +175,62 @@ class BlockGroup:
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + (self._n_bytes if self._is_large else 0)
 
-    def blocks(
-        self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
-    ) -> Generator[tuple[int, CachedBlock | None, ReadBlock | None], None, None]:
-        """Yield the flat index, the rows and the ``ReadBlock`` of each block.
+    def map_blocks(
+        self,
+        function: Callable[[int, CachedBlock | None, ReadBlock | None], T],
+        inputs: Sequence[Any],
+        skipped: frozenset[int],
+        kernel: Kernel[Any],
+    ) -> Generator[T, None, None]:
+        """Yield what a function returns for each block, in order.
 
-        The rows are None if the block could not be read. The ``ReadBlock`` is None if the block was
-        cached.
+        Blocks are read in the calling thread, because reading may compute Dask arrays, which a
+        worker allows only in the thread of a task. While a block is read, the function is called
+        with the one before it in another thread.
 
         Parameters
         ----------
+        function : callable
+            Called with the flat index, the rows and the ``ReadBlock`` of a block. The rows are None
+            if the block could not be read. The ``ReadBlock`` is None if the block was cached.
         inputs : sequence
             Results of the tasks ``reader.inputs``, in that order.
         skipped : frozenset of int
-            Flat indices of blocks that are neither read nor yielded.
+            Flat indices of blocks that are left out.
         kernel : Kernel
             Copies blocks to the GPU if it computes there.
         """
         cached = self._cached  # another thread may delete it
         if cached is not None:
-            yield from ((index, rows, None) for index, rows in cached if index not in skipped)
+            yield from (function(i, rows, None) for i, rows in cached if i not in skipped)
             return
         wants = self._may_cache and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
         cached = []
+        running: Future[T] | None = None
         try:
             reading, count = self._reading(inputs, skipped, kernel), self.reader.count(skipped)
-            for read, placed in _ahead(reading, count, self._at_last):
-                rows = self._to_cache(read, placed, wants=bool(reserved))
-                if cached is not None and rows is not None:
-                    cached.append((read.index, rows))
-                else:  # a group is cached as a whole or not at all
-                    self._budget.release(reserved)
-                    reserved, cached = 0, None
-                in_use = next((r for r in (placed, rows) if r is not None), read.block)
-                del placed, rows
-                yield read.index, in_use, read
-                del in_use
+            with ThreadPoolExecutor(1, thread_name_prefix="nlsq-kernel") as pool:
+                for remaining in reversed(range(count)):
+                    read, placed = reading.next()
+                    if running is not None:
+                        yield running.result()
+                    rows = self._to_cache(read, placed, wants=bool(reserved))
+                    if cached is not None and rows is not None:
+                        cached.append((read.index, rows))
+                    else:  # a group is cached as a whole or not at all
+                        self._budget.release(reserved)
+                        reserved, cached = 0, None
+                    in_use = next((r for r in (placed, rows) if r is not None), read.block)
+                    call = partial(function, read.index, in_use, read)
+                    del read, placed, rows, in_use  # may not outlive the call
+                    if remaining:
+                        running = pool.submit(contextvars.copy_context().run, call)
+                    else:
+                        if self._at_last is not None:
+                            self._at_last()
+                        yield call()
+                    del call
         except BaseException:
             self._budget.release(reserved)
             raise
@@ -270,32 +290,16 @@ class BlockGroup:
 
 @dataclass
 class _Reading:
-    """An iterator over blocks; another thread may already be reading the next block."""
+    """An iterator over blocks; another thread may already be reading the first one."""
 
     items: Iterator[_Read]
     prefetched: Future[_Read] | None = None
 
     def prefetch(self, pool: ThreadPoolExecutor) -> None:
-        """Start to read the next block in a thread of the pool."""
+        """Start to read the first block in a thread of the pool."""
         self.prefetched = pool.submit(contextvars.copy_context().run, next, self.items)
 
     def next(self) -> _Read:
         """Return the next block; wait for it if another thread is reading it."""
         future, self.prefetched = self.prefetched, None
         return next(self.items) if future is None else future.result()
-
-
-def _ahead(reading: _Reading, count: int, at_last: Callable[[], None] | None) -> Iterator[_Read]:
-    """Yield ``count`` blocks; while the caller uses one, another thread reads the next one.
-
-    When all blocks are read, and before the last one is yielded, ``at_last`` is called.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read-ahead") as pool:
-        for remaining in reversed(range(count)):
-            item = reading.next()
-            if remaining:
-                reading.prefetch(pool)
-            elif at_last is not None:
-                at_last()
-            yield item
-            del item

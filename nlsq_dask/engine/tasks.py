@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -57,9 +57,9 @@ def reduce_group(
     """
 
     def total() -> PassResult[S]:
-        with closing(group.blocks(inputs, request.skipped, kernel)) as blocks:
-            # Two results at a time, because each may hold a large matrix.
-            return reduce(combine, (_reduce_block(kernel, request, *block) for block in blocks))
+        function = partial(_reduce_block, kernel, request)
+        with closing(group.map_blocks(function, inputs, request.skipped, kernel)) as results:
+            return reduce(combine, results)  # one by one, because each may hold a large matrix
 
     if request.sample_share:
         group.read_again()
