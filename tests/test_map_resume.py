@@ -120,15 +120,20 @@ def test_a_killed_process_is_continued(data: Path, whole: xr.Dataset, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(data: Path, whole: xr.Dataset, tmp_path: Path) -> None:
     rng = random.Random(0)
     store, log = tmp_path / "maps.zarr", tmp_path / "log"
+    process = start(data, tmp_path / "uninterrupted.zarr", log)
+    began = time.monotonic()
+    process.communicate()
+    seconds = time.monotonic() - began
     n_kills = n_runs = 0
     while n_kills < 20:
         n_runs += 1
         process = start(data, store, log)
         try:
-            process.wait(timeout=rng.uniform(0.2, 6.0))
+            process.wait(timeout=rng.uniform(0.05, 1.0) * seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             n_kills += 1
