@@ -271,7 +271,7 @@ class AdaptiveHybridStreamingOptimizer:
             observers.append(journal.observe)
             if config.stop_on_sigterm:
                 stack.enter_context(interruption.heeding_sigterm())
-            policy = ReadPolicy(config.read_retries, config.min_success_rate < 1.0)
+            policy = ReadPolicy.of(config)
             data = stack.enter_context(closing(DataSet(problem.blocks, config.cache, policy)))
             for sentence in data.missing_chunks():
                 warn_caller(sentence, MissingChunksWarning)

@@ -122,6 +122,7 @@ def test_presets_take_overrides() -> None:
         ("cache", -1),
         ("precision", "float16"),
         ("min_success_rate", 0.0),
+        ("retry_seconds", -1.0),
         ("group_variance_indices", [(3, 1)]),
         ("residual_weights", [1.0, -1.0]),
         ("residual_weights", [1.0, float("inf")]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from distributed import Client
 from zarr.codecs import Crc32cCodec, GzipCodec, ZstdCodec
 
 import nlsq_dask as nd
+from nlsq_dask.engine.error_kinds import ErrorKind
+from nlsq_dask.engine.retries import ReadPolicy, SkippedBlock, call_with_retries
 from tests import problems
+from tests.clocks import Clock, patch_retries
 from tests.problems import NO_WARMUP, PROBLEMS, scipy_fit
 
 Config = nd.HybridStreamingConfig
@@ -335,6 +339,96 @@ def test_what_is_no_fault_of_reading_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         fit(*flaky.data(), **options)
     assert flaky.calls == 1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return patch_retries(monkeypatch)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_an_outage_is_waited_out(
+    error: Any, tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of more attempts than other errors have."""
+    flaky = Flaky(tmp_path, 1, 11, error)
+    with pytest.warns(UserWarning, match=rf"not answer \({error.__name__}\).*_seconds=120\.$"):
+        result = fit(*flaky.data())
+    assert result.diagnostics["retries"] == 10
+    assert 10 < clock.now < 120
+    exact = fit(*(da.from_array(values, chunks=CHUNK) for values in (X, Y)))
+    np.testing.assert_array_equal(result.x, exact.x)
+    np.testing.assert_array_equal(result.pcov, exact.pcov)
+    assert f"s: {error.__name__}: call 6 failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"retry_seconds": 5.0}, r"after 5 attempts in 5 s, in block"),
+        ({"retry_seconds": 0.0, "max_retries_per_batch": 2}, "after 1 attempt in block"),
+        ({"enable_fault_tolerance": False}, "after 1 attempt in block"),
+        ({"retry_seconds": 5.0, "min_success_rate": 0.95}, "after 5 attempts in 5 s, in block"),
+    ],
+    ids=str,
+)
+def test_how_long_an_outage_is_waited_out(
+    options: dict[str, Any], text: str, tmp_path: Path, clock: Clock
+) -> None:
+    flaky = Flaky(tmp_path, error=ConnectionError)
+    with pytest.raises(nd.BlockReadError, match=rf"{text} .*ConnectionError") as caught:
+        fit(*flaky.data(), **options)
+    assert clock.now == pytest.approx(options.get("retry_seconds", 0.0))
+    assert "Fit again when the store answers, increase retry_seconds, or" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError, KeyError])
+def test_what_no_retry_can_change_is_tried_once(error: Any, tmp_path: Path, clock: Clock) -> None:
+    flaky = Flaky(tmp_path, error=error)
+    with pytest.raises(nd.BlockReadError, match=f"after 1 attempt in .*{error.__name__}") as caught:
+        fit(*flaky.data(), max_retries_per_batch=2)
+    assert ("environment of the workers" in str(caught.value)) == (error is PermissionError)
+    assert flaky.calls == 1
+    with pytest.warns(nd.DataWarning, match=r"1,000 of 12,000 rows, in 1 of 12 blocks"):
+        fit(*flaky.data(), max_retries_per_batch=2, min_success_rate=0.9)
+    assert clock.pauses == []
+
+
+def test_outages_and_other_errors_are_counted_apart(clock: Clock) -> None:
+    errors = [OSError(), *[ConnectionError()] * 6, OSError(), *[ConnectionError()] * 2]
+    pending = iter(errors)
+
+    def read() -> str:
+        error = next(pending, None)
+        if error is not None:
+            raise error
+        return "read"
+
+    assert call_with_retries(read, ReadPolicy(2, 60.0)) == "read"
+    growing = [0.1, 0.1, 0.4, 1.6, 6.4, 10.0, 10.0, 0.4, 10.0, 10.0]
+    assert all(
+        0.8 * most <= pause <= most for pause, most in zip(clock.pauses, growing, strict=True)
+    )
+    pending = iter(errors)
+    with pytest.raises(ConnectionError):
+        call_with_retries(read, ReadPolicy(2, 10.0))
+    pending = iter(errors)
+    with pytest.raises(OSError, match=r"^$"):
+        call_with_retries(read, ReadPolicy(1, 60.0))
+    assert next(pending) is errors[-1]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "error", "remedy"),
+    [
+        ("chunk c/0 of s3://b/y", "PermissionError: 403", "AWS_ACCESS_KEY_ID"),
+        ("chunk c/0 of gs://b/y", "HttpError: 403", "environment of the workers, or"),
+        ("chunk c/0 of file:///data/y", "PermissionError: [Errno 13]", "^Permit all processes"),
+    ],
+)
+def test_denied_access_has_a_remedy(chunk: str, error: str, remedy: str) -> None:
+    block = SkippedBlock((0,), (1,), 1, ((0, 1),), "y_data", chunk, error, 1, ErrorKind.DENIED)
+    assert re.search(remedy, block.remedy("skip it"))
 
 
 def test_tolerance_and_permission_go_together() -> None:

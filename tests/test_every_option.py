@@ -49,6 +49,7 @@ COVERED_ELSEWHERE = {
     "stop_on_sigterm": "tests/test_survival.py::test_sigterm_ends_a_fit_with_a_checkpoint",
     "enable_fault_tolerance": "tests/test_data_faults.py::test_how_often_reading_is_tried",
     "max_retries_per_batch": "tests/test_data_faults.py::test_how_often_reading_is_tried",
+    "retry_seconds": "tests/test_data_faults.py::test_an_outage_is_waited_out",
     "min_success_rate": "tests/test_data_faults.py::test_how_many_rows_may_be_missing",
     "dashboard": "tests/test_dashboard.py::test_dashboard_false_tells_nobody",
     "log_file": "tests/test_watching.py::test_json_lines_say_what_happened",

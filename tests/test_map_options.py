@@ -26,6 +26,7 @@ import nlsq_dask as nd
 from nlsq_dask import HybridStreamingConfig as Config
 from nlsq_dask.events import Event, TileFinished
 from nlsq_dask.maps.problem.arguments import OPTIONS, validate_map_arguments
+from tests.clocks import patch_retries
 from tests.shown import Shown, assert_is_there
 
 OPTIONS_PAGE = Path(__file__).parents[1] / "docs" / "options.md"
@@ -212,8 +213,8 @@ def test_the_seed_of_the_pooled_start(cube: xr.DataArray, fitted: xr.Dataset) ->
 class Flaky:
     """An array whose first column of chunks cannot be read the first times."""
 
-    def __init__(self, values: np.ndarray, failures: int) -> None:
-        self.values, self.failures = values, failures
+    def __init__(self, values: np.ndarray, failures: int, error: type[Exception]) -> None:
+        self.values, self.failures, self.error = values, failures, error
         self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
         self.reads: Counter[bool] = Counter()
 
@@ -221,13 +222,15 @@ class Flaky:
         is_first = index[1].start == 0
         self.reads[is_first] += 1
         if is_first and self.reads[True] <= self.failures:
-            raise OSError("the store does not answer")
+            raise self.error("the store does not answer")
         return self.values[index]
 
 
-def from_flaky(cube: xr.DataArray, failures: int, **options: Any) -> tuple[Flaky, xr.Dataset]:
+def from_flaky(
+    cube: xr.DataArray, failures: int, error: type[Exception] = OSError, **options: Any
+) -> tuple[Flaky, xr.Dataset]:
     """Return the array, and the fits of its two tiles."""
-    flaky = Flaky(cube.values, failures)
+    flaky = Flaky(cube.values, failures, error)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nlsq_dask.maps.problem.tiles._MIN_PIXELS", 1)
         patch.setattr("nlsq_dask.maps.problem.tiles._MIN_POINTS", 1)
@@ -250,6 +253,22 @@ def test_how_often_reading_is_tried(cube: xr.DataArray, fitted: xr.Dataset) -> N
             ):
                 ds.compute()
             assert flaky.reads[True] == (2 if "max_retries_per_batch" in options else 1)
+
+
+@shows("retry_seconds")
+def test_an_outage_is_waited_out(
+    cube: xr.DataArray, fitted: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = patch_retries(monkeypatch)
+    with dask.config.set(scheduler="synchronous"):
+        flaky, ds = from_flaky(cube, 5, TimeoutError, max_retries_per_batch=0)
+        assert distance(ds.compute(), fitted) < 1e-6
+        assert flaky.reads[True] == 6
+        began = clock.now
+        flaky, ds = from_flaky(cube, 5, TimeoutError, retry_seconds=0.2)
+        with pytest.raises(nd.BlockReadError, match=r"after 3 attempts in block .*TimeoutError"):
+            ds.compute()
+        assert clock.now - began == pytest.approx(0.2)
 
 
 @shows("min_success_rate")

@@ -27,6 +27,7 @@ from nlsq_dask.fit import interruption
 from nlsq_dask.maps.problem import tiles
 from nlsq_dask.maps.stores.store import MapStore
 from tests import surviving_map
+from tests.clocks import patch_retries
 from tests.surviving_map import N_TILES, decay, fit
 
 
@@ -323,6 +324,38 @@ def test_writes_are_repeated(
         with pytest.raises(OSError, match="no route to host") as info:
             fit(data, tmp_path / "2.zarr", options={"enable_fault_tolerance": False})
     assert "Finished tiles are in" in info.value.__notes__[0]
+
+
+def test_an_outage_of_the_store_is_waited_out(
+    data: Path, whole: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it interrupts: beginning, listing, writing, verifying and opening."""
+    patch_retries(monkeypatch)
+    calls: Counter[str] = Counter()
+
+    def fail_at_first(name: str) -> None:
+        function = getattr(MapStore, name)
+
+        def failing(*args: Any) -> Any:
+            calls[name] += 1
+            if calls[name] <= 4:
+                raise ConnectionError("gone")
+            return function(*args)
+
+        monkeypatch.setattr(MapStore, name, failing)
+
+    for name in ("create_or_open", "finished", "write", "read", "open"):
+        fail_at_first(name)
+    with dask.config.set(scheduler="synchronous"):
+        for _ in range(2):
+            result = fit(data, tmp_path / "maps.zarr", options={"max_retries_per_batch": 0})
+    assert min(calls.values()) > 4
+    xr.testing.assert_identical(result.compute(), whole)
+    calls.clear()
+    with pytest.raises(
+        nd.CheckpointError, match=r"store='.*maps.zarr' cannot .*Error: gone\. Pass"
+    ):
+        fit(data, tmp_path / "maps.zarr", options={"retry_seconds": 0})
 
 
 def test_arrays_in_memory(stored: Path, data: Path, whole: xr.Dataset, tmp_path: Path) -> None:

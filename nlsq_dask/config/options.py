@@ -188,10 +188,16 @@ class HybridStreamingConfig(ValidatedOptions):
         If the cost or gradient at a trial point is NaN or infinite, return to the best point and
         try a smaller step. If False, the first such point ends the warm-up, or the fit.
     enable_fault_tolerance : True or False, default True
-        Retry failed reads. If False, the first failed read ends the fit.
+        Retry failed reads, and failed writes of the store of ``fit_each``. If False, the first
+        failure ends the fit.
     max_retries_per_batch : an integer >= 0, default 2
-        Maximum number of retries of a failed read. The pause before a retry is 0.1 s at first and 4
-        times as long each time, up to 10 s.
+        Maximum number of retries of a failed read or write, apart from those of ``retry_seconds``.
+        The pause before a retry is about 0.1 s at first and 4 times as long each time, up to 10 s.
+    retry_seconds : a number >= 0, default 120.0
+        Number of seconds, from its first failure, for which a read or write is retried while the
+        network or the server fails: connection errors, timeouts, and the HTTP statuses 408, 429 and
+        5xx. The pauses are the same. Missing keys (404) and denied access (401, 403) are never
+        retried.
     min_success_rate : a number > 0 and <= 1, default 1.0
         Minimum fraction of rows that must be readable. With a value below 1, unreadable blocks are
         skipped with a warning, and the result lists them; the fit fails if too few rows remain.
@@ -327,6 +333,7 @@ class HybridStreamingConfig(ValidatedOptions):
     validate_numerics: bool = option(True, BOOL)
     enable_fault_tolerance: bool = runtime_option(True, BOOL)
     max_retries_per_batch: int = runtime_option(2, integer(0))
+    retry_seconds: float = runtime_option(120.0, NON_NEGATIVE)
     min_success_rate: float = runtime_option(1.0, FRACTION)
     max_walltime: float | None = runtime_option(None, or_else(POSITIVE, None))
     stop_on_sigterm: bool = runtime_option(False, BOOL)
@@ -356,11 +363,6 @@ class HybridStreamingConfig(ValidatedOptions):
         check_combinations(self)
 
     # --- derived values
-
-    @property
-    def read_retries(self) -> int:
-        """Number of retries of a failed read; 0 if ``enable_fault_tolerance`` is False."""
-        return self.max_retries_per_batch if self.enable_fault_tolerance else 0
 
     @property
     def batch_rows(self) -> int:

@@ -46,6 +46,8 @@ from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.prediction import PredictionKernel
 
+_SKIP = "pass HybridStreamingConfig(min_success_rate=...) below 1 to skip unreadable blocks"
+
 
 class DataSet:
     """Sums over all rows, and samples of rows, on the active Dask scheduler.
@@ -295,8 +297,7 @@ class DataSet:
         block = self._source.first_block_needing(read_error.key)
         bad = self.skipped_block(int(np.ravel_multi_index(block, self.blocks.grid)), read_error)
         return BlockReadError(
-            f"{bad.sentence}. Repair the stored data, or pass "
-            f"HybridStreamingConfig(min_success_rate=...) below 1 to skip unreadable blocks.",
+            f"{bad.sentence}. {bad.remedy(_SKIP)}",
             bad.array,
             bad.block,
             bad.chunk,
@@ -316,6 +317,8 @@ class DataSet:
             chunk=read_error.chunk,
             error=read_error.error,
             attempts=read_error.attempts,
+            kind=read_error.kind,
+            outage_seconds=read_error.outage_seconds,
         )
 
     def first_not_finite(self, index: int) -> tuple[Index, str]:

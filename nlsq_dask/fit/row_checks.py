@@ -103,7 +103,7 @@ def check_share(bad: Sequence[SkippedBlock], n_all: int, min_share: float) -> No
     listed = join_first([block.sentence for block in bad], _MAX_LISTED, "; ", "blocks")
     raise BlockReadError(
         f"{n_rows:,} of {n_all:,} rows can be read, less than min_success_rate={min_share:g}. "
-        f"{listed}. Repair or replace the stored data, or lower min_success_rate.",
+        f"{listed}. {bad[0].remedy('lower min_success_rate')}",
         bad[0].array,
         bad[0].block,
         bad[0].chunk,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask._text import join_first
+from nlsq_dask.engine.error_kinds import ErrorKind, classify, describe
 from nlsq_dask.engine.execution import is_inside_task
 from nlsq_dask.engine.independent_tasks import execute_each
-from nlsq_dask.engine.retries import SkippedBlock
+from nlsq_dask.engine.retries import ReadPolicy, SkippedBlock, call_with_retries
 from nlsq_dask.engine.tile_graph import calls
 from nlsq_dask.errors import (
     BlockReadError,
@@ -54,6 +55,7 @@ from nlsq_dask.status import Status
 
 _DRAW_INTERVAL = 0.5  # seconds between pictures of the map
 _MAX_LISTED = 3
+_STORE_ERRORS = (ErrorKind.OUTAGE, ErrorKind.DENIED)
 _CAUSES = {Status.WALLTIME: "max_walltime was reached", Status.TERMINATED: "SIGTERM was received"}
 
 
@@ -75,16 +77,12 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
             return run.result(as_dataset(problem, run.arrays))
         template = _template(problem)
         fingerprint = map_fingerprint(problem, template.coords)
-        try:
+        policy = ReadPolicy.of(config)
+        with _naming(problem.store):
             lease = stack.enter_context(Lease(problem.store))
-            store = MapStore.create_or_open(
-                problem.store, problem.grid.map_chunks, template, fingerprint
-            )
-        except OSError as error:
-            raise CheckpointError(
-                f"store={problem.store!r} cannot be read or written: {error}. Pass a path or URL "
-                f"to which this process and all workers can write."
-            ) from error
+            chunks = problem.grid.map_chunks
+            arguments = problem.store, chunks, template, fingerprint
+            store = call_with_retries(partial(MapStore.create_or_open, *arguments), policy)
 
         if problem.is_single_tile:
             warn_caller(f"{SINGLE_TILE[0].upper()}{SINGLE_TILE[1:]}.", DataWarning)
@@ -102,7 +100,23 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
                     f"Finished tiles are in {store.path}. The same call fits the others."
                 )
             raise
-    return run.result(store.open())
+    return run.result(call_with_retries(store.open, policy))
+
+
+@contextmanager
+def _naming(store: str) -> Iterator[None]:
+    """Context in which a store that cannot be read or written is a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        # Libraries of object stores raise errors of any class.
+        is_of_store = isinstance(error, OSError) or classify(error) in _STORE_ERRORS
+        if not is_of_store or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"store={store!r} cannot be read or written: {describe(error)}. Pass a path or URL to "
+            f"which this process and all workers can write, with the credentials that it needs."
+        ) from error
 
 
 def _template(problem: MapProblem) -> xr.Dataset:
@@ -127,6 +141,7 @@ class _Run:
         store: MapStore | None = None,
     ) -> None:
         self._problem, self._emit, self._store = problem, emit, store
+        self._policy = ReadPolicy.of(problem.config)
         self._check_end = check  # raises if the fits must end
         self._began = self._fits_began = time.monotonic()
         grid, names = problem.grid, problem.parameters.names
@@ -172,7 +187,8 @@ class _Run:
             if self.n_tiles < self._started.n_tiles:
                 self._stopped_by = error.reason
         if store is not None and self._stopped_by is None:
-            _check_visible(store, self._started.n_tiles)
+            n_seen = len(call_with_retries(store.finished, self._policy))
+            _check_visible(store, n_seen, self._started.n_tiles)
         self._draw()
         self._emit(self._ended())
 
@@ -182,7 +198,7 @@ class _Run:
             trace_tile_task(problem, raises=False),
             self._reporter,
             self._store,
-            problem.config.read_retries,
+            self._policy,
         )
 
         def take(tile: Tile, report: TileReport | None) -> None:
@@ -226,7 +242,7 @@ class _Run:
 
     def _missing(self, tiles: Sequence[Tile], store: MapStore) -> list[Tile]:
         """Return the tiles that are not in the store; those that are there are verified."""
-        written = store.finished()
+        written = call_with_retries(store.finished, self._policy)
         present = [tile for tile in tiles if tile.index in written]
         if not present:
             return list(tiles)
@@ -243,7 +259,7 @@ class _Run:
                 self._totals.update(report.counts)
                 self._picture.add(report.cells)
 
-        verify = VerifyingTask(store, self._reporter)
+        verify = VerifyingTask(store, self._reporter, self._policy)
 
         def make_graph(tiles: list[Tile], client: Any) -> tuple[dict[Any, Any], list[Any]]:
             token = uuid.uuid4().hex
@@ -330,8 +346,7 @@ class _Run:
         listed = join_first([b.sentence for b in self._not_read], _MAX_LISTED, "; ", "blocks")
         raise BlockReadError(
             f"At most {n_read:,} of {n_all:,} pixels can be read, less than "
-            f"min_success_rate={least:g}. {listed}. Repair or replace the stored data, or lower "
-            f"min_success_rate.",
+            f"min_success_rate={least:g}. {listed}. {block.remedy('lower min_success_rate')}",
             block.array,
             block.block,
             block.chunk,
@@ -391,9 +406,9 @@ class _Run:
             )
 
 
-def _check_visible(store: MapStore, n_tiles: int) -> None:
+def _check_visible(store: MapStore, n_seen: int, n_tiles: int) -> None:
     """Raise a CheckpointError if tiles that workers have written are not seen here."""
-    if (n_seen := len(store.finished())) < n_tiles:
+    if n_seen < n_tiles:
         raise CheckpointError(
             f"Only {n_seen:,} of {n_tiles:,} tiles are in {store.path} as this process sees it, "
             f"although workers have written all of them. Pass a path on a file system that all "

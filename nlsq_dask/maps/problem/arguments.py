@@ -43,6 +43,7 @@ OPTIONS = (
     "random_seed",
     "enable_fault_tolerance",
     "max_retries_per_batch",
+    "retry_seconds",
     "min_success_rate",
     "cov_type",
     "max_walltime",

@@ -117,7 +117,8 @@ def _values(problem: MapProblem) -> Values:
     n_blocks = math.prod(blocks.grid)
     chosen = np.random.default_rng(0).permutation(n_blocks)[:_MAX_BLOCKS]
     indices = list(dict.fromkeys([0, *chosen.tolist()]))[:_MAX_BLOCKS]
-    source = SourceGraph(blocks, ReadPolicy(problem.config.read_retries, skips_unreadable=True))
+    policy = replace(ReadPolicy.of(problem.config), skips_unreadable=True)
+    source = SourceGraph(blocks, policy)
     values: Values = {}
     for first in range(0, len(indices), _BLOCKS_AT_ONCE):
         some = indices[first : first + _BLOCKS_AT_ONCE]

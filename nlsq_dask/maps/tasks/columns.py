@@ -20,6 +20,10 @@ from nlsq_dask.solvers.lanes.records import Lanes
 
 Array = NDArray[Any]
 
+_SKIP = (
+    "pass HybridStreamingConfig(min_success_rate=...) below 1, so that these pixels get the status "
+    "'not_read'"
+)
 _MASK_BYTES = 2  # per point, of arrays that tell where y is finite
 
 
@@ -188,9 +192,7 @@ def _read(reader: GroupReader, inputs: Sequence[Any], tile: Tile) -> Iterator[Re
     except ReadFailedError as failed:
         bad = _skipped_block(reader, tile, failed.read_error)
         raise BlockReadError(
-            f"{bad.sentence}. Repair the stored data, or pass "
-            f"HybridStreamingConfig(min_success_rate=...) below 1, so that these pixels get the "
-            f"status 'not_read'.",
+            f"{bad.sentence}. {bad.remedy(_SKIP)}",
             bad.array,
             bad.block,
             bad.chunk,
@@ -210,6 +212,8 @@ def _skipped_block(reader: GroupReader, tile: Tile, read_error: ReadError) -> Sk
         chunk=read_error.chunk,
         error=read_error.error,
         attempts=read_error.attempts,
+        kind=read_error.kind,
+        outage_seconds=read_error.outage_seconds,
     )
 
 

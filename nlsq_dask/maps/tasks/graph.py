@@ -76,8 +76,8 @@ def build_graph(
     Large arrays in memory are sent to the workers of a ``client`` if there is one; otherwise they
     are in the graph.
     """
-    blocks, grid, config = problem.blocks, problem.grid, problem.config
-    source = SourceGraph(blocks, ReadPolicy(config.read_retries, config.min_success_rate < 1.0))
+    blocks, grid = problem.blocks, problem.grid
+    source = SourceGraph(blocks, ReadPolicy.of(problem.config))
     for sentence in source.missing_chunks():
         warn_caller(sentence, MissingChunksWarning)
     literals = source.large_literals

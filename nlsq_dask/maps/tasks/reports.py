@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.independent_tasks import Gate
-from nlsq_dask.engine.retries import SkippedBlock, write_with_retries
+from nlsq_dask.engine.retries import ReadPolicy, SkippedBlock, call_with_retries
 from nlsq_dask.engine.source_graph import GroupReader
 from nlsq_dask.maps.problem.tiles import Tile
 from nlsq_dask.maps.stores.store import MapStore
@@ -57,7 +57,7 @@ class ReportingTask:
     task: TileTask
     reporter: Reporter
     store: MapStore | None
-    n_retries: int  # of writes
+    policy: ReadPolicy  # for writes, too
     gate: Gate = field(default_factory=Gate)
 
     def __call__(self, own: tuple[GroupReader, Tile], *inputs: Any) -> TileReport | None:
@@ -74,7 +74,7 @@ class ReportingTask:
         counts, cells = self.reporter.counts_and_cells(tile, arrays)
         if self.store is None:
             return TileReport(counts, cells, arrays, not_read)
-        write_with_retries(partial(self.store.write, tile.index, arrays), self.n_retries)
+        call_with_retries(partial(self.store.write, tile.index, arrays), self.policy)
         return TileReport(counts, cells, None, not_read)
 
 
@@ -84,10 +84,11 @@ class VerifyingTask:
 
     store: MapStore
     reporter: Reporter
+    policy: ReadPolicy
 
     def __call__(self, tile: Tile) -> TileReport | None:
         """Return the report on a tile; None if it has to be fitted again."""
-        arrays = self.store.read(tile.index)
+        arrays = call_with_retries(partial(self.store.read, tile.index), self.policy)
         if arrays is None or np.any(arrays["status"] == LaneStatus.NOT_FITTED):
             return None
         return TileReport(*self.reporter.counts_and_cells(tile, arrays))
