@@ -89,6 +89,7 @@ OLD_DUMP = """Generic {
     ),
 }"""
 S3_503 = f"{HTTP} - Server returned non-2xx status code: 503 Service Unavailable: "
+S3_400 = f"{HTTP} - Server returned non-2xx status code: 400 Bad Request:"
 NO_ROLE = (
     "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 4s, after "
     "10 retries - HTTP error: error sending request"
@@ -170,7 +171,10 @@ CASES: list[tuple[Exception, ErrorKind]] = [
     (obstore(DUMP), OUTAGE),
     (obstore(OLD_DUMP), OUTAGE),
     (obstore(S3_503), OUTAGE),
-    (obstore("HTTP error: request or response body error"), OUTAGE),
+    (obstore("Generic HTTP error: HTTP error: request or response body error"), OUTAGE),
+    (obstore(f"{S3_400}\n\nDebug source:\nretry_timeout: 180s"), OTHER),
+    (obstore(f"{S3_400} <Error><Code>ExpiredToken</Code></Error>"), DENIED),
+    (obstore(f"{S3_400} <Error><Code>RequestTimeout</Code></Error>"), OUTAGE),
     (obstore("operation timed out"), OUTAGE),
     (obstore(NO_ROLE), DENIED),
     (obstore("Object at location y/c/0 not found: status code: 404", "NotFoundError"), MISSING),

@@ -68,10 +68,11 @@ _S3_CODES = {"ExpiredToken": 401, "InvalidToken": 401, "RequestTimeout": 408}
 
 # Libraries written in Rust, whose errors say in their text alone what happened.
 _TEXT_LIBRARIES = {"obstore", "pyo3_object_store", "icechunk"}
-_STATUS_IN_TEXT = re.compile(r"status(?: code)?: (\d{3})\b")
+_STATUS_IN_TEXT = re.compile(r"\bstatus(?: code)?: (\d{3})\b")
+_S3_CODE_IN_TEXT = re.compile(r"<Code>(\w+)</Code>")
 _NO_CREDENTIALS_IN_TEXT = re.compile(r"169\.254\.169\.254|metadata\.google|credentials", re.I)
 _OUTAGE_IN_TEXT = re.compile(
-    r"error sending request|HTTP error|response body|timed? ?out|timeout|dispatch failure"
+    r"error sending request|response body|timed out|\btimeout|dispatch failure"
     r"|connection (?:refused|reset|closed|error)",
     re.I,
 )
@@ -114,10 +115,15 @@ def classify(error: BaseException) -> ErrorKind:
 def describe(error: BaseException) -> str:
     """Return class and message of an error in one line.
 
-    The message ends at the first empty line: that of obstore has a dump of its source after it.
+    The message ends at the first empty line.
     """
-    text = " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".")
+    text = _first_paragraph(error).rstrip(".")
     return f"{type(error).__name__}: {text[:_MAX_TEXT]}" if text else type(error).__name__
+
+
+def _first_paragraph(error: BaseException) -> str:
+    """Return the first paragraph of a message in one line; obstore dumps its source after it."""
+    return " ".join(str(error).strip().partition("\n\n")[0].split())
 
 
 def _causes(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
@@ -146,11 +152,9 @@ def _own_kind(error: BaseException) -> ErrorKind | None:
     names = {each.__name__ for each in type(error).__mro__}
     if isinstance(error, ssl.SSLCertVerificationError):
         return ErrorKind.OTHER
-    status = _http_status(error)
     is_text = type(error).__module__.partition(".")[0] in _TEXT_LIBRARIES
-    text = str(error) if is_text else ""
-    if status is None and (found := _STATUS_IN_TEXT.search(text)):
-        status = int(found[1])
+    text = _first_paragraph(error) if is_text else ""
+    status = _http_status(error) or _status_in(text)
     if status in (401, 403, 407) or names & _DENIED_NAMES:
         return ErrorKind.DENIED
     if status in (404, 410) or names & _MISSING_NAMES:
@@ -161,7 +165,8 @@ def _own_kind(error: BaseException) -> ErrorKind | None:
         return ErrorKind.OUTAGE
     if _NO_CREDENTIALS_IN_TEXT.search(text):
         return ErrorKind.DENIED
-    return ErrorKind.OUTAGE if _OUTAGE_IN_TEXT.search(text) else None
+    is_outage = status is None and _OUTAGE_IN_TEXT.search(text)
+    return ErrorKind.OUTAGE if is_outage else None
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -175,6 +180,14 @@ def _http_status(error: BaseException) -> int | None:
             if (status := _as_status(_attribute(owner, name))) is not None:
                 return status
     return None
+
+
+def _status_in(text: str) -> int | None:
+    """Return the HTTP status that the message of a library in Rust quotes."""
+    code, status = _S3_CODE_IN_TEXT.search(text), _STATUS_IN_TEXT.search(text)
+    if code is not None and code[1] in _S3_CODES:
+        return _S3_CODES[code[1]]
+    return None if status is None else int(status[1])
 
 
 def _as_status(value: Any) -> int | None:
