@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fsspec.core import url_to_fs
@@ -13,6 +14,9 @@ from nlsq_dask.storage.backends import normalize_path, open_folder
 
 _MAX_FILES = 3
 _SUFFIX = ".nlsq"
+# In names and texts of errors about credentials, in lower case; the address is that of the service
+# that is asked for credentials, where none are configured.
+_CREDENTIALS = ("credential", "anonymous", "unauth", "denied", "forbidden", "169.254.169.254")
 
 
 class CheckpointFolder:
@@ -22,11 +26,16 @@ class CheckpointFolder:
     ----------
     path : str or os.PathLike
         Path or fsspec URL. ``prepare`` creates the directory if it does not exist.
+
+    Attributes
+    ----------
+    path : str
+        Absolute path, or the URL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = normalize_path(path)
-        self._files = open_folder(self._path)
+        self.path = normalize_path(path)
+        self._files = open_folder(self.path)
 
     def prepare(self, fit: str) -> None:
         """Create the directory, and check that checkpoints of the fit can be written to it.
@@ -38,28 +47,34 @@ class CheckpointFolder:
         """
         try:
             self._files.prepare(fit)
-        except OSError as error:
+        except Exception as error:  # file systems raise errors of any class
             raise CheckpointError(
-                f"checkpoint_dir={self._path!r} is not writable: {error}. Pass a writable "
-                f"directory, or None to write no checkpoints."
+                f"checkpoint_dir={self.path!r} is not writable: {summarize(error)}. "
+                f"{_remedy(error, self.path)}Pass a writable directory, or None to write no "
+                f"checkpoints."
             ) from error
 
     def save(self, checkpoint: Checkpoint) -> str:
         """Write a checkpoint, keep only the last three of the fit, and return the path."""
         name = f"{checkpoint.fit}-{checkpoint.number:08d}{_SUFFIX}"
         self._files.write(name, checkpoint.to_bytes())
-        own = [other for other in self._newest_first() if other.startswith(f"{checkpoint.fit}-")]
-        for old in own[_MAX_FILES:]:
-            self._files.remove(old)
-        return f"{self._path.rstrip('/')}/{name}"
+        with suppress(Exception):  # the checkpoint is written; old ones are removed next time
+            names = [other for other in self._names() if other.startswith(f"{checkpoint.fit}-")]
+            for old in names[_MAX_FILES:]:
+                self._files.remove(old)
+        return f"{self.path.rstrip('/')}/{name}"
 
-    def _newest_first(self) -> list[str]:
+    def _names(self) -> list[str]:
+        """Return the names of the files of checkpoints, the newest first."""
         return sorted((n for n in self._files.names() if n.endswith(_SUFFIX)), reverse=True)
 
     @property
     def is_empty(self) -> bool:
         """Whether the directory contains no files of checkpoints, valid or not."""
-        return not self._newest_first()
+        try:
+            return not self._names()
+        except Exception as error:
+            raise _unreadable(error, "checkpoint_dir", self.path) from error
 
     def newest(self) -> tuple[Checkpoint, list[str]]:
         """Return the newest valid checkpoint, and a text for each newer file that is invalid.
@@ -70,7 +85,7 @@ class CheckpointFolder:
             If the directory contains no valid checkpoint.
         """
         reasons: dict[str, str] = {}  # by file
-        for name in self._newest_first():
+        for name in self._names():
             try:
                 checkpoint = Checkpoint.from_bytes(self._files.read(name))
             except (CheckpointError, OSError) as error:
@@ -83,7 +98,7 @@ class CheckpointFolder:
             newest = {reason: name for name, reason in reversed(reasons.items())}
             found = "; ".join(f"checkpoint {name}: {reason}" for reason, name in newest.items())
         raise CheckpointError(
-            f"There is no valid checkpoint in {self._path!r}: {found}. Omit resume_from_checkpoint "
+            f"There is no valid checkpoint in {self.path!r}: {found}. Omit resume_from_checkpoint "
             f"to start a new fit."
         )
 
@@ -105,23 +120,60 @@ def load(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[str]]:
         If the file is invalid, or all files of the directory are.
     """
     text = normalize_path(path)
-    if "://" in text:
-        file_system, inner = url_to_fs(text)
+    try:
+        return _load(text)
+    except (CheckpointError, FileNotFoundError):
+        raise
+    except Exception as error:  # file systems raise errors of any class
+        raise _unreadable(error, "resume_from_checkpoint", text) from error
+
+
+def _load(path: str) -> tuple[Checkpoint, list[str]]:
+    if "://" in path:
+        file_system, inner = url_to_fs(path)
         exists, is_folder = file_system.exists(inner), file_system.isdir(inner)
     else:
-        exists, is_folder = Path(text).exists(), Path(text).is_dir()
+        exists, is_folder = Path(path).exists(), Path(path).is_dir()
     if not exists:
         raise FileNotFoundError(
-            f"resume_from_checkpoint={text!r} does not exist; pass the path of a checkpoint, or "
+            f"resume_from_checkpoint={path!r} does not exist; pass the path of a checkpoint, or "
             f"of the directory that was checkpoint_dir."
         )
     if is_folder:
-        return CheckpointFolder(text).newest()
-    folder, slash, name = text.rpartition("/")
+        return CheckpointFolder(path).newest()
+    folder, slash, name = path.rpartition("/")
     try:
         return Checkpoint.from_bytes(open_folder(folder or slash).read(name)), []
     except CheckpointError as error:
         raise CheckpointError(
-            f"resume_from_checkpoint={text!r} is not a valid checkpoint: {error} Pass its "
+            f"resume_from_checkpoint={path!r} is not a valid checkpoint: {error} Pass its "
             f"directory to resume from the newest valid one."
         ) from error
+
+
+def summarize(error: Exception) -> str:
+    """Return the class and the first line of an error, without a period at the end."""
+    text = str(error).strip().partition("\n")[0].rstrip(". ")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _unreadable(error: Exception, option: str, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{option}={path!r} cannot be read: {summarize(error)}. {_remedy(error, path)}Fit again "
+        f"when it can be read, or pass another path."
+    )
+
+
+def _remedy(error: Exception, path: str) -> str:
+    """Return a sentence on what to do about an error of a store, or ""."""
+    if "://" not in path:
+        return ""
+    text = summarize(error).lower()
+    if isinstance(error, PermissionError) or any(word in text for word in _CREDENTIALS):
+        return (
+            "Configure credentials that allow it, such as by variables in the environment of this "
+            "process. "
+        )
+    if isinstance(error, FileNotFoundError):
+        return "Create the bucket; a fit creates folders only. "
+    return ""

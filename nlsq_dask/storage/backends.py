@@ -45,6 +45,11 @@ class Folder(Protocol):
         """Remove a file if it exists."""
 
 
+def _unfinished_name(fit: str) -> str:
+    """Return a unique name for a file that is being written, or only shows that it can be."""
+    return f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+
+
 class _LocalFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,7 +60,7 @@ class _LocalFolder:
         for unfinished in self._folder.glob(".*.unfinished"):
             if unfinished.name.startswith(f".{fit}-") or _is_abandoned(unfinished):
                 unfinished.unlink(missing_ok=True)
-        probe = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+        probe = self._folder / _unfinished_name(fit)
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may have prepared the folder, too
 
@@ -67,7 +72,7 @@ class _LocalFolder:
 
     def write(self, name: str, data: bytes) -> None:
         fit = name.rpartition("-")[0][:_MAX_PREFIX_LENGTH]
-        unfinished = self._folder / f".{fit}-{uuid.uuid4().hex[:8]}.unfinished"
+        unfinished = self._folder / _unfinished_name(fit)
         try:
             with unfinished.open("wb") as file:
                 file.write(data)
@@ -113,16 +118,24 @@ class _RemoteFolder:
         self._folder = folder.rstrip("/")
 
     def prepare(self, fit: str) -> None:
-        """Create the folder if the store has folders; writing is not checked."""
-        # Not for a bucket that exists, which few users may create.
-        if not self._fs.exists(self._folder):
+        """Create the folder if the store has folders, and check write access.
+
+        Paths in an object store begin with a bucket, not with a slash. Buckets are not created.
+        """
+        if self._folder.startswith("/") and not self._fs.exists(self._folder):
             self._fs.makedirs(self._folder, exist_ok=True)
+        probe = f"{self._folder}/{_unfinished_name(fit)}"
+        self._fs.pipe_file(probe, b"")
+        with suppress(Exception):  # of a store that may be written to, but not deleted from
+            self._fs.rm_file(probe)
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
-        if not self._fs.exists(self._folder):
+        try:  # not ``exists``, which is False if some stores do not answer
+            paths = self._fs.ls(self._folder, detail=False)
+        except FileNotFoundError:
             return []
-        return [path.rpartition("/")[2] for path in self._fs.ls(self._folder, detail=False)]
+        return [path.rpartition("/")[2] for path in paths]
 
     def read(self, name: str) -> bytes:
         return bytes(self._fs.cat_file(f"{self._folder}/{name}"))
