@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import nlsq_dask as nd
-from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.model.transform import ParameterTransform
 from nlsq_dask.observers.progress import Progress
@@ -102,7 +101,6 @@ def test_the_callback_is_called_where_reports_pass_over_its_multiples(
         Progress(log_frequency=10, shows_details=True),
         lambda p, loss, i: seen.append(i),
         10,
-        Interruption(),
         ParameterTransform.of_fixed(("a", "b", "c"), np.zeros(3), ()),
     )
     for n_iterations in (37, 2, 10, 10, 1):

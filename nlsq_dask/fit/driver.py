@@ -70,17 +70,14 @@ class Driver:
         self._emit = emit
         self._journal = journal
         self._passes = Passes(problem, data, emit, journal, interruption)
+        self._interruption = interruption
         self._iterations = Iterations(
-            emit,
-            problem.callback,
-            problem.config.callback_frequency,
-            interruption,
-            problem.transform,
+            emit, problem.callback, problem.config.callback_frequency, problem.transform
         )
         for event in journal.events:
             self._passes.count(event)
             self._iterations.count(event)
-        self._start_finder = StartFinder(problem, emit, self._iterations, journal)
+        self._start_finder = StartFinder(problem, emit, self._iterations, journal, interruption)
         self._diagnostics = self._start_finder.diagnostics
         self._fit: FullFit[Any, Any] | None = None
         self._sample: SampleProblem[Any] | None = None
@@ -158,6 +155,7 @@ class Driver:
             start_finder=self._start_finder,
             emit=self._emit,
             journal=self._journal,
+            interruption=self._interruption,
             batch_rows=batch_rows_for(
                 self._data.longest_block, problem.config.batch_rows, problem.model.layout.row_bytes
             ),

@@ -16,6 +16,7 @@ from nlsq_dask.data.rounding import rounding_notices
 from nlsq_dask.engine.block_sums import BlockSums
 from nlsq_dask.errors import DataWarning, warn_caller
 from nlsq_dask.events import ALL_ROWS, Observer
+from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Iterations
 from nlsq_dask.fit.loop import Report, iterate
 from nlsq_dask.fit.outcome import Outcome, UndefinedPoint
@@ -47,6 +48,7 @@ class FitContext:
     start_finder: StartFinder
     emit: Observer
     journal: Journal
+    interruption: Interruption
     batch_rows: int  # rows per kernel call on a CPU
     longest_block: int  # rows
     platforms: tuple[str, ...]  # of the workers
@@ -101,9 +103,12 @@ class FullFit(ABC, Generic[T, S]):
         If derivatives are finite in the other mode of differentiation only, the fit uses that mode
         from now on.
         """
-        sample: SampleProblem[Any] = SampleProblem(self.problem, self.make_objective, rows)
+        check = self.context.interruption.check
+        sample: SampleProblem[Any] = SampleProblem(self.problem, self.make_objective, rows, check)
         if sample.at_start.lacks_derivatives and self._switch_mode():
-            other: SampleProblem[Any] = SampleProblem(self.problem, self.make_objective, rows)
+            other: SampleProblem[Any] = SampleProblem(
+                self.problem, self.make_objective, rows, check
+            )
             if other.at_start.is_finite:
                 return other
             self._switch_mode()

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlsq_dask.events import ALL_ROWS, Event, IterationFinished, NonFiniteTrial, Observer
-from nlsq_dask.fit.interruption import Interruption
+from nlsq_dask.events import Event, IterationFinished, NonFiniteTrial, Observer
 from nlsq_dask.model.transform import ParameterTransform
 
 Vector = NDArray[np.float64]
@@ -38,8 +37,6 @@ class Iterations:
         The caller's ``callback(params, loss, iteration)``.
     frequency : int
         Number of iterations between two calls of the callback.
-    interruption : Interruption
-        Ends the fit at its time limit, or when the process is asked to terminate.
     transform : ParameterTransform
         From the free parameters, which the fit reports, to all, which observers and callback get.
 
@@ -56,13 +53,11 @@ class Iterations:
         emit: Observer,
         callback: Callback | None,
         frequency: int,
-        interruption: Interruption,
         transform: ParameterTransform,
     ) -> None:
         self._emit = emit
         self._callback = callback
         self._frequency = frequency
-        self._interruption = interruption
         self._transform = transform
         self._count = 0
         self.non_finite: Counter[str] = Counter()
@@ -117,8 +112,6 @@ class Iterations:
         )
         self._emit(event)
         self.latest = params
-        if stage != ALL_ROWS:  # over all rows, the next pass checks after the iteration is recorded
-            self._interruption.check()
         if self._callback is None or not event.reaches_multiple(self._frequency):
             return False
         try:

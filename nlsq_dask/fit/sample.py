@@ -59,6 +59,8 @@ class SampleProblem(Generic[R]):
         Returns the ``SampleObjective`` for rows and a value near the mean of y.
     rows : Rows
         Rows as read, including masked and non-finite ones.
+    check : callable
+        Called before each evaluation; an exception that it raises ends the solve.
 
     Attributes
     ----------
@@ -77,7 +79,9 @@ class SampleProblem(Generic[R]):
         problem: FitProblem,
         make_objective: Callable[[Rows, float], R],
         rows: Rows,
+        check: Callable[[], None],
     ) -> None:
+        self._check = check
         self._problem = problem
         self._model = problem.exact_model
         self._start = problem.parameters.start
@@ -102,6 +106,7 @@ class SampleProblem(Generic[R]):
         few = usable.take(self._spread(min(self.n_used, _MAX_WARMUP_ROWS)))
         self.objective = self._make_objective(rows, self.y_reference)
         self.objective_few = self._make_objective(few, self.y_reference)
+        self.objective.check = self.objective_few.check = self._check
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return evenly spaced indices of ``n_rows`` usable rows."""

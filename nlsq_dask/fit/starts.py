@@ -6,6 +6,7 @@ starting points of a fit without multistart are added, so that the result is not
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.events import HalvingRound, Observer, WarmupEnded, WarmupStarted
+from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.sample import SampleProblem
@@ -32,7 +34,10 @@ from nlsq_dask.warmup.multistart import draw_starts
 
 Vector = NDArray[np.float64]
 
-_MAX_BURST = 10  # iterations between checks of max_walltime, SIGTERM and Ctrl-C
+# Iterations between checks of max_walltime, SIGTERM and Ctrl-C. If they are slow, there are fewer:
+# one, and those that start within some seconds after it.
+_MAX_BURST, _MAX_BURST_SECONDS = 10, 1.0
+_FAST = 0.05  # seconds of an iteration, below which the others of a burst run in one call
 _MAX_RESTARTS = 3  # of a warm-up after non-finite values
 _STEP_FACTOR = 0.1  # factor of the step lengths per restart
 _MAX_SURVIVORS = 8  # maximum number of survivors that are used as starts
@@ -67,6 +72,7 @@ class StartFinder:
     emit: Observer
     iterations: Iterations
     journal: Journal
+    interruption: Interruption
     # Summaries by "warm_up" and "multistart".
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
@@ -118,7 +124,7 @@ class StartFinder:
         normalized = self.problem.normalizer.normalize(candidates)
         rounds = []
         for number, result in enumerate(
-            sample.prepare_halving().rounds(normalized, settings), start=1
+            sample.prepare_halving().rounds(normalized, settings, self.interruption.check), start=1
         ):
             rounds.append(result)
             best = float(result.losses[result.survivors[0]])
@@ -206,12 +212,27 @@ class StartFinder:
             state = state if noted is None else unpack(state, noted)
             while int(state.end) == WarmupEnd.RUNNING:
                 before = state
-                state = warmup.run(state, self._burst_end(int(before.iteration)))
+                state = self._run_burst(warmup, state)
                 self._report(state, before, variance)
                 self.journal.save_state(pack(state))
+                self.interruption.check()
                 frequency = self.problem.config.checkpoint_frequency
-                if int(state.iteration) // frequency > int(before.iteration) // frequency:
+                is_multiple = int(state.iteration) // frequency > int(before.iteration) // frequency
+                if is_multiple or self.journal.is_due:
                     self.journal.save()
+        return state
+
+    def _run_burst(self, warmup: Warmup, state: WarmupState) -> WarmupState:
+        """Run iterations of L-BFGS until its next pause, or fewer if they are slow."""
+        done = int(state.iteration)
+        until, end, is_fast = self._burst_end(done), np.inf, False
+        while int(state.end) == WarmupEnd.RUNNING and done < until and time.monotonic() < end:
+            began = time.monotonic()
+            state = warmup.run(state, until if is_fast else done + 1)
+            done = int(state.iteration)  # waits for the result
+            now = time.monotonic()
+            # The time of the first iteration does not count, because it may include compilation.
+            is_fast, end = now - began < _FAST, min(end, now + _MAX_BURST_SECONDS)
         return state
 
     def _burst_end(self, done: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 
 Vector = NDArray[np.float64]
+S = TypeVar("S", bound=Sums)
 S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
 _CACHE_SIZE = 8  # points; forecasts return to points evaluated before
@@ -36,10 +38,13 @@ class SampleObjective(ABC, Generic[S_co]):
     ----------
     lacked_derivatives : bool
         Whether derivatives were not finite at any point so far, although the model was.
+    check : callable
+        Called before each evaluation; an exception that it raises ends the solve.
     """
 
     def __init__(self, rows: Rows, penalty: GroupVariance) -> None:
         self.lacked_derivatives = False
+        self.check: Callable[[], None] = lambda: None
         self._rows = rows
         self._penalty = penalty
         self._cache: dict[bytes, S_co] = {}
@@ -56,10 +61,14 @@ class SampleObjective(ABC, Generic[S_co]):
             if len(self._cache) == _CACHE_SIZE:
                 del self._cache[next(iter(self._cache))]
             request = Request(params)
-            sums = self.kernel(self._rows, request).penalized(self._penalty, request)
+            sums = self._sum(self.kernel, request).penalized(self._penalty, request)
             self.lacked_derivatives |= sums.lacks_derivatives
             self._cache[key] = sums
         return self._cache[key]
+
+    def _sum(self, kernel: Kernel[S], request: Request, wants_moments: bool = True) -> S:
+        self.check()
+        return kernel(self._rows, request, wants_moments=wants_moments)
 
 
 class DenseObjective(SampleObjective[NormalEquations]):
@@ -145,7 +154,7 @@ class GradientObjective(SampleObjective[GradientSums]):
         candidates, directions = request.candidates, request.directions
         if directions is None and (candidates is None or not len(candidates)):
             return self(request.params)
-        sums = self._kernel(self._rows, request, wants_moments=directions is None)
+        sums = self._sum(self._kernel, request, wants_moments=directions is None)
         return sums.penalized(self._penalty, request)
 
     def product(self, params: Vector, vector: Vector) -> Vector:
@@ -155,5 +164,5 @@ class GradientObjective(SampleObjective[GradientSums]):
 
     def diagonal(self, params: Vector) -> Vector:
         """Return the diagonal of ``J^T J`` at ``params``."""
-        sums = self._diagonal(self._rows, Request(params), wants_moments=False)
+        sums = self._sum(self._diagonal, Request(params), wants_moments=False)
         return np.asarray(sums.products[0] + self._penalty.diagonal(len(params), sums.n_used))

@@ -1,7 +1,7 @@
 """Levenberg-Marquardt from many starting points at the same time, on rows in memory.
 
-One JAX program improves the candidates (starting points) group by group; the candidates of a group
-are vectorized with ``vmap``. A parameter on a bound does not move outward.
+One JAX program improves a group of candidates (starting points), vectorized with ``vmap``. A
+parameter on a bound does not move outward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MIN_DAMPING, _MAX_DAMPING = 1e-9, 1e9
 
 
 class Problem(NamedTuple):
-    """Arrays that ``improve_groups`` takes: rows, normalization, bounds and penalty.
+    """Arrays that ``improve_group`` takes: rows, normalization, bounds and penalty.
 
     Parameters are ``scales * q + offsets`` with normalized parameters q, for which ``low`` and
     ``high`` are the bounds.
@@ -155,14 +155,8 @@ def _improve(
     return Candidate(params, damping, current.loss)
 
 
-def improve_groups(
-    model: Model,
-    mode: Mode,
-    loss: str,
-    problem: Problem,
-    groups: Candidate,
-    n_groups: Any,
-    n_rows: Any,
+def improve_group(
+    model: Model, mode: Mode, loss: str, problem: Problem, group: Candidate, n_rows: Any
 ) -> Candidate:
     """Improve starting points by a few trial steps each, on the first ``n_rows`` rows.
 
@@ -170,22 +164,10 @@ def improve_groups(
     ----------
     model, mode, loss, problem
         As for ``make_objective``.
-    groups : Candidate
-        The starting points, with arrays of shape (groups, points per group, ...). The points of a
-        group are vectorized; groups are processed one after the other.
-    n_groups : int
-        Number of groups to process; further ones are padding.
+    group : Candidate
+        The starting points, with arrays of shape (points, ...).
     n_rows : int
     """
     objective = make_objective(model, mode, loss, problem, n_rows)
-    improve: Callable[[Candidate], Candidate] = jax.vmap(
-        lambda candidate: _improve(problem, objective, candidate)
-    )
-
-    def improve_group(i: Any, groups: Candidate) -> Candidate:
-        improved = improve(Candidate(*(array[i] for array in groups)))
-        pairs = zip(groups, improved, strict=True)
-        return Candidate(*(array.at[i].set(new) for array, new in pairs))
-
-    result: Candidate = lax.fori_loop(0, n_groups, improve_group, groups)
-    return result
+    improved: Candidate = jax.vmap(lambda candidate: _improve(problem, objective, candidate))(group)
+    return improved

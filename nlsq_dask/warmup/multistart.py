@@ -2,13 +2,13 @@
 
 A candidate is a starting point. Random points rarely lie at the bottom of a narrow basin, so each
 is improved by a few Levenberg-Marquardt steps before its cost is compared. From round to round,
-there are fewer candidates and more rows, all of them from the sample. One call of one compiled
-program improves all candidates of a round.
+there are fewer candidates and more rows, all of them from the sample. A call of one compiled
+program improves a few candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Mode, Model
 from nlsq_dask.model.program import compiled_once
-from nlsq_dask.solvers.candidates import FIRST_DAMPING, Candidate, Problem, improve_groups
+from nlsq_dask.solvers.candidates import FIRST_DAMPING, Candidate, Problem, improve_group
 from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
 
 Vector = NDArray[np.float64]
@@ -91,7 +91,10 @@ class SuccessiveHalving:
         return cls(model, problem, mode, loss, sample.n_rows, key)
 
     def rounds(
-        self, candidates: NDArray[np.float64], settings: MultistartSettings
+        self,
+        candidates: NDArray[np.float64],
+        settings: MultistartSettings,
+        check: Callable[[], None] = lambda: None,
     ) -> Iterator[Round]:
         """Run the rounds and yield the result of each.
 
@@ -100,13 +103,15 @@ class SuccessiveHalving:
         candidates : ndarray, shape (n, p)
             Starting points, as normalized parameters inside the bounds.
         settings : MultistartSettings
+        check : callable
+            Called before some candidates are improved; an exception that it raises ends the round.
         """
         params = candidates.copy()
         damping = np.full(len(params), FIRST_DAMPING)
         survivors = np.arange(len(params))
         for number in range(settings.n_rounds):
             n_rows = min(settings.rows_of_round(number), self.n_rows)
-            improved = self._improve(params, damping, survivors, n_rows)
+            improved = self._improve(params[survivors], damping[survivors], n_rows, check)
             params[survivors], damping[survivors] = improved.params, improved.damping
             losses = np.full(len(params), np.nan)
             losses[survivors] = improved.loss
@@ -119,29 +124,34 @@ class SuccessiveHalving:
         self,
         params: NDArray[np.float64],
         damping: NDArray[np.float64],
-        survivors: NDArray[np.int64],
         n_rows: int,
+        check: Callable[[], None],
     ) -> Candidate:
         """Return candidates after a few Levenberg-Marquardt steps on the first ``n_rows`` rows.
 
-        ``survivors`` are the indices of these candidates in ``params`` and ``damping``, which holds
-        the Levenberg-Marquardt parameter of each candidate.
+        ``damping`` is the Levenberg-Marquardt parameter of each candidate.
         """
-        # The same power of two in all rounds, so that few programs are compiled.
-        max_groups = 1 << (-(-len(params) // _GROUP_SIZE) - 1).bit_length()
-        indices = np.resize(survivors, (max_groups, _GROUP_SIZE))
-        groups = Candidate(params[indices], damping[indices], np.zeros(indices.shape))
-        n_groups = -(-len(survivors) // _GROUP_SIZE)
-        improve = partial(improve_groups, self.model, self.mode, self.loss)
+        groups = []
+        for start in range(0, len(params), _GROUP_SIZE):
+            check()
+            index = np.arange(start, min(start + _GROUP_SIZE, len(params)))
+            groups.append(self._improve_group(params[index], damping[index], n_rows))
+        return Candidate(*map(np.concatenate, zip(*groups, strict=True)))
+
+    def _improve_group(
+        self, params: NDArray[np.float64], damping: NDArray[np.float64], n_rows: int
+    ) -> Candidate:
+        # Padded by repetition, so that one program is compiled.
+        index = np.resize(np.arange(len(params)), _GROUP_SIZE)
+        group = Candidate(params[index], damping[index], np.zeros(_GROUP_SIZE))
+        improve = partial(improve_group, self.model, self.mode, self.loss)
         with x64():
-            args = jax.tree.map(jnp.asarray, (groups, n_groups, n_rows))
+            args = jax.tree.map(jnp.asarray, (group, n_rows))
             program = compiled_once(
-                f"{self.key} {indices.shape} candidates",
-                lambda: jax.jit(improve).lower(self.problem, *args).compile(),
+                self.key, lambda: jax.jit(improve).lower(self.problem, *args).compile()
             )
-            improved = jax.tree.map(np.asarray, program(self.problem, *args))
-        flat = (array.reshape(-1, *array.shape[2:])[: len(survivors)] for array in improved)
-        return Candidate(*flat)
+            improved = program(self.problem, *args)
+            return Candidate(*(np.asarray(array)[: len(params)] for array in improved))
 
 
 def draw_box(
