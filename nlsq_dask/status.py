@@ -87,6 +87,13 @@ class Status(Enum):
     )
     WALLTIME = (-8, "Stopped: `max_walltime` was reached; the parameters are the best so far.")
     TERMINATED = (-9, "Stopped by SIGTERM; the parameters are the best so far.")
+    NO_PROGRESS = (
+        -11,
+        "Stopped by `max_walltime` or SIGTERM before this call could add anything to the "
+        "checkpoints; the parameters are the best so far.",
+        "Resuming would do the same work again: allow more time, or correct `checkpoint_dir` if a "
+        "warning says that it could not be written.",
+    )
     USER_STOP = (-4, "Stopped by the callback; the parameters are the best so far.")
 
     @property
@@ -113,4 +120,4 @@ class Status(Enum):
     @property
     def is_interruption(self) -> bool:
         """Whether ``max_walltime`` or SIGTERM ended the fit, which can then be resumed."""
-        return self in (Status.WALLTIME, Status.TERMINATED)
+        return self in (Status.WALLTIME, Status.TERMINATED, Status.NO_PROGRESS)

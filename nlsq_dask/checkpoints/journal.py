@@ -24,8 +24,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint, decode
-from nlsq_dask.checkpoints.folder import CheckpointFolder, load
+from nlsq_dask.checkpoints.folder import CheckpointFolder, load, summarize
 from nlsq_dask.checkpoints.identity import FitFingerprint
+from nlsq_dask.checkpoints.writer import CheckpointWriter
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import warn_caller
 from nlsq_dask.events import (
@@ -44,7 +45,8 @@ from nlsq_dask.storage.codec import encode
 T = TypeVar("T")
 
 _STATE = "state"  # last part of the path of a loop's state
-_MAX_SAVING_SHARE = 0.05  # maximum fraction of the time of a pass for writing checkpoints
+_MAX_SAVING_SHARE = 0.05  # maximum fraction of the time of a pass for collecting its state
+_MAX_WAIT = 60.0  # seconds at the end of a fit until its last checkpoint is written
 
 
 class Journal:
@@ -54,9 +56,10 @@ class Journal:
     """
 
     events: Sequence[Event] = ()  # events from before the fit was resumed
-    last_path: str | None = None  # path of the newest checkpoint
+    last_path: str | None = None  # path of the newest checkpoint that is written
     is_enabled = False  # whether steps are recorded
     is_saving = False  # whether checkpoints are written
+    has_saved = False  # whether one was written since the fit was started or resumed
 
     def observe(self, event: Event) -> None:
         """Record an event of the fit."""
@@ -112,14 +115,25 @@ class Journal:
         return False
 
     def save(self, began: float | None = None) -> None:
-        """Write a checkpoint.
+        """Begin to write a checkpoint, unless the last one has the same state.
+
+        It is written in another thread, while the fit continues.
 
         Parameters
         ----------
         began : float, optional
             Value of ``time.monotonic`` when the preparation of the checkpoint began; by default,
-            now. The time from then on counts as the time of saving.
+            now. ``is_due`` limits the share of this time in that of the fit.
         """
+
+    def report(self) -> None:
+        """Emit events and warnings about the checkpoints that were written since the last call.
+
+        It is called in the thread of the fit, as observers are.
+        """
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written, at most one minute, and report it."""
 
 
 class CheckpointJournal(Journal):
@@ -132,8 +146,7 @@ class CheckpointJournal(Journal):
     folder : CheckpointFolder or None
         None writes no checkpoints.
     interval : float
-        Minimum seconds between two checkpoints, more if writing is slow; with 0, ``is_due`` is
-        always True.
+        Minimum seconds between two checkpoints, more if collecting the state is slow.
     emit : callable
         Called with a ``CheckpointWritten`` event after each checkpoint.
     path : str, optional
@@ -159,6 +172,7 @@ class CheckpointJournal(Journal):
     ) -> None:
         self._fit, self._number, self._fingerprint = start.fit, start.number, start.fingerprint
         self._folder = folder
+        self._writer = None if folder is None else CheckpointWriter(folder)
         self.is_saving = folder is not None
         self._interval = interval
         self._emit = emit
@@ -171,10 +185,11 @@ class CheckpointJournal(Journal):
         self._counts: Counter[str] = Counter()
         self._saved_at = time.monotonic()
         self._saving_seconds = 0.0
+        self._is_changed = False  # since the last checkpoint
         self._seconds_before = start.phase_seconds
         self._seconds = super().phase_clock(is_resumed=False)
         self.last_path = path
-        self._has_warned = False
+        self._n_failed = 0  # checkpoints since the last one that was written
         if folder is not None:
             folder.prepare(self._fit)
 
@@ -215,28 +230,52 @@ class CheckpointJournal(Journal):
         self._set_entry(f"{self._scope}/{_STATE}", state)
 
     def save(self, began: float | None = None) -> None:
-        """Write a checkpoint."""
-        if self._folder is None:
+        """Begin to write a checkpoint, unless the last one has the same state."""
+        self.report()
+        if self._writer is None or not self._is_changed:
             return
         began = time.monotonic() if began is None else began
         self._number += 1
         events = self._encoded_events[: self._n_events_saved]
-        checkpoint = Checkpoint(
-            self._fit, self._number, self._fingerprint, self._seconds(), self._entries, events
+        entries = dict(self._entries)  # a copy, because the fit continues while it is written
+        self._writer.write(
+            Checkpoint(self._fit, self._number, self._fingerprint, self._seconds(), entries, events)
         )
-        try:
-            self.last_path = self._folder.save(checkpoint)
-        except OSError as error:  # a full disk, perhaps temporarily
-            if not self._has_warned:
-                warn_caller(
-                    f"Could not write a checkpoint: {error}. The fit continues and will try again."
-                )
-            self._has_warned = True
+        self._is_changed = False
+        self._saved_at = time.monotonic()
+        self._saving_seconds = self._saved_at - began
+
+    def report(self) -> None:
+        """Emit events and warnings about the checkpoints that were written since the last call."""
+        for outcome in [] if self._writer is None else self._writer.take_outcomes():
+            if outcome.path is not None:
+                self.last_path, self.has_saved = outcome.path, True
+                self._emit(CheckpointWritten(outcome.path, outcome.seconds, self._n_failed))
+                self._n_failed = 0
+                continue
+            self._is_changed |= outcome.number == self._number
+            self._n_failed += 1
+            if self._n_failed == 1 and outcome.error is not None:
+                self._warn(summarize(outcome.error), "The fit continues and will try again.")
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written, at most one minute, and report it."""
+        if self._writer is None:
             return
-        finally:
-            self._saved_at = time.monotonic()
-            self._saving_seconds = self._saved_at - began
-        self._emit(CheckpointWritten(self.last_path, self._saving_seconds))
+        is_written = self._writer.wait(_MAX_WAIT)
+        self.report()
+        if not is_written:
+            newest = "No other was written"
+            if self.last_path is not None:
+                newest = f"The newest complete one is {self.last_path}"
+            self._warn(f"the last one is not complete after {_MAX_WAIT:.0f} s", f"{newest}.")
+
+    def _warn(self, reason: str, consequence: str) -> None:
+        assert self._folder is not None
+        warn_caller(
+            f"Could not write a checkpoint to checkpoint_dir={self._folder.path!r}: {reason}. "
+            f"{consequence}"
+        )
 
     def phase_clock(self, is_resumed: bool) -> Callable[[], float]:
         """Return a function that returns the seconds since a phase of the fit began.
@@ -251,10 +290,10 @@ class CheckpointJournal(Journal):
     @property
     def is_due(self) -> bool:
         """Whether the last checkpoint is so old that a new one is to be written."""
-        if self._folder is None:
+        if self._writer is None or self._writer.is_busy:
             return False
         interval = max(self._interval, self._saving_seconds / _MAX_SAVING_SHARE)
-        return not self._interval or time.monotonic() - self._saved_at >= interval
+        return time.monotonic() - self._saved_at >= interval
 
     def _unique_path(self, name: str) -> str:
         path = f"{self._scope}/{name}"
@@ -279,6 +318,7 @@ class CheckpointJournal(Journal):
     def _set_entry(self, path: str, value: Any) -> None:
         self._entries[path] = encode(value)
         self._n_events_saved = len(self._encoded_events)
+        self._is_changed = True
 
 
 def open_journal(

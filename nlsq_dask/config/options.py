@@ -171,14 +171,16 @@ class HybridStreamingConfig(ValidatedOptions):
     enable_checkpoints : True or False, default True
         Write checkpoints to ``checkpoint_dir``.
     checkpoint_dir : a path (str or os.PathLike), or None, default None
-        Directory of the checkpoints, as a path or fsspec URL. The last three checkpoints of a fit
-        are kept. None writes no checkpoints.
+        Directory of the checkpoints, as a path or fsspec URL. It is created if it does not exist,
+        but a bucket is not. The last three checkpoints of a fit are kept. None writes no
+        checkpoints.
     checkpoint_frequency : an integer >= 1, default 100
         Number of warm-up iterations between two checkpoints. After each pass over all rows a
         checkpoint is written in any case.
     checkpoint_interval : a number >= 0, default 30.0
-        Minimum number of seconds between two checkpoints during a pass; 0 writes one after each
-        task. The interval is at least 20 times as long as writing a checkpoint takes.
+        Minimum number of seconds between two checkpoints during a pass or the warm-up; with 0, one
+        follows the other. They are written in a thread; the interval is at least 20 times as long
+        as it takes to collect the state for one.
     resume_from_checkpoint : a path (str or os.PathLike), True, False or None, default None
         Path of a checkpoint to resume from, or of a directory, to resume from its newest
         checkpoint. Data, model, arguments and the options that change the result must be as in the

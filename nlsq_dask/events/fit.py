@@ -357,12 +357,16 @@ class SampleRead(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """A checkpoint was written to ``path``; saving took ``seconds``."""
+    """A checkpoint was written to ``path``, in ``seconds``, while the fit continued.
+
+    ``n_failed`` is the number of checkpoints that could not be written just before.
+    """
 
     is_transient: ClassVar[bool] = True
 
     path: str
     seconds: float
+    n_failed: int = 0
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,21 @@ class Driver:
         self._sample: SampleProblem[Any] | None = None
 
     def run(self) -> Outcome:
-        """Run all phases.
+        """Run all phases, and wait until the last checkpoint is written.
 
         Invalid data and models raise an error. If the fit fails or stops otherwise, the reason is
         ``stop`` of the outcome.
         """
+        try:
+            outcome = self._run_phases()
+        except KeyboardInterrupt:
+            self._journal.save()
+            raise
+        finally:
+            self._journal.finish()
+        return self._finish(outcome)
+
+    def _run_phases(self) -> Outcome:
         problem, blocks = self._problem, self._problem.blocks
         names, model = problem.all_parameters.names, problem.model.name
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
@@ -108,13 +118,13 @@ class Driver:
             with self._phase(3) as details:
                 outcome = self._add_errors(fit, sample, outcome, details)
         except StoppedByCallbackError as stopped:
-            return self._finish(Outcome(stopped.params, Status.USER_STOP))
+            return Outcome(stopped.params, Status.USER_STOP)
         except FitInterruptedError as interrupted:
             self._journal.save()
-            return self._finish(self._current_outcome(fit, interrupted.reason))
+            return self._current_outcome(fit, interrupted.reason)
         if outcome.stop.is_success:
             self._journal.save()
-        return self._finish(outcome)
+        return outcome
 
     def _add_errors(
         self,
@@ -231,12 +241,14 @@ class Driver:
     def _finish(self, outcome: Outcome) -> Outcome:
         """Return the outcome with counts, diagnostics and rows for plots added."""
         sample, seed = self._sample, self._problem.config.random_seed
-        counts = self._passes.counts
+        counts, journal = self._passes.counts, self._journal
+        if outcome.stop.is_interruption and journal.is_saving and not journal.has_saved:
+            outcome = replace(outcome, stop=Status.NO_PROGRESS)
         return replace(
             outcome,
             mode=None if self._fit is None else self._fit.problem.model.mode,
             counts=counts,
-            checkpoint=self._journal.last_path,
+            checkpoint=journal.last_path,
             diagnostics=self._diagnostics
             | {
                 "non_finite": dict(self._iterations.non_finite),

@@ -303,37 +303,34 @@ class Passes:
         pass began, less the time that it took before an interruption.
         """
         latest: list[PartialResults] = []
+        known = {(level, i): result for level, i, result in partial_pass.parts}
+        saved = set(known)
 
         def save(parts: PartialResults) -> None:
             saving_since = time.monotonic()
             good = {  # others are read again
                 node: result for node, result in parts.collect().items() if self._is_good(result)
             }
-            retries = partial_pass.retries + sum(r.reading.n_retries for r in good.values())
-            partials = [
-                (*node, replace(result, reading=replace(result.reading, retries={})))
-                for node, result in good.items()
-            ]
-            self._journal.save_state(_PartialPass(time.perf_counter() - started, retries, partials))
+            if good.keys() != saved:
+                saved.clear()
+                saved.update(good)
+                retries = partial_pass.retries + sum(r.reading.n_retries for r in good.values())
+                partials = [
+                    (*node, replace(result, reading=replace(result.reading, retries={})))
+                    for node, result in good.items()
+                ]
+                seconds = time.perf_counter() - started
+                self._journal.save_state(_PartialPass(seconds, retries, partials))
             self._journal.save(saving_since)
-
-        def report(parts: PartialResults) -> None:
-            done, total, seconds = parts.finished, parts.total, time.perf_counter() - started
-            number, n_blocks, n_rows = self.counts.n_passes + 1, total.blocks, total.rows
-            self._emit(
-                BlocksFinished(
-                    number, done.blocks, n_blocks, done.rows, n_rows, done.bytes, seconds
-                )
-            )
 
         def watch(parts: PartialResults) -> None:
             latest[:] = [parts]
-            report(parts)
+            self._report_blocks(parts, time.perf_counter() - started)
             self._interruption.check()
+            self._journal.report()
             if self._journal.is_due:
                 save(parts)
 
-        known = {(level, i): result for level, i, result in partial_pass.parts}
         try:
             return self._data.reduce(kernel, request, known, watch)
         except ClusterLostError:
@@ -345,6 +342,14 @@ class Passes:
         finally:
             for partial_results in latest:
                 partial_results.release()
+
+    def _report_blocks(self, parts: PartialResults, seconds: float) -> None:
+        done, total, number = parts.finished, parts.total, self.counts.n_passes + 1
+        self._emit(
+            BlocksFinished(
+                number, done.blocks, total.blocks, done.rows, total.rows, done.bytes, seconds
+            )
+        )
 
     def _is_good(self, result: PassResult[S]) -> bool:
         return (

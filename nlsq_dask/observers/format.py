@@ -140,6 +140,11 @@ def _pass(event: PassFinished) -> str:
     )
 
 
+def _checkpoint(event: CheckpointWritten) -> str:
+    failed = f", after {event.n_failed} that could not be written" if event.n_failed else ""
+    return f"  checkpoint {event.path} written in {event.seconds:.2f} s{failed}"
+
+
 def _map_started(event: MapStarted) -> str:
     names = join_first(event.param_names, noun="parameters")
     pixels, points = _count(event.n_pixels, "pixel"), _count(event.n_points, "point")
@@ -180,7 +185,7 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     BlocksFinished: _progress,
     PassFinished: _pass,
     BlocksSkipped: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
-    CheckpointWritten: "  checkpoint {0.path} written in {0.seconds:.2f} s",
+    CheckpointWritten: _checkpoint,
     MapStarted: _map_started,
     MapResumed: _map_resumed,
     TileFinished: lambda event: f"  {format_tiles(event)}; {format_totals(event.totals)}",

@@ -65,8 +65,9 @@ class LogRecords:
     """Observer that logs events to the logger "nlsq_dask".
 
     The level is ERROR if the fit ends in an exception; WARNING for skipped blocks, a fit that ends
-    without success, and a map that is not complete; DEBUG for checkpoints, progress within a pass
-    or a map, and iterations of the warm-up and on the sample; INFO for all other events.
+    without success, and a map that is not complete; DEBUG for checkpoints (unless others could not
+    be written before), progress within a pass or a map, and iterations of the warm-up and on the
+    sample; INFO for all other events.
     """
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ def _level(event: Event) -> int:
             return logging.WARNING
         case IterationFinished() | NonFiniteTrial() if event.stage != ALL_ROWS:
             return logging.DEBUG
-        case CheckpointWritten() | BlocksFinished() | TileFinished():
+        case CheckpointWritten(n_failed=0) | BlocksFinished() | TileFinished():
             return logging.DEBUG
     return logging.INFO
 

@@ -208,8 +208,10 @@ class Progress:
                 return is_visible and event.reaches_multiple(self._log_frequency)
             case NonFiniteTrial():
                 return self._shows_details or event.stage != "sample"
-            case SampleRead() | CheckpointWritten():
+            case SampleRead():
                 return self._shows_details
+            case CheckpointWritten():  # one that follows others that failed ends their warning
+                return self._shows_details or event.n_failed > 0
             case TileFinished():
                 return self._shows_details and event.tiles % self._log_frequency == 0
             case BlocksFinished() | FitAborted():  # shown by the meter; the error is raised
