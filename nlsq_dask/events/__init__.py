@@ -31,6 +31,7 @@ from nlsq_dask.events.fit import (
     without_many_params,
 )
 from nlsq_dask.events.maps import MapDrawn, MapEnded, MapResumed, MapStarted, TileFinished
+from nlsq_dask.events.workers import WaitingForWorkers, WorkersPaused
 
 # Event classes by name, to decode them.
 EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}
@@ -62,7 +63,9 @@ __all__ = [
     "SampleRead",
     "SampleSolved",
     "TileFinished",
+    "WaitingForWorkers",
     "WarmupEnded",
     "WarmupStarted",
+    "WorkersPaused",
     "without_many_params",
 ]

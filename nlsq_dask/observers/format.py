@@ -26,8 +26,10 @@ from nlsq_dask.events import (
     SampleRead,
     SampleSolved,
     TileFinished,
+    WaitingForWorkers,
     WarmupEnded,
     WarmupStarted,
+    WorkersPaused,
 )
 
 
@@ -169,6 +171,19 @@ def _map_ended(event: MapEnded) -> str:
     return f"{pixels} fitted in {event.seconds:.2f} s{rate}{totals}"
 
 
+def _waiting(event: WaitingForWorkers) -> str:
+    if event.n_paused:
+        which = "its only worker is" if event.n_paused == 1 else f"all {event.n_paused} workers are"
+        parts = [f"  waiting for workers of the cluster at {event.scheduler}: {which} paused"]
+    else:
+        parts = [f"  waiting for workers: the cluster at {event.scheduler} has none"]
+        if event.n_requested is not None:
+            parts.append(f"requested: {event.n_requested:,}")
+    if event.n_tasks:
+        parts.append(f"waiting tasks: {event.n_tasks:,}")
+    return f"{'; '.join(parts)} ({event.seconds:.0f} s)"
+
+
 # By event: a template in which {0} is the event, or a function of it.
 TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     FitStarted: _fit_started,
@@ -190,6 +205,8 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     MapResumed: _map_resumed,
     TileFinished: lambda event: f"  {format_tiles(event)}; {format_totals(event.totals)}",
     MapEnded: _map_ended,
+    WaitingForWorkers: _waiting,
+    WorkersPaused: lambda event: "\n".join(f"  paused: {text}" for text in event.sentences),
     FitEnded: "{0.message}",
     FitAborted: "{0.error}",
 }

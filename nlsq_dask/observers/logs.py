@@ -28,6 +28,8 @@ from nlsq_dask.events import (
     MapEnded,
     NonFiniteTrial,
     TileFinished,
+    WaitingForWorkers,
+    WorkersPaused,
     without_many_params,
 )
 from nlsq_dask.observers.format import format_event
@@ -64,10 +66,10 @@ class _RateLimit:
 class LogRecords:
     """Observer that logs events to the logger "nlsq_dask".
 
-    The level is ERROR if the fit ends in an exception; WARNING for skipped blocks, a fit that ends
-    without success, and a map that is not complete; DEBUG for checkpoints (unless others could not
-    be written before), progress within a pass or a map, and iterations of the warm-up and on the
-    sample; INFO for all other events.
+    The level is ERROR if the fit ends in an exception; WARNING for skipped blocks, workers that are
+    missing or paused, a fit that ends without success, and a map that is not complete; DEBUG for
+    checkpoints (unless others could not be written before), progress within a pass or a map, and
+    iterations of the warm-up and on the sample; INFO for all other events.
     """
 
     def __init__(self) -> None:
@@ -87,6 +89,8 @@ def _level(event: Event) -> int:
         case FitAborted():
             return logging.ERROR
         case BlocksSkipped() | FitEnded(success=False) | MapEnded(is_complete=False):
+            return logging.WARNING
+        case WaitingForWorkers() | WorkersPaused():
             return logging.WARNING
         case IterationFinished() | NonFiniteTrial() if event.stage != ALL_ROWS:
             return logging.DEBUG

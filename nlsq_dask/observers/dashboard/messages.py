@@ -32,8 +32,10 @@ from nlsq_dask.events import (
     PhaseEnded,
     PhaseStarted,
     TileFinished,
+    WaitingForWorkers,
     WarmupEnded,
     WarmupStarted,
+    WorkersPaused,
 )
 from nlsq_dask.observers.format import format_event, format_tiles, format_totals
 
@@ -68,6 +70,8 @@ _TEXT_EVENTS = (
     NonFiniteTrial,
     BlocksSkipped,
     MapResumed,
+    WaitingForWorkers,
+    WorkersPaused,
 )
 
 
