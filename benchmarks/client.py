@@ -36,6 +36,7 @@ def measure(n_chunks: int) -> dict[str, Any]:
         )
         before, began = memory_mb("VmRSS"), time.perf_counter()
         data = DataSet(align(x, y, None), cache=0)
+        data.open()
         took = time.perf_counter() - began
         peak = memory_mb("VmHWM") - before
         tasks, sent = graph_size(data)

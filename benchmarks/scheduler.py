@@ -32,6 +32,7 @@ from distributed import Client, Worker, wait
 from benchmarks import common
 from nlsq_dask.engine.execution import PartialResults, execute
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph, pin
+from nlsq_dask.engine.waiting import WorkerMonitor
 from nlsq_dask.engine.workers import Workers
 
 _P = 10
@@ -73,7 +74,8 @@ class EmptyDataSet:
         n_groups = len(self._groups)
         tree = graph.tree(n_groups, add_leaf, importable.combine, {})
         parts = PartialResults(np.ones((n_groups, 3), np.int64))
-        execute(tree, self._workers, parts, lambda parts: None)
+        monitor = WorkerMonitor(lambda event: None)
+        execute(tree, self._workers, parts, lambda parts: None, monitor)
         parts.release()
         return len(tree.nodes)
 

@@ -89,7 +89,11 @@ class FitInProgressError(RuntimeError):
 
 
 class ClusterLostError(RuntimeError):
-    """The Dask cluster shut down during a fit, or repeatedly lost its workers."""
+    """The Dask cluster shut down during a fit, repeatedly lost its workers, or runs no tasks.
+
+    A worker whose memory is almost full is paused and begins no tasks. A fit ends if all workers
+    stay paused.
+    """
 
 
 class DeviceMemoryError(RuntimeError):

@@ -8,7 +8,7 @@ from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.memory import MemoryPlan, small_blocks
+from nlsq_dask.engine.memory import MemoryPlan, memory_text, small_blocks, workers_text
 from nlsq_dask.engine.reduction_tree import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.fit.problem import FitProblem
@@ -41,12 +41,13 @@ class Plan:
     sample_rows_read : int
         Number of rows read before the first pass, to draw a random sample of rows.
     n_workers, threads : int
-        Number of processes, and the maximum number of threads per process.
+        Number of processes, and the maximum number of threads per process. A cluster that has no
+        workers yet has 0; the plan is then for one worker with one thread.
     peak_memory : int
         Maximum bytes per worker: Python with its libraries, the blocks of running tasks, and the
         cached blocks.
-    memory_limit : int
-        Bytes of memory of the smallest worker.
+    memory_limit : int or None
+        Bytes of memory of the smallest worker; None if the cluster has no workers yet.
     cache_per_worker : int
         Maximum bytes of blocks kept in a worker between passes.
     jacobian : {"forward", "reverse"}
@@ -68,7 +69,7 @@ class Plan:
     n_workers: int
     threads: int
     peak_memory: int
-    memory_limit: int
+    memory_limit: int | None
     cache_per_worker: int
     jacobian: str
     realigned: tuple[str, ...]
@@ -83,11 +84,8 @@ class Plan:
             ("Tasks per pass", f"{self.n_tasks:,}"),
             ("Bytes per pass", format_bytes(self.bytes_per_pass)),
             ("Rows read for the sample", f"{self.sample_rows_read:,}"),
-            ("Workers", f"{self.n_workers}, with up to {self.threads} threads"),
-            (
-                "Peak memory per worker",
-                f"{format_bytes(self.peak_memory)} of {format_bytes(self.memory_limit)}",
-            ),
+            ("Workers", workers_text(self.n_workers, self.threads)),
+            ("Peak memory per worker", memory_text(self.peak_memory, self.memory_limit)),
             ("Cache per worker", format_bytes(self.cache_per_worker)),
             *([("Parameters", " ".join(self.not_free))] if self.not_free else []),
             ("Jacobian", f"{self.jacobian} mode"),
@@ -122,7 +120,7 @@ def build_plan(problem: FitProblem) -> Plan:
         n_tasks=len(groups) + count_tree(len(groups)),
         bytes_per_pass=memory.bytes_per_pass,
         sample_rows_read=int(sum(block_rows[block] for block in sample.blocks)),
-        n_workers=workers.n_processes,
+        n_workers=len(workers.threads),
         threads=workers.max_threads,
         peak_memory=memory.peak_bytes,
         memory_limit=memory.limit,
@@ -136,13 +134,14 @@ def build_plan(problem: FitProblem) -> Plan:
 
 def _problems(problem: FitProblem, memory: MemoryPlan, workers: Workers) -> tuple[str, ...]:
     blocks, n_params = problem.blocks, problem.model.n_params
-    problems = [text for text in (problem.all_parameters.notice, memory.problem) if text]
+    texts = (problem.all_parameters.notice, workers.import_problem, memory.problem)
+    problems = [text for text in texts if text]
     if small := small_blocks(blocks):
         problems.append(small)
     if idle := workers.idle_problem(len(memory.group_bytes)):
         problems.append(idle)
     matrix = 0 if problem.is_without_matrices else 8 * n_params**2
-    if _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit:
+    if memory.limit is not None and _CONCURRENT_SUMS * matrix > _LARGE_FRACTION * memory.limit:
         problems.append(
             f"each partial sum holds a {n_params:,} x {n_params:,} matrix "
             f"({format_bytes(matrix)}), and a worker holds dozens of them. Lower "

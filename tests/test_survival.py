@@ -20,7 +20,7 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed import Client, KilledWorker, LocalCluster
 from distributed.client import FutureCancelledError, FuturesCancelledError
 
 import nlsq_dask as nd
@@ -28,7 +28,7 @@ from nlsq_dask.checkpoints.checkpoint import new_fit_name
 from nlsq_dask.checkpoints.folder import CheckpointFolder
 from nlsq_dask.engine import dataset, execution
 from nlsq_dask.engine.reduction_tree import Tree
-from nlsq_dask.engine.workers import Workers
+from nlsq_dask.engine.waiting import WorkerMonitor, WorkersReplacedError
 from nlsq_dask.fit.interruption import Interruption
 from tests import surviving_fit
 from tests.surviving_fit import BLOCK_ROWS, N_BLOCKS
@@ -318,7 +318,7 @@ LOST: dict[str, Callable[[], Exception]] = {  # made when raised: an error keeps
     "KilledWorker": lambda: KilledWorker("task", None, 3),
     "FutureCancelledError": lambda: FutureCancelledError("task", "lost dependencies"),
     "FuturesCancelledError": lambda: FuturesCancelledError([]),
-    "WorkersReplacedError": lambda: execution.WorkersReplacedError("all workers were replaced"),
+    "WorkersReplacedError": lambda: WorkersReplacedError("all workers were replaced"),
 }
 
 
@@ -351,11 +351,11 @@ def test_workers_that_are_lost_while_the_sample_is_read(
 def test_workers_that_are_lost_again_and_again_while_the_sample_is_read(
     process_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def not_sent(future: Any, timeout: float | None = None) -> Any:
-        raise TimeoutError
+    def replaced(monitor: Any, workers: Any, progress: Any) -> None:
+        raise WorkersReplacedError("all workers were replaced")
 
-    monkeypatch.setattr(Future, "result", not_sent)
-    monkeypatch.setattr(Workers, "are_replaced", True)
+    monkeypatch.setattr(WorkerMonitor, "check", replaced)
+    monkeypatch.setattr(execution, "_CHECK_INTERVAL", 0.0)
     with (
         process_client.as_current(),
         pytest.raises(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -22,7 +23,6 @@ from nlsq_dask.engine.execution import (
     PartialResults,
     Watch,
     execute,
-    is_connected,
     lost_message,
 )
 from nlsq_dask.engine.memory import MemoryPlan
@@ -40,8 +40,10 @@ from nlsq_dask.engine.tasks import (
     sample_block,
     undefined_rows,
 )
-from nlsq_dask.engine.workers import Workers
+from nlsq_dask.engine.waiting import NoWorkersError, WorkerMonitor
+from nlsq_dask.engine.workers import Workers, is_connected
 from nlsq_dask.errors import BlockReadError, ClusterLostError
+from nlsq_dask.events import Observer
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.kernels.sums import Sums
 from nlsq_dask.model.prediction import PredictionKernel
@@ -53,7 +55,7 @@ class DataSet:
     """Sums over all rows, and samples of rows, on the active Dask scheduler.
 
     The Dask graph of the data is analyzed once. Neighboring blocks form groups, each of which one
-    task reads; the groups stay on the workers until ``close``.
+    task reads; ``open`` sends the groups to the workers, where they stay until ``close``.
 
     Parameters
     ----------
@@ -63,11 +65,6 @@ class DataSet:
         Maximum bytes of blocks that all workers together keep in memory between passes.
     policy : ReadPolicy, optional
         How failed reads are handled. By default, the first one is an error.
-
-    Raises
-    ------
-    DataError
-        If a block is too large for the memory of a worker.
     """
 
     def __init__(
@@ -75,29 +72,56 @@ class DataSet:
     ) -> None:
         self.blocks = blocks
         self._block_rows = blocks.block_rows()
+        self._cache = cache
         self._workers = Workers.active()
-        groups = group_blocks(self._block_rows)
-        self.memory = MemoryPlan.of(blocks, groups, self._workers, cache)
-        self.memory.check()
         self._source = SourceGraph(blocks, policy)
         self._literals = self._source.large_literals
-        self._block_groups = groups
+        self._block_groups = group_blocks(self._block_rows)
+        self._groups: list[Any] = []
+        self._read_ahead: ReadAhead | None = None
+        self._kernel: tuple[Kernel[Any], Any] | None = None
+
+    def open(
+        self, emit: Observer = lambda event: None, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Send the data to the workers; wait while no worker runs tasks.
+
+        Parameters
+        ----------
+        emit : callable, optional
+            Called with events on the workers, until ``close``.
+        check : callable, optional
+            Called without arguments during the wait. An exception that it raises ends the wait.
+
+        Raises
+        ------
+        DataError
+            If a block is too large for the memory of a worker.
+        ImportError
+            If a worker cannot import this package.
+        ClusterLostError
+            If the connection to the scheduler is lost, or all workers stay paused.
+        """
+        self._monitor = WorkerMonitor(emit)
+        workers = self._workers = self._monitor.wait(check)
+        workers.check_import()
+        cache = self._cache
+        self.memory = MemoryPlan.of(self.blocks, self._block_groups, workers, cache)
+        self.memory.check()
         self._all_needed = self._needed_groups(frozenset())
         self._budget = CacheBudget(
             uuid.uuid4().hex,
             self.memory.cache_bytes,
-            None if isinstance(cache, str) else cache // self._workers.n_processes,
-            self._workers.processes_per_device,
+            None if isinstance(cache, str) else cache // workers.n_processes,
+            workers.processes_per_device,
         )
-        self._distribute()
-        self._read_ahead: ReadAhead | None = None
-        if self._workers.shares_memory and not blocks.in_memory:
-            self._read_ahead = ReadAhead(self._workers.max_threads)
-        self._kernel: tuple[Kernel[Any], Any] | None = None
+        self._distribute(check)
+        if workers.shares_memory and not self.blocks.in_memory:
+            self._read_ahead = ReadAhead(workers.max_threads)
 
-    def _distribute(self) -> None:
+    def _distribute(self, check: Callable[[], None]) -> None:
         """Send the groups of blocks, and the arrays that are in memory, to the workers."""
-        self._source.replace(broadcast(self._literals, self._workers.client))
+        self._source.replace(self._broadcast_literals(check))
         readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
         block_groups = [
@@ -112,11 +136,26 @@ class DataSet:
         ]
         self._groups = pin("group", block_groups, self._workers)
 
+    def _broadcast_literals(self, check: Callable[[], None]) -> dict[Any, Any]:
+        """Send the arrays that are in memory, as often as workers leave before they have them."""
+        n_lost = 0
+        while True:
+            self._workers = self._monitor.wait(check)
+            try:
+                return broadcast(self._literals, self._workers.client)
+            except NoWorkersError:
+                continue
+            except OSError as error:  # the connection to a worker is lost
+                n_lost += 1
+                if n_lost == MAX_ATTEMPTS:
+                    raise ClusterLostError(lost_message(self._workers.client, error)) from error
+
     def close(self) -> None:
         """Release all data on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
-        if self._workers.shares_memory:  # errors may hold references, and tasks still run
+        if self._workers.shares_memory and self._groups:
+            # Errors may hold references, and tasks still run.
             self._budget.close_device()
             for group in self._groups:
                 group.forget()
@@ -177,39 +216,40 @@ class DataSet:
         """Return the result of the tree that ``make_tree`` builds.
 
         If workers are lost, the data are sent again and the tree is rebuilt, up to
-        ``MAX_ATTEMPTS`` times. Results that are still in ``partials`` are not computed again.
+        ``MAX_ATTEMPTS`` times without progress. Results that are still in ``partials`` are not
+        computed again.
         """
         if partials is None:  # of a tree with a single node
             partials = PartialResults(np.zeros((1, 3), np.int64))
-        attempt = 1
+        n_losses, n_kept = 0, partials.finished.blocks
         while True:
             try:
-                return execute(make_tree(), self._workers, partials, watch)
+                return execute(make_tree(), self._workers, partials, watch, self._monitor)
             except ReadFailedError as failed:
                 raise self._read_failure(failed.read_error) from failed.cause
+            except ImportError:  # perhaps of a worker that has joined
+                if self._workers.client is not None:
+                    Workers.active().check_import()
+                raise
             except LOST_WORKERS as error:
-                self._recover(error, attempt)
                 partials.drop_missing()
-            attempt += 1
+                # Only results that are kept are progress, so that losses come to an end.
+                n_losses = 1 if partials.finished.blocks > n_kept else n_losses + 1
+                n_kept = max(n_kept, partials.finished.blocks)
+                self._recover(error, n_losses, partial(watch, partials))
+                partials.drop_missing()
 
-    def _recover(self, error: Exception, attempt: int) -> None:
+    def _recover(self, error: Exception, n_losses: int, check: Callable[[], None]) -> None:
         """Send the data to the workers again after some were lost, or raise a ClusterLostError.
 
         A scheduler recomputes the results of lost workers, but cannot restore the data that a
         client has sent to them.
         """
         client = self._workers.client
-        if not is_connected(client) or attempt == MAX_ATTEMPTS:
+        if not is_connected(client) or n_losses == MAX_ATTEMPTS:
             raise ClusterLostError(lost_message(client, error)) from error
-        self._workers = Workers.active()
         self._kernel = None
-        try:
-            self._distribute()
-        except TimeoutError as timeout:
-            raise ClusterLostError(
-                "all workers were lost, and no new worker has connected. Start a new cluster, "
-                "then fit again."
-            ) from timeout
+        self._distribute(check)
 
     def _tree(
         self,

@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
 from nlsq_dask.engine.serialization import to_opaque_graph
-from nlsq_dask.engine.workers import Workers
+from nlsq_dask.engine.waiting import DISCONNECTED, WorkerMonitor, WorkersReplacedError
+from nlsq_dask.engine.workers import Workers, is_connected
 
-_PATIENCE = 5.0  # seconds until a transfer is checked, doubled each time
+_CHECK_INTERVAL = 1.0  # seconds between checks while a computation runs
 _GATHER_INTERVAL = 1.0  # seconds between checks that gathered results still exist
 # Dask's local schedulers, which report every finished task.
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
@@ -144,23 +145,16 @@ async def _gather_if_held(client: Client, futures: list[Future[Any]]) -> list[An
 Watch = Callable[[PartialResults], None]
 
 
-class WorkersReplacedError(Exception):
-    """All workers that held the data of a fit are gone, and new workers have joined."""
-
-
 LOST_WORKERS = (FutureCancelledError, FuturesCancelledError, KilledWorker, WorkersReplacedError)
 
 
-MAX_ATTEMPTS = 4  # to compute with other workers, if some are lost
+MAX_ATTEMPTS = 4  # to compute with other workers if some are lost, without progress
 
 
 def lost_message(client: Client | None, error: Exception) -> str:
     """Return the text of a ClusterLostError, given the error of distributed."""
     if not is_connected(client):
-        return (
-            "the connection to the Dask scheduler was lost while the data were read. Start a new "
-            "cluster and client, then fit again."
-        )
+        return DISCONNECTED
     return (
         f"workers were lost in each of {MAX_ATTEMPTS} attempts to read the data ({error}). See the "
         f"workers' logs for the reason. If they ran out of memory, use smaller chunks or workers "
@@ -168,12 +162,13 @@ def lost_message(client: Client | None, error: Exception) -> str:
     )
 
 
-def is_connected(client: Client | None) -> bool:
-    """Return whether there is a client with a scheduler."""
-    return client is not None and client.status == "running"
-
-
-def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch) -> Any:
+def execute(
+    tree: Tree,
+    workers: Workers,
+    partials: PartialResults,
+    watch: Watch,
+    monitor: WorkerMonitor,
+) -> Any:
     """Compute a tree on the active Dask scheduler and return the result of its root.
 
     Parameters
@@ -186,10 +181,17 @@ def execute(tree: Tree, workers: Workers, partials: PartialResults, watch: Watch
     watch : callable
         Called with ``partials`` after each finished node, and every second on a cluster. An
         exception that it raises ends the computation.
+    monitor : WorkerMonitor
+        Watches the workers of a cluster.
     """
     if workers.client is not None:
+
+        def check() -> None:
+            watch(partials)
+            monitor.check(workers, partials.finished)
+
         with _secede():
-            return _run_on_cluster(tree, workers, workers.client, partials, watch)
+            return _run_on_cluster(tree, workers.client, partials, watch, check)
 
     def finished(key: Any, result: Any, *_: Any) -> None:
         if key in tree.nodes:
@@ -214,20 +216,23 @@ def next_finished(results: as_completed, check: Callable[[], None]) -> Any:
     while not results.has_ready():
         with results.thread_condition:
             results.thread_condition.wait(timeout=0.1)
-        if time.monotonic() - checked > 1.0:
+        if time.monotonic() - checked > _CHECK_INTERVAL:
             check()
             checked = time.monotonic()
     return next(results)
 
 
 def _run_on_cluster(
-    tree: Tree, workers: Workers, client: Client, partials: PartialResults, watch: Watch
+    tree: Tree,
+    client: Client,
+    partials: PartialResults,
+    watch: Watch,
+    check: Callable[[], None],
 ) -> Any:
     futures: list[Future[Any]] = client.get(
         to_opaque_graph(tree.tasks), list(tree.nodes), sync=False
     )
     finished = as_completed(futures)
-    check = partial(_check, workers, partials, watch)
     try:
         while True:
             future: Future[Any] = next_finished(finished, check)
@@ -236,7 +241,7 @@ def _run_on_cluster(
             partials.add(tree.nodes[future.key], future)
             watch(partials)
             if future.key == tree.root.key:
-                return _fetch(future, workers, partials, watch)
+                return _fetch(future, client, check)
     finally:
         # Explicitly, because an exception from a future keeps it and this frame alive.
         kept = {future.key for future in partials.futures.values()}
@@ -245,31 +250,22 @@ def _run_on_cluster(
                 future.release()
 
 
-def _fetch(future: Future[Any], workers: Workers, partials: PartialResults, watch: Watch) -> Any:
-    """Return the result of a finished task; raise if all workers are replaced meanwhile.
+def _fetch(future: Future[Any], client: Client, check: Callable[[], None]) -> Any:
+    """Return the result of a finished task; meanwhile, call ``check`` every second.
 
-    The scheduler would recompute a lost result, but perhaps never on the new workers.
+    If the result is lost with its worker, the scheduler recomputes it. A transfer that ``check``
+    interrupts ends when the future is released.
     """
-    patience = _PATIENCE
+    loop: Any = client.loop
+    gathering: Any = client.gather(future, asynchronous=True)
+    transfer = asyncio.run_coroutine_threadsafe(gathering, loop.asyncio_loop)
     while True:
         try:
-            return future.result(timeout=patience)
+            return transfer.result(timeout=_CHECK_INTERVAL)
         except TimeoutError:
-            if future.status == "error":
+            if transfer.done():  # the error of the task
                 raise
-        _check(workers, partials, watch)
-        patience *= 2
-
-
-def _check(workers: Workers, partials: PartialResults, watch: Watch) -> None:
-    """Call ``watch``, and raise a WorkersReplacedError if all workers were replaced.
-
-    After a time without workers, a scheduler may never run tasks that prefer a lost worker, even if
-    they allow other workers.
-    """
-    watch(partials)
-    if workers.are_replaced:
-        raise WorkersReplacedError("all workers were replaced")
+        check()
 
 
 def is_inside_task() -> bool:

@@ -15,13 +15,14 @@ from nlsq_dask.engine.execution import (
     LOST_WORKERS,
     MAX_ATTEMPTS,
     callback_options,
-    is_connected,
     is_inside_task,
     lost_message,
     next_finished,
 )
-from nlsq_dask.engine.workers import Workers
+from nlsq_dask.engine.waiting import NoWorkersError, WorkerMonitor
+from nlsq_dask.engine.workers import Workers, is_connected
 from nlsq_dask.errors import ClusterLostError
+from nlsq_dask.events import Observer
 
 T = TypeVar("T")
 Key = Any
@@ -77,8 +78,9 @@ def execute_each(
     make_tasks: Callable[[Client | None], Tasks],
     finished: Callable[[Key, Any], None],
     check: Callable[[], None],
+    emit: Observer = lambda event: None,
 ) -> None:
-    """Compute independent tasks on the active Dask scheduler.
+    """Compute independent tasks on the active Dask scheduler; wait while no worker runs tasks.
 
     Within a task of a cluster, they are computed one after another in the same thread, because
     other tasks could only wait for that one.
@@ -94,21 +96,47 @@ def execute_each(
     check : callable
         Called without arguments after each of them, and every second on a cluster. An exception
         that it raises ends the computation.
+    emit : callable, optional
+        Called with events on the workers.
 
     Raises
     ------
     ClusterLostError
-        If the connection to the scheduler is lost, or workers are lost repeatedly.
+        If the connection to the scheduler is lost, workers are lost repeatedly without progress, or
+        all workers stay paused.
+    ImportError
+        If a worker cannot import this package.
     """
     client = None if is_inside_task() else Workers.active().client
     if client is None:
         _each_here(*make_tasks(None), finished, check)
         return
-    for attempt in range(1, MAX_ATTEMPTS + 1):
+    monitor = WorkerMonitor(emit)
+    n_losses = n_finished = n_before = 0
+
+    def take(key: Key, result: Any) -> None:
+        nonlocal n_finished
+        finished(key, result)
+        n_finished += 1
+
+    def watch() -> None:
+        check()
+        if is_connected(client):
+            monitor.look(client, n_finished)
+
+    while True:
+        monitor.wait(check)
         try:
-            _each_on_cluster(*make_tasks(client), client, finished, check)
+            _each_on_cluster(*make_tasks(client), client, take, check, watch)
+        except NoWorkersError:
+            continue
+        except ImportError:
+            Workers.active().check_import()
+            raise
         except LOST_WORKERS as error:
-            if not is_connected(client) or attempt == MAX_ATTEMPTS:
+            n_losses = 1 if n_finished > n_before else n_losses + 1
+            n_before = n_finished
+            if not is_connected(client) or n_losses == MAX_ATTEMPTS:
                 raise ClusterLostError(lost_message(client, error)) from error
         else:
             return
@@ -141,12 +169,13 @@ def _each_on_cluster(
     client: Client,
     finished: Callable[[Key, Any], None],
     check: Callable[[], None],
+    watch: Callable[[], None],
 ) -> None:
     futures: list[Future[Any]] = client.get(dict(tasks), list(keys), sync=False)
     try:
         results = as_completed(futures, with_results=True, raise_errors=False)
         for _ in futures:
-            future, result = next_finished(results, check)
+            future, result = next_finished(results, watch)
             if future.status != "finished":
                 future.result()  # raises
             finished(future.key, result)

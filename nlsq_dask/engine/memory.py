@@ -12,8 +12,10 @@ from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 
-# Python with its libraries, compiled programs and overhead of the scheduler; measured.
-BASE_BYTES = 350 * 2**20
+# Memory of a worker without data. Measured on Linux: 298 MiB after the import; the first fit added
+# 126 MiB with 3 parameters, 166 MiB with 8; further models add 5 to 40 MiB each.
+IMPORTED_BYTES = 300 * 2**20  # Python with its libraries; what is measured in a worker, if more
+_COMPILED_BYTES = 150 * 2**20  # compiled programs, and what compiling leaves behind
 # While a chunk is decoded, encoded and decoded bytes are in memory together.
 _COPIES = 2
 MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
@@ -34,6 +36,44 @@ def small_blocks(blocks: RowBlocks) -> str:
     )
 
 
+def workers_text(n_workers: int, threads: int) -> str:
+    """Return the number of workers and of threads as a line of a plan."""
+    if not n_workers:
+        return "none yet; the plan is for one with one thread"
+    return f"{n_workers}, with up to {threads} threads"
+
+
+def memory_text(peak: int, limit: int | None) -> str:
+    """Return the memory that a worker needs and has as a line of a plan."""
+    return format_bytes(peak) + ("" if limit is None else f" of {format_bytes(limit)}")
+
+
+def base_bytes(workers: Workers, compiled: int = _COMPILED_BYTES) -> int:
+    """Return the memory of a worker without data: with libraries and compiled programs."""
+    return max(IMPORTED_BYTES, workers.base_bytes) + compiled
+
+
+def shortage(needed: int, limit: int | None) -> str:
+    """Return the beginning of a sentence if a worker needs more memory than it has; else ""."""
+    if limit is None or needed <= MAX_FILLED * limit:
+        return ""
+    return (
+        f"a worker needs {format_bytes(needed)} of memory, but may use "
+        f"{format_bytes(int(MAX_FILLED * limit))} ({MAX_FILLED:.0%} of its "
+        f"{format_bytes(limit)}, where Dask pauses it)"
+    )
+
+
+def missing_workers(needed: int, limit: int | None) -> str:
+    """Return a sentence, without a full stop, if the cluster has no workers yet; else ""."""
+    if limit is not None:
+        return ""
+    return (
+        f"the cluster has no workers yet, and a fit waits for them; a worker with one thread needs "
+        f"a memory limit of {format_bytes(math.ceil(needed / MAX_FILLED))} or more"
+    )
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Memory that a fit needs and that a worker has, in bytes."""
@@ -43,7 +83,8 @@ class MemoryPlan:
     threads: int  # concurrent tasks per worker
     cache_bytes: int  # maximum for cached blocks, per worker
     all_fits: bool  # whether the workers can cache all blocks
-    limit: int  # memory of the smallest worker
+    limit: int | None  # memory of the smallest worker; None if there are no workers yet
+    base_bytes: int  # memory of a worker without data
 
     @classmethod
     def of(
@@ -72,12 +113,13 @@ class MemoryPlan:
         read_bytes = max(at_once * int(block_bytes.max()), blocks.split_bytes)
         task_bytes = 0 if blocks.in_memory else _COPIES * read_bytes
         threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
-        free = int(MAX_FILLED * limit) - BASE_BYTES - threads * task_bytes
-        requested = _AUTO_CACHE * limit if isinstance(cache, str) else cache // workers.n_processes
+        base, memory = base_bytes(workers), limit or 0
+        free = int(MAX_FILLED * memory) - base - threads * task_bytes
+        requested = _AUTO_CACHE * memory if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
         cache_bytes = max(min(int(requested), free), 0) if is_useful else 0
         all_fits = sum(group_bytes) <= cache_bytes * workers.n_processes
-        return cls(group_bytes, task_bytes, threads, cache_bytes, all_fits, limit)
+        return cls(group_bytes, task_bytes, threads, cache_bytes, all_fits, limit, base)
 
     @property
     def bytes_per_pass(self) -> int:
@@ -87,18 +129,28 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """Peak memory of a worker, with cached blocks."""
-        cached = min(self.cache_bytes, self.bytes_per_pass)
-        return BASE_BYTES + self.threads * self.task_bytes + cached
+        return self._needed + min(self.cache_bytes, self.bytes_per_pass)
+
+    @property
+    def _needed(self) -> int:
+        return self.base_bytes + self.threads * self.task_bytes
 
     @property
     def problem(self) -> str | None:
         """Sentence, without a full stop, on why a worker has too little memory; None if enough."""
-        needed = BASE_BYTES + self.threads * self.task_bytes
-        if needed <= MAX_FILLED * self.limit:
+        if missing := missing_workers(self._needed, self.limit):
+            return missing
+        too_little = shortage(self._needed, self.limit)
+        if not too_little:
             return None
+        if shortage(self.base_bytes, self.limit):
+            return (
+                f"{too_little}: it has {format_bytes(self.base_bytes)} without data. Use workers "
+                f"with more memory"
+            )
         return (
-            f"a worker needs {format_bytes(needed)} of memory and has {format_bytes(self.limit)}: "
-            f"each of its {self.threads} threads reads blocks of up to "
+            f"{too_little}: it has {format_bytes(self.base_bytes)} without data, and each of its "
+            f"{self.threads} threads reads blocks of up to "
             f"{format_bytes(self.task_bytes // _COPIES)}. Use smaller chunks (rechunk the arrays, "
             f"or open them with chunks=...), fewer threads per worker, or workers with more memory"
         )

@@ -19,6 +19,7 @@ from distributed import Client, Future
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.serialization import from_opaque, to_opaque
+from nlsq_dask.engine.waiting import NoWorkersError
 from nlsq_dask.engine.workers import Workers
 
 Node = tuple[int, int]  # level, 0 for leaves, and position in the level
@@ -29,6 +30,7 @@ _MIN_GROUP_ROWS = 2**18
 _MIN_GROUP_BLOCKS = 128
 _MAX_GROUPS = 8192
 TREE_WIDTH = 16
+_SCATTER_TIMEOUT = 5.0  # seconds in which a scheduler finds a worker that runs tasks
 
 
 def group_blocks(block_rows: NDArray[np.int64]) -> list[list[tuple[int, ...]]]:
@@ -67,11 +69,19 @@ def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
     -------
     dict
         A future for each key; empty without a cluster.
+
+    Raises
+    ------
+    NoWorkersError
+        If no worker runs tasks.
     """
     if not values or client is None:
         return {}
-    # New names: the release of an earlier name may still be in progress.
-    futures = client.scatter(list(values.values()), hash=False)
+    try:
+        # New names: the release of an earlier name may still be in progress.
+        futures = client.scatter(list(values.values()), hash=False, timeout=_SCATTER_TIMEOUT)
+    except TimeoutError as error:
+        raise NoWorkersError(str(error)) from error
     return dict(zip(values, futures, strict=True))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,17 @@ def _to_opaque_task(key: Any, node: GraphNode, functions: dict[int, Task]) -> Ta
     needed = tuple(node.dependencies)
     step = Task(None, from_opaque, to_opaque(_Step(node, needed)))
     return Task(key, operator.call, step, *map(TaskRef, needed))
+
+
+def opaque_call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Return a function of other packages that unpickles ``function`` when called, and calls it.
+
+    Where this package is missing, the call raises the ImportError.
+    """
+    call: Callable[[], Any] = Task(
+        None, operator.call, Task(None, from_opaque, to_opaque(function)), *args
+    )
+    return call
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ import os
 import socket
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import dask
+import psutil
 from dask.base import get_scheduler
 from dask.local import get_sync
 from dask.system import CPU_COUNT
@@ -15,7 +18,8 @@ from dask.threaded import get as get_threaded
 from distributed import Client, get_worker
 from distributed.system import MEMORY_LIMIT
 
-from nlsq_dask.engine.serialization import WithPackageImport
+from nlsq_dask._text import join_first
+from nlsq_dask.engine.serialization import opaque_call
 from nlsq_dask.model.jax_scope import CPU, CUDA, local_platforms
 
 _ASYNCHRONOUS = (
@@ -24,8 +28,22 @@ _ASYNCHRONOUS = (
 )
 
 
-def _prepare(client_process: int) -> tuple[tuple[str, ...], str, int]:
-    """Return the JAX platforms of this process, a name of its first GPU, and its ID.
+Infos = dict[str, dict[str, Any]]  # what the scheduler knows of each worker, by address
+
+_MAX_LISTED = 3
+
+
+class Process(NamedTuple):
+    """Facts on a process that runs tasks, after it has imported this package."""
+
+    platforms: tuple[str, ...]  # of JAX
+    gpu: str  # name of its first GPU
+    pid: int
+    n_bytes: int  # memory when it had imported the package, before it computed
+
+
+def _describe_process(client_process: int) -> tuple[tuple[str, ...], str, int, int]:
+    """Return the fields of ``Process`` for this process.
 
     JAX's preallocation of GPU memory is turned off, except in the process of the client, given by
     its ID.
@@ -33,7 +51,25 @@ def _prepare(client_process: int) -> tuple[tuple[str, ...], str, int]:
     if os.getpid() != client_process:  # not in the caller's own process
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    return local_platforms(), f"GPU {first or 0} of {socket.gethostname()}", os.getpid()
+    gpu = f"GPU {first or 0} of {socket.gethostname()}"
+    return local_platforms(), gpu, os.getpid(), _bytes_after_import()
+
+
+@cache
+def _bytes_after_import() -> int:
+    """Return the memory of this process at the first call, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def is_connected(client: Client | None) -> bool:
+    """Return whether there is a client with a scheduler."""
+    return client is not None and client.status == "running"
+
+
+def query_workers(client: Client) -> Infos:
+    """Return what the scheduler knows of each worker."""
+    infos: Infos = client.scheduler_info(n_workers=-1)["workers"]
+    return infos
 
 
 @dataclass(frozen=True)
@@ -42,8 +78,10 @@ class Workers:
 
     client: Client | None  # None without a cluster
     threads: dict[str, int]  # number by address of the process, "local" without a cluster
-    memory_limit: int  # of the smallest process, in bytes
+    memory_limit: int | None  # of the smallest process, in bytes; None if there is none yet
     is_persistent: bool  # whether objects in memory survive from task to task
+    is_running: bool = True  # whether a process accepts tasks
+    managed_bytes: int = 0  # largest memory of results of tasks in a process
 
     @classmethod
     def active(cls) -> Workers:
@@ -64,15 +102,26 @@ class Workers:
         if isinstance(client, Client):
             if client.asynchronous:  # not checked by Dask for a given scheduler
                 raise RuntimeError(_ASYNCHRONOUS)
-            workers = client.scheduler_info(n_workers=-1)["workers"]
-            limits = [info["memory_limit"] or MEMORY_LIMIT for info in workers.values()]
-            threads = {address: int(info["nthreads"]) for address, info in workers.items()}
-            return cls(client, threads, int(min(limits, default=MEMORY_LIMIT)), True)
+            return cls.of(client, query_workers(client))
         if get is get_sync:
             return cls(None, {"local": 1}, MEMORY_LIMIT, True)
         pool = dask.config.get("pool", None)
         count = dask.config.get("num_workers", None) or getattr(pool, "_max_workers", CPU_COUNT)
         return cls(None, {"local": int(count)}, MEMORY_LIMIT, get in (None, get_threaded))
+
+    @classmethod
+    def of(cls, client: Client, infos: Infos) -> Workers:
+        """Return the workers of a client, given what the scheduler knows of them."""
+        limits = [int(info["memory_limit"] or MEMORY_LIMIT) for info in infos.values()]
+        managed = [int(info["metrics"].get("managed_bytes", 0)) for info in infos.values()]
+        return cls(
+            client=client,
+            threads={address: int(info["nthreads"]) for address, info in infos.items()},
+            memory_limit=min(limits, default=None),
+            is_persistent=True,
+            is_running=any(info["status"] == "running" for info in infos.values()),
+            managed_bytes=max(managed, default=0),
+        )
 
     @property
     def shares_memory(self) -> bool:
@@ -99,33 +148,60 @@ class Workers:
             f"stay idle. Use smaller chunks"
         )
 
-    @property
-    def are_replaced(self) -> bool:
-        """Whether the cluster has workers now, but none of those in ``threads``."""
-        if self.client is None or self.client.status != "running":
-            return False
-        now = self.client.scheduler_info(n_workers=-1)["workers"]
-        return bool(now) and bool(self.threads) and not now.keys() & self.threads.keys()
-
-    def _answers(self) -> list[tuple[tuple[str, ...], str, int]]:
-        """Return what ``_prepare`` returns in each process."""
+    @cached_property
+    def _answers(self) -> dict[str, Process | Exception]:
+        """Facts on each process, or why it has none, by address."""
         if self.client is None:
-            return [(local_platforms(), "", os.getpid())]
-        run = self.client.run(WithPackageImport(_prepare), os.getpid(), on_error="ignore")
-        # Workers that leave in the meantime do not answer.
-        return [answer for answer in run.values() if answer]
+            return {"local": Process(local_platforms(), "", os.getpid(), 0)}
+        describe = opaque_call(_describe_process, os.getpid())
+        answers = self.client.run(describe, on_error="return")
+        return {a: Process(*v) if isinstance(v, tuple) else v for a, v in answers.items()}
+
+    @property
+    def _processes(self) -> list[Process]:
+        # Without workers that leave in the meantime, and do not answer.
+        return [answer for answer in self._answers.values() if isinstance(answer, Process)]
+
+    @property
+    def import_problem(self) -> str:
+        """A sentence, without a full stop, on workers that cannot import this package; else ""."""
+        if self.client is None:
+            return ""
+        failed = {a: e for a, e in self._answers.items() if isinstance(e, ImportError)}
+        if not failed:
+            return ""
+        one = len(failed) == 1
+        listed = join_first(list(failed), _MAX_LISTED, noun="workers")
+        return (
+            f"the worker{'' if one else 's'} {listed} cannot import nlsq_dask: "
+            f"{next(iter(failed.values()))}. Install nlsq_dask, in the version of this process, "
+            f"and its dependencies in the environment of the workers"
+        )
+
+    def check_import(self) -> None:
+        """Raise an ImportError if a worker cannot import this package."""
+        if problem := self.import_problem:
+            raise ImportError(f"{problem}.")
+
+    @property
+    def base_bytes(self) -> int:
+        """Largest memory of a worker when it had imported this package; 0 without workers."""
+        if self.client is None:
+            return 0
+        largest = max((process.n_bytes for process in self._processes), default=0)
+        return max(largest - self.managed_bytes, 0)
 
     @property
     def platforms(self) -> tuple[str, ...]:
         """The JAX platforms, such as "cpu" and "cuda", of all processes."""
-        platforms = {platform for answer, *_ in self._answers() for platform in answer}
+        platforms = {platform for process in self._processes for platform in process.platforms}
         return tuple(sorted(platforms)) or (CPU,)
 
     @property
     def processes_per_device(self) -> int:
         """Largest number of processes that share a GPU; 1 if there is none."""
-        processes = {answer[1:] for answer in self._answers() if CUDA in answer[0]}
-        return max(Counter(device for device, _ in processes).values(), default=1)
+        processes = {(p.gpu, p.pid) for p in self._processes if CUDA in p.platforms}
+        return max(Counter(gpu for gpu, _ in processes).values(), default=1)
 
     def assign(self, n_items: int) -> dict[str | None, list[int]]:
         """Distribute items over the processes in proportion to their threads.

@@ -26,7 +26,7 @@ from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
 from nlsq_dask.fit.iterations import Iterations, StoppedByCallbackError
 from nlsq_dask.fit.matrix_free import MatrixFreeFit
-from nlsq_dask.fit.outcome import Outcome
+from nlsq_dask.fit.outcome import Outcome, Vector
 from nlsq_dask.fit.passes import Passes
 from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.fit.row_checks import explain_not_finite
@@ -102,6 +102,11 @@ class Driver:
         names, model = problem.all_parameters.names, problem.model.name
         started = FitStarted(model, blocks.n_rows, blocks.grid, blocks.dims, names, problem.notes)
         self._journal.run_once("beginning", partial(self._emit, started))
+        try:
+            self._passes.open()
+        except FitInterruptedError as interrupted:
+            self._journal.save()
+            return self._finish(Outcome(self._latest_params(), interrupted.reason))
         with self._phase(0) as details:
             fit = self._fit = self._build_fit(details)
         try:
@@ -144,9 +149,12 @@ class Driver:
         """Return the outcome of an interrupted fit, with the parameters reached so far."""
         outcome = fit.current_outcome(reason)
         if outcome is None:
-            latest = self._iterations.latest
-            return Outcome(self._problem.parameters.start if latest is None else latest, reason)
+            return Outcome(self._latest_params(), reason)
         return replace(outcome, covariance=fit.covariance({}, may_pass=False))
+
+    def _latest_params(self) -> Vector:
+        latest = self._iterations.latest
+        return self._problem.parameters.start if latest is None else latest
 
     def _build_fit(self, details: dict[str, Any]) -> FullFit[Any, Any]:
         """Check the model, and return the object that computes solution and standard errors.

@@ -26,6 +26,7 @@ from nlsq_dask.events import (
     Observer,
     PassFinished,
     SampleRead,
+    WaitingForWorkers,
 )
 from nlsq_dask.fit.interruption import Interruption
 from nlsq_dask.fit.outcome import ReadCounts
@@ -116,6 +117,22 @@ class Passes:
         self.counts = ReadCounts()
         self.skipped: dict[int, SkippedBlock] = {}
         self._moments: Moments | None = None
+        self._has_waited = False  # whether the fit waits for workers, and has not saved since
+
+    def open(self) -> None:
+        """Send the data to the workers; wait while no worker runs tasks."""
+        self._data.open(self._report_workers, self._check)
+
+    def _report_workers(self, event: Event) -> None:
+        self._emit(event)
+        self._has_waited |= isinstance(event, WaitingForWorkers)
+
+    def _check(self) -> None:
+        """Save a checkpoint if the fit waits for workers; raise if the fit must end."""
+        if self._has_waited:
+            self._has_waited = False
+            self._journal.save()
+        self._interruption.check()
 
     def count(self, event: Event) -> None:
         """Add the rows and bytes of an event to ``counts``.
@@ -328,7 +345,8 @@ class Passes:
             self._report_blocks(parts, time.perf_counter() - started)
             self._interruption.check()
             self._journal.report()
-            if self._journal.is_due:
+            if self._journal.is_due or (self._has_waited and self._journal.is_saving):
+                self._has_waited = False
                 save(parts)
 
         try:
@@ -363,7 +381,7 @@ class Passes:
         return are_unusable(sums, self._omits_nan)
 
     def _watch(self, parts: PartialResults) -> None:
-        self._interruption.check()
+        self._check()
 
     def _describe_skipped(self, reading: ReadReport) -> dict[int, SkippedBlock]:
         """Return a description of each unreadable block, by its flat index."""

@@ -76,8 +76,15 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
             run.fit()
             return run.result(as_dataset(problem, run.arrays))
         template = _template(problem)
-        fingerprint = map_fingerprint(problem, template.coords)
         policy = ReadPolicy.of(config)
+        try:
+            fingerprint = map_fingerprint(problem, template.coords, interruption.check, emit)
+        except FitInterruptedError as error:
+            warn_caller(
+                f"fit_each stopped because {_CAUSES[error.reason]}, before the store was opened. "
+                f"The same call fits the pixels."
+            )
+            return template
         with _naming(problem.store):
             lease = stack.enter_context(Lease(problem.store))
             chunks = problem.grid.map_chunks
@@ -120,12 +127,12 @@ def _naming(store: str) -> Iterator[None]:
 
 
 def _template(problem: MapProblem) -> xr.Dataset:
-    """Return a Dataset with the coordinates, attributes and types of the result, but no values."""
-    outputs, shape = problem.outputs, tuple(map(sum, problem.grid.map_chunks))
-    n_params = len(problem.parameters.names)
+    """Return a Dataset like the result, in which no pixel is fitted; it takes little memory."""
+    shape = tuple(map(sum, problem.grid.map_chunks))
+    ones = (1,) * len(shape)
     arrays = {
-        name: np.broadcast_to(np.zeros((), v.dtype), (*shape, *(n_params for _ in v.dims)))
-        for name, v in outputs.variables.items()
+        name: np.broadcast_to(array, (*shape, *array.shape[len(shape) :]))
+        for name, array in problem.outputs.failed(ones, LaneStatus.NOT_FITTED).items()
     }
     return as_dataset(problem, arrays)
 
@@ -238,7 +245,7 @@ class _Run:
             del remaining[tile.index]
             take(tile, report)
 
-        execute_each(make_tasks, finished, self._check)
+        execute_each(make_tasks, finished, self._check, self._emit)
 
     def _missing(self, tiles: Sequence[Tile], store: MapStore) -> list[Tile]:
         """Return the tiles that are not in the store; those that are there are verified."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlsq_dask.engine.memory import BASE_BYTES
+from nlsq_dask.engine.memory import IMPORTED_BYTES
 
 # Measured: what compiling the solver leaves behind, and what a task needs beside its arrays.
 COMPILED_BYTES = 180 * 2**20
@@ -60,4 +60,4 @@ class TileMemory:
 
 def task_share(limit: int, n_threads: int) -> int:
     """Return the bytes for one of ``n_threads`` tasks in a process with this memory limit."""
-    return max(int(_FILLED * limit) - BASE_BYTES - COMPILED_BYTES, 0) // n_threads
+    return max(int(_FILLED * limit) - IMPORTED_BYTES - COMPILED_BYTES, 0) // n_threads

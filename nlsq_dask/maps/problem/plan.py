@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
-from nlsq_dask.engine.memory import BASE_BYTES, MAX_FILLED, small_blocks
+from nlsq_dask.engine.memory import (
+    base_bytes,
+    memory_text,
+    missing_workers,
+    shortage,
+    small_blocks,
+    workers_text,
+)
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.maps.problem.arguments import MapProblem
@@ -49,12 +57,13 @@ class MapPlan:
         of a task. Otherwise some pixels at a time are fitted, and some more reads are needed to
         choose starts and to repeat fits that fail.
     n_workers, threads : int
-        Number of processes, and the maximum number of threads per process.
+        Number of processes, and the maximum number of threads per process. A cluster that has no
+        workers yet has 0; the plan is then for one worker with one thread.
     peak_memory : int
         Maximum bytes per worker: Python with its libraries, and the running tasks. The result is
         not included, which stays in memory if it is not written tile by tile.
-    memory_limit : int
-        Bytes of memory of the smallest worker.
+    memory_limit : int or None
+        Bytes of memory of the smallest worker; None if the cluster has no workers yet.
     jacobian : {"forward", "reverse"}
         Mode of automatic differentiation for the Jacobian of the model.
     realigned : tuple of str
@@ -75,7 +84,7 @@ class MapPlan:
     n_workers: int
     threads: int
     peak_memory: int
-    memory_limit: int
+    memory_limit: int | None
     jacobian: str
     realigned: tuple[str, ...]
     problems: tuple[str, ...]
@@ -89,11 +98,8 @@ class MapPlan:
             ("Tasks", f"{self.n_tasks:,}"),
             ("Bytes read", format_bytes(self.bytes_read)),
             ("Reads per chunk", f"{self.reads_per_chunk}"),
-            ("Workers", f"{self.n_workers}, with up to {self.threads} threads"),
-            (
-                "Peak memory per worker",
-                f"{format_bytes(self.peak_memory)} of {format_bytes(self.memory_limit)}",
-            ),
+            ("Workers", workers_text(self.n_workers, self.threads)),
+            ("Peak memory per worker", memory_text(self.peak_memory, self.memory_limit)),
             *([("Parameters", " ".join(self.not_free))] if self.not_free else []),
             ("Jacobian", f"{self.jacobian} mode"),
             ("Rechunked arrays", "; ".join(self.realigned) or "none"),
@@ -114,9 +120,8 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     tiles = list(grid)
     _, shared = SourceGraph(blocks).readers([grid.blocks_of(tile) for tile in tiles])
     threads = min(workers.max_threads, len(tiles))
-    share = task_share(workers.memory_limit, workers.max_threads)
-    memory = problem.memory
-    peak = BASE_BYTES + COMPILED_BYTES + threads * memory.peak(grid.largest, share)
+    share, memory = _task_share(workers), problem.memory
+    peak = base_bytes(workers, COMPILED_BYTES) + threads * memory.peak(grid.largest, share)
     n_parts = -(-grid.largest // memory.max_pixels(grid.largest, share))
     # Of a lazy result, each variable has a task of its own, which takes it out of the tile's.
     tasks_per_tile = 1 if problem.is_eager else 1 + len(problem.outputs.variables)
@@ -131,7 +136,7 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
         bytes_read=int(blocks.block_bytes().sum()),
         # With several parts, once more for the pooled start and for fits that fail.
         reads_per_chunk=1 if n_parts == 1 else n_parts + 2,
-        n_workers=workers.n_processes,
+        n_workers=len(workers.threads),
         threads=threads,
         peak_memory=peak,
         memory_limit=workers.memory_limit,
@@ -142,17 +147,27 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     )
 
 
+def _task_share(workers: Workers) -> int:
+    """Return the memory for a task; without workers, enough for any."""
+    if workers.memory_limit is None:
+        return sys.maxsize
+    return task_share(workers.memory_limit, workers.max_threads)
+
+
 def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) -> Iterator[str]:
     grid = problem.grid
     parameters = problem.parameters
     missing = [n for n in parameters.not_given if Role("start", n) not in problem.maps]
     if notice := parameters.missing_notice(missing):
         yield notice
-    if peak > MAX_FILLED * workers.memory_limit:
+    if workers.import_problem:
+        yield workers.import_problem
+    if no_workers := missing_workers(peak, workers.memory_limit):
+        yield no_workers
+    if too_little := shortage(peak, workers.memory_limit):
         yield (
-            f"a worker needs {format_bytes(peak)} of memory and has "
-            f"{format_bytes(workers.memory_limit)}. Use smaller chunks, fewer threads per worker, "
-            f"or workers with more memory"
+            f"{too_little}. Use smaller chunks, fewer threads per worker, or workers with more "
+            f"memory"
         )
     if n_parts > 1:
         yield (

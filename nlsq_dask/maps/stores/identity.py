@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from nlsq_dask.engine.retries import ReadFailedError, ReadPolicy
 from nlsq_dask.engine.serialization import to_opaque_graph
 from nlsq_dask.engine.source_graph import GroupReader, Index, SourceGraph
 from nlsq_dask.errors import DataError
+from nlsq_dask.events import Observer
 from nlsq_dask.maps.problem.arguments import MapProblem
 from nlsq_dask.maps.tasks.columns import ColumnReader
 from nlsq_dask.model.guess import GuessKernel
@@ -46,7 +47,10 @@ Values = dict[str, str]
 
 
 def map_fingerprint(
-    problem: MapProblem, coordinates: Mapping[Hashable, xr.DataArray]
+    problem: MapProblem,
+    coordinates: Mapping[Hashable, xr.DataArray],
+    check: Callable[[], None] = lambda: None,
+    emit: Observer = lambda event: None,
 ) -> FitFingerprint:
     """Return the fingerprint of a fit for every pixel; a few blocks of lazy data are read.
 
@@ -55,6 +59,8 @@ def map_fingerprint(
     problem : MapProblem
     coordinates : mapping of name to DataArray
         Coordinates of the result, which is not recognized as the same with others.
+    check, emit : callable, optional
+        As for ``execute_each``, which reads the blocks.
     """
     base = FitFingerprint.of(
         " ".join(_programs(problem)), problem.blocks, _arguments(problem), problem.config, _OPTIONS
@@ -62,7 +68,8 @@ def map_fingerprint(
     of_map = {
         f"coordinate {name}": _describe(coordinate) for name, coordinate in coordinates.items()
     }
-    return replace(base, data={**base.data, **of_map}, values=_values(problem))
+    values = _values(problem, check, emit)
+    return replace(base, data={**base.data, **of_map}, values=values)
 
 
 def _programs(problem: MapProblem) -> Iterator[str]:
@@ -105,7 +112,7 @@ def _describe(coordinate: xr.DataArray) -> str:
     return f"{text}, values {hashlib.sha256(data).hexdigest()[:16]}"
 
 
-def _values(problem: MapProblem) -> Values:
+def _values(problem: MapProblem, check: Callable[[], None], emit: Observer) -> Values:
     """Return summaries of the values of some blocks, by array and block.
 
     Nothing is read if all arrays are in memory, because ``FitFingerprint.of`` has their digests.
@@ -123,13 +130,15 @@ def _values(problem: MapProblem) -> Values:
     for first in range(0, len(indices), _BLOCKS_AT_ONCE):
         some = indices[first : first + _BLOCKS_AT_ONCE]
         group = [tuple(map(int, np.unravel_index(i, blocks.grid))) for i in some]
-        values |= _values_of(source, group)
+        values |= _values_of(source, group, check, emit)
         if any(k.startswith("y_data ") and v != _NOTHING for k, v in values.items()):
             break
     return values
 
 
-def _values_of(source: SourceGraph, group: Sequence[Index]) -> Values:
+def _values_of(
+    source: SourceGraph, group: Sequence[Index], check: Callable[[], None], emit: Observer
+) -> Values:
     """Read blocks in one task, and return their summaries; none if reading them fails."""
     ((reader,), shared) = source.readers([group])
     graph = TaskGraph(shared)
@@ -139,7 +148,8 @@ def _values_of(source: SourceGraph, group: Sequence[Index]) -> Values:
         execute_each(
             lambda client: (to_opaque_graph(graph.of_one(task).tasks), [task.key]),
             lambda key, summaries: values.update(summaries),
-            lambda: None,
+            check,
+            emit,
         )
     except (ReadFailedError, DataError):  # which the fit reports, with the block
         return {}
