@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +30,13 @@ from nlsq_dask.events import (
     MapEnded,
     MapStarted,
     TileFinished,
+    WaitingForWorkers,
 )
 from nlsq_dask.fit import interruption
 from nlsq_dask.maps.problem import arguments, tiles
+from nlsq_dask.maps.tasks import graph
 from nlsq_dask.maps.tasks.picture import Picture, PictureGrid
+from tests.clusters import cluster, later, once
 
 T = np.linspace(0.0, 3.0, 20)
 N_TILES = 6
@@ -234,6 +239,35 @@ def test_tasks_are_made_again_if_workers_are_lost(process_client: Any) -> None:
         taken.clear()
         with pytest.raises(nd.ClusterLostError, match="lost in each of 4 attempts"):
             execute_each(make_tasks, lose, lambda: None)
+
+
+def test_a_cluster_without_workers(
+    cube: xr.DataArray, fitted: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_MAX_GRAPH_BYTES", 0)  # data are sent to the workers
+    seen: list[Event] = []
+
+    def leave() -> None:
+        local.scale(0)
+        threading.Timer(1.0, lambda: local.scale(1)).start()
+
+    with cluster(0) as (local, client):
+        with later(1.6, lambda: local.scale(1)):
+            result = fit_each(cube, [seen.append, once(TileFinished, leave)])
+        xr.testing.assert_identical(result, fitted)
+        assert any(isinstance(event, WaitingForWorkers) for event in seen)
+        local.scale(0)
+        while client.scheduler_info()["workers"]:
+            time.sleep(0.05)
+        config = Config(verbose=0, max_walltime=0.5)
+        with pytest.warns(UserWarning, match="max_walltime was reached: 0 of 120 pixels"):
+            assert (fit_each(cube, config=config).status == -7).all()
+        # A few blocks are read before the store is opened.
+        with pytest.warns(UserWarning, match="max_walltime was reached, before the store was op"):
+            result = fit_each(cube.chunk(row=2), config=config, store=tmp_path / "store")
+        assert (result.status == -7).all()
+        assert np.isnan(result.popt).all()
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shape", [(7,), (250, 130), (3, 1, 205), (1, 1)])
