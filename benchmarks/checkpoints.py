@@ -2,9 +2,10 @@
 
     python -m benchmarks.checkpoints
 
-On two processes, from a store on the disk, in turns. The seconds that saving takes, at the end of a
-pass as inside it, are those that the fit reports; its time as a whole is compared as well, which is
-less exact. Also with a checkpoint four times a second.
+On two processes, from a store on the disk, in turns. The seconds that writing takes, in a thread
+while the fit continues, are those that the fit reports; the cost is at most their share. The time
+of the fit as a whole is compared as well, which is less exact. Also with a checkpoint four times a
+second.
 """
 
 from __future__ import annotations
