@@ -22,6 +22,7 @@ from tests.problems import (
 )
 
 KINDS = ["numpy", "dask", "zarr", "xarray"]
+IN_MAPS = ("logistic", "power law", "damped sine")
 
 
 def assert_same(result: nd.FitResult, popt: np.ndarray, pcov: np.ndarray) -> None:
@@ -49,7 +50,8 @@ def reference(i_problem: int, with_sigma: bool) -> tuple[np.ndarray, np.ndarray]
 def combinations() -> Iterator[Any]:
     """Yield problems with all kinds of arrays, on threads and processes.
 
-    The fast run has each problem once on threads, and each kind of array once on processes.
+    The fast run has each problem once on threads, except those that ``test_maps.py`` compares as
+    well, and each kind of array once on processes.
     """
     for i, problem in enumerate(PROBLEMS):
         for j, kind in enumerate(KINDS):
@@ -59,6 +61,8 @@ def combinations() -> Iterator[Any]:
                     is_fast = j == i % len(KINDS) and with_sigma == ((i + i // 4) % 2 == 1)
                     if scheduler == "processes":
                         is_fast &= i < len(KINDS)
+                    elif i >= len(KINDS):
+                        is_fast &= problem.name not in IN_MAPS
                     yield pytest.param(
                         i,
                         kind,

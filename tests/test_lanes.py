@@ -225,7 +225,7 @@ def test_losses(loss: str) -> None:
         np.testing.assert_allclose(fits.chi2[i], (residual**2).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cov_type", ["HC0", "HC1"])
+@pytest.mark.parametrize("cov_type", some_slow("HC0", "HC1", slow=("HC0",)))
 def test_sandwich(cov_type: Any) -> None:
     cube = Cube("exponential", 20)
     solver = cube.solver(cov_type=cov_type, sigma="varies")
@@ -287,6 +287,7 @@ def test_float32() -> None:
 DTYPES = "float32", "float64"
 
 
+@pytest.mark.slow
 def test_twenty_parameters() -> None:
     middles = np.linspace(1, 11, 6)
 
@@ -429,6 +430,7 @@ def test_order_of_lanes_and_repeated_calls() -> None:
     assert distance.max() < 1e-5
 
 
+@pytest.mark.slow
 def test_x_that_varies() -> None:
     cube = Cube("exponential", 20)
     shift = cube.rng.uniform(0.9, 1.1, 20)
