@@ -89,7 +89,7 @@ class Status(Enum):
     TERMINATED = (-9, "Stopped by SIGTERM; the parameters are the best so far.")
     NO_PROGRESS = (
         -11,
-        "Stopped by `max_walltime` or SIGTERM before this call could add anything to the "
+        "Stopped: `max_walltime` was reached before this call could add anything to the "
         "checkpoints; the parameters are the best so far.",
         "Resuming would do the same work again: allow more time, or correct `checkpoint_dir` if a "
         "warning says that it could not be written.",

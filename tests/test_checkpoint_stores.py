@@ -306,8 +306,33 @@ def test_a_fit_that_cannot_save_does_not_ask_for_another_job(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.warns(UserWarning, match="No space left"):
+    monkeypatch.setattr(journal, "_MAX_WAIT", 1.5)
+    with (
+        pytest.warns(UserWarning, match="No space left"),
+        pytest.warns(UserWarning, match="No other was written"),
+    ):
         assert fit(checkpoint_dir=tmp_path, max_walltime=1e-9).status == -11
+
+
+def test_the_last_checkpoint_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_calls, fsync = 0, os.fsync
+
+    def full_at_first(descriptor: int) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls <= 3:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full_at_first)
+    monkeypatch.setattr(journal, "_RETRY_PAUSE", 0.01)
+    with pytest.warns(UserWarning, match="No space left"):
+        result = fit(checkpoint_dir=tmp_path, max_walltime=1e-9)
+    assert result.status == -8
+    (path,) = tmp_path.iterdir()
+    assert str(path) in result.message
 
 
 @pytest.mark.parametrize(

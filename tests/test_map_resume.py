@@ -395,10 +395,21 @@ def test_a_map_of_one_tile_cannot_be_continued(
 
 
 def test_walltime_while_a_store_is_verified(data: Path, stored: Path) -> None:
-    limit = {"max_walltime": 1e-9}
-    with pytest.warns(UserWarning, match="while it verified the tiles in the store"):
-        result = fit(data, stored, options=limit)
+    clock = time.monotonic
+
+    def expire(event: Event) -> None:
+        if isinstance(event, MapStarted):
+            patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: clock() + 1e4))
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match="while it verified the tiles in the store"),
+    ):
+        result = fit(data, stored, observers=[expire], options={"max_walltime": 1e3})
     assert (result.status != -7).all()
+    with pytest.warns(UserWarning, match="before the store was opened"):
+        result = fit(data, stored, options={"max_walltime": 1e-9})
+    assert (result.status == -7).all()
 
 
 def test_chunks_of_very_different_sizes_are_refused_before_anything_is_read(

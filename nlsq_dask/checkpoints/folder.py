@@ -151,7 +151,7 @@ def _load(path: str) -> tuple[Checkpoint, list[str]]:
         ) from error
 
 
-def summarize(error: Exception) -> str:
+def summarize(error: BaseException) -> str:
     """Return the class and the first line of an error, without a period at the end."""
     text = str(error).strip().partition("\n")[0].rstrip(". ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -47,6 +47,7 @@ T = TypeVar("T")
 _STATE = "state"  # last part of the path of a loop's state
 _MAX_SAVING_SHARE = 0.05  # maximum fraction of the time of a pass for collecting its state
 _MAX_WAIT = 60.0  # seconds at the end of a fit until its last checkpoint is written
+_RETRY_PAUSE = 1.0  # seconds before it is tried again, if that failed
 
 
 class Journal:
@@ -132,8 +133,11 @@ class Journal:
         It is called in the thread of the fit, as observers are.
         """
 
-    def finish(self) -> None:
-        """Wait until the last checkpoint is written, at most one minute, and report it."""
+    def finish(self, is_needed: bool = True) -> None:
+        """Wait until the last checkpoint is written, at most one minute, and report it.
+
+        If writing it fails, that is tried again, unless ``is_needed`` is False.
+        """
 
 
 class CheckpointJournal(Journal):
@@ -258,17 +262,29 @@ class CheckpointJournal(Journal):
             if self._n_failed == 1 and outcome.error is not None:
                 self._warn(summarize(outcome.error), "The fit continues and will try again.")
 
-    def finish(self) -> None:
+    def finish(self, is_needed: bool = True) -> None:
         """Wait until the last checkpoint is written, at most one minute, and report it."""
         if self._writer is None:
             return
+        end = time.monotonic() + _MAX_WAIT
         is_written = self._writer.wait(_MAX_WAIT)
         self.report()
-        if not is_written:
+        pause = _RETRY_PAUSE
+        while is_needed and self._has_failed and time.monotonic() + pause < end:
+            time.sleep(pause)
+            self.save()
+            is_written = self._writer.wait(max(end - time.monotonic(), 0.0))
+            self.report()
+        if not is_written or (is_needed and self._has_failed):
             newest = "No other was written"
             if self.last_path is not None:
                 newest = f"The newest complete one is {self.last_path}"
             self._warn(f"the last one is not complete after {_MAX_WAIT:.0f} s", f"{newest}.")
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether the newest state could not be written."""
+        return bool(self._n_failed) and self._is_changed
 
     def _warn(self, reason: str, consequence: str) -> None:
         assert self._folder is not None

@@ -17,7 +17,7 @@ class WriteOutcome:
     number: int  # of the checkpoint
     seconds: float
     path: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class CheckpointWriter:
@@ -80,6 +80,6 @@ class CheckpointWriter:
         path, error = None, None
         try:
             path = self._folder.save(checkpoint)
-        except Exception as raised:  # file systems raise errors of any class
+        except BaseException as raised:  # file systems raise errors of any class
             error = raised
         return WriteOutcome(checkpoint.number, time.monotonic() - began, path, error)

@@ -214,7 +214,9 @@ class BlockGroup:
                 for remaining in reversed(range(count)):
                     read, placed = reading.next()
                     if running is not None:
-                        yield running.result()
+                        result, running = running.result(), None
+                        yield result
+                        del result
                     rows = self._to_cache(read, placed, wants=bool(reserved))
                     if cached is not None and rows is not None:
                         cached.append((read.index, rows))
@@ -232,6 +234,7 @@ class BlockGroup:
                         yield call()
                     del call
         except BaseException:
+            running = None  # whose error refers to this frame, with its blocks
             self._budget.release(reserved)
             raise
         if cached is not None:

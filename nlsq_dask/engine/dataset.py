@@ -40,7 +40,7 @@ from nlsq_dask.engine.tasks import (
     sample_block,
     undefined_rows,
 )
-from nlsq_dask.engine.waiting import NoWorkersError, WorkerMonitor
+from nlsq_dask.engine.waiting import NoWorkersError, WorkerMonitor, WorkersReplacedError
 from nlsq_dask.engine.workers import Workers, is_connected
 from nlsq_dask.errors import BlockReadError, ClusterLostError
 from nlsq_dask.events import Observer
@@ -102,6 +102,7 @@ class DataSet:
         ClusterLostError
             If the connection to the scheduler is lost, or all workers stay paused.
         """
+        self._check = check
         self._monitor = WorkerMonitor(emit)
         workers = self._workers = self._monitor.wait(check)
         workers.check_import()
@@ -145,7 +146,7 @@ class DataSet:
                 return broadcast(self._literals, self._workers.client)
             except NoWorkersError:
                 continue
-            except OSError as error:  # the connection to a worker is lost
+            except WorkersReplacedError as error:
                 n_lost += 1
                 if n_lost == MAX_ATTEMPTS:
                     raise ClusterLostError(lost_message(self._workers.client, error)) from error
@@ -431,7 +432,7 @@ class DataSet:
             name = function.__name__.replace("_", "-")
             return graph.of_one(graph.task(name, 0, function, reader, *args, inputs=reader.inputs))
 
-        return self._run_with_recovery(tree, lambda partials: None)
+        return self._run_with_recovery(tree, lambda partials: self._check())
 
     def missing_chunks(self) -> list[str]:
         """Return a warning for each Zarr array that lacks chunks."""

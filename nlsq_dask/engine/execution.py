@@ -263,8 +263,8 @@ def _fetch(future: Future[Any], client: Client, check: Callable[[], None]) -> An
         try:
             return transfer.result(timeout=_CHECK_INTERVAL)
         except TimeoutError:
-            if transfer.done():  # the error of the task
-                raise
+            if transfer.done():  # in the meantime, or with the TimeoutError of a task
+                return transfer.result()
         check()
 
 

@@ -19,7 +19,7 @@ from distributed import Client, Future
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.serialization import from_opaque, to_opaque
-from nlsq_dask.engine.waiting import NoWorkersError
+from nlsq_dask.engine.waiting import NoWorkersError, WorkersReplacedError
 from nlsq_dask.engine.workers import Workers
 
 Node = tuple[int, int]  # level, 0 for leaves, and position in the level
@@ -74,6 +74,8 @@ def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
     ------
     NoWorkersError
         If no worker runs tasks.
+    WorkersReplacedError
+        If a worker is lost while it receives the values.
     """
     if not values or client is None:
         return {}
@@ -82,6 +84,8 @@ def broadcast(values: dict[Any, Any], client: Client | None) -> dict[Any, Any]:
         futures = client.scatter(list(values.values()), hash=False, timeout=_SCATTER_TIMEOUT)
     except TimeoutError as error:
         raise NoWorkersError(str(error)) from error
+    except OSError as error:  # the connection to a worker
+        raise WorkersReplacedError(str(error)) from error
     return dict(zip(values, futures, strict=True))
 
 

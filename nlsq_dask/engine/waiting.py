@@ -57,6 +57,7 @@ class WorkerMonitor:
         self._idle_since: float | None = None  # time since when no worker runs tasks
         self._reported_at = -math.inf
         self._all_left = False  # whether there were no workers since data were sent to them
+        self._was_empty = False  # whether there were none at the last query
         self._paused_since: dict[str, float] = {}  # by address
         self._reported: set[str] = set()  # addresses of workers reported as paused
         self._infos: Infos = {}  # as of the last query
@@ -131,7 +132,9 @@ class WorkerMonitor:
         """
         infos = query_workers(client)
         now = time.monotonic()
-        self._all_left |= not infos
+        # Two queries, because an answer may be lost.
+        self._all_left |= not infos and self._was_empty
+        self._was_empty = not infos
         paused = {a: info for a, info in infos.items() if info["status"] == "paused"}
         is_idle = not any(map(_is_working, infos.values()))
         self._report_paused(paused, now)

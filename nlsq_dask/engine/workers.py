@@ -57,8 +57,12 @@ def _describe_process(client_process: int) -> tuple[tuple[str, ...], str, int, i
 
 @cache
 def _bytes_after_import() -> int:
-    """Return the memory of this process at the first call, in bytes."""
-    return int(psutil.Process().memory_info().rss)
+    """Return the memory of this process at the first call, without results of tasks, in bytes."""
+    used = int(psutil.Process().memory_info().rss)
+    try:
+        return max(used - int(get_worker().state.nbytes), 0)
+    except ValueError:  # not a process of a worker
+        return used
 
 
 def is_connected(client: Client | None) -> bool:
@@ -68,7 +72,13 @@ def is_connected(client: Client | None) -> bool:
 
 def query_workers(client: Client) -> Infos:
     """Return what the scheduler knows of each worker."""
-    infos: Infos = client.scheduler_info(n_workers=-1)["workers"]
+    try:
+        # Not ``client.scheduler_info``, whose answer the client itself replaces from time to time
+        # by one without workers.
+        identity = client.sync(client.scheduler.identity, n_workers=-1)  # type: ignore[union-attr]
+    except (OSError, AttributeError):  # the connection is lost, perhaps for a moment
+        identity = client.scheduler_info(n_workers=-1)
+    infos: Infos = identity["workers"]
     return infos
 
 
@@ -81,7 +91,6 @@ class Workers:
     memory_limit: int | None  # of the smallest process, in bytes; None if there is none yet
     is_persistent: bool  # whether objects in memory survive from task to task
     is_running: bool = True  # whether a process accepts tasks
-    managed_bytes: int = 0  # largest memory of results of tasks in a process
 
     @classmethod
     def active(cls) -> Workers:
@@ -113,14 +122,12 @@ class Workers:
     def of(cls, client: Client, infos: Infos) -> Workers:
         """Return the workers of a client, given what the scheduler knows of them."""
         limits = [int(info["memory_limit"] or MEMORY_LIMIT) for info in infos.values()]
-        managed = [int(info["metrics"].get("managed_bytes", 0)) for info in infos.values()]
         return cls(
             client=client,
             threads={address: int(info["nthreads"]) for address, info in infos.items()},
             memory_limit=min(limits, default=None),
             is_persistent=True,
             is_running=any(info["status"] == "running" for info in infos.values()),
-            managed_bytes=max(managed, default=0),
         )
 
     @property
@@ -188,8 +195,7 @@ class Workers:
         """Largest memory of a worker when it had imported this package; 0 without workers."""
         if self.client is None:
             return 0
-        largest = max((process.n_bytes for process in self._processes), default=0)
-        return max(largest - self.managed_bytes, 0)
+        return max((process.n_bytes for process in self._processes), default=0)
 
     @property
     def platforms(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from nlsq_dask.checkpoints.journal import Journal
 from nlsq_dask.engine.dataset import DataSet
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, ClusterLostError
 from nlsq_dask.events import PHASES, FitStarted, Observer, PhaseEnded, PhaseStarted
 from nlsq_dask.fit.dense import DenseFit
 from nlsq_dask.fit.full_fit import FitContext, FullFit
@@ -88,13 +88,15 @@ class Driver:
         Invalid data and models raise an error. If the fit fails or stops otherwise, the reason is
         ``stop`` of the outcome.
         """
+        is_needed = True  # the last checkpoint
         try:
             outcome = self._run_phases()
-        except KeyboardInterrupt:
+            is_needed = not outcome.stop.is_success
+        except (KeyboardInterrupt, ClusterLostError):
             self._journal.save()
             raise
         finally:
-            self._journal.finish()
+            self._journal.finish(is_needed)
         return self._finish(outcome)
 
     def _run_phases(self) -> Outcome:
@@ -106,7 +108,7 @@ class Driver:
             self._passes.open()
         except FitInterruptedError as interrupted:
             self._journal.save()
-            return self._finish(Outcome(self._latest_params(), interrupted.reason))
+            return Outcome(self._latest_params(), interrupted.reason)
         with self._phase(0) as details:
             fit = self._fit = self._build_fit(details)
         try:
@@ -250,7 +252,8 @@ class Driver:
         """Return the outcome with counts, diagnostics and rows for plots added."""
         sample, seed = self._sample, self._problem.config.random_seed
         counts, journal = self._passes.counts, self._journal
-        if outcome.stop.is_interruption and journal.is_saving and not journal.has_saved:
+        has_progress = journal.has_saved or not journal.is_saving or self._passes.has_waited
+        if outcome.stop is Status.WALLTIME and not has_progress:
             outcome = replace(outcome, stop=Status.NO_PROGRESS)
         return replace(
             outcome,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -96,6 +97,8 @@ class Passes:
     counts : ReadCounts
     skipped : dict of int to SkippedBlock
         Blocks that could not be read, by their flat index.
+    has_waited : bool
+        Whether the fit has waited for workers.
     """
 
     def __init__(
@@ -117,7 +120,8 @@ class Passes:
         self.counts = ReadCounts()
         self.skipped: dict[int, SkippedBlock] = {}
         self._moments: Moments | None = None
-        self._has_waited = False  # whether the fit waits for workers, and has not saved since
+        self.has_waited = False
+        self._is_waiting = False  # whether the fit waits for workers, and has not saved since
 
     def open(self) -> None:
         """Send the data to the workers; wait while no worker runs tasks."""
@@ -125,12 +129,13 @@ class Passes:
 
     def _report_workers(self, event: Event) -> None:
         self._emit(event)
-        self._has_waited |= isinstance(event, WaitingForWorkers)
+        if isinstance(event, WaitingForWorkers):
+            self.has_waited = self._is_waiting = True
 
     def _check(self) -> None:
         """Save a checkpoint if the fit waits for workers; raise if the fit must end."""
-        if self._has_waited:
-            self._has_waited = False
+        if self._is_waiting:
+            self._is_waiting = False
             self._journal.save()
         self._interruption.check()
 
@@ -345,8 +350,8 @@ class Passes:
             self._report_blocks(parts, time.perf_counter() - started)
             self._interruption.check()
             self._journal.report()
-            if self._journal.is_due or (self._has_waited and self._journal.is_saving):
-                self._has_waited = False
+            if self._journal.is_due or (self._is_waiting and self._journal.is_saving):
+                self._is_waiting = False
                 save(parts)
 
         try:
@@ -355,7 +360,8 @@ class Passes:
             raise  # the results on the workers are lost
         except (Exception, KeyboardInterrupt):
             if latest and self._journal.is_saving:
-                save(*latest)
+                with suppress(Exception):  # of the cluster, for one; it may not hide the first
+                    save(*latest)
             raise
         finally:
             for partial_results in latest:

@@ -166,7 +166,7 @@ def _message(
     message = " ".join(filter(None, [outcome.cause or stop.cause, *sentences, remedy]))
     if stop.suggests_another_start and _can_use_multistart(problem):
         message += _MULTISTART_HINT
-    if stop.is_interruption:
+    if stop.is_interruption and stop is not Status.NO_PROGRESS:
         return message + resume_hint(outcome.checkpoint)
     return message if stop.is_success else message + problem.blocks.date_hint
 

@@ -50,7 +50,8 @@ class FitResult(PlotMethods):
         - -6: ill-conditioned
         - -7, -10: slow progress (-7), or none (-10), along a curved or flat valley
         - -8, -9: stopped by ``max_walltime`` (-8) or SIGTERM (-9)
-        - -11: stopped by one of them before the fit could write a checkpoint to ``checkpoint_dir``
+        - -11: stopped by ``max_walltime`` before the fit could write anything to
+          ``checkpoint_dir``
     message : str
         Reason why the fit ended, and advice if it did not converge.
     cost : float
