@@ -11,6 +11,7 @@ from distributed import Client, LocalCluster
 
 from nlsq_dask.engine.execution import PartialResults, execute
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, TaskGraph
+from nlsq_dask.engine.waiting import WorkerMonitor
 from nlsq_dask.engine.workers import Workers
 
 
@@ -41,7 +42,8 @@ def reduced(n: int, random: np.random.Generator) -> tuple[int, ...]:
 
         parts = PartialResults(np.ones((n, 3), np.int64), dict(known))
         try:
-            result: tuple[int, ...] = execute(tree, Workers.active(), parts, watch)
+            monitor = WorkerMonitor(lambda event: None)
+            result: tuple[int, ...] = execute(tree, Workers.active(), parts, watch, monitor)
         except CutError:
             known = parts.collect()
             assert parts.finished.blocks == sum(map(len, known.values()))
