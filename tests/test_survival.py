@@ -31,6 +31,7 @@ from nlsq_dask.engine.reduction_tree import Tree
 from nlsq_dask.engine.waiting import WorkerMonitor, WorkersReplacedError
 from nlsq_dask.fit.interruption import Interruption
 from tests import surviving_fit
+from tests.clusters import later
 from tests.surviving_fit import BLOCK_ROWS, N_BLOCKS
 
 INTERVAL = 0.1  # seconds between checkpoints
@@ -234,23 +235,13 @@ def kill_a_worker(client: Client, which: int = 0) -> None:
         os.kill(pids[which % len(pids)], signal.SIGKILL)
 
 
-@contextmanager
-def meanwhile(delay: float, act: Any) -> Iterator[None]:
-    timer = threading.Timer(delay, act)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.join()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_worker_killed_at_a_random_moment(seed: int, undisturbed: nd.FitResult) -> None:
     delay = np.random.default_rng(seed).uniform(0.1, 2.5)
     with cluster() as (_, client):
         surviving_fit.fit(seconds=0.01)  # workers have compiled
-        with meanwhile(delay, lambda: kill_a_worker(client, seed)):
+        with later(delay, lambda: kill_a_worker(client, seed)):
             result = surviving_fit.fit(seconds=0.05)
         assert is_equal(result, undisturbed)
 
@@ -288,7 +279,7 @@ def test_all_workers_go_and_come_back(undisturbed: nd.FitResult) -> None:
             time.sleep(2.0)
             local.scale(2)
 
-        with meanwhile(1.0, go_and_come):
+        with later(1.0, go_and_come):
             result = surviving_fit.fit(seconds=0.05)
     assert is_equal(result, undisturbed)
 
@@ -368,7 +359,7 @@ def test_workers_that_are_lost_again_and_again_while_the_sample_is_read(
 
 @pytest.mark.slow
 def test_a_worker_that_joins_late(undisturbed: nd.FitResult) -> None:
-    with cluster(n_workers=1) as (local, _), meanwhile(1.0, lambda: local.scale(2)):
+    with cluster(n_workers=1) as (local, _), later(1.0, lambda: local.scale(2)):
         result = surviving_fit.fit(seconds=0.1)
     assert is_equal(result, undisturbed)
 
@@ -377,7 +368,7 @@ def test_a_fit_without_workers_ends_at_its_time(tmp_path: Path) -> None:
     with cluster(n_workers=0):
         result = surviving_fit.fit(max_walltime=1.0, checkpoint_dir=tmp_path / "time")
         assert "`max_walltime` was reached" in result.message
-        with meanwhile(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        with later(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             result = surviving_fit.fit(stop_on_sigterm=True)
         assert "SIGTERM" in result.message
 
@@ -388,7 +379,7 @@ def test_a_fit_that_has_lost_its_workers_ends_at_its_time(
 ) -> None:
     with cluster() as (local, _):
         surviving_fit.fit()  # workers have compiled
-        with meanwhile(1.0, lambda: local.scale(0)):
+        with later(1.0, lambda: local.scale(0)):
             cut = surviving_fit.fit(
                 seconds=0.1, max_walltime=5.0, checkpoint_dir=tmp_path, checkpoint_interval=0.2
             )
