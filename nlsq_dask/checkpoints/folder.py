@@ -9,14 +9,12 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 
 from nlsq_dask.checkpoints.checkpoint import Checkpoint
+from nlsq_dask.engine.error_kinds import ErrorKind, classify
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.storage.backends import normalize_path, open_folder
 
 _MAX_FILES = 3
 _SUFFIX = ".nlsq"
-# In names and texts of errors about credentials, in lower case; the address is that of the service
-# that is asked for credentials, where none are configured.
-_CREDENTIALS = ("credential", "anonymous", "unauth", "denied", "forbidden", "169.254.169.254")
 
 
 class CheckpointFolder:
@@ -168,8 +166,7 @@ def _remedy(error: Exception, path: str) -> str:
     """Return a sentence on what to do about an error of a store, or ""."""
     if "://" not in path:
         return ""
-    text = summarize(error).lower()
-    if isinstance(error, PermissionError) or any(word in text for word in _CREDENTIALS):
+    if classify(error) is ErrorKind.DENIED:
         return (
             "Configure credentials that allow it, such as by variables in the environment of this "
             "process. "
