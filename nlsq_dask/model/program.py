@@ -21,6 +21,11 @@ from jax import export
 
 from nlsq_dask.errors import ModelError
 from nlsq_dask.model.jax_scope import CPU, CUDA, x64
+from nlsq_dask.model.single_kernel import (
+    can_be_single_kernel,
+    single_kernel,
+    without_single_kernels,
+)
 
 T = TypeVar("T")
 
@@ -83,11 +88,22 @@ class Program:
         self.serialized = serialized
 
     @classmethod
-    def trace(cls, function: Callable[..., Any], *specs: Any, platform: str = CPU) -> Self:
-        """Trace ``function`` for arguments with the shapes and dtypes of ``specs``."""
+    def trace(
+        cls,
+        function: Callable[..., Any],
+        *specs: Any,
+        platform: str = CPU,
+        is_small: bool = False,
+    ) -> Self:
+        """Trace ``function`` for arguments with the shapes and dtypes of ``specs``.
+
+        On a CPU, a program that ``is_small`` becomes a single kernel if it can be one.
+        """
+        may_be_single = is_small and platform == CPU
+        traced = single_kernel(function) if may_be_single else function
 
         def program(*args: Any) -> Any:  # a fixed name: it is part of the text
-            return function(*args)
+            return traced(*args)
 
         with x64():
             try:
@@ -100,6 +116,8 @@ class Program:
                     f"jax.debug.print, are not supported."
                 ) from error
         text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
+        if may_be_single and not can_be_single_kernel(text):
+            serialized = without_single_kernels(serialized) or serialized
         # The text lacks unused arguments, but the fingerprint must depend on them too.
         text += f"{exported.in_tree} {exported.in_avals} {exported.module_kept_var_idx}"
         return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
@@ -114,16 +132,25 @@ class Program:
             return compiled_once(key, self._compile)(*args)
 
     def _compile(self) -> Callable[..., Any]:
-        exported = export.deserialize(bytearray(self.serialized))
-        specs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        args, kwargs = specs
-        options = _COMPILER_OPTIONS.get(exported.platforms[0])
-        lowered = jax.jit(exported.call).lower(*args, **kwargs)
-        compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
-        return compiled
+        try:
+            return _compile(self.serialized)
+        except jax.errors.JaxRuntimeError:
+            plain = without_single_kernels(self.serialized)
+            if plain is None:
+                raise
+            return _compile(plain)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.fingerprint, self.serialized)
+
+
+def _compile(serialized: bytes) -> Callable[..., Any]:
+    exported = export.deserialize(bytearray(serialized))
+    args, kwargs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    options = _COMPILER_OPTIONS.get(exported.platforms[0])
+    lowered = jax.jit(exported.call).lower(*args, **kwargs)
+    compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
+    return compiled
 
 
 def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
