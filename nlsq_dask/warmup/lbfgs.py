@@ -337,34 +337,21 @@ class Warmup:
     def init(self, q0: NDArray[np.float64]) -> WarmupState:
         """Return the state at normalized parameters ``q0``, before the first iteration."""
         with x64():
-            params = jnp.asarray(q0)
             try:
-                program = self._program("start", self._value_and_grad, params)
+                program = self._program("start", self._start, q0)
             except ValueError as error:
                 raise ModelError(
                     f"The model {self.model.name!r} has no reverse-mode derivative, which the "
                     f"warm-up needs ({error}). Use lax.scan or a lax.fori_loop with fixed limits "
                     f"instead of lax.while_loop, or max_warmup_iterations=0."
                 ) from error
-            loss, gradient = program(self.problem, params)
-            zero = jnp.zeros((), jnp.int64)
-            return WarmupState(
-                params=params,
-                loss=loss,
-                gradient=gradient,
-                optimizer=_optimizer(self.problem, self.options).init(params),
-                initial_loss=loss,
-                best_params=params,
-                best_loss=loss,
-                iteration=zero,
-                line_search_failures=zero,
-                end=zero,
-            )
+            state: WarmupState = program(self.problem, q0)
+            return state
 
     def run(self, state: WarmupState, until: int) -> WarmupState:
         """Run iterations until a criterion is met or iteration ``until`` is reached."""
         with x64():
-            limit = jnp.asarray(until, jnp.int64)
+            limit = np.int64(until)
             result: WarmupState = self._program("run", self._burst, state, limit)(
                 self.problem, state, limit
             )
@@ -378,9 +365,9 @@ class Warmup:
         problem = self.problem
         with x64():
             problem = problem._replace(
-                first_step=problem.first_step * factor,
-                max_step=problem.max_step * factor,
-                max_iterations=problem.max_iterations - n_done,
+                first_step=np.float64(problem.first_step) * factor,
+                max_step=np.float64(problem.max_step) * factor,
+                max_iterations=np.int64(problem.max_iterations) - n_done,
             )
         return replace(self, problem=problem)
 
@@ -391,8 +378,21 @@ class Warmup:
             return compiled_once(key, lambda: compile_small(function, *args))
         return compiled_once(key, lambda: jax.jit(function).lower(*args).compile())
 
-    def _value_and_grad(self, problem: Problem, params: Any) -> Any:
-        return jax.value_and_grad(_loss(self.model, self.options, problem))(params)
+    def _start(self, problem: Problem, params: Any) -> WarmupState:
+        loss, gradient = jax.value_and_grad(_loss(self.model, self.options, problem))(params)
+        zero = jnp.zeros((), jnp.int64)
+        return WarmupState(
+            params=params,
+            loss=loss,
+            gradient=gradient,
+            optimizer=_optimizer(problem, self.options).init(params),
+            initial_loss=loss,
+            best_params=params,
+            best_loss=loss,
+            iteration=zero,
+            line_search_failures=zero,
+            end=zero,
+        )
 
     def _burst(self, problem: Problem, state: WarmupState, until: Any) -> WarmupState:
         result: WarmupState = lax.while_loop(
@@ -416,6 +416,5 @@ def pack(state: WarmupState) -> list[NDArray[Any]]:
 def unpack(like: WarmupState, leaves: list[NDArray[Any]]) -> WarmupState:
     """Return the state whose arrays ``pack`` has listed; ``like`` is any state of the warm-up."""
     with x64():
-        arrays = [jnp.asarray(leaf) for leaf in leaves]
-        state: WarmupState = jax.tree.unflatten(jax.tree.structure(like), arrays)
+        state: WarmupState = jax.tree.unflatten(jax.tree.structure(like), jax.device_put(leaves))
     return state

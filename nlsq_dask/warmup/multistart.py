@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
@@ -146,7 +145,7 @@ class SuccessiveHalving:
         group = Candidate(params[index], damping[index], np.zeros(_GROUP_SIZE))
         improve = partial(improve_group, self.model, self.mode, self.loss)
         with x64():
-            args = jax.tree.map(jnp.asarray, (group, n_rows))
+            args = group, np.int64(n_rows)
             program = compiled_once(
                 self.key, lambda: jax.jit(improve).lower(self.problem, *args).compile()
             )

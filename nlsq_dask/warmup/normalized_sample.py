@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nlsq_dask.kernels.losses import Loss
@@ -48,4 +47,4 @@ class NormalizedSample:
 def to_device(problem: Any) -> Any:
     """Return a pytree of NumPy arrays as JAX arrays of the same dtypes."""
     with x64():
-        return jax.tree.map(jnp.asarray, problem)
+        return jax.device_put(problem)
