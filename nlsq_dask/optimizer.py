@@ -347,8 +347,9 @@ class AdaptiveHybridStreamingOptimizer:
             ``dims`` are read by one task.
         p0 : sequence, or dict by name, optional
             Initial values. In a dict, a value may be a map, an array over the dimensions of the
-            map. Where all free parameters have one, pixels start there. Otherwise, and if a fit
-            fails, the start is a fit of the median of random pixels of the tile.
+            map. ``popt`` of another map is such a dict. Where all free parameters have a value,
+            pixels start there. Otherwise, and if a fit fails, the start is a fit of the median of
+            random pixels of the tile.
         bounds : (low, high), or dict by name of (low, high), optional
             Lower and upper bounds; in a dict, each may be a map. Starts are moved inside. Where
             the bounds of a pixel are equal, the parameter is fixed.

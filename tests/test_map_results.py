@@ -22,7 +22,7 @@ import zarr
 from matplotlib import pyplot as plt
 
 import nlsq_dask as nd
-from nlsq_dask.maps.results.statuses import MEANINGS
+from nlsq_dask.maps.results.statuses import MEANINGS, format_share
 from nlsq_dask.maps.tasks.tile_task import TileTask
 from nlsq_dask.solvers.lanes.records import LaneStatus
 from tests.test_accessor import _WITHOUT_PACKAGE
@@ -374,6 +374,20 @@ def test_status_table(fits: xr.Dataset, lazy: xr.Dataset) -> None:
         pd.testing.assert_frame_equal(other, table)
     solved = nd.status_table(fits.where(fits.status > 0))
     assert solved.pixels.tolist() == [10]
+
+
+def test_a_small_share_is_not_shown_as_none() -> None:
+    assert [format_share(share) for share in (0.0, 1e-5, 1e-3, 1.0)] == [
+        "0.0%",
+        "<0.1%",
+        "0.1%",
+        "100.0%",
+    ]
+
+
+def test_parameters_are_named_for_programs_that_read_no_strings(fits: xr.Dataset) -> None:
+    for variable in (fits.popt, fits.perr):
+        assert variable.attrs["parameters"].split() == fits.param.values.tolist()
 
 
 def test_statuses_of_other_versions(fits: xr.Dataset) -> None:

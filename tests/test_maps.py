@@ -340,6 +340,15 @@ def test_parameters_are_fixed_by_numbers_and_by_maps(
     assert_same_fits(fitted.isel(col=slice(3, None)), partly.isel(col=slice(3, None)))
 
 
+def test_the_solutions_of_another_map_are_starts(cube: xr.DataArray, fitted: xr.Dataset) -> None:
+    again = fit_each(y=cube, p0=fitted.popt)
+    is_fitted = fitted.status > 0
+    difference = (abs(again.popt - fitted.popt) / fitted.perr).where(is_fitted)
+    assert float(difference.max()) < 1e-5
+    assert float(again.n_iterations.where(is_fitted).max()) <= 2
+    np.testing.assert_array_equal(again.status > 0, is_fitted)
+
+
 def test_a_value_fixed_outside_the_bounds_is_a_bad_start(cube: xr.DataArray) -> None:
     values = xr.where(cube.col < 30, 0.3, 0.7).drop_vars("site")
     ds = fit_each(y=cube, p0=P0, fixed={"c": values}, bounds={"c": (0.0, 0.5)})

@@ -424,5 +424,9 @@ def _check_visible(store: MapStore, n_seen: int, n_tiles: int) -> None:
 
 
 def _by_name(counts: Mapping[LaneStatus, int]) -> dict[str, int]:
-    """Return counts by the name of the status, the highest status first."""
-    return {status.name.lower(): counts[status] for status in sorted(counts, reverse=True)}
+    """Return counts by the name of the status, in the order of ``status_table``."""
+    return {status.name.lower(): counts[status] for status in sorted(counts, key=_place)}
+
+
+def _place(status: LaneStatus) -> tuple[bool, int]:
+    return status <= 0, abs(status)

@@ -52,6 +52,7 @@ class Separated:
     @classmethod
     def of(cls, p0: Any, bounds: Any, fixed: Any) -> Separated:
         """Take the maps out of the arguments of ``fit_each``."""
+        p0 = _by_parameter(p0)
         own = cls(p0, bounds, fixed)
         if isinstance(p0, Mapping):
             own.p0 = own._without_maps(p0, "start")
@@ -84,6 +85,13 @@ class Separated:
         return tuple(
             self._without_maps({name: side}, kind).get(name, none) for side, (kind, none) in sides
         )
+
+
+def _by_parameter(p0: Any) -> Any:
+    """Return the parameters of another fit, such as ``fits.popt``, as a dict of maps."""
+    if not isinstance(p0, xr.DataArray) or "param" not in p0.coords or p0.ndim < 2:
+        return p0
+    return {str(name): p0.sel(param=name, drop=True) for name in p0["param"].values}
 
 
 def is_map(value: Any) -> bool:

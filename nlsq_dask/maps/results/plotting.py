@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask._figures import FIT, label, prepare_figure
-from nlsq_dask.maps.results.statuses import count_statuses, flags_of, is_determined
+from nlsq_dask.maps.results.statuses import count_statuses, flags_of, format_share, is_determined
 from nlsq_dask.maps.results.variables import every_kth, has_variable, parameter_names, variable_of
 
 if TYPE_CHECKING:
@@ -258,6 +258,6 @@ def _draw_status(
         add_colorbar=False,
     )
     bar = figure.colorbar(mesh, ax=beside, ticks=range(len(flags)))
-    bar.ax.set_yticklabels([f"{flag} ({share:.1%})" for flag, share in flags])
+    bar.ax.set_yticklabels([f"{flag} ({format_share(share)})" for flag, share in flags])
     bar.ax.tick_params(length=0)
     bar.ax.invert_yaxis()  # success on top, as in status_table

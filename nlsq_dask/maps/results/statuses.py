@@ -35,6 +35,11 @@ MEANINGS = {
 }
 
 
+def format_share(share: float) -> str:
+    """Return a fraction of the pixels in percent; a small one does not become zero."""
+    return "<0.1%" if 0 < share < 5e-4 else f"{share:.1%}"
+
+
 def status_table(ds: xr.Dataset | xr.DataArray) -> pd.DataFrame:
     """Count the pixels of a map by status.
 

@@ -9,7 +9,7 @@ import xarray as xr
 
 from nlsq_dask import _html as html
 from nlsq_dask.data.sources.from_array import is_in_memory
-from nlsq_dask.maps.results.statuses import is_determined, status_table
+from nlsq_dask.maps.results.statuses import format_share, is_determined, status_table
 from nlsq_dask.maps.results.variables import every_kth, has_variable, parameter_names, variable_of
 
 _MAX_PIXELS = 2**20  # whose parameters are sorted
@@ -47,7 +47,7 @@ class Summary:
             return cls(_listed(facts), [], [], status.size, 0, 1)
         table = status_table(status)
         rows = [
-            (row.Index, f"{row.pixels:,}", f"{row.share:.1%}", row.meaning)
+            (row.Index, f"{row.pixels:,}", format_share(row.share), row.meaning)
             for row in table.itertuples()
         ]
         some, k = every_kth(xr.Dataset(arrays), status.dims, _MAX_PIXELS)

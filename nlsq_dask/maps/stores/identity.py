@@ -199,6 +199,6 @@ def summary(array: Array) -> str:
         return f"{round(value / quantum) * quantum:.{digits}g}"
 
     return (
-        f"{n_finite:,} finite of {array.size:,} values, mean {rounded(mean)}, mean magnitude "
-        f"{rounded(magnitude)}, weighted by position {rounded(weighted)}"
+        f"{n_finite:,} finite of {array.size:,} values, with mean {rounded(mean)}, mean of "
+        f"absolute values {rounded(magnitude)} and checksum of their order {rounded(weighted)}"
     )

@@ -32,6 +32,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from nlsq_dask._text import join_first
 from nlsq_dask.checkpoints.identity import FitFingerprint
 from nlsq_dask.errors import CheckpointError, DataError, warn_caller
 from nlsq_dask.solvers.lanes.records import LaneStatus
@@ -210,12 +211,16 @@ def store_chunks(tiles: Sizes, dims: tuple[str, ...] = ()) -> tuple[int, ...]:
     chunks = [math.gcd(*sizes[:-1]) or max(sizes[0], 1) for sizes in tiles]
     n_chunks = [-(-max(sizes) // chunk) for sizes, chunk in zip(tiles, chunks, strict=True)]
     if math.prod(n_chunks) > _MAX_CHUNKS_PER_TILE:
-        axis = int(np.argmax(n_chunks))
-        dim, sizes = dims[axis] if dims else f"dim_{axis}", tiles[axis]
+        axes = [axis for axis, n in enumerate(n_chunks) if n > 1]
+        named = {dims[axis] if dims else f"dim_{axis}": tiles[axis] for axis in axes}
+        found = join_first(
+            [f"from {min(n)} to {max(n)} along {dim!r}" for dim, n in named.items()],
+            separator=" and ",
+        )
+        sizes = ", ".join(f"{dim!r}: {max(n)}" for dim, n in named.items())
         raise DataError(
-            f"The tiles of the map have sizes from {min(sizes)} to {max(sizes)} along {dim!r}, but "
-            f"the chunks of a Zarr store have one size. Rechunk y_data to chunks of one size along "
-            f"{dim!r}, such as {max(sizes)}, before it is fitted with store."
+            f"The tiles of the map have sizes {found}, but the chunks of a Zarr store have one "
+            f"size. Rechunk y_data before it is fitted with store, such as .chunk({{{sizes}}})."
         )
     return tuple(chunks)
 

@@ -60,8 +60,15 @@ class Outputs:
         return sum(np.dtype(v.dtype).itemsize * n ** len(v.dims) for v in variables)
 
     def attrs_of(self, name: str) -> dict[str, Any]:
-        """Return the attributes of a variable; those of the status explain its numbers."""
-        attrs: dict[str, Any] = {"long_name": self.variables[name].long_name}
+        """Return the attributes of a variable.
+
+        Those of the status explain its numbers. ``parameters`` names what is along ``param``, for
+        programs that cannot read an array of strings.
+        """
+        variable = self.variables[name]
+        attrs: dict[str, Any] = {"long_name": variable.long_name}
+        if variable.dims:
+            attrs["parameters"] = " ".join(self.names)
         if name == "status":
             statuses = sorted(LaneStatus)
             attrs["flag_values"] = np.array([int(status) for status in statuses], np.int8)
