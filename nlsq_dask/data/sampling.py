@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import qmc
 
 # Sampling costs reading: at most _MAX_BLOCKS blocks, and at most the larger of _CHEAP_ROWS rows and
 # a fraction of the data set, the larger fraction if the smaller one gives less than two blocks.
@@ -80,6 +79,8 @@ def plan_sample(
     # Each block contributes at least one row.
     n_blocks = max(1, min(len(filled), n_blocks, sample_rows))
     random = np.random.default_rng(seed)
+    from scipy.stats import qmc  # takes a third of a second to import
+
     points = qmc.LatinHypercube(d=block_rows.ndim, rng=random).random(n_blocks)
     cells = [tuple(map(int, cell)) for cell in points * np.array(block_rows.shape)]
     # Random blocks replace cells that coincide or hold no rows.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from nlsq_dask.model import derived
 
@@ -21,7 +21,7 @@ def conf_interval(result: FitResult, level: float) -> NDArray[np.float64]:
         raise ValueError(f"level must be between 0 and 1; got {level!r}.")
     tail = 0.5 * (1.0 + level)
     is_normal = result.absolute_sigma or result.dof <= 0
-    quantile = stats.norm.ppf(tail) if is_normal else stats.t.ppf(tail, result.dof)
+    quantile = special.ndtri(tail) if is_normal else special.stdtrit(result.dof, tail)
     half = quantile * result.perr
     return np.stack([result.x - half, result.x + half], axis=1)
 

@@ -15,7 +15,6 @@ from functools import partial
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import qmc
 
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
@@ -184,6 +183,8 @@ def draw_starts(
     start, low, high : ndarray, each of shape (p,)
     settings : MultistartSettings
     """
+    from scipy.stats import qmc  # takes a third of a second to import
+
     n_drawn, n_params = settings.n_starts - 1, len(start)
     rng = np.random.default_rng(settings.seed)
     match settings.sampler:
