@@ -21,11 +21,6 @@ from jax import export
 
 from nlsq_dask.errors import ModelError
 from nlsq_dask.model.jax_scope import CPU, CUDA, x64
-from nlsq_dask.model.single_kernel import (
-    can_be_single_kernel,
-    single_kernel,
-    without_single_kernels,
-)
 
 T = TypeVar("T")
 
@@ -39,6 +34,10 @@ _LOCATIONS = re.compile(r' loc\((?:#loc\d*|"[^"]*"(?:\(#loc\d*\))?|unknown)\)')
 # XLA would time many ways to multiply matrices, which took up to 20 s on a GPU; the product of the
 # library that it calls otherwise is as fast.
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {CUDA: {"xla_gpu_enable_triton_gemm": False}}
+
+# For programs on a CPU that do not run for long: the generator of code that XLA has otherwise takes
+# longer, for loops over many elements that are a tenth faster.
+_QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 # What makes the text of a jaxpr incomplete: addresses of functions, abbreviated arrays.
 _INEXACT = re.compile(r"0x[0-9a-f]|\.\.\.")
@@ -79,13 +78,16 @@ class Program:
         Digest of the operations and constants; programs with equal fingerprints are equal.
     serialized : bytes
         The program, serialized by ``jax.export``.
+    is_brief : bool
+        Whether it does not run for long, so that compiling it takes most of the time.
     """
 
-    __slots__ = ("fingerprint", "serialized")
+    __slots__ = ("fingerprint", "is_brief", "serialized")
 
-    def __init__(self, fingerprint: str, serialized: bytes) -> None:
+    def __init__(self, fingerprint: str, serialized: bytes, is_brief: bool = False) -> None:
         self.fingerprint = fingerprint
         self.serialized = serialized
+        self.is_brief = is_brief
 
     @classmethod
     def trace(
@@ -93,17 +95,12 @@ class Program:
         function: Callable[..., Any],
         *specs: Any,
         platform: str = CPU,
-        is_small: bool = False,
+        is_brief: bool = False,
     ) -> Self:
-        """Trace ``function`` for arguments with the shapes and dtypes of ``specs``.
-
-        On a CPU, a program that ``is_small`` becomes a single kernel if it can be one.
-        """
-        may_be_single = is_small and platform == CPU
-        traced = single_kernel(function) if may_be_single else function
+        """Trace ``function`` for arguments with the shapes and dtypes of ``specs``."""
 
         def program(*args: Any) -> Any:  # a fixed name: it is part of the text
-            return traced(*args)
+            return function(*args)
 
         with x64():
             try:
@@ -116,11 +113,9 @@ class Program:
                     f"jax.debug.print, are not supported."
                 ) from error
         text = _LOCATIONS.sub("", _LOCATION_LINES.sub("", exported.mlir_module()))
-        if may_be_single and not can_be_single_kernel(text):
-            serialized = without_single_kernels(serialized) or serialized
         # The text lacks unused arguments, but the fingerprint must depend on them too.
         text += f"{exported.in_tree} {exported.in_avals} {exported.module_kept_var_idx}"
-        return cls(hashlib.sha256(text.encode()).hexdigest(), serialized)
+        return cls(hashlib.sha256(text.encode()).hexdigest(), serialized, is_brief)
 
     def __call__(self, *args: Any, device: jax.Device | None = None) -> Any:
         """Run the program on ``device``, by default the CPU.
@@ -132,30 +127,33 @@ class Program:
             return compiled_once(key, self._compile)(*args)
 
     def _compile(self) -> Callable[..., Any]:
-        try:
-            return _compile(self.serialized)
-        except jax.errors.JaxRuntimeError:
-            plain = without_single_kernels(self.serialized)
-            if plain is None:
-                raise
-            return _compile(plain)
+        exported = export.deserialize(bytearray(self.serialized))
+        specs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        args, kwargs = specs
+        lowered = jax.jit(exported.call).lower(*args, **kwargs)
+        if self.is_brief and exported.platforms[0] == CPU:
+            return compile_quickly(lowered)
+        options = _COMPILER_OPTIONS.get(exported.platforms[0])
+        compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
+        return compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.fingerprint, self.serialized)
-
-
-def _compile(serialized: bytes) -> Callable[..., Any]:
-    exported = export.deserialize(bytearray(serialized))
-    args, kwargs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    options = _COMPILER_OPTIONS.get(exported.platforms[0])
-    lowered = jax.jit(exported.call).lower(*args, **kwargs)
-    compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
-    return compiled
+        return type(self), (self.fingerprint, self.serialized, self.is_brief)
 
 
 def compiled_once(key: str, compile_: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """Return the compiled program for this key; ``compile_`` is called only if none is cached."""
     return _compiled.get(key, compile_)
+
+
+def compile_quickly(lowered: Any) -> Callable[..., Any]:
+    """Compile a lowered function that does not run for long, with options that XLA may not have."""
+    compiled: Callable[..., Any]
+    try:
+        compiled = lowered.compile(compiler_options=_QUICK_OPTIONS)
+    except jax.errors.JaxRuntimeError:
+        compiled = lowered.compile()
+    return compiled
 
 
 def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:

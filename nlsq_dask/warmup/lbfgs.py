@@ -27,13 +27,11 @@ from nlsq_dask.kernels.losses import LINEAR, rho
 from nlsq_dask.kernels.penalty import total_variance
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Mode, Model
-from nlsq_dask.model.program import compiled_once
-from nlsq_dask.model.single_kernel import compile_small
+from nlsq_dask.model.program import compile_quickly, compiled_once
 from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
 from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
 
 _LINE_SEARCH_STEPS = 20
-_MAX_SMALL = 2048  # rows; the sum over more is left to a library
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)  # relative change of the loss that counts as none
 
 
@@ -372,11 +370,10 @@ class Warmup:
         return replace(self, problem=problem)
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        key = f"{self.key} {name}"
-        args = (self.problem, *args)
-        if len(self.problem.y) <= _MAX_SMALL:
-            return compiled_once(key, lambda: compile_small(function, *args))
-        return compiled_once(key, lambda: jax.jit(function).lower(*args).compile())
+        return compiled_once(
+            f"{self.key} {name}",
+            lambda: compile_quickly(jax.jit(function).lower(self.problem, *args)),
+        )
 
     def _start(self, problem: Problem, params: Any) -> WarmupState:
         loss, gradient = jax.value_and_grad(_loss(self.model, self.options, problem))(params)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-UNROLLED = 6  # matrices of up to this many parameters are solved without a loop
+_UNROLLED = 6  # matrices of up to this many parameters are solved without a loop
 
 
 def sweep_once(library: Any, matrix: Any, j: Any, pivots: Any, least: float) -> tuple[Any, Any]:
@@ -65,5 +65,5 @@ def sweep(matrix: Any, pivots: Any, least: float) -> tuple[Any, Any]:
 
     p = len(pivots)
     start = matrix, jnp.zeros(pivots.shape, bool)
-    result: tuple[Any, Any] = lax.fori_loop(0, p, step, start, unroll=p <= UNROLLED)
+    result: tuple[Any, Any] = lax.fori_loop(0, p, step, start, unroll=p <= _UNROLLED)
     return result

@@ -35,6 +35,7 @@ _MIN_BLOCK = 8  # lanes that SIMD instructions process together
 _BLOCK = 256  # lanes whose state and strips fit a core's cache
 _MAX_BLOCKS = 8  # blocks per call of the program
 _FACTORED_BLOCK, _MAX_FACTORED_BLOCKS = 64, 4  # in the factorization
+_MAX_BRIEF = 1024  # lanes per call for a map that is quickly fitted
 _CALL_BYTES = 1 << 24  # of the arguments of a call
 
 
@@ -111,13 +112,15 @@ class LaneSolver:
         block = min(_FACTORED_BLOCK, block)
         few = replace(shapes, block=block, n_blocks=min(_MAX_FACTORED_BLOCKS, shapes.n_blocks))
 
+        is_brief = n_lanes <= _MAX_BRIEF
+
         def trace() -> tuple[Program, Program]:
             data, rows = data_specs(model, shapes), rows_spec(shapes, sum(shapes.row_counts))
             solve = partial(solve_blocks, summation, shapes, steps)
-            program = Program.trace(solve, INTEGER, INTEGER, data, rows)
+            program = Program.trace(solve, INTEGER, INTEGER, data, rows, is_brief=is_brief)
             data, rows = data_specs(model, few), rows_spec(few, 2 * few.n_params)
             factorize = partial(factor_blocks, summation, few)
-            return program, Program.trace(factorize, INTEGER, data, rows)
+            return program, Program.trace(factorize, INTEGER, data, rows, is_brief=is_brief)
 
         has_ties = model.transform is not None and bool(model.transform.ties)
         signature = (cls, model.layout, mode, shapes, few, strip, steps, settings.loss)

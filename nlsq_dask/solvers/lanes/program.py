@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nlsq_dask.kernels.lane_sums import LaneData, LaneFactors, LaneSummation, LaneSums
+from nlsq_dask.kernels.lane_sums import LaneData, LaneFactors, LaneSummation
 from nlsq_dask.model.model import Model
-from nlsq_dask.model.single_kernel import single_kernel
 from nlsq_dask.model.transform import ParameterTransform
-from nlsq_dask.solvers.lanes.algebra import UNROLLED
 from nlsq_dask.solvers.lanes.steps import ACTIVE, Problem, State, StepSettings, propose, update
 
 
@@ -84,12 +82,6 @@ def solve_blocks(
     Returns the packed state, and per block the tied parameters with their derivatives.
     """
 
-    def advance(state: State, sums: LaneSums, problem: Problem) -> State:
-        return propose(update(state, sums, problem, settings), problem, settings)
-
-    if shapes.n_params <= UNROLLED:
-        advance = single_kernel(advance)
-
     def solve(b: Any, packed_blocks: Any) -> Any:
         block = _block(data, b, shapes)
         state, low, high = unpack(packed_blocks[b], shapes)
@@ -99,7 +91,8 @@ def solve_blocks(
         problem = Problem(low, high, jnp.isfinite(block.y).sum(axis=0), signal)
 
         def iterate(state: State) -> State:
-            return advance(state, summation(block, state.trial), problem)
+            state = update(state, summation(block, state.trial), problem, settings)
+            return propose(state, problem, settings)
 
         def repeats(state: State) -> Any:
             return (state.status == ACTIVE).sum() > max_active
