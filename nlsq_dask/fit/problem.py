@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,10 @@ class FitProblem:
     absolute_sigma: bool  # as in scipy.optimize.curve_fit
     callback: Callback | None  # called with parameters, loss and iteration
 
-    @property
+    @cached_property
     def exact_model(self) -> Model:
         """The model, evaluated in float64 whatever the option ``precision``."""
-        return replace(self.model, dtype="float64")
+        return self.model if self.is_exact else replace(self.model, dtype="float64")
 
     @property
     def is_exact(self) -> bool:

@@ -17,7 +17,7 @@ from jax import lax
 
 from nlsq_dask.kernels.losses import Loss, robust
 from nlsq_dask.kernels.trigonometry import vectorized
-from nlsq_dask.model.jacobian import accepts_one_row, residual_and_jacobian
+from nlsq_dask.model.jacobian import residual_and_jacobian
 from nlsq_dask.model.model import Mode, Model
 
 _MAX_SEPARATE = 7  # columns of [J r] with separate products; with more, they are stacked first
@@ -155,7 +155,7 @@ class LaneSummation:
         def of_rows(x: Any, y: Any, params: Any) -> Any:
             return linearized(x, y, params, ones)[1]
 
-        if not accepts_one_row(self.model):
+        if not self.model.accepts_one_row:
             axes = tuple(1 if varies else None for varies in self.x_varies)
             return jax.vmap(of_rows, (axes, 1, 0), out_axes=1)
 

@@ -50,7 +50,7 @@ def choose_mode(model: Model, jaxpr: Any) -> Mode:
         widest = max(widest, size)
     if any(name.startswith("custom_vjp") for name in names):
         return Mode.REVERSE
-    if "while" in names or not accepts_one_row(model):
+    if "while" in names or not model.accepts_one_row:
         return Mode.FORWARD
     is_narrow = widest <= TRACED_ROWS and not names & _EXPENSIVE_PRIMITIVES
     return Mode.FORWARD if is_narrow and model.n_params <= _MAX_FORWARD_PARAMS else Mode.REVERSE
@@ -94,16 +94,6 @@ def has_derivative(model: Model, i: int) -> bool:
         mode = choose_mode(model, model.jaxpr())
     alone = replace(model, function=of_one, n_params=1, mode=mode, transform=None)
     return derivative_error(alone) is None
-
-
-def accepts_one_row(model: Model) -> bool:
-    """Return whether the model can be called with a single row, as reverse mode requires."""
-    params = [jax.ShapeDtypeStruct((), model.dtype) for _ in range(model.n_params)]
-    try:
-        out = jax.eval_shape(model.raw, model.x_specs(1), params)
-    except (TypeError, ValueError, IndexError):  # a squeeze, for instance, removes the row axis
-        return False
-    return bool(out.shape == (1,))
 
 
 def _dependent_operations(jaxpr: Any, depends: Sequence[bool]) -> Iterator[tuple[str, int]]:

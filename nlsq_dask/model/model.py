@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -54,9 +55,29 @@ class Model:
         )
 
     def jaxpr(self) -> Any:
-        """Trace the function with scalar parameters and return its jaxpr; call it in ``x64()``."""
-        params = [jax.ShapeDtypeStruct((), np.dtype(self.dtype)) for _ in range(self.n_params)]
-        return jax.make_jaxpr(self.__call__)(self.x_specs(TRACED_ROWS), params)
+        """Return the jaxpr of the function with scalar parameters; call it in ``x64()``.
+
+        The function is traced once per model object, so once per fit: what it computes may depend
+        on variables that its caller changes between fits.
+        """
+        return self._jaxpr
+
+    @cached_property
+    def _jaxpr(self) -> Any:
+        return jax.make_jaxpr(self.__call__)(self.x_specs(TRACED_ROWS), self._scalars)
+
+    @cached_property
+    def accepts_one_row(self) -> bool:
+        """Whether the function can be called with a single row, as reverse mode requires."""
+        try:
+            out = jax.eval_shape(self.raw, self.x_specs(1), self._scalars)
+        except (TypeError, ValueError, IndexError):  # a squeeze, for instance, removes the row axis
+            return False
+        return bool(out.shape == (1,))
+
+    @property
+    def _scalars(self) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((), np.dtype(self.dtype)) for _ in range(self.n_params)]
 
     def __call__(self, x: Sequence[Any], params: Any) -> Any:
         """Return the values of the function, shape (b,), in ``dtype``.
