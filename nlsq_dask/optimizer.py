@@ -347,7 +347,7 @@ class AdaptiveHybridStreamingOptimizer:
             ``dims`` are read by one task.
         p0 : sequence, or dict by name, optional
             Initial values. In a dict, a value may be a map, an array over the dimensions of the
-            map. ``popt`` of another map is such a dict. Where all free parameters have a value,
+            map; ``popt`` of another map is accepted, too. Where all free parameters have a value,
             pixels start there. Otherwise, and if a fit fails, the start is a fit of the median of
             random pixels of the tile.
         bounds : (low, high), or dict by name of (low, high), optional

@@ -347,6 +347,9 @@ def test_the_solutions_of_another_map_are_starts(cube: xr.DataArray, fitted: xr.
     assert float(difference.max()) < 1e-5
     assert float(again.n_iterations.where(is_fitted).max()) <= 2
     np.testing.assert_array_equal(again.status > 0, is_fitted)
+    fixed = fit_each(y=cube, p0=P0, fixed={"c": 0.5})
+    refined = fit_each(y=cube, p0=fixed.popt, fixed={"c": 0.5})
+    assert_same_fits(fixed.sel(param=["a", "b"]), refined.sel(param=["a", "b"]))
 
 
 def test_a_value_fixed_outside_the_bounds_is_a_bad_start(cube: xr.DataArray) -> None:

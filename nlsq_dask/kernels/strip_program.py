@@ -30,7 +30,6 @@ from nlsq_dask.model.program import Program
 from nlsq_dask.rows.device_rows import PlacedRows
 from nlsq_dask.rows.windows import SLACK, Memory, MemoryPool, windows
 
-_MAX_BRIEF = 1 << 14  # rows of a batch of data that are quickly summed
 _IN_FLIGHT = 2  # batches per device: one is computed, one is prepared
 
 
@@ -83,7 +82,6 @@ class StripProgram:
                 arrays,
                 jax.tree.map(lambda _: spec("i8"), arrays),
                 platform=platform,
-                is_brief=batch_rows <= _MAX_BRIEF,
             )
 
         return cls(once(("strips", batch_rows, platform), program), p, batch_rows, n_rows)

@@ -27,7 +27,7 @@ from nlsq_dask.kernels.losses import LINEAR, rho
 from nlsq_dask.kernels.penalty import total_variance
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Mode, Model
-from nlsq_dask.model.program import compile_quickly, compiled_once
+from nlsq_dask.model.program import compile_fast, compiled_once
 from nlsq_dask.warmup.defense_layers import clip_step, cost_increased
 from nlsq_dask.warmup.normalized_sample import NormalizedSample, to_device
 
@@ -372,7 +372,7 @@ class Warmup:
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         return compiled_once(
             f"{self.key} {name}",
-            lambda: compile_quickly(jax.jit(function).lower(self.problem, *args)),
+            lambda: compile_fast(jax.jit(function).lower(self.problem, *args)),
         )
 
     def _start(self, problem: Problem, params: Any) -> WarmupState:

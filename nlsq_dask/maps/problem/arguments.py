@@ -182,7 +182,7 @@ def validate_map_arguments(
     check_loss(loss, f_scale)
     config = config.validated_copy() if verbose is None else replace(config, verbose=verbose)
     _check_options(config)
-    separated = Separated.of(p0, bounds, fixed)
+    separated = Separated.of(p0, bounds, fixed, ties)
     parameters = parse_parameters(
         model,
         separated.p0,

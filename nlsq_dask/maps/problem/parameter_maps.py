@@ -50,9 +50,12 @@ class Separated:
     maps: Maps = field(default_factory=dict)
 
     @classmethod
-    def of(cls, p0: Any, bounds: Any, fixed: Any) -> Separated:
+    def of(cls, p0: Any, bounds: Any, fixed: Any, ties: Any = None) -> Separated:
         """Take the maps out of the arguments of ``fit_each``."""
-        p0 = _by_parameter(p0)
+        if isinstance(p0, xr.DataArray) and "param" in p0.coords and p0.ndim > 1:
+            numbers, tied = (a if isinstance(a, Mapping) else {} for a in (fixed, ties))
+            given = {name for name, value in numbers.items() if not is_map(value)} | set(tied)
+            p0 = {n: p0.sel(param=n, drop=True) for n in p0["param"].values if n not in given}
         own = cls(p0, bounds, fixed)
         if isinstance(p0, Mapping):
             own.p0 = own._without_maps(p0, "start")
@@ -85,13 +88,6 @@ class Separated:
         return tuple(
             self._without_maps({name: side}, kind).get(name, none) for side, (kind, none) in sides
         )
-
-
-def _by_parameter(p0: Any) -> Any:
-    """Return the parameters of another fit, such as ``fits.popt``, as a dict of maps."""
-    if not isinstance(p0, xr.DataArray) or "param" not in p0.coords or p0.ndim < 2:
-        return p0
-    return {str(name): p0.sel(param=name, drop=True) for name in p0["param"].values}
 
 
 def is_map(value: Any) -> bool:

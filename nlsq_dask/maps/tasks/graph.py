@@ -24,6 +24,10 @@ from nlsq_dask.solvers.lanes.records import LaneSettings, SigmaKind
 _MAX_GRAPH_BYTES = 2**22  # of arrays, which a scheduler should hold
 
 
+# Points of a map whose fits take less time than what compiling faster saves, about a second.
+_MAX_FAST_COMPILE = 2_000_000
+
+
 def trace_tile_task(problem: MapProblem, raises: bool) -> TileTask:
     """Return the function of the tasks, with the traced programs."""
     config, grid, model = problem.config, problem.grid, problem.model
@@ -46,6 +50,7 @@ def trace_tile_task(problem: MapProblem, raises: bool) -> TileTask:
         settings,
         x_varies=reader.x_varies,
         sigma=kinds[reader.sigma_varies],
+        fast_compile=grid.n_pixels * n_points <= _MAX_FAST_COMPILE,
     )
     guess = None
     names = problem.parameters.names

@@ -46,7 +46,7 @@ class Outputs:
             "chi2": Variable((), "float64", "sum of squared weighted residuals"),
             "reduced_chi2": Variable((), "float64", "chi2 per degree of freedom"),
             "n_points": Variable((), "int32", "number of points"),
-            "n_iterations": Variable((), "int16", "number of iterations"),
+            "n_iterations": Variable((), "int16", "number of trial points"),
             "status": Variable((), "int8", "why the fit ended; positive for success"),
         }
         omitted = {None: ("perr", "pcov"), "errors": ("pcov",), "full": ()}[self.covariance]

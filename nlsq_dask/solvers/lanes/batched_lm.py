@@ -35,7 +35,6 @@ _MIN_BLOCK = 8  # lanes that SIMD instructions process together
 _BLOCK = 256  # lanes whose state and strips fit a core's cache
 _MAX_BLOCKS = 8  # blocks per call of the program
 _FACTORED_BLOCK, _MAX_FACTORED_BLOCKS = 64, 4  # in the factorization
-_MAX_BRIEF = 1024  # lanes per call for a map that is quickly fitted
 _CALL_BYTES = 1 << 24  # of the arguments of a call
 
 
@@ -80,6 +79,7 @@ class LaneSolver:
         *,
         x_varies: tuple[bool, ...],
         sigma: Literal["none", "shared", "varies"],
+        fast_compile: bool = False,
     ) -> Self:
         """Trace the program for fits of ``n_points`` points each, ``n_lanes`` lanes per call.
 
@@ -92,6 +92,8 @@ class LaneSolver:
             Which x arrays vary over the lanes.
         sigma : {"none", "shared", "varies"}
             Whether there is a sigma, and whether it varies over the lanes.
+        fast_compile : bool
+            Whether to compile the programs in less time, for slower fits.
         """
         with x64():
             jaxpr = model.jaxpr()
@@ -112,18 +114,26 @@ class LaneSolver:
         block = min(_FACTORED_BLOCK, block)
         few = replace(shapes, block=block, n_blocks=min(_MAX_FACTORED_BLOCKS, shapes.n_blocks))
 
-        is_brief = n_lanes <= _MAX_BRIEF
-
         def trace() -> tuple[Program, Program]:
             data, rows = data_specs(model, shapes), rows_spec(shapes, sum(shapes.row_counts))
             solve = partial(solve_blocks, summation, shapes, steps)
-            program = Program.trace(solve, INTEGER, INTEGER, data, rows, is_brief=is_brief)
+            program = Program.trace(solve, INTEGER, INTEGER, data, rows, fast_compile=fast_compile)
             data, rows = data_specs(model, few), rows_spec(few, 2 * few.n_params)
             factorize = partial(factor_blocks, summation, few)
-            return program, Program.trace(factorize, INTEGER, data, rows, is_brief=is_brief)
+            return program, Program.trace(factorize, INTEGER, data, rows, fast_compile=fast_compile)
 
         has_ties = model.transform is not None and bool(model.transform.ties)
-        signature = (cls, model.layout, mode, shapes, few, strip, steps, settings.loss)
+        signature = (
+            cls,
+            model.layout,
+            mode,
+            shapes,
+            few,
+            strip,
+            steps,
+            settings.loss,
+            fast_compile,
+        )
         # The values of the model, which the jaxpr has, do not identify the functions of ties.
         programs = trace() if has_ties else traced_once(signature, jaxpr, trace)
         transform = _without_functions(model.transform)
