@@ -504,7 +504,7 @@ def test_summaries_allow_for_rounding_but_for_nothing_else() -> None:
     assert summary(one).startswith("119,999 finite of 120,000 values")
     assert summary(np.full(5, np.nan)) == "no finite value"
     assert summary(np.zeros(5)) == "5 zeros of 5 values"
-    assert summary(np.ones(5, bool)).startswith("5 finite of 5 values, mean 1, ")
+    assert summary(np.ones(5, bool)).startswith("5 finite of 5 values, with mean 1, ")
 
 
 # --- leases
