@@ -23,6 +23,10 @@ from nlsq_dask import (
     NonFiniteDataError,
     PixelFitError,
 )
+from nlsq_dask.engine.workers import Workers
+from nlsq_dask.maps import run
+from nlsq_dask.maps.problem.arguments import validate_map_arguments
+from nlsq_dask.maps.problem.plan import check_memory
 from nlsq_dask.maps.tasks import starts, tile_task
 from nlsq_dask.model.program import compile_count
 from tests.cubes import Cube, cubes
@@ -562,6 +566,31 @@ def test_the_plan_of_a_map(cube: xr.DataArray) -> None:
         optimizer.plan(decay, "t", cube, P0, guess=lambda t, y: y)
     with pytest.raises(TypeError, match="has no argument 'callback'"):
         optimizer.plan(decay, "t", cube, P0, dims="t", callback=print)
+
+
+def test_workers_with_too_little_memory_are_refused_before_the_fits(cube: xr.DataArray) -> None:
+    config = HybridStreamingConfig()
+    problem = validate_map_arguments(config, decay, "t", cube.chunk(row=2), P0, dims="t")
+    check_memory(problem, Workers(None, {"worker": 1}, 2**30, True))
+    check_memory(problem, Workers(None, {}, None, True))  # not known yet
+    with pytest.raises(DataError, match=r"^A worker needs .* of memory, but may use 240\.00 MiB"):
+        check_memory(problem, Workers(None, {"worker": 1}, 300 * 2**20, True))
+
+
+def test_a_cluster_is_asked_for_its_memory(
+    cube: xr.DataArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(problem: Any, workers: Workers) -> None:
+        assert workers.threads
+        raise DataError("too little")
+
+    monkeypatch.setattr(run, "check_memory", refuse)
+    path = tmp_path / "map.zarr"
+    with (
+        Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"),
+        pytest.raises(DataError, match="too little"),
+    ):
+        fit_each(y=cube.chunk(row=2).drop_vars("site"), p0=P0, store=path)
 
 
 @pytest.mark.parametrize("is_named", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from nlsq_dask import AdaptiveHybridStreamingOptimizer, HybridStreamingConfig
+from nlsq_dask.events import Event, SampleSolved
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.iterate import Settings
 from nlsq_dask.solvers.newton import find_minimum
@@ -426,3 +430,28 @@ def test_an_inflection_is_not_a_minimum() -> None:
     )
     for d in (-0.3, -0.1, -0.01, -0.001):
         assert find_minimum(residuals, np.array([0.5, d]), settings) is None
+
+
+def test_a_fit_that_is_cut_in_its_first_pass_has_the_solution_of_the_sample() -> None:
+    """Also where no iteration of the sample led to it, because a start is the solution."""
+    x = da.linspace(0.0, 4.0, LONG, chunks=LONG // 20)
+    reads: list[int] = []
+
+    def read(block: Any) -> Any:
+        reads.append(len(block))
+        if knows_sample:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return np.asarray(2 * np.exp(-0.7 * block))
+
+    def watch(event: Event) -> None:
+        if isinstance(event, SampleSolved):
+            knows_sample.append(True)
+
+    knows_sample: list[bool] = []
+    config = HybridStreamingConfig(verbose=0, stop_on_sigterm=True)
+    y = x.map_blocks(read, dtype=float, meta=np.empty(0))
+    optimizer = AdaptiveHybridStreamingOptimizer(config, observers=[watch])
+    result = optimizer.fit(lambda x, a, b: a * jnp.exp(-b * x), x, y, [1.0, 1.0])
+    assert result.status == Status.TERMINATED.code
+    assert len(reads) < 40
+    np.testing.assert_allclose(result.popt, [2.0, 0.7], rtol=1e-9)

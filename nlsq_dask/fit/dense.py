@@ -241,6 +241,7 @@ class DenseFit(FullFit[State, NormalEquations]):
             return starts[0]
         solve = partial(self._compute_sample_solution, sample, starts)
         solution = self.context.journal.step("solution of the sample", _SampleSolution, solve)
+        self.context.iterations.latest = solution.params
         if solution.has_other_mode:
             self._switch_mode()
             sample.renew(self.problem)

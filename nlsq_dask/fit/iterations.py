@@ -45,7 +45,7 @@ class Iterations:
     non_finite : Counter
         Number of rejected parameter vectors with a NaN or infinite model, by stage of the fit.
     latest : ndarray, shape (p,), or None
-        Free parameters of the latest report; None before the first report.
+        Free parameters of the latest report, or the solution of the sample; None before both.
     """
 
     def __init__(

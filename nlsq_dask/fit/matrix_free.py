@@ -223,6 +223,7 @@ class MatrixFreeFit(FullFit[cg.CgState, GradientSums]):
             return starts[0]
         solve = partial(self._compute_sample_solution, sample, finite)
         solution = self.context.journal.step("solution of the sample", _SampleSolution, solve)
+        self.context.iterations.latest = solution.params
         details["sample_iterations"] = solution.iterations
         details["sample_products"] = solution.n_products
         return solution.params

@@ -20,6 +20,7 @@ from nlsq_dask.engine.execution import is_inside_task
 from nlsq_dask.engine.independent_tasks import execute_each
 from nlsq_dask.engine.retries import ReadPolicy, SkippedBlock, call_with_retries
 from nlsq_dask.engine.tile_graph import calls
+from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import (
     BlockReadError,
     CheckpointError,
@@ -38,7 +39,7 @@ from nlsq_dask.events import (
 )
 from nlsq_dask.fit.interruption import FitInterruptedError, Interruption
 from nlsq_dask.maps.problem.arguments import MapProblem
-from nlsq_dask.maps.problem.plan import SINGLE_TILE
+from nlsq_dask.maps.problem.plan import SINGLE_TILE, check_memory
 from nlsq_dask.maps.problem.tiles import Tile
 from nlsq_dask.maps.results.dataset import as_dataset, map_dims
 from nlsq_dask.maps.stores.identity import map_fingerprint
@@ -236,6 +237,8 @@ class _Run:
         by_key: dict[Any, Tile] = {}
 
         def make_tasks(client: Any) -> tuple[dict[Any, Any], list[Any]]:
+            if client is not None:
+                check_memory(self._problem, Workers.active())
             graph, keys = make_graph(list(remaining.values()), client)
             by_key.update(zip(keys, remaining.values(), strict=True))
             return graph, keys

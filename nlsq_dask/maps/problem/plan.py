@@ -20,6 +20,7 @@ from nlsq_dask.engine.memory import (
 )
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
+from nlsq_dask.errors import DataError
 from nlsq_dask.maps.problem.arguments import MapProblem
 from nlsq_dask.maps.problem.memory import COMPILED_BYTES, task_share
 from nlsq_dask.maps.problem.parameter_maps import Role
@@ -119,9 +120,8 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     workers = Workers.active()
     tiles = list(grid)
     _, shared = SourceGraph(blocks).readers([grid.blocks_of(tile) for tile in tiles])
-    threads = min(workers.max_threads, len(tiles))
+    threads, peak = _peak_memory(problem, workers)
     share, memory = _task_share(workers), problem.memory
-    peak = base_bytes(workers, COMPILED_BYTES) + threads * memory.peak(grid.largest, share)
     n_parts = -(-grid.largest // memory.max_pixels(grid.largest, share))
     # Of a lazy result, each variable has a task of its own, which takes it out of the tile's.
     tasks_per_tile = 1 if problem.is_eager else 1 + len(problem.outputs.variables)
@@ -147,6 +147,29 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
     )
 
 
+def check_memory(problem: MapProblem, workers: Workers) -> None:
+    """Raise a DataError if a worker has too little memory for a tile, as the plan says."""
+    _, peak = _peak_memory(problem, workers)
+    if too_little := _too_little_memory(workers, peak):
+        raise DataError(f"{too_little[0].upper()}{too_little[1:]}.")
+
+
+def _peak_memory(problem: MapProblem, workers: Workers) -> tuple[int, int]:
+    """Return the number of tasks that a worker runs at once, and its peak memory."""
+    threads = min(workers.max_threads, math.prod(problem.grid.shape))
+    tile = problem.memory.peak(problem.grid.largest, _task_share(workers))
+    return threads, base_bytes(workers, COMPILED_BYTES) + threads * tile
+
+
+def _too_little_memory(workers: Workers, peak: int) -> str:
+    too_little = shortage(peak, workers.memory_limit)
+    if not too_little:
+        return ""
+    return (
+        f"{too_little}. Use smaller chunks, fewer threads per worker, or workers with more memory"
+    )
+
+
 def _task_share(workers: Workers) -> int:
     """Return the memory for a task; without workers, enough for any."""
     if workers.memory_limit is None:
@@ -164,11 +187,8 @@ def _problems(problem: MapProblem, workers: Workers, peak: int, n_parts: int) ->
         yield workers.import_problem
     if no_workers := missing_workers(peak, workers.memory_limit):
         yield no_workers
-    if too_little := shortage(peak, workers.memory_limit):
-        yield (
-            f"{too_little}. Use smaller chunks, fewer threads per worker, or workers with more "
-            f"memory"
-        )
+    if too_little := _too_little_memory(workers, peak):
+        yield too_little
     if n_parts > 1:
         yield (
             f"the points of all pixels of a tile do not fit in the memory of a task, so that each "
