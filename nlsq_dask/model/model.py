@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,9 @@ class Model:
     dtype: str  # in which values are computed: "float64" or "float32"
     mode: Mode | None = None  # of differentiation; None for the one that ``choose_mode`` prefers
     transform: ParameterTransform | None = None  # None if all parameters are free
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # no traced form
 
     @property
     def name(self) -> str:
