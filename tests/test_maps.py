@@ -19,6 +19,7 @@ from distributed import Client
 from nlsq_dask import (
     AdaptiveHybridStreamingOptimizer,
     DataError,
+    DataWarning,
     HybridStreamingConfig,
     NonFiniteDataError,
     PixelFitError,
@@ -575,6 +576,8 @@ def test_workers_with_too_little_memory_are_refused_before_the_fits(cube: xr.Dat
     check_memory(problem, Workers(None, {}, None, True))  # not known yet
     with pytest.raises(DataError, match=r"^A worker needs .* of memory, but may use 240\.00 MiB"):
         check_memory(problem, Workers(None, {"worker": 1}, 300 * 2**20, True))
+    with pytest.warns(DataWarning, match=r"^A worker needs .* of memory, but may use 480\.00 MiB"):
+        check_memory(problem, Workers(None, {"worker": 1}, 600 * 2**20, True))
 
 
 def test_a_cluster_is_asked_for_its_memory(

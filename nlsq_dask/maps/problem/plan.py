@@ -20,12 +20,14 @@ from nlsq_dask.engine.memory import (
 )
 from nlsq_dask.engine.source_graph import SourceGraph
 from nlsq_dask.engine.workers import Workers
-from nlsq_dask.errors import DataError
+from nlsq_dask.errors import DataError, DataWarning, warn_caller
 from nlsq_dask.maps.problem.arguments import MapProblem
 from nlsq_dask.maps.problem.memory import COMPILED_BYTES, task_share
 from nlsq_dask.maps.problem.parameter_maps import Role
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
+
+_MARGIN = 1.5  # largest ratio of the peak memory in a plan to the measured one
 
 SINGLE_TILE = (
     "the map is a single tile, because the chunks of y_data span it: one thread fits it, and "
@@ -148,10 +150,13 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
 
 
 def check_memory(problem: MapProblem, workers: Workers) -> None:
-    """Raise a DataError if a worker has too little memory for a tile, as the plan says."""
+    """Raise a DataError if a worker has too little memory for a tile, or warn if it may have."""
     _, peak = _peak_memory(problem, workers)
     if too_little := _too_little_memory(workers, peak):
-        raise DataError(f"{too_little[0].upper()}{too_little[1:]}.")
+        text = f"{too_little[0].upper()}{too_little[1:]}."
+        if _too_little_memory(workers, int(peak / _MARGIN)):
+            raise DataError(text)
+        warn_caller(text, DataWarning)
 
 
 def _peak_memory(problem: MapProblem, workers: Workers) -> tuple[int, int]:
