@@ -1,8 +1,13 @@
-"""Joining of texts to a list in a message, which is shortened if it is long."""
+"""Texts of messages: sentences, and lists that are shortened if they are long."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def sentence(text: str) -> str:
+    """Return the text with a capital letter and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def join_first(texts: Sequence[str], most: int = 20, separator: str = ", ", noun: str = "") -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nlsq_dask._text import sentence
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.dates import MAX_ROUNDING, span_notice
 from nlsq_dask.rows.rows import Array, Rows
@@ -88,5 +89,5 @@ def _advice(place: str, dtype: np.dtype[Any], origin: str, units: str | None) ->
     else:
         shift = f"subtract an origin near the data, such as {place} - {origin}"
     if dtype == "float64":
-        return f"{shift[0].upper()}{shift[1:]}."
+        return sentence(shift)
     return f"Use HybridStreamingConfig(precision='float64'), or {shift}."

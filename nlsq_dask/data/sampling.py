@@ -71,6 +71,8 @@ def plan_sample(
     n_rows = int(block_rows.sum())
     if n_rows <= sample_rows:
         return SamplePlan(tuple(filled), tuple(int(block_rows[index]) for index in filled), seed)
+    from scipy.stats import qmc  # takes a third of a second to import, and small data need none
+
     n_blocks = _MAX_BLOCKS
     if not in_memory:
         fraction = _FRACTION if len(filled) * _FRACTION >= 2 else _MAX_FRACTION
@@ -79,8 +81,6 @@ def plan_sample(
     # Each block contributes at least one row.
     n_blocks = max(1, min(len(filled), n_blocks, sample_rows))
     random = np.random.default_rng(seed)
-    from scipy.stats import qmc  # takes a third of a second to import
-
     points = qmc.LatinHypercube(d=block_rows.ndim, rng=random).random(n_blocks)
     cells = [tuple(map(int, cell)) for cell in points * np.array(block_rows.shape)]
     # Random blocks replace cells that coincide or hold no rows.

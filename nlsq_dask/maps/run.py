@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nlsq_dask._text import join_first
+from nlsq_dask._text import join_first, sentence
 from nlsq_dask.engine.error_kinds import ErrorKind, classify, describe
 from nlsq_dask.engine.execution import is_inside_task
 from nlsq_dask.engine.independent_tasks import execute_each
@@ -42,6 +42,7 @@ from nlsq_dask.maps.problem.arguments import MapProblem
 from nlsq_dask.maps.problem.plan import SINGLE_TILE, check_memory
 from nlsq_dask.maps.problem.tiles import Tile
 from nlsq_dask.maps.results.dataset import as_dataset, map_dims
+from nlsq_dask.maps.results.statuses import successes_first
 from nlsq_dask.maps.stores.identity import map_fingerprint
 from nlsq_dask.maps.stores.lease import Lease
 from nlsq_dask.maps.stores.store import MapStore
@@ -93,7 +94,7 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
             store = call_with_retries(partial(MapStore.create_or_open, *arguments), policy)
 
         if problem.is_single_tile:
-            warn_caller(f"{SINGLE_TILE[0].upper()}{SINGLE_TILE[1:]}.", DataWarning)
+            warn_caller(sentence(SINGLE_TILE), DataWarning)
 
         def check() -> None:
             interruption.check()
@@ -428,8 +429,4 @@ def _check_visible(store: MapStore, n_seen: int, n_tiles: int) -> None:
 
 def _by_name(counts: Mapping[LaneStatus, int]) -> dict[str, int]:
     """Return counts by the name of the status, in the order of ``status_table``."""
-    return {status.name.lower(): counts[status] for status in sorted(counts, key=_place)}
-
-
-def _place(status: LaneStatus) -> tuple[bool, int]:
-    return status <= 0, abs(status)
+    return {status.name.lower(): counts[status] for status in sorted(counts, key=successes_first)}

@@ -361,12 +361,11 @@ class Warmup:
         The maximum number of iterations is reduced by the ``n_done`` that were run already.
         """
         problem = self.problem
-        with x64():
-            problem = problem._replace(
-                first_step=np.float64(problem.first_step) * factor,
-                max_step=np.float64(problem.max_step) * factor,
-                max_iterations=np.int64(problem.max_iterations) - n_done,
-            )
+        problem = problem._replace(
+            first_step=np.float64(problem.first_step) * factor,
+            max_step=np.float64(problem.max_step) * factor,
+            max_iterations=np.int64(problem.max_iterations) - n_done,
+        )
         return replace(self, problem=problem)
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
+from nlsq_dask._text import sentence
 from nlsq_dask.engine.memory import (
     base_bytes,
     memory_text,
@@ -27,7 +28,7 @@ from nlsq_dask.maps.problem.parameter_maps import Role
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
 
-_MARGIN = 1.5  # largest ratio of the peak memory in a plan to the measured one
+_MARGIN = 1.5  # maximum ratio of the peak memory in a plan to the measured one
 
 SINGLE_TILE = (
     "the map is a single tile, because the chunks of y_data span it: one thread fits it, and "
@@ -150,17 +151,17 @@ def build_map_plan(problem: MapProblem) -> MapPlan:
 
 
 def check_memory(problem: MapProblem, workers: Workers) -> None:
-    """Raise a DataError if a worker has too little memory for a tile, or warn if it may have."""
+    """Raise a DataError if a tile needs more memory than a worker has; warn if it possibly does."""
     _, peak = _peak_memory(problem, workers)
     if too_little := _too_little_memory(workers, peak):
-        text = f"{too_little[0].upper()}{too_little[1:]}."
+        text = sentence(too_little)
         if _too_little_memory(workers, int(peak / _MARGIN)):
             raise DataError(text)
         warn_caller(text, DataWarning)
 
 
 def _peak_memory(problem: MapProblem, workers: Workers) -> tuple[int, int]:
-    """Return the number of tasks that a worker runs at once, and its peak memory."""
+    """Return the number of concurrent tasks of a worker, and its peak memory."""
     threads = min(workers.max_threads, math.prod(problem.grid.shape))
     tile = problem.memory.peak(problem.grid.largest, _task_share(workers))
     return threads, base_bytes(workers, COMPILED_BYTES) + threads * tile

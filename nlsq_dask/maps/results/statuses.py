@@ -35,6 +35,11 @@ MEANINGS = {
 }
 
 
+def successes_first(status: int) -> tuple[bool, int]:
+    """Return the key by which statuses are sorted: successes, then failures."""
+    return status <= 0, abs(status)
+
+
 def format_share(share: float) -> str:
     """Return a fraction of the pixels in percent; a small one does not become zero."""
     return "<0.1%" if 0 < share < 5e-4 else f"{share:.1%}"
@@ -131,7 +136,7 @@ def count_statuses(status: xr.DataArray) -> dict[int, int]:
     for values, numbers in _unique(status):
         found.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     n_unknown = sum(n for value, n in found.items() if value not in flags and not math.isnan(value))
-    order = sorted(flags, key=lambda value: (value <= 0, abs(value)))
+    order = sorted(flags, key=successes_first)
     if n_unknown:
         raise ValueError(
             f"the status of {n_unknown:,} pixels is none of {', '.join(map(str, order))}, the "

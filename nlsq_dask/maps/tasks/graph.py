@@ -22,8 +22,6 @@ from nlsq_dask.solvers.lanes.batched_lm import LaneSolver
 from nlsq_dask.solvers.lanes.records import LaneSettings, SigmaKind
 
 _MAX_GRAPH_BYTES = 2**22  # of arrays, which a scheduler should hold
-
-
 # Points of a map whose fits take less time than what compiling faster saves, about a second.
 _MAX_FAST_COMPILE = 2_000_000
 
