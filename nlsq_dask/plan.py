@@ -8,6 +8,7 @@ from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
 from nlsq_dask.data.sampling import plan_sample
+from nlsq_dask.data.subsets import plan_subsets
 from nlsq_dask.engine.memory import MemoryPlan, memory_text, small_blocks, workers_text
 from nlsq_dask.engine.reduction_tree import count_tree, group_blocks
 from nlsq_dask.engine.workers import Workers
@@ -40,6 +41,11 @@ class Plan:
         Bytes of all blocks in memory, decoded.
     sample_rows_read : int
         Number of rows read before the first pass, to draw a random sample of rows.
+    subset_rows_read : tuple of int
+        Number of rows in each of the subsets of the blocks over which the fit sums before it sums
+        over all rows; empty if it uses none. With them, most fits need one pass over all rows,
+        otherwise two. Subsets are left out if the fit needs QR factorizations, or if they have few
+        blocks and the blocks differ.
     n_workers, threads : int
         Number of processes, and the maximum number of threads per process. A cluster that has no
         workers yet has 0; the plan is then for one worker with one thread.
@@ -66,6 +72,7 @@ class Plan:
     n_tasks: int
     bytes_per_pass: int
     sample_rows_read: int
+    subset_rows_read: tuple[int, ...]
     n_workers: int
     threads: int
     peak_memory: int
@@ -84,6 +91,7 @@ class Plan:
             ("Tasks per pass", f"{self.n_tasks:,}"),
             ("Bytes per pass", format_bytes(self.bytes_per_pass)),
             ("Rows read for the sample", f"{self.sample_rows_read:,}"),
+            ("Rows read for subsets", ", ".join(f"{n:,}" for n in self.subset_rows_read) or "none"),
             ("Workers", workers_text(self.n_workers, self.threads)),
             ("Peak memory per worker", memory_text(self.peak_memory, self.memory_limit)),
             ("Cache per worker", format_bytes(self.cache_per_worker)),
@@ -111,6 +119,10 @@ def build_plan(problem: FitProblem) -> Plan:
     workers = Workers.active()
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
     sample = plan_sample(block_rows, problem.sample_rows, config.random_seed, blocks.in_memory)
+    subsets: tuple[frozenset[int], ...] = ()
+    is_normal = not (problem.is_without_matrices or config.gauss_newton_solver == "qr")
+    if config.enable_one_pass and is_normal:
+        subsets = plan_subsets(block_rows, sample.blocks, config.random_seed, blocks.in_memory)
     with x64():
         mode = choose_mode(model, model.jaxpr())
     return Plan(
@@ -120,6 +132,7 @@ def build_plan(problem: FitProblem) -> Plan:
         n_tasks=len(groups) + count_tree(len(groups)),
         bytes_per_pass=memory.bytes_per_pass,
         sample_rows_read=int(sum(block_rows[block] for block in sample.blocks)),
+        subset_rows_read=tuple(int(block_rows.flat[list(blocks)].sum()) for blocks in subsets),
         n_workers=len(workers.threads),
         threads=workers.max_threads,
         peak_memory=memory.peak_bytes,

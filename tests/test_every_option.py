@@ -25,6 +25,9 @@ from tests.shown import Shown, assert_is_there
 # --- which test shows which option
 
 COVERED_ELSEWHERE = {
+    "enable_one_pass": (
+        "tests/test_one_pass.py::test_the_switch_and_a_strict_tolerance_take_a_second_pass"
+    ),
     "enable_multi_device": "tests/test_engine.py::test_several_devices_share_the_work",
     "enable_multistart": (
         "tests/test_multistart.py::test_it_is_off_by_default_and_one_start_is_no_more_than_p0"

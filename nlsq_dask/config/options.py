@@ -107,6 +107,11 @@ class HybridStreamingConfig(ValidatedOptions):
         Tolerance ``tol`` for convergence. The fit has converged if sqrt(predicted reduction of the
         cost / cost) is at most ``tol``, or if the step of each parameter p is at most
         ``tol * (tol + |p|)`` and much smaller than the standard error of p.
+    enable_one_pass : True or False, default True
+        Read the data as little more than once, if possible: approach the solution on growing
+        subsets of the blocks, and take the last step after the first pass over all rows without a
+        further pass, if its estimated error is at most ``20000 * gauss_newton_tol`` standard
+        errors (0.0002 by default). If False, at least one more pass verifies the solution.
     trust_region_initial : a number > 0, default 1.0
         Initial radius of the trust region, as a multiple of the norm of the start in the variables
         of the trust region, which are scaled by the column norms of the Jacobian. With conjugate
@@ -300,6 +305,7 @@ class HybridStreamingConfig(ValidatedOptions):
     # --- phase 2: Gauss-Newton
     gauss_newton_max_iterations: int = runtime_option(100, integer(1))
     gauss_newton_tol: float = option(1e-8, TOLERANCE)
+    enable_one_pass: bool = option(True, BOOL)
     trust_region_initial: float = option(1.0, POSITIVE)
     regularization_factor: float = option(1e-10, TOLERANCE)
     gauss_newton_solver: str = option("auto", one_of("auto", "normal", "qr"))

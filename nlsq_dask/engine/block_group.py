@@ -201,6 +201,10 @@ class BlockGroup:
             Copies blocks to the GPU if it computes there.
         """
         cached = self._cached  # another thread may delete it
+        needed = self.reader.indices(skipped)
+        if cached is not None and not {i for i, _ in cached}.issuperset(needed):
+            self.forget()  # an earlier pass read a subset of the blocks
+            cached = None
         if cached is not None:
             yield from (function(i, rows, None) for i, rows in cached if i not in skipped)
             return
@@ -209,7 +213,7 @@ class BlockGroup:
         cached = []
         running: Future[T] | None = None
         try:
-            reading, count = self._reading(inputs, skipped, kernel), self.reader.count(skipped)
+            reading, count = self._reading(inputs, skipped, kernel), len(needed)
             with ThreadPoolExecutor(1, thread_name_prefix="nlsq-kernel") as pool:
                 for remaining in reversed(range(count)):
                     read, placed = reading.next()

@@ -14,7 +14,8 @@ from dask._task_spec import TaskRef
 from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.data.sampling import plan_sample
+from nlsq_dask.data.sampling import SamplePlan, plan_sample
+from nlsq_dask.data.subsets import plan_subsets
 from nlsq_dask.engine.block_group import BlockGroup, ReadAhead
 from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.execution import (
@@ -289,9 +290,7 @@ class DataSet:
         """
         group_sizes = [len(group) for group in self._block_groups]
         # Groups hold the blocks with rows in their order.
-        rows = self._block_rows.copy()
-        rows.flat[list(skipped)] = 0
-        rows = rows[self._block_rows > 0]
+        rows = self._rows_without(skipped)[self._block_rows > 0]
         starts = np.cumsum([0, *group_sizes[:-1]])
         n_blocks = np.add.reduceat(rows > 0, starts, dtype=np.int64)
         n_bytes = n_blocks / group_sizes * self.memory.group_bytes
@@ -318,9 +317,7 @@ class DataSet:
         watch : callable, optional
             Called as in ``reduce``.
         """
-        block_rows = self._block_rows.copy()
-        block_rows.flat[list(skipped)] = 0
-        plan = plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
+        plan = self._plan_sample(sample_rows, seed, skipped)
 
         def tree() -> Tree:
             readers, shared = self._source.readers([[block] for block in plan.blocks])
@@ -333,6 +330,35 @@ class DataSet:
 
         sample: PassResult[Sums] = self._run_with_recovery(tree, watch)
         return sample
+
+    def subsets(
+        self, sample_rows: int, seed: int, skipped: frozenset[int] = frozenset()
+    ) -> tuple[frozenset[int], ...]:
+        """Return nested subsets of the blocks, by flat index; see ``plan_subsets``.
+
+        Arguments as for ``sample``, whose blocks are among them.
+        """
+        plan = self._plan_sample(sample_rows, seed, skipped)
+        block_rows = self._rows_without(skipped)
+        return plan_subsets(block_rows, plan.blocks, seed, self.blocks.in_memory)
+
+    def _plan_sample(self, sample_rows: int, seed: int, skipped: frozenset[int]) -> SamplePlan:
+        block_rows = self._rows_without(skipped)
+        return plan_sample(block_rows, sample_rows, seed, self.blocks.in_memory)
+
+    def _rows_without(self, skipped: frozenset[int]) -> NDArray[np.int64]:
+        """Return the number of rows of each block, 0 for those in ``skipped``."""
+        block_rows = self._block_rows.copy()
+        block_rows.flat[list(skipped)] = 0
+        return block_rows
+
+    def rows_of(self, blocks: frozenset[int]) -> int:
+        """Return the number of rows of some blocks, given by their flat indices."""
+        return int(self._block_rows.flat[list(blocks)].sum())
+
+    def other_blocks(self, blocks: frozenset[int]) -> frozenset[int]:
+        """Return the flat indices of all blocks but the given ones."""
+        return frozenset(range(self._block_rows.size)) - blocks
 
     def _read_failure(self, read_error: ReadError) -> BlockReadError:
         block = self._source.first_block_needing(read_error.key)

@@ -67,9 +67,9 @@ class GroupReader:
     policy: ReadPolicy
     grid: Index  # number of blocks along each dimension of y
 
-    def count(self, skipped: frozenset[int]) -> int:
-        """Return the number of blocks that are not in ``skipped``."""
-        return sum(index not in skipped for index, *_ in self.blocks)
+    def indices(self, skipped: frozenset[int]) -> list[int]:
+        """Return the flat indices of the blocks that are not in ``skipped``."""
+        return [index for index, *_ in self.blocks if index not in skipped]
 
     def read(
         self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()

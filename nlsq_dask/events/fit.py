@@ -259,6 +259,43 @@ class PassFinished(Event):
 
 
 @dataclass(frozen=True)
+class SubsetFinished(Event):
+    """A pass over a subset of the blocks ended, which brings the fit closer to the solution.
+
+    Attributes
+    ----------
+    number, n_subsets : int
+        Number of the subset, counted from 1, and number of subsets.
+    blocks : int
+        Number of blocks in the subset.
+    params : ndarray, shape (p,)
+        Parameters at which the pass evaluated the model.
+    loss : float
+        Mean squared weighted residual over the rows of the subset at ``params``; infinite if the
+        model was not finite, or rows were invalid.
+    seconds : float
+        Duration of the pass.
+    rows, bytes : int
+        Number of rows and bytes read from the source.
+    rows_cached : int
+        Number of rows taken from the cache in the memory of the workers instead.
+    retries : int
+        Number of reads that were retried.
+    """
+
+    number: int
+    n_subsets: int
+    blocks: int
+    params: NDArray[np.float64]
+    loss: float
+    seconds: float
+    rows: int
+    bytes: int
+    rows_cached: int
+    retries: int = 0
+
+
+@dataclass(frozen=True)
 class BlocksFinished(Event):
     """Some blocks of the running pass are complete; also emitted at the start of a pass.
 
@@ -275,6 +312,9 @@ class BlocksFinished(Event):
         Size of the complete blocks, read or cached.
     seconds : float
         Duration of the pass so far, including the time before an interruption.
+    subset : int
+        Number of the subset of the blocks over which the pass sums, counted from 1; 0 for a pass
+        over all rows.
     """
 
     is_transient: ClassVar[bool] = True
@@ -286,6 +326,7 @@ class BlocksFinished(Event):
     n_rows: int
     bytes: int
     seconds: float
+    subset: int = 0
 
 
 @dataclass(frozen=True)
@@ -428,6 +469,6 @@ _MANY = 1000  # parameters; more are not recorded at every iteration, to save me
 
 def without_many_params(event: Event) -> Event:
     """Return the event, or a copy with empty ``params`` if it has more than 1,000."""
-    if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished):
+    if isinstance(event, IterationFinished | NonFiniteTrial | PassFinished | SubsetFinished):
         return replace(event, params=event.params[:0]) if len(event.params) > _MANY else event
     return event

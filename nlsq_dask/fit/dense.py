@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from nlsq_dask.events import SampleSolved
 from nlsq_dask.fit.full_fit import FitContext, FullFit
 from nlsq_dask.fit.iterations import StoppedByCallbackError
-from nlsq_dask.fit.loop import Report, iterate
+from nlsq_dask.fit.outcome import Outcome
 from nlsq_dask.fit.passes import Reduced
 from nlsq_dask.fit.sample import SampleProblem
+from nlsq_dask.fit.sample_solver import SAME_COST, SampleSolver
 from nlsq_dask.fit.settings import gauss_newton_settings, sample_settings
+from nlsq_dask.fit.subsets import SubsetFit
 from nlsq_dask.kernels.dense_kernel import DenseReduction, dense_kernel, with_accumulation
 from nlsq_dask.kernels.dense_terms import Accumulation
 from nlsq_dask.kernels.in_memory import DenseObjective
@@ -27,30 +29,21 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.affine import affine_minimum
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
-from nlsq_dask.solvers.gauss_newton import GaussNewton, State, init_state
-from nlsq_dask.solvers.iterate import Iterate
+from nlsq_dask.solvers.gauss_newton import GaussNewton, Proposal, State, init_state
 from nlsq_dask.solvers.newton import find_minimum
+from nlsq_dask.solvers.one_step import Mirror, one_step
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
 Vector = NDArray[np.float64]
 Sample = SampleProblem[DenseObjective]
 
-# Width of the anchor penalty in normalized parameters; limits non-identifiable ones.
-_ANCHOR_LENGTH = 10.0
-_WEAK_LENGTHS = (1e6, np.inf)  # a weak penalty, and none
-_MAX_DECREMENT = 1e-2  # relative decrement without the penalty at which it matters
-_CHANCE = 10.0  # times p / n: insignificant relative reduction of the cost
-_LESS_VARIANCE = 0.5  # ratio of variances at which the penalty is relaxed
-_FINAL = {Status.USER_STOP, Status.ITERATION_LIMIT, Status.SLOW_PROGRESS, Status.STUCK}
 _UNSURE = {
     Status.STALLED,
     Status.STUCK,
     Status.SLOW_PROGRESS,
 }  # a minimum may be there nevertheless
-_RACE_TOL, _RACE_PATIENCE = 1e-3, 150  # tolerance and patience for comparing starts
 _ASIDE = 1e-2  # distance from bounds at which the cost beside them is compared, in typical sizes
-_SAME_COST = 1e-4  # relative difference within which costs are equal
 
 
 @dataclass(frozen=True)
@@ -61,112 +54,6 @@ class _SampleSolution:
     iterations: int
     accumulation: Accumulation
     has_other_mode: bool = False  # whether the mode of differentiation was switched for it
-
-
-@dataclass(frozen=True)
-class SampleSolver:
-    """Gauss-Newton on a sample of rows in memory."""
-
-    solver: GaussNewton  # with the epsilon of float64
-
-    def solve(
-        self,
-        sums: DenseObjective,
-        start: Vector,
-        report: Report,
-        anchor_length: float = _ANCHOR_LENGTH,
-    ) -> State:
-        """Minimize from ``start`` and return the final state.
-
-        Parameters that the sample does not determine, such as those of a peak that it misses, are
-        kept near the start by a weak penalty, which moves others by far less than their errors. It
-        acts like a Gaussian prior with standard deviation ``anchor_length``, in normalized
-        parameters. If the problem is ill-conditioned, ``sums`` uses QR factorizations from then on.
-        """
-        solver, accumulation = self.solver, self.solver.accumulation
-        sums.use(accumulation)
-        if not sums(start).is_finite:
-            return solver.init(start, sums(start))
-        anchor = _AnchorPenalty(
-            start, sums(start).mean_square, anchor_length * solver.settings.sizes
-        )
-
-        def evaluate(request: Request) -> NormalEquations:
-            sums.use(request.accumulation)
-            return anchor.add_to(sums(request.params), request.params)
-
-        params = start
-        while True:
-            initial = solver.init(params, evaluate(Request(params, accumulation=accumulation)))
-            state = iterate(solver, initial, evaluate, report)
-            assert state.solution is not None
-            params, accumulation = state.solution, state.accumulation
-            solver = replace(solver, accumulation=accumulation)
-            if state.stop in _FINAL or not anchor.relax(sums(params).mean_square):
-                break
-        if not state.iterate.is_ill_conditioned:
-            sums.use(self.solver.accumulation)
-        return state
-
-    def best_start(self, sums: DenseObjective, starts: list[Vector], report: Report) -> Vector:
-        """Minimize from each start and return the best end point, the first of equally good ones.
-
-        Starts are the end point of L-BFGS and p0, because either may lead into a poor minimum. If
-        the penalty of ``solve`` matters at the solution, it may hold parameters back that are off
-        by orders of magnitude; weaker penalties are then tried, too.
-        """
-        settings = self.solver.settings
-        coarse = replace(settings, tol=max(settings.tol, _RACE_TOL), patience=_RACE_PATIENCE)
-        rough = SampleSolver(replace(self.solver, settings=coarse))
-        best, least = rough._race(sums, starts, _ANCHOR_LENGTH, report)
-        n_used, n_params = max(sums(best).n_used, 1), len(best)
-        if (
-            np.isfinite(least)
-            and Iterate.of(best, sums(best), settings).relative_decrement > _MAX_DECREMENT
-        ):
-            races = (rough._race(sums, starts, length, report) for length in _WEAK_LENGTHS)
-            other, cost = min(races, key=lambda race: race[1])
-            if cost * (1.0 + _CHANCE * n_params / n_used) < least:
-                return other
-        return best
-
-    def _race(
-        self, sums: DenseObjective, starts: list[Vector], anchor_length: float, report: Report
-    ) -> tuple[Vector, float]:
-        ends, costs = [], []
-        for start in starts:
-            solution = self.solve(sums, start, report, anchor_length).solution
-            end = start if solution is None else solution
-            end_sums = sums(end)
-            ends.append(end)
-            costs.append(end_sums.cost if end_sums.is_finite else np.inf)
-        best = min(costs) * (1.0 + _SAME_COST)
-        return next(pair for pair in zip(ends, costs, strict=True) if pair[1] <= best)
-
-
-@dataclass
-class _AnchorPenalty:
-    """Penalty that keeps parameters near a start, like a Gaussian prior.
-
-    The squared distance from the start is weighted by ``variance``, the residual variance, over the
-    squared ``widths`` of the prior. At a bad start the variance is so large that the penalty would
-    create minima, so that it is lowered after each solve.
-    """
-
-    start: Vector
-    variance: float
-    widths: Vector
-
-    def add_to(self, sums: NormalEquations, params: Vector) -> NormalEquations:
-        roots = np.sqrt(self.variance) / self.widths
-        return sums.with_rows(np.diag(roots), roots * (params - self.start))
-
-    def relax(self, variance: float) -> bool:
-        """Weaken the penalty if ``variance`` is much smaller than before; return whether it was."""
-        if not variance < _LESS_VARIANCE * self.variance:
-            return False
-        self.variance = variance
-        return True
 
 
 class DenseFit(FullFit[State, NormalEquations]):
@@ -231,8 +118,12 @@ class DenseFit(FullFit[State, NormalEquations]):
         ``y_reference``, a value near the mean of y, is subtracted from y before the moments of y
         are summed, to avoid cancellation.
         """
-        kernel = replace(self._sample_kernel, y_reference=y_reference)
-        return DenseObjective(self.problem.exact_model, kernel, rows, self.problem.penalty)
+        model, kernel = self.problem.exact_model, self._sample_kernel
+        if (dtype := rows.y.dtype.str) != np.dtype(model.layout.y_dtype).str:
+            model = replace(model, layout=replace(model.layout, y_dtype=dtype))
+            kernel = dense_kernel(model, self.context.batch_rows, loss=self.problem.loss)
+        kernel = replace(kernel, y_reference=y_reference)
+        return DenseObjective(model, kernel, rows, self.problem.penalty)
 
     def _solve_on_sample(
         self, sample: Sample, starts: list[Vector], details: dict[str, Any]
@@ -263,7 +154,7 @@ class DenseFit(FullFit[State, NormalEquations]):
             return solution
         sample.renew(self.problem)
         other = self._solve_in_mode(sample, starts)
-        is_better = sample.objective(other.params).cost * (1.0 + _SAME_COST) < cost
+        is_better = sample.objective(other.params).cost * (1.0 + SAME_COST) < cost
         self._switch_mode()
         sample.renew(self.problem)
         return replace(other, has_other_mode=True) if is_better else solution
@@ -301,8 +192,29 @@ class DenseFit(FullFit[State, NormalEquations]):
             self._settings,
             self._first_accumulation,
             may_factorize=self._is_auto and self.problem.is_exact,
-            forecast=lambda state: forecast(state, sample.objective),
+            forecast=partial(self._forecast, sample),
         )
+
+    def _forecast(self, sample: Sample, state: State) -> Proposal | None:
+        """Propose a point with the sample; after the first pass, estimate its error."""
+        proposal = forecast(state, sample.objective)
+        if proposal is None or state.earlier or not self.problem.config.enable_one_pass:
+            return proposal
+        iterate = state.iterate
+        whole, *batches = sample.mirrored(iterate.moved(iterate.full_step))
+        return one_step(state, proposal, Mirror(whole, batches))
+
+    def _approach(self, sample: Sample, start: Vector) -> Vector:
+        """Return a point close to the solution, from passes over subsets of the blocks.
+
+        QR factorizations are computed where forecasts, and with them the estimated error of a last
+        step, are inaccurate: subsets would not save a pass.
+        """
+        is_gram = self._first_accumulation is Accumulation.GRAM
+        if not (self.problem.config.enable_one_pass and is_gram and sample.is_informative):
+            return start
+        subset_fit = SubsetFit(self.context, self.kernel, self._settings, self._other_start)
+        return subset_fit.approach(sample, start, self._first_request(start))
 
     def _better_start(
         self,
@@ -317,18 +229,8 @@ class DenseFit(FullFit[State, NormalEquations]):
         ``first`` is the pass at ``start``. No pass is run at the solution if, on the sample, the
         cost does not decrease by more than the factor ``chance``.
         """
-        new_starts = self.context.start_finder.find(sample, {})
-        new_start = self._solve_on_sample(sample, new_starts, {})
-        state = init_state(start, first.sums, self._settings)
-        proposal = None if state.stop is not None else forecast(state, sample.objective)
-        old_sums = sample.objective(start if proposal is None else proposal.params)
-        new_sums = sample.objective(new_start)
-        if not new_sums.is_finite:
-            new_start = self.problem.parameters.start
-            new_sums = sample.objective(new_start)
-        if not new_sums.is_finite or (
-            old_sums.is_finite and new_sums.cost * chance >= old_sums.cost
-        ):
+        new_start = self._other_start(sample, start, first.sums, chance)
+        if new_start is None:
             return start, first
         known = self._first_request(start)
         request = replace(known, params=new_start, is_fresh=False)
@@ -339,6 +241,32 @@ class DenseFit(FullFit[State, NormalEquations]):
         ):
             return new_start, new_pass
         return start, first
+
+    def _other_start(
+        self,
+        sample: Sample,
+        start: Vector,
+        sums: NormalEquations,
+        chance: float,
+    ) -> Vector | None:
+        """Return the solution on a new sample, or None if it is not better than ``start``.
+
+        ``sums`` are those at ``start`` over all rows, or over those of a subset of the blocks.
+        """
+        new_starts = self.context.start_finder.find(sample, {})
+        new_start = self._solve_on_sample(sample, new_starts, {})
+        state = init_state(start, sums, self._settings)
+        proposal = None if state.stop is not None else forecast(state, sample.objective)
+        old_sums = sample.objective(start if proposal is None else proposal.params)
+        new_sums = sample.objective(new_start)
+        if not new_sums.is_finite:
+            new_start = self.problem.parameters.start
+            new_sums = sample.objective(new_start)
+        if not new_sums.is_finite or (
+            old_sums.is_finite and new_sums.cost * chance >= old_sums.cost
+        ):
+            return None
+        return new_start
 
     def _confirm(self, state: State) -> tuple[State, NDArray[np.bool_] | None]:
         """Return the state, as converged if only rounding or second derivatives hide a minimum.
@@ -404,7 +332,12 @@ class DenseFit(FullFit[State, NormalEquations]):
         return solver.end(solver.tell(restarted, sums), Status.REDUCTION)
 
     def _describe(self, state: State) -> dict[str, Any]:
-        return {"solver": "normal" if state.sums.triangle is None else "qr"}
+        solver = {"solver": "normal" if state.sums.triangle is None else "qr"}
+        return solver if state.last_error is None else solver | {"last_error": state.last_error}
+
+    def _complete(self, outcome: Outcome, state: State) -> Outcome:
+        """Return the outcome with cost and J^T J at the solution, and its estimated error."""
+        return replace(outcome, sums=state.sums_at_solution, step_error=state.last_error)
 
     def covariance(self, details: dict[str, Any], may_pass: bool = True) -> Covariance | None:
         """Return the covariance matrix at the solution; add entries for the history to ``details``.

@@ -195,7 +195,7 @@ class Driver:
         rows, n_blocks = self._passes.sample(problem.sample_rows, problem.config.random_seed)
         details["sample"] = {"rows": len(rows), "blocks": n_blocks}
         self._diagnostics["sample"] = dict(details["sample"])
-        sample = self._sample = fit.make_sample(rows)
+        sample = self._sample = fit.make_sample(rows, n_blocks)
         if self._passes.must_report(sample.at_start):
             # Counts all invalid rows and raises.
             request = Request(problem.parameters.start, is_fresh=True)

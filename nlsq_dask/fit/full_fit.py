@@ -97,17 +97,19 @@ class FullFit(ABC, Generic[T, S]):
         are summed, to avoid cancellation.
         """
 
-    def make_sample(self, rows: Rows) -> SampleProblem[Any]:
-        """Return the problem for a sample of rows.
+    def make_sample(self, rows: Rows, n_blocks: int) -> SampleProblem[Any]:
+        """Return the problem for a sample of rows, drawn from ``n_blocks`` blocks.
 
         If derivatives are finite in the other mode of differentiation only, the fit uses that mode
         from now on.
         """
         check = self.context.interruption.check
-        sample: SampleProblem[Any] = SampleProblem(self.problem, self.make_objective, rows, check)
+        sample: SampleProblem[Any] = SampleProblem(
+            self.problem, self.make_objective, rows, n_blocks, check
+        )
         if sample.at_start.lacks_derivatives and self._switch_mode():
             other: SampleProblem[Any] = SampleProblem(
-                self.problem, self.make_objective, rows, check
+                self.problem, self.make_objective, rows, n_blocks, check
             )
             if other.at_start.is_finite:
                 return other
@@ -134,6 +136,13 @@ class FullFit(ABC, Generic[T, S]):
     def _first_request(self, params: Vector) -> Request:
         """Return which sums the first pass over all rows computes."""
         return Request(params, is_fresh=True)
+
+    def _approach(self, sample: SampleProblem[Any], start: Vector) -> Vector:
+        """Return a point closer to the solution than ``start``, from sums over a part of the rows.
+
+        The rows of ``sample`` are replaced by rows of that part.
+        """
+        return start
 
     @abstractmethod
     def _better_start(
@@ -186,6 +195,7 @@ class FullFit(ABC, Generic[T, S]):
         self._sample = sample
         start = self._solve_on_sample(sample, starts, details)
         self._prepare(sample, start)
+        start = self._approach(sample, start)
         start, first = self._first_pass(sample, start, starts)
         self._solver = self._make_solver(sample, first.sums)
         self._blocks = first.blocks
@@ -337,7 +347,7 @@ class FullFit(ABC, Generic[T, S]):
     def _outcome(self, state: T, non_identifiable: NDArray[np.bool_] | None) -> Outcome:
         assert state.stop is not None
         assert state.solution is not None
-        return Outcome(
+        outcome = Outcome(
             state.solution,
             state.stop,
             state.sums,
@@ -346,6 +356,11 @@ class FullFit(ABC, Generic[T, S]):
             state.iteration,
             non_identifiable=non_identifiable,
         )
+        return self._complete(outcome, state)
+
+    def _complete(self, outcome: Outcome, state: T) -> Outcome:
+        """Return the outcome with what only this solver knows."""
+        return outcome
 
     def _build_report(self, stage: str, are_iterations: bool = True) -> Report:
         """Return a function that reports trials with non-finite values, and iterations.

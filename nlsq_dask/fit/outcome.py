@@ -57,6 +57,8 @@ class Outcome:
     # Standard errors and non-identifiable parameters, if not from the covariance.
     errors: Vector | None = None
     non_identifiable: NDArray[np.bool_] | None = None
+    # Estimated distance from the minimum, in standard errors, after a single pass over all rows.
+    step_error: float | None = None
     cause: str = ""  # message that takes the place of that of ``stop``, where more is known
     mode: Mode | None = None  # of differentiation, if not the preferred one
     counts: ReadCounts = ReadCounts()

@@ -27,6 +27,7 @@ from nlsq_dask.events import (
     Observer,
     PassFinished,
     SampleRead,
+    SubsetFinished,
     WaitingForWorkers,
 )
 from nlsq_dask.fit.interruption import Interruption
@@ -62,6 +63,15 @@ class Reduced(Generic[OptionalSums]):
     blocks: BlockSums | None = None  # statistics of the residuals of each block
     n_blocks: int = 0  # number of blocks that were read for a sample
     skipped: dict[int, SkippedBlock] = field(default_factory=dict)  # blocks that it could not read
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Blocks over which a fit sums before it sums over all rows."""
+
+    number: int  # counted from 1
+    n_subsets: int
+    blocks: frozenset[int]  # flat indices
 
 
 @dataclass(frozen=True)
@@ -146,10 +156,12 @@ class Passes:
         """
         if isinstance(event, PassFinished):
             self.counts += ReadCounts(1, event.rows, event.bytes, event.rows_cached, event.retries)
+        elif isinstance(event, SubsetFinished):
+            self.counts += ReadCounts(0, event.rows, event.bytes, event.rows_cached, event.retries)
         elif isinstance(event, SampleRead):
             self.counts += ReadCounts(0, event.rows_read, event.bytes, 0, event.retries)
 
-    def _report(self, event: PassFinished | SampleRead) -> None:
+    def _report(self, event: PassFinished | SubsetFinished | SampleRead) -> None:
         self.count(event)
         self._emit(event)
 
@@ -234,14 +246,10 @@ class Passes:
         wants_moments = request.is_fresh or self._moments is None
         share = min(1.0, sample_rows / self.n_rows)
         pass_request = PassRequest(request, wants_moments, share, seed, frozenset(self.skipped))
-        name = "pass"
-        if self._journal.is_enabled:
-            digest = hashlib.sha256(kernel.reduction.name.encode() + encode(pass_request))
-            name = f"pass {digest.hexdigest()[:16]}"
         penalty = self._penalty if is_penalized else GroupVariance()
         kind: Any = Reduced
         reduced: Reduced[S] = self._journal.step(
-            name,
+            self._name("pass", kernel, pass_request),
             kind[kernel.reduction.sums_type],
             partial(self._run_pass, kernel, pass_request, penalty),
             saves=True,
@@ -251,6 +259,43 @@ class Passes:
             self._moments = reduced.sums.moments
         elif self._moments is not None:
             return replace(reduced, sums=reduced.sums.with_moments(self._moments))
+        return reduced
+
+    def _name(self, kind: str, kernel: Kernel[S], request: PassRequest) -> str:
+        """Return the name of a pass in the journal, which identifies what it computes."""
+        if not self._journal.is_enabled:
+            return kind
+        digest = hashlib.sha256(kernel.reduction.name.encode() + encode(request))
+        return f"{kind} {digest.hexdigest()[:16]}"
+
+    def plan_subsets(self, sample_rows: int, seed: int) -> list[Subset]:
+        """Return growing subsets of the blocks; see ``plan_subsets``.
+
+        The arguments are those for which ``sample`` was called, whose blocks are among them.
+        """
+        subsets = self._data.subsets(sample_rows, seed, frozenset(self.skipped))
+        return [Subset(i, len(subsets), blocks) for i, blocks in enumerate(subsets, start=1)]
+
+    def run_on(
+        self, subset: Subset, kernel: Kernel[S], request: Request, *, sample_rows: int, seed: int
+    ) -> Reduced[S | None]:
+        """Sum over the rows of some blocks, as ``run`` does over all.
+
+        The sums are None if the rows are invalid or cannot be used, which a pass over all rows then
+        reports.
+        """
+        skipped = frozenset(self.skipped)
+        n_rows = self._data.rows_of(subset.blocks - skipped)
+        share = min(1.0, sample_rows / max(n_rows, 1))
+        pass_request = PassRequest(request, True, share, seed, skipped)
+        kind: Any = Reduced
+        reduced: Reduced[S | None] = self._journal.step(
+            self._name(f"subset {subset.number}", kernel, pass_request),
+            kind[kernel.reduction.sums_type | None],
+            partial(self._run_subset, subset, kernel, pass_request),
+            saves=True,
+        )
+        self._skip(reduced.skipped)
         return reduced
 
     def run_beside(
@@ -278,17 +323,8 @@ class Passes:
         self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance
     ) -> Reduced[S]:
         """Run a pass, or what remains of it if a checkpoint has partial sums."""
-        self._interruption.check()
-        kind: Any = _PartialPass
-        partial_pass: _PartialPass[S] = (
-            self._journal.load_state(kind[kernel.reduction.sums_type]) or _PartialPass()
-        )
-        started = time.perf_counter() - partial_pass.seconds
-        result = self._reduce(kernel, request, started, partial_pass)
+        result, skipped, started, n_retries = self._start(kernel, request)
         read = result.reading
-        skipped = self._describe_skipped(read)
-        # Checked before it is recorded, because the block may be repaired and read later.
-        self._check_share(skipped)
         assert result.sums is not None  # it is an error to leave out all rows
         assert result.blocks is not None
         n_rows = self.n_rows - sum(bad.rows for bad in skipped.values())  # not left out so far
@@ -307,10 +343,65 @@ class Passes:
                 read.rows_read,
                 read.bytes_read,
                 read.rows_cached,
-                partial_pass.retries + read.n_retries,
+                n_retries,
             )
         )
         return Reduced(sums, result.rows, result.blocks, skipped=skipped)
+
+    def _run_subset(
+        self, subset: Subset, kernel: Kernel[S], request: PassRequest
+    ) -> Reduced[S | None]:
+        """Sum over the blocks of a subset, or those that remain if a checkpoint has sums."""
+        others = self._data.other_blocks(subset.blocks)
+        of_subset = replace(request, skipped=request.skipped | others)
+        result, skipped, started, n_retries = self._start(kernel, of_subset, subset.number)
+        read, sums = result.reading, result.sums
+        if sums is not None and (self.must_report(sums) or not sums.n_used):
+            sums = None
+        if sums is not None:
+            sums = sums.penalized(self._penalty, request.sums)
+        self._report(
+            SubsetFinished(
+                subset.number,
+                subset.n_subsets,
+                len(subset.blocks),
+                self._transform.expand(request.sums.params),
+                np.inf if sums is None or not sums.is_finite else sums.mean_square,
+                time.perf_counter() - started,
+                read.rows_read,
+                read.bytes_read,
+                read.rows_cached,
+                n_retries,
+            )
+        )
+        return Reduced(sums, result.rows, skipped=skipped)
+
+    def _start(
+        self, kernel: Kernel[S], request: PassRequest, subset: int = 0
+    ) -> tuple[PassResult[S], dict[int, SkippedBlock], float, int]:
+        """Compute the sums of a pass, or what remains of it if a checkpoint has partial sums.
+
+        Returns
+        -------
+        result : PassResult
+        skipped : dict of int to SkippedBlock
+            Blocks that could not be read.
+        started : float
+            Time at which the pass began, less the time that it took before an interruption.
+        n_retries : int
+            Number of reads that were retried.
+        """
+        self._interruption.check()
+        kind: Any = _PartialPass
+        partial_pass: _PartialPass[S] = (
+            self._journal.load_state(kind[kernel.reduction.sums_type]) or _PartialPass()
+        )
+        started = time.perf_counter() - partial_pass.seconds
+        result = self._reduce(kernel, request, started, partial_pass, subset)
+        skipped = self._describe_skipped(result.reading)
+        # Checked before it is recorded, because the block may be repaired and read later.
+        self._check_share(skipped)
+        return result, skipped, started, partial_pass.retries + result.reading.n_retries
 
     def _reduce(
         self,
@@ -318,8 +409,9 @@ class Passes:
         request: PassRequest,
         started: float,
         partial_pass: _PartialPass[S],
+        subset: int,
     ) -> PassResult[S]:
-        """Sum over all rows, and save partial sums in the checkpoint from time to time.
+        """Sum over the rows, and save partial sums in the checkpoint from time to time.
 
         Rows that ``partial_pass`` contains are not read again. ``started`` is the time at which the
         pass began, less the time that it took before an interruption.
@@ -347,7 +439,7 @@ class Passes:
 
         def watch(parts: PartialResults) -> None:
             latest[:] = [parts]
-            self._report_blocks(parts, time.perf_counter() - started)
+            self._report_blocks(parts, time.perf_counter() - started, subset)
             self._interruption.check()
             self._journal.report()
             if self._journal.is_due or (self._is_waiting and self._journal.is_saving):
@@ -367,12 +459,11 @@ class Passes:
             for partial_results in latest:
                 partial_results.release()
 
-    def _report_blocks(self, parts: PartialResults, seconds: float) -> None:
+    def _report_blocks(self, parts: PartialResults, seconds: float, subset: int) -> None:
         done, total, number = parts.finished, parts.total, self.counts.n_passes + 1
+        rows = done.rows, total.rows
         self._emit(
-            BlocksFinished(
-                number, done.blocks, total.blocks, done.rows, total.rows, done.bytes, seconds
-            )
+            BlocksFinished(number, done.blocks, total.blocks, *rows, done.bytes, seconds, subset)
         )
 
     def _is_good(self, result: PassResult[S]) -> bool:

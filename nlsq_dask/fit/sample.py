@@ -29,6 +29,7 @@ Vector = NDArray[np.float64]
 _MAX_WARMUP_ROWS = 2**14  # enough for a start; L-BFGS evaluates them some hundred times
 _CHANCE = 5.0  # standard deviations of a mean square attributed to chance
 _MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # kept in a result for plots
+_N_BATCHES = 32  # of the sample, from which the variance of its sums is estimated
 _ROUNDINGS = 8  # rounding errors that add up in a residual
 _MAX_ROUNDING = 2**22  # derivatives that are computed to estimate them
 
@@ -59,6 +60,8 @@ class SampleProblem(Generic[R]):
         Returns the ``SampleObjective`` for rows and a value near the mean of y.
     rows : Rows
         Rows as read, including masked and non-finite ones.
+    n_blocks : int
+        Number of blocks from which they were drawn, one after another.
     check : callable
         Called before each evaluation; an exception that it raises ends the solve.
 
@@ -79,8 +82,10 @@ class SampleProblem(Generic[R]):
         problem: FitProblem,
         make_objective: Callable[[Rows, float], R],
         rows: Rows,
+        n_blocks: int,
         check: Callable[[], None],
     ) -> None:
+        self._n_blocks = n_blocks
         self._check = check
         self._problem = problem
         self._model = problem.exact_model
@@ -104,9 +109,8 @@ class SampleProblem(Generic[R]):
         self._rows = usable
         self.is_complete = len(rows) >= self._problem.blocks.n_rows
         few = usable.take(self._spread(min(self.n_used, _MAX_WARMUP_ROWS)))
-        self.objective = self._make_objective(rows, self.y_reference)
-        self.objective_few = self._make_objective(few, self.y_reference)
-        self.objective.check = self.objective_few.check = self._check
+        self.objective = self._objective(rows)
+        self.objective_few = self._objective(few)
 
     def _spread(self, n_rows: int) -> NDArray[np.int64]:
         """Return evenly spaced indices of ``n_rows`` usable rows."""
@@ -181,6 +185,32 @@ class SampleProblem(Generic[R]):
     def replace_rows(self, rows: Rows) -> None:
         """Use other rows as the sample from now on."""
         self._set_rows(rows, rows.usable())
+
+    def by_block(self) -> list[R]:
+        """Return the objective of the rows of each block, approximately if rows are unusable."""
+        parts = np.array_split(np.arange(self.n_used), self._n_blocks)
+        return [self._objective(self._rows.take(part)) for part in parts]
+
+    def mirrored(self, params: Vector) -> list[tuple[R, R]]:
+        """Return pairs of objectives: with the residuals at ``params``, and with their negatives.
+
+        The first pair is of all rows of the sample, the others are of batches of them.
+        """
+        rows, kernel = self._rows, self._prediction
+        values = kernel(rows.batches(kernel.batch_rows), params)[0]
+        # Integers could not hold the values.
+        dtype = rows.y.dtype if rows.y.dtype.kind == "f" else np.dtype(np.float64)
+        other = replace(rows, y=(2.0 * values - rows.y).astype(dtype))
+        pairs = [(self.objective, self._objective(other))]
+        for i in range(_N_BATCHES):
+            index = np.arange(i, self.n_used, _N_BATCHES)
+            pairs.append((self._objective(rows.take(index)), self._objective(other.take(index))))
+        return pairs
+
+    def _objective(self, rows: Rows) -> R:
+        objective = self._make_objective(rows, self.y_reference)
+        objective.check = self._check
+        return objective
 
     def draw_rows(self, params: Vector, seed: int) -> tuple[Rows, Vector] | None:
         """Return random usable rows for plots, with values of the model; None if there are none.

@@ -25,6 +25,7 @@ from nlsq_dask.events import (
     PhaseStarted,
     SampleRead,
     SampleSolved,
+    SubsetFinished,
     TileFinished,
     WaitingForWorkers,
     WarmupEnded,
@@ -126,20 +127,32 @@ def _progress(event: BlocksFinished) -> str:
     share = event.blocks / max(event.n_blocks, 1)
     remaining = f", {event.seconds * (1 / share - 1):.0f} s remaining" if share else ""
     return (
-        f"  pass {event.number}: {event.blocks:,} of {event.n_blocks:,} blocks "
+        f"  {format_pass(event)}: {event.blocks:,} of {event.n_blocks:,} blocks "
         f"({share:.0%}) in {event.seconds:.0f} s{remaining}"
     )
 
 
+def format_pass(event: BlocksFinished) -> str:
+    """Return what a running pass sums over: "pass 2", or "subset 1" of the blocks."""
+    return f"subset {event.subset}" if event.subset else f"pass {event.number}"
+
+
 def _pass(event: PassFinished) -> str:
+    return f"  pass {event.number}: {_amount(event)}"
+
+
+def _subset(event: SubsetFinished) -> str:
+    of = f" of {event.n_subsets}" if event.n_subsets > 1 else ""
+    blocks = _count(event.blocks, "block")
+    return f"  subset {event.number}{of}, {blocks}: {_amount(event)}, loss {event.loss:.8g}"
+
+
+def _amount(event: PassFinished | SubsetFinished) -> str:
     rows = event.rows + event.rows_cached
     rate = format_rate(rows / max(event.seconds, 1e-9))
     cached = f", {event.rows_cached:,} of them from memory" if event.rows_cached else ""
     retries = f", {event.retries} reads retried" if event.retries else ""
-    return (
-        f"  pass {event.number}: {rows:,} rows{cached} in {event.seconds:.2f} s "
-        f"({rate} rows/s){retries}"
-    )
+    return f"{rows:,} rows{cached} in {event.seconds:.2f} s ({rate} rows/s){retries}"
 
 
 def _checkpoint(event: CheckpointWritten) -> str:
@@ -199,6 +212,7 @@ TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     NonFiniteTrial: _non_finite,
     BlocksFinished: _progress,
     PassFinished: _pass,
+    SubsetFinished: _subset,
     BlocksSkipped: lambda event: "\n".join(f"  skipped: {text}" for text in event.sentences),
     CheckpointWritten: _checkpoint,
     MapStarted: _map_started,

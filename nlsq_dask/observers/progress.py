@@ -25,9 +25,16 @@ from nlsq_dask.events import (
     NonFiniteTrial,
     PassFinished,
     SampleRead,
+    SubsetFinished,
     TileFinished,
 )
-from nlsq_dask.observers.format import format_event, format_fit_rate, format_rate, format_totals
+from nlsq_dask.observers.format import (
+    format_event,
+    format_fit_rate,
+    format_pass,
+    format_rate,
+    format_totals,
+)
 from nlsq_dask.observers.logs import LOGGER
 
 _BAR_DELAY = 0.5  # seconds until a bar is shown
@@ -156,7 +163,7 @@ class Progress:
             LOGGER.warning("Could not print progress: %s. Printing is disabled.", error)
 
     def _show(self, event: Event) -> None:
-        if isinstance(event, PassFinished | MapEnded | FitEnded | FitAborted):
+        if isinstance(event, PassFinished | SubsetFinished | MapEnded | FitEnded | FitAborted):
             self.close()
         if self._is_shown(event) and (line := format_event(event)) is not None:
             self._print(line)
@@ -184,7 +191,7 @@ class Progress:
 
     def _move_pass(self, event: BlocksFinished) -> None:
         if self._meter is None:
-            desc = f"pass {event.number}"
+            desc = format_pass(event)
             self._meter = _Meter(self._stream, desc, "blocks", event.n_blocks, event.blocks)
         rate = ""
         if event.seconds > 0.0:

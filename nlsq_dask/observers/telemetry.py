@@ -22,6 +22,7 @@ from nlsq_dask.events import (
     MapEnded,
     PassFinished,
     SampleRead,
+    SubsetFinished,
     TileFinished,
     WarmupEnded,
     WarmupStarted,
@@ -139,6 +140,8 @@ class DefenseLayerTelemetry:
                     self.last_loss = float(event.loss)
                 case PassFinished():
                     self.total_passes += 1
+                    self._count_read(event.rows, event.bytes)
+                case SubsetFinished():
                     self._count_read(event.rows, event.bytes)
                 case SampleRead():
                     self._count_read(event.rows_read, event.bytes)

@@ -30,7 +30,7 @@ from nlsq_dask.results.uncertainty import (
     uncertain_sentence,
 )
 from nlsq_dask.solvers.covariance import infinite_covariance
-from nlsq_dask.status import FIX_EXAMPLE, Status
+from nlsq_dask.status import FIX_EXAMPLE, ONE_PASS, Status
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -138,6 +138,7 @@ def build_result(
             "parameters_at": outcome.params,
             "sums_at": outcome.sums_at,
             "last_step_without_pass": outcome.stop is Status.LAST_STEP,
+            "last_step_error": outcome.step_error,
             "active_bounds": at_bounds,
             "undetermined": non_identifiable,
             "confounded": confounded,
@@ -163,7 +164,10 @@ def _message(
     # An example with the name of a parameter that is in question, or of any.
     example = f"such as fixed=[{(*blamed, *names)[0]!r}]"
     remedy = "" if outcome.cause else stop.remedy.replace(FIX_EXAMPLE, example)
-    message = " ".join(filter(None, [outcome.cause or stop.cause, *sentences, remedy]))
+    cause = outcome.cause or stop.cause
+    if stop is Status.LAST_STEP and outcome.step_error is not None:
+        cause = ONE_PASS.format(outcome.step_error)
+    message = " ".join(filter(None, [cause, *sentences, remedy]))
     if stop.suggests_another_start and _can_use_multistart(problem):
         message += _MULTISTART_HINT
     if stop.is_interruption and stop is not Status.NO_PROGRESS:

@@ -207,7 +207,9 @@ def _notices(result: FitResult) -> list[str]:
     """Return sentences on the fit that are not in its message."""
     diagnostics = result.diagnostics
     notes = []
-    if diagnostics.get("last_step_without_pass"):
+    if diagnostics.get("last_step_error") is not None:
+        notes.append("The last step took no pass; grad is that before this step.")
+    elif diagnostics.get("last_step_without_pass"):
         notes.append("The last step took no pass; cost and grad are those before this step.")
     if diagnostics.get("retries"):
         notes.append(f"Number of retried reads: {diagnostics['retries']}.")

@@ -114,7 +114,8 @@ class FitResult(PlotMethods):
     n_passes : int
         Number of passes over all rows.
     rows_read, bytes_read, rows_cached : int
-        Number of rows and bytes read, including the sample, and of rows taken from the cache.
+        Number of rows and bytes read, including the sample and subsets of the blocks, and of rows
+        taken from the cache.
     phase_history : list of dict
         One dict per phase: phase (its number), name, start_time (s since 1970), duration (s) and
         further entries that depend on the phase.
@@ -128,8 +129,12 @@ class FitResult(PlotMethods):
         unit length, NaN in the warm-up), ``accepted``, ``n_passes`` (so far), ``time`` (s since
         1970) and, for at most 1,000 parameters, ``params`` (along ``param``).
     diagnostics : dict
-        - ``parameters_at``: equal to x; ``sums_at``: parameters at which cost, grad and pcov were
-          computed, which differ from x after a last step that took no pass.
+        - ``parameters_at``: equal to x; ``sums_at``: parameters at which cost, grad, pcov and
+          block_statistics were computed, which differ from x after a last step that took no pass.
+        - ``last_step_without_pass``: whether there was such a step. ``last_step_error``: if it
+          followed the first pass over all rows, the estimated distance of x from the minimum, in
+          standard errors; otherwise None. In this case ``sums_at`` is up to a few standard errors
+          from x, so cost, chi2 and pcov are predicted for x; grad and block_statistics are not.
         - ``active_bounds`` and ``undetermined``: names of the parameters at a bound, and of those
           that the data do not constrain. ``confounded``: a list of names for each group of
           parameters that the data cannot tell apart, such as the factors of a product; their

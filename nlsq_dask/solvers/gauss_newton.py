@@ -36,6 +36,11 @@ _SHRINKING = 0.5  # contraction below which another step improves the iterate
 # Tolerated change of the covariance, relative to the variances, for a last step without a pass:
 _COVARIANCE_RTOL = 1e-7
 _CARRIED_RTOL = 5e-6  # if a sample predicts it to a few percent
+# For a last step after the first pass, whose error a sample of rows estimates: the error that is
+# tolerated, in standard errors, per ``tol`` and at most; and that of the covariance, relative to
+# the variances, per tolerated error.
+_ERROR_PER_TOL, _MAX_ONE_STEP_ERROR = 2e4, 1e-3
+_COVARIANCE_PER_ERROR = 0.01
 _MAX_EARLIER = 3  # earlier iterates to keep
 _MAX_ERROR = 1e-6  # of a standard error, tolerated in addition to tol |p|
 # The change of the covariance, extrapolated from the previous step with another direction, was
@@ -59,6 +64,10 @@ class Proposal:
     # J^T J at the trial point, predicted with a sample of rows; None if no sample was used.
     jtj: NDArray[np.float64] | None = None
     factors: tuple[float, ...] = ()  # the cost is also evaluated at these multiples of the step
+    # Estimated distance from the solution, the largest of all parameters in standard errors, and
+    # estimated error of ``jtj`` as that of an element of the covariance; see ``one_step``.
+    error: float | None = None
+    covariance_error: float = np.inf
 
     @property
     def is_forecast(self) -> bool:
@@ -89,6 +98,9 @@ class State:
     # predicted by a forecast.
     solution: Vector | None = None
     carried_jtj: NDArray[np.float64] | None = None
+    # If the step was the first one: its estimated error, and the reduction of the cost by it.
+    last_error: float | None = None
+    last_reduction: float = 0.0
     proposal: Proposal | None = None  # evaluated next
     restart_at: Vector | None = None  # where fresh sums are needed next, if any
     accumulation: Accumulation = Accumulation.GRAM  # how rows are summed: J^T J or QR
@@ -105,9 +117,13 @@ class State:
 
     @property
     def sums_at_solution(self) -> NormalEquations:
-        """``sums`` for the covariance: with ``carried_jtj`` as J^T J, if that is not None."""
-        jtj = self.iterate.sums.jtj if self.carried_jtj is None else self.carried_jtj
-        return replace(self.iterate.sums, jtj=jtj)
+        """``sums`` with cost and J^T J at ``solution``, predicted if there was no pass there."""
+        sums, reduction = self.iterate.sums, self.last_reduction
+        jtj = sums.jtj if self.carried_jtj is None else self.carried_jtj
+        # With the linear loss and no penalty, the sum of squares is twice the cost.
+        is_sum = sums.chi2 == 2.0 * sums.cost
+        chi2 = sums.chi2 - 2.0 * reduction if is_sum else sums.chi2
+        return replace(sums, jtj=jtj, cost=sums.cost - reduction, chi2=chi2)
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,8 @@ class GaussNewton:
             stop=stop,
             solution=state.params,
             carried_jtj=None,
+            last_error=None,
+            last_reduction=0.0,
             proposal=None,
             restart_at=None,
         )
@@ -234,10 +252,25 @@ def take_last_step(state: State, proposal: Proposal) -> State:
     """Return the state ended at the proposed point, without a pass there, if its error is small.
 
     Otherwise the state is returned unchanged. The distance of the proposed point from the solution
-    is estimated as the step times the ratio of the last two steps. It must be negligible for the
-    residual norm and for each parameter.
+    is that of the proposal, or estimated as the step times the ratio of the last two steps. It must
+    be negligible for the residual norm and for each parameter.
     """
     iterate, tol = state.iterate, state.iterate.settings.tol
+    if proposal.error is not None:
+        is_safe = (
+            proposal.error <= min(_ERROR_PER_TOL * tol, _MAX_ONE_STEP_ERROR)
+            and proposal.covariance_error <= _ERROR_PER_TOL * tol * _COVARIANCE_PER_ERROR
+            and not iterate.quadratic.is_flat
+        )
+        if is_safe:
+            return replace(
+                state,
+                stop=iterate.verdict(Status.LAST_STEP),
+                solution=proposal.params,
+                carried_jtj=proposal.jtj,
+                last_error=proposal.error,
+                last_reduction=proposal.reduction,
+            )
     # The contraction of forecasts does not apply to a step without one.
     is_comparable = proposal.is_forecast or not state.was_forecast
     if not (proposal.full and is_comparable and state.contraction <= _FAST):

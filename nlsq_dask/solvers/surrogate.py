@@ -101,6 +101,32 @@ class Surrogate:
         )
         return replace(self, secant=self.secant + update * np.outer(scale, scale))
 
+    def proposal(self) -> gn.Proposal | None:
+        """Propose the minimizer of S within the bounds; None if S does not decrease."""
+        iterate = self.iterate
+        settings = replace(
+            iterate.settings, tol=_TOL_SHARE * iterate.settings.tol, max_iterations=_MAX_ITERATIONS
+        )
+        sums = replace(iterate.sums, triangle=None)
+        inner = gn.init_state(iterate.params, sums, settings)
+        while inner.stop is None:
+            proposal = gn.propose(inner)
+            inner = gn.update(inner, proposal, self(proposal.params))
+        assert inner.solution is not None
+        optimum = self(inner.solution)
+        reduction = iterate.sums.cost - optimum.cost
+        step = (inner.solution - iterate.params) * iterate.scale
+        if reduction <= iterate.cost_noise:  # below the rounding error of the costs
+            reduction = iterate.quadratic.reduction(step)
+        if not (optimum.is_finite and reduction > 0.0):
+            return None
+        # Secant updates approximate second derivatives of the residuals, which J^T J excludes.
+        jtj = optimum.jtj
+        if self.secant.any():
+            jtj = replace(self, secant=np.zeros_like(jtj))(inner.solution).jtj
+        change = gn.covariance_change(sums, replace(sums, jtj=jtj), iterate)
+        return gn.Proposal(inner.solution, step, reduction, inner.stop.is_success, change, jtj)
+
 
 def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     """Propose the minimizer of a ``Surrogate`` within the bounds; None if the sample is of no use.
@@ -126,25 +152,4 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     surrogate = Surrogate(iterate, at_iterate, reduce, np.zeros_like(iterate.sums.jtj))
     for earlier in reversed(state.earlier):
         surrogate = surrogate.with_secant_update(earlier)
-    settings = replace(
-        iterate.settings, tol=_TOL_SHARE * iterate.settings.tol, max_iterations=_MAX_ITERATIONS
-    )
-    sums = replace(iterate.sums, triangle=None)
-    inner = gn.init_state(iterate.params, sums, settings)
-    while inner.stop is None:
-        proposal = gn.propose(inner)
-        inner = gn.update(inner, proposal, surrogate(proposal.params))
-    assert inner.solution is not None
-    optimum = surrogate(inner.solution)
-    reduction = iterate.sums.cost - optimum.cost
-    step = (inner.solution - iterate.params) * iterate.scale
-    if reduction <= iterate.cost_noise:  # below the rounding error of the costs
-        reduction = iterate.quadratic.reduction(step)
-    if not (optimum.is_finite and reduction > 0.0):
-        return None
-    # Secant updates approximate second derivatives of the residuals, which J^T J excludes.
-    jtj = optimum.jtj
-    if surrogate.secant.any():
-        jtj = replace(surrogate, secant=np.zeros_like(jtj))(inner.solution).jtj
-    change = gn.covariance_change(sums, replace(sums, jtj=jtj), iterate)
-    return gn.Proposal(inner.solution, step, reduction, inner.stop.is_success, change, jtj)
+    return surrogate.proposal()

@@ -102,7 +102,8 @@ class Fit:
         done, total, amount = _AMOUNTS[self.is_map]
         # A map begins when its tiles do, a pass with a message.
         old = self._rated or ({done: 0, amount: 0, "seconds": 0.0} if self.is_map else {})
-        if old and old.get("pass") == new.get("pass") and new[done]:
+        is_same = all(old.get(key) == new.get(key) for key in ("pass", "subset"))
+        if old and is_same and new[done]:
             if new[done] == old[done]:
                 return  # blocks finish in groups
             seconds = new["seconds"] - old["seconds"]

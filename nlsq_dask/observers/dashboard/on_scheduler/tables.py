@@ -109,7 +109,8 @@ def describe_progress(fit: Fit) -> str:
         phase = fit.phases[-1]["name"] if fit.phases else "beginning"
         done = f" (pass {fit.last_pass['pass']} done)" if fit.last_pass else ""
         return f"{phase}{done}"
-    words = f"pass {now['pass']}: {now['blocks']:,} of {now['n_blocks']:,} blocks"
+    name = f"subset {now['subset']}" if now.get("subset") else f"pass {now['pass']}"
+    words = f"{name}: {now['blocks']:,} of {now['n_blocks']:,} blocks"
     if now["blocks"] and now["seconds"] > 0.0:
         rate = now["bytes"] / now["seconds"]
         left = now["seconds"] * (now["n_blocks"] / now["blocks"] - 1)
