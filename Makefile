@@ -7,7 +7,7 @@ NLSQ_VENV := .venv-nlsq
 # The nlsq package needs Python 3.12 or newer; the first of these that is one makes its environment.
 NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
-.PHONY: demo test test-all lint docs bench bench-nlsq-env clean
+.PHONY: demo test test-all lint docs pictures bench bench-nlsq-env clean
 
 demo: $(VENV)/demo.stamp
 	mkdir -p demo-output
@@ -31,6 +31,10 @@ lint: $(VENV)/dev.stamp
 # docs/_build/html/index.html; `make docs DOCS_EXECUTE=cache` shows what the notebooks print, too.
 docs: $(VENV)/docs.stamp
 	DOCS_EXECUTE=$(or $(DOCS_EXECUTE),off) $(RUN) sphinx -W --keep-going -q docs docs/_build/html
+
+# The pictures of the gallery: `make pictures PAGES=tides` draws those of one page again.
+pictures: $(VENV)/demo.stamp
+	$(VENV)/bin/python docs/make_pictures.py $(PAGES)
 
 # `make bench BENCH="--quick"` tries the suite out; `make bench BENCH=kernel` runs one part of it.
 bench: $(VENV)/test.stamp

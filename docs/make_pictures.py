@@ -1,0 +1,75 @@
+"""Draw the pictures of the gallery: ``make pictures``.
+
+    python docs/make_pictures.py [PAGE ...]
+
+Each page of ``docs/gallery`` ends with a picture that its own code saves. This script runs the code
+of the pages, prints what it prints, and writes the pictures beside the pages, as small PNG files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from PIL import Image, ImageOps
+
+GALLERY = Path(__file__).parent / "gallery"
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+# A page is 700 pixels wide, so a figure of 7 inches has its fonts in their size.
+STYLE = {
+    "figure.figsize": (7, 3),
+    "font.size": 9,
+    "axes.titlesize": "medium",
+    "image.cmap": "viridis",
+    "savefig.dpi": 200,
+}
+MAX_BYTES = 150_000
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run the code blocks of a page in a folder, in order."""
+    namespace = {"__name__": page.stem}
+    with contextlib.chdir(folder), mpl.rc_context(STYLE):
+        for i, block in enumerate(BLOCK.findall(page.read_text())):
+            exec(compile(block, f"{page.name} block {i}", "exec"), namespace)
+    plt.close("all")
+
+
+def write_small(source: Path, target: Path, width: int = 1400) -> None:
+    """Write a picture in 256 colors, at most ``width`` pixels wide."""
+    with Image.open(source) as picture:
+        image = picture.convert("RGB")
+        if image.width > width:
+            height = round(image.height * width / image.width)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        framed = ImageOps.expand(image, border=2, fill="#cccccc")
+        framed.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
+    if target.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{target} has {target.stat().st_size:,} bytes; draw less into it")
+
+
+def main() -> None:
+    """Draw the pictures of the pages that were named, or of all."""
+    pages = {page.stem: page for page in sorted(GALLERY.glob("*.md"))}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=", ".join(pages))
+    mpl.use("Agg")
+    for name in parser.parse_args().pages or pages:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            run_page(pages[name], Path(folder))
+            picture = f"{name}.png"
+            write_small(Path(folder) / picture, GALLERY / picture)
+        size = os.path.getsize(GALLERY / picture)
+        print(f"{picture}: {size:,} bytes, {time.perf_counter() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
