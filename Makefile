@@ -9,11 +9,9 @@ NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyen
 
 .PHONY: demo test test-all lint docs pictures bench bench-nlsq-env clean
 
+# The pictures are in demo-output; `make demo DEMO=--wait` keeps the live page until Enter.
 demo: $(VENV)/demo.stamp
-	mkdir -p demo-output
-	DEMO_OUTPUT=$(CURDIR)/demo-output $(RUN) nbconvert --execute --to html \
-		--output-dir demo-output notebooks/climate_record.ipynb
-	@echo "See demo-output/climate_record.html"
+	$(VENV)/bin/python docs/demo.py $(DEMO)
 
 # As many processes as there are cores, up to four: most of the time goes into compiling models.
 test: $(VENV)/test.stamp
