@@ -7,7 +7,7 @@ NLSQ_VENV := .venv-nlsq
 # The nlsq package needs Python 3.12 or newer; the first of these that is one makes its environment.
 NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
-.PHONY: demo test test-all lint docs pictures bench bench-nlsq-env clean
+.PHONY: demo test test-all lint docs pictures figures bench bench-nlsq-env clean
 
 # The pictures are in demo-output; `make demo DEMO=--wait` keeps the live page until Enter.
 demo: $(VENV)/demo.stamp
@@ -30,9 +30,13 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	DOCS_EXECUTE=$(or $(DOCS_EXECUTE),off) $(RUN) sphinx -W --keep-going -q docs docs/_build/html
 
-# The pictures of the gallery: `make pictures PAGES=tides` draws those of one page again.
+# Those of the gallery and the README; `make pictures PAGES=tides` draws that of one page.
 pictures: $(VENV)/demo.stamp
 	$(VENV)/bin/python docs/make_pictures.py $(PAGES)
+
+# Writes the table of the README from benchmarks/results.
+figures: $(VENV)/demo.stamp
+	$(RUN) benchmarks.readme
 
 # `make bench BENCH="--quick"` tries the suite out; `make bench BENCH=kernel` runs one part of it.
 bench: $(VENV)/test.stamp

@@ -1,9 +1,10 @@
-"""Draw the pictures of the gallery: ``make pictures``.
+"""Draw the pictures of the gallery and the README: ``make pictures``.
 
     python docs/make_pictures.py [PAGE ...]
 
 Each page of ``docs/gallery`` ends with a picture that its own code saves. This script runs the code
 of the pages, prints what it prints, and writes the pictures beside the pages, as small PNG files.
+The picture of the README is one of ``docs/demo.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import contextlib
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +23,9 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from PIL import Image, ImageOps
 
-GALLERY = Path(__file__).parent / "gallery"
+DOCS = Path(__file__).parent
+GALLERY = DOCS / "gallery"
+README = "overview"  # the picture of the README
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 # A page is 700 pixels wide, so a figure of 7 inches has its fonts in their size.
 STYLE = {
@@ -42,6 +47,13 @@ def run_page(page: Path, folder: Path) -> None:
     plt.close("all")
 
 
+def run_demo(folder: Path) -> None:
+    """Run the demo, which writes its pictures into a folder."""
+    command = [sys.executable, DOCS / "demo.py", "--output", folder]
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
 def write_small(source: Path, target: Path, width: int = 1400) -> None:
     """Write a picture in 256 colors, at most ``width`` pixels wide."""
     with Image.open(source) as picture:
@@ -56,19 +68,23 @@ def write_small(source: Path, target: Path, width: int = 1400) -> None:
 
 
 def main() -> None:
-    """Draw the pictures of the pages that were named, or of all."""
+    """Draw the pictures that were named, or all."""
     pages = {page.stem: page for page in sorted(GALLERY.glob("*.md"))}
+    names = [*pages, README]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pages", nargs="*", metavar="PAGE", help=", ".join(pages))
+    parser.add_argument("names", nargs="*", metavar="PAGE", help=", ".join(names))
     mpl.use("Agg")
-    for name in parser.parse_args().pages or pages:
+    for name in parser.parse_args().names or names:
         began = time.perf_counter()
+        target = (DOCS if name == README else GALLERY) / f"{name}.png"
         with tempfile.TemporaryDirectory() as folder:
-            run_page(pages[name], Path(folder))
-            picture = f"{name}.png"
-            write_small(Path(folder) / picture, GALLERY / picture)
-        size = os.path.getsize(GALLERY / picture)
-        print(f"{picture}: {size:,} bytes, {time.perf_counter() - began:.1f} s", flush=True)
+            if name == README:
+                run_demo(Path(folder))
+            else:
+                run_page(pages[name], Path(folder))
+            write_small(Path(folder) / target.name, target)
+        seconds = time.perf_counter() - began
+        print(f"{target.name}: {target.stat().st_size:,} bytes, {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
