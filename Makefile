@@ -11,7 +11,7 @@ NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyen
 
 # The pictures are in demo-output; `make demo DEMO=--wait` keeps the live page until Enter.
 demo: $(VENV)/demo.stamp
-	$(VENV)/bin/python docs/demo.py $(DEMO)
+	$(RUN) docs.demo $(DEMO)
 
 # As many processes as there are cores, up to four: most of the time goes into compiling models.
 test: $(VENV)/test.stamp
@@ -30,9 +30,9 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	DOCS_EXECUTE=$(or $(DOCS_EXECUTE),off) $(RUN) sphinx -W --keep-going -q docs docs/_build/html
 
-# Those of the gallery and the README; `make pictures PAGES=tides` draws that of one page.
+# Those of the gallery and the README (needs Chromium); `make pictures PAGES=tides` draws one.
 pictures: $(VENV)/demo.stamp
-	$(VENV)/bin/python docs/make_pictures.py $(PAGES)
+	$(RUN) docs.make_pictures $(PAGES)
 
 # Writes the table of the README from benchmarks/results.
 figures: $(VENV)/demo.stamp

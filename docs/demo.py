@@ -1,6 +1,6 @@
 """Show in the terminal what nlsq_dask does: ``make demo``.
 
-    python docs/demo.py [--output FOLDER] [--wait]
+    python -m docs.demo [--output FOLDER] [--wait]
 
 On a cluster of two processes: one fit for all values of a climate record, a fit in each of its
 cells, and a fit in each pixel of a film. The pictures are written to ``demo-output``.
@@ -55,7 +55,7 @@ def cell(year: Any, before: Any, rise: Any, midpoint: Any, timescale: Any) -> An
     return before + rise * share(year, midpoint, timescale)
 
 
-def decay(t: Any, height: Any, lifetime: Any, background: Any) -> Any:
+def decay(t: Any, lifetime: Any, height: Any, background: Any) -> Any:
     """Return the brightness of a pixel of the film."""
     return height * jnp.exp(-t / lifetime) + background
 
@@ -183,7 +183,7 @@ def fit_film(folder: Path) -> xr.Dataset:
     return fits
 
 
-def numpy_decay(t: Any, height: Any, lifetime: Any, background: Any) -> Any:
+def numpy_decay(t: Any, lifetime: Any, height: Any, background: Any) -> Any:
     """Return what ``decay`` does, for SciPy."""
     return height * np.exp(-t / lifetime) + background
 
@@ -237,7 +237,8 @@ def main() -> None:
         Client(cluster),
     ):
         print(f"nlsq_dask {nlsq_dask.__version__}, on a Dask cluster of two processes.")
-        say(f"Live page of the fits: {cluster.dashboard_link.replace('/status', '/nlsq')}")
+        page = cluster.dashboard_link.replace("/status", "/nlsq")
+        say(f"Live page, from the start of the first fit: {page}")
         folder = Path(name)
         air = open_record(folder)
         early = air[:50].mean("time").compute()

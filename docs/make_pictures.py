@@ -1,22 +1,22 @@
 """Draw the pictures of the gallery and the README: ``make pictures``.
 
-    python docs/make_pictures.py [PAGE ...]
+    python -m docs.make_pictures [NAME ...]
 
 Each page of ``docs/gallery`` ends with a picture that its own code saves. This script runs the code
 of the pages, prints what it prints, and writes the pictures beside the pages, as small PNG files.
-The picture of the README is one of ``docs/demo.py``.
+The README shows pictures of ``docs/demo.py`` and ``docs/live_page.py``; the latter needs Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 DOCS = Path(__file__).parent
 GALLERY = DOCS / "gallery"
-README = "overview"  # the picture of the README
+OVERVIEW, LIVE_PAGE = "overview", "live_page"  # pictures of the README
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 # A page is 700 pixels wide, so a figure of 7 inches has its fonts in their size.
 STYLE = {
@@ -47,11 +47,20 @@ def run_page(page: Path, folder: Path) -> None:
     plt.close("all")
 
 
-def run_demo(folder: Path) -> None:
-    """Run the demo, which writes its pictures into a folder."""
-    command = [sys.executable, DOCS / "demo.py", "--output", folder]
-    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+def run_script(arguments: Sequence[str | Path]) -> None:
+    """Run Python with these arguments at the root of the project."""
+    command = [sys.executable, *arguments]
+    subprocess.run(command, cwd=DOCS.parent, check=True, stdout=subprocess.DEVNULL)
+
+
+def draw(name: str, folder: Path) -> None:
+    """Draw a picture into a folder."""
+    if name == OVERVIEW:
+        run_script(["-m", "docs.demo", "--output", folder])
+    elif name == LIVE_PAGE:
+        run_script(["-m", "docs.live_page", folder / f"{LIVE_PAGE}.png"])
+    else:
+        run_page(GALLERY / f"{name}.md", folder)
 
 
 def write_small(source: Path, target: Path, width: int = 1400) -> None:
@@ -69,19 +78,15 @@ def write_small(source: Path, target: Path, width: int = 1400) -> None:
 
 def main() -> None:
     """Draw the pictures that were named, or all."""
-    pages = {page.stem: page for page in sorted(GALLERY.glob("*.md"))}
-    names = [*pages, README]
+    names = [*sorted(page.stem for page in GALLERY.glob("*.md")), OVERVIEW, LIVE_PAGE]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="PAGE", help=", ".join(names))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     mpl.use("Agg")
     for name in parser.parse_args().names or names:
         began = time.perf_counter()
-        target = (DOCS if name == README else GALLERY) / f"{name}.png"
+        target = (DOCS if name in (OVERVIEW, LIVE_PAGE) else GALLERY) / f"{name}.png"
         with tempfile.TemporaryDirectory() as folder:
-            if name == README:
-                run_demo(Path(folder))
-            else:
-                run_page(pages[name], Path(folder))
+            draw(name, Path(folder))
             write_small(Path(folder) / target.name, target)
         seconds = time.perf_counter() - began
         print(f"{target.name}: {target.stat().st_size:,} bytes, {seconds:.1f} s", flush=True)

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_demo_runs(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "demo.py", "--output", tmp_path],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "docs.demo", "--output", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
