@@ -9,6 +9,7 @@ neither can change without the other.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -182,11 +183,11 @@ def table() -> str:
         for part in (rows_of_reading, rows_of_scale, rows_of_speed, rows_of_maps, rows_of_gpu)
         for row in part()
     ]
-    return (
+    where = (
         f"Measured on {found[0]['cores']} cores of a virtual machine ({found[0]['cpu']}), Python "
-        f"{found[0]['python']}, {versions}, {dates[0]} to {dates[-1]}.\n\n"
-        f"{common.markdown(['what', 'measured'], rows)}\n"
+        f"{found[0]['python']}, {versions}, {dates[0]} to {dates[-1]}."
     )
+    return f"{textwrap.fill(where, 100)}\n\n{common.markdown(['what', 'measured'], rows)}\n"
 
 
 def parts(text: str) -> tuple[str, str, str]:
