@@ -187,7 +187,8 @@ def table() -> str:
         f"Measured on {found[0]['cores']} cores of a virtual machine ({found[0]['cpu']}), Python "
         f"{found[0]['python']}, {versions}, {dates[0]} to {dates[-1]}."
     )
-    return f"{textwrap.fill(where, 100)}\n\n{common.markdown(['what', 'measured'], rows)}\n"
+    lines = textwrap.fill(where, 100, break_on_hyphens=False)
+    return f"{lines}\n\n{common.markdown(['what', 'measured'], rows)}\n"
 
 
 def parts(text: str) -> tuple[str, str, str]:
