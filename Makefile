@@ -7,13 +7,11 @@ NLSQ_VENV := .venv-nlsq
 # The nlsq package needs Python 3.12 or newer; the first of these that is one makes its environment.
 NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
-.PHONY: demo test test-all lint docs bench bench-nlsq-env clean
+.PHONY: demo test test-all lint docs pictures figures bench bench-nlsq-env clean
 
+# The pictures are in demo-output; `make demo DEMO=--wait` keeps the live page until Enter.
 demo: $(VENV)/demo.stamp
-	mkdir -p demo-output
-	DEMO_OUTPUT=$(CURDIR)/demo-output $(RUN) nbconvert --execute --to html \
-		--output-dir demo-output notebooks/climate_record.ipynb
-	@echo "See demo-output/climate_record.html"
+	$(RUN) docs.demo $(DEMO)
 
 # As many processes as there are cores, up to four: most of the time goes into compiling models.
 test: $(VENV)/test.stamp
@@ -31,6 +29,14 @@ lint: $(VENV)/dev.stamp
 # docs/_build/html/index.html; `make docs DOCS_EXECUTE=cache` shows what the notebooks print, too.
 docs: $(VENV)/docs.stamp
 	DOCS_EXECUTE=$(or $(DOCS_EXECUTE),off) $(RUN) sphinx -W --keep-going -q docs docs/_build/html
+
+# Those of the gallery and the README (needs Chromium); `make pictures PAGES=tides` draws one.
+pictures: $(VENV)/demo.stamp
+	$(RUN) docs.make_pictures $(PAGES)
+
+# Writes the table of the README from benchmarks/results.
+figures: $(VENV)/demo.stamp
+	$(RUN) benchmarks.readme
 
 # `make bench BENCH="--quick"` tries the suite out; `make bench BENCH=kernel` runs one part of it.
 bench: $(VENV)/test.stamp

@@ -4,8 +4,8 @@
 
 Every suite is a process of its own, one after another, with a limit on its time. It writes its
 JSON to ``benchmarks/results/`` and prints its table; at the end the headlines of all are printed,
-which is the table that the README shows, and everything is kept in ``results/tables.md``. The
-status is 1 if a suite failed or was stopped at its limit.
+and everything is kept in ``results/tables.md``. ``make figures`` writes the table of the README
+from the JSON. The status is 1 if a suite failed or was stopped at its limit.
 """
 
 from __future__ import annotations
