@@ -52,17 +52,31 @@ def span(values: Sequence[float]) -> str:
 def rows_of_reading() -> Iterator[Row]:
     """Return how often the data are read, and how long a fit takes against reading them once."""
     fits = figures("passes")["fits"]
-    read = {
-        order: span([fit["rows_read_per_row"] for fit in fits if fit["order"] == order])
-        for order in ("mixed", "ordered")
-    }
-    n_models, n_rows = len({fit["model"] for fit in fits}), record("passes")["settings"]["n_rows"]
-    yield (
-        f"rows read / rows, {n_models} models, {n_rows:,} rows, `p0` off by a factor of 2",
-        f"{read['mixed']}; with x ordered, as in a time series, {read['ordered']}",
-    )
+    n_models = len({fit["model"] for fit in fits})
+    for n_rows, chunks in record("passes")["settings"]["sizes"]:
+        read = {
+            order: [
+                fit["rows_read_per_row"]
+                for fit in fits
+                if (fit["n_rows"], fit["chunks"], fit["order"]) == (n_rows, chunks, order)
+            ]
+            for order in ("mixed", "ordered")
+        }
+        ordered = f"; with x ordered, as in a time series, {span(read['ordered'])}"
+        yield (
+            f"rows read / rows, {n_models} models, {n_rows:,} rows in {chunks} chunks",
+            span(read["mixed"]) + ordered * bool(read["ordered"]),
+        )
     left = max(fit["step_left_in_standard_errors"] for fit in fits)
     yield "distance to the solution after these fits", f"at most {left:.0e} standard errors"
+    large = figures("beyond_memory")
+    ratios = [run["fit"]["seconds"] / run["bare_read"] for run in large["runs"]]
+    two = [run["fit, enable_one_pass=False"]["seconds"] / run["bare_read"] for run in large["runs"]]
+    yield (
+        f"fit / bare read, {large['n_rows']:,} rows, {large['bytes'] / 1e9:.0f} GB, 2 threads",
+        f"{span(ratios)}; with `enable_one_pass=False` {span(two)}; "
+        f"{large['memory_mb']:.0f} MB of memory",
+    )
     n_rows = record("out_of_core")["settings"]["n_rows"]
     for store, name in (("zstd", "compressed"), ("raw", "uncompressed")):
         for what in ("fit, cache=0", 'fit, cache="auto"', "textbook loop"):
@@ -174,7 +188,16 @@ def rows_of_gpu() -> Iterator[Row]:
 
 def table() -> str:
     """Return where the figures were measured, and the table, in Markdown."""
-    suites = ("passes", "out_of_core", "in_memory", "kernel", "memory", "watching", "maps")
+    suites = (
+        "passes",
+        "beyond_memory",
+        "out_of_core",
+        "in_memory",
+        "kernel",
+        "memory",
+        "watching",
+        "maps",
+    )
     found = [record(suite)["environment"] for suite in suites]
     versions = ", ".join(f"{name} {found[0]['versions'][name]}" for name in ("jax", "dask", "zarr"))
     dates = sorted(each["date"][:10] for each in found)

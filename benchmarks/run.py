@@ -24,8 +24,9 @@ from benchmarks import common
 # Seconds after which a suite is stopped: about twice what it takes on two cores.
 LIMITS = {
     "kernel": 400,
-    "passes": 240,
+    "passes": 900,
     "out_of_core": 300,
+    "beyond_memory": 1800,
     "in_memory": 300,
     "small_chunks": 400,
     "memory": 180,

@@ -16,6 +16,7 @@ from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
+from nlsq_dask.solvers.one_step import MAX_PARAMS
 
 _CONCURRENT_SUMS = 40  # partial sums in a worker before they are combined
 _LARGE_FRACTION = 0.2  # of a worker's memory; more for partial sums is reported as a problem
@@ -83,6 +84,16 @@ class Plan:
     problems: tuple[str, ...]
     not_free: tuple[str, ...] = ()
 
+    @property
+    def expected_reads(self) -> float:
+        """Rows that most fits of this kind read, divided by the number of rows.
+
+        It counts the sample, the subsets, and one pass after subsets, otherwise two.
+        """
+        n_passes = 1 if self.subset_rows_read else 2
+        before = self.sample_rows_read + sum(self.subset_rows_read)
+        return n_passes + before / max(self.n_rows, 1)
+
     def _lines(self) -> list[tuple[str, str]]:
         grid = " x ".join(map(str, self.grid))
         return [
@@ -92,6 +103,7 @@ class Plan:
             ("Bytes per pass", format_bytes(self.bytes_per_pass)),
             ("Rows read for the sample", f"{self.sample_rows_read:,}"),
             ("Rows read for subsets", ", ".join(f"{n:,}" for n in self.subset_rows_read) or "none"),
+            ("Expected reads", f"{self.expected_reads:.2f} x all rows"),
             ("Workers", workers_text(self.n_workers, self.threads)),
             ("Peak memory per worker", memory_text(self.peak_memory, self.memory_limit)),
             ("Cache per worker", format_bytes(self.cache_per_worker)),
@@ -120,8 +132,8 @@ def build_plan(problem: FitProblem) -> Plan:
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
     sample = plan_sample(block_rows, problem.sample_rows, config.random_seed, blocks.in_memory)
     subsets: tuple[frozenset[int], ...] = ()
-    is_normal = not (problem.is_without_matrices or config.gauss_newton_solver == "qr")
-    if config.enable_one_pass and is_normal:
+    is_small = problem.model.n_params <= MAX_PARAMS
+    if config.enable_one_pass and is_small and config.gauss_newton_solver != "qr":
         subsets = plan_subsets(block_rows, sample.blocks, config.random_seed, blocks.in_memory)
     with x64():
         mode = choose_mode(model, model.jaxpr())

@@ -334,7 +334,8 @@ def test_the_plan_states_what_is_read(store: Store) -> None:
     x, y = store(*data())
     plan = optimizer.plan(exponential, x, y, START)
     assert plan.subset_rows_read == (READ[1],)
-    assert "Rows read for subsets" in str(plan)
+    assert plan.expected_reads == (sum(READ) + N) / N
+    assert f"Expected reads            {plan.expected_reads:.2f} x all rows" in str(plan)
     assert fit(x, y).rows_read == plan.sample_rows_read + READ[1] + N
     for option in ({"enable_one_pass": False}, {"gauss_newton_solver": "qr"}):
         other = nd.AdaptiveHybridStreamingOptimizer(nd.HybridStreamingConfig(**option, verbose=0))

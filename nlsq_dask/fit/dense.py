@@ -31,7 +31,7 @@ from nlsq_dask.solvers.affine import affine_minimum
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
 from nlsq_dask.solvers.gauss_newton import GaussNewton, Proposal, State, init_state
 from nlsq_dask.solvers.newton import find_minimum
-from nlsq_dask.solvers.one_step import Mirror, one_step
+from nlsq_dask.solvers.one_step import MAX_PARAMS, Mirror, one_step
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
@@ -198,11 +198,15 @@ class DenseFit(FullFit[State, NormalEquations]):
     def _forecast(self, sample: Sample, state: State) -> Proposal | None:
         """Propose a point with the sample; after the first pass, estimate its error."""
         proposal = forecast(state, sample.objective)
-        if proposal is None or state.earlier or not self.problem.config.enable_one_pass:
+        if proposal is None or state.earlier or not self._may_end_after_one_pass:
             return proposal
         iterate = state.iterate
         whole, *batches = sample.mirrored(iterate.moved(iterate.full_step))
         return one_step(state, proposal, Mirror(whole, batches))
+
+    @property
+    def _may_end_after_one_pass(self) -> bool:
+        return self.problem.config.enable_one_pass and self.problem.model.n_params <= MAX_PARAMS
 
     def _approach(self, sample: Sample, start: Vector) -> Vector:
         """Return a point close to the solution, from passes over subsets of the blocks.
@@ -211,7 +215,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         step, are inaccurate: subsets would not save a pass.
         """
         is_gram = self._first_accumulation is Accumulation.GRAM
-        if not (self.problem.config.enable_one_pass and is_gram and sample.is_informative):
+        if not (self._may_end_after_one_pass and is_gram and sample.is_informative):
             return start
         subset_fit = SubsetFit(self.context, self.kernel, self._settings, self._other_start)
         return subset_fit.approach(sample, start, self._first_request(start))

@@ -40,6 +40,7 @@ Matrix = NDArray[np.float64]
 _SIGNIFICANT = 4.0
 _MIN_DOF = 8  # degrees of freedom of the regression over the batches
 _SIMILAR = 2.0  # maximum ratio of J^T J of all rows and of the sample, along any direction
+MAX_PARAMS = 200  # more would take too much memory and time
 _NEARLY_LINEAR = 0.1  # maximum change of the step by second order, relative to the step
 
 
