@@ -102,7 +102,11 @@ def test_agrees_with_numpy(n_params: int, loss: str) -> None:
     assert np.isnan(found.reduced_chi2[0])
     assert np.isnan(found.largest_residual[0])
     assert int(found.n_points.sum()) == result.n_points
-    assert float(found.chi2.sum()) == pytest.approx(result.chi2)
+    # A last step without a pass, by a few standard errors, changes chi2, but not that of the blocks.
+    n_errors = np.abs((at - result.x) / result.perr).max()
+    rounding = 1e-9 * result.chi2
+    difference = float(found.chi2.sum()) - result.chi2
+    assert -rounding <= difference <= 10 * n_params * n_errors**2 * result.sigma_sq + rounding
 
 
 def test_costs_no_reading_and_no_pass(process_client: Any) -> None:

@@ -29,7 +29,13 @@ from nlsq_dask.model.model import Model
 from nlsq_dask.rows.rows import Rows
 from nlsq_dask.solvers.affine import affine_minimum
 from nlsq_dask.solvers.covariance import Covariance, covariance, sandwich
-from nlsq_dask.solvers.gauss_newton import GaussNewton, Proposal, State, init_state
+from nlsq_dask.solvers.gauss_newton import (
+    GaussNewton,
+    Proposal,
+    State,
+    init_state,
+    take_last_step,
+)
 from nlsq_dask.solvers.newton import find_minimum
 from nlsq_dask.solvers.one_step import MAX_PARAMS, Mirror, one_step
 from nlsq_dask.solvers.surrogate import forecast
@@ -196,13 +202,14 @@ class DenseFit(FullFit[State, NormalEquations]):
         )
 
     def _forecast(self, sample: Sample, state: State) -> Proposal | None:
-        """Propose a point with the sample; after the first pass, estimate its error."""
+        """Propose a point with the sample; after the first pass, perhaps one for a last step."""
         proposal = forecast(state, sample.objective)
         if proposal is None or state.earlier or not self._may_end_after_one_pass:
             return proposal
         iterate = state.iterate
         whole, *batches = sample.mirrored(iterate.moved(iterate.full_step))
-        return one_step(state, proposal, Mirror(whole, batches))
+        last = one_step(state, proposal, Mirror(whole, batches))
+        return proposal if take_last_step(state, last).stop is None else last
 
     @property
     def _may_end_after_one_pass(self) -> bool:

@@ -98,7 +98,7 @@ class FitResult(PlotMethods):
     block_statistics : xarray.Dataset or None
         Statistics of the residuals of each block (chunk of y), along the dimensions of y: ``chi2``,
         ``n_points``, ``reduced_chi2`` (here ``chi2 / n_points``, NaN without points) and
-        ``largest_residual`` (largest ``|r|``). They belong to the same parameters as ``cost``.
+        ``largest_residual`` (largest ``|r|``). They belong to ``diagnostics["sums_at"]``.
         Coordinates are the positions of the first element of each block in y, and have the length
         of the dimension as their attribute ``size``. None if there was no pass.
     param_names : tuple of str
