@@ -119,7 +119,9 @@ def test_one_compile_a_worker_and_none_in_a_second_fit(process_client: Client) -
     def run() -> nd.FitResult:
         # Every time a new function object, as when a notebook cell runs again.
         with process_client.as_current():
-            return problems.fit(lambda x, a, b, c: a * jnp.exp2(-b * x) + c, x, y, START)
+            return problems.fit(
+                lambda x, a, b, c: a * jnp.exp2(-b * x) + c, x, y, START, enable_one_pass=False
+            )
 
     before, here = counts(), compile_count()
     first = run()

@@ -34,6 +34,8 @@ from nlsq_dask.engine.workers import Workers, is_connected
 
 _CHECK_INTERVAL = 1.0  # seconds between checks while a computation runs
 _GATHER_INTERVAL = 1.0  # seconds between checks that gathered results still exist
+_IN_PROCESS = (None, get_sync, get_threaded)
+_MAX_INLINE = 16  # tasks that are computed without a scheduler
 # Dask's local schedulers, which report every finished task.
 _LOCAL = (None, get_sync, get_threaded, dask.multiprocessing.get)
 
@@ -198,8 +200,28 @@ def execute(
             partials.add(tree.nodes[key], result)
             watch(partials)
 
-    options = callback_options(get_scheduler(), finished)
+    get = get_scheduler()
+    is_small = len(tree.nodes) == 1 and len(tree.tasks) <= _MAX_INLINE
+    if is_small and get in _IN_PROCESS and not Callback.active:
+        # A scheduler would take longer than many a task.
+        result = _evaluate(tree.tasks, tree.root.key)
+        finished(tree.root.key, result)
+        return result
+    options = callback_options(get, finished)
     return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
+
+
+def _evaluate(tasks: dict[Any, Any], key: Any) -> Any:
+    """Return the result of a task of a graph, computed in this thread with all that it needs."""
+    results: dict[Any, Any] = {}
+
+    def result(key: Any) -> Any:
+        if key not in results:
+            node = tasks[key]
+            results[key] = node({needed: result(needed) for needed in node.dependencies})
+        return results[key]
+
+    return result(key)
 
 
 def callback_options(get: Any, finished: Callable[..., None]) -> dict[str, Any]:

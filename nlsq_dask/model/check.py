@@ -23,6 +23,7 @@ from nlsq_dask.model.jacobian import derivative_error, has_derivative
 from nlsq_dask.model.jax_scope import x64
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.prediction import PredictionKernel
+from nlsq_dask.model.program import traced_once
 from nlsq_dask.rows.rows import Rows
 
 # Two different numbers of rows at which the shape of the result is checked.
@@ -32,12 +33,26 @@ _PROBE_ROWS = (7, 12)
 def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
     """Raise a ModelError unless JAX can trace the model and it returns one real value per row.
 
+    A model that computes the same as one that was checked before is not checked again.
+
     Parameters
     ----------
     model : Model
     x_labels : sequence of str
         Names of the x arrays for messages; an empty string for an array without a name.
     """
+    check = partial(_check_trace, model, x_labels)
+    try:
+        with x64():
+            jaxpr = model.jaxpr()
+    except Exception:  # which the check explains
+        check()
+        return
+    traced_once((_check_trace, model.layout, model.dtype, model.n_params), jaxpr, check)
+
+
+def _check_trace(model: Model, x_labels: Sequence[str]) -> bool:
+    """Check a model as ``check_trace`` does; return True."""
     params = jax.ShapeDtypeStruct((model.n_params,), np.dtype(model.dtype))
     make_jaxpr = jax.make_jaxpr(model.raw, return_shape=True)
     with x64():
@@ -58,6 +73,7 @@ def check_trace(model: Model, x_labels: Sequence[str] = ()) -> None:
                 ) from error
             _check_output(model, out, n_rows)
             _check_indices(model, jaxpr, n_rows)
+    return True
 
 
 def _check_indices(model: Model, jaxpr: Any, n_rows: int) -> None:

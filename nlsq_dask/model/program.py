@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
@@ -66,7 +67,8 @@ class _Cache:
 
 
 _compiled = _Cache(64)
-_traced = _Cache(32)
+_traced = _Cache(48)
+_digests: weakref.WeakKeyDictionary[Any, bytes | None] = weakref.WeakKeyDictionary()
 
 
 class Program:
@@ -163,15 +165,23 @@ def traced_once(signature: Any, jaxpr: Any, trace: Callable[[], T]) -> T:
     ``trace`` also lowers the model, which takes longer than making a jaxpr, and repeated fits
     mostly change only the data. Two jaxprs are equal if their texts and constants are equal.
     """
+    if jaxpr not in _digests:
+        _digests[jaxpr] = _digest(jaxpr)
+    digest = _digests[jaxpr]
+    return trace() if digest is None else _traced.get((signature, digest), trace)
+
+
+def _digest(jaxpr: Any) -> bytes | None:
+    """Return a digest of the text and constants of a jaxpr, or None if they do not identify it."""
     text = str(jaxpr)
     constants = _constants(jaxpr)
     if _INEXACT.search(text) or constants is None:
-        return trace()
+        return None
     digest = hashlib.sha256(text.encode())
     for constant in constants:
         digest.update(f"{constant.dtype}{constant.shape}".encode())
         digest.update(np.ascontiguousarray(constant).tobytes())
-    return _traced.get((signature, digest.digest()), trace)
+    return digest.digest()
 
 
 def has_custom_rules(jaxpr: Any) -> bool:
