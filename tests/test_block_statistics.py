@@ -102,7 +102,7 @@ def test_agrees_with_numpy(n_params: int, loss: str) -> None:
     assert np.isnan(found.reduced_chi2[0])
     assert np.isnan(found.largest_residual[0])
     assert int(found.n_points.sum()) == result.n_points
-    # A last step without a pass, by a few standard errors, changes chi2, but not that of the blocks.
+    # A last step without a pass changes chi2 by a few units, but not that of the blocks.
     n_errors = np.abs((at - result.x) / result.perr).max()
     rounding = 1e-9 * result.chi2
     difference = float(found.chi2.sum()) - result.chi2
