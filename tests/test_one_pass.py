@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zarr
 from dask.distributed import Client, LocalCluster
+from scipy.signal import lfilter
 
 import nlsq_dask as nd
 from nlsq_dask.data import sampling, subsets
@@ -24,6 +25,7 @@ from nlsq_dask.data.subsets import plan_subsets
 from nlsq_dask.engine import reduction_tree
 from nlsq_dask.errors import BlockReadError, NonFiniteDataError
 from nlsq_dask.events import BlocksFinished, Event, PassFinished, SubsetFinished
+from nlsq_dask.solvers import gauss_newton
 from tests.problems import fit as quiet_fit
 from tests.problems import scipy_fit
 
@@ -224,6 +226,28 @@ def test_the_estimated_error_is_that_of_many_data_sets(store: Store) -> None:
     assert len(ratios) >= 4
     assert max(ratios) < 4.0
     assert np.median(ratios) < 1.5
+
+
+@pytest.mark.parametrize("kind", ["outliers", "correlated"])
+def test_noise_that_a_sample_does_not_show(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The estimated error counts rare outliers, and the correlation of neighbors."""
+    monkeypatch.setattr(gauss_newton, "_ERROR_PER_TOL", np.inf)
+    monkeypatch.setattr(gauss_newton, "_MAX_ONE_STEP_ERROR", np.inf)
+    x, y = data(noise=0.02)
+    rng = np.random.default_rng(1)
+    if kind == "outliers":
+        y[rng.integers(0, N, 20)] += 100.0 * rng.choice([-1, 1], 20)
+    else:
+        x = np.sort(x)
+        decay = np.exp(-1 / 300)
+        noise = lfilter([np.sqrt(1 - decay**2)], [1, -decay], rng.standard_normal(N))
+        y = exponential_np(x, np.array([2.5, 1.3, 0.5])) + 0.02 * noise
+    result = fit(*store(x, y), sample_rows=4_000)
+    popt, _ = scipy_fit(exponential, x, y, result.x)
+    assert result.n_passes == 1
+    assert distance(result, popt) < 2 * result.diagnostics["last_step_error"]
 
 
 # --- invalid rows and blocks

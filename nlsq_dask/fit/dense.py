@@ -64,6 +64,7 @@ class DenseFit(FullFit[State, NormalEquations]):
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
         config = self.problem.config
+        self._n_fitted = 1  # rows for which the first iterate over all rows is the solution
         self._other_model: Model | None = None  # with the mode of differentiation not in use
         self._trace_kernels()
         self._settings = gauss_newton_settings(self.problem)
@@ -201,8 +202,8 @@ class DenseFit(FullFit[State, NormalEquations]):
         if proposal is None or state.earlier or not self.problem.config.enable_one_pass:
             return proposal
         iterate = state.iterate
-        whole, *batches = sample.mirrored(iterate.moved(iterate.full_step))
-        return one_step(state, proposal, Mirror(whole, batches))
+        pairs = sample.mirrored(iterate.moved(iterate.full_step))
+        return one_step(state, proposal, Mirror(next(pairs), pairs), self._n_fitted)
 
     def _approach(self, sample: Sample, start: Vector) -> Vector:
         """Return a point close to the solution, from passes over subsets of the blocks.
@@ -211,10 +212,12 @@ class DenseFit(FullFit[State, NormalEquations]):
         step, are inaccurate: subsets would not save a pass.
         """
         is_gram = self._first_accumulation is Accumulation.GRAM
+        self._n_fitted = max(sample.n_used, 1)
         if not (self.problem.config.enable_one_pass and is_gram and sample.is_informative):
             return start
         subset_fit = SubsetFit(self.context, self.kernel, self._settings, self._other_start)
-        return subset_fit.approach(sample, start, self._first_request(start))
+        start, self._n_fitted = subset_fit.approach(sample, start, self._first_request(start))
+        return start
 
     def _better_start(
         self,
