@@ -250,6 +250,20 @@ def test_noise_that_a_sample_does_not_show(
     assert distance(result, popt) < 2 * result.diagnostics["last_step_error"]
 
 
+def test_skewed_residuals_with_a_robust_loss(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """J^T J depends on the signs of the residuals."""
+    monkeypatch.setattr(gauss_newton, "_ERROR_PER_TOL", np.inf)
+    monkeypatch.setattr(gauss_newton, "_MAX_ONE_STEP_ERROR", np.inf)
+    x, y = data(noise=0.0)
+    y += 0.03 * np.random.default_rng(1).exponential(size=N)
+    arrays = store(x, y)
+    robust: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.02}
+    one = fit(*arrays, **robust)
+    two = fit(*arrays, **robust, enable_one_pass=False)
+    assert (one.n_passes, two.n_passes) == (1, 2)
+    assert distance(one, two.x) < 2 * one.diagnostics["last_step_error"]
+
+
 # --- invalid rows and blocks
 
 

@@ -252,7 +252,10 @@ def _changes(iterate: Iterate, params: Vector, mirror: Mirror) -> _Changes | Non
             return None
         own = [batch[0](at).jtj for at in (iterate.params, params)]
         others = [batch[1](at).jtr for at in (iterate.params, params)]
-        slopes.append([before.jtr - others[0], after.jtr - others[1]])
+        # The step was computed with J^T J for these residuals, not with the mean for both signs,
+        # which differs if the loss is robust.
+        mirrored = (own[0] - before.jtj) @ step
+        slopes.append([before.jtr - others[0] + mirrored, after.jtr - others[1]])
         gradients.append(after.jtr - before.jtr - before.jtj @ step)
         jtj_change += own[1] - own[0]
         relative.add(inverse @ (own[1] - own[0]) @ inverse)
