@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -364,6 +365,31 @@ def test_a_fit_resumes_at_every_subset(store: Store, tmp_path: Path, at: str) ->
     assert same(resumed, expected)
     if at == "pass":
         assert resumed.n_passes == 1
+
+
+def test_the_time_limit_in_the_pass_after_a_subset(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters are those that the subset has improved."""
+    arrays = store(*data())
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("nlsq_dask.fit.interruption.time", clock)
+    passes: list[PassFinished] = []
+
+    def watch(event: Event) -> None:
+        match event:
+            case PassFinished():
+                passes.append(event)
+            case BlocksFinished() if not event.subset:
+                clock.now = 2.0
+
+    fit(*arrays, observers=[watch])
+    clock.now = 0.0
+    stopped = fit(*arrays, max_walltime=1.0, observers=[watch])
+    (whole,) = passes
+    assert stopped.status < 0
+    assert stopped.rows_read == sum(READ)
+    np.testing.assert_array_equal(stopped.x, whole.params)
 
 
 def test_the_plan_states_what_is_read(store: Store) -> None:

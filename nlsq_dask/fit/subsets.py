@@ -73,6 +73,7 @@ class SubsetFit:
             if reached is None:
                 break
             start, n_fitted = reached
+            self.context.iterations.latest = start
         return start, n_fitted
 
     def _is_representative(self, subset: Subset, sample: Sample, params: Vector) -> bool:
