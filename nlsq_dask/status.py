@@ -8,8 +8,8 @@ from typing import Self
 FIX_EXAMPLE = "such as fixed={'b': 2.0}"
 # Instead of the sentence of LAST_STEP, if the step followed the first pass over all rows.
 ONE_PASS = (
-    "Converged: after the last step, the estimated distance from the minimum is {:.1g} standard "
-    "errors, below what `gauss_newton_tol` allows. That step took no pass over the data; grad and "
+    "Converged: after the last step, the distance from the minimum is about {:.1g} standard errors "
+    "or less, below what `gauss_newton_tol` allows. That step took no pass over the data; grad and "
     "block_statistics are those before this step."
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import zarr
 from dask.distributed import Client, LocalCluster
+from scipy.signal import lfilter
 
 import nlsq_dask as nd
 from nlsq_dask.data import sampling, subsets
@@ -24,6 +26,7 @@ from nlsq_dask.data.subsets import plan_subsets
 from nlsq_dask.engine import reduction_tree
 from nlsq_dask.errors import BlockReadError, NonFiniteDataError
 from nlsq_dask.events import BlocksFinished, Event, PassFinished, SubsetFinished
+from nlsq_dask.solvers import gauss_newton
 from tests.problems import fit as quiet_fit
 from tests.problems import scipy_fit
 
@@ -93,7 +96,7 @@ def test_subsets_are_nested_spread_and_contain_the_sample() -> None:
 
 
 def test_blocks_without_rows_are_not_in_a_subset() -> None:
-    rows = np.where(np.arange(64) % 2, 1_000_000, 0)
+    rows = np.where(np.arange(64) % 2, 500_000, 0)
     (blocks,) = plan_subsets(rows, [(1,)], seed=0, in_memory=False)
     assert len(blocks) == 6  # 3/16 of 32
     assert all(rows[i] for i in blocks)
@@ -226,6 +229,46 @@ def test_the_estimated_error_is_that_of_many_data_sets(store: Store) -> None:
     assert np.median(ratios) < 1.5
 
 
+@pytest.mark.parametrize("kind", ["outliers", "correlated"])
+def test_noise_that_a_sample_does_not_show(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The estimated error counts rare outliers, and the correlation of neighbors."""
+    monkeypatch.setattr(gauss_newton, "_ERROR_PER_TOL", np.inf)
+    monkeypatch.setattr(gauss_newton, "_MAX_ONE_STEP_ERROR", np.inf)
+    monkeypatch.setattr(gauss_newton, "_COVARIANCE_PER_TOL", np.inf)
+    monkeypatch.setattr(gauss_newton, "_MAX_COVARIANCE_ERROR", np.inf)
+    x, y = data(noise=0.02)
+    rng = np.random.default_rng(1)
+    if kind == "outliers":
+        y[rng.integers(0, N, 20)] += 100.0 * rng.choice([-1, 1], 20)
+    else:
+        x = np.sort(x)
+        decay = np.exp(-1 / 300)
+        noise = lfilter([np.sqrt(1 - decay**2)], [1, -decay], rng.standard_normal(N))
+        y = exponential_np(x, np.array([2.5, 1.3, 0.5])) + 0.02 * noise
+    result = fit(*store(x, y), sample_rows=4_000)
+    popt, _ = scipy_fit(exponential, x, y, result.x)
+    assert result.n_passes == 1
+    assert distance(result, popt) < 2 * result.diagnostics["last_step_error"]
+
+
+def test_skewed_residuals_with_a_robust_loss(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """J^T J depends on the signs of the residuals."""
+    monkeypatch.setattr(gauss_newton, "_ERROR_PER_TOL", np.inf)
+    monkeypatch.setattr(gauss_newton, "_MAX_ONE_STEP_ERROR", np.inf)
+    monkeypatch.setattr(gauss_newton, "_COVARIANCE_PER_TOL", np.inf)
+    monkeypatch.setattr(gauss_newton, "_MAX_COVARIANCE_ERROR", np.inf)
+    x, y = data(noise=0.0)
+    y += 0.03 * np.random.default_rng(1).exponential(size=N)
+    arrays = store(x, y)
+    robust: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.02}
+    one = fit(*arrays, **robust)
+    two = fit(*arrays, **robust, enable_one_pass=False)
+    assert (one.n_passes, two.n_passes) == (1, 2)
+    assert distance(one, two.x) < 2 * one.diagnostics["last_step_error"]
+
+
 # --- invalid rows and blocks
 
 
@@ -326,6 +369,31 @@ def test_a_fit_resumes_at_every_subset(store: Store, tmp_path: Path, at: str) ->
     assert same(resumed, expected)
     if at == "pass":
         assert resumed.n_passes == 1
+
+
+def test_the_time_limit_in_the_pass_after_a_subset(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters are those that the subset has improved."""
+    arrays = store(*data())
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("nlsq_dask.fit.interruption.time", clock)
+    passes: list[PassFinished] = []
+
+    def watch(event: Event) -> None:
+        match event:
+            case PassFinished():
+                passes.append(event)
+            case BlocksFinished() if not event.subset:
+                clock.now = 2.0
+
+    fit(*arrays, observers=[watch])
+    clock.now = 0.0
+    stopped = fit(*arrays, max_walltime=1.0, observers=[watch])
+    (whole,) = passes
+    assert stopped.status < 0
+    assert stopped.rows_read == sum(READ)
+    np.testing.assert_array_equal(stopped.x, whole.params)
 
 
 def test_the_plan_states_what_is_read(store: Store) -> None:

@@ -110,8 +110,8 @@ class HybridStreamingConfig(ValidatedOptions):
     enable_one_pass : True or False, default True
         Read the data as little more than once, if possible: approach the solution on growing
         subsets of the blocks, and take the last step after the first pass over all rows without a
-        further pass, if its estimated error is at most ``20000 * gauss_newton_tol`` standard
-        errors (0.0002 by default). If False, at least one more pass verifies the solution.
+        further pass, if its estimated error is at most ``1e5 * gauss_newton_tol`` standard errors
+        (0.001 by default). If False, at least one more pass verifies the solution.
     trust_region_initial : a number > 0, default 1.0
         Initial radius of the trust region, as a multiple of the norm of the start in the variables
         of the trust region, which are scaled by the column norms of the Jacobian. With conjugate
@@ -381,6 +381,12 @@ class HybridStreamingConfig(ValidatedOptions):
         """Return ``sample_rows`` as a number, computed from the arguments if it is "auto"."""
         if isinstance(self.sample_rows, str):
             return auto.sample_rows(n_rows, row_bytes, n_params)
+        return self.sample_rows
+
+    def forecast_size(self, n_rows: int, row_bytes: int, n_params: int) -> int:
+        """Return how many rows the first pass returns as a sample."""
+        if isinstance(self.sample_rows, str):
+            return auto.forecast_rows(n_rows, row_bytes, n_params)
         return self.sample_rows
 
     def is_without_matrices(self, n_params: int) -> bool:

@@ -16,7 +16,7 @@ _MIN_ROWS, _MIN_BLOCKS = 5_000_000, 8
 # Shares of the blocks. The error that remains after one pass decreases with the number of rows, so
 # small data need a larger share.
 _FIRST, _LAST, _LAST_OF_SMALL = 1 / 64, 1 / 8, 3 / 16
-_SMALL_ROWS = 2**25
+_SMALL_ROWS = 2**24
 _MIN_SIZE = 3  # blocks
 _GROWTH = 2  # minimum ratio of the sizes of the first subset and of the sample, in blocks
 

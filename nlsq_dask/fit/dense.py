@@ -70,6 +70,7 @@ class DenseFit(FullFit[State, NormalEquations]):
     def __init__(self, context: FitContext) -> None:
         super().__init__(context)
         config = self.problem.config
+        self._n_fitted = 1  # rows for which the first iterate over all rows is the solution
         self._other_model: Model | None = None  # with the mode of differentiation not in use
         self._trace_kernels()
         self._settings = gauss_newton_settings(self.problem)
@@ -207,13 +208,19 @@ class DenseFit(FullFit[State, NormalEquations]):
         if proposal is None or state.earlier or not self._may_end_after_one_pass:
             return proposal
         iterate = state.iterate
-        whole, *batches = sample.mirrored(iterate.moved(iterate.full_step))
-        last = one_step(state, proposal, Mirror(whole, batches))
+        pairs = sample.mirrored(iterate.moved(iterate.full_step))
+        last = one_step(state, proposal, Mirror(next(pairs), pairs), self._n_fitted)
         return proposal if take_last_step(state, last).stop is None else last
 
     @property
     def _may_end_after_one_pass(self) -> bool:
         return self.problem.config.enable_one_pass and self.problem.model.n_params <= MAX_PARAMS
+
+    @property
+    def _forecast_rows(self) -> int:
+        """Number of rows that the first pass over all rows returns as a sample."""
+        is_larger = self._may_end_after_one_pass
+        return self.problem.forecast_rows if is_larger else self.problem.sample_rows
 
     def _approach(self, sample: Sample, start: Vector) -> Vector:
         """Return a point close to the solution, from passes over subsets of the blocks.
@@ -222,10 +229,12 @@ class DenseFit(FullFit[State, NormalEquations]):
         step, are inaccurate: subsets would not save a pass.
         """
         is_gram = self._first_accumulation is Accumulation.GRAM
+        self._n_fitted = max(sample.n_used, 1)
         if not (self._may_end_after_one_pass and is_gram and sample.is_informative):
             return start
         subset_fit = SubsetFit(self.context, self.kernel, self._settings, self._other_start)
-        return subset_fit.approach(sample, start, self._first_request(start))
+        start, self._n_fitted = subset_fit.approach(sample, start, self._first_request(start))
+        return start
 
     def _better_start(
         self,

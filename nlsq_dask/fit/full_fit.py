@@ -137,6 +137,11 @@ class FullFit(ABC, Generic[T, S]):
         """Return which sums the first pass over all rows computes."""
         return Request(params, is_fresh=True)
 
+    @property
+    def _forecast_rows(self) -> int:
+        """Number of rows that the first pass over all rows returns as a sample."""
+        return self.problem.sample_rows
+
     def _approach(self, sample: SampleProblem[Any], start: Vector) -> Vector:
         """Return a point closer to the solution than ``start``, from sums over a part of the rows.
 
@@ -275,7 +280,7 @@ class FullFit(ABC, Generic[T, S]):
         return self.context.passes.run(
             self.kernel(request),
             request,
-            sample_rows=problem.sample_rows,
+            sample_rows=self._forecast_rows,
             seed=problem.config.random_seed,
         )
 

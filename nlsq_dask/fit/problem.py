@@ -79,6 +79,12 @@ class FitProblem:
         return self.config.sample_size(self.blocks.n_rows, layout.row_bytes, n_params)
 
     @property
+    def forecast_rows(self) -> int:
+        """Number of rows of the sample that the first pass over all rows returns."""
+        layout, n_params = self.model.layout, self.model.n_params
+        return self.config.forecast_size(self.blocks.n_rows, layout.row_bytes, n_params)
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Arguments that must be equal when a fit is resumed.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -191,21 +191,21 @@ class SampleProblem(Generic[R]):
         parts = np.array_split(np.arange(self.n_used), self._n_blocks)
         return [self._objective(self._rows.take(part)) for part in parts]
 
-    def mirrored(self, params: Vector) -> list[tuple[R, R]]:
-        """Return pairs of objectives: with the residuals at ``params``, and with their negatives.
+    def mirrored(self, params: Vector) -> Iterator[tuple[R, R]]:
+        """Yield pairs of objectives: with the residuals at ``params``, and with their negatives.
 
-        The first pair is of all rows of the sample, the others are of batches of them.
+        The first pair is of all rows of the sample, the others are of batches of them. Each
+        objective caches p-by-p matrices, so a caller should not keep the pairs of all batches.
         """
         rows, kernel = self._rows, self._prediction
         values = kernel(rows.batches(kernel.batch_rows), params)[0]
         # Integers could not hold the values.
         dtype = rows.y.dtype if rows.y.dtype.kind == "f" else np.dtype(np.float64)
         other = replace(rows, y=(2.0 * values - rows.y).astype(dtype))
-        pairs = [(self.objective, self._objective(other))]
+        yield self.objective, self._objective(other)
         for i in range(_N_BATCHES):
             index = np.arange(i, self.n_used, _N_BATCHES)
-            pairs.append((self._objective(rows.take(index)), self._objective(other.take(index))))
-        return pairs
+            yield self._objective(rows.take(index)), self._objective(other.take(index))
 
     def _objective(self, rows: Rows) -> R:
         objective = self._make_objective(rows, self.y_reference)

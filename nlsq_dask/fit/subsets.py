@@ -49,8 +49,10 @@ class SubsetFit:
     # differ by chance.
     find_start: Callable[[Sample, Vector, NormalEquations, float], Vector | None]
 
-    def approach(self, sample: Sample, start: Vector, request: Request) -> Vector:
-        """Return a point close to the solution; ``start`` if subsets would not help.
+    def approach(self, sample: Sample, start: Vector, request: Request) -> tuple[Vector, int]:
+        """Return a point close to the solution, and the number of rows that determine it.
+
+        The point is ``start`` if subsets would not help.
 
         Parameters
         ----------
@@ -62,15 +64,17 @@ class SubsetFit:
             The sums to compute; its parameters are not used.
         """
         problem = self.context.problem
+        n_fitted = sample.n_used
         subsets = self.context.passes.plan_subsets(problem.sample_rows, problem.config.random_seed)
         if not subsets or not self._is_representative(subsets[-1], sample, start):
-            return start
+            return start, n_fitted
         for subset in subsets:
-            point = self._step(subset, sample, start, request)
-            if point is None:
+            reached = self._step(subset, sample, start, request)
+            if reached is None:
                 break
-            start = point
-        return start
+            start, n_fitted = reached
+            self.context.iterations.latest = start
+        return start, n_fitted
 
     def _is_representative(self, subset: Subset, sample: Sample, params: Vector) -> bool:
         """Whether a subset tells enough of all rows: it has many blocks, or blocks are alike."""
@@ -80,8 +84,11 @@ class SubsetFit:
 
     def _step(
         self, subset: Subset, sample: Sample, start: Vector, request: Request
-    ) -> Vector | None:
-        """Return the point after a step on a subset, or None if no step can be computed."""
+    ) -> tuple[Vector, int] | None:
+        """Return the point after a step on a subset, and the number of rows that determine it.
+
+        None if no step can be computed.
+        """
         problem, passes = self.context.problem, self.context.passes
         max_variance, chance = sample.max_expected(start), sample.chance
         request = Request(start, accumulation=request.accumulation, is_fresh=True)
@@ -99,12 +106,12 @@ class SubsetFit:
         if sums.variance(0) > max_variance:
             other = self.find_start(sample, start, sums, chance)
             if other is not None:
-                return other if sample.objective(other).is_finite else None
+                return (other, sample.n_used) if sample.objective(other).is_finite else None
         state = init_state(start, sums, self.settings)
         if state.stop is not None:
-            return start if state.stop.is_success else None
+            return (start, sums.n_used) if state.stop.is_success else None
         proposal = forecast(state, sample.objective)
-        return None if proposal is None else proposal.params
+        return None if proposal is None else (proposal.params, sums.n_used)
 
 
 def are_alike(sums: Sequence[NormalEquations]) -> bool:

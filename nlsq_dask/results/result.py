@@ -133,8 +133,9 @@ class FitResult(PlotMethods):
           block_statistics were computed, which differ from x after a last step that took no pass.
         - ``last_step_without_pass``: whether there was such a step. ``last_step_error``: if it
           followed the first pass over all rows, the estimated distance of x from the minimum, in
-          standard errors; otherwise None. In this case ``sums_at`` is up to a few standard errors
-          from x, so cost, chi2 and pcov are predicted for x; grad and block_statistics are not.
+          standard errors, without rounding errors of float32; otherwise None. In this case
+          ``sums_at`` is up to a few standard errors from x, so cost, chi2 and pcov are predicted
+          for x; grad and block_statistics are not.
         - ``active_bounds`` and ``undetermined``: names of the parameters at a bound, and of those
           that the data do not constrain. ``confounded``: a list of names for each group of
           parameters that the data cannot tell apart, such as the factors of a product; their

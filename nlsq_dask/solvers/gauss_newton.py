@@ -36,11 +36,10 @@ _SHRINKING = 0.5  # contraction below which another step improves the iterate
 # Tolerated change of the covariance, relative to the variances, for a last step without a pass:
 _COVARIANCE_RTOL = 1e-7
 _CARRIED_RTOL = 5e-6  # if a sample predicts it to a few percent
-# For a last step after the first pass, whose error a sample of rows estimates: the error that is
-# tolerated, in standard errors, per ``tol`` and at most; and that of the covariance, relative to
-# the variances, per tolerated error.
-_ERROR_PER_TOL, _MAX_ONE_STEP_ERROR = 2e4, 1e-3
-_COVARIANCE_PER_ERROR = 0.01
+# Tolerated error of a last step after the first pass, estimated with a sample: in standard errors,
+# per ``tol`` and at most; and that of the covariance, relative to the variances.
+_ERROR_PER_TOL, _MAX_ONE_STEP_ERROR = 1e5, 1e-3
+_COVARIANCE_PER_TOL, _MAX_COVARIANCE_ERROR = 200.0, 1e-5
 _MAX_EARLIER = 3  # earlier iterates to keep
 _MAX_ERROR = 1e-6  # of a standard error, tolerated in addition to tol |p|
 # The change of the covariance, extrapolated from the previous step with another direction, was
@@ -259,7 +258,7 @@ def take_last_step(state: State, proposal: Proposal) -> State:
     if proposal.error is not None:
         is_safe = (
             proposal.error <= min(_ERROR_PER_TOL * tol, _MAX_ONE_STEP_ERROR)
-            and proposal.covariance_error <= _ERROR_PER_TOL * tol * _COVARIANCE_PER_ERROR
+            and proposal.covariance_error <= min(_COVARIANCE_PER_TOL * tol, _MAX_COVARIANCE_ERROR)
             and not iterate.quadratic.is_flat
         )
         if is_safe:

@@ -11,7 +11,9 @@ Le Cam). A step d has two errors of second order:
 
 To tell them apart, the sample is evaluated twice: with its residuals at ``p_0 + d``, and with the
 same residuals of opposite sign (``Mirror``). The first error changes its sign, the second does not.
-Their variances follow from batches of the sample.
+Their variances follow from batches of the sample, whose rows are far apart. Over all rows, the
+residuals may vary more: neighbors are correlated, or the sample lacks rare outliers. Both show in
+sums over all rows, and increase the estimate (``_excess_variance``).
 
 References
 ----------
@@ -21,7 +23,7 @@ Berkeley Symposium on Mathematical Statistics and Probability 1, 129-156 (1956).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,7 +39,7 @@ Matrix = NDArray[np.float64]
 
 # Standard deviations of its sampling error above which a mean of the first error is not chance.
 # They are estimated from a few batches, so the distribution has long tails.
-_SIGNIFICANT = 4.0
+_SIGNIFICANT = 3.0
 _MIN_DOF = 8  # degrees of freedom of the regression over the batches
 _SIMILAR = 2.0  # maximum ratio of J^T J of all rows and of the sample, along any direction
 MAX_PARAMS = 200  # more would take too much memory and time
@@ -52,7 +54,7 @@ class Mirror:
     """
 
     whole: tuple[Reduce, Reduce]  # with the residuals, and with their negatives
-    batches: Sequence[tuple[Reduce, Reduce]]
+    batches: Iterable[tuple[Reduce, Reduce]]  # used once, so that none needs to be kept
 
     def mean(self, params: Vector) -> NormalEquations:
         """Return the mean of the sums with both signs: those of a model that fits the rows."""
@@ -76,7 +78,8 @@ class _Changes:
 
     noise: Matrix  # from the residuals, shape (n_batches, p)
     curvature: Matrix  # from the change of J^T J, shape (n_batches, p)
-    covariance: Matrix  # relative change of the elements of the covariance, (n_batches, p * p)
+    # Largest sampling error of an element of the covariance, relative to the variances.
+    covariance_error: float
     weight: float  # number of all rows per row of the sample
     unit: Vector  # standard errors of the parameters, shape (p,)
 
@@ -90,7 +93,32 @@ class _Changes:
         return np.asarray(self.weight * np.sqrt(len(of_batches)) * deviation)
 
 
-def one_step(state: State, forecast: Proposal, mirror: Mirror) -> Proposal:
+class _Spread:
+    """Standard deviation of a sum of p-by-p matrices, of which none is kept.
+
+    Parameters
+    ----------
+    unit : ndarray, shape (p, p)
+        What the elements are divided by.
+    """
+
+    def __init__(self, unit: Matrix) -> None:
+        self._unit, self._count = unit, 0
+        self._mean, self._squares = np.zeros_like(unit), np.zeros_like(unit)
+
+    def add(self, matrix: Matrix) -> None:
+        """Add a matrix."""
+        self._count += 1
+        deviation = matrix / self._unit - self._mean
+        self._mean += deviation / self._count
+        self._squares += deviation**2 * (1.0 - 1.0 / self._count)
+
+    def of_total(self) -> float:
+        """Return the largest standard deviation of an element of the sum."""
+        return float(np.sqrt(self._squares.max() * self._count / (self._count - 1)))
+
+
+def one_step(state: State, forecast: Proposal, mirror: Mirror, n_fitted: int) -> Proposal:
     """Return a proposal with an estimate of its error, or ``forecast`` if there is none.
 
     Parameters
@@ -101,6 +129,8 @@ def one_step(state: State, forecast: Proposal, mirror: Mirror) -> Proposal:
         The forecast made with the sample, see ``surrogate.forecast``.
     mirror : Mirror
         The sample, mirrored near the solution.
+    n_fitted : int
+        Number of rows for which the iterate of ``state`` is about the solution.
 
     Returns
     -------
@@ -124,16 +154,20 @@ def one_step(state: State, forecast: Proposal, mirror: Mirror) -> Proposal:
     if changes is None:
         return forecast
     mean, sampling_error = changes.total(changes.noise), changes.sampling_error(changes.noise)
-    noise = sampling_error / np.sqrt(changes.weight)  # of the sum over all rows itself
+    # Of the sum over all rows itself:
+    noise = sampling_error * np.sqrt(
+        _excess_variance(iterate, proposal, at_iterate, n_fitted) / changes.weight
+    )
     if (np.abs(mean) > _SIGNIFICANT * sampling_error).any():
         proposal = _moved(iterate, proposal, -mean * changes.unit)
-        noise = sampling_error
-    error = np.hypot(noise, changes.sampling_error(changes.curvature))
+    # A mean below its sampling error is possible in any case.
+    first = np.maximum(noise, sampling_error)
+    error = np.hypot(first, changes.sampling_error(changes.curvature))
     return replace(
         proposal,
         jtj=_predicted_jtj(iterate, proposal.params, mirror),
         error=float(error.max()),
-        covariance_error=float(changes.sampling_error(changes.covariance).max()),
+        covariance_error=changes.covariance_error,
     )
 
 
@@ -182,6 +216,24 @@ def _is_nearly_linear(iterate: Iterate, proposal: Proposal) -> bool:
     return change <= _NEARLY_LINEAR**2 * whole
 
 
+def _excess_variance(
+    iterate: Iterate, proposal: Proposal, sample: NormalEquations, n_fitted: int
+) -> float:
+    """Return the variance of sums over all rows, relative to that of independent rows like these.
+
+    It is at least 1. The first factor compares mean squares of the residuals. The second compares
+    the length of the step, in standard errors, with that between the solutions on two sets of
+    independent rows. It is larger if neighbors are correlated, or if blocks differ.
+    """
+    sums, step = iterate.sums, proposal.params - iterate.params
+    of_all, of_sample = sums.variance(0), sample.variance(0)
+    if not of_sample > 0.0:
+        return np.inf
+    expected = max(sums.n_used / n_fitted - 1.0, 0.0) * len(step) * of_all
+    length = float(step @ sums.jtj @ step)
+    return max(of_all / of_sample, 1.0) * max(length / expected if expected else 1.0, 1.0)
+
+
 def _changes(iterate: Iterate, params: Vector, mirror: Mirror) -> _Changes | None:
     """Return what changes in each batch of the sample on the way to ``params``.
 
@@ -194,33 +246,37 @@ def _changes(iterate: Iterate, params: Vector, mirror: Mirror) -> _Changes | Non
     error = deviation * np.sqrt(2.0 * iterate.sums.cost / dof)
     if not (error > 0.0).all():
         return None
-    slopes, gradients, changes, n_used = [], [], [], 0
+    slopes, gradients, n_used = [], [], 0
+    jtj_change, relative = np.zeros_like(inverse), _Spread(np.outer(deviation, deviation))
     for batch in mirror.batches:
         before, after = (_mean(batch, at) for at in (iterate.params, params))
         if not (before.is_finite and after.is_finite):
             return None
         own = [batch[0](at).jtj for at in (iterate.params, params)]
         others = [batch[1](at).jtr for at in (iterate.params, params)]
-        slopes.append([before.jtr - others[0], after.jtr - others[1]])
+        # The step was computed with J^T J for these residuals, not with the mean for both signs,
+        # which differs if the loss is robust.
+        mirrored = (own[0] - before.jtj) @ step
+        slopes.append([before.jtr - others[0] + mirrored, after.jtr - others[1]])
         gradients.append(after.jtr - before.jtr - before.jtj @ step)
-        changes.append(own[1] - own[0])
+        jtj_change += own[1] - own[0]
+        relative.add(inverse @ (own[1] - own[0]) @ inverse)
         n_used += before.n_used
     weight = iterate.sums.n_used / n_used
     old, new = np.array(slopes).transpose(1, 0, 2)
     # Over all rows, J^T r is zero at the solution. So what is in proportion to J adds nothing to
     # the sum over all rows, but much to the variance between batches. A half of the change of J^T J
     # is the larger part of it, a regression over the batches yields the rest.
-    noise = new - old - 0.5 * weight * new @ inverse @ np.sum(changes, axis=0)
+    noise = new - old - 0.5 * weight * new @ inverse @ jtj_change
     noise = noise @ inverse / error
     n_fitted = 0
     if len(noise) >= _MIN_DOF + len(params):
         noise = noise - new @ np.linalg.lstsq(new, noise)[0]
         n_fitted = len(params)
-    covariance = inverse @ np.array(changes) @ inverse / np.outer(deviation, deviation)
     return _Changes(
         noise * np.sqrt(len(noise) / (len(noise) - n_fitted)),
         np.array(gradients) @ inverse / error,
-        covariance.reshape(len(covariance), -1),
+        weight * relative.of_total(),
         weight,
         error,
     )
