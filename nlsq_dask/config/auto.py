@@ -9,7 +9,7 @@ _SHARE = 1 / 16  # of all rows
 _ROWS_PER_PARAM = 32
 _MAX_BYTES = 64 * 2**20
 # Of the rows that the first pass returns:
-_FORECAST_SHARE, _MAX_FORECAST_ROWS = 1 / 128, 2**20
+_FORECAST_SHARE, _MAX_FORECAST_ROWS = 1 / 64, 2**20
 
 
 def sample_rows(n_rows: int, row_bytes: int, n_params: int) -> int:

@@ -204,13 +204,14 @@ class DenseFit(FullFit[State, NormalEquations]):
 
     def _forecast(self, sample: Sample, state: State) -> Proposal | None:
         """Propose a point with the sample; after the first pass, perhaps one for a last step."""
-        proposal = forecast(state, sample.objective)
-        if proposal is None or state.earlier or not self._may_end_after_one_pass:
-            return proposal
-        iterate = state.iterate
-        pairs = sample.mirrored(iterate.moved(iterate.full_step))
-        last = one_step(state, proposal, Mirror(next(pairs), pairs), self._n_fitted)
-        return proposal if take_last_step(state, last).stop is None else last
+        iterate, is_first = state.iterate, not (state.earlier or state.rejected)
+        is_partial = 0 < sample.n_used < iterate.sums.n_used
+        if is_first and is_partial and self._may_end_after_one_pass:
+            pairs = sample.mirrored(iterate.moved(iterate.full_step))
+            last = one_step(state, Mirror(next(pairs), pairs), self._n_fitted)
+            if last is not None and take_last_step(state, last).stop is not None:
+                return last
+        return forecast(state, sample.objective)
 
     @property
     def _may_end_after_one_pass(self) -> bool:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from nlsq_dask.kernels.sums import NormalEquations
 from nlsq_dask.solvers.gauss_newton import Proposal, State
 from nlsq_dask.solvers.iterate import Iterate
-from nlsq_dask.solvers.surrogate import Reduce, Surrogate
+from nlsq_dask.solvers.surrogate import Reduce, Surrogate, is_of_use, is_well_conditioned
 from nlsq_dask.solvers.trust_region import Vector
 
 Matrix = NDArray[np.float64]
@@ -118,15 +118,13 @@ class _Spread:
         return float(np.sqrt(self._squares.max() * self._count / (self._count - 1)))
 
 
-def one_step(state: State, forecast: Proposal, mirror: Mirror, n_fitted: int) -> Proposal:
-    """Return a proposal with an estimate of its error, or ``forecast`` if there is none.
+def one_step(state: State, mirror: Mirror, n_fitted: int) -> Proposal | None:
+    """Return a proposal with an estimate of its error, or None if it cannot be estimated.
 
     Parameters
     ----------
     state : State
         State after the first pass over all rows.
-    forecast : Proposal
-        The forecast made with the sample, see ``surrogate.forecast``.
     mirror : Mirror
         The sample, mirrored near the solution.
     n_fitted : int
@@ -134,25 +132,25 @@ def one_step(state: State, forecast: Proposal, mirror: Mirror, n_fitted: int) ->
 
     Returns
     -------
-    Proposal
+    Proposal or None
         A forecast that uses the curvature of the model alone or, if the residuals of the sample
         are systematic, the second derivatives that they multiply as well.
     """
     iterate = state.iterate
-    if not forecast.full or iterate.sums.triangle is not None or _touches_bounds(iterate, forecast):
-        return forecast
+    if iterate.sums.triangle is not None or not is_well_conditioned(iterate):
+        return None
     at_iterate = mirror.mean(iterate.params)
-    if not (at_iterate.is_finite and _is_similar(iterate, at_iterate)):
-        return forecast
+    if not (is_of_use(iterate, at_iterate) and _is_similar(iterate, at_iterate)):
+        return None
     surrogate = Surrogate(iterate, at_iterate, mirror.mean, np.zeros_like(iterate.sums.jtj))
     proposal = surrogate.proposal()
     if proposal is None or not proposal.full or _touches_bounds(iterate, proposal):
-        return forecast
+        return None
     if not _is_nearly_linear(iterate, proposal):
-        return forecast
+        return None
     changes = _changes(iterate, proposal.params, mirror)
     if changes is None:
-        return forecast
+        return None
     mean, sampling_error = changes.total(changes.noise), changes.sampling_error(changes.noise)
     # Of the sum over all rows itself:
     noise = sampling_error * np.sqrt(
@@ -179,9 +177,15 @@ def _moved(iterate: Iterate, proposal: Proposal, step: Vector) -> Proposal:
 
 
 def _predicted_jtj(iterate: Iterate, params: Vector, mirror: Mirror) -> Matrix:
-    """Return J^T J over all rows at ``params``; it depends on the residuals of a robust loss."""
+    """Return J^T J over all rows at ``params``; it depends on the residuals of a robust loss.
+
+    The change over the sample is transformed as J^T J of the sample is to that of all rows (a ratio
+    estimate), which corrects a part of its sampling error.
+    """
     old, new = (mirror.whole[0](at) for at in (iterate.params, params))
-    return np.asarray(iterate.sums.jtj + iterate.sums.n_used / old.n_used * (new.jtj - old.jtj))
+    of_all, of_sample = (np.linalg.cholesky(jtj) for jtj in (iterate.sums.jtj, old.jtj))
+    root = np.linalg.solve(of_sample.T, of_all.T).T
+    return np.asarray(iterate.sums.jtj + root @ (new.jtj - old.jtj) @ root.T)
 
 
 def _touches_bounds(iterate: Iterate, proposal: Proposal) -> bool:

@@ -128,6 +128,16 @@ class Surrogate:
         return gn.Proposal(inner.solution, step, reduction, inner.stop.is_success, change, jtj)
 
 
+def is_well_conditioned(iterate: Iterate) -> bool:
+    """Whether differences of the sums of the sample and of all rows are accurate."""
+    return iterate.svd.condition <= _MAX_CONDITION / float(np.sqrt(iterate.settings.epsilon))
+
+
+def is_of_use(iterate: Iterate, sample: NormalEquations) -> bool:
+    """Whether a sample, given its sums at the iterate, is finite, large enough and not complete."""
+    return sample.is_finite and len(iterate.params) < sample.n_used < iterate.sums.n_used
+
+
 def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     """Propose the minimizer of a ``Surrogate`` within the bounds; None if the sample is of no use.
 
@@ -141,13 +151,10 @@ def forecast(state: gn.State, reduce: Reduce) -> gn.Proposal | None:
     if state.rejected or state.forecasts_rejected >= _MAX_REJECTED:
         return None
     iterate = state.iterate
-    if iterate.svd.condition > _MAX_CONDITION / np.sqrt(iterate.settings.epsilon):
+    if not is_well_conditioned(iterate):
         return None
     at_iterate = reduce(iterate.params)
-    n_params = len(iterate.params)
-    if not at_iterate.is_finite:
-        return None
-    if at_iterate.n_used <= n_params or at_iterate.n_used >= iterate.sums.n_used:
+    if not is_of_use(iterate, at_iterate):
         return None
     surrogate = Surrogate(iterate, at_iterate, reduce, np.zeros_like(iterate.sums.jtj))
     for earlier in reversed(state.earlier):
