@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from nlsq_dask.engine.cache_budget import CacheBudget
+from nlsq_dask.engine.prefetch import DECODING_COPIES, Prefetcher, PrefetchLimits
+from nlsq_dask.engine.read_costs import ReadCosts
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.rows.device_rows import PlacedRows
@@ -23,6 +25,10 @@ T = TypeVar("T")
 
 _lock = threading.Lock()
 _placed: weakref.WeakSet[BlockGroup] = weakref.WeakSet()  # groups with blocks on GPUs
+
+
+class CacheLostError(Exception):
+    """A group whose blocks were cached must be read again, but was not given its inputs."""
 
 
 class ReadAhead:
@@ -69,6 +75,10 @@ class BlockGroup:
     is_large : bool
         If True, ``sizeof`` counts the blocks, so that the Dask scheduler does not move the group to
         another worker.
+    number : int
+        Number of the group in the fit.
+    limits : PrefetchLimits
+        Limits on what is read ahead.
     """
 
     def __init__(
@@ -78,23 +88,50 @@ class BlockGroup:
         budget: CacheBudget,
         is_held: bool,
         is_large: bool,
+        number: int,
+        limits: PrefetchLimits,
     ) -> None:
         self.reader = reader
+        self.number = number
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_held = is_held
         self._is_large = is_large
+        self._limits = limits
+        self._ahead = Prefetcher.of(limits)
+        self._ahead.register(self)
+        # Positions among the arrays of a block of those that are inputs in memory.
+        keys = reader.blocks[0][1]
+        self._held = {i for i, key in enumerate(keys) if is_held and key in reader.inputs}
         self._at_last: Callable[[], None] | None = None
         self._prefetched: tuple[_Reading, frozenset[int], ReadAhead] | None = None
         self._cached: list[tuple[int, CachedBlock]] | None = None
         self._give_back: Callable[[], object] = lambda: None
-        # Inputs from shared tasks would be read again in any case.
-        self._may_cache = bool(reader.steps) and not reader.inputs
+        self._costs = ReadCosts.of(budget.fit)
+        # Blocks that are made of arrays in memory alone, such as slices, are not kept twice.
+        self._may_cache = not is_held or reader.has_sources
         self._may_place = is_held or not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = self._n_bytes, self._budget, self._is_held, self._is_large
-        return type(self), (self.reader, *arguments)
+        return type(self), (self.reader, *arguments, self.number, self._limits)
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes of memory that reading one of the blocks takes."""
+        return DECODING_COPIES * self._n_bytes // len(self.reader.blocks)
+
+    def is_cached(self, skipped: frozenset[int]) -> bool:
+        """Return whether all blocks are in memory, except skipped ones."""
+        return self._usable(skipped) is not None
+
+    def _usable(self, skipped: frozenset[int]) -> list[tuple[int, CachedBlock]] | None:
+        """Return the cached blocks that are not skipped; None if one of them is missing."""
+        cached = self._cached  # another thread may delete it
+        if cached is None:
+            return None
+        usable = [(i, rows) for i, rows in cached if i not in skipped]
+        return usable if len(usable) == self.reader.count(skipped) else None
 
     def read_ahead_of(
         self,
@@ -127,7 +164,9 @@ class BlockGroup:
     ) -> None:
         """Start to read the first block, unless it is cached or needs results of other tasks."""
         with _lock:
-            wants = self._cached is None and self._prefetched is None and not self.reader.inputs
+            wants = (
+                not self.is_cached(skipped) and self._prefetched is None and not self.reader.inputs
+            )
             if wants and threads.reserve_place():
                 reading = _Reading(self._read((), skipped, kernel))
                 reading.prefetch(threads.pool)
@@ -149,7 +188,8 @@ class BlockGroup:
         self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
     ) -> Iterator[_Read]:
         """Read the blocks, and copy them to the GPU if the kernel computes there."""
-        for read in self.reader.read(inputs, skipped):
+        ahead = partial(self._ahead.take, self, skipped=skipped)
+        for read in self.reader.read(inputs, skipped, ahead):
             yield read, self._place(read.block, kernel)
 
     def _place(self, block: Rows | None, kernel: Kernel[Any]) -> PlacedRows | None:
@@ -200,13 +240,30 @@ class BlockGroup:
         kernel : Kernel
             Copies blocks to the GPU if it computes there.
         """
-        cached = self._cached  # another thread may delete it
-        if cached is not None:
-            yield from (function(i, rows, None) for i, rows in cached if i not in skipped)
+        usable = self._usable(skipped)
+        if usable is not None:
+            yield from (function(i, rows, None) for i, rows in usable)
             return
-        wants = self._may_cache and self._budget.reserve(self._n_bytes)
+        if len(inputs) < len(self.reader.inputs):
+            raise CacheLostError
+        self._delete_cached()
+        self._ahead.begin(self)
+        try:
+            yield from self._map_read(function, inputs, skipped, kernel)
+        finally:
+            self._ahead.end(self)
+
+    def _map_read(
+        self,
+        function: Callable[[int, CachedBlock | None, ReadBlock | None], T],
+        inputs: Sequence[Any],
+        skipped: frozenset[int],
+        kernel: Kernel[Any],
+    ) -> Generator[T, None, None]:
+        """Read the blocks, yield what the function returns for each, and cache them."""
+        wants = self._may_cache and self._pays and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
-        cached = []
+        cached: list[tuple[int, CachedBlock]] | None = []
         running: Future[T] | None = None
         try:
             reading, count = self._reading(inputs, skipped, kernel), self.reader.count(skipped)
@@ -242,6 +299,11 @@ class BlockGroup:
         else:
             self._budget.release(reserved)
 
+    @property
+    def _pays(self) -> bool:
+        """Whether blocks are worth the memory that the budget allows for them."""
+        return self._costs.pays if self._budget.must_pay else True
+
     def _to_cache(
         self, read: ReadBlock, placed: PlacedRows | None, wants: bool
     ) -> CachedBlock | None:
@@ -250,7 +312,11 @@ class BlockGroup:
         if placed is not None and self._may_place and self._budget.keep_on_device(n_bytes):
             weakref.finalize(placed, self._budget.release_kept, n_bytes)
             return placed
-        return read.block.compact() if wants and read.block is not None else None
+        if read.block is None or not self._may_cache:
+            return None
+        if self._budget.must_pay:
+            self._costs.add(read.seconds, read.block.nbytes)
+        return read.block.compact(self._held) if wants and self._pays else None
 
     def _cache(self, cached: list[tuple[int, CachedBlock]], reserved: int) -> None:
         """Keep blocks, for which bytes in memory were reserved."""
@@ -267,12 +333,16 @@ class BlockGroup:
             if any(are_placed):
                 _placed.add(self)
 
+    def _delete_cached(self) -> None:
+        with _lock:
+            self._cached = None
+        self._give_back()
+
     def forget(self) -> None:
         """Delete the cached blocks, and a block that was read ahead."""
         with _lock:
             prefetched, self._prefetched = self._prefetched, None
-            self._cached = None
-        self._give_back()
+        self._delete_cached()
         if prefetched is not None:
             prefetched[-1].free_place()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
-from nlsq_dask.engine.block_group import BlockGroup, ReadAhead
+from nlsq_dask.engine.block_group import BlockGroup, CacheLostError, ReadAhead
 from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.execution import (
     LOST_WORKERS,
@@ -26,6 +26,7 @@ from nlsq_dask.engine.execution import (
     lost_message,
 )
 from nlsq_dask.engine.memory import MemoryPlan
+from nlsq_dask.engine.prefetch import Prefetcher, PrefetchLimits
 from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
 from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
 from nlsq_dask.engine.source_graph import Index, SourceGraph
@@ -79,6 +80,8 @@ class DataSet:
         self._block_groups = group_blocks(self._block_rows)
         self._groups: list[Any] = []
         self._read_ahead: ReadAhead | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._kept: frozenset[int] = frozenset()  # numbers of groups that need no inputs
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def open(
@@ -115,15 +118,25 @@ class DataSet:
             self.memory.cache_bytes,
             None if isinstance(cache, str) else cache // workers.n_processes,
             workers.processes_per_device,
+            must_pay=isinstance(cache, str),
+        )
+        self._limits = PrefetchLimits(
+            self._budget.fit,
+            self.memory.threads,
+            self.memory.ahead_blocks,
+            self.memory.ahead_bytes,
         )
         self._distribute(check)
         if workers.shares_memory and not self.blocks.in_memory:
             self._read_ahead = ReadAhead(workers.max_threads)
+            self._prefetcher = Prefetcher.of(self._limits)
 
     def _distribute(self, check: Callable[[], None]) -> None:
         """Send the groups of blocks, and the arrays that are in memory, to the workers."""
         self._source.replace(self._broadcast_literals(check))
-        readers, self._shared = self._source.readers(self._block_groups)
+        readers, self._shared = self._source.readers(
+            self._block_groups, self._workers.shares_memory
+        )
         self._inputs = [reader.inputs for reader in readers]
         block_groups = [
             BlockGroup(
@@ -132,8 +145,12 @@ class DataSet:
                 self._budget,
                 self._source.is_held(reader.inputs),
                 self.memory.all_fits,
+                number,
+                self._limits,
             )
-            for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
+            for number, (reader, n_bytes) in enumerate(
+                zip(readers, self.memory.group_bytes, strict=True)
+            )
         ]
         self._groups = pin("group", block_groups, self._workers)
 
@@ -155,6 +172,8 @@ class DataSet:
         """Release all data on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         if self._workers.shares_memory and self._groups:
             # Errors may hold references, and tasks still run.
             self._budget.close_device()
@@ -209,6 +228,7 @@ class DataSet:
         result: PassResult[S] = self._run_with_recovery(
             lambda: self._tree(kernel, request, groups, partials.values), watch, partials
         )
+        self._kept = self._kept.difference(groups) | result.reading.kept
         return result
 
     def _run_with_recovery(
@@ -228,6 +248,9 @@ class DataSet:
                 return execute(make_tree(), self._workers, partials, watch, self._monitor)
             except ReadFailedError as failed:
                 raise self._read_failure(failed.read_error) from failed.cause
+            except CacheLostError:  # such as that of a lost worker
+                self._kept = frozenset()
+                partials.drop_missing()
             except ImportError:  # perhaps of a worker that has joined
                 if self._workers.client is not None:
                     Workers.active().check_import()
@@ -259,7 +282,8 @@ class DataSet:
         groups: Sequence[int],
         known: Mapping[Node, Any],
     ) -> Tree:
-        graph = TaskGraph(self._shared)
+        needed = (key for i in groups if i not in self._kept for key in self._inputs[i])
+        graph = TaskGraph(self._source_tasks(needed) if self._kept else self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (
@@ -270,17 +294,30 @@ class DataSet:
         def leaf(i: int) -> TaskRef:
             number = groups[i]
             group = graph.constant(f"group-{number}", self._groups[number])
-            inputs = self._inputs[number]
+            inputs = () if number in self._kept else self._inputs[number]
             return graph.task("sum-rows", number, reduce_group, group, *constants, inputs=inputs)
 
         tree = graph.tree(len(groups), leaf, combine, known)
         if self._read_ahead is not None:
             # Groups finish in order, so the next group of a thread is max_threads places ahead.
-            turns = [self._groups[groups[i]] for i in tree.leaves_in_order()]
+            numbers = [groups[i] for i in tree.leaves_in_order()]
+            if self._prefetcher is not None:
+                self._prefetcher.set_turns(numbers)
+            turns = [self._groups[number] for number in numbers]
             following = turns[self._workers.max_threads :]
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead, request.skipped, kernel)
         return tree
+
+    def _source_tasks(self, keys: Iterable[Any]) -> dict[Any, Any]:
+        """Return those tasks that several groups share which the given keys need."""
+        stack, tasks = list(keys), dict[Any, Any]()
+        while stack:
+            key = stack.pop()
+            if key in self._shared and key not in tasks:
+                tasks[key] = self._shared[key]
+                stack.extend(getattr(tasks[key], "dependencies", ()))
+        return tasks
 
     def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:
         """Return the numbers of the groups with blocks to read, and how much there is to read.

@@ -9,15 +9,18 @@ in the graph and run once.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 import zarr
-from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
+from dask._task_spec import Alias, DataNode, GraphNode, Task, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 
@@ -25,6 +28,7 @@ from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sources.from_zarr import (
     StoredRegion,
+    is_store_read,
     missing_chunks,
     stored_regions,
 )
@@ -45,6 +49,17 @@ _SHARED = -1
 _MAX_INLINE_BYTES = 4096
 
 
+class StepResult(NamedTuple):
+    """Result of one task of the caller's graph that was run here."""
+
+    value: Any  # a ``ReadError`` if it failed
+    retries: int
+    seconds: float
+
+
+Ahead = Callable[[int], dict[Key, Future[StepResult]]]
+
+
 @dataclass(frozen=True)
 class ReadBlock:
     """A block that was read, or the error if it could not be read."""
@@ -53,6 +68,7 @@ class ReadBlock:
     block: Rows | None
     read_error: ReadError | None = None
     retries: dict[Key, int] = field(default_factory=dict)  # number by key of the repeated task
+    seconds: float = 0.0  # that its steps took, one after another
 
 
 @dataclass(frozen=True)
@@ -66,13 +82,67 @@ class GroupReader:
     inputs: tuple[Key, ...]  # keys of needed results of other Dask tasks
     policy: ReadPolicy
     grid: Index  # number of blocks along each dimension of y
+    is_thread_free: bool = False  # whether all steps may run outside the thread of a task
 
     def count(self, skipped: frozenset[int]) -> int:
         """Return the number of blocks that are not in ``skipped``."""
         return sum(index not in skipped for index, *_ in self.blocks)
 
+    @cached_property
+    def _reads(self) -> list[list[Key]]:
+        order = {key: i for i, key in enumerate(self.steps)}
+        owned: set[Key] = set()
+        reads = []
+        for _, keys, _ in self.blocks:
+            needed = _needed_keys(keys, self.steps) - owned
+            owned |= needed
+            reads.append(sorted(filter(self._is_read, needed), key=order.__getitem__))
+        return reads
+
+    @cached_property
+    def has_sources(self) -> bool:
+        """Whether a step makes data of its own, and not of results of other tasks."""
+        return any(map(self._is_source, self.steps))
+
+    def _is_source(self, key: Key) -> bool:
+        node = self.steps[key]
+        return isinstance(node, Task) and len(self._literals(node)) == len(node.dependencies)
+
+    def _is_read(self, key: Key) -> bool:
+        if not self._is_source(key):
+            return False
+        node = self.steps[key]
+        return self.is_thread_free or is_store_read(node, self._literals(node))
+
+    def _literals(self, node: GraphNode) -> dict[Key, Any]:
+        """Return the values in the graph that a step needs, by key."""
+        needed = {key: self.steps.get(key) for key in node.dependencies}
+        return {key: dep.value for key, dep in needed.items() if isinstance(dep, DataNode)}
+
+    def reads(self, position: int) -> list[Key]:
+        """Return the keys of the steps that can be run ahead for a block, in any thread.
+
+        These are steps that need no result of another one. On a worker of Dask they only read a
+        store: others may compute Dask arrays, which it allows in the thread of a task alone. Steps
+        that an earlier block of the group needs as well are not returned.
+
+        Parameters
+        ----------
+        position : int
+            Position of the block in the group.
+        """
+        return self._reads[position]
+
+    def run_read(self, key: Key) -> StepResult:
+        """Run one of the steps that ``reads`` returns."""
+        node = self.steps[key]
+        return _timed_step(node, self._literals(node), self.policy)
+
     def read(
-        self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()
+        self,
+        inputs: Sequence[Any],
+        skipped: frozenset[int] = frozenset(),
+        ahead: Ahead = lambda position: {},
     ) -> Iterator[ReadBlock]:
         """Yield each block as soon as it is read.
 
@@ -84,18 +154,21 @@ class GroupReader:
             Results of the tasks ``self.inputs``, in that order.
         skipped : frozenset of int
             Flat indices of blocks that are not read.
+        ahead : callable, optional
+            Called with the position of each block in the group before it is read; returns the
+            steps that other threads run, by key.
 
         Raises
         ------
         ReadFailedError
             If a block cannot be read and the policy does not skip it.
         """
-        blocks = [block for block in self.blocks if block[0] not in skipped]
-        needed = _needed_keys((key for _, keys, _ in blocks for key in keys), self.steps)
+        blocks = [(i, *block) for i, block in enumerate(self.blocks) if block[0] not in skipped]
+        needed = _needed_keys((key for _, _, keys, _ in blocks for key in keys), self.steps)
         steps = {key: node for key, node in self.steps.items() if key in needed}
         values, retries = separate_retries(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
-        uses.update(key for _, keys, _ in blocks for key in keys)
+        uses.update(key for _, _, keys, _ in blocks for key in keys)
 
         def release(keys: Iterable[Key]) -> None:
             for key in keys:
@@ -104,13 +177,20 @@ class GroupReader:
                     del values[key]
 
         pending = iter(steps.items())
-        for index, keys, shapes in blocks:
+        running: dict[Key, Future[StepResult]] = {}
+        for position, index, keys, shapes in blocks:
+            running |= ahead(position)
+            seconds = 0.0
             while not all(key in values for key in keys):
                 key, node = next(pending)
+                future = running.pop(key, None)
                 # Only the failed step is retried; its dependencies are still in memory.
-                values[key], n_retries = run_step(node, values, self.policy)
-                if n_retries:
-                    retries[key] = n_retries
+                result = future.result() if future else _timed_step(node, values, self.policy)
+                values[key] = result.value
+                seconds += result.seconds
+                if result.retries:
+                    retries[key] = result.retries
+                del future, result
                 release(node.dependencies)
             arrays = [values[key] for key in keys]
             release(keys)
@@ -119,7 +199,8 @@ class GroupReader:
             if read_error is None:
                 block = Rows.of_block(arrays, self.layout, shapes, self._describe(index))
             del arrays
-            yield ReadBlock(index, block, read_error, retries)
+            yield ReadBlock(index, block, read_error, retries, seconds)
+            del block
             retries = {}
 
     def needing(self, key: Key) -> tuple[int, list[str]]:
@@ -134,6 +215,12 @@ class GroupReader:
     def _describe(self, index: int) -> str:
         position = tuple(map(int, np.unravel_index(index, self.grid)))
         return f"block {position} of the grid {self.grid}"
+
+
+def _timed_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> StepResult:
+    began = time.perf_counter()
+    value, retries = run_step(node, values, policy)
+    return StepResult(value, retries, time.perf_counter() - began)
 
 
 def _needed_keys(keys: Iterable[Key], nodes: Mapping[Key, GraphNode]) -> set[Key]:
@@ -204,7 +291,7 @@ class SourceGraph:
             self._futures[future.key] = future
 
     def readers(
-        self, groups: Sequence[Sequence[Index]]
+        self, groups: Sequence[Sequence[Index]], is_thread_free: bool = False
     ) -> tuple[list[GroupReader], dict[Key, Any]]:
         """Split the graph into a reader per group, and the tasks that several groups need.
 
@@ -212,6 +299,8 @@ class SourceGraph:
         ----------
         groups : sequence of sequences of tuple of int
             Positions in the grid of the blocks of each group.
+        is_thread_free : bool
+            Whether all tasks may run outside the thread of a task, as without a cluster.
 
         Returns
         -------
@@ -220,7 +309,7 @@ class SourceGraph:
             Graph of the tasks that several groups need, and of futures.
         """
         shared = {key: self._nodes[key] for key in self._shared_keys(groups)}
-        readers = [self._reader(group, shared) for group in groups]
+        readers = [self._reader(group, shared, is_thread_free) for group in groups]
         inline = {dep for node in shared.values() for dep in node.dependencies} - shared.keys()
         shared |= {key: self._nodes[key] for key in inline if key in self._nodes}
         tasks = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
@@ -312,7 +401,9 @@ class SourceGraph:
             return node.target in self._futures
         return isinstance(node, DataNode) and not _is_large(node.value)
 
-    def _reader(self, group: Sequence[Index], shared: Mapping[Key, GraphNode]) -> GroupReader:
+    def _reader(
+        self, group: Sequence[Index], shared: Mapping[Key, GraphNode], is_thread_free: bool
+    ) -> GroupReader:
         steps: dict[Key, GraphNode] = {}
         inputs: dict[Key, None] = {}
 
@@ -338,7 +429,12 @@ class SourceGraph:
                 add(key)
             index = int(np.ravel_multi_index(block, self._blocks.grid))
             blocks.append((index, keys, self._blocks.shapes(block)))
-        grid = self._blocks.grid
         return GroupReader(
-            self._blocks.layout, tuple(blocks), steps, tuple(inputs), self._policy, grid
+            self._blocks.layout,
+            tuple(blocks),
+            steps,
+            tuple(inputs),
+            self._policy,
+            self._blocks.grid,
+            is_thread_free,
         )

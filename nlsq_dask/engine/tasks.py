@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Generic, TypeVar
 
@@ -53,13 +53,18 @@ def reduce_group(
 ) -> PassResult[S]:
     """Return sums over the blocks of a group, which are read or taken from the cache.
 
-    ``inputs`` are the results of the tasks ``group.reader.inputs``, in that order.
+    ``inputs`` are the results of the tasks ``group.reader.inputs``, in that order. They are left
+    out if the group is known to be cached; if it is not any more, a ``CacheLostError`` is raised.
     """
 
     def total() -> PassResult[S]:
         function = partial(_reduce_block, kernel, request)
         with closing(group.map_blocks(function, inputs, request.skipped, kernel)) as results:
-            return reduce(combine, results)  # one by one, because each may hold a large matrix
+            result = reduce(combine, results)  # one by one, because each may hold a large matrix
+        if not (group.reader.inputs and group.is_cached(request.skipped)):
+            return result
+        kept = frozenset([group.number])
+        return replace(result, reading=replace(result.reading, kept=kept))
 
     if request.sample_share:
         group.read_again()

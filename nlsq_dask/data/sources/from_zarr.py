@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ import dask.array as da
 import numpy as np
 import zarr
 from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef
+from dask.array.core import getter, getter_inline, getter_nofancy
 from zarr.core.sync import sync
 
 Key = Any
 Region = tuple[slice, ...]
 
+_GETTERS = (getter, getter_nofancy, getter_inline, operator.getitem)
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
 _MAX_PROBED = 256  # chunks read one by one to find an unreadable one
 
@@ -117,6 +120,15 @@ def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
 
 def _chunk_name(array: zarr.Array[Any], key: str) -> str:
     return f"chunk {key} of {array.store_path}"
+
+
+def is_store_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
+    """Return whether a task does nothing but read a region of a Zarr array.
+
+    ``values`` are the known results of other tasks, by key.
+    """
+    is_getter = isinstance(node, Task) and node.func in _GETTERS
+    return is_getter and any(True for _ in stored_regions(node, values))
 
 
 def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[StoredRegion]:
