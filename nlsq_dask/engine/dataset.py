@@ -81,7 +81,7 @@ class DataSet:
         self._groups: list[Any] = []
         self._read_ahead: ReadAhead | None = None
         self._prefetcher: Prefetcher | None = None
-        self._kept: frozenset[int] = frozenset()  # numbers of groups that need no inputs
+        self._needs_inputs = False  # whether groups are no longer expected to stay cached
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def open(
@@ -228,7 +228,6 @@ class DataSet:
         result: PassResult[S] = self._run_with_recovery(
             lambda: self._tree(kernel, request, groups, partials.values), watch, partials
         )
-        self._kept = self._kept.difference(groups) | result.reading.kept
         return result
 
     def _run_with_recovery(
@@ -248,9 +247,8 @@ class DataSet:
                 return execute(make_tree(), self._workers, partials, watch, self._monitor)
             except ReadFailedError as failed:
                 raise self._read_failure(failed.read_error) from failed.cause
-            except CacheLostError:  # such as that of a lost worker
-                self._kept = frozenset()
-                partials.drop_missing()
+            except CacheLostError:  # on a GPU, which ran out of memory
+                self._needs_inputs = True
             except ImportError:  # perhaps of a worker that has joined
                 if self._workers.client is not None:
                     Workers.active().check_import()
@@ -282,8 +280,9 @@ class DataSet:
         groups: Sequence[int],
         known: Mapping[Node, Any],
     ) -> Tree:
-        needed = (key for i in groups if i not in self._kept for key in self._inputs[i])
-        graph = TaskGraph(self._source_tasks(needed) if self._kept else self._shared)
+        cached = self._cached_groups(request.skipped)
+        needed = (key for number in groups if number not in cached for key in self._inputs[number])
+        graph = TaskGraph(self._source_tasks(needed) if cached else self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (
@@ -294,7 +293,7 @@ class DataSet:
         def leaf(i: int) -> TaskRef:
             number = groups[i]
             group = graph.constant(f"group-{number}", self._groups[number])
-            inputs = () if number in self._kept else self._inputs[number]
+            inputs = () if number in cached else self._inputs[number]
             return graph.task("sum-rows", number, reduce_group, group, *constants, inputs=inputs)
 
         tree = graph.tree(len(groups), leaf, combine, known)
@@ -308,6 +307,16 @@ class DataSet:
             for group, other in zip_longest(turns, following):
                 group.read_ahead_of(other, self._read_ahead, request.skipped, kernel)
         return tree
+
+    def _cached_groups(self, skipped: frozenset[int]) -> set[int]:
+        """Return the numbers of groups that are cached, so that they need no shared tasks.
+
+        On a cluster it is unknown which they are, because tasks may move to other workers.
+        """
+        if not self._workers.shares_memory or self._needs_inputs:
+            return set()
+        pairs = enumerate(zip(self._groups, self._inputs, strict=True))
+        return {i for i, (group, inputs) in pairs if inputs and group.is_cached(skipped)}
 
     def _source_tasks(self, keys: Iterable[Any]) -> dict[Any, Any]:
         """Return those tasks that several groups share which the given keys need."""

@@ -28,6 +28,7 @@ _WINDOW = 0.01  # seconds over which the use of the processor is measured, at le
 # Shares of the processor below which more blocks are read ahead, the first one where none are yet,
 # and above which fewer are.
 _IDLE, _NOT_BUSY, _BUSY = 0.5, 0.7, 0.9
+_FIRST_DEPTH = 4  # blocks per thread that are read ahead as soon as reading waits
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Prefetcher:
     def end(self, group: PrefetchedGroup) -> None:
         """Note that the task ends, and delete what was read for it and not used."""
         with self._lock:
+            self._measure()
             self._running.remove(group.number)
             self._drop([place for place in self._reading if place[0] == group.number])
 
@@ -171,7 +173,8 @@ class Prefetcher:
         busy = (cpu - self._cpu) / (elapsed * self._cores)
         self._wall, self._cpu = wall, cpu
         if busy < (_NOT_BUSY if self._depth else _IDLE):
-            self._depth = min(max(2 * self._depth, self._limits.n_threads), self._limits.n_blocks)
+            depth = max(2 * self._depth, _FIRST_DEPTH * self._limits.n_threads)
+            self._depth = min(depth, self._limits.n_blocks)
         elif busy > _BUSY:
             self._depth //= 2
 
@@ -231,10 +234,11 @@ def _waiting_groups(most: int) -> tuple[Any, list[int]]:
     """
     try:
         worker = get_worker()
-        name: Any
-        name, *_ = worker.get_current_task()  # type: ignore[misc]
+        current: Any = worker.get_current_task()
+        name = current[0]
+        ready: list[tuple[Any, Any]]
         ready = [(task.priority, task.key) for task in list(worker.state.ready)]
     except (ValueError, AttributeError, TypeError, RuntimeError):
         return None, []  # not in a task of a worker, or its tasks changed in this moment
     waiting = [(at, key[1]) for at, key in ready if isinstance(key, tuple) and key[0] == name]
-    return name, [int(number) for _, number in heapq.nsmallest(most, waiting)]
+    return name, [number for _, number in heapq.nsmallest(most, waiting)]

@@ -7,7 +7,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from statistics import median
 
 import numpy as np
 
@@ -63,7 +62,11 @@ class ReadCosts:
     def pays(self) -> bool:
         """Whether a block that is kept saves more than it costs; True until this is known."""
         with self._lock:
-            return not self._writes or median(self._reads) > _MIN_RATIO * median(self._writes)
+            if not self._writes:
+                return True
+            # Not the mean: where other programs use the processor too, some times are far longer.
+            read = sorted(self._reads)[len(self._reads) // 4]
+            return read > _MIN_RATIO * min(self._writes)
 
 
 _by_fit: weakref.WeakValueDictionary[str, ReadCosts] = weakref.WeakValueDictionary()

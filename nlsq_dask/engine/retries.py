@@ -326,8 +326,6 @@ class ReadReport:
     n_blocks: int = 0  # number of blocks read
     errors: dict[int, ReadError] = field(default_factory=dict)  # by flat index of the block
     retries: dict[Key, int] = field(default_factory=dict)  # number by key of the repeated task
-    # Numbers of groups that need results of other tasks, but not again, as they are cached.
-    kept: frozenset[int] = frozenset()
 
     @classmethod
     def concatenate(cls, reports: Iterable[ReadReport]) -> ReadReport:
@@ -340,7 +338,6 @@ class ReadReport:
             sum(report.n_blocks for report in reports),
             dict(chain.from_iterable(report.errors.items() for report in reports)),
             dict(chain.from_iterable(report.retries.items() for report in reports)),
-            frozenset(chain.from_iterable(report.kept for report in reports)),
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Generic, TypeVar
 
@@ -60,11 +60,7 @@ def reduce_group(
     def total() -> PassResult[S]:
         function = partial(_reduce_block, kernel, request)
         with closing(group.map_blocks(function, inputs, request.skipped, kernel)) as results:
-            result = reduce(combine, results)  # one by one, because each may hold a large matrix
-        if not (group.reader.inputs and group.is_cached(request.skipped)):
-            return result
-        kept = frozenset([group.number])
-        return replace(result, reading=replace(result.reading, kept=kept))
+            return reduce(combine, results)  # one by one, because each may hold a large matrix
 
     if request.sample_share:
         group.read_again()
