@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -248,10 +249,20 @@ class BlockGroup:
             raise CacheLostError
         self._delete_cached()
         self._ahead.begin(self)
+        self._costs.begin()
         try:
             yield from self._map_read(function, inputs, skipped, kernel)
         finally:
+            self._costs.end()
             self._ahead.end(self)
+
+    def _timed(self, call: Callable[[], T]) -> T:
+        """Return the result of a call, and add its processor time to the costs."""
+        began = time.thread_time()
+        try:
+            return call()
+        finally:
+            self._costs.add_kernel(time.thread_time() - began)
 
     def _map_read(
         self,
@@ -281,7 +292,7 @@ class BlockGroup:
                         self._budget.release(reserved)
                         reserved, cached = 0, None
                     in_use = next((r for r in (placed, rows) if r is not None), read.block)
-                    call = partial(function, read.index, in_use, read)
+                    call = partial(self._timed, partial(function, read.index, in_use, read))
                     del read, placed, rows, in_use  # may not outlive the call
                     if remaining:
                         running = pool.submit(contextvars.copy_context().run, call)
@@ -302,7 +313,7 @@ class BlockGroup:
     @property
     def _pays(self) -> bool:
         """Whether blocks are worth the memory that the budget allows for them."""
-        return self._costs.pays if self._budget.must_pay else True
+        return not self._budget.must_pay or self._ahead.has_waited or self._costs.pays
 
     def _to_cache(
         self, read: ReadBlock, placed: PlacedRows | None, wants: bool
@@ -314,8 +325,7 @@ class BlockGroup:
             return placed
         if read.block is None or not self._may_cache:
             return None
-        if self._budget.must_pay:
-            self._costs.add(read.seconds, read.block.nbytes)
+        self._costs.add_block(read.block.nbytes)
         return read.block.compact(self._held) if wants and self._pays else None
 
     def _cache(self, cached: list[tuple[int, CachedBlock]], reserved: int) -> None:

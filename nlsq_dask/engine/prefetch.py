@@ -25,9 +25,10 @@ from nlsq_dask.engine.source_graph import GroupReader, StepResult
 
 DECODING_COPIES = 2  # encoded and decoded bytes of a chunk are in memory together
 _WINDOW = 0.01  # seconds over which the use of the processor is measured, at least
-# Shares of the processor below which more blocks are read ahead, the first one where none are yet,
-# and above which fewer are.
-_IDLE, _NOT_BUSY, _BUSY = 0.5, 0.7, 0.9
+# Shares of the processor that are in use below which blocks are read ahead; the second one for data
+# that are not known to be remote, as other programs may use the processor, too.
+_IDLE, _IDLE_LOCAL = 0.5, 0.08
+_NOT_BUSY, _BUSY = 0.7, 0.9  # below the first share there are more, above the second one fewer
 _FIRST_DEPTH = 4  # blocks per thread that are read ahead as soon as reading waits
 
 
@@ -79,6 +80,7 @@ class Prefetcher:
         self._reading: dict[_Place, tuple[dict[Any, Future[StepResult]], int]] = {}
         self._n_bytes = 0  # of the blocks that are read ahead
         self._running: list[int] = []  # numbers of the groups in use
+        self.has_waited = False  # whether reading has left the processor idle
         self._depth = 0  # number of blocks to read ahead
         self._wall = self._cpu = 0.0  # at the beginning of the measured time
 
@@ -113,7 +115,7 @@ class Prefetcher:
     def end(self, group: PrefetchedGroup) -> None:
         """Note that the task ends, and delete what was read for it and not used."""
         with self._lock:
-            self._measure()
+            self._measure(group.reader)
             self._running.remove(group.number)
             self._drop([place for place in self._reading if place[0] == group.number])
 
@@ -134,7 +136,7 @@ class Prefetcher:
             Flat indices of blocks that are not read.
         """
         with self._lock:
-            self._measure()
+            self._measure(group.reader)
             futures = self._pop((group.number, position))
             if self._depth:
                 if not futures and len(group.reader.reads(position)) > 1:
@@ -164,7 +166,7 @@ class Prefetcher:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
 
-    def _measure(self) -> None:
+    def _measure(self, reader: GroupReader) -> None:
         """Adapt the number of blocks to read ahead to the use of the processor."""
         wall, cpu = time.perf_counter(), time.process_time()
         elapsed = wall - self._wall
@@ -172,7 +174,9 @@ class Prefetcher:
             return
         busy = (cpu - self._cpu) / (elapsed * self._cores)
         self._wall, self._cpu = wall, cpu
-        if busy < (_NOT_BUSY if self._depth else _IDLE):
+        idle = _IDLE if reader.is_remote else _IDLE_LOCAL
+        if busy < (_NOT_BUSY if self._depth else idle):
+            self.has_waited = True
             depth = max(2 * self._depth, _FIRST_DEPTH * self._limits.n_threads)
             self._depth = min(depth, self._limits.n_blocks)
         elif busy > _BUSY:

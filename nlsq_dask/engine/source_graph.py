@@ -9,13 +9,12 @@ in the graph and run once.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -28,6 +27,7 @@ from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sources.from_zarr import (
     StoredRegion,
+    is_remote_read,
     is_store_read,
     missing_chunks,
     stored_regions,
@@ -49,14 +49,7 @@ _SHARED = -1
 _MAX_INLINE_BYTES = 4096
 
 
-class StepResult(NamedTuple):
-    """Result of one task of the caller's graph that was run here."""
-
-    value: Any  # a ``ReadError`` if it failed
-    retries: int
-    seconds: float
-
-
+StepResult = tuple[Any, int]  # value, or a ``ReadError`` if it failed, and number of retries
 Ahead = Callable[[int], dict[Key, Future[StepResult]]]
 
 
@@ -68,7 +61,6 @@ class ReadBlock:
     block: Rows | None
     read_error: ReadError | None = None
     retries: dict[Key, int] = field(default_factory=dict)  # number by key of the repeated task
-    seconds: float = 0.0  # that its steps took, one after another
 
 
 @dataclass(frozen=True)
@@ -133,10 +125,16 @@ class GroupReader:
         """
         return self._reads[position]
 
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether a step reads a Zarr store that is not on a file system or in memory."""
+        sources = (self.steps[key] for key in self.steps if self._is_source(key))
+        return any(is_remote_read(node, self._literals(node)) for node in sources)
+
     def run_read(self, key: Key) -> StepResult:
         """Run one of the steps that ``reads`` returns."""
         node = self.steps[key]
-        return _timed_step(node, self._literals(node), self.policy)
+        return run_step(node, self._literals(node), self.policy)
 
     def read(
         self,
@@ -180,16 +178,14 @@ class GroupReader:
         running: dict[Key, Future[StepResult]] = {}
         for position, index, keys, shapes in blocks:
             running |= ahead(position)
-            seconds = 0.0
             while not all(key in values for key in keys):
                 key, node = next(pending)
                 future = running.pop(key, None)
                 # Only the failed step is retried; its dependencies are still in memory.
-                result = future.result() if future else _timed_step(node, values, self.policy)
-                values[key] = result.value
-                seconds += result.seconds
-                if result.retries:
-                    retries[key] = result.retries
+                result = future.result() if future else run_step(node, values, self.policy)
+                values[key], n_retries = result
+                if n_retries:
+                    retries[key] = n_retries
                 del future, result
                 release(node.dependencies)
             arrays = [values[key] for key in keys]
@@ -199,7 +195,7 @@ class GroupReader:
             if read_error is None:
                 block = Rows.of_block(arrays, self.layout, shapes, self._describe(index))
             del arrays
-            yield ReadBlock(index, block, read_error, retries, seconds)
+            yield ReadBlock(index, block, read_error, retries)
             del block
             retries = {}
 
@@ -215,12 +211,6 @@ class GroupReader:
     def _describe(self, index: int) -> str:
         position = tuple(map(int, np.unravel_index(index, self.grid)))
         return f"block {position} of the grid {self.grid}"
-
-
-def _timed_step(node: GraphNode, values: Mapping[Key, Any], policy: ReadPolicy) -> StepResult:
-    began = time.perf_counter()
-    value, retries = run_step(node, values, policy)
-    return StepResult(value, retries, time.perf_counter() - began)
 
 
 def _needed_keys(keys: Iterable[Key], nodes: Mapping[Key, GraphNode]) -> set[Key]:

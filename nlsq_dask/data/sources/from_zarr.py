@@ -15,11 +15,13 @@ import zarr
 from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef
 from dask.array.core import getter, getter_inline, getter_nofancy
 from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 Key = Any
 Region = tuple[slice, ...]
 
 _GETTERS = (getter, getter_nofancy, getter_inline, operator.getitem)
+_LOCAL_STORES = (LocalStore, MemoryStore, ZipStore)
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
 _MAX_PROBED = 256  # chunks read one by one to find an unreadable one
 
@@ -129,6 +131,12 @@ def is_store_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
     """
     is_getter = isinstance(node, Task) and node.func in _GETTERS
     return is_getter and any(True for _ in stored_regions(node, values))
+
+
+def is_remote_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
+    """Return whether a task reads a Zarr store that is neither in memory nor on a file system."""
+    stores = (stored.array.store for stored in stored_regions(node, values))
+    return any(not isinstance(store, _LOCAL_STORES) for store in stores)
 
 
 def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[StoredRegion]:
