@@ -74,7 +74,8 @@ class ReadCosts:
             if self._n_bytes < _WINDOW_BYTES:
                 return
             cpu = time.process_time() - self._cpu - self._kernel_cpu
-            self._reads.append(cpu / self._n_bytes)
+            if self._writes:  # the first one may include compiling
+                self._reads.append(cpu / self._n_bytes)
             if len(self._writes) < _MIN_WINDOWS:
                 self._writes.append(_write_new_memory() / _PROBE_BYTES)
             self._open_window()
@@ -88,9 +89,8 @@ class ReadCosts:
         with self._lock:
             if len(self._writes) < _MIN_WINDOWS:
                 return True
-            # The largest one may include compiling. Windows of several threads overlap, hence a mean.
-            reads = sorted(self._reads)[:-1]
-            return mean(reads) > _MIN_RATIO * median(self._writes)
+            # A mean, because several threads read at a time and end together.
+            return mean(self._reads) > _MIN_RATIO * median(self._writes)
 
 
 _by_fit: weakref.WeakValueDictionary[str, ReadCosts] = weakref.WeakValueDictionary()
