@@ -74,8 +74,7 @@ class ReadCosts:
             if self._n_bytes < _WINDOW_BYTES:
                 return
             cpu = time.process_time() - self._cpu - self._kernel_cpu
-            if self._writes:  # the first one may include compiling
-                self._reads.append(cpu / self._n_bytes)
+            self._reads.append(cpu / self._n_bytes)
             if len(self._writes) < _MIN_WINDOWS:
                 self._writes.append(_write_new_memory() / _PROBE_BYTES)
             self._open_window()
@@ -89,7 +88,8 @@ class ReadCosts:
         with self._lock:
             if len(self._writes) < _MIN_WINDOWS:
                 return True
-            # A mean, because several threads read at a time and end together.
+            # A mean, because threads read at a time and end together. Compiling in the first fit
+            # of a model adds to it, so that the blocks of that fit are kept.
             return mean(self._reads) > _MIN_RATIO * median(self._writes)
 
 
