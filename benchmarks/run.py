@@ -26,6 +26,7 @@ LIMITS = {
     "kernel": 400,
     "passes": 240,
     "out_of_core": 300,
+    "latency": 400,
     "in_memory": 300,
     "small_chunks": 400,
     "memory": 180,
