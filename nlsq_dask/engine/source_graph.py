@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -198,6 +198,18 @@ class GroupReader:
             yield ReadBlock(index, block, read_error, retries)
             del block
             retries = {}
+
+    def read_at_once(self, inputs: Sequence[Any]) -> Iterator[ReadBlock]:
+        """Yield the blocks as ``read`` does; the arrays of a block are requested together."""
+        if not self.is_remote:
+            yield from self.read(inputs)
+            return
+        with ThreadPoolExecutor(len(self.layout.array_names), "nlsq-read") as pool:
+
+            def ahead(position: int) -> dict[Key, Future[StepResult]]:
+                return {key: pool.submit(self.run_read, key) for key in self.reads(position)}
+
+            yield from self.read(inputs, ahead=ahead)
 
     def needing(self, key: Key) -> tuple[int, list[str]]:
         """Return the first block that depends on a step, and the names of its arrays that do."""

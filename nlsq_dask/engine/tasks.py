@@ -120,7 +120,7 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
 
     ``inputs`` are the results of the tasks ``reader.inputs``, in that order.
     """
-    (read,) = reader.read(inputs)
+    (read,) = reader.read_at_once(inputs)
     block = read.block
     rows = None if block is None else block.take(plan.rows_of(i, len(block)))
     return PassResult(None, rows, _report(read, block))
