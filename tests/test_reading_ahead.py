@@ -89,8 +89,8 @@ def test_blocks_that_are_read_ahead_are_planned_for(folder: Path) -> None:
     for arrays in ((x, y), (x[:], y[:])):
         with dask.config.set(scheduler="threads", num_workers=2):
             peaks.append(optimizer.plan(exponential, *arrays, START).peak_memory)
-    # One group of all blocks, hence one task at a time. Encoded and decoded bytes of a block in use,
-    # of the next one, and of those read ahead.
+    # One group of all blocks, hence one task at a time. Encoded and decoded bytes of a block in
+    # use, of the next one, and of those read ahead.
     assert peaks[0] - peaks[1] == 2 * 16 * CHUNK * (2 + MOST)
 
 

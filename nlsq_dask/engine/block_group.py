@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from nlsq_dask.engine.cache_budget import CacheBudget
@@ -39,9 +40,13 @@ class ReadAhead:
     ----------
     n_threads : int
         Number of threads, and the maximum number of blocks that are read but not yet used.
+    limits : PrefetchLimits
+        Limits on further blocks, which are read where reading waits.
     """
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, limits: PrefetchLimits) -> None:
+        self._n_threads = n_threads
+        self._prefetcher = Prefetcher.of(limits)
         self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="nlsq-read-ahead")
         self._places = threading.Semaphore(n_threads)
 
@@ -53,8 +58,21 @@ class ReadAhead:
         """Make room for another block to be read ahead, after one that was is now in use."""
         self._places.release()
 
+    def arrange(
+        self, groups: Sequence[BlockGroup], skipped: frozenset[int], kernel: Kernel[Any]
+    ) -> None:
+        """Arrange what is read ahead in a pass, given the groups in the order of their use.
+
+        The other parameters are those of ``BlockGroup.read_ahead_of``.
+        """
+        self._prefetcher.set_turns([group.number for group in groups])
+        # Groups finish in order, so the next group of a thread is n_threads places ahead.
+        for group, other in zip_longest(groups, groups[self._n_threads :]):
+            group.read_ahead_of(other, self, skipped, kernel)
+
     def close(self) -> None:
         """Wait for running reads, and cancel those that have not started."""
+        self._prefetcher.close()
         self.pool.shutdown(cancel_futures=True)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.engine.block_group import BlockGroup, CacheLostError, ReadAhead
-from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.execution import (
     LOST_WORKERS,
     MAX_ATTEMPTS,
@@ -26,8 +24,15 @@ from nlsq_dask.engine.execution import (
     lost_message,
 )
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.prefetch import Prefetcher, PrefetchLimits
-from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
+from nlsq_dask.engine.reduction_tree import (
+    Node,
+    TaskGraph,
+    Tree,
+    broadcast,
+    cull,
+    group_blocks,
+    pin,
+)
 from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
 from nlsq_dask.engine.source_graph import Index, SourceGraph
 from nlsq_dask.engine.tasks import (
@@ -80,7 +85,6 @@ class DataSet:
         self._block_groups = group_blocks(self._block_rows)
         self._groups: list[Any] = []
         self._read_ahead: ReadAhead | None = None
-        self._prefetcher: Prefetcher | None = None
         self._needs_inputs = False  # whether groups are no longer expected to stay cached
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
@@ -109,27 +113,15 @@ class DataSet:
         self._monitor = WorkerMonitor(emit)
         workers = self._workers = self._monitor.wait(check)
         workers.check_import()
-        cache = self._cache
-        self.memory = MemoryPlan.of(self.blocks, self._block_groups, workers, cache)
+        self.memory = MemoryPlan.of(self.blocks, self._block_groups, workers, self._cache)
         self.memory.check()
         self._all_needed = self._needed_groups(frozenset())
-        self._budget = CacheBudget(
-            uuid.uuid4().hex,
-            self.memory.cache_bytes,
-            None if isinstance(cache, str) else cache // workers.n_processes,
-            workers.processes_per_device,
-            must_pay=isinstance(cache, str),
-        )
-        self._limits = PrefetchLimits(
-            self._budget.fit,
-            self.memory.threads,
-            self.memory.ahead_blocks,
-            self.memory.ahead_bytes,
-        )
+        fit = uuid.uuid4().hex
+        self._budget = self.memory.budget(fit, workers, self._cache)
+        self._limits = self.memory.prefetch_limits(fit)
         self._distribute(check)
         if workers.shares_memory and not self.blocks.in_memory:
-            self._read_ahead = ReadAhead(workers.max_threads)
-            self._prefetcher = Prefetcher.of(self._limits)
+            self._read_ahead = ReadAhead(workers.max_threads, self._limits)
 
     def _distribute(self, check: Callable[[], None]) -> None:
         """Send the groups of blocks, and the arrays that are in memory, to the workers."""
@@ -141,16 +133,14 @@ class DataSet:
         block_groups = [
             BlockGroup(
                 reader,
-                n_bytes,
+                self.memory.group_bytes[number],
                 self._budget,
                 self._source.is_held(reader.inputs),
                 self.memory.all_fits,
                 number,
                 self._limits,
             )
-            for number, (reader, n_bytes) in enumerate(
-                zip(readers, self.memory.group_bytes, strict=True)
-            )
+            for number, reader in enumerate(readers)
         ]
         self._groups = pin("group", block_groups, self._workers)
 
@@ -172,8 +162,6 @@ class DataSet:
         """Release all data on the workers."""
         if self._read_ahead is not None:
             self._read_ahead.close()
-        if self._prefetcher is not None:
-            self._prefetcher.close()
         if self._workers.shares_memory and self._groups:
             # Errors may hold references, and tasks still run.
             self._budget.close_device()
@@ -282,7 +270,7 @@ class DataSet:
     ) -> Tree:
         cached = self._cached_groups(request.skipped)
         needed = (key for number in groups if number not in cached for key in self._inputs[number])
-        graph = TaskGraph(self._source_tasks(needed) if cached else self._shared)
+        graph = TaskGraph(cull(self._shared, needed) if cached else self._shared)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (
@@ -298,35 +286,16 @@ class DataSet:
 
         tree = graph.tree(len(groups), leaf, combine, known)
         if self._read_ahead is not None:
-            # Groups finish in order, so the next group of a thread is max_threads places ahead.
-            numbers = [groups[i] for i in tree.leaves_in_order()]
-            if self._prefetcher is not None:
-                self._prefetcher.set_turns(numbers)
-            turns = [self._groups[number] for number in numbers]
-            following = turns[self._workers.max_threads :]
-            for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead, request.skipped, kernel)
+            turns = [self._groups[groups[i]] for i in tree.leaves_in_order()]
+            self._read_ahead.arrange(turns, request.skipped, kernel)
         return tree
 
     def _cached_groups(self, skipped: frozenset[int]) -> set[int]:
-        """Return the numbers of groups that are cached, so that they need no shared tasks.
-
-        On a cluster it is unknown which they are, because tasks may move to other workers.
-        """
+        """Return the numbers of groups that are cached, so that they need no shared tasks."""
         if not self._workers.shares_memory or self._needs_inputs:
-            return set()
+            return set()  # on a cluster, tasks may move to workers that have not cached the group
         pairs = enumerate(zip(self._groups, self._inputs, strict=True))
         return {i for i, (group, inputs) in pairs if inputs and group.is_cached(skipped)}
-
-    def _source_tasks(self, keys: Iterable[Any]) -> dict[Any, Any]:
-        """Return those tasks that several groups share which the given keys need."""
-        stack, tasks = list(keys), dict[Any, Any]()
-        while stack:
-            key = stack.pop()
-            if key in self._shared and key not in tasks:
-                tasks[key] = self._shared[key]
-                stack.extend(getattr(tasks[key], "dependencies", ()))
-        return tasks
 
     def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:
         """Return the numbers of the groups with blocks to read, and how much there is to read.

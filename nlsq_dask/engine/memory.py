@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask.data.alignment import RowBlocks
-from nlsq_dask.engine.prefetch import DECODING_COPIES
+from nlsq_dask.engine.cache_budget import CacheBudget
+from nlsq_dask.engine.prefetch import DECODING_COPIES, PrefetchLimits
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 
@@ -141,6 +142,16 @@ class MemoryPlan:
             limit,
             base,
         )
+
+    def budget(self, fit: str, workers: Workers, cache: int | str) -> CacheBudget:
+        """Return the limits on cached blocks of a fit with a unique name; see ``of``."""
+        on_device = None if isinstance(cache, str) else cache // workers.n_processes
+        n_processes = workers.processes_per_device
+        return CacheBudget(fit, self.cache_bytes, on_device, n_processes, isinstance(cache, str))
+
+    def prefetch_limits(self, fit: str) -> PrefetchLimits:
+        """Return the limits on blocks that are read ahead, of a fit with a unique name."""
+        return PrefetchLimits(fit, self.threads, self.ahead_blocks, self.ahead_bytes)
 
     @property
     def bytes_per_pass(self) -> int:

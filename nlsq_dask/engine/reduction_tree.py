@@ -121,6 +121,17 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     return [futures[i] for i in range(len(values))]
 
 
+def cull(tasks: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    """Return those of some tasks, or futures, that are needed to get the results of given keys."""
+    stack, needed = list(keys), dict[Any, Any]()
+    while stack:
+        key = stack.pop()
+        if key in tasks and key not in needed:
+            needed[key] = tasks[key]
+            stack.extend(getattr(tasks[key], "dependencies", ()))
+    return needed
+
+
 def count_tree(n_leaves: int) -> int:
     """Return the number of tasks that combine the results of ``n_leaves`` tasks in a tree."""
     sizes = _level_sizes(n_leaves)
