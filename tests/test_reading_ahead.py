@@ -164,7 +164,7 @@ def read_group(skipped: Iterator[frozenset[int]]) -> tuple[list[list[int]], list
     steps = {key: Task(key, read, key[1]) for key in keys}
     blocks = tuple((i, [key, key], [(10,), (10,)]) for i, key in enumerate(keys))
     layout = Layout(None, ((),), ("f8",), "f8", None, False)
-    reader = GroupReader(layout, blocks, steps, (), ReadPolicy(), (3,), True)
+    reader = GroupReader(layout, blocks, steps, (), ReadPolicy(), (3,))
     budget, limits = CacheBudget("of a test", 10**6), PrefetchLimits("of a test", 1, 0, 0)
     group = BlockGroup(reader, 480, budget, True, False, 0, limits)
     used, n_reads = [], []

@@ -24,15 +24,7 @@ from nlsq_dask.engine.execution import (
     lost_message,
 )
 from nlsq_dask.engine.memory import MemoryPlan
-from nlsq_dask.engine.reduction_tree import (
-    Node,
-    TaskGraph,
-    Tree,
-    broadcast,
-    cull,
-    group_blocks,
-    pin,
-)
+from nlsq_dask.engine.reduction_tree import Node, TaskGraph, Tree, broadcast, group_blocks, pin
 from nlsq_dask.engine.retries import ReadError, ReadFailedError, ReadPolicy, SkippedBlock
 from nlsq_dask.engine.source_graph import Index, SourceGraph
 from nlsq_dask.engine.tasks import (
@@ -126,9 +118,7 @@ class DataSet:
     def _distribute(self, check: Callable[[], None]) -> None:
         """Send the groups of blocks, and the arrays that are in memory, to the workers."""
         self._source.replace(self._broadcast_literals(check))
-        readers, self._shared = self._source.readers(
-            self._block_groups, self._workers.shares_memory
-        )
+        readers, self._shared = self._source.readers(self._block_groups)
         self._inputs = [reader.inputs for reader in readers]
         block_groups = [
             BlockGroup(
@@ -270,7 +260,7 @@ class DataSet:
     ) -> Tree:
         cached = self._cached_groups(request.skipped)
         needed = (key for number in groups if number not in cached for key in self._inputs[number])
-        graph = TaskGraph(cull(self._shared, needed) if cached else self._shared)
+        graph = TaskGraph(self._shared, needed)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from distributed import get_worker
@@ -29,7 +29,7 @@ _WINDOW = 0.01  # seconds over which the use of the processor is measured, at le
 # that are not known to be remote, as other programs may use the processor, too.
 _IDLE, _IDLE_LOCAL = 0.5, 0.08
 _NOT_BUSY, _BUSY = 0.7, 0.9  # below the first share there are more, above the second one fewer
-_FIRST_DEPTH = 4  # blocks per thread that are read ahead as soon as reading waits
+_FIRST_DEPTH = 4  # blocks per thread, or core, that are read ahead as soon as reading waits
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class Prefetcher:
     def close(self) -> None:
         """Wait for running reads, cancel those that have not started, and delete the results."""
         with self._lock:
+            self._limits = replace(self._limits, n_blocks=0)  # tasks may still run
             self._depth, self._turns = 0, []
             self._drop(list(self._reading))
             pool, self._pool = self._pool, None
@@ -177,7 +178,7 @@ class Prefetcher:
         idle = _IDLE if reader.is_remote else _IDLE_LOCAL
         if busy < (_NOT_BUSY if self._depth else idle):
             self.has_waited = True
-            depth = max(2 * self._depth, _FIRST_DEPTH * self._limits.n_threads)
+            depth = max(2 * self._depth, _FIRST_DEPTH * self._cores)
             self._depth = min(depth, self._limits.n_blocks)
         elif busy > _BUSY:
             self._depth //= 2

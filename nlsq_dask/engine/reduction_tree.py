@@ -121,8 +121,7 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     return [futures[i] for i in range(len(values))]
 
 
-def cull(tasks: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
-    """Return those of some tasks, or futures, that are needed to get the results of given keys."""
+def _needed(tasks: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
     stack, needed = list(keys), dict[Any, Any]()
     while stack:
         key = stack.pop()
@@ -172,11 +171,13 @@ class TaskGraph:
     Parameters
     ----------
     shared : dict
-        Tasks to begin with.
+        Tasks, or futures, to begin with.
+    keys : iterable of key, optional
+        If given, only those of them are used that are needed for the results of these keys.
     """
 
-    def __init__(self, shared: dict[Any, Any]) -> None:
-        self._tasks: dict[Any, Any] = dict(shared)
+    def __init__(self, shared: dict[Any, Any], keys: Iterable[Any] | None = None) -> None:
+        self._tasks: dict[Any, Any] = dict(shared) if keys is None else _needed(shared, keys)
         self._token = uuid.uuid4().hex
 
     def constant(self, name: str, value: Any) -> TaskRef:

@@ -74,7 +74,6 @@ class GroupReader:
     inputs: tuple[Key, ...]  # keys of needed results of other Dask tasks
     policy: ReadPolicy
     grid: Index  # number of blocks along each dimension of y
-    is_thread_free: bool = False  # whether all steps may run outside the thread of a task
 
     def count(self, skipped: frozenset[int]) -> int:
         """Return the number of blocks that are not in ``skipped``."""
@@ -93,18 +92,19 @@ class GroupReader:
 
     @cached_property
     def has_sources(self) -> bool:
-        """Whether a step makes data of its own, and not of results of other tasks."""
-        return any(map(self._is_source, self.steps))
+        """Whether a step reads or makes data, not only from results of other tasks."""
+        nodes = self.steps.values()
+        return any(map(self._is_source, self.steps)) or any(
+            True for node in nodes for _ in stored_regions(node, self._literals(node))
+        )
 
     def _is_source(self, key: Key) -> bool:
         node = self.steps[key]
         return isinstance(node, Task) and len(self._literals(node)) == len(node.dependencies)
 
     def _is_read(self, key: Key) -> bool:
-        if not self._is_source(key):
-            return False
         node = self.steps[key]
-        return self.is_thread_free or is_store_read(node, self._literals(node))
+        return self._is_source(key) and is_store_read(node, self._literals(node))
 
     def _literals(self, node: GraphNode) -> dict[Key, Any]:
         """Return the values in the graph that a step needs, by key."""
@@ -114,9 +114,9 @@ class GroupReader:
     def reads(self, position: int) -> list[Key]:
         """Return the keys of the steps that can be run ahead for a block, in any thread.
 
-        These are steps that need no result of another one. On a worker of Dask they only read a
-        store: others may compute Dask arrays, which it allows in the thread of a task alone. Steps
-        that an earlier block of the group needs as well are not returned.
+        These are steps that read a store and need no result of another step. Other ones may compute
+        Dask arrays, which a worker allows in the thread of a task alone, and may need any amount of
+        memory. Steps that an earlier block of the group needs as well are not returned.
 
         Parameters
         ----------
@@ -293,7 +293,7 @@ class SourceGraph:
             self._futures[future.key] = future
 
     def readers(
-        self, groups: Sequence[Sequence[Index]], is_thread_free: bool = False
+        self, groups: Sequence[Sequence[Index]]
     ) -> tuple[list[GroupReader], dict[Key, Any]]:
         """Split the graph into a reader per group, and the tasks that several groups need.
 
@@ -301,8 +301,6 @@ class SourceGraph:
         ----------
         groups : sequence of sequences of tuple of int
             Positions in the grid of the blocks of each group.
-        is_thread_free : bool
-            Whether all tasks may run outside the thread of a task, as without a cluster.
 
         Returns
         -------
@@ -311,7 +309,7 @@ class SourceGraph:
             Graph of the tasks that several groups need, and of futures.
         """
         shared = {key: self._nodes[key] for key in self._shared_keys(groups)}
-        readers = [self._reader(group, shared, is_thread_free) for group in groups]
+        readers = [self._reader(group, shared) for group in groups]
         inline = {dep for node in shared.values() for dep in node.dependencies} - shared.keys()
         shared |= {key: self._nodes[key] for key in inline if key in self._nodes}
         tasks = {key: SharedStep.wrap(node, self._policy) for key, node in shared.items()}
@@ -403,9 +401,7 @@ class SourceGraph:
             return node.target in self._futures
         return isinstance(node, DataNode) and not _is_large(node.value)
 
-    def _reader(
-        self, group: Sequence[Index], shared: Mapping[Key, GraphNode], is_thread_free: bool
-    ) -> GroupReader:
+    def _reader(self, group: Sequence[Index], shared: Mapping[Key, GraphNode]) -> GroupReader:
         steps: dict[Key, GraphNode] = {}
         inputs: dict[Key, None] = {}
 
@@ -431,12 +427,7 @@ class SourceGraph:
                 add(key)
             index = int(np.ravel_multi_index(block, self._blocks.grid))
             blocks.append((index, keys, self._blocks.shapes(block)))
+        grid = self._blocks.grid
         return GroupReader(
-            self._blocks.layout,
-            tuple(blocks),
-            steps,
-            tuple(inputs),
-            self._policy,
-            self._blocks.grid,
-            is_thread_free,
+            self._blocks.layout, tuple(blocks), steps, tuple(inputs), self._policy, grid
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,9 @@ from zarr.storage import LocalStore, MemoryStore, ZipStore
 Key = Any
 Region = tuple[slice, ...]
 
-_GETTERS = (getter, getter_nofancy, getter_inline, operator.getitem)
+# Of functions that Dask and xarray apply to chunks.
+_PLAIN_MODULES = {"_operator", "numpy", "dask.array.chunk", "xarray.core.duck_array_ops"}
+_GETTERS = (getter, getter_nofancy, getter_inline)
 _LOCAL_STORES = (LocalStore, MemoryStore, ZipStore)
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
 _MAX_PROBED = 256  # chunks read one by one to find an unreadable one
@@ -125,12 +126,33 @@ def _chunk_name(array: zarr.Array[Any], key: str) -> str:
 
 
 def is_store_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
-    """Return whether a task does nothing but read a region of a Zarr array.
+    """Return whether a task only reads Zarr arrays, and applies functions of NumPy to the values.
 
-    ``values`` are the known results of other tasks, by key.
+    Other functions may be the caller's. ``values`` are the known results of other tasks, by key.
     """
-    is_getter = isinstance(node, Task) and node.func in _GETTERS
-    return is_getter and any(True for _ in stored_regions(node, values))
+    return all(map(_is_plain, _unfused(node))) and any(True for _ in stored_regions(node, values))
+
+
+def _unfused(node: Any) -> Iterator[Task]:
+    """Yield the tasks that Dask has fused into one; the task itself if there are none."""
+    if not isinstance(node, Task):
+        return
+    graph = _resolve(node.args[0], {}) if node.args else None
+    if isinstance(graph, dict) and all(isinstance(n, GraphNode) for n in graph.values()):
+        for step in graph.values():
+            yield from _unfused(step)
+    else:
+        yield node
+
+
+def _is_plain(task: Task) -> bool:
+    """Return whether a task calls a function that is known to call none of the caller's."""
+    function, arguments = task.func, (*task.args, *task.kwargs.values())
+    if any(callable(_resolve(argument, {})) for argument in arguments):
+        return False
+    if function in _GETTERS or getattr(np, getattr(function, "__name__", ""), None) is function:
+        return True
+    return getattr(function, "__module__", None) in _PLAIN_MODULES
 
 
 def is_remote_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
