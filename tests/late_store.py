@@ -8,19 +8,18 @@ from typing import Any
 from zarr.abc.store import Store
 from zarr.storage import WrapperStore
 
-_running = 0
-_peak = 0
+_running = _peak = _count = 0
 
 
-def reset_peak() -> None:
-    """Forget how many requests ran at the same time."""
-    global _peak
-    _peak = 0
+def reset() -> None:
+    """Forget the requests so far."""
+    global _peak, _count
+    _peak = _count = 0
 
 
-def peak() -> int:
-    """Return how many requests ran at the same time in this process."""
-    return _peak
+def requests() -> tuple[int, int]:
+    """Return how many requests ran at the same time in this process, and how many there were."""
+    return _peak, _count
 
 
 class LateStore(WrapperStore[Store]):
@@ -38,8 +37,9 @@ class LateStore(WrapperStore[Store]):
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """Return a value after a while."""
-        global _running, _peak
+        global _running, _peak, _count
         _running += 1
+        _count += 1
         _peak = max(_peak, _running)
         await asyncio.sleep(self._seconds)
         _running -= 1

@@ -80,6 +80,7 @@ class Prefetcher:
         self._reading: dict[_Place, tuple[dict[Any, Future[StepResult]], int]] = {}
         self._n_bytes = 0  # of the blocks that are read ahead
         self._running: list[int] = []  # numbers of the groups in use
+        self._started: set[int] = set()  # those, and others that were in use in this pass
         self.has_waited = False  # whether reading has left the processor idle
         self._depth = 0  # number of blocks to read ahead
         self._wall = self._cpu = 0.0  # at the beginning of the measured time
@@ -102,6 +103,7 @@ class Prefetcher:
         """Set the order in which the groups of a pass are used; a worker of Dask knows it."""
         with self._lock:
             self._drop(list(self._reading))  # of a pass that was interrupted
+            self._started.clear()
             self._turns = list(numbers)
             self._places = {number: i for i, number in enumerate(numbers)}
 
@@ -137,6 +139,7 @@ class Prefetcher:
         """
         with self._lock:
             self._measure(group.reader)
+            self._started.add(group.number)
             futures = self._pop((group.number, position))
             if self._depth:
                 if not futures and len(group.reader.reads(position)) > 1:
@@ -189,7 +192,7 @@ class Prefetcher:
         """Yield the blocks that are read after one, as groups with positions in them."""
         others = (self._groups.get(number) for number in self._numbers_after(group.number))
         for other in (group, *(o for o in others if o is not None)):
-            if other is group or not (other.number in self._running or other.is_cached(skipped)):
+            if other is group or not (other.number in self._started or other.is_cached(skipped)):
                 start = position + 1 if other is group else 0
                 for j, (index, *_) in enumerate(other.reader.blocks[start:], start):
                     if index not in skipped:
@@ -201,7 +204,7 @@ class Prefetcher:
         if self._turns is None:
             name, numbers = _waiting_groups(most)
             if name != self._pass:  # tasks of the one before may have moved to other workers
-                self._pass = name
+                self._pass, self._started = name, set(self._running)
                 self._drop([place for place in self._reading if place[0] not in self._running])
             return numbers
         place = self._places.get(number, len(self._turns))
