@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from distributed import Client
 from zarr.storage import LocalStore
 
 import nlsq_dask as nd
+from nlsq_dask.data.alignment import align
 from nlsq_dask.engine import read_costs
 from nlsq_dask.engine.block_group import BlockGroup
 from nlsq_dask.engine.cache_budget import CacheBudget
 from nlsq_dask.engine.prefetch import PrefetchLimits
 from nlsq_dask.engine.read_costs import ReadCosts
 from nlsq_dask.engine.retries import ReadPolicy
-from nlsq_dask.engine.source_graph import GroupReader
+from nlsq_dask.engine.source_graph import GroupReader, SourceGraph
 from nlsq_dask.rows.rows import Layout
 from tests.late_store import LateStore, requests, reset
 from tests.problems import NO_WARMUP, decay_data, exponential
@@ -121,6 +123,22 @@ def test_named_coordinates_do_not_forbid_to_keep(scheduler: str, tmp_path: Path)
     result = optimizer.fit(model, (*dims, "height"), lazy, [1.0, 1.0, 0.1, 0.5])
     assert result.success
     assert result.rows_cached >= 0.9 * (result.n_passes - 1) * record.size > 0
+
+
+def test_only_functions_that_are_known_run_beside_the_task(folder: Path) -> None:
+    """Those of the caller may compute Dask arrays, as a worker allows in the thread of a task."""
+    x = da.from_zarr(folder / "x")
+    known = x, 1e-3 * x + 2, x[100:].astype("f4"), da.log(x + 1), da.where(x > 1, x, 0.0)
+    others = (
+        x.map_blocks(np.sin),
+        da.map_blocks(lambda b: b, x),
+        x.map_blocks(np.vectorize(abs, otypes=[float])),
+    )
+    for y, is_known in [*((y, True) for y in known), *((y, y is others[0]) for y in others)]:
+        blocks = align(y, y)
+        ((reader,), _) = SourceGraph(blocks).readers([list(np.ndindex(blocks.grid))])
+        assert [len(reader.reads(i)) for i in range(2)] == [int(is_known)] * 2
+        assert not reader.is_remote
 
 
 class Clock:

@@ -23,6 +23,7 @@ Region = tuple[slice, ...]
 _PLAIN_MODULES = {"_operator", "numpy", "dask.array.chunk", "xarray.core.duck_array_ops"}
 _GETTERS = (getter, getter_nofancy, getter_inline)
 _LOCAL_STORES = (LocalStore, MemoryStore, ZipStore)
+_LOCAL_PROTOCOLS = {"file", "local", "memory"}
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
 _MAX_PROBED = 256  # chunks read one by one to find an unreadable one
 
@@ -148,7 +149,8 @@ def _unfused(node: Any) -> Iterator[Task]:
 def _is_plain(task: Task) -> bool:
     """Return whether a task calls a function that is known to call none of the caller's."""
     function, arguments = task.func, (*task.args, *task.kwargs.values())
-    if any(callable(_resolve(argument, {})) for argument in arguments):
+    given = (_resolve(argument, {}) for argument in arguments)
+    if isinstance(function, np.vectorize) or any(map(callable, given)):
         return False
     if function in _GETTERS or getattr(np, getattr(function, "__name__", ""), None) is function:
         return True
@@ -157,8 +159,14 @@ def _is_plain(task: Task) -> bool:
 
 def is_remote_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
     """Return whether a task reads a Zarr store that is neither in memory nor on a file system."""
-    stores = (stored.array.store for stored in stored_regions(node, values))
-    return any(not isinstance(store, _LOCAL_STORES) for store in stores)
+    return any(not _is_local(stored.array.store) for stored in stored_regions(node, values))
+
+
+def _is_local(store: Any) -> bool:
+    if isinstance(store, _LOCAL_STORES):
+        return True
+    protocols = getattr(getattr(store, "fs", None), "protocol", ())  # of fsspec
+    return not _LOCAL_PROTOCOLS.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
 
 
 def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[StoredRegion]:
