@@ -27,6 +27,7 @@ LIMITS = {
     "passes": 900,
     "out_of_core": 300,
     "beyond_memory": 1800,
+    "latency": 400,
     "in_memory": 300,
     "small_chunks": 400,
     "memory": 180,

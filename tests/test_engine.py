@@ -115,14 +115,31 @@ def test_arrays_in_memory_are_not_kept_twice() -> None:
     assert (watch.peak, result.rows_cached) == (0, 0)
 
 
-def test_what_several_groups_share_is_counted_as_read() -> None:
-    """A chunk of x that is cut for two groups is read in every pass, so no cache is claimed."""
+@pytest.mark.parametrize("n_groups", [10, 4])
+def test_what_several_groups_share_is_read_until_all_of_them_are_kept(
+    n_groups: int, exact: nd.FitResult
+) -> None:
+    """A chunk of x that is cut for two groups, and the mean of y, which all groups need."""
     x, y = data()
-    config = Config(verbose=0)
-    optimizer = nd.AdaptiveHybridStreamingOptimizer(config)
-    result = optimizer.fit(model, x.rechunk(2 * CHUNK), y, START)
+    reads: list[int] = []
+
+    def counted(block: np.ndarray) -> np.ndarray:
+        reads.append(len(block))
+        return block
+
+    x = x.rechunk(2 * CHUNK).map_blocks(counted, dtype=float, meta=np.empty(0))
+    y = (y - y.mean()) + y.mean()
+    config = Config(verbose=0, cache=n_groups * 16 * CHUNK)
+    result = nd.AdaptiveHybridStreamingOptimizer(config).fit(model, x, y, START)
     assert result.success
-    assert result.rows_cached == 0
+    assert result.n_passes >= 2
+    assert result.rows_cached == (result.n_passes - 1) * n_groups * CHUNK
+    if n_groups == 10:
+        sampled = result.rows_read - N_ROWS
+        assert sum(reads) <= N_ROWS + 2 * sampled
+    else:  # the groups that are not kept need chunks of x
+        assert sum(reads) > N_ROWS + 2 * CHUNK
+    np.testing.assert_allclose(result.x, exact.x, rtol=1e-9)
 
 
 def test_what_is_made_from_another_array_reads_it_once() -> None:

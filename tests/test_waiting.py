@@ -31,7 +31,12 @@ from tests.problems import NO_WARMUP, decay_data, exponential
 N, BLOCK = 80_000, 10_000
 X, Y = decay_data(N)
 START = [1.0, 1.0, 0.1]
-OPTIONS: dict[str, Any] = {**NO_WARMUP, "sample_rows": 200, "gauss_newton_tol": 1e-12}
+OPTIONS: dict[str, Any] = {
+    **NO_WARMUP,
+    "sample_rows": 200,
+    "gauss_newton_tol": 1e-12,
+    "cache": 0,  # workers of this process that left would hold it for a while
+}
 
 
 def slowly(y: np.ndarray) -> np.ndarray:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from nlsq_dask.engine.cache_budget import CacheBudget
+from nlsq_dask.engine.prefetch import DECODING_COPIES, Prefetcher, PrefetchLimits
+from nlsq_dask.engine.read_costs import ReadCosts
 from nlsq_dask.engine.source_graph import GroupReader, ReadBlock
 from nlsq_dask.kernels.kernel import Kernel
 from nlsq_dask.rows.device_rows import PlacedRows
@@ -25,6 +29,10 @@ _lock = threading.Lock()
 _placed: weakref.WeakSet[BlockGroup] = weakref.WeakSet()  # groups with blocks on GPUs
 
 
+class CacheLostError(Exception):
+    """A group whose blocks were cached must be read again, but was not given its inputs."""
+
+
 class ReadAhead:
     """A thread pool that reads blocks before they are needed.
 
@@ -32,9 +40,13 @@ class ReadAhead:
     ----------
     n_threads : int
         Number of threads, and the maximum number of blocks that are read but not yet used.
+    limits : PrefetchLimits
+        Limits on further blocks, which are read where reading waits.
     """
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, limits: PrefetchLimits) -> None:
+        self._n_threads = n_threads
+        self._prefetcher = Prefetcher.of(limits)
         self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="nlsq-read-ahead")
         self._places = threading.Semaphore(n_threads)
 
@@ -46,8 +58,21 @@ class ReadAhead:
         """Make room for another block to be read ahead, after one that was is now in use."""
         self._places.release()
 
+    def arrange(
+        self, groups: Sequence[BlockGroup], skipped: frozenset[int], kernel: Kernel[Any]
+    ) -> None:
+        """Arrange what is read ahead in a pass, given the groups in the order of their use.
+
+        The other parameters are those of ``BlockGroup.read_ahead_of``.
+        """
+        self._prefetcher.set_turns([group.number for group in groups])
+        # Groups finish in order, so the next group of a thread is n_threads places ahead.
+        for group, other in zip_longest(groups, groups[self._n_threads :]):
+            group.read_ahead_of(other, self, skipped, kernel)
+
     def close(self) -> None:
         """Wait for running reads, and cancel those that have not started."""
+        self._prefetcher.close()
         self.pool.shutdown(cancel_futures=True)
 
 
@@ -69,6 +94,10 @@ class BlockGroup:
     is_large : bool
         If True, ``sizeof`` counts the blocks, so that the Dask scheduler does not move the group to
         another worker.
+    number : int
+        Number of the group in the fit.
+    limits : PrefetchLimits
+        Limits on what is read ahead.
     """
 
     def __init__(
@@ -78,23 +107,50 @@ class BlockGroup:
         budget: CacheBudget,
         is_held: bool,
         is_large: bool,
+        number: int,
+        limits: PrefetchLimits,
     ) -> None:
         self.reader = reader
+        self.number = number
         self._n_bytes = n_bytes
         self._budget = budget
         self._is_held = is_held
         self._is_large = is_large
+        self._limits = limits
+        self._ahead = Prefetcher.of(limits)
+        self._ahead.register(self)
+        # Positions among the arrays of a block of those that are inputs in memory.
+        keys = reader.blocks[0][1]
+        self._held = {i for i, key in enumerate(keys) if is_held and key in reader.inputs}
         self._at_last: Callable[[], None] | None = None
         self._prefetched: tuple[_Reading, frozenset[int], ReadAhead] | None = None
         self._cached: list[tuple[int, CachedBlock]] | None = None
         self._give_back: Callable[[], object] = lambda: None
-        # Inputs from shared tasks would be read again in any case.
-        self._may_cache = bool(reader.steps) and not reader.inputs
+        self._costs = ReadCosts.of(budget.fit)
+        # Blocks that are made of arrays in memory alone, such as slices, are not kept twice.
+        self._may_cache = not is_held or reader.has_sources
         self._may_place = is_held or not reader.inputs
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = self._n_bytes, self._budget, self._is_held, self._is_large
-        return type(self), (self.reader, *arguments)
+        return type(self), (self.reader, *arguments, self.number, self._limits)
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes of memory that reading one of the blocks takes."""
+        return DECODING_COPIES * self._n_bytes // len(self.reader.blocks)
+
+    def is_cached(self, skipped: frozenset[int]) -> bool:
+        """Return whether all blocks are in memory, except skipped ones."""
+        return self._usable(skipped) is not None
+
+    def _usable(self, skipped: frozenset[int]) -> list[tuple[int, CachedBlock]] | None:
+        """Return the cached blocks that are not skipped; None if one of them is missing."""
+        cached = self._cached  # another thread may delete it
+        if cached is None:
+            return None
+        usable = [(i, rows) for i, rows in cached if i not in skipped]
+        return usable if len(usable) == self.reader.count(skipped) else None
 
     def read_ahead_of(
         self,
@@ -127,7 +183,9 @@ class BlockGroup:
     ) -> None:
         """Start to read the first block, unless it is cached or needs results of other tasks."""
         with _lock:
-            wants = self._cached is None and self._prefetched is None and not self.reader.inputs
+            wants = (
+                not self.is_cached(skipped) and self._prefetched is None and not self.reader.inputs
+            )
             if wants and threads.reserve_place():
                 reading = _Reading(self._read((), skipped, kernel))
                 reading.prefetch(threads.pool)
@@ -149,7 +207,8 @@ class BlockGroup:
         self, inputs: Sequence[Any], skipped: frozenset[int], kernel: Kernel[Any]
     ) -> Iterator[_Read]:
         """Read the blocks, and copy them to the GPU if the kernel computes there."""
-        for read in self.reader.read(inputs, skipped):
+        ahead = partial(self._ahead.take, self, skipped=skipped)
+        for read in self.reader.read(inputs, skipped, ahead):
             yield read, self._place(read.block, kernel)
 
     def _place(self, block: Rows | None, kernel: Kernel[Any]) -> PlacedRows | None:
@@ -200,20 +259,43 @@ class BlockGroup:
         kernel : Kernel
             Copies blocks to the GPU if it computes there.
         """
-        cached = self._cached  # another thread may delete it
-        needed = self.reader.indices(skipped)
-        if cached is not None and not {i for i, _ in cached}.issuperset(needed):
-            self.forget()  # an earlier pass read a subset of the blocks
-            cached = None
-        if cached is not None:
-            yield from (function(i, rows, None) for i, rows in cached if i not in skipped)
+        usable = self._usable(skipped)
+        if usable is not None:
+            yield from (function(i, rows, None) for i, rows in usable)
             return
-        wants = self._may_cache and self._budget.reserve(self._n_bytes)
+        if len(inputs) < len(self.reader.inputs):
+            raise CacheLostError
+        self._delete_cached()
+        self._ahead.begin(self)
+        self._costs.begin()
+        try:
+            yield from self._map_read(function, inputs, skipped, kernel)
+        finally:
+            self._costs.end()
+            self._ahead.end(self)
+
+    def _timed(self, call: Callable[[], T]) -> T:
+        """Return the result of a call, and add its processor time to the costs."""
+        began = time.thread_time()
+        try:
+            return call()
+        finally:
+            self._costs.add_kernel(time.thread_time() - began)
+
+    def _map_read(
+        self,
+        function: Callable[[int, CachedBlock | None, ReadBlock | None], T],
+        inputs: Sequence[Any],
+        skipped: frozenset[int],
+        kernel: Kernel[Any],
+    ) -> Generator[T, None, None]:
+        """Read the blocks, yield what the function returns for each, and cache them."""
+        wants = self._may_cache and self._pays and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
-        cached = []
+        cached: list[tuple[int, CachedBlock]] | None = []
         running: Future[T] | None = None
         try:
-            reading, count = self._reading(inputs, skipped, kernel), len(needed)
+            reading, count = self._reading(inputs, skipped, kernel), self.reader.count(skipped)
             with ThreadPoolExecutor(1, thread_name_prefix="nlsq-kernel") as pool:
                 for remaining in reversed(range(count)):
                     read, placed = reading.next()
@@ -228,7 +310,7 @@ class BlockGroup:
                         self._budget.release(reserved)
                         reserved, cached = 0, None
                     in_use = next((r for r in (placed, rows) if r is not None), read.block)
-                    call = partial(function, read.index, in_use, read)
+                    call = partial(self._timed, partial(function, read.index, in_use, read))
                     del read, placed, rows, in_use  # may not outlive the call
                     if remaining:
                         running = pool.submit(contextvars.copy_context().run, call)
@@ -246,6 +328,11 @@ class BlockGroup:
         else:
             self._budget.release(reserved)
 
+    @property
+    def _pays(self) -> bool:
+        """Whether blocks are worth the memory that the budget allows for them."""
+        return not self._budget.must_pay or self._ahead.has_waited or self._costs.pays
+
     def _to_cache(
         self, read: ReadBlock, placed: PlacedRows | None, wants: bool
     ) -> CachedBlock | None:
@@ -254,7 +341,10 @@ class BlockGroup:
         if placed is not None and self._may_place and self._budget.keep_on_device(n_bytes):
             weakref.finalize(placed, self._budget.release_kept, n_bytes)
             return placed
-        return read.block.compact() if wants and read.block is not None else None
+        if read.block is None or not self._may_cache:
+            return None
+        self._costs.add_block(read.block.nbytes)
+        return read.block.compact(self._held) if wants and self._pays else None
 
     def _cache(self, cached: list[tuple[int, CachedBlock]], reserved: int) -> None:
         """Keep blocks, for which bytes in memory were reserved."""
@@ -271,12 +361,16 @@ class BlockGroup:
             if any(are_placed):
                 _placed.add(self)
 
+    def _delete_cached(self) -> None:
+        with _lock:
+            self._cached = None
+        self._give_back()
+
     def forget(self) -> None:
         """Delete the cached blocks, and a block that was read ahead."""
         with _lock:
             prefetched, self._prefetched = self._prefetched, None
-            self._cached = None
-        self._give_back()
+        self._delete_cached()
         if prefetched is not None:
             prefetched[-1].free_place()
 

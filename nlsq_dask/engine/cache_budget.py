@@ -36,12 +36,16 @@ class CacheBudget:
         Maximum of cached blocks in the memory of a process's GPUs; None for what is free.
     device_processes : int
         Number of processes that share a GPU.
+    must_pay : bool
+        Whether blocks are cached in the memory of a process only where ``ReadCosts`` says that it
+        pays.
     """
 
     fit: str
     process_bytes: int
     device_bytes: int | None = None
     device_processes: int = 1
+    must_pay: bool = False
 
     def reserve(self, n_bytes: int) -> bool:
         """Reserve bytes in this process, or return False if fewer are free."""

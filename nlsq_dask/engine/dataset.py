@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sampling import SamplePlan, plan_sample
 from nlsq_dask.data.subsets import plan_subsets
-from nlsq_dask.engine.block_group import BlockGroup, ReadAhead
-from nlsq_dask.engine.cache_budget import CacheBudget
+from nlsq_dask.engine.block_group import BlockGroup, CacheLostError, ReadAhead
 from nlsq_dask.engine.execution import (
     LOST_WORKERS,
     MAX_ATTEMPTS,
@@ -80,6 +78,7 @@ class DataSet:
         self._block_groups = group_blocks(self._block_rows)
         self._groups: list[Any] = []
         self._read_ahead: ReadAhead | None = None
+        self._needs_inputs = False  # whether groups are no longer expected to stay cached
         self._kernel: tuple[Kernel[Any], Any] | None = None
 
     def open(
@@ -107,19 +106,15 @@ class DataSet:
         self._monitor = WorkerMonitor(emit)
         workers = self._workers = self._monitor.wait(check)
         workers.check_import()
-        cache = self._cache
-        self.memory = MemoryPlan.of(self.blocks, self._block_groups, workers, cache)
+        self.memory = MemoryPlan.of(self.blocks, self._block_groups, workers, self._cache)
         self.memory.check()
         self._all_needed = self._needed_groups(frozenset())
-        self._budget = CacheBudget(
-            uuid.uuid4().hex,
-            self.memory.cache_bytes,
-            None if isinstance(cache, str) else cache // workers.n_processes,
-            workers.processes_per_device,
-        )
+        fit = uuid.uuid4().hex
+        self._budget = self.memory.budget(fit, workers, self._cache)
+        self._limits = self.memory.prefetch_limits(fit)
         self._distribute(check)
         if workers.shares_memory and not self.blocks.in_memory:
-            self._read_ahead = ReadAhead(workers.max_threads)
+            self._read_ahead = ReadAhead(workers.max_threads, self._limits)
 
     def _distribute(self, check: Callable[[], None]) -> None:
         """Send the groups of blocks, and the arrays that are in memory, to the workers."""
@@ -129,12 +124,14 @@ class DataSet:
         block_groups = [
             BlockGroup(
                 reader,
-                n_bytes,
+                self.memory.group_bytes[number],
                 self._budget,
                 self._source.is_held(reader.inputs),
                 self.memory.all_fits,
+                number,
+                self._limits,
             )
-            for reader, n_bytes in zip(readers, self.memory.group_bytes, strict=True)
+            for number, reader in enumerate(readers)
         ]
         self._groups = pin("group", block_groups, self._workers)
 
@@ -229,6 +226,8 @@ class DataSet:
                 return execute(make_tree(), self._workers, partials, watch, self._monitor)
             except ReadFailedError as failed:
                 raise self._read_failure(failed.read_error) from failed.cause
+            except CacheLostError:  # on a GPU, which ran out of memory
+                self._needs_inputs = True
             except ImportError:  # perhaps of a worker that has joined
                 if self._workers.client is not None:
                     Workers.active().check_import()
@@ -260,7 +259,9 @@ class DataSet:
         groups: Sequence[int],
         known: Mapping[Node, Any],
     ) -> Tree:
-        graph = TaskGraph(self._shared)
+        cached = self._cached_groups(request.skipped)
+        needed = (key for number in groups if number not in cached for key in self._inputs[number])
+        graph = TaskGraph(self._shared, needed)
         if self._kernel is None or self._kernel[0] is not kernel:
             self._kernel = kernel, pin("kernel", [kernel], self._workers)[0]
         constants = (
@@ -271,17 +272,21 @@ class DataSet:
         def leaf(i: int) -> TaskRef:
             number = groups[i]
             group = graph.constant(f"group-{number}", self._groups[number])
-            inputs = self._inputs[number]
+            inputs = () if number in cached else self._inputs[number]
             return graph.task("sum-rows", number, reduce_group, group, *constants, inputs=inputs)
 
         tree = graph.tree(len(groups), leaf, combine, known)
         if self._read_ahead is not None:
-            # Groups finish in order, so the next group of a thread is max_threads places ahead.
             turns = [self._groups[groups[i]] for i in tree.leaves_in_order()]
-            following = turns[self._workers.max_threads :]
-            for group, other in zip_longest(turns, following):
-                group.read_ahead_of(other, self._read_ahead, request.skipped, kernel)
+            self._read_ahead.arrange(turns, request.skipped, kernel)
         return tree
+
+    def _cached_groups(self, skipped: frozenset[int]) -> set[int]:
+        """Return the numbers of groups that are cached, so that they need no shared tasks."""
+        if not self._workers.shares_memory or self._needs_inputs:
+            return set()  # on a cluster, tasks may move to workers that have not cached the group
+        pairs = enumerate(zip(self._groups, self._inputs, strict=True))
+        return {i for i, (group, inputs) in pairs if inputs and group.is_cached(skipped)}
 
     def _needed_groups(self, skipped: frozenset[int]) -> tuple[Sequence[int], NDArray[np.int64]]:
         """Return the numbers of the groups with blocks to read, and how much there is to read.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask.data.alignment import RowBlocks
+from nlsq_dask.engine.cache_budget import CacheBudget
+from nlsq_dask.engine.prefetch import DECODING_COPIES, PrefetchLimits
 from nlsq_dask.engine.workers import Workers
 from nlsq_dask.errors import DataError
 
@@ -16,10 +18,10 @@ from nlsq_dask.errors import DataError
 # 126 MiB with 3 parameters, 166 MiB with 8; further models add 5 to 40 MiB each.
 IMPORTED_BYTES = 300 * 2**20  # Python with its libraries; what is measured in a worker, if more
 _COMPILED_BYTES = 150 * 2**20  # compiled programs, and what compiling leaves behind
-# While a chunk is decoded, encoded and decoded bytes are in memory together.
-_COPIES = 2
 MAX_FILLED = 0.8  # of a worker's memory, where distributed pauses it
 _AUTO_CACHE = 0.2  # of a worker's memory
+# Blocks that are read ahead where reading waits: per thread, per worker, and their share of memory.
+_THREAD_BLOCKS, _MAX_BLOCKS, _MAX_AHEAD = 8, 32, 0.05
 _SMALL_BLOCK_BYTES = 2**16  # requesting a smaller block takes longer than reading it
 _MANY_BLOCKS = 1000
 
@@ -81,6 +83,8 @@ class MemoryPlan:
     group_bytes: tuple[int, ...]  # of each group: the blocks that one task reads
     task_bytes: int  # peak of one running task
     threads: int  # concurrent tasks per worker
+    ahead_blocks: int  # maximum of blocks per worker that are read ahead of those that tasks use
+    ahead_bytes: int  # maximum of their bytes, while they are decoded
     cache_bytes: int  # maximum for cached blocks, per worker
     all_fits: bool  # whether the workers can cache all blocks
     limit: int | None  # memory of the smallest worker; None if there are no workers yet
@@ -111,15 +115,43 @@ class MemoryPlan:
         reads_ahead = max(map(len, groups)) > 1 or workers.shares_memory
         at_once = 2 if reads_ahead else 1
         read_bytes = max(at_once * int(block_bytes.max()), blocks.split_bytes)
-        task_bytes = 0 if blocks.in_memory else _COPIES * read_bytes
+        task_bytes = 0 if blocks.in_memory else DECODING_COPIES * read_bytes
         threads, limit = min(workers.max_threads, len(groups)), workers.memory_limit
         base, memory = base_bytes(workers), limit or 0
         free = int(MAX_FILLED * memory) - base - threads * task_bytes
+        most = max(min(int(_MAX_AHEAD * memory), free), 0)
+        one = DECODING_COPIES * int(block_bytes.max())
+        ahead_blocks = min(
+            _THREAD_BLOCKS * threads, _MAX_BLOCKS, block_bytes.size, most // max(one, 1)
+        )
+        if blocks.in_memory or not workers.is_persistent:
+            ahead_blocks = 0
+        free -= ahead_blocks * one
         requested = _AUTO_CACHE * memory if isinstance(cache, str) else cache // workers.n_processes
         is_useful = workers.is_persistent and not blocks.in_memory
         cache_bytes = max(min(int(requested), free), 0) if is_useful else 0
         all_fits = sum(group_bytes) <= cache_bytes * workers.n_processes
-        return cls(group_bytes, task_bytes, threads, cache_bytes, all_fits, limit, base)
+        return cls(
+            group_bytes,
+            task_bytes,
+            threads,
+            ahead_blocks,
+            ahead_blocks * one,
+            cache_bytes,
+            all_fits,
+            limit,
+            base,
+        )
+
+    def budget(self, fit: str, workers: Workers, cache: int | str) -> CacheBudget:
+        """Return the limits on cached blocks of a fit with a unique name; see ``of``."""
+        on_device = None if isinstance(cache, str) else cache // workers.n_processes
+        n_processes = workers.processes_per_device
+        return CacheBudget(fit, self.cache_bytes, on_device, n_processes, isinstance(cache, str))
+
+    def prefetch_limits(self, fit: str) -> PrefetchLimits:
+        """Return the limits on blocks that are read ahead, of a fit with a unique name."""
+        return PrefetchLimits(fit, self.threads, self.ahead_blocks, self.ahead_bytes)
 
     @property
     def bytes_per_pass(self) -> int:
@@ -128,8 +160,8 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak memory of a worker, with cached blocks."""
-        return self._needed + min(self.cache_bytes, self.bytes_per_pass)
+        """Peak memory of a worker, with cached blocks and those that are read ahead."""
+        return self._needed + self.ahead_bytes + min(self.cache_bytes, self.bytes_per_pass)
 
     @property
     def _needed(self) -> int:
@@ -148,11 +180,12 @@ class MemoryPlan:
                 f"{too_little}: it has {format_bytes(self.base_bytes)} without data. Use workers "
                 f"with more memory"
             )
+        read_bytes = format_bytes(self.task_bytes // DECODING_COPIES)
         return (
             f"{too_little}: it has {format_bytes(self.base_bytes)} without data, and each of its "
-            f"{self.threads} threads reads blocks of up to "
-            f"{format_bytes(self.task_bytes // _COPIES)}. Use smaller chunks (rechunk the arrays, "
-            f"or open them with chunks=...), fewer threads per worker, or workers with more memory"
+            f"{self.threads} threads reads blocks of up to {read_bytes}. Use smaller chunks "
+            f"(rechunk the arrays, or open them with chunks=...), fewer threads per worker, or "
+            f"workers with more memory"
         )
 
     def check(self) -> None:

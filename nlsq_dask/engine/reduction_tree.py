@@ -121,6 +121,16 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     return [futures[i] for i in range(len(values))]
 
 
+def _needed(tasks: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    stack, needed = list(keys), dict[Any, Any]()
+    while stack:
+        key = stack.pop()
+        if key in tasks and key not in needed:
+            needed[key] = tasks[key]
+            stack.extend(getattr(tasks[key], "dependencies", ()))
+    return needed
+
+
 def count_tree(n_leaves: int) -> int:
     """Return the number of tasks that combine the results of ``n_leaves`` tasks in a tree."""
     sizes = _level_sizes(n_leaves)
@@ -161,11 +171,13 @@ class TaskGraph:
     Parameters
     ----------
     shared : dict
-        Tasks to begin with.
+        Tasks, or futures, to begin with.
+    keys : iterable of key, optional
+        If given, only those of them are used that are needed for the results of these keys.
     """
 
-    def __init__(self, shared: dict[Any, Any]) -> None:
-        self._tasks: dict[Any, Any] = dict(shared)
+    def __init__(self, shared: dict[Any, Any], keys: Iterable[Any] | None = None) -> None:
+        self._tasks: dict[Any, Any] = dict(shared) if keys is None else _needed(shared, keys)
         self._token = uuid.uuid4().hex
 
     def constant(self, name: str, value: Any) -> TaskRef:

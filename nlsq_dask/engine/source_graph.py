@@ -10,14 +10,16 @@ in the graph and run once.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import zarr
-from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
+from dask._task_spec import Alias, DataNode, GraphNode, Task, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 
@@ -25,6 +27,8 @@ from nlsq_dask._text import join_first
 from nlsq_dask.data.alignment import RowBlocks
 from nlsq_dask.data.sources.from_zarr import (
     StoredRegion,
+    is_remote_read,
+    is_store_read,
     missing_chunks,
     stored_regions,
 )
@@ -43,6 +47,10 @@ Index = tuple[int, ...]
 _SHARED = -1
 # Literals up to this size, such as an opened Zarr array or a lock, are copied into each group.
 _MAX_INLINE_BYTES = 4096
+
+
+StepResult = tuple[Any, int]  # value, or a ``ReadError`` if it failed, and number of retries
+Ahead = Callable[[int], dict[Key, Future[StepResult]]]
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,72 @@ class GroupReader:
     policy: ReadPolicy
     grid: Index  # number of blocks along each dimension of y
 
-    def indices(self, skipped: frozenset[int]) -> list[int]:
-        """Return the flat indices of the blocks that are not in ``skipped``."""
-        return [index for index, *_ in self.blocks if index not in skipped]
+    def count(self, skipped: frozenset[int]) -> int:
+        """Return the number of blocks that are not in ``skipped``."""
+        return sum(index not in skipped for index, *_ in self.blocks)
+
+    @cached_property
+    def _reads(self) -> list[list[Key]]:
+        order = {key: i for i, key in enumerate(self.steps)}
+        owned: set[Key] = set()
+        reads = []
+        for _, keys, _ in self.blocks:
+            needed = _needed_keys(keys, self.steps) - owned
+            owned |= needed
+            reads.append(sorted(filter(self._is_read, needed), key=order.__getitem__))
+        return reads
+
+    @cached_property
+    def has_sources(self) -> bool:
+        """Whether a step reads or makes data, not only from results of other tasks."""
+        nodes = self.steps.values()
+        return any(map(self._is_source, self.steps)) or any(
+            True for node in nodes for _ in stored_regions(node, self._literals(node))
+        )
+
+    def _is_source(self, key: Key) -> bool:
+        node = self.steps[key]
+        return isinstance(node, Task) and len(self._literals(node)) == len(node.dependencies)
+
+    def _is_read(self, key: Key) -> bool:
+        node = self.steps[key]
+        return self._is_source(key) and is_store_read(node, self._literals(node))
+
+    def _literals(self, node: GraphNode) -> dict[Key, Any]:
+        """Return the values in the graph that a step needs, by key."""
+        needed = {key: self.steps.get(key) for key in node.dependencies}
+        return {key: dep.value for key, dep in needed.items() if isinstance(dep, DataNode)}
+
+    def reads(self, position: int) -> list[Key]:
+        """Return the keys of the steps that can be run ahead for a block, in any thread.
+
+        These are steps that read a store and need no result of another step. Other ones may compute
+        Dask arrays, which a worker allows in the thread of a task alone, and may need any amount of
+        memory. Steps that an earlier block of the group needs as well are not returned.
+
+        Parameters
+        ----------
+        position : int
+            Position of the block in the group.
+        """
+        return self._reads[position]
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether a step reads a Zarr store that is not on a file system or in memory."""
+        sources = (self.steps[key] for key in self.steps if self._is_source(key))
+        return any(is_remote_read(node, self._literals(node)) for node in sources)
+
+    def run_read(self, key: Key) -> StepResult:
+        """Run one of the steps that ``reads`` returns."""
+        node = self.steps[key]
+        return run_step(node, self._literals(node), self.policy)
 
     def read(
-        self, inputs: Sequence[Any], skipped: frozenset[int] = frozenset()
+        self,
+        inputs: Sequence[Any],
+        skipped: frozenset[int] = frozenset(),
+        ahead: Ahead = lambda position: {},
     ) -> Iterator[ReadBlock]:
         """Yield each block as soon as it is read.
 
@@ -84,18 +152,21 @@ class GroupReader:
             Results of the tasks ``self.inputs``, in that order.
         skipped : frozenset of int
             Flat indices of blocks that are not read.
+        ahead : callable, optional
+            Called with the position of each block in the group before it is read; returns the
+            steps that other threads run, by key.
 
         Raises
         ------
         ReadFailedError
             If a block cannot be read and the policy does not skip it.
         """
-        blocks = [block for block in self.blocks if block[0] not in skipped]
-        needed = _needed_keys((key for _, keys, _ in blocks for key in keys), self.steps)
+        blocks = [(i, *block) for i, block in enumerate(self.blocks) if block[0] not in skipped]
+        needed = _needed_keys((key for _, _, keys, _ in blocks for key in keys), self.steps)
         steps = {key: node for key, node in self.steps.items() if key in needed}
         values, retries = separate_retries(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
-        uses.update(key for _, keys, _ in blocks for key in keys)
+        uses.update(key for _, _, keys, _ in blocks for key in keys)
 
         def release(keys: Iterable[Key]) -> None:
             for key in keys:
@@ -104,13 +175,18 @@ class GroupReader:
                     del values[key]
 
         pending = iter(steps.items())
-        for index, keys, shapes in blocks:
+        running: dict[Key, Future[StepResult]] = {}
+        for position, index, keys, shapes in blocks:
+            running |= ahead(position)
             while not all(key in values for key in keys):
                 key, node = next(pending)
+                future = running.pop(key, None)
                 # Only the failed step is retried; its dependencies are still in memory.
-                values[key], n_retries = run_step(node, values, self.policy)
+                result = future.result() if future else run_step(node, values, self.policy)
+                values[key], n_retries = result
                 if n_retries:
                     retries[key] = n_retries
+                del future, result
                 release(node.dependencies)
             arrays = [values[key] for key in keys]
             release(keys)
@@ -120,7 +196,20 @@ class GroupReader:
                 block = Rows.of_block(arrays, self.layout, shapes, self._describe(index))
             del arrays
             yield ReadBlock(index, block, read_error, retries)
+            del block
             retries = {}
+
+    def read_at_once(self, inputs: Sequence[Any]) -> Iterator[ReadBlock]:
+        """Yield the blocks as ``read`` does; the arrays of a block are requested together."""
+        if not self.is_remote:
+            yield from self.read(inputs)
+            return
+        with ThreadPoolExecutor(len(self.layout.array_names), "nlsq-read") as pool:
+
+            def ahead(position: int) -> dict[Key, Future[StepResult]]:
+                return {key: pool.submit(self.run_read, key) for key in self.reads(position)}
+
+            yield from self.read(inputs, ahead=ahead)
 
     def needing(self, key: Key) -> tuple[int, list[str]]:
         """Return the first block that depends on a step, and the names of its arrays that do."""

@@ -53,7 +53,8 @@ def reduce_group(
 ) -> PassResult[S]:
     """Return sums over the blocks of a group, which are read or taken from the cache.
 
-    ``inputs`` are the results of the tasks ``group.reader.inputs``, in that order.
+    ``inputs`` are the results of the tasks ``group.reader.inputs``, in that order. They are left
+    out if the group is known to be cached; if it is not any more, a ``CacheLostError`` is raised.
     """
 
     def total() -> PassResult[S]:
@@ -119,7 +120,7 @@ def sample_block(reader: GroupReader, plan: SamplePlan, i: int, *inputs: Any) ->
 
     ``inputs`` are the results of the tasks ``reader.inputs``, in that order.
     """
-    (read,) = reader.read(inputs)
+    (read,) = reader.read_at_once(inputs)
     block = read.block
     rows = None if block is None else block.take(plan.rows_of(i, len(block)))
     return PassResult(None, rows, _report(read, block))

@@ -6,7 +6,7 @@ x is stored as a flat tuple of arrays; ``Layout.assemble`` turns it into the mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
@@ -171,16 +171,23 @@ class Rows:
         """Return rows with a function applied to each array that is present."""
         return self.of(None if array is None else function(array) for array in self.arrays)
 
-    def compact(self) -> Self:
+    def compact(self, held: Collection[int] = ()) -> Self:
         """Return rows without views of larger arrays, which would keep those arrays in memory.
 
         Such views are replaced by copies.
+
+        Parameters
+        ----------
+        held : collection of int
+            Positions in ``arrays`` of those that are in memory in any case.
         """
 
-        def own(array: Array) -> Array:
-            return array.copy() if getattr(array.base, "nbytes", 0) > array.nbytes else array
+        def own(array: Array | None, is_held: bool) -> Array | None:
+            if array is None or is_held or getattr(array.base, "nbytes", 0) <= array.nbytes:
+                return array
+            return array.copy()
 
-        return self._map(own)
+        return self.of(own(array, i in held) for i, array in enumerate(self.arrays))
 
     def take(self, index: NDArray[np.integer[Any]]) -> Self:
         """Return the rows at the given positions, with one-dimensional y."""

@@ -12,11 +12,18 @@ import dask.array as da
 import numpy as np
 import zarr
 from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef
+from dask.array.core import getter, getter_inline, getter_nofancy
 from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 Key = Any
 Region = tuple[slice, ...]
 
+# Of functions that Dask and xarray apply to chunks.
+_PLAIN_MODULES = {"_operator", "numpy", "dask.array.chunk", "xarray.core.duck_array_ops"}
+_GETTERS = (getter, getter_nofancy, getter_inline)
+_LOCAL_STORES = (LocalStore, MemoryStore, ZipStore)
+_LOCAL_PROTOCOLS = {"file", "local", "memory"}
 _METADATA = {"zarr.json", ".zarray", ".zattrs"}
 _MAX_PROBED = 256  # chunks read one by one to find an unreadable one
 
@@ -117,6 +124,49 @@ def failing_chunk(node: GraphNode, values: Mapping[Key, Any]) -> str | None:
 
 def _chunk_name(array: zarr.Array[Any], key: str) -> str:
     return f"chunk {key} of {array.store_path}"
+
+
+def is_store_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
+    """Return whether a task only reads Zarr arrays, and applies functions of NumPy to the values.
+
+    Other functions may be the caller's. ``values`` are the known results of other tasks, by key.
+    """
+    return all(map(_is_plain, _unfused(node))) and any(True for _ in stored_regions(node, values))
+
+
+def _unfused(node: Any) -> Iterator[Task]:
+    """Yield the tasks that Dask has fused into one; the task itself if there are none."""
+    if not isinstance(node, Task):
+        return
+    graph = _resolve(node.args[0], {}) if node.args else None
+    if isinstance(graph, dict) and all(isinstance(n, GraphNode) for n in graph.values()):
+        for step in graph.values():
+            yield from _unfused(step)
+    else:
+        yield node
+
+
+def _is_plain(task: Task) -> bool:
+    """Return whether a task calls a function that is known to call none of the caller's."""
+    function, arguments = task.func, (*task.args, *task.kwargs.values())
+    given = (_resolve(argument, {}) for argument in arguments)
+    if isinstance(function, np.vectorize) or any(map(callable, given)):
+        return False
+    if function in _GETTERS or getattr(np, getattr(function, "__name__", ""), None) is function:
+        return True
+    return getattr(function, "__module__", None) in _PLAIN_MODULES
+
+
+def is_remote_read(node: GraphNode, values: Mapping[Key, Any]) -> bool:
+    """Return whether a task reads a Zarr store that is neither in memory nor on a file system."""
+    return any(not _is_local(stored.array.store) for stored in stored_regions(node, values))
+
+
+def _is_local(store: Any) -> bool:
+    if isinstance(store, _LOCAL_STORES):
+        return True
+    protocols = getattr(getattr(store, "fs", None), "protocol", ())  # of fsspec
+    return not _LOCAL_PROTOCOLS.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
 
 
 def stored_regions(node: GraphNode, values: Mapping[Key, Any]) -> Iterator[StoredRegion]:
