@@ -44,7 +44,7 @@ class Plan:
     subset_rows_read : tuple of int
         Number of rows in each of the subsets of the blocks over which the fit sums before it sums
         over all rows; empty if it uses none. With them, most fits need one pass over all rows,
-        otherwise two. Subsets are left out if the fit needs QR factorizations, or if they have few
+        otherwise two. Subsets are omitted if the fit needs QR factorizations, or if they have few
         blocks and the blocks differ.
     n_workers, threads : int
         Number of processes, and the maximum number of threads per process. A cluster that has no

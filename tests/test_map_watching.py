@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import json
 import logging
+import os
 import re
 import time
 from collections import Counter
@@ -199,7 +199,7 @@ def test_a_bar_in_a_terminal(seen: list[Event], monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
-        (100, "1,200/2,000 [00:00 left, 200 fits/s, 1,190 converged, 10 stalled]"),
+        (90, "1,200/2,000 [00:00 left, 200 fits/s, 1,190 converged, 10 stalled]"),
         (80, "1,200/2,000 [00:00 left, 200 fits/s, 99% converged]"),
         (60, "1,200/2,000 [00:00 left, 200 fits/s]"),
         (50, "1,200/2,000 [00:00 left]"),

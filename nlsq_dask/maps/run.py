@@ -238,7 +238,7 @@ class _Run:
         make_graph: Callable[[list[Tile], Any], tuple[dict[Any, Any], list[Any]]],
         take: Callable[[Tile, TileReport | None], None],
     ) -> None:
-        """Compute a task per tile; ``make_graph`` takes the tiles that are left, and a client."""
+        """Compute a task per tile; ``make_graph`` takes the remaining tiles, and a client."""
         remaining = {tile.index: tile for tile in tiles}
         by_key: dict[Any, Tile] = {}
 
