@@ -81,10 +81,10 @@ def test_a_dict_of_lazy_arrays_gives_a_lazy_result() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"y_data": "signals"}, "y_data='signals' is no variable of the Dataset; it has 'signal'"),
-        ({"x_data": "time"}, "x_data='time' is no variable"),
-        ({"x_data": ("t", "time")}, "x_data='time' is no variable"),
-        ({"sigma": "errors"}, "sigma='errors' is no variable"),
+        ({"y_data": "signals"}, "y_data='signals' is not a variable of the Dataset, which has"),
+        ({"x_data": "time"}, "x_data='time' is not a variable"),
+        ({"x_data": ("t", "time")}, "x_data='time' is not a variable"),
+        ({"sigma": "errors"}, "sigma='errors' is not a variable"),
     ],
 )
 def test_unknown_names(given: dict[str, Any], text: str) -> None:
