@@ -1,6 +1,6 @@
 """``Solver``: interface of the methods that minimize the cost, such as ``GaussNewton``.
 
-A solver does not compute sums over the rows. It is asked which sums it needs, and receives them: the
+A solver does not compute sums over the rows. It is asked which sums it needs, and gets them: the
 same code fits a sample in memory and all rows. Everything that it has learned is in its state,
 which is saved in checkpoints.
 """
