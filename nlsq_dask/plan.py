@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
+from nlsq_dask._text import wrap
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.data.subsets import plan_subsets
 from nlsq_dask.engine.memory import MemoryPlan, memory_text, small_blocks, workers_text
@@ -102,7 +103,7 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
+        return "\n".join(wrap(f"{name:<26}{text}", " " * 26) for name, text in self._lines())
 
     def _repr_html_(self) -> str:
         return html.plan(self.problems, self._lines()[:-1])
