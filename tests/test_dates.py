@@ -54,7 +54,7 @@ def test_predictions_at_dates() -> None:
     labelled = result.predict(xr.DataArray(grid.astype("M8[ns]"), dims="t"))
     np.testing.assert_array_equal(labelled, result.predict(grid))
     value, error = result.predict(
-        np.where([1, 0, 1, 1, 1], grid, np.datetime64("NaT")), return_std=True
+        np.where([1, 0, 1, 1, 1], grid, np.datetime64("NaT", "D")), return_std=True
     )
     assert list(np.isnan(value)) == list(np.isnan(error)) == [False, True, False, False, False]
     masked = result.predict(np.ma.masked_array(grid, [0, 1, 0, 0, 0]))
