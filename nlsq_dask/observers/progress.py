@@ -62,10 +62,14 @@ def _bar_class() -> Any:
     return Bar
 
 
+def _is_terminal(stream: Any) -> bool:
+    isatty = getattr(stream, "isatty", None)
+    return bool(isatty and isatty())
+
+
 def _shows_bars(stream: Any) -> bool:
     """Return whether output to the stream can be overwritten: in a terminal or a notebook."""
-    is_terminal = getattr(stream, "isatty", None)
-    return bool(is_terminal and is_terminal()) or "ipykernel" in type(stream).__module__
+    return _is_terminal(stream) or "ipykernel" in type(stream).__module__
 
 
 class _Meter:
@@ -81,7 +85,8 @@ class _Meter:
     smoothing : float
         Weight of recent units in the rate from which the remaining time follows; 0 for their mean.
     waiting : str
-        Text of a bar that is shown before the first unit is complete; without it, no bar is.
+        Text of a bar in a terminal that is shown before the first unit is complete. Without it,
+        there is no such bar.
     """
 
     def __init__(
@@ -111,9 +116,9 @@ class _Meter:
                 dynamic_ncols=True,
                 bar_format=_FORMAT,
             )
-            if waiting:
+            if waiting and _is_terminal(stream):
                 self._set_text((waiting, ""), done)
-                self._timer = threading.Timer(_BAR_DELAY, self._bar.refresh)
+                self._timer = threading.Timer(_BAR_DELAY, self._draw)
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -154,6 +159,10 @@ class _Meter:
             if len(self._bar.format_meter(**state)) + _LEAST_BAR <= columns:
                 return layout, text
         return choices[-1]
+
+    def _draw(self) -> None:
+        with suppress(OSError, ValueError):  # of a stream that is closed
+            self._bar.refresh()
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None
