@@ -7,7 +7,7 @@ NLSQ_VENV := .venv-nlsq
 # The nlsq package needs Python 3.12 or newer; the first of these that is one makes its environment.
 NLSQ_PYTHON ?= python3 python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
-.PHONY: demo test test-all lint docs pictures figures bench bench-nlsq-env clean
+.PHONY: demo test test-all test-matrix check-wheel lint docs pictures figures bench bench-nlsq-env clean
 
 # The pictures are in demo-output; `make demo DEMO=--wait` keeps the live page until Enter.
 demo: $(VENV)/demo.stamp
@@ -21,6 +21,15 @@ test: $(VENV)/test.stamp
 test-all: test
 	$(RUN) pytest -m slow
 
+# A short part of the tests with several versions of Python, and with the lowest versions of the
+# dependencies, in environments of their own; `make test-matrix MATRIX="3.12 lowest"` selects some.
+test-matrix:
+	MATRIX="$(MATRIX)" .ci/matrix
+
+# Builds a wheel, installs it in an empty environment, and runs the code of the README there.
+check-wheel:
+	PYTHON="$(PYTHON)" .ci/check-wheel
+
 lint: $(VENV)/dev.stamp
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -30,8 +39,9 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	DOCS_EXECUTE=$(or $(DOCS_EXECUTE),off) $(RUN) sphinx -W --keep-going -q docs docs/_build/html
 
-# Those of the gallery and the README (needs Chromium); `make pictures PAGES=tides` draws one.
-pictures: $(VENV)/demo.stamp
+# Those of the gallery, the notebooks and the README (needs Chromium); `make pictures PAGES=tides`
+# draws one.
+pictures: $(VENV)/test.stamp
 	$(RUN) docs.make_pictures $(PAGES)
 
 # Writes the table of the README from benchmarks/results.
@@ -46,7 +56,7 @@ bench: $(VENV)/test.stamp
 bench-nlsq-env: $(NLSQ_VENV)/nlsq.stamp
 
 clean:
-	rm -rf $(VENV) $(NLSQ_VENV) build dist demo-output docs/_build docs/notebooks .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NLSQ_VENV) .venv-matrix build dist demo-output docs/_build docs/notebooks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -38,3 +38,6 @@ numpydoc_class_members_toctree = False
 # Sphinx reads sources below this folder alone.
 shutil.rmtree(HERE / "notebooks", ignore_errors=True)
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks")
+for notebook in (HERE / "notebooks").glob("*.ipynb"):
+    # There, the pictures of this folder are in the folder above.
+    notebook.write_text(notebook.read_text().replace("](../docs/", "](../"))

@@ -372,6 +372,8 @@ class DatasetAccessor(_Accessor):
             return name
         if name not in self._obj.variables:
             known = ", ".join(map(repr, [*self._obj.data_vars, *self._obj.coords]))
-            raise ValueError(f"{argument}={name!r} is no variable of the Dataset; it has {known}.")
+            raise ValueError(
+                f"{argument}={name!r} is not a variable of the Dataset, which has {known}."
+            )
         array: xr.DataArray = self._obj[name]
         return array

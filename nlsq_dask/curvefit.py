@@ -200,8 +200,8 @@ def _dims(
     unknown = [dim for dim in dims if dim not in obj.dims]
     if unknown:
         raise ValueError(
-            f"reduce_dims has {unknown[0]!r}, which is no dimension of the data; they have "
-            f"{', '.join(map(repr, obj.dims))}."
+            f"reduce_dims contains {unknown[0]!r}, which is not a dimension of the data. Their "
+            f"dimensions are {', '.join(map(repr, obj.dims))}."
         )
     if not dims:
         raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
+from nlsq_dask._text import wrap
 from nlsq_dask.data.sampling import plan_sample
 from nlsq_dask.data.subsets import plan_subsets
 from nlsq_dask.engine.memory import MemoryPlan, memory_text, small_blocks, workers_text
@@ -45,7 +46,7 @@ class Plan:
     subset_rows_read : tuple of int
         Number of rows in each of the subsets of the blocks over which the fit sums before it sums
         over all rows; empty if it uses none. With them, most fits need one pass over all rows,
-        otherwise two. Subsets are left out if the fit needs QR factorizations, or if they have few
+        otherwise two. Subsets are omitted if the fit needs QR factorizations, or if they have few
         blocks and the blocks differ.
     n_workers, threads : int
         Number of processes, and the maximum number of threads per process. A cluster that has no
@@ -114,7 +115,7 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
+        return "\n".join(wrap(f"{name:<26}{text}", " " * 26) for name, text in self._lines())
 
     def _repr_html_(self) -> str:
         return html.plan(self.problems, self._lines()[:-1])

@@ -81,10 +81,10 @@ def test_a_dict_of_lazy_arrays_gives_a_lazy_result() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"y_data": "signals"}, "y_data='signals' is no variable of the Dataset; it has 'signal'"),
-        ({"x_data": "time"}, "x_data='time' is no variable"),
-        ({"x_data": ("t", "time")}, "x_data='time' is no variable"),
-        ({"sigma": "errors"}, "sigma='errors' is no variable"),
+        ({"y_data": "signals"}, "y_data='signals' is not a variable of the Dataset, which has"),
+        ({"x_data": "time"}, "x_data='time' is not a variable"),
+        ({"x_data": ("t", "time")}, "x_data='time' is not a variable"),
+        ({"sigma": "errors"}, "sigma='errors' is not a variable"),
     ],
 )
 def test_unknown_names(given: dict[str, Any], text: str) -> None:
@@ -102,7 +102,7 @@ def test_unknown_keywords_get_suggestions() -> None:
         CUBE.nlsq.curvefit("t", JAX, skip_na=True)
     with pytest.raises(TypeError, match="multiple values for argument 'y_data'"):
         CUBE.nlsq.fit_each(JAX, "t", dims="t", y_data=CUBE)
-    with pytest.raises(TypeError, match="missing a required argument: 'dims'"):
+    with pytest.raises(TypeError, match=r"missing a required .*argument: 'dims'"):
         CUBE.nlsq.fit_each(JAX, "t")
 
 

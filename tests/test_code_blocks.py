@@ -29,7 +29,8 @@ def masked(text: str) -> list[str]:
     """Return lines without what depends on the machine."""
     text = re.sub(r"file://\S*/fading.zarr", "file:///data/fading.zarr", text)
     return [
-        re.sub(r"^(Workers|Peak memory|Cache per worker).*", r"\1", x) for x in text.splitlines()
+        re.sub(r"^(Workers|Peak memory|Cache per worker|Problems  ).*", r"\1", x)
+        for x in text.splitlines()
     ]
 
 

@@ -107,6 +107,7 @@ def with_gaps() -> xr.DataArray:
 
 DURATIONS = (T * 86_400e9).astype("timedelta64[ns]")
 EPOCH = np.datetime64("1970-01-01", "ns")
+NAT = np.datetime64("NaT", "ns")
 SLOW = {"tau": 1e14}  # ns
 
 CALLS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -138,7 +139,7 @@ CALLS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "durations": (CUBE.assign_coords(t=DURATIONS), "t", {"p0": SLOW}),
     "dates": (CUBE.assign_coords(t=EPOCH + DURATIONS), "t", {"p0": SLOW}),
     "dates with a gap": (
-        CUBE.assign_coords(day=("t", np.where(T == 2, np.datetime64("NaT"), EPOCH + DURATIONS))),
+        CUBE.assign_coords(day=("t", np.where(T == 2, NAT, EPOCH + DURATIONS))),
         "day",
         {"reduce_dims": "t", "p0": SLOW},
     ),
@@ -365,7 +366,7 @@ Q = xr.DataArray([1.0, 2.0], dims="q")
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "coords": ({"coords": "time"}, KeyError, "coords has 'time', but the data have"),
     "no dimension": ({"coords": "age"}, ValueError, "reduce_dims"),
-    "reduce_dims": ({"reduce_dims": "z"}, ValueError, "reduce_dims has 'z'"),
+    "reduce_dims": ({"reduce_dims": "z"}, ValueError, "reduce_dims contains 'z'"),
     "func": ({"func": None}, TypeError, "func must be a function"),
     "errors": ({"errors": "warn"}, ValueError, "errors must be 'raise' or 'ignore'"),
     "open": ({"func": lambda t, *p: p[0] * t}, ValueError, "param_names"),

@@ -189,7 +189,7 @@ OMITTING: dict[str, Callable[[Path], dict[str, Any]]] = {
         "options": {"nan_policy": "omit"},
     },
     "NaT": lambda _: {
-        "x": np.where(BAD, np.datetime64("NaT"), DATES),
+        "x": np.where(BAD, np.datetime64("NaT", "D"), DATES),
         "options": {"nan_policy": "omit"},
     },
     "datetime with None": lambda _: {

@@ -395,17 +395,16 @@ def test_a_map_of_one_tile_cannot_be_continued(
 
 
 def test_walltime_while_a_store_is_verified(data: Path, stored: Path) -> None:
-    clock = time.monotonic
+    clock, finished = time.monotonic, MapStore.finished
 
-    def expire(event: Event) -> None:
-        if isinstance(event, MapStarted):
-            patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: clock() + 1e4))
+    def expire(store: MapStore) -> Any:
+        patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: clock() + 1e4))
+        return finished(store)
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.warns(UserWarning, match="while it verified the tiles in the store"),
-    ):
-        result = fit(data, stored, observers=[expire], options={"max_walltime": 1e3})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MapStore, "finished", expire)
+        with pytest.warns(UserWarning, match="while it verified the tiles in the store"):
+            result = fit(data, stored, options={"max_walltime": 1e3})
     assert (result.status != -7).all()
     with pytest.warns(UserWarning, match="before the store was opened"):
         result = fit(data, stored, options={"max_walltime": 1e-9})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import time
 from collections import Counter
@@ -193,6 +194,44 @@ def test_a_bar_in_a_terminal(seen: list[Event], monkeypatch: pytest.MonkeyPatch)
     first, *_, last = terminal.getvalue().replace("\r", "\n").splitlines()
     assert first == format_event(seen[0])
     assert last == format_event(seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (90, "1,200/2,000 [00:00 left, 200 fits/s, 1,190 converged, 10 stalled]"),
+        (80, "1,200/2,000 [00:00 left, 200 fits/s, 99% converged]"),
+        (60, "1,200/2,000 [00:00 left, 200 fits/s]"),
+        (50, "1,200/2,000 [00:00 left]"),
+    ],
+)
+def test_a_narrow_terminal_shortens_the_text_and_keeps_the_bar(
+    seen: list[Event], monkeypatch: pytest.MonkeyPatch, columns: int, text: str
+) -> None:
+    monkeypatch.setattr(progress, "_BAR_DELAY", 0.0)
+    terminal = Terminal()
+    monkeypatch.setattr(terminal, "fileno", lambda: 1, raising=False)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((columns, 40)))
+    shown = Progress(stream=terminal)
+    for event in seen[:6]:
+        time.sleep(0.11)
+        shown(event)
+    shown.close()
+    bars = [bar for bar in terminal.getvalue().split("\r") if text in bar]
+    assert bars
+    assert all(bar.count("#") >= 2 and len(bar) < columns for bar in bars)
+
+
+def test_a_bar_is_shown_before_the_first_tile(
+    seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_BAR_DELAY", 0.01)
+    terminal = Terminal()
+    shown = Progress(stream=terminal)
+    shown(seen[0])
+    time.sleep(0.2)
+    shown.close()
+    assert "0/2,000 pixels [00:00<?, first tile in progress]" in terminal.getvalue()
 
 
 def test_a_small_map_flashes_no_bar(cube: xr.DataArray, monkeypatch: pytest.MonkeyPatch) -> None:

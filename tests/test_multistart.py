@@ -311,7 +311,13 @@ def test_a_sample_that_is_too_small() -> None:
 def test_rounds_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     fit(verbose=1)
     out = capsys.readouterr().out
-    for part in ("round 1 on 1,600 rows", "round 3", "2 starts remain", "at winner", "at p0"):
+    for part in (
+        "round 1 on 1,600 rows",
+        "round 3",
+        "remaining starts: 2",
+        "from winner",
+        "from p0",
+    ):
         assert part in out
 
 

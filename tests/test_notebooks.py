@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ def test_no_outputs_are_kept(path: Path) -> None:
     for cell in nbformat.read(path, as_version=4).cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_picture_opens_it(path: Path) -> None:
+    first = nbformat.read(path, as_version=4).cells[0]
+    (picture,) = re.findall(r"!\[[^]]+\]\((.+)\)", first.source)
+    assert (path.parent / picture).is_file()
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,11 @@ def test_a_warmup_that_is_skipped(
     config = nd.HybridStreamingConfig(warmup_iterations=0, sample_rows=300, **options)
     nd.AdaptiveHybridStreamingOptimizer(config).fit(decay, X, Y, start)
     out = capsys.readouterr().out
-    assert "  warm-up skipped: no iterations are allowed, or the model is not finite at p0 (" in out
+    what = (
+        "the model" if start is NOT_FINITE_THERE else "no iterations are allowed, or the gradient"
+    )
+    assert f"  warm-up skipped: {what} is not finite at p0 (" in out
+    assert max(map(len, out.splitlines())) <= 100
     assert "None" not in out
     event = WarmupStarted("p0", 0.5, None, is_warm_start=False)
     (note,) = Messages().of(event)

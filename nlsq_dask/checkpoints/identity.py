@@ -130,6 +130,9 @@ def _differences(
     for name in sorted({*then, *now}):
         one, other = then.get(name, unknown), now.get(name, unknown)
         if one != other:
+            layout, found, values = other.partition(", values ")  # of an array
+            if found and one.startswith(f"{layout}{found}"):
+                other = f"the same with values {values}"
             yield f"{what} {name} was {one} and is {other}"
 
 

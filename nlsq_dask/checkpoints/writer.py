@@ -12,7 +12,7 @@ from nlsq_dask.checkpoints.folder import CheckpointFolder
 
 @dataclass(frozen=True)
 class WriteOutcome:
-    """What became of a checkpoint; either ``path`` or ``error`` is None."""
+    """Outcome of writing a checkpoint; either ``path`` or ``error`` is None."""
 
     number: int  # of the checkpoint
     seconds: float

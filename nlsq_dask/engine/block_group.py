@@ -255,7 +255,7 @@ class BlockGroup:
         inputs : sequence
             Results of the tasks ``reader.inputs``, in that order.
         skipped : frozenset of int
-            Flat indices of blocks that are left out.
+            Flat indices of blocks that are skipped.
         kernel : Kernel
             Copies blocks to the GPU if it computes there.
         """

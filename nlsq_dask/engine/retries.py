@@ -36,7 +36,7 @@ _LOGGER = logging.getLogger("nlsq_dask")
 
 @dataclass(frozen=True)
 class ReadPolicy:
-    """How failed reads, and failed writes of results, are handled."""
+    """Rules for failed reads, and for failed writes of results."""
 
     retries: int = 0  # how often a failed task of the caller's graph is repeated
     outage_seconds: float = 0.0  # how long it is repeated while the network or a server fails

@@ -25,7 +25,7 @@ from nlsq_dask.rows.rows import Rows
 
 @dataclass(frozen=True)
 class PassRequest:
-    """What to compute in a pass (one sum over all rows)."""
+    """Specification of a pass (one sum over all rows)."""
 
     sums: Request  # the sums, and the parameters at which they are computed
     wants_moments: bool = True  # also compute the sums that depend on the data alone

@@ -327,7 +327,7 @@ class Passes:
         read = result.reading
         assert result.sums is not None  # it is an error to leave out all rows
         assert result.blocks is not None
-        n_rows = self.n_rows - sum(bad.rows for bad in skipped.values())  # not left out so far
+        n_rows = self.n_rows - sum(bad.rows for bad in skipped.values())  # not skipped so far
         check_rows(result.sums, self._omits_nan, self._data, n_rows, result.first_bad_block)
         at = request.sums
         sums = result.sums.penalized(penalty, at)

@@ -25,7 +25,7 @@ _PANEL_ROWS = 512  # rows per QR factorization of a GPU
 
 
 class Algebra(Protocol):
-    """How the columns of ``[J r]`` are represented, multiplied and factorized."""
+    """Representation of the columns of ``[J r]``, with their products and factorization."""
 
     @property
     def is_stacked(self) -> bool:

@@ -73,8 +73,9 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
         stack.enter_context(report_abort(emit, is_map=True))
         if config.stop_on_sigterm:
             stack.enter_context(interruption.heeding_sigterm())
+        run = _Run(problem, emit, interruption.check)
+        run.begin()
         if problem.store is None:
-            run = _Run(problem, emit, interruption.check)
             run.fit()
             return run.result(as_dataset(problem, run.arrays))
         template = _template(problem)
@@ -82,6 +83,7 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
         try:
             fingerprint = map_fingerprint(problem, template.coords, interruption.check, emit)
         except FitInterruptedError as error:
+            run.end(error.reason)
             warn_caller(
                 f"fit_each stopped because {_CAUSES[error.reason]}, before the store was opened. "
                 f"The same call fits the pixels."
@@ -100,9 +102,8 @@ def run_map(problem: MapProblem, observers: Iterable[Observer]) -> xr.Dataset:
             interruption.check()
             lease.check()
 
-        run = _Run(problem, emit, check, store)
         try:
-            run.fit()
+            run.fit(store, check)
         except BaseException as error:
             if run.n_tiles:
                 error.add_note(
@@ -142,14 +143,9 @@ def _template(problem: MapProblem) -> xr.Dataset:
 class _Run:
     """The fits of all tiles, and what has become of them so far."""
 
-    def __init__(
-        self,
-        problem: MapProblem,
-        emit: Observer,
-        check: Callable[[], None],
-        store: MapStore | None = None,
-    ) -> None:
-        self._problem, self._emit, self._store = problem, emit, store
+    def __init__(self, problem: MapProblem, emit: Observer, check: Callable[[], None]) -> None:
+        self._problem, self._emit = problem, emit
+        self._store: MapStore | None = None
         self._policy = ReadPolicy.of(problem.config)
         self._check_end = check  # raises if the fits must end
         self._began = self._fits_began = time.monotonic()
@@ -161,7 +157,7 @@ class _Run:
             grid=grid.shape,
             dims=map_dims(problem),
             param_names=names,
-            store=None if store is None else store.path,
+            store=problem.store,
             notes=tuple(problem.blocks.date_notices()),
         )
         free = problem.parameters.transform.is_free
@@ -178,14 +174,23 @@ class _Run:
         self._stopped_by: Status | None = None
         self._is_verifying = False  # whether the tiles in the store are being read
         self.arrays = {}
-        if store is None:
+        if problem.store is None:
             self.arrays = problem.outputs.failed(self._started.shape, LaneStatus.NOT_FITTED)
 
-    def fit(self) -> None:
-        """Fit all tiles that are not in the store."""
-        problem, store = self._problem, self._store
-        as_dataset(problem, {})  # an error about names comes before the fits
+    def begin(self) -> None:
+        """Report that the fits begin."""
+        as_dataset(self._problem, {})  # an error about names comes before the fits
         self._emit(self._started)
+
+    def end(self, reason: Status | None) -> None:
+        """Report that the fits ended, early if there is a reason."""
+        self._stopped_by = reason
+        self._emit(self._ended())
+
+    def fit(self, store: MapStore | None = None, check: Callable[[], None] | None = None) -> None:
+        """Fit all tiles that are not in the store; ``check`` raises if the fits must end."""
+        problem, self._store = self._problem, store
+        self._check_end = check or self._check_end
         try:
             tiles = list(problem.grid)
             if store is not None:
@@ -199,7 +204,7 @@ class _Run:
             n_seen = len(call_with_retries(store.finished, self._policy))
             _check_visible(store, n_seen, self._started.n_tiles)
         self._draw()
-        self._emit(self._ended())
+        self.end(self._stopped_by)
 
     def _fit(self, tiles: Sequence[Tile]) -> None:
         problem = self._problem
@@ -233,7 +238,7 @@ class _Run:
         make_graph: Callable[[list[Tile], Any], tuple[dict[Any, Any], list[Any]]],
         take: Callable[[Tile, TileReport | None], None],
     ) -> None:
-        """Compute a task per tile; ``make_graph`` takes the tiles that are left, and a client."""
+        """Compute a task per tile; ``make_graph`` takes the remaining tiles, and a client."""
         remaining = {tile.index: tile for tile in tiles}
         by_key: dict[Any, Tile] = {}
 

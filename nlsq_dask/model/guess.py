@@ -80,8 +80,8 @@ def _by_name(values: Any, names: Sequence[str]) -> dict[str, Any]:
         unknown = [name for name in values if name not in names]
         if unknown:
             raise ValueError(
-                f"guess returned values of {unknown}, which are no parameters of the model; they "
-                f"are {', '.join(names)}."
+                f"unknown parameter names in what guess returned: "
+                f"{', '.join(map(repr, unknown))}. The parameters are {', '.join(names)}."
             )
         pairs = dict(values)
     else:

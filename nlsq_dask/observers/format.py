@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,7 +76,8 @@ def _count(n: int, noun: str) -> str:
 
 def _fit_started(event: FitStarted) -> str:
     names = join_first(event.param_names, noun="parameters")
-    first = f"Fitting {names} to {event.n_rows:,} rows in {event.n_blocks:,} blocks"
+    rows, blocks = _count(event.n_rows, "row"), _count(event.n_blocks, "block")
+    first = f"Fitting {names} to {rows} in {blocks}"
     return _with_notes(first, event.notes)
 
 
@@ -94,17 +96,20 @@ def _warmup_started(event: WarmupStarted) -> str:
     if event.is_warm_start:
         return f"  warm-up skipped (layer 1, warm start): {event.start} already fits ({loss})"
     if event.mode is None:
-        why = f"no iterations are allowed, or the model is not finite at {event.start}"
+        why = f"the model is not finite at {event.start}"
+        if math.isfinite(event.relative_loss):
+            why = f"no iterations are allowed, or the gradient is not finite at {event.start}"
         return f"  warm-up skipped: {why} ({loss})"
-    return f"  layer 2, size of the first step: {event.mode} ({loss} at {event.start})"
+    return f"  warm-up from {event.start}: {loss}, first step (layer 2): {event.mode}"
 
 
 def _warmup_ended(event: WarmupEnded) -> str:
-    parts = [f"  warm-up: {event.iterations} iterations, ended by {event.reason}"]
+    reason = _WARMUP_ENDS.get(event.reason, event.reason)
+    parts = [f"  warm-up ended after {_count(event.iterations, 'iteration')}: {reason}"]
     if event.cost_guard:
         parts.append("layer 3, cost guard: the loss grew, returned to the best point")
     if event.clipped:
-        parts.append(f"layer 4, clipping: {event.clipped} steps shortened")
+        parts.append(f"layer 4, clipping: {_count(event.clipped, 'step')} shortened")
     if event.line_search_failures:
         parts.append(f"failed line searches: {event.line_search_failures}")
     return "; ".join(parts)
@@ -127,7 +132,7 @@ def _progress(event: BlocksFinished) -> str:
     share = event.blocks / max(event.n_blocks, 1)
     remaining = f", {event.seconds * (1 / share - 1):.0f} s remaining" if share else ""
     return (
-        f"  {format_pass(event)}: {event.blocks:,} of {event.n_blocks:,} blocks "
+        f"  {format_pass(event)}: {event.blocks:,} of {_count(event.n_blocks, 'block')} "
         f"({share:.0%}) in {event.seconds:.0f} s{remaining}"
     )
 
@@ -151,8 +156,8 @@ def _amount(event: PassFinished | SubsetFinished) -> str:
     rows = event.rows + event.rows_cached
     rate = format_rate(rows / max(event.seconds, 1e-9))
     cached = f", {event.rows_cached:,} of them from memory" if event.rows_cached else ""
-    retries = f", {event.retries} reads retried" if event.retries else ""
-    return f"{rows:,} rows{cached} in {event.seconds:.2f} s ({rate} rows/s){retries}"
+    retries = f", {_count(event.retries, 'read')} retried" if event.retries else ""
+    return f"{_count(rows, 'row')}{cached} in {event.seconds:.2f} s ({rate} rows/s){retries}"
 
 
 def _checkpoint(event: CheckpointWritten) -> str:
@@ -197,17 +202,24 @@ def _waiting(event: WaitingForWorkers) -> str:
     return f"{'; '.join(parts)} ({event.seconds:.0f} s)"
 
 
+# By the criterion that ended the warm-up; the others are named like options.
+_WARMUP_ENDS = {"line_search": "no further decrease along the line", "max_iter": "iteration limit"}
+
 # By event: a template in which {0} is the event, or a function of it.
 TEXTS: dict[type[Event], str | Callable[[Any], str]] = {
     FitStarted: _fit_started,
     FitResumed: _fit_resumed,
     PhaseStarted: "Phase {0.phase}: {0.name}",
-    SampleRead: "  sample: {0.rows:,} rows from {0.blocks:,} blocks",
+    SampleRead: lambda event: (
+        f"  sample: {_count(event.rows, 'row')} from {_count(event.blocks, 'block')}"
+    ),
     HalvingRound: "  successive halving, round {0.round} on {0.rows:,} rows: "
-    "best loss {0.best_loss:.8g}, {0.n_remaining} starts remain",
+    "best loss {0.best_loss:.8g}, remaining starts: {0.n_remaining}",
     WarmupStarted: _warmup_started,
     WarmupEnded: _warmup_ended,
-    SampleSolved: "  sample: loss {0.loss:.8g} after {0.iterations} iterations",
+    SampleSolved: lambda event: (
+        f"  sample: loss {event.loss:.8g} after {_count(event.iterations, 'iteration')}"
+    ),
     IterationFinished: _iteration,
     NonFiniteTrial: _non_finite,
     BlocksFinished: _progress,

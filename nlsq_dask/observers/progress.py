@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, TextIO
 
+from nlsq_dask._text import wrap
 from nlsq_dask.events import (
     ALL_ROWS,
     BlocksFinished,
@@ -40,8 +41,10 @@ from nlsq_dask.observers.logs import LOGGER
 _BAR_DELAY = 0.5  # seconds until a bar is shown
 _LINE_INTERVAL = 30.0  # seconds between lines of a pass or map without a bar
 _MAX_STATUSES = 3  # in a bar
-_COUNTS = "{n:,}/{total:,} {unit} [{elapsed}<{remaining}{postfix}]"
-_FORMAT = f"  {{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS}"
+_LEAST_BAR = 8  # columns of a bar; in a terminal with fewer, the text after it is shortened
+_BAR = "  {desc}: {percentage:3.0f}%|{bar}|"
+_FORMAT = f"{_BAR} {{n:,}}/{{total:,}} {{unit}} [{{elapsed}}<{{remaining}}{{postfix}}]"
+_SHORT_FORMAT = f"{_BAR} {{n:,}}/{{total:,}} [{{remaining}} left{{postfix}}]"
 
 
 @cache
@@ -59,10 +62,14 @@ def _bar_class() -> Any:
     return Bar
 
 
+def _is_terminal(stream: Any) -> bool:
+    isatty = getattr(stream, "isatty", None)
+    return bool(isatty and isatty())
+
+
 def _shows_bars(stream: Any) -> bool:
     """Return whether output to the stream can be overwritten: in a terminal or a notebook."""
-    is_terminal = getattr(stream, "isatty", None)
-    return bool(is_terminal and is_terminal()) or "ipykernel" in type(stream).__module__
+    return _is_terminal(stream) or "ipykernel" in type(stream).__module__
 
 
 class _Meter:
@@ -77,14 +84,25 @@ class _Meter:
         Number of units, and of those that were complete before. Rates do not include the latter.
     smoothing : float
         Weight of recent units in the rate from which the remaining time follows; 0 for their mean.
+    waiting : str
+        Text of a bar in a terminal that is shown before the first unit is complete. Without it,
+        there is no such bar.
     """
 
     def __init__(
-        self, stream: Any, desc: str, unit: str, total: int, done: int, smoothing: float = 0.3
+        self,
+        stream: Any,
+        desc: str,
+        unit: str,
+        total: int,
+        done: int,
+        smoothing: float = 0.3,
+        waiting: str = "",
     ) -> None:
         self._stream, self._total = stream, total
         self._line_at = time.monotonic()
         self._bar: Any = None
+        self._timer: threading.Timer | None = None
         if _shows_bars(stream):
             self._bar = _bar_class()(
                 total=total,
@@ -98,11 +116,20 @@ class _Meter:
                 dynamic_ncols=True,
                 bar_format=_FORMAT,
             )
+            if waiting and _is_terminal(stream):
+                self._set_text((waiting, ""), done)
+                self._timer = threading.Timer(_BAR_DELAY, self._draw)
+                self._timer.daemon = True
+                self._timer.start()
 
-    def move(self, done: int, postfix: str, line: Callable[[], str | None]) -> None:
-        """Show how much is done: the bar with ``postfix``, or ``line`` if it is time for one."""
+    def move(self, done: int, postfixes: Sequence[str], line: Callable[[], str | None]) -> None:
+        """Show how much is done: the bar with a postfix, or ``line`` if it is time for one.
+
+        The postfix is the first one that leaves room for the bar in the terminal, or the last.
+        """
         if self._bar is not None:
-            self._bar.set_postfix_str(postfix, refresh=False)
+            self._stop_timer()
+            self._set_text(postfixes, done)
             self._bar.update(done - self._bar.n)
         elif done < self._total and time.monotonic() - self._line_at >= _LINE_INTERVAL:
             self.print(line())
@@ -115,8 +142,37 @@ class _Meter:
         else:
             self._bar.write(line, file=self._stream)
 
+    def _set_text(self, postfixes: Sequence[str], done: int) -> None:
+        """Choose the format and the postfix of the bar; it is not drawn."""
+        self._bar.bar_format, postfix = self._fitting(postfixes, done)
+        self._bar.set_postfix_str(postfix, refresh=False)
+
+    def _fitting(self, postfixes: Sequence[str], done: int) -> tuple[str, str]:
+        """Return the format and the postfix with which a bar fits into the terminal."""
+        choices = [(_FORMAT, postfixes[0]), *((_SHORT_FORMAT, text) for text in postfixes)]
+        state = self._bar.format_dict
+        columns = state.pop("ncols")
+        if not isinstance(columns, int):  # not known, as in a notebook
+            return choices[0]
+        for layout, text in choices:
+            state |= {"bar_format": layout.replace("{bar}", ""), "postfix": text, "n": done}
+            if len(self._bar.format_meter(**state)) + _LEAST_BAR <= columns:
+                return layout, text
+        return choices[-1]
+
+    def _draw(self) -> None:
+        with suppress(OSError, ValueError):  # of a stream that is closed
+            self._bar.refresh()
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+
     def close(self) -> None:
         """Remove the bar from the screen."""
+        self._stop_timer()
         if self._bar is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed
                 self._bar.close()
@@ -184,6 +240,7 @@ class Progress:
             meter.close()
 
     def _print(self, line: str) -> None:
+        line = wrap(line)
         if self._meter is None:
             print(line, file=self._stream, flush=True)
         else:
@@ -196,17 +253,26 @@ class Progress:
         rate = ""
         if event.seconds > 0.0:
             rate = f"{format_rate(event.rows / event.seconds)} rows/s"
-        self._meter.move(event.blocks, rate, lambda: format_event(event))
+        self._meter.move(event.blocks, (rate, ""), lambda: format_event(event))
 
     def _begin_map(self, n_pixels: int, done: int) -> None:
         self.close()
-        self._meter = _Meter(self._stream, "map", "pixels", n_pixels, done, smoothing=0.0)
+        waiting = "first tile in progress"
+        self._meter = _Meter(
+            self._stream, "map", "pixels", n_pixels, done, smoothing=0.0, waiting=waiting
+        )
 
     def _move_map(self, event: TileFinished) -> None:
         if self._meter is not None:
-            totals = format_totals(event.totals, _MAX_STATUSES)
-            postfix = f"{format_fit_rate(event)}, {totals}"
-            self._meter.move(event.pixels, postfix, lambda: format_event(event))
+            rate = format_fit_rate(event)
+            converged = event.totals.get("converged", 0) / max(event.pixels, 1)
+            postfixes = (
+                f"{rate}, {format_totals(event.totals, _MAX_STATUSES)}",
+                f"{rate}, {converged:.0%} converged",
+                rate,
+                "",
+            )
+            self._meter.move(event.pixels, postfixes, lambda: format_event(event))
 
     def _is_shown(self, event: Event) -> bool:
         match event:

@@ -185,10 +185,10 @@ def _no_effect_hint(outcome: Outcome, problem: FitProblem) -> str:
     effects = np.sqrt(np.diag(sums.jtj)) * sizes / (np.sqrt(sums.signal) or 1.0)
     if not effects.max() < _NO_EFFECT:
         return ""
+    by = f" by more than {effects.max():.1g} of y" if effects.max() else ""
     return (
-        f"No parameter changes the model by more than {effects.max():.1g} of y: p0 may be too "
-        f"small by orders of magnitude (an amplitude should be about as large as y), or so far "
-        f"away that the model vanishes."
+        f"No parameter changes the model{by}: p0 may be too small by orders of magnitude (an "
+        f"amplitude should be about as large as y), or so far away that the model vanishes."
     )
 
 

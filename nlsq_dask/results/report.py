@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from nlsq_dask import _html as html_parts
+from nlsq_dask._text import wrap
 from nlsq_dask.results.uncertainty import confounded_sentence, correlated_pairs
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
         for name, value, error, relative, note in variables
     ]
     confounded = result.diagnostics.get("confounded") or []
-    lines += [f"    # {confounded_sentence(names)}" for names in confounded]
+    lines += [wrap(f"    # {confounded_sentence(names)}", "# ") for names in confounded]
     correlations = _correlations(result, min_correlation)
     if correlations:
         lines.append(f"[[Correlations]] (unreported correlations are < {min_correlation:.3f})")
@@ -151,7 +152,7 @@ def fit_report(result: FitResult, min_correlation: float) -> str:
             f"    {f'C({a}, {b})':<{pair_width + 5}} = {value:+.4f}" for a, b, value in correlations
         ]
     lines.append(f"[[{'Success' if result.success else 'FAILED'}]]")
-    lines.append(f"    {result.message}")
+    lines.append(wrap(f"    {result.message}", ""))
     return "\n".join(lines)
 
 
@@ -207,10 +208,6 @@ def _notices(result: FitResult) -> list[str]:
     """Return sentences on the fit that are not in its message."""
     diagnostics = result.diagnostics
     notes = []
-    if diagnostics.get("last_step_error") is not None:
-        notes.append("The last step took no pass; grad is that before this step.")
-    elif diagnostics.get("last_step_without_pass"):
-        notes.append("The last step took no pass; cost and grad are those before this step.")
     if diagnostics.get("retries"):
         notes.append(f"Number of retried reads: {diagnostics['retries']}.")
     notes += [

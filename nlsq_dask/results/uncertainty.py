@@ -65,7 +65,7 @@ def uncertain_sentence(names: Sequence[str]) -> str:
     )
     return (
         f"The {error} of {join_first([*map(repr, names)])} {has} more than {_MIN_ERROR:,.0f} times "
-        f"{value}: the data hardly constrain {'it' if is_one else 'them'}."
+        f"{value}: the data barely constrain {'it' if is_one else 'them'}."
     )
 
 

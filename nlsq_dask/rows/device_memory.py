@@ -1,4 +1,4 @@
-"""How much memory of a GPU is free, and errors that say that it was not enough."""
+"""Free memory of a GPU, and recognition of errors that report a lack of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Split rows into batches: padded views of equal length, for which one compiled program serves.
 
-A padded view is longer than its batch; the program is told where the batch begins. It is a NumPy
-view if XLA accepts the alignment of the memory without a copy, otherwise a copy in a buffer.
+A padded view is longer than its batch; the start of the batch is an argument of the program. It is
+a NumPy view if XLA accepts the alignment of the memory without a copy, else a copy in a buffer.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Iterate:
     def is_insensitive(self) -> NDArray[np.bool_]:
         """Which parameters change the model by rounding errors only, shape (p,).
 
-        Those at a bound that the gradient holds there are left out. A gradient of zero does not:
+        Those at a bound that the gradient holds there are excluded. A gradient of zero does not:
         the cost may be a maximum along that parameter.
         """
         s = self.settings

@@ -74,7 +74,7 @@ def _mean(pair: tuple[Reduce, Reduce], params: Vector) -> NormalEquations:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What changes along a step in each batch, as errors of the parameters in standard errors."""
+    """Changes along a step in each batch, as errors of the parameters in standard errors."""
 
     noise: Matrix  # from the residuals, shape (n_batches, p)
     curvature: Matrix  # from the change of J^T J, shape (n_batches, p)

@@ -1,7 +1,7 @@
 """``Solver``: interface of the methods that minimize the cost, such as ``GaussNewton``.
 
-A solver does not compute sums over the rows. It is asked which sums it needs, and told the result:
-the same code fits a sample in memory and all rows. Everything that it has learned is in its state,
+A solver does not compute sums over the rows. It is asked which sums it needs, and gets them: the
+same code fits a sample in memory and all rows. Everything that it has learned is in its state,
 which is saved in checkpoints.
 """
 
@@ -22,7 +22,7 @@ S_co = TypeVar("S_co", bound=Sums, covariant=True)
 
 
 class SolverState(Protocol[S_co]):
-    """What all states of solvers have in common."""
+    """Attributes that all states of solvers have."""
 
     @property
     def params(self) -> Vector:

@@ -19,7 +19,7 @@ Matrix = NDArray[np.float64]
 
 
 class Role(NamedTuple):
-    """What the values of a map are."""
+    """Kind of the values of a map."""
 
     kind: str  # "start", "low", "high" or "fixed"
     name: str  # of the parameter

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dask.utils import format_bytes
 
 from nlsq_dask import _html as html
-from nlsq_dask._text import sentence
+from nlsq_dask._text import sentence, wrap
 from nlsq_dask.engine.memory import (
     base_bytes,
     memory_text,
@@ -111,7 +111,7 @@ class MapPlan:
         ]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<26}{text}" for name, text in self._lines())
+        return "\n".join(wrap(f"{name:<26}{text}", " " * 26) for name, text in self._lines())
 
     def _repr_html_(self) -> str:
         return html.plan(self.problems, self._lines()[:-1])

@@ -39,7 +39,7 @@ def variable_of(ds: Any, name: str) -> xr.DataArray:
     if not names:
         listed = ", ".join(map(repr, ds.data_vars)) or "none"
         raise ValueError(
-            f"ds has no variable {name!r}, and so is no result of fit_each or curvefit; its "
+            f"ds has no variable {name!r}, so it is not a result of fit_each or curvefit. Its "
             f"variables are {listed}."
         )
     array: xr.DataArray = ds[names[0]]

@@ -51,7 +51,7 @@ _MAX_CHUNKS_PER_TILE = 16
 
 @dataclass(frozen=True)
 class _Record:
-    """What the attribute of the group holds, as JSON."""
+    """Content of the attribute of the group, as JSON."""
 
     format: int
     uid: str  # of this store; a new one at the same path has another
@@ -273,7 +273,7 @@ def _record_in(root: bytes) -> _Record:
 def _foreign(path: str, what: str) -> CheckpointError:
     return CheckpointError(
         f"The store {path} is {what}, which is not overwritten. Pass the path of a new store, or "
-        f"of one that fit_each has begun; or delete what is there."
+        f"of one that fit_each has started; or delete what is there."
     )
 
 

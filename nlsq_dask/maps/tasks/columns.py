@@ -46,7 +46,7 @@ class TileData:
 
 @dataclass(frozen=True)
 class ArrayKind:
-    """How an array varies over y."""
+    """Dimensions of y along which an array varies."""
 
     varies: tuple[bool, ...]  # along each axis of y, fitted axes first
     over_points: bool

@@ -16,7 +16,7 @@ _EMPTY = 127  # status of a cell without a complete tile; higher than any other
 
 @dataclass(frozen=True)
 class Cells:
-    """What a tile adds to the cells of a picture."""
+    """Contribution of a tile to the cells of a picture."""
 
     where: tuple[slice, ...]  # in the picture
     lowest: NDArray[np.int8]  # status

@@ -33,7 +33,7 @@ _EPSILON = float(np.finfo(np.float64).eps)  # of sums
 
 
 class Problem(NamedTuple):
-    """What stays the same while c lanes are solved."""
+    """Constants of the solution of c lanes."""
 
     low: Any  # bounds, (p, c); equal ones fix a parameter
     high: Any

@@ -19,7 +19,7 @@ _AMOUNTS = (("blocks", "n_blocks", "bytes"), ("pixels", "n_pixels", "fitted"))
 
 
 class Fit:
-    """What is known about one fit; all times are by the clock of the scheduler."""
+    """State of one fit; all times are by the clock of the scheduler."""
 
     def __init__(self, number: int, client: str, ahead: float = 0.0) -> None:
         self.number = number  # 1 for the first fit on this scheduler
