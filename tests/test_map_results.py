@@ -351,7 +351,7 @@ def test_x_that_does_not_match(cube: xr.DataArray, fits: xr.Dataset) -> None:
         nd.predict_each(decay, fits.drop_attrs(), T)
     with pytest.raises(TypeError, match="ds must be the Dataset"):
         nd.predict_each(decay, fits.popt, T)
-    with pytest.raises(ValueError, match=r"no variable 'popt'.*its variables are 'signal'"):
+    with pytest.raises(ValueError, match=r"no variable 'popt'.*Its variables are 'signal'"):
         nd.predict_each(decay, cube.to_dataset(), T)
     with pytest.raises(ValueError, match="needs 'param'"):
         nd.predict_each(decay, fits.sel(param="rate"), T)

@@ -150,9 +150,9 @@ def test_lines_in_a_file(cube: xr.DataArray, capsys: pytest.CaptureFixture[str])
         last,
     )
     fit_each(cube, verbose=2, log_frequency=3)
-    _, tile, _ = capsys.readouterr().out.splitlines()
+    _, *tile, _ = capsys.readouterr().out.splitlines()  # two lines if the rate has many digits
     assert re.match(
-        r"  27 of 36 pixels, 3 of 4 tiles, [\d,]+ fits/s, \d s remaining; 2\d conv", tile
+        r"  27 of 36 pixels, 3 of 4 tiles, [\d,]+ fits/s, \d s remaining; 2\d conv", " ".join(tile)
     )
 
 
