@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("gallery/*.md"))]
+GALLERY = sorted(DOCS.glob("gallery/*.md"))
+FAST = {"light_curve", "tides"}  # all pages of the gallery take a minute
+PAGES = [
+    *(ROOT / "README.md", *sorted(DOCS.glob("*.md"))),
+    *(pytest.param(p, marks=[] if p.stem in FAST else pytest.mark.slow) for p in GALLERY),
+]
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
 WITHOUT_CODE = {
     "api",
