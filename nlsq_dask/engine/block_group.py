@@ -240,6 +240,7 @@ class BlockGroup:
         inputs: Sequence[Any],
         skipped: frozenset[int],
         kernel: Kernel[Any],
+        is_last: bool = False,
     ) -> Generator[T, None, None]:
         """Yield what a function returns for each block, in order.
 
@@ -258,6 +259,9 @@ class BlockGroup:
             Flat indices of blocks that are skipped.
         kernel : Kernel
             Copies blocks to the GPU if it computes there.
+        is_last : bool
+            Whether a further pass is unlikely. Blocks are then not kept, unless the size of the
+            cache was requested.
         """
         usable = self._usable(skipped)
         if usable is not None:
@@ -269,7 +273,8 @@ class BlockGroup:
         self._ahead.begin(self)
         self._costs.begin()
         try:
-            yield from self._map_read(function, inputs, skipped, kernel)
+            keeps = self._may_cache and not (is_last and self._budget.must_pay)
+            yield from self._map_read(function, inputs, skipped, kernel, keeps)
         finally:
             self._costs.end()
             self._ahead.end(self)
@@ -288,9 +293,10 @@ class BlockGroup:
         inputs: Sequence[Any],
         skipped: frozenset[int],
         kernel: Kernel[Any],
+        keeps: bool,
     ) -> Generator[T, None, None]:
         """Read the blocks, yield what the function returns for each, and cache them."""
-        wants = self._may_cache and self._pays and self._budget.reserve(self._n_bytes)
+        wants = keeps and self._pays and self._budget.reserve(self._n_bytes)
         reserved = self._n_bytes if wants else 0
         cached: list[tuple[int, CachedBlock]] | None = []
         running: Future[T] | None = None

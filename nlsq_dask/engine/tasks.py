@@ -32,6 +32,7 @@ class PassRequest:
     sample_share: float = 0.0  # fraction of the rows of each block to return
     seed: int = 0  # for choosing these rows
     skipped: frozenset[int] = frozenset()  # flat indices of blocks that are not read
+    is_last: bool = False  # whether a further pass is unlikely, so that keeping blocks rarely pays
 
 
 S = TypeVar("S", bound=Sums)
@@ -59,7 +60,9 @@ def reduce_group(
 
     def total() -> PassResult[S]:
         function = partial(_reduce_block, kernel, request)
-        with closing(group.map_blocks(function, inputs, request.skipped, kernel)) as results:
+        with closing(
+            group.map_blocks(function, inputs, request.skipped, kernel, request.is_last)
+        ) as results:
             return reduce(combine, results)  # one by one, because each may hold a large matrix
 
     if request.sample_share:

@@ -235,6 +235,8 @@ class DenseFit(FullFit[State, NormalEquations]):
             return start
         subset_fit = SubsetFit(self.context, self.kernel, self._settings, self._other_start)
         start, self._n_fitted = subset_fit.approach(sample, start, self._first_request(start))
+        has_used_subsets = self._n_fitted > self.problem.sample_rows
+        self._expects_one_pass = has_used_subsets and self.problem.config.cov_type == "nonrobust"
         return start
 
     def _better_start(

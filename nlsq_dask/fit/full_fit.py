@@ -83,6 +83,7 @@ class FullFit(ABC, Generic[T, S]):
         self._sample: SampleProblem[Any] | None = None
         self._blocks: BlockSums | None = None
         self._new_blocks: BlockSums | None = None
+        self._expects_one_pass = False
         self._undefined: UndefinedPoint | None = None  # the last such trial over all rows
 
     @abstractmethod
@@ -281,6 +282,7 @@ class FullFit(ABC, Generic[T, S]):
             self.kernel(request),
             request,
             sample_rows=self._forecast_rows,
+            is_last=self._expects_one_pass,
             seed=problem.config.random_seed,
         )
 

@@ -226,6 +226,7 @@ class Passes:
         is_penalized: bool = True,
         sample_rows: int = 0,
         seed: int = 0,
+        is_last: bool = False,
     ) -> Reduced[S]:
         """Sum over all rows; when a fit is resumed, return the pass that the journal has saved.
 
@@ -237,6 +238,8 @@ class Passes:
             Whether to add the penalty to the sums.
         sample_rows, seed : int
             Number of rows to return as a sample from all blocks, and the seed.
+        is_last : bool
+            Whether a further pass is unlikely.
 
         Raises
         ------
@@ -245,7 +248,9 @@ class Passes:
         """
         wants_moments = request.is_fresh or self._moments is None
         share = min(1.0, sample_rows / self.n_rows)
-        pass_request = PassRequest(request, wants_moments, share, seed, frozenset(self.skipped))
+        pass_request = PassRequest(
+            request, wants_moments, share, seed, frozenset(self.skipped), is_last
+        )
         penalty = self._penalty if is_penalized else GroupVariance()
         kind: Any = Reduced
         reduced: Reduced[S] = self._journal.step(
