@@ -29,7 +29,9 @@ Vector = NDArray[np.float64]
 _MAX_WARMUP_ROWS = 2**14  # enough for a start; L-BFGS evaluates them some hundred times
 _CHANCE = 5.0  # standard deviations of a mean square attributed to chance
 _MAX_PLOT_ROWS, _MAX_PLOT_BYTES = 2000, 2**22  # kept in a result for plots
-_N_BATCHES = 32  # of the sample, from which the variance of its sums is estimated
+# Batches of the sample, from which the variance of its sums is estimated: at most, and more than
+# parameters, which are fitted to them.
+_MAX_BATCHES, _MORE_BATCHES = 32, 12
 _ROUNDINGS = 8  # rounding errors that add up in a residual
 _MAX_ROUNDING = 2**22  # derivatives that are computed to estimate them
 
@@ -203,8 +205,9 @@ class SampleProblem(Generic[R]):
         dtype = rows.y.dtype if rows.y.dtype.kind == "f" else np.dtype(np.float64)
         other = replace(rows, y=(2.0 * values - rows.y).astype(dtype))
         yield self.objective, self._objective(other)
-        for i in range(_N_BATCHES):
-            index = np.arange(i, self.n_used, _N_BATCHES)
+        n_batches = min(_MAX_BATCHES, self._model.n_params + _MORE_BATCHES)
+        for i in range(n_batches):
+            index = np.arange(i, self.n_used, n_batches)
             yield self._objective(rows.take(index)), self._objective(other.take(index))
 
     def _objective(self, rows: Rows) -> R:
