@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GALLERY = sorted(DOCS.glob("gallery/*.md"))
-FAST = {"light_curve", "tides"}  # all pages of the gallery take a minute
+FAST = {"tides"}  # all pages of the gallery take a minute
 PAGES = [
     *(ROOT / "README.md", *sorted(DOCS.glob("*.md"))),
     *(pytest.param(p, marks=[] if p.stem in FAST else pytest.mark.slow) for p in GALLERY),

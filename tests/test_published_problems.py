@@ -17,7 +17,7 @@ from tests.published_problems import Published, published_problems
 NIST = nist_problems()
 PUBLISHED = list(published_problems())
 # The fast run has these.
-SHORT = {"Misra1a", "BoxBOD", "Rat42", "Rosenbrock", "Powell singular", "trigonometric"}
+SHORT = {"Misra1a", "BoxBOD", "Rat42", "Rosenbrock", "Powell singular"}
 
 
 def marked(problems: list[Any]) -> list[Any]:
