@@ -17,7 +17,6 @@ from nlsq_dask.fit.problem import FitProblem
 from nlsq_dask.model.check import check_derivative, check_trace
 from nlsq_dask.model.jacobian import choose_mode
 from nlsq_dask.model.jax_scope import x64
-from nlsq_dask.solvers.one_step import MAX_PARAMS
 
 _CONCURRENT_SUMS = 40  # partial sums in a worker before they are combined
 _LARGE_FRACTION = 0.2  # of a worker's memory; more for partial sums is reported as a problem
@@ -133,8 +132,7 @@ def build_plan(problem: FitProblem) -> Plan:
     memory = MemoryPlan.of(blocks, groups, workers, config.cache)
     sample = plan_sample(block_rows, problem.sample_rows, config.random_seed, blocks.in_memory)
     subsets: tuple[frozenset[int], ...] = ()
-    is_small = problem.model.n_params <= MAX_PARAMS
-    if config.enable_one_pass and is_small and config.gauss_newton_solver != "qr":
+    if problem.may_end_after_one_pass and config.gauss_newton_solver != "qr":
         subsets = plan_subsets(block_rows, sample.blocks, config.random_seed, blocks.in_memory)
     with x64():
         mode = choose_mode(model, model.jaxpr())

@@ -172,9 +172,10 @@ class HybridStreamingConfig(ValidatedOptions):
         Number of bytes of blocks that all workers together keep in memory between passes; 0
         disables the cache, and 'auto' is 20 % of the memory of each worker. With 'auto', blocks
         are cached only where reading them again would take longer than keeping them, as each worker
-        measures; a number of bytes is used in any case. All blocks of a task are cached, or none.
-        Arrays that are in memory already are not cached. The rows that stay in the memory of GPUs
-        are limited by the same number, and with 'auto' by what is free there.
+        measures, and not in a pass that is likely the last; a number of bytes is used in any case.
+        All blocks of a task are cached, or none. Arrays that are in memory already are not cached.
+        The rows that stay in the memory of GPUs are limited by the same number, and with 'auto' by
+        what is free there.
     enable_checkpoints : True or False, default True
         Write checkpoints to ``checkpoint_dir``.
     checkpoint_dir : a path (str or os.PathLike), or None, default None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import dask.multiprocessing
 import numpy as np
+from dask._task_spec import execute_graph
 from dask.base import get_scheduler
 from dask.callbacks import Callback
 from dask.delayed import Delayed
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from nlsq_dask.engine.reduction_tree import TREE_WIDTH, Node, Tree
 from nlsq_dask.engine.serialization import to_opaque_graph
+from nlsq_dask.engine.source_graph import needed_keys
 from nlsq_dask.engine.waiting import DISCONNECTED, WorkerMonitor, WorkersReplacedError
 from nlsq_dask.engine.workers import Workers, is_connected
 
@@ -204,24 +206,13 @@ def execute(
     is_small = len(tree.nodes) == 1 and len(tree.tasks) <= _MAX_INLINE
     if is_small and get in _IN_PROCESS and not Callback.active:
         # A scheduler would take longer than many a task.
-        result = _evaluate(tree.tasks, tree.root.key)
+        root = tree.root.key
+        tasks = {key: tree.tasks[key] for key in needed_keys([root], tree.tasks)}
+        result = execute_graph(tasks)[root]
         finished(tree.root.key, result)
         return result
     options = callback_options(get, finished)
     return Delayed(tree.root.key, tree.tasks).compute(optimize_graph=False, **options)
-
-
-def _evaluate(tasks: dict[Any, Any], key: Any) -> Any:
-    """Return the result of a task of a graph, computed in this thread with all that it needs."""
-    results: dict[Any, Any] = {}
-
-    def result(key: Any) -> Any:
-        if key not in results:
-            node = tasks[key]
-            results[key] = node({needed: result(needed) for needed in node.dependencies})
-        return results[key]
-
-    return result(key)
 
 
 def callback_options(get: Any, finished: Callable[..., None]) -> dict[str, Any]:

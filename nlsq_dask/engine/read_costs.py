@@ -15,8 +15,8 @@ _WINDOW_BYTES = 16 * 2**20  # over which the processor time of reading is measur
 _MIN_WINDOWS = 3  # before these, blocks are kept
 _MAX_WINDOWS = 64
 # Reading must take this many times as long as writing to new memory. What is kept is also slower to
-# use than what was just read, because it is not in the processor's cache. Measured: 0.7 to 1.4 for
-# uncompressed files in the memory of the operating system, 2.5 to 3 for Zarr's default compression.
+# use than what was just read, because it is not in the processor's cache. Measured ratios of
+# uncompressed and compressed files in the memory of the operating system: benchmarks/README.md.
 _MIN_RATIO = 1.9
 _PROBE_BYTES = 2 * 2**20
 # As memory of arrays; the default is memory to share with other processes, which is slower.

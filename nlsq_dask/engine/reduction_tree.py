@@ -19,6 +19,7 @@ from distributed import Client, Future
 from numpy.typing import NDArray
 
 from nlsq_dask.engine.serialization import from_opaque, to_opaque
+from nlsq_dask.engine.source_graph import needed_keys
 from nlsq_dask.engine.waiting import NoWorkersError, WorkersReplacedError
 from nlsq_dask.engine.workers import Workers
 
@@ -121,16 +122,6 @@ def pin(name: str, values: list[Any], workers: Workers) -> list[Any]:
     return [futures[i] for i in range(len(values))]
 
 
-def _needed(tasks: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
-    stack, needed = list(keys), dict[Any, Any]()
-    while stack:
-        key = stack.pop()
-        if key in tasks and key not in needed:
-            needed[key] = tasks[key]
-            stack.extend(getattr(tasks[key], "dependencies", ()))
-    return needed
-
-
 def count_tree(n_leaves: int) -> int:
     """Return the number of tasks that combine the results of ``n_leaves`` tasks in a tree."""
     sizes = _level_sizes(n_leaves)
@@ -177,7 +168,8 @@ class TaskGraph:
     """
 
     def __init__(self, shared: dict[Any, Any], keys: Iterable[Any] | None = None) -> None:
-        self._tasks: dict[Any, Any] = dict(shared) if keys is None else _needed(shared, keys)
+        used = shared if keys is None else needed_keys(keys, shared)
+        self._tasks: dict[Any, Any] = {key: task for key, task in shared.items() if key in used}
         self._token = uuid.uuid4().hex
 
     def constant(self, name: str, value: Any) -> TaskRef:

@@ -85,7 +85,7 @@ class GroupReader:
         owned: set[Key] = set()
         reads = []
         for _, keys, _ in self.blocks:
-            needed = _needed_keys(keys, self.steps) - owned
+            needed = needed_keys(keys, self.steps) - owned
             owned |= needed
             reads.append(sorted(filter(self._is_read, needed), key=order.__getitem__))
         return reads
@@ -162,7 +162,7 @@ class GroupReader:
             If a block cannot be read and the policy does not skip it.
         """
         blocks = [(i, *block) for i, block in enumerate(self.blocks) if block[0] not in skipped]
-        needed = _needed_keys((key for _, _, keys, _ in blocks for key in keys), self.steps)
+        needed = needed_keys((key for _, _, keys, _ in blocks for key in keys), self.steps)
         steps = {key: node for key, node in self.steps.items() if key in needed}
         values, retries = separate_retries(zip(self.inputs, inputs, strict=True))
         uses = Counter(dep for node in steps.values() for dep in node.dependencies)
@@ -215,7 +215,7 @@ class GroupReader:
         """Return the first block that depends on a step, and the names of its arrays that do."""
         for index, keys, _ in self.blocks:
             pairs = zip(self.layout.array_names, keys, strict=True)
-            names = [name for name, own in pairs if key in _needed_keys([own], self.steps)]
+            names = [name for name, own in pairs if key in needed_keys([own], self.steps)]
             if names:
                 return index, names
         raise KeyError(key)
@@ -225,14 +225,17 @@ class GroupReader:
         return f"block {position} of the grid {self.grid}"
 
 
-def _needed_keys(keys: Iterable[Key], nodes: Mapping[Key, GraphNode]) -> set[Key]:
-    """Return the keys of all ``nodes`` that must be computed to get the values of ``keys``."""
+def needed_keys(keys: Iterable[Key], nodes: Mapping[Key, Any]) -> set[Key]:
+    """Return the keys of all ``nodes`` that must be computed to get the values of ``keys``.
+
+    A node is a task, or a future, which needs no other nodes.
+    """
     stack, needed = list(keys), set[Key]()
     while stack:
         key = stack.pop()
         if key not in needed and key in nodes:
             needed.add(key)
-            stack.extend(nodes[key].dependencies)
+            stack.extend(getattr(nodes[key], "dependencies", ()))
     return needed
 
 
@@ -336,7 +339,7 @@ class SourceGraph:
         return [
             i
             for i, own in enumerate(self._blocks.keys(block))
-            if key in _needed_keys([own], self._nodes)
+            if key in needed_keys([own], self._nodes)
         ]
 
     def first_block_needing(self, key: Key) -> Index:

@@ -37,7 +37,7 @@ from nlsq_dask.solvers.gauss_newton import (
     take_last_step,
 )
 from nlsq_dask.solvers.newton import find_minimum
-from nlsq_dask.solvers.one_step import MAX_PARAMS, Mirror, one_step
+from nlsq_dask.solvers.one_step import Mirror, one_step
 from nlsq_dask.solvers.surrogate import forecast
 from nlsq_dask.status import Status
 
@@ -206,7 +206,7 @@ class DenseFit(FullFit[State, NormalEquations]):
         """Propose a point with the sample; after the first pass, perhaps one for a last step."""
         iterate, is_first = state.iterate, not (state.earlier or state.rejected)
         is_partial = 0 < sample.n_used < iterate.sums.n_used
-        if is_first and is_partial and self._may_end_after_one_pass:
+        if is_first and is_partial and self.problem.may_end_after_one_pass:
             pairs = sample.mirrored(iterate.moved(iterate.full_step))
             last = one_step(state, Mirror(next(pairs), pairs), self._n_fitted)
             if last is not None and take_last_step(state, last).stop is not None:
@@ -214,14 +214,16 @@ class DenseFit(FullFit[State, NormalEquations]):
         return forecast(state, sample.objective)
 
     @property
-    def _may_end_after_one_pass(self) -> bool:
-        return self.problem.config.enable_one_pass and self.problem.model.n_params <= MAX_PARAMS
-
-    @property
     def _forecast_rows(self) -> int:
         """Number of rows that the first pass over all rows returns as a sample."""
-        is_larger = self._may_end_after_one_pass
+        is_larger = self.problem.may_end_after_one_pass
         return self.problem.forecast_rows if is_larger else self.problem.sample_rows
+
+    @property
+    def _expects_one_pass(self) -> bool:
+        """Whether the first pass over all rows is probably the last one."""
+        has_used_subsets = self._n_fitted > self.problem.sample_rows
+        return has_used_subsets and self.problem.config.cov_type == "nonrobust"
 
     def _approach(self, sample: Sample, start: Vector) -> Vector:
         """Return a point close to the solution, from passes over subsets of the blocks.
@@ -231,12 +233,10 @@ class DenseFit(FullFit[State, NormalEquations]):
         """
         is_gram = self._first_accumulation is Accumulation.GRAM
         self._n_fitted = max(sample.n_used, 1)
-        if not (self._may_end_after_one_pass and is_gram and sample.is_informative):
+        if not (self.problem.may_end_after_one_pass and is_gram and sample.is_informative):
             return start
         subset_fit = SubsetFit(self.context, self.kernel, self._settings, self._other_start)
-        start, self._n_fitted = subset_fit.approach(sample, start, self._first_request(start))
-        has_used_subsets = self._n_fitted > self.problem.sample_rows
-        self._expects_one_pass = has_used_subsets and self.problem.config.cov_type == "nonrobust"
+        start, self._n_fitted = subset_fit.approach(sample, start)
         return start
 
     def _better_start(

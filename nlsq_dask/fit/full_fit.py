@@ -83,7 +83,6 @@ class FullFit(ABC, Generic[T, S]):
         self._sample: SampleProblem[Any] | None = None
         self._blocks: BlockSums | None = None
         self._new_blocks: BlockSums | None = None
-        self._expects_one_pass = False
         self._undefined: UndefinedPoint | None = None  # the last such trial over all rows
 
     @abstractmethod
@@ -142,6 +141,11 @@ class FullFit(ABC, Generic[T, S]):
     def _forecast_rows(self) -> int:
         """Number of rows that the first pass over all rows returns as a sample."""
         return self.problem.sample_rows
+
+    @property
+    def _expects_one_pass(self) -> bool:
+        """Whether the first pass over all rows is probably the last one."""
+        return False
 
     def _approach(self, sample: SampleProblem[Any], start: Vector) -> Vector:
         """Return a point closer to the solution than ``start``, from sums over a part of the rows.

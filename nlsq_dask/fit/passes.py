@@ -328,7 +328,7 @@ class Passes:
         self, kernel: Kernel[S], request: PassRequest, penalty: GroupVariance
     ) -> Reduced[S]:
         """Run a pass, or what remains of it if a checkpoint has partial sums."""
-        result, skipped, started, n_retries = self._start(kernel, request)
+        result, skipped, started, n_retries = self._sum_rows(kernel, request)
         read = result.reading
         assert result.sums is not None  # it is an error to leave out all rows
         assert result.blocks is not None
@@ -359,7 +359,7 @@ class Passes:
         """Sum over the blocks of a subset, or those that remain if a checkpoint has sums."""
         others = self._data.other_blocks(subset.blocks)
         of_subset = replace(request, skipped=request.skipped | others)
-        result, skipped, started, n_retries = self._start(kernel, of_subset, subset.number)
+        result, skipped, started, n_retries = self._sum_rows(kernel, of_subset, subset.number)
         read, sums = result.reading, result.sums
         if sums is not None and (self.must_report(sums) or not sums.n_used):
             sums = None
@@ -381,7 +381,7 @@ class Passes:
         )
         return Reduced(sums, result.rows, skipped=skipped)
 
-    def _start(
+    def _sum_rows(
         self, kernel: Kernel[S], request: PassRequest, subset: int = 0
     ) -> tuple[PassResult[S], dict[int, SkippedBlock], float, int]:
         """Compute the sums of a pass, or what remains of it if a checkpoint has partial sums.

@@ -21,6 +21,7 @@ from nlsq_dask.kernels.penalty import GroupVariance
 from nlsq_dask.model.check import float32_constants
 from nlsq_dask.model.model import Model
 from nlsq_dask.model.transform import ParameterTransform
+from nlsq_dask.solvers.one_step import MAX_PARAMS
 from nlsq_dask.warmup.normalize import ParameterNormalizer
 
 
@@ -59,6 +60,11 @@ class FitProblem:
     def is_without_matrices(self) -> bool:
         """Whether the fit uses conjugate gradients, which need no matrix of p by p numbers."""
         return self.config.is_without_matrices(len(self.all_parameters.names))
+
+    @property
+    def may_end_after_one_pass(self) -> bool:
+        """Whether subsets of the blocks, and a last step after the first pass, are considered."""
+        return self.config.enable_one_pass and self.model.n_params <= MAX_PARAMS
 
     @property
     def transform(self) -> ParameterTransform:

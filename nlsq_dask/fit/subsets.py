@@ -49,7 +49,7 @@ class SubsetFit:
     # differ by chance.
     find_start: Callable[[Sample, Vector, NormalEquations, float], Vector | None]
 
-    def approach(self, sample: Sample, start: Vector, request: Request) -> tuple[Vector, int]:
+    def approach(self, sample: Sample, start: Vector) -> tuple[Vector, int]:
         """Return a point close to the solution, and the number of rows that determine it.
 
         The point is ``start`` if subsets would not help.
@@ -60,8 +60,6 @@ class SubsetFit:
             Its rows are replaced by rows from the blocks of each subset.
         start : ndarray, shape (p,)
             Solution on the sample.
-        request : Request
-            The sums to compute; its parameters are not used.
         """
         problem = self.context.problem
         n_fitted = sample.n_used
@@ -69,7 +67,7 @@ class SubsetFit:
         if not subsets or not self._is_representative(subsets[-1], sample, start):
             return start, n_fitted
         for subset in subsets:
-            reached = self._step(subset, sample, start, request)
+            reached = self._step(subset, sample, start)
             if reached is None:
                 break
             start, n_fitted = reached
@@ -82,16 +80,14 @@ class SubsetFit:
             [objective(params) for objective in sample.by_block()]
         )
 
-    def _step(
-        self, subset: Subset, sample: Sample, start: Vector, request: Request
-    ) -> tuple[Vector, int] | None:
+    def _step(self, subset: Subset, sample: Sample, start: Vector) -> tuple[Vector, int] | None:
         """Return the point after a step on a subset, and the number of rows that determine it.
 
         None if no step can be computed.
         """
         problem, passes = self.context.problem, self.context.passes
         max_variance, chance = sample.max_expected(start), sample.chance
-        request = Request(start, accumulation=request.accumulation, is_fresh=True)
+        request = Request(start, is_fresh=True)
         reduced = passes.run_on(
             subset,
             self.kernel(request),

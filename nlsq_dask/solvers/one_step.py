@@ -273,12 +273,12 @@ def _changes(iterate: Iterate, params: Vector, mirror: Mirror) -> _Changes | Non
     # is the larger part of it, a regression over the batches yields the rest.
     noise = new - old - 0.5 * weight * new @ inverse @ jtj_change
     noise = noise @ inverse / error
-    n_fitted = 0
+    n_regressors = 0
     if len(noise) >= _MIN_DOF + len(params):
         noise = noise - new @ np.linalg.lstsq(new, noise)[0]
-        n_fitted = len(params)
+        n_regressors = len(params)
     return _Changes(
-        noise * np.sqrt(len(noise) / (len(noise) - n_fitted)),
+        noise * np.sqrt(len(noise) / (len(noise) - n_regressors)),
         np.array(gradients) @ inverse / error,
         weight * relative.of_total(),
         weight,
